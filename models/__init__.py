@@ -1,0 +1,1 @@
+"""The models that `launch` trains; they know nothing of checkpoints."""

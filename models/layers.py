@@ -1,0 +1,152 @@
+"""The arithmetic of a transformer, as pure functions of arrays.
+
+Nothing here, forward or backward, adds floating-point numbers by scatter: the
+order of such sums is undefined on accelerators, and replay must be bit-exact.
+
+Dims: B batch, T sequence, D model, V vocabulary, N tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax import numpy as jnp
+
+# Rows of the embedding gradient made by one product: bounds the one-hot operand
+# to [tokens, 4096] for large vocabularies.
+_EMBEDDING_CHUNK = 4096
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """einsum(spec, x, w) with fp32 accumulation, rounded to x's dtype once.
+
+  The input gradient accumulates in fp32 as well. (Autodiff of an einsum with
+  `preferred_element_type` would multiply mixed dtypes; on CPU that takes the
+  slow path, measured 2-3 times slower in bf16.)
+
+  Args:
+    spec: einsum of two operands in which every index of an operand appears in
+      the other one or in the output.
+    x: activations.
+    w: weights, of the same dtype.
+  """
+  y = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+  return y.astype(x.dtype)
+
+
+def _contract_forward(spec, x, w):
+  return contract(spec, x, w), (x, w)
+
+
+def _contract_backward(spec, residuals, dy):
+  x, w = residuals
+  operands, out = spec.split('->')
+  x_dims, w_dims = operands.split(',')
+  dx = contract(f'{out},{w_dims}->{x_dims}', dy, w)
+  dw = jnp.einsum(f'{x_dims},{out}->{w_dims}', x, dy)
+  return dx, dw
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+# Cheap elementwise chains are recomputed in the backward pass from their inputs
+# instead of keeping every fp32 intermediate: forward and backward are separate
+# programs, and what is kept between them goes through memory.
+_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recompute
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+  """RMSNorm over the last dim, computed in fp32."""
+  x32 = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + 1e-6)
+  return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, rope_base: float) -> jax.Array:
+  """Rotary position embedding of [B, T, heads, head_dim], T from 0."""
+  half = x.shape[-1] // 2
+  frequency = rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
+  cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return turned.astype(x.dtype)
+
+
+def swiglu(x: jax.Array, w_gate, w_up, w_down) -> jax.Array:
+  """SwiGLU of [N, D], or of [E, C, D] with weights stacked over experts."""
+  e = 'e' if w_gate.ndim == 3 else ''
+  gate = contract(f'{e}nd,{e}df->{e}nf', x, w_gate)
+  up = contract(f'{e}nd,{e}df->{e}nf', x, w_up)
+  return contract(f'{e}nf,{e}fd->{e}nd', _gated(gate, up), w_down)
+
+
+@_recompute
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+  return jax.nn.silu(gate) * up
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array, rows) -> jax.Array:
+  """Zeroes a share `rate` of x [B, ...] and scales the rest.
+
+  Every row has its own key, `rows` [B] being the row's number in the global
+  microbatch, so that the mask does not depend on how rows lie on devices.
+  """
+  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+  keep = jax.vmap(
+    lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:])
+  )(keys)
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+@jax.custom_vjp
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows `tokens` [B, T] of `table` [V, D].
+
+  The gradient is a product with one-hot rows instead of a scatter-add; it
+  costs what the head's weight gradient costs.
+  """
+  return table[tokens]
+
+
+def _embed_forward(table, tokens):
+  # The table is kept for its shape only; nothing of it is read backward.
+  return embed(table, tokens), (table, tokens)
+
+
+def _embed_backward(residuals, dy):
+  table, tokens = residuals
+  ids = tokens.reshape(-1)  # [N]
+  dy = dy.reshape(-1, dy.shape[-1])  # [N, D]
+  vocab = table.shape[0]
+  chunk = min(vocab, _EMBEDDING_CHUNK)
+
+  def rows(first):
+    one_hot = (ids[:, None] - first == jnp.arange(chunk)).astype(dy.dtype)
+    return jnp.einsum(
+      'nv,nd->vd', one_hot, dy, preferred_element_type=jnp.float32
+    )
+
+  firsts = jnp.arange(0, vocab, chunk)
+  dtable = jax.lax.map(rows, firsts).reshape(-1, dy.shape[-1])[:vocab]
+  return dtable.astype(table.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+@_recompute
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Negative log likelihood in nats of labels [...] under logits f32[..., V].
+
+  The label's logit is picked by comparison: the gradient of a gather would be
+  a scatter-add.
+  """
+  picked = jnp.where(
+    labels[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0
+  )
+  return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(picked, axis=-1)

@@ -1,0 +1,1 @@
+"""MoEtion in JAX: sparse checkpointing for Mixture-of-Experts training."""

@@ -1,0 +1,128 @@
+"""Settings of a run that the library reads: frozen, validated when made.
+
+Only `launch` has flags; field names are the flags' names, so that an error can
+name what the user typed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moetion_jax import base
+
+OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
+
+
+def _require(config: object, name: str, ok: bool, reason: str) -> None:
+  if not ok:
+    raise base.ConfigError(name, getattr(config, name), reason)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """The optimizer and its schedule.
+
+  Attributes:
+    optimizer: one of OPTIMIZERS.
+    learning_rate: its peak.
+    warmup_iterations: of linear warm-up.
+    decay_iterations: iteration at which the cosine ends.
+    final_fraction: of the peak, held after that.
+    weight_decay: decoupled, on matrices.
+    b1: decay of the first moment, or momentum.
+    b2: decay of the second moment (lion: of its momentum).
+    clip_norm: global norm to which gradients are clipped; 0 for never.
+  """
+
+  optimizer: str = 'adamw'
+  learning_rate: float = 3e-3
+  warmup_iterations: int = 20
+  decay_iterations: int = 200
+  final_fraction: float = 0.1
+  weight_decay: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.99
+  clip_norm: float = 1.0
+
+  def __post_init__(self) -> None:
+    _require(
+      self,
+      'optimizer',
+      self.optimizer in OPTIMIZERS,
+      f'unknown; known are {", ".join(OPTIMIZERS)}',
+    )
+    _require(self, 'learning_rate', self.learning_rate > 0, 'must be positive')
+    for name in ('warmup_iterations', 'weight_decay', 'clip_norm'):
+      _require(self, name, getattr(self, name) >= 0, 'must not be negative')
+    for name in ('b1', 'b2'):
+      _require(self, name, 0 <= getattr(self, name) < 1, 'must be in [0, 1)')
+    _require(
+      self,
+      'final_fraction',
+      0 <= self.final_fraction <= 1,
+      'must be in [0, 1]',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """How a model is trained and spread.
+
+  Attributes:
+    seed: of initial weights, data order and dropout.
+    iterations: optimizer updates in all.
+    stages: pipeline stages.
+    replicas: data-parallel workers of each stage.
+    local_devices: devices of one worker, along the mesh axis 'expert'.
+    microbatches: per replica and iteration.
+    microbatch_size: sequences of one microbatch.
+    eval_every: iterations between evaluations; 0 for none.
+    eval_microbatches: held-out microbatches in one evaluation.
+    skip_nonfinite: skip an update whose loss or gradient norm is not finite
+      instead of ending the run.
+    optimizer: see `OptimizerConfig`.
+  """
+
+  seed: int = 0
+  iterations: int = 200
+  stages: int = 1
+  replicas: int = 1
+  local_devices: int = 1
+  microbatches: int = 4
+  microbatch_size: int = 16
+  eval_every: int = 50
+  eval_microbatches: int = 8
+  skip_nonfinite: bool = False
+  optimizer: OptimizerConfig = OptimizerConfig()
+
+  def __post_init__(self) -> None:
+    for name in (
+      'iterations',
+      'stages',
+      'replicas',
+      'local_devices',
+      'microbatches',
+      'microbatch_size',
+      'eval_microbatches',
+    ):
+      _require(self, name, getattr(self, name) >= 1, 'must be at least 1')
+    for name in ('seed', 'eval_every'):
+      _require(self, name, getattr(self, name) >= 0, 'must not be negative')
+    _require(self, 'seed', self.seed < 2**32, 'must be below 2**32')
+    _require(
+      self,
+      'microbatch_size',
+      self.microbatch_size % self.local_devices == 0,
+      f'must be divisible by local_devices={self.local_devices}',
+    )
+
+  @property
+  def global_microbatches(self) -> int:
+    """Microbatches of one iteration, all replicas together."""
+    return self.microbatches * self.replicas
+
+  def evaluates(self, iteration: int) -> bool:
+    """Whether held-out text is evaluated after update `iteration`."""
+    if not self.eval_every:
+      return False
+    return iteration % self.eval_every == 0 or iteration == self.iterations

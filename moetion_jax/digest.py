@@ -1,0 +1,130 @@
+"""Bit digests of operators (DESIGN section 2).
+
+An operator's digest is two uint32 lanes computed from every bit of its training
+state. It depends on the operator's own words, their leaf's name and their
+position inside the operator, and on nothing else: neither on how the model is
+cut nor on how its leaves are sharded over experts.
+
+A leaf of n words is laid out as `rows` x n / rows. Each column is folded into
+one word with powers of an odd constant, the column words are mixed with their
+position and the leaf's name by an invertible function, and the results are
+summed: integer sums, exact in any order. Any single changed bit changes a
+column word and thereby its mixed term; the lanes are about 32 bits strong
+against other changes, no more is claimed.
+
+Reductions run over a middle dim: XLA's CPU backend vectorizes those and none
+else (measured: 17 ms for 440 MB, against 110 ms for a plain sum of all words).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from moetion_jax import base
+
+# 64 rows and more make XLA leave the vectorized path (measured: 8 times slower).
+_ROWS = 32
+_ODD = 0x9E3779B1
+_LANE_SALTS = (0x243F6A88, 0xB7E15162)
+
+
+def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
+  """Digests of the operators of one group; pure, traceable.
+
+  Args:
+    leaves: by name; with `stacked` all share the leading dim, one operator
+      each. Any dtype of 1, 2 or 4 bytes.
+    stacked: see `stage_model.Group`.
+
+  Returns:
+    u32[operators, 2].
+  """
+  total = jnp.uint32(0)
+  for name in sorted(leaves):
+    leaf = leaves[name]
+    count = leaf.shape[0] if stacked else 1
+    words = _words(leaf).reshape(count, -1)
+    total = total + _digest_words(words, zlib.crc32(name.encode()))
+  if isinstance(total, jax.Array) and total.ndim == 2:
+    return total
+  raise ValueError('a group without leaves has no digest')
+
+
+def combine(digests: Mapping[base.OperatorId, np.ndarray]) -> str:
+  """Digest of a whole state: 16 hex digits, whatever the operators' order."""
+  lanes = np.zeros(2, np.uint32)
+  for operator, digest in digests.items():
+    salt = np.uint32(zlib.crc32(str(operator).encode()))
+    lanes += _mix_host(np.asarray(digest, np.uint32) ^ salt)
+  return f'{lanes[0]:08x}{lanes[1]:08x}'
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+  """The bits of `leaf` as uint32, one word an element."""
+  if leaf.dtype == jnp.bool_:
+    return leaf.astype(jnp.uint32)
+  width = leaf.dtype.itemsize
+  if width > 4:
+    raise ValueError(f'no digest of {leaf.dtype}: 64-bit state is not used')
+  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+  return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+
+
+def _digest_words(words: jax.Array, leaf_salt: int) -> jax.Array:
+  """u32[operators, n] -> u32[operators, 2]."""
+  count, n = words.shape
+  rows = math.gcd(n, _ROWS)
+  powers = np.array([pow(_ODD, i, 1 << 32) for i in range(rows)], np.uint32)
+  columns = jnp.sum(
+    words.reshape(count, rows, -1) * powers[None, :, None],
+    axis=1,
+    dtype=jnp.uint32,
+  )
+  position = jnp.arange(n // rows, dtype=jnp.uint32)
+  lanes = []
+  for lane_salt in _LANE_SALTS:
+    salt = _mix(position + np.uint32(leaf_salt ^ lane_salt))
+    lanes.append(_sum(_mix(columns ^ salt)))
+  return jnp.stack(lanes, axis=-1)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """Sums u32[operators, n] over n, mostly along a middle dim."""
+  rows = math.gcd(x.shape[1], 4096)
+  partial = jnp.sum(
+    x.reshape(x.shape[0], rows, -1), axis=1, dtype=jnp.uint32
+  )
+  return jnp.sum(partial, axis=1, dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """An invertible mix of 32 bits (the finalizer of MurmurHash3)."""
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def _mix_host(x: np.ndarray) -> np.ndarray:
+  """`_mix` in NumPy."""
+  with np.errstate(over='ignore'):
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> np.uint32(16))
+
+
+def first_difference(
+  ours: Mapping[base.OperatorId, np.ndarray],
+  theirs: Mapping[base.OperatorId, np.ndarray],
+) -> Iterable[base.OperatorId]:
+  """Operators whose digests differ or are on one side only, in order."""
+  return sorted(
+    o
+    for o in ours.keys() | theirs.keys()
+    if o not in ours or o not in theirs or not np.array_equal(ours[o], theirs[o])
+  )

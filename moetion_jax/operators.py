@@ -1,0 +1,266 @@
+"""State <-> operators: which leaf, and which row of it, belongs to whom.
+
+A partition rule maps a leaf's path to its group. A group is one operator, or,
+when stacked, one operator for each index of its leaves' leading dim. The
+training state that `initial_state` makes is two plain dicts deep,
+`state[group][leaf]`, with leaves 'master/<parameter>' (fp32) and
+'optimizer/<path in the optax state>', so that the rows of `state[group]` are
+exactly its operators.
+
+The optimizer is applied per operator: vmapped over a stacked group, once for
+any other. On stacked leaves as a whole, transforms that look at a leaf's shape
+or norm (adafactor, muon) would couple experts, and a frozen expert would reach
+an active one during replay (DESIGN section 4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+
+from moetion_jax import base, stage_model
+
+Rule = Callable[[str], stage_model.Group]
+# An operator's leaves by path; rows of stacked leaves lack the leading dim.
+OperatorLeaves = dict[str, Any]
+State = dict[str, dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One leaf of a partitioned tree."""
+
+  path: str
+  group: stage_model.Group
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def operator_bytes(self) -> int:
+    """Bytes that each of the leaf's operators has in it."""
+    shape = self.shape[1:] if self.group.stacked else self.shape
+    return int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Partition:
+  """A tree's structure together with the operators it consists of.
+
+  Works for any pytree of arrays, the user's own training state included.
+  """
+
+  def __init__(self, tree: Any, rule: Rule):
+    """Reads structure, shapes and dtypes of `tree`; keeps none of its arrays.
+
+    Args:
+      tree: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      rule: group of a leaf by its path, keys joined with '/'.
+
+    Raises:
+      ValueError: leaves of a stacked group have unequal leading dims.
+    """
+    flat, self._structure = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, counts, groups = [], {}, {}
+    for key_path, leaf in flat:
+      path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+      group = rule(path)
+      count = 1
+      if group.stacked:
+        if not leaf.shape:
+          raise ValueError(f'{path} is a scalar in stacked group {group.name}')
+        count = leaf.shape[0]
+      if counts.setdefault(group.name, count) != count:
+        raise ValueError(
+          f'{path} stacks {count} operators, others of group {group.name} '
+          f'stack {counts[group.name]}'
+        )
+      if groups.setdefault(group.name, group) != group:
+        raise ValueError(f'group {group.name} is both stacked and not')
+      leaves.append(Leaf(path, group, tuple(leaf.shape), np.dtype(leaf.dtype)))
+    self.leaves: tuple[Leaf, ...] = tuple(leaves)
+    self.groups: dict[str, stage_model.Group] = dict(sorted(groups.items()))
+    self._counts = counts
+
+  def operators_of(self, group: str) -> tuple[base.OperatorId, ...]:
+    """The operators of one group, by index."""
+    if not self.groups[group].stacked:
+      return (base.OperatorId(group),)
+    return tuple(base.OperatorId(group, e) for e in range(self._counts[group]))
+
+  @functools.cached_property
+  def operators(self) -> tuple[base.OperatorId, ...]:
+    """All operators, ordered by group name and index."""
+    return tuple(o for g in self.groups for o in self.operators_of(g))
+
+  @functools.cached_property
+  def operator_bytes(self) -> dict[base.OperatorId, int]:
+    """Bytes of each operator, from the leaves' real dtypes."""
+    total = dict.fromkeys(self.operators, 0)
+    for leaf in self.leaves:
+      for operator in self.operators_of(leaf.group.name):
+        total[operator] += leaf.operator_bytes
+    return total
+
+  def split(self, tree: Any) -> dict[base.OperatorId, OperatorLeaves]:
+    """Cuts `tree` into its operators' leaves (views where NumPy allows)."""
+    out: dict[base.OperatorId, OperatorLeaves] = {o: {} for o in self.operators}
+    for leaf, value in zip(self.leaves, self._checked(tree), strict=True):
+      for operator in self.operators_of(leaf.group.name):
+        row = value if operator.expert < 0 else value[operator.expert]
+        out[operator][leaf.path] = row
+    return out
+
+  def merge(self, operators: Mapping[base.OperatorId, OperatorLeaves]) -> Any:
+    """Inverse of `split`: a tree of NumPy arrays, bit for bit.
+
+    Raises:
+      KeyError: an operator or one of its leaves is missing.
+    """
+    values = []
+    for leaf in self.leaves:
+      rows = [
+        np.asarray(operators[o][leaf.path])
+        for o in self.operators_of(leaf.group.name)
+      ]
+      values.append(np.stack(rows) if leaf.group.stacked else rows[0])
+    return jax.tree.unflatten(self._structure, values)
+
+  def by_operator(
+    self, rows: Mapping[str, np.ndarray]
+  ) -> dict[base.OperatorId, np.ndarray]:
+    """Names the rows of per-group arrays [operators, ...]."""
+    return {
+      operator: np.asarray(row)
+      for group in self.groups
+      for operator, row in zip(
+        self.operators_of(group), rows[group], strict=True
+      )
+    }
+
+  def _checked(self, tree: Any) -> list[Any]:
+    values, structure = jax.tree.flatten(tree)
+    if structure != self._structure:
+      raise ValueError('the tree has another structure than the partition')
+    for leaf, value in zip(self.leaves, values, strict=True):
+      if tuple(value.shape) != leaf.shape:
+        raise ValueError(
+          f'{leaf.path} has shape {tuple(value.shape)}, not {leaf.shape}'
+        )
+    return values
+
+
+def group_parameters(
+  names: Sequence[str], rule: Rule
+) -> dict[stage_model.Group, tuple[str, ...]]:
+  """Parameter names by group, both sorted."""
+  out: dict[stage_model.Group, list[str]] = {}
+  for name in sorted(names):
+    out.setdefault(rule(name), []).append(name)
+  return {g: tuple(out[g]) for g in sorted(out)}
+
+
+def state_rule(rule: Rule, names: Sequence[str]) -> Rule:
+  """The rule of a training state, from that of its parameters."""
+  groups = {g.name: g for g in group_parameters(names, rule)}
+
+  def by_prefix(path: str) -> stage_model.Group:
+    # Group names contain '/' themselves; the longest one that fits is meant.
+    fits = [g for g in groups if path.startswith(g + '/')]
+    return groups[max(fits, key=len)]
+
+  return by_prefix
+
+
+def init_group(
+  optimizer: optax.GradientTransformation,
+  masters: Mapping[str, jax.Array],
+  *,
+  stacked: bool,
+  buffers: frozenset[str],
+) -> dict[str, jax.Array]:
+  """The training state of one group from its fp32 masters."""
+  trained = {n: m for n, m in masters.items() if n not in buffers}
+  init = jax.vmap(optimizer.init) if stacked else optimizer.init
+  return {
+    **{f'master/{name}': master for name, master in masters.items()},
+    **_flatten_optimizer_state(init(trained)),
+  }
+
+
+def update_group(
+  optimizer: optax.GradientTransformation,
+  state: Mapping[str, jax.Array],
+  gradients: Mapping[str, jax.Array],
+  *,
+  stacked: bool,
+  buffers: frozenset[str],
+) -> dict[str, jax.Array]:
+  """The group's next training state; no operator reaches another.
+
+  Args:
+    optimizer: a transform of one operator's parameters {name: array}.
+    state: as made by `init_group`.
+    gradients: f32 by parameter name, clipped; for a buffer what is added to it.
+    stacked: see `stage_model.Group`.
+    buffers: parameters that the optimizer does not see.
+  """
+  prefix = 'master/'
+  masters = {
+    k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
+  }
+  trained = {n: m for n, m in masters.items() if n not in buffers}
+  make = jax.vmap(optimizer.init) if stacked else optimizer.init
+  template = jax.eval_shape(make, trained)
+  update = jax.vmap(optimizer.update) if stacked else optimizer.update
+  updates, optimizer_state = update(
+    {n: gradients[n] for n in trained},
+    _unflatten_optimizer_state(template, state),
+    trained,
+  )
+  new = dict(optax.apply_updates(trained, updates))
+  for name in masters.keys() & buffers:
+    new[name] = masters[name] + gradients[name]
+  return {
+    **{f'master/{name}': new[name] for name in masters},
+    **_flatten_optimizer_state(optimizer_state),
+  }
+
+
+def masters_of(state: State) -> dict[str, jax.Array]:
+  """The fp32 masters of a training state by parameter name."""
+  return {
+    leaf.removeprefix('master/'): value
+    for leaves in state.values()
+    for leaf, value in leaves.items()
+    if leaf.startswith('master/')
+  }
+
+
+def _optimizer_paths(tree: Any) -> list[str]:
+  return [
+    'optimizer/' + jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+  ]
+
+
+def _flatten_optimizer_state(tree: Any) -> dict[str, jax.Array]:
+  return dict(
+    zip(
+      _optimizer_paths(tree),
+      (jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)),
+      strict=True,
+    )
+  )
+
+
+def _unflatten_optimizer_state(
+  template: Any, state: Mapping[str, jax.Array]
+) -> Any:
+  leaves = [state[path] for path in _optimizer_paths(template)]
+  return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -1,0 +1,95 @@
+"""Optimizers by name, each an optax transform of one operator's parameters.
+
+Clipping is no part of them: the factor is global, so `worker` computes it from
+all stages' partial norms and `update` multiplies gradients with it.
+"""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from moetion_jax import config as config_lib
+
+
+def schedule(config: config_lib.OptimizerConfig) -> optax.Schedule:
+  """Linear warm-up to the peak, then cosine decay to a fraction of it.
+
+  A run shorter than its warm-up spends at most a tenth of itself on it.
+  """
+  total = max(2, config.decay_iterations)
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    # optax counts from 0: shifted by one so that update 1 moves already.
+    warmup_steps=min(config.warmup_iterations, max(1, total // 10)),
+    decay_steps=total,
+    end_value=config.learning_rate * config.final_fraction,
+  )
+
+
+def make(config: config_lib.OptimizerConfig) -> optax.GradientTransformation:
+  """The transform that `config` names.
+
+  Works on {parameter name: array} of one operator. Weight decay applies to
+  matrices only; under muon so does the orthogonalized update, and the
+  embedding and head, whose rows are tokens, are left to Adam.
+  """
+  base_rate = schedule(config)
+
+  def rate(count):
+    return base_rate(count + 1)
+
+  def decay_mask(params):
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+  match config.optimizer:
+    case 'adamw':
+      return optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+      )
+    case 'lion':
+      return optax.lion(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+      )
+    case 'sgd':
+      return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.sgd(rate, momentum=config.b1, nesterov=True),
+      )
+    case 'adafactor':
+      return optax.adafactor(
+        rate,
+        min_dim_size_to_factor=32,
+        weight_decay_rate=None,
+        clipping_threshold=1.0,
+      )
+    case 'muon':
+      return optax.contrib.muon(
+        rate,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        weight_decay=config.weight_decay,
+        adam_weight_decay=config.weight_decay,
+        consistent_rms=0.2,  # the step size that suits Adam suits muon
+        muon_weight_dimension_numbers=_muon_dimensions,
+      )
+  raise AssertionError(config.optimizer)
+
+
+def _muon_dimensions(params):
+  def dimensions(path, leaf):
+    name = path[-1].key
+    if leaf.ndim == 2 and not name.endswith('/table'):
+      return optax.contrib.MuonDimensionNumbers()
+    return None
+
+  return jax.tree_util.tree_map_with_path(dimensions, params)

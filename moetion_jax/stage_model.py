@@ -1,0 +1,88 @@
+"""What the library knows of a model: one stage of it, as pure functions.
+
+A model package (such as `models`, or the user's own) makes a `StageModel` of
+each stage; `stage.py` turns it into compiled programs.
+
+Dims: B sequences of one device, T sequence, D model, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+
+
+class Group(NamedTuple):
+  """Leaves that belong together.
+
+  Attributes:
+    name: of the group.
+    stacked: every leaf's leading dim counts operators (experts); otherwise the
+      group is one operator.
+  """
+
+  name: str
+  stacked: bool
+
+
+class Position(NamedTuple):
+  """Which data a program works on; keys its randomness."""
+
+  iteration: jax.Array  # u32[]
+  microbatch: jax.Array  # u32[]: global number within the iteration
+
+
+class Inputs(NamedTuple):
+  """What one stage's forward reads of a microbatch."""
+
+  x: jax.Array  # i32[B, T] tokens for the first stage, else [B, T, D]
+  labels: jax.Array | None  # i32[B, T] for the last stage
+
+
+class Outputs(NamedTuple):
+  """What one stage's forward computes, on one device."""
+
+  y: jax.Array | None  # [B, T, D] sent on; None in the last stage
+  objective: jax.Array  # f32[]: what this stage adds to the objective
+  counts: dict[str, jax.Array]  # summed over devices and microbatches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageModel:
+  """One stage of a model.
+
+  Attributes:
+    shapes: f32 shape of every parameter by its global name. A parameter of a
+      stacked group has the operators (experts) as its leading dim, sharded over
+      the mesh axis 'expert'; inside `forward` a device sees its own share.
+    compute_dtypes: dtype in which forward reads each parameter.
+    partition: group of a parameter name.
+    initialize: makes the initial fp32 masters.
+    forward: (params, inputs, position) -> Outputs, on one device's share.
+      `position` is None in evaluation: no randomness. The objective is a mean
+      over the device's tokens plus auxiliary terms; the mean over devices and
+      microbatches of all stages' sums is what is minimized. Required counts:
+      'auxiliary_loss' f32[], 'load' i32[L, E], 'dropped' i32[L], and in the
+      last stage 'loss' f32[], the mean cross-entropy.
+    buffers: parameters without gradient, changed by `buffer_steps` only.
+    buffer_steps: counts of a whole iteration -> what is added to each buffer.
+    has_embedding: whether this is the first stage (reads tokens).
+    has_head: whether this is the last stage (reads labels).
+    hidden_shape: (T, D) of what travels between stages.
+    hidden_dtype: its dtype.
+  """
+
+  shapes: Mapping[str, jax.ShapeDtypeStruct]
+  compute_dtypes: Mapping[str, jax.typing.DTypeLike]
+  partition: Callable[[str], Group]
+  initialize: Callable[[], dict[str, jax.Array]]
+  forward: Callable[[dict[str, jax.Array], Inputs, Position | None], Outputs]
+  buffers: frozenset[str]
+  buffer_steps: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
+  has_embedding: bool
+  has_head: bool
+  hidden_shape: tuple[int, int]
+  hidden_dtype: jax.typing.DTypeLike
