@@ -147,6 +147,11 @@ class Stage:
     """Of tokens, activations and their gradients: rows over all devices."""
     return NamedSharding(self.mesh, _OWN)
 
+  @property
+  def same_sharding(self) -> NamedSharding:
+    """Of what every device holds whole."""
+    return NamedSharding(self.mesh, _SAME)
+
   def shardings(self, specs: Tree) -> Tree:
     """NamedShardings of a tree of specs."""
     return jax.tree.map(
@@ -295,7 +300,8 @@ class Stage:
         stacked=group.stacked,
         buffers=self.model.buffers,
       )
-    selection = jax.tree.map(jnp.logical_and, slot, slot)
+    # The mask is returned as computed on the device, one with the step.
+    selection = {g: jnp.asarray(mask) for g, mask in slot.items()}
     return new, self._compute_of(new), selection
 
   def _digest(self, state):

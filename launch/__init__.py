@@ -1,0 +1,1 @@
+"""Programs: flags, processes, data, files. The only place that has flags."""

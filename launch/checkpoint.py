@@ -1,0 +1,150 @@
+"""The dense checkpoint at the end of a run: plain Orbax, plain names.
+
+Anyone can read it with `ocp.StandardCheckpointer().restore(path)`:
+
+  {'iteration': i64[],
+   'parameters': {parameter name: f32 master},
+   'optimizer': {group: {path in its optax state: array}}}
+
+The run's configuration travels along as Orbax custom metadata.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from orbax import checkpoint as ocp
+
+from launch import settings
+from moetion_jax import base, operators, stage as stage_lib
+
+_MASTER = 'master/'
+
+
+def save(
+  path: str,
+  states: Sequence[operators.State],
+  iteration: int,
+  config: settings.RunConfig,
+) -> None:
+  """Writes all stages' training states; returns when they are committed."""
+  parameters: dict[str, np.ndarray] = {}
+  optimizer: dict[str, dict[str, np.ndarray]] = {}
+  for state in states:
+    for group, leaves in state.items():
+      host = {k: np.asarray(v) for k, v in jax.device_get(leaves).items()}
+      for leaf, value in host.items():
+        if leaf.startswith(_MASTER):
+          parameters[leaf.removeprefix(_MASTER)] = value
+        else:
+          optimizer.setdefault(group, {})[leaf] = value
+  tree = {
+    'iteration': np.int64(iteration),
+    'parameters': parameters,
+    'optimizer': optimizer,
+  }
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(
+      os.path.abspath(path),
+      tree,
+      force=True,
+      custom_metadata={'moetion_config': config.to_json()},
+    )
+    checkpointer.wait_until_finished()
+
+
+def load(path: str, flag: str) -> dict[str, Any]:
+  """Reads a checkpoint written by `save`.
+
+  Args:
+    path: its folder.
+    flag: that named it, for errors.
+
+  Raises:
+    base.ConfigError: it is missing, damaged or none of ours.
+  """
+  if not os.path.isdir(path):
+    raise base.ConfigError(flag, path, 'no such folder')
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      tree = checkpointer.restore(os.path.abspath(path))
+  except Exception as e:  # Orbax and TensorStore raise many kinds
+    raise base.ConfigError(
+      flag, path, f'cannot be restored: {_first_line(e)}'
+    ) from e
+  if not isinstance(tree, dict) or not {'parameters', 'optimizer'} <= set(tree):
+    raise base.ConfigError(
+      flag, path, "not a checkpoint of ours (no 'parameters', 'optimizer')"
+    )
+  return tree
+
+
+def load_config(path: str, flag: str) -> settings.RunConfig:
+  """Reads the configuration that a checkpoint carries.
+
+  Raises:
+    base.ConfigError: it is missing, damaged or none of ours.
+  """
+  if not os.path.isdir(path):
+    raise base.ConfigError(flag, path, 'no such folder')
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      metadata = checkpointer.metadata(os.path.abspath(path)).custom_metadata
+    return settings.RunConfig.from_json(metadata['moetion_config'])
+  except Exception as e:  # as above
+    raise base.ConfigError(
+      flag, path, f'carries no configuration of ours: {_first_line(e)}'
+    ) from e
+
+
+def state_of(
+  stage: stage_lib.Stage,
+  tree: Mapping[str, Any],
+  path: str,
+  *,
+  weights_only: bool,
+) -> operators.State:
+  """One stage's training state out of a whole checkpoint.
+
+  Raises:
+    base.ConfigError: a leaf that the stage needs is missing or has another
+      shape or dtype.
+  """
+
+  def take(found: Any, name: str, wanted: Any) -> np.ndarray:
+    if found is None:
+      raise base.ConfigError('init_from', path, f'has no {name}')
+    found = np.asarray(found)
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+      raise base.ConfigError(
+        'init_from',
+        path,
+        f'{name} is {found.dtype}{list(found.shape)}, the run needs '
+        f'{wanted.dtype}{list(wanted.shape)}',
+      )
+    return found
+
+  masters = {
+    name: take(tree['parameters'].get(name), name, shape)
+    for name, shape in stage.model.shapes.items()
+  }
+  if weights_only:
+    return stage.state_from_masters(masters)
+  state = {}
+  for group, leaves in stage.state_shapes.items():
+    theirs = tree['optimizer'].get(group, {})
+    state[group] = {
+      leaf: masters[leaf.removeprefix(_MASTER)]
+      if leaf.startswith(_MASTER)
+      else take(theirs.get(leaf), f'{leaf} of {group}', wanted)
+      for leaf, wanted in leaves.items()
+    }
+  return stage.place_state(state)
+
+
+def _first_line(e: Exception) -> str:
+  return (str(e).splitlines() or [type(e).__name__])[0][:200]

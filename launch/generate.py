@@ -1,0 +1,99 @@
+"""Samples text: `python -m launch.generate --checkpoint W/checkpoint`.
+
+Bytes in, bytes out: for models trained on byte-level text. Every token is one
+forward pass over the last `sequence_length` bytes, at one fixed shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from absl import flags
+
+from launch import command
+from moetion_jax import base
+
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint',
+  None,
+  'A final checkpoint: WORKDIR/checkpoint.',
+  required=True,
+)
+_PROMPT = flags.DEFINE_string('prompt', 'def ', 'Text to go on from.')
+_TOKENS = flags.DEFINE_integer('tokens', 200, 'Bytes to sample.')
+_TEMPERATURE = flags.DEFINE_float(
+  'temperature', 0.8, 'Below 1 prefers likely bytes; 0 takes the likeliest.'
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the sampling.')
+
+
+def main(argv: list[str]) -> int:
+  """Prints the prompt and what the model adds."""
+  del argv
+  if _TOKENS.value < 1:
+    raise base.ConfigError('tokens', _TOKENS.value, 'must be at least 1')
+  if _TEMPERATURE.value < 0:
+    raise base.ConfigError(
+      'temperature', _TEMPERATURE.value, 'must not be negative'
+    )
+  if not _PROMPT.value:
+    raise base.ConfigError('prompt', '', 'must not be empty')
+  from launch import runtime
+
+  runtime.configure(local_devices=1, compilation_cache_dir='')
+  import jax
+  import numpy as np
+  from jax import numpy as jnp
+
+  from launch import checkpoint
+  from models import transformer
+  from moetion_jax import stage_model
+
+  path = _CHECKPOINT.value
+  config = checkpoint.load_config(path, 'checkpoint')
+  if config.model.vocab_size < 256 or config.data.endswith('.bin'):
+    raise base.ConfigError(
+      'checkpoint', path, 'was not trained on bytes: its tokens are no text'
+    )
+  # Dropless: a byte's future must not depend on who else wants its expert.
+  shape = dataclasses.replace(config.model, capacity_factor=0.0)
+  (spec,) = transformer.cut(shape, 1)
+  model = transformer.build_stage(shape, spec, seed=0)
+  tree = checkpoint.load(path, 'checkpoint')
+  missing = model.shapes.keys() - tree['parameters'].keys()
+  if missing:
+    raise base.ConfigError('checkpoint', path, f'has no {min(missing)}')
+  weights = {
+    n: jnp.asarray(tree['parameters'][n], model.compute_dtypes[n])
+    for n in model.shapes
+  }
+  length = shape.sequence_length
+
+  @jax.jit
+  def next_byte(weights, window, last, key):
+    # Bytes after `last` are padding; attention is causal, they reach nothing.
+    inputs = stage_model.Inputs(window[None], None)
+    logits = model.forward(weights, inputs, None).y[0, last, :256]
+    if _TEMPERATURE.value == 0:
+      return jnp.argmax(logits)
+    return jax.random.categorical(key, logits / _TEMPERATURE.value)
+
+  text = list(_PROMPT.value.encode())
+  key = jax.random.key(_SEED.value)
+  sys.stdout.write(_PROMPT.value)
+  for i in range(_TOKENS.value):
+    tail = text[-length:]
+    window = np.zeros(length, np.int32)
+    window[: len(tail)] = tail
+    byte = int(
+      next_byte(weights, window, len(tail) - 1, jax.random.fold_in(key, i))
+    )
+    text.append(byte)
+  added = bytes(text[len(_PROMPT.value.encode()) :])
+  print(added.decode(errors='replace'))
+  return 0
+
+
+if __name__ == '__main__':
+  command.run_main(main)

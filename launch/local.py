@@ -1,0 +1,196 @@
+"""A whole run in one process: every stage a thread, logs in memory.
+
+What the agent and its workers do across processes, without processes: the same
+loop, programs and reports. The one-process cut of a model is what the
+multi-process pipeline is held against, bit for bit.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import jax
+
+from launch import checkpoint, data as data_lib, settings
+from models import transformer
+from moetion_jax import hostmem, memory_log, operators, optimizers, worker
+from moetion_jax import stage as stage_lib
+
+
+def load_data(config: settings.RunConfig) -> data_lib.Dataset:
+  """The run's text; raises base.ConfigError."""
+  return data_lib.load(
+    data_lib.DataConfig(
+      data=config.data,
+      data_dtype=config.data_dtype,
+      sequence_length=config.model.sequence_length,
+      microbatch_size=config.train.microbatch_size,
+      microbatches=config.train.global_microbatches,
+      vocab_size=config.model.vocab_size,
+      seed=config.train.seed,
+    )
+  )
+
+
+def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
+  """Stage `index` of the run on this process's devices; compiles nothing."""
+  train = config.train
+  spec = transformer.cut(config.model, train.stages)[index]
+  model = transformer.build_stage(
+    config.model,
+    spec,
+    seed=train.seed,
+    expert_devices=train.local_devices,
+  )
+  return stage_lib.Stage(
+    model,
+    optimizers.make(train.optimizer),
+    stage_lib.make_mesh(jax.devices()[: train.local_devices]),
+    stage_lib.ProgramShape(
+      microbatch_size=train.microbatch_size,
+      sequence_length=config.model.sequence_length,
+      microbatches=train.microbatches,
+    ),
+  )
+
+
+def initial_state(
+  config: settings.RunConfig, stage: stage_lib.Stage
+) -> operators.State:
+  """State 0: from the seed or `--init_from`; raises base.ConfigError."""
+  if not config.init_from:
+    return stage.initial_state()
+  return checkpoint.state_of(
+    stage,
+    checkpoint.load(config.init_from, 'init_from'),
+    config.init_from,
+    weights_only=config.init_weights_only,
+  )
+
+
+def make_workers(
+  config: settings.RunConfig,
+  data: worker.Data,
+  on_program: Callable[[int, str], None] = lambda stage, name: None,
+) -> list[worker.Worker]:
+  """Compiles every stage; their logs are one shared memory."""
+  store = memory_log.MemoryStore()
+  workers = []
+  for index in range(config.train.stages):
+    stage = build_stage(config, index)
+    state = initial_state(config, stage)
+    programs = stage.compile(lambda name, index=index: on_program(index, name))
+    log = memory_log.MemoryLog(hostmem.WorkerId(index, 0, 1), store)
+    workers.append(
+      worker.Worker(index, stage, programs, state, log, data)
+    )
+  return workers
+
+
+def train(
+  config: settings.RunConfig,
+  workers: Sequence[worker.Worker],
+  on_iteration: Callable[[Sequence[worker.Report]], None],
+  stop: Callable[[], bool] = lambda: False,
+) -> int:
+  """Trains all stages to the end of the run.
+
+  Args:
+    config: of the run.
+    workers: as made by `make_workers`.
+    on_iteration: called in this thread with all stages' reports of an
+      iteration, in order.
+    stop: asked by the first stage between iterations.
+
+  Returns:
+    The last iteration done.
+
+  Raises:
+    The first error of any stage or of `on_iteration`.
+  """
+  if len(workers) == 1:
+    return workers[0].train(config.train, lambda r: on_iteration([r]), stop)
+  reports: queue.Queue = queue.Queue()
+  last_iterations = [0] * len(workers)
+  errors: list[BaseException] = []  # the first one is the cause of the others
+  last = _LastIteration(stop)
+
+  def run(index: int) -> None:
+    try:
+      last_iterations[index] = workers[index].train(
+        config.train, reports.put, last.stop_of(index)
+      )
+    except BaseException as e:  # handed to the caller's thread
+      errors.append(e)
+      for w in workers:
+        w.log.close()
+    finally:
+      reports.put(None)
+
+  threads = [
+    threading.Thread(target=run, args=(i,), name=f'stage-{i}')
+    for i in range(len(workers))
+  ]
+  for thread in threads:
+    thread.start()
+  gathered: dict[int, dict[int, worker.Report]] = {}
+  running = len(threads)
+  while running:
+    report = reports.get()
+    if report is None:
+      running -= 1
+      continue
+    by_stage = gathered.setdefault(report.iteration, {})
+    by_stage[report.stage] = report
+    if len(by_stage) == len(workers) and not errors:
+      del gathered[report.iteration]
+      try:
+        on_iteration([by_stage[i] for i in range(len(workers))])
+      except BaseException as e:  # the stages must be ended first
+        errors.append(e)
+        last.now()
+        for w in workers:
+          w.log.close()
+  for thread in threads:
+    thread.join()
+  if errors:
+    raise errors[0]
+  return last_iterations[-1]
+
+
+class _LastIteration:
+  """Makes all stages stop after the same iteration.
+
+  Stage 0 asks first, since every other stage's iteration needs its
+  activations; the others follow its answer for the same iteration.
+  """
+
+  def __init__(self, stop: Callable[[], bool]):
+    self._stop = stop
+    self._answers: list[bool] = []
+    self._changed = threading.Condition()
+    self._ended = False
+
+  def now(self) -> None:
+    with self._changed:
+      self._ended = True
+      self._changed.notify_all()
+
+  def stop_of(self, index: int) -> Callable[[], bool]:
+    asked = 0
+
+    def stop() -> bool:
+      nonlocal asked
+      asked += 1
+      with self._changed:
+        if index == 0:
+          self._answers.append(self._ended or self._stop())
+          self._changed.notify_all()
+        self._changed.wait_for(
+          lambda: self._ended or len(self._answers) >= asked
+        )
+        return self._ended or self._answers[asked - 1]
+
+    return stop

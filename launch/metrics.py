@@ -1,0 +1,163 @@
+"""The files a run leaves behind (DESIGN section 9).
+
+`metrics.jsonl` is written once, in order, by the leader alone. A line that
+exists already (the run is being repeated or continued) is compared instead of
+written: losses and digests must come out the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from moetion_jax import base, digest, worker
+
+# Fields in which two runs of one iteration must agree exactly.
+_EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
+
+
+class MetricsMismatchError(base.MoetionError):
+  """An iteration came out differently than the line written for it."""
+
+
+def make_line(reports: Sequence[worker.Report], tokens: int) -> dict[str, Any]:
+  """One iteration's line from all stages' reports.
+
+  Args:
+    reports: one a stage, in stage order, of one iteration.
+    tokens: of the iteration.
+  """
+  last = reports[-1]
+  digests = {o: d for r in reports for o, d in r.digests.items()}
+  line = {
+    'iteration': last.iteration,
+    'loss': last.loss,
+    'loss_hex': float(last.loss).hex(),
+    'tokens': tokens,
+    'seconds': round(max(r.seconds for r in reports), 6),
+    'digest': digest.combine(digests),
+    'snapshot_bytes': 0,
+    'blocked_seconds': 0.0,
+    'grad_norm': last.grad_norm,
+    'auxiliary_loss': last.auxiliary_loss,
+    'dropped': last.dropped,
+    'updated': last.updated,
+  }
+  if last.eval_loss is not None:
+    line['eval_loss'] = last.eval_loss
+    line['eval_loss_hex'] = float(last.eval_loss).hex()
+  return line
+
+
+class MetricsFile:
+  """Appends lines to `metrics.jsonl`, comparing where a line exists.
+
+  A context manager: `start` reads what is there and cuts a torn last line.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    self._known: dict[int, dict[str, Any]] = {}
+    self._file = None
+
+  def start(self) -> None:
+    """Opens the file.
+
+    Raises:
+      base.StoreError: a line other than the last one is damaged.
+    """
+    whole = 0
+    if os.path.exists(self._path):
+      with open(self._path, 'rb') as f:
+        for number, raw in enumerate(f, 1):
+          if not raw.endswith(b'\n'):
+            break  # torn by a death while it was written
+          try:
+            line = json.loads(raw)
+            self._known[line['iteration']] = line
+          except (ValueError, KeyError, TypeError):
+            raise base.StoreError(
+              f'{self._path}:{number} is damaged; move the file away or pass '
+              '--fresh'
+            ) from None
+          whole += len(raw)
+    self._file = open(self._path, 'ab')
+    self._file.truncate(whole)
+
+  def close(self) -> None:
+    """Closes the file; idempotent."""
+    if self._file:
+      self._file.close()
+      self._file = None
+
+  def __enter__(self) -> MetricsFile:
+    self.start()
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
+
+  @property
+  def last_iteration(self) -> int:
+    """The newest iteration that has a line; 0 for none."""
+    return max(self._known, default=0)
+
+  def write(self, line: dict[str, Any]) -> None:
+    """Writes or compares one iteration's line.
+
+    Raises:
+      MetricsMismatchError: a line exists and says otherwise.
+    """
+    assert self._file is not None, 'start() was not called'
+    iteration = line['iteration']
+    known = self._known.get(iteration)
+    if known is None:
+      # JSON has no NaN: such losses are written as null, loss_hex says which.
+      clean = {k: None if _nonfinite(v) else v for k, v in line.items()}
+      self._file.write(json.dumps(clean).encode() + b'\n')
+      self._file.flush()
+      self._known[iteration] = line
+      return
+    for field in _EXACT:
+      if known.get(field) != line[field]:
+        raise MetricsMismatchError(
+          f'iteration {iteration}: {field} is {line[field]}, but '
+          f'{self._path} has {known.get(field)}: this is not the run that '
+          'wrote it (other code, software or hardware?); pass --fresh to '
+          'start over'
+        )
+
+
+class EventsFile:
+  """Appends to `events.jsonl`: what happened, when, to whom."""
+
+  def __init__(self, path: str):
+    self._path = path
+
+  def write(self, kind: str, **fields: Any) -> None:
+    """Appends one event; `time` is seconds since the epoch."""
+    event = {'time': time.time(), 'kind': kind, 'stage': None, 'replica': None}
+    with open(self._path, 'ab') as f:
+      f.write(json.dumps(event | fields).encode() + b'\n')
+
+
+def write_json(path: str, value: Any) -> None:
+  """Replaces a JSON file atomically: readers see the old or the new one."""
+  folder = os.path.dirname(path) or '.'
+  with tempfile.NamedTemporaryFile(
+    'w', dir=folder, prefix='.json-', delete=False
+  ) as f:
+    json.dump(value, f, indent=2)
+    f.write('\n')
+  os.chmod(f.name, 0o644)
+  os.replace(f.name, path)
+
+
+def _nonfinite(value: Any) -> bool:
+  return isinstance(value, float) and (
+    value != value or value in (float('inf'), float('-inf'))
+  )

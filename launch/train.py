@@ -1,0 +1,194 @@
+"""Trains a Mixture-of-Experts language model: `python -m launch.train`.
+
+Flags become a `settings.RunConfig`; everything below reads that. Exit codes:
+0 finished or stopped on request, 1 the run failed, 2 a flag is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from typing import Any
+
+from absl import flags
+
+from launch import command, settings
+from moetion_jax import base
+
+_PRESET = flags.DEFINE_string('preset', 'tiny', 'Shape of the model.')
+_MODEL = flags.DEFINE_multi_string(
+  'model', [], 'FIELD=VALUE: changes one field of the shape; repeatable.'
+)
+_REMAT = flags.DEFINE_bool(
+  'remat', None, 'Recompute activations in the backward pass.'
+)
+_DROPOUT = flags.DEFINE_float('dropout_rate', None, 'Share of zeroed outputs.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', 'run', 'Folder for everything that the run leaves behind.'
+)
+_FRESH = flags.DEFINE_bool('fresh', False, 'Remove an earlier run and start.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of weights, data order, dropout.')
+_DATA = flags.DEFINE_string(
+  'data', '', "Text: file, folder, glob or .bin; '' for Python's own sources."
+)
+_DATA_DTYPE = flags.DEFINE_string(
+  'data_dtype', 'uint16', 'Token type of a .bin: uint16 or uint32.'
+)
+_INIT_FROM = flags.DEFINE_string(
+  'init_from', '', 'A final checkpoint (WORKDIR/checkpoint) to start from.'
+)
+_INIT_WEIGHTS_ONLY = flags.DEFINE_bool(
+  'init_weights_only', False, 'Take no optimizer state from --init_from.'
+)
+_STAGES = flags.DEFINE_integer('stages', 1, 'Pipeline stages.')
+_LOCAL_DEVICES = flags.DEFINE_integer(
+  'local_devices', 1, "A worker's devices; experts are spread over them."
+)
+_ITERATIONS = flags.DEFINE_integer('iterations', None, 'Optimizer updates.')
+_MICROBATCHES = flags.DEFINE_integer(
+  'microbatches', None, 'Per replica and iteration.'
+)
+_MICROBATCH_SIZE = flags.DEFINE_integer(
+  'microbatch_size', None, 'Sequences of one microbatch.'
+)
+_EVAL_EVERY = flags.DEFINE_integer(
+  'eval_every', None, 'Iterations between evaluations; 0 for none.'
+)
+_EVAL_MICROBATCHES = flags.DEFINE_integer(
+  'eval_microbatches', None, 'Held-out microbatches of one evaluation.'
+)
+_SKIP_NONFINITE = flags.DEFINE_bool(
+  'skip_nonfinite', False, 'Leave non-finite updates out, do not stop.'
+)
+_OPTIMIZER = flags.DEFINE_string('optimizer', None, 'adamw, lion, sgd, ...')
+_LEARNING_RATE = flags.DEFINE_float('learning_rate', None, 'Its peak.')
+_WARMUP = flags.DEFINE_integer('warmup_iterations', None, 'Linear warm-up.')
+_DECAY = flags.DEFINE_integer('decay_iterations', None, 'End of the cosine.')
+_FINAL_FRACTION = flags.DEFINE_float('final_fraction', None, 'Of the peak.')
+_WEIGHT_DECAY = flags.DEFINE_float('weight_decay', None, 'On matrices.')
+_B1 = flags.DEFINE_float('b1', None, 'First moment decay, or momentum.')
+_B2 = flags.DEFINE_float('b2', None, 'Second moment decay.')
+_CLIP_NORM = flags.DEFINE_float('clip_norm', None, '0 for no clipping.')
+_CACHE = flags.DEFINE_string(
+  'compilation_cache_dir',
+  '~/.cache/moetion_jax',
+  "Compiled programs are kept here; '' for nowhere.",
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+  'print_config', False, 'Print the configuration as JSON and exit.'
+)
+
+
+def run_config() -> settings.RunConfig:
+  """The configuration that the flags describe; raises base.ConfigError."""
+  overrides = list(_MODEL.value)
+  for flag, field in ((_REMAT, 'remat'), (_DROPOUT, 'dropout_rate')):
+    if flag.value is not None:
+      overrides.append(f'{field}={flag.value}')
+  return settings.make(
+    _PRESET.value,
+    model_overrides=overrides,
+    train_overrides={
+      'seed': _SEED.value,
+      'iterations': _ITERATIONS.value,
+      'stages': _STAGES.value,
+      'local_devices': _LOCAL_DEVICES.value,
+      'microbatches': _MICROBATCHES.value,
+      'microbatch_size': _MICROBATCH_SIZE.value,
+      'eval_every': _EVAL_EVERY.value,
+      'eval_microbatches': _EVAL_MICROBATCHES.value,
+      'skip_nonfinite': _SKIP_NONFINITE.value,
+    },
+    optimizer_overrides={
+      'optimizer': _OPTIMIZER.value,
+      'learning_rate': _LEARNING_RATE.value,
+      'warmup_iterations': _WARMUP.value,
+      'decay_iterations': _DECAY.value,
+      'final_fraction': _FINAL_FRACTION.value,
+      'weight_decay': _WEIGHT_DECAY.value,
+      'b1': _B1.value,
+      'b2': _B2.value,
+      'clip_norm': _CLIP_NORM.value,
+    },
+    data=_DATA.value,
+    data_dtype=_DATA_DTYPE.value,
+    init_from=_INIT_FROM.value,
+    init_weights_only=_INIT_WEIGHTS_ONLY.value,
+  )
+
+
+def prepare_workdir(
+  workdir: str, config: dict[str, Any], *, fresh: bool
+) -> None:
+  """Makes `workdir` ready for the run that `config` describes.
+
+  Raises:
+    base.ConfigError: it holds another run, or something that is no run.
+  """
+  path = os.path.join(workdir, 'config.json')
+  if fresh and os.path.isdir(workdir):
+    if os.listdir(workdir) and not os.path.exists(path):
+      raise base.ConfigError(
+        'fresh', True, f'{workdir} holds no run of ours; remove it by hand'
+      )
+    shutil.rmtree(workdir)
+  try:
+    os.makedirs(os.path.join(workdir, 'logs'), exist_ok=True)
+  except OSError as e:
+    raise base.ConfigError('workdir', workdir, e.strerror or str(e)) from e
+  if not os.path.exists(path):
+    from launch import metrics
+
+    metrics.write_json(path, config)
+    return
+  try:
+    with open(path) as f:
+      known = json.load(f)
+  except (OSError, ValueError) as e:
+    raise base.ConfigError(
+      'workdir', workdir, f'config.json is damaged ({e}); pass --fresh'
+    ) from e
+  changed = settings.differences(known, config)
+  if changed:
+    raise base.ConfigError(
+      'workdir',
+      workdir,
+      f'holds a run with other settings ({", ".join(changed[:5])}); pass '
+      '--fresh to remove it, or another --workdir',
+    )
+
+
+def main(argv: list[str]) -> int:
+  """Trains as the flags say; returns the exit code."""
+  if len(argv) > 1:
+    raise base.ConfigError('', argv[1], 'is no flag; flags begin with --')
+  config = run_config()
+  if _PRINT_CONFIG.value:
+    print(json.dumps(config.to_json(), indent=2))
+    return 0
+  # JAX is imported below this line only: it must be set up first.
+  from launch import runtime
+
+  runtime.configure(
+    local_devices=config.train.local_devices,
+    compilation_cache_dir=_CACHE.value,
+  )
+  from launch import run
+
+  stopping = threading.Event()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *unused: stopping.set())
+  workdir = os.path.abspath(_WORKDIR.value)
+  return run.run(
+    config,
+    workdir,
+    prepare=lambda full: prepare_workdir(workdir, full, fresh=_FRESH.value),
+    stop=stopping.is_set,
+  )
+
+
+if __name__ == '__main__':
+  command.run_main(main)

@@ -1,0 +1,97 @@
+"""A model small enough to compile in a second, and runs of it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from launch import local, settings
+from models import config as model_config
+from moetion_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Shared by all tests and kept between sessions: compiling is most of the time.
+CACHE = os.path.expanduser('~/.cache/moetion_jax_tests')
+
+MICRO_FIELDS = {
+  'sequence_length': 16,
+  'num_layers': 4,
+  'model_dim': 32,
+  'num_heads': 2,
+  'num_kv_heads': 1,
+  'head_dim': 16,
+  'num_experts': 4,
+  'experts_per_token': 2,
+  'expert_dim': 32,
+  'shared_dim': 32,
+  'dense_dim': 64,
+}
+MICRO_FLAGS = [f'--model={k}={v}' for k, v in MICRO_FIELDS.items()]
+
+
+def micro_model(**fields: Any) -> model_config.ModelConfig:
+  return model_config.ModelConfig(**{**MICRO_FIELDS, **fields})
+
+
+def micro_run(
+  model: dict[str, Any] | None = None,
+  optimizer: dict[str, Any] | None = None,
+  **train: Any,
+) -> settings.RunConfig:
+  """A run of the micro model: 4 microbatches of 8 sequences by default."""
+  defaults = {
+    'iterations': 4,
+    'microbatches': 4,
+    'microbatch_size': 8,
+    'eval_every': 2,
+    'eval_microbatches': 2,
+  }
+  return settings.RunConfig(
+    preset='tiny',
+    model=micro_model(**(model or {})),
+    train=config_lib.TrainConfig(
+      **{**defaults, **train},
+      optimizer=config_lib.OptimizerConfig(
+        **{'decay_iterations': 8, 'warmup_iterations': 2, **(optimizer or {})}
+      ),
+    ),
+    data=str(ROOT / 'models'),
+  )
+
+
+def train_locally(config: settings.RunConfig):
+  """(reports by iteration and stage, workers) of a whole run in-process."""
+  workers = local.make_workers(config, local.load_data(config))
+  reports: list[list] = []
+  local.train(config, workers, lambda r: reports.append(list(r)))
+  return reports, workers
+
+
+def launch(module: str, *arguments: str, timeout_seconds: float = 120):
+  """Runs `python -m launch.MODULE` to its end; captures its output."""
+  return subprocess.run(
+    [sys.executable, '-m', f'launch.{module}', *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=timeout_seconds,
+  )
+
+
+def train_flags(workdir: object, *more: str) -> list[str]:
+  """Flags of a quick run of the micro model on the project's own sources."""
+  return [
+    f'--workdir={workdir}',
+    f'--compilation_cache_dir={CACHE}',
+    '--data=models',
+    *MICRO_FLAGS,
+    '--iterations=6',
+    '--microbatches=3',
+    '--microbatch_size=8',
+    '--eval_every=3',
+    '--eval_microbatches=2',
+    *more,
+  ]
