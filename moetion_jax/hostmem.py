@@ -1,4 +1,4 @@
-"""A run's folder in host memory: its owner, its room, its removal.
+"""A run's folder in host memory: its owner, its files, its removal.
 
 The folder lies in tmpfs (`/dev/shm/moetion-<run id>`, mode 0700) and outlives
 the processes that use it: what is committed in it is what a recovery reads. Its
@@ -10,9 +10,7 @@ No JAX here: the agent uses this module and never creates a JAX backend.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -23,7 +21,7 @@ import socket
 import stat
 import time
 
-from moetion_jax import base
+from moetion_jax import base, room
 
 _PREFIX = 'moetion-'
 _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
@@ -49,160 +47,6 @@ class WorkerId:
       f'stage {self.stage} replica {self.replica} (generation '
       f'{self.generation})'
     )
-
-
-# --- Room -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
-  """How much host memory a folder can still take.
-
-  Attributes:
-    folder: the folder these numbers are about.
-    tmpfs_free_bytes: free in the file system of the folder.
-    tmpfs_bytes: size of that file system.
-    memory_available_bytes: what the kernel could give, None if unknown.
-    cgroup_available_bytes: what the strictest memory cgroup (v1 or v2) around
-      this process leaves, None without a limit.
-  """
-
-  folder: str
-  tmpfs_free_bytes: int
-  tmpfs_bytes: int
-  memory_available_bytes: int | None = None
-  cgroup_available_bytes: int | None = None
-
-
-def format_bytes(count: int) -> str:
-  """`count` bytes for people: '64.0 MiB'."""
-  value = float(count)
-  for unit in ('bytes', 'KiB', 'MiB', 'GiB'):
-    if abs(value) < 1024:
-      return f'{value:.0f} {unit}' if unit == 'bytes' else f'{value:.1f} {unit}'
-    value /= 1024
-  return f'{value:.1f} TiB'
-
-
-def check_room(need_bytes: int, room: Room) -> None:
-  """Raises StoreError, remedy included, if `need_bytes` more do not fit."""
-  need = format_bytes(need_bytes)
-  if need_bytes > room.tmpfs_free_bytes:
-    raise base.StoreError(
-      f'{room.folder}: {need} are needed, but its file system has only '
-      f'{format_bytes(room.tmpfs_free_bytes)} free of '
-      f'{format_bytes(room.tmpfs_bytes)}. In a container give /dev/shm more: '
-      f'docker run --shm-size={_shm_size(need_bytes)}, in Kubernetes an '
-      'emptyDir with "medium: Memory" mounted there; or name a larger tmpfs '
-      'with --hostmem_dir; or keep less with --log_iterations.'
-    )
-  for available_bytes, what, remedy in (
-    (
-      room.cgroup_available_bytes,
-      'the memory limit of this cgroup leaves only',
-      'Raise the limit (docker run --memory, resources.limits.memory of the '
-      'Kubernetes pod, systemd MemoryMax)',
-    ),
-    (
-      room.memory_available_bytes,
-      'this machine has only',
-      'Stop what else uses its memory',
-    ),
-  ):
-    if available_bytes is not None and need_bytes > available_bytes:
-      raise base.StoreError(
-        f'{room.folder}: {need} of host memory are needed, but {what} '
-        f'{format_bytes(available_bytes)}. {remedy}, or keep less with '
-        '--log_iterations.'
-      )
-
-
-def _shm_size(need_bytes: int) -> str:
-  """A docker size with a quarter to spare: '2g'."""
-  return f'{max(1, -(-need_bytes * 5 // 4 >> 30))}g'
-
-
-def read_room(
-  folder: str | os.PathLike[str],
-  cgroup_root: str | os.PathLike[str] = '/sys/fs/cgroup',
-  proc_root: str | os.PathLike[str] = '/proc',
-) -> Room:
-  """Measures the room of an existing folder, all limits included."""
-  proc = pathlib.Path(proc_root)
-  file_system = os.statvfs(folder)
-  return Room(
-    folder=os.fspath(folder),
-    tmpfs_free_bytes=file_system.f_bavail * file_system.f_frsize,
-    tmpfs_bytes=file_system.f_blocks * file_system.f_frsize,
-    memory_available_bytes=_memory_available_bytes(_read(proc / 'meminfo')),
-    cgroup_available_bytes=_cgroup_available_bytes(
-      _read(proc / 'self/cgroup'), pathlib.Path(cgroup_root)
-    ),
-  )
-
-
-def _read(path: pathlib.Path) -> str:
-  try:
-    return path.read_text()
-  except OSError:
-    return ''
-
-
-def _memory_available_bytes(meminfo: str) -> int | None:
-  found = re.search(r'^MemAvailable:\s+(\d+) kB', meminfo, re.MULTILINE)
-  return int(found[1]) * 1024 if found else None
-
-
-def _cgroup_available_bytes(membership: str, root: pathlib.Path) -> int | None:
-  """The least that any memory cgroup of this process still grants.
-
-  Args:
-    membership: text of /proc/self/cgroup.
-    root: where the cgroup file systems are mounted.
-  """
-  available_bytes = []
-  for line in membership.splitlines():
-    hierarchy, controllers, path = line.split(':', 2)
-    if hierarchy == '0':
-      unified = root / 'unified'  # where both versions are mounted
-      mount = unified if unified.is_dir() else root
-      names = ('memory.max', 'memory.current', 'inactive_file')
-    elif 'memory' in controllers.split(','):
-      mount = root / 'memory'
-      names = (
-        'memory.limit_in_bytes',
-        'memory.usage_in_bytes',
-        'total_inactive_file',
-      )
-    else:
-      continue
-    # The path is the host's; inside a container only its end, or nothing of
-    # it, exists. Every ancestor limits as well.
-    parts = [part for part in path.split('/') if part]
-    for depth in range(len(parts) + 1):
-      group = mount.joinpath(*parts[:depth])
-      left_bytes = _group_available_bytes(group, *names)
-      if left_bytes is not None:
-        available_bytes.append(left_bytes)
-  return min(available_bytes, default=None)
-
-
-def _group_available_bytes(
-  group: pathlib.Path, limit_name: str, usage_name: str, cache_name: str
-) -> int | None:
-  """What one memory cgroup still grants; None without a limit."""
-  limit, usage = _read(group / limit_name), _read(group / usage_name)
-  if not limit.strip().isdigit() or int(limit) >= _UNLIMITED_BYTES:
-    return None
-  used_bytes = int(usage) if usage.strip().isdigit() else 0
-  # Clean file pages count as used but are given back on demand; tmpfs pages
-  # are not among them.
-  cache = re.search(
-    rf'^{cache_name} (\d+)', _read(group / 'memory.stat'), re.MULTILINE
-  )
-  if cache:
-    used_bytes = max(0, used_bytes - int(cache[1]))
-  return max(0, int(limit) - used_bytes)
 
 
 # --- The folder --------------------------------------------------------------
@@ -295,25 +139,25 @@ def _lock(path: pathlib.Path) -> int:
   """Locks a store folder; the descriptor holds the lock until closed.
 
   Raises:
-    StoreError: a living process holds it.
+    StoreError: a living process holds it, or removes the folder just now.
   """
   name = path / 'lock'
-  while True:
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      # A run that removed the folder in between left us the lock of a file
-      # that nobody else can find.
-      with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.stat(name), os.fstat(fd)):
-          return fd
-    except BlockingIOError:
-      os.close(fd)
-      raise base.StoreError(
-        f'{path}: in use by a living run (pid {_owner(path).get("pid")})'
-      ) from None
-    os.close(fd)
-    path.mkdir(mode=0o700, exist_ok=True)
+  flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+  try:
+    fd = os.open(name, flags, 0o600)
+  except OSError as error:
+    raise base.StoreError(f'{name}: {error.strerror}') from error
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if os.path.samestat(os.stat(name), os.fstat(fd)):
+      return fd
+    reason = 'was just removed by its run'  # we locked what nobody else finds
+  except FileNotFoundError:
+    reason = 'was just removed by its run'
+  except BlockingIOError:
+    reason = f'in use by a living run (pid {_owner(path).get("pid")})'
+  os.close(fd)
+  raise base.StoreError(f'{path}: {reason}')
 
 
 def _owner(path: pathlib.Path) -> dict[str, object]:
@@ -394,6 +238,8 @@ def reserve(path: str | os.PathLike[str], size_bytes: int) -> int:
   Raises:
     StoreError: there is no room; then there is no file either.
   """
+  # First, since beyond a cgroup's limit the kernel does not refuse, it kills.
+  room.check_room(size_bytes, room.read_room(pathlib.Path(path).parent))
   flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
   fd = os.open(path, flags, 0o600)
   try:
@@ -401,11 +247,7 @@ def reserve(path: str | os.PathLike[str], size_bytes: int) -> int:
   except OSError as error:
     os.close(fd)
     os.unlink(path)
-    if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-      parent = pathlib.Path(path).parent
-      check_room(size_bytes, read_room(parent))
-      raise base.StoreError(
-        f'{path}: no room for {format_bytes(size_bytes)} ({error.strerror})'
-      ) from error
-    raise base.StoreError(f'{path}: {error.strerror}') from error
+    raise base.StoreError(
+      f'{path}: no room for {room.format_bytes(size_bytes)}: {error.strerror}'
+    ) from error
   return fd

@@ -140,7 +140,8 @@ def judge(partials: list[np.ndarray], clip_norm: float) -> Verdict:
   total = np.zeros(4, np.float32)
   bad_stage = None
   for stage, partial in enumerate(partials):
-    total += partial
+    with np.errstate(over="ignore", invalid="ignore"):  # judged below
+      total += partial
     if bad_stage is None and not np.all(np.isfinite(partial)):
       bad_stage = stage
   norm = np.sqrt(total[_SQUARED_NORM])

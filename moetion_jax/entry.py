@@ -1,0 +1,162 @@
+"""One boundary log entry as bytes: its header, its payload, its checksum.
+
+The same header stands in a segment's slot and in front of a payload on the
+network. Its commit word is the checksum of its fields, so half a header is
+recognised as none.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from moetion_jax import base
+
+_FIELDS = struct.Struct('<QQqiiiiII8QQQQ')
+_COMMIT = struct.Struct('<Q')
+_MAX_DIMS = 8
+COMMIT_OFFSET = _FIELDS.size
+HEADER_BYTES = _FIELDS.size + _COMMIT.size
+
+# The position in this tuple is part of the file format: append only.
+DTYPES: tuple[np.dtype, ...] = tuple(
+  np.dtype(scalar)
+  for scalar in (
+    np.bool_,
+    np.int8,
+    np.int16,
+    np.int32,
+    np.int64,
+    np.uint8,
+    np.uint16,
+    np.uint32,
+    np.uint64,
+    np.float16,
+    np.float32,
+    np.float64,
+    np.complex64,
+    ml_dtypes.bfloat16,
+    ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e5m2,
+  )
+)
+
+
+class EntryCorruptError(base.StoreError):
+  """The bytes of a committed entry do not have its checksum."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntryHeader:
+  """What a slot says of one entry; `pack` is its form in files and messages.
+
+  Attributes:
+    key: name of the entry.
+    generation: of the producer that wrote it.
+    sequence: number of the entry in its segment, from 0.
+    dtype: one of DTYPES.
+    shape: at most 8 dims.
+    offset: of the payload in the ring, in bytes.
+    nbytes: of the payload.
+    checksum: xxh3 of the payload, 64 bits.
+  """
+
+  key: base.EntryKey
+  generation: int
+  sequence: int
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  offset: int
+  nbytes: int
+  checksum: int
+
+  def pack(self) -> bytes:
+    """Fields and commit word: HEADER_BYTES bytes."""
+    key = self.key
+    shape = self.shape + (0,) * (_MAX_DIMS - len(self.shape))
+    fields = _FIELDS.pack(
+      self.sequence,
+      self.generation,
+      key.iteration,
+      key.stage,
+      key.replica,
+      key.kind,
+      key.microbatch,
+      DTYPES.index(self.dtype),
+      len(self.shape),
+      *shape,
+      self.offset,
+      self.nbytes,
+      self.checksum,
+    )
+    return fields + _COMMIT.pack(_commit_word(fields))
+
+  @classmethod
+  def unpack(cls, data: bytes) -> EntryHeader | None:
+    """The inverse of `pack`; None if `data` is no committed header."""
+    if len(data) != HEADER_BYTES:
+      return None
+    fields, (commit,) = (
+      data[: _FIELDS.size],
+      _COMMIT.unpack_from(data, _FIELDS.size),
+    )
+    if commit != _commit_word(fields):
+      return None
+    (sequence, generation, iteration, stage, replica, kind, microbatch) = (
+      values := _FIELDS.unpack(fields)
+    )[:7]
+    dtype, dims = values[7:9]
+    offset, nbytes, checksum = values[9 + _MAX_DIMS :]
+    if dtype >= len(DTYPES) or dims > _MAX_DIMS:
+      return None
+    shape = values[9 : 9 + dims]
+    if math.prod(shape) * DTYPES[dtype].itemsize != nbytes:
+      return None
+    try:
+      kind = base.EntryKind(kind)
+    except ValueError:
+      return None
+    return cls(
+      key=base.EntryKey(iteration, stage, replica, kind, microbatch),
+      generation=generation,
+      sequence=sequence,
+      dtype=DTYPES[dtype],
+      shape=shape,
+      offset=offset,
+      nbytes=nbytes,
+      checksum=checksum,
+    )
+
+
+def _commit_word(fields: bytes) -> int:
+  return xxhash.xxh3_64_intdigest(fields) or 1  # 0: being written
+
+
+def checksum(array: np.ndarray) -> int:
+  """The checksum that headers hold, of the bytes of `array`."""
+  return xxhash.xxh3_64_intdigest(as_bytes(array).data)
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+  """The bytes of `array`, u8[nbytes]; a view if it is contiguous."""
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def from_bytes(data: np.ndarray, header: EntryHeader) -> np.ndarray:
+  """The array that the bytes of an entry, u8[nbytes], stand for: a view."""
+  return data.view(header.dtype).reshape(header.shape)
+
+
+def verify(header: EntryHeader, array: np.ndarray) -> None:
+  """Raises EntryCorruptError unless `array` has the header's checksum."""
+  if checksum(array) != header.checksum:
+    raise EntryCorruptError(
+      f'{header.key}: stored bytes do not have the checksum written with them'
+    )

@@ -1,0 +1,135 @@
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from launch import metrics
+from moetion_jax import base, worker
+
+pytestmark = pytest.mark.fast
+
+
+def _report(stage=0, iteration=1, loss=1.5, seed=0, **more):
+  fields = {
+    'iteration': iteration,
+    'stage': stage,
+    'loss': loss,
+    'auxiliary_loss': 0.25,
+    'grad_norm': 2.0,
+    'dropped': 3,
+    'updated': True,
+    'digests': {
+      base.OperatorId(f'layers/{stage}'): np.array([seed, 7], np.uint32)
+    },
+    'eval_loss': None,
+    'seconds': 0.5,
+    'waited_seconds': 0.0,
+  }
+  return worker.Report(**{**fields, **more})
+
+
+def _line(iteration, loss=1.5):
+  return metrics.make_line([_report(iteration=iteration, loss=loss)], 64)
+
+
+def test_line_has_the_contract_fields():
+  line = metrics.make_line(
+    [_report(0), _report(1, seconds=0.75, eval_loss=2.5)], 64
+  )
+  assert line['loss_hex'] == (1.5).hex() and line['seconds'] == 0.75
+  assert line['eval_loss'] == 2.5
+  assert set(line) >= {
+    'iteration', 'loss', 'loss_hex', 'tokens', 'seconds', 'digest',
+    'snapshot_bytes', 'blocked_seconds', 'grad_norm',
+  }  # fmt: skip
+
+
+def test_digest_is_of_all_stages_and_of_no_order():
+  one, two = _report(0, seed=1), _report(1, seed=2)
+  whole = metrics.make_line([one, two], 64)['digest']
+  merged = _report(1, digests={**two.digests, **one.digests})
+  assert metrics.make_line([merged], 64)['digest'] == whole
+  assert metrics.make_line([one, _report(1, seed=3)], 64)['digest'] != whole
+
+
+def test_lines_are_written_once_and_compared_after(tmp_path):
+  path = str(tmp_path / 'metrics.jsonl')
+  with metrics.MetricsFile(path) as f:
+    for i in (1, 2, 3):
+      f.write(_line(i))
+  content = open(path, 'rb').read()
+  with metrics.MetricsFile(path) as f:
+    assert f.last_iteration == 3
+    f.write(_line(2))  # equal: fine
+    with pytest.raises(metrics.MetricsMismatchError, match='iteration 2'):
+      f.write(_line(2, loss=np.nextafter(1.5, 2.0)))
+    f.write(_line(4))
+  assert open(path, 'rb').read().startswith(content)
+  lines = [json.loads(x) for x in open(path)]
+  assert [x['iteration'] for x in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('cut_bytes', [1, 5, 40])
+def test_a_torn_last_line_is_cut(tmp_path, cut_bytes):
+  path = str(tmp_path / 'metrics.jsonl')
+  with metrics.MetricsFile(path) as f:
+    for i in (1, 2):
+      f.write(_line(i))
+  whole = open(path, 'rb').read()
+  os.truncate(path, len(whole) - cut_bytes)
+  with metrics.MetricsFile(path) as f:
+    assert f.last_iteration == 1
+    f.write(_line(2))
+  assert open(path, 'rb').read() == whole
+
+
+def test_a_damaged_line_is_named(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"iteration": 1}\nnonsense\n{"iteration": 3}\n')
+  with pytest.raises(base.StoreError, match='metrics.jsonl:2'):
+    metrics.MetricsFile(str(path)).start()
+
+
+def test_nan_is_valid_json(tmp_path):
+  path = str(tmp_path / 'metrics.jsonl')
+  with metrics.MetricsFile(path) as f:
+    f.write(_line(1, loss=float('nan')))
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  line = json.loads(open(path).read(), parse_constant=refuse)
+  assert line['loss'] is None and line['loss_hex'] == 'nan'
+
+
+def test_events_have_time_and_kind(tmp_path):
+  path = str(tmp_path / 'events.jsonl')
+  events = metrics.EventsFile(path)
+  events.write('start', stages=2)
+  events.write('failure', stage=1, replica=0)
+  first, second = (json.loads(x) for x in open(path))
+  assert first['kind'] == 'start' and first['stage'] is None
+  assert second['stage'] == 1 and second['time'] >= first['time']
+
+
+def test_write_json_is_atomic(tmp_path):
+  path = str(tmp_path / 'workers.json')
+  metrics.write_json(path, {'n': 0, 'pad': 'x' * 4096})
+  done = threading.Event()
+  seen = set()
+
+  def read():
+    while not done.is_set():
+      with open(path) as f:
+        seen.add(json.load(f)['n'])
+
+  reader = threading.Thread(target=read)
+  reader.start()
+  for n in range(200):
+    metrics.write_json(path, {'n': n, 'pad': 'x' * 4096})
+  done.set()
+  reader.join()
+  assert seen <= set(range(200)) and seen
+  assert os.listdir(tmp_path) == ['workers.json']

@@ -1,0 +1,266 @@
+"""The real program, as a user runs it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import helpers
+
+pytestmark = [pytest.mark.fast, pytest.mark.timeout(300)]
+
+
+def _lines(workdir):
+  return [json.loads(x) for x in open(pathlib.Path(workdir, 'metrics.jsonl'))]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """Workdir of a finished run."""
+  workdir = tmp_path_factory.mktemp('train') / 'run'
+  result = helpers.launch('train', *helpers.train_flags(workdir))
+  assert result.returncode == 0, result.stderr
+  assert 'held-out' in result.stdout and 'tokens/s' in result.stdout
+  return workdir
+
+
+def test_the_files_of_a_run(finished):
+  lines = _lines(finished)
+  assert [x['iteration'] for x in lines] == [1, 2, 3, 4, 5, 6]
+  assert lines[-1]['loss'] < lines[0]['loss']
+  assert ['eval_loss' in x for x in lines] == [0, 0, 1, 0, 0, 1]
+  assert all(float.fromhex(x['loss_hex']) == x['loss'] for x in lines)
+  assert len({x['digest'] for x in lines}) == 6
+  config = json.loads((finished / 'config.json').read_text())
+  assert config['preset'] == 'tiny' and config['software']['jax']
+  assert len(config['data']['blake2b']) >= 32
+  workers = json.loads((finished / 'workers.json').read_text())
+  assert workers['workers'][0]['state'] == 'finished'
+  kinds = [json.loads(x)['kind'] for x in open(finished / 'events.jsonl')]
+  assert kinds == ['start', 'finished']
+  assert (finished / 'logs').is_dir()
+
+
+def test_same_flags_same_bits(finished, tmp_path):
+  result = helpers.launch('train', *helpers.train_flags(tmp_path / 'again'))
+  assert result.returncode == 0, result.stderr
+  for a, b in zip(_lines(finished), _lines(tmp_path / 'again'), strict=True):
+    assert a['loss_hex'] == b['loss_hex']
+    assert a['digest'] == b['digest']
+    assert a.get('eval_loss_hex') == b.get('eval_loss_hex')
+
+
+def test_a_checkpoint_needs_none_of_our_code(finished, tmp_path):
+  script = (
+    'import sys, numpy as np\n'
+    'from orbax import checkpoint as ocp\n'
+    f'tree = ocp.StandardCheckpointer().restore({str(finished)!r}'
+    " + '/checkpoint')\n"
+    'try:\n  import moetion_jax\n  sys.exit(3)\n'
+    'except ImportError:\n  pass\n'
+    "w = np.asarray(tree['parameters']['layers/3/experts/w_up'])\n"
+    "print(tree['iteration'], w.shape, w.dtype, np.isfinite(w).all())\n"
+  )
+  result = subprocess.run(
+    [sys.executable, '-P', '-c', script],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.split('\n')[-2] == '6 (4, 32, 32) float32 True'
+
+
+def test_init_from_continues_from_the_exact_state(finished, tmp_path):
+  """Iteration 1 of a run with no step at all leaves the checkpoint's state."""
+  flags = helpers.train_flags(
+    tmp_path / 'next', f'--init_from={finished}/checkpoint', '--stages=2'
+  )
+  result = helpers.launch('train', *flags)
+  assert result.returncode == 0, result.stderr
+  # Its first loss is that of the trained model, not of a fresh one.
+  assert _lines(tmp_path / 'next')[0]['loss'] < _lines(finished)[0]['loss'] - 0.5
+
+
+def test_init_from_is_bitwise(finished, tmp_path):
+  from launch import checkpoint, local
+  from moetion_jax import digest
+
+  config = checkpoint.load_config(str(finished / 'checkpoint'), 'init_from')
+  tree = checkpoint.load(str(finished / 'checkpoint'), 'init_from')
+  digests = {}
+  stage = local.build_stage(config, 0)
+  state = checkpoint.state_of(stage, tree, 'x', weights_only=False)
+  import jax
+
+  rows = jax.jit(stage._digest)(state)
+  digests = stage.partition.by_operator(jax.device_get(rows))
+  assert digest.combine(digests) == _lines(finished)[-1]['digest']
+  fresh = checkpoint.state_of(stage, tree, 'x', weights_only=True)
+  np.testing.assert_array_equal(
+    fresh['head']['master/head/table'], state['head']['master/head/table']
+  )
+  counts = [v for k, v in fresh['head'].items() if k.endswith('count')]
+  assert counts and not any(np.any(np.asarray(c)) for c in counts)
+
+
+def test_a_finished_run_says_so(finished):
+  result = helpers.launch('train', *helpers.train_flags(finished))
+  assert result.returncode == 0
+  assert 'finished' in result.stdout and '--fresh' in result.stdout
+
+
+def test_another_run_in_the_same_workdir_is_refused(finished):
+  flags = helpers.train_flags(finished, '--seed=7')
+  result = helpers.launch('train', *flags)
+  assert result.returncode == 2
+  assert 'train.seed' in result.stderr and '--fresh' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_fresh_removes_no_foreign_folder(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('years of work')
+  result = helpers.launch('train', *helpers.train_flags(tmp_path, '--fresh'))
+  assert result.returncode == 2 and 'by hand' in result.stderr
+  assert (tmp_path / 'thesis.tex').exists()
+
+
+def test_sigterm_finishes_the_iteration_and_the_rerun_compares(tmp_path):
+  flags = helpers.train_flags(tmp_path / 'run', '--iterations=400')
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'launch.train', *flags],
+    cwd=helpers.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout is not None
+  for line in process.stdout:
+    if line.startswith('iteration 3/'):
+      process.send_signal(signal.SIGTERM)
+      break
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert 'Stopped after iteration' in out
+  lines = _lines(tmp_path / 'run')
+  assert 3 <= len(lines) < 400
+  assert not (tmp_path / 'run' / 'checkpoint').exists()
+  # A line that says something else is found out when the run is repeated.
+  path = tmp_path / 'run' / 'metrics.jsonl'
+  text = path.read_text().replace(lines[1]['digest'], '0' * 16)
+  path.write_text(text)
+  again = helpers.launch('train', *flags)
+  assert again.returncode == 1
+  assert 'iteration 2: digest is' in again.stderr
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--preset=huge'], ['--preset=huge', 'tiny']),
+    (['--optimizer=adamm'], ['--optimizer=adamm', 'adamw']),
+    (['--iterations=many'], ['--iterations=many']),
+    (['--no_such_flag=1'], ['no_such_flag']),
+    (['--stages=5'], ['--stages=5', '4']),
+    (['--local_devices=3', '--microbatch_size=6'], ['--local_devices=3']),
+    (['--local_devices=3'], ['--microbatch_size=8', 'local_devices=3']),
+    (['--data=/no/such/file'], ['--data=/no/such/file']),
+    (['--model=vocab_size=100'], ['--data=', 'vocab_size']),
+    (['--init_from=/no/such/folder'], ['--init_from=/no/such/folder']),
+    (['stray'], ['stray']),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, words):
+  result = helpers.launch(
+    'train', *helpers.train_flags(tmp_path / 'run', *flags)
+  )
+  assert result.returncode == 2, (result.stdout, result.stderr)
+  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  for word in words:
+    assert word in result.stderr
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+
+
+def test_bad_init_from(finished, tmp_path):
+  import shutil
+
+  corrupt = tmp_path / 'corrupt'
+  shutil.copytree(finished / 'checkpoint', corrupt)
+  for path in corrupt.rglob('*'):
+    if path.is_file() and path.stat().st_size > 4096:
+      content = bytearray(path.read_bytes())
+      middle = len(content) // 2
+      content[middle : middle + 2048] = os.urandom(2048)
+      path.write_bytes(content)
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  for folder in (corrupt, empty):
+    result = helpers.launch(
+      'train',
+      *helpers.train_flags(tmp_path / 'run', f'--init_from={folder}'),
+    )
+    assert result.returncode == 2, result.stderr
+    assert f'--init_from={folder}' in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+  wide = helpers.launch(
+    'train',
+    *helpers.train_flags(
+      tmp_path / 'run',
+      f'--init_from={finished}/checkpoint',
+      '--model=model_dim=64',
+    ),
+  )
+  assert wide.returncode == 2 and 'the run needs' in wide.stderr
+
+
+def test_nan_loss_ends_the_run(tmp_path):
+  flags = helpers.train_flags(
+    tmp_path / 'run',
+    '--optimizer=sgd',
+    '--learning_rate=1e30',
+    '--clip_norm=0',
+  )
+  result = helpers.launch('train', *flags)
+  assert result.returncode == 1
+  assert 'iteration' in result.stderr and 'stage 0' in result.stderr
+  kinds = [json.loads(x)['kind'] for x in open(tmp_path / 'run/events.jsonl')]
+  assert kinds[-1] == 'failure'
+
+
+def test_print_config_is_json_and_writes_nothing(tmp_path):
+  result = helpers.launch(
+    'train', *helpers.train_flags(tmp_path / 'run', '--print_config')
+  )
+  assert result.returncode == 0
+  assert json.loads(result.stdout)['train']['iterations'] == 6
+  assert not (tmp_path / 'run').exists()
+
+
+def test_generate_is_deterministic_text(finished):
+  def sample(*more):
+    result = helpers.launch(
+      'generate',
+      f'--checkpoint={finished}/checkpoint',
+      '--prompt=def ',
+      '--tokens=12',
+      *more,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+  first = sample()
+  assert first.startswith('def ') and len(first) > 5
+  assert sample() == first
+  assert sample('--seed=1') != first
+
+
+def test_generate_refuses_what_is_no_checkpoint(tmp_path):
+  result = helpers.launch('generate', f'--checkpoint={tmp_path}')
+  assert result.returncode == 2
+  assert f'--checkpoint={tmp_path}' in result.stderr

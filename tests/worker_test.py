@@ -1,0 +1,181 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from launch import local
+from moetion_jax import base, worker
+from tests import helpers
+
+pytestmark = pytest.mark.fast
+
+
+def _partial(square, loss=0.0, auxiliary=0.0, dropped=0):
+  return np.array([square, loss, auxiliary, dropped], np.float32)
+
+
+@pytest.mark.parametrize(
+  ('partials', 'clip', 'norm', 'factor', 'bad'),
+  [
+    ([_partial(9.0)], 0.0, 3.0, 1.0, None),
+    ([_partial(9.0)], 1.5, 3.0, 0.5, None),
+    ([_partial(9.0)], 3.0, 3.0, 1.0, None),  # at the limit: untouched
+    ([_partial(9.0), _partial(16.0, loss=2.0)], 2.5, 5.0, 0.5, None),
+    ([_partial(0.0)], 1.0, 0.0, 1.0, None),
+    ([_partial(1.0), _partial(np.nan)], 1.0, np.nan, None, 1),
+    ([_partial(np.inf), _partial(np.nan)], 1.0, np.nan, None, 0),
+    ([_partial(1.0), _partial(1.0, loss=np.nan)], 1.0, np.sqrt(2.0), None, 1),
+    # Each is finite, their sum is not.
+    ([_partial(3e38), _partial(3e38)], 1.0, np.inf, None, 1),
+  ],
+)
+def test_judge(partials, clip, norm, factor, bad):
+  verdict = worker.judge(partials, clip)
+  assert np.array_equal(verdict.grad_norm, np.float32(norm), equal_nan=True)
+  assert verdict.bad_stage == bad
+  if factor is not None:
+    assert verdict.clip_factor == np.float32(factor)
+    assert verdict.clip_factor.dtype == np.float32
+
+
+def test_judge_sums_in_stage_order_in_fp32():
+  values = [np.float32(x) for x in (1e8, 1.0, -1e8, 1.0)]
+  verdict = worker.judge([_partial(0.0, loss=v) for v in values], 1.0)
+  expected = np.float32(0)
+  for v in values:
+    expected = np.float32(expected + v)
+  assert verdict.loss == expected
+  assert verdict.loss != np.float32(2)  # order and width do matter
+
+
+class _Poisoned:
+  """Data whose embedding rows the test has made NaN in one iteration."""
+
+  def __init__(self, data, iteration):
+    self._data = data
+    self._iteration = iteration
+
+  def held_out_batch(self, index):
+    return self._data.held_out_batch(index)
+
+  def batch(self, iteration, microbatch):
+    batch = self._data.batch(iteration, microbatch)
+    if iteration != self._iteration:
+      return batch._replace(inputs=np.minimum(batch.inputs, 127))
+    return batch._replace(inputs=np.full_like(batch.inputs, 255))
+
+
+def _poison(config, iteration):
+  """Workers whose model meets a NaN in `iteration` and in no other one."""
+  data = _Poisoned(local.load_data(config), iteration)
+  workers = local.make_workers(config, data)
+  first = workers[0]
+  state = {g: dict(leaves) for g, leaves in first.state.items()}
+  name = 'master/embedding/table'
+  table = np.array(state['embedding'][name])
+  table[255] = np.nan
+  state['embedding'][name] = table
+  first.state = first.stage.place_state(state)
+  first.compute = first.programs.compute_of(first.state)
+  return workers
+
+
+@pytest.mark.parametrize('stages', [1, 2])
+def test_a_nan_ends_the_run_and_names_iteration_and_stage(stages):
+  config = helpers.micro_run(stages=stages, eval_every=0)
+  workers = _poison(config, 3)
+  seen = []
+  with pytest.raises(base.NonFiniteError, match='iteration 3.*stage 0'):
+    local.train(config, workers, lambda r: seen.append(r[-1].iteration))
+  assert seen == [1, 2]
+
+
+def test_skip_nonfinite_leaves_the_update_out():
+  config = helpers.micro_run(eval_every=0, skip_nonfinite=True)
+  workers = _poison(config, 2)
+  reports = []
+  local.train(config, workers, lambda r: reports.append(r[0]))
+  assert [r.updated for r in reports] == [True, False, True, True]
+  assert np.isnan(reports[1].loss) and np.isfinite(reports[2].loss)
+  for operator, value in reports[0].digests.items():
+    np.testing.assert_array_equal(value, reports[1].digests[operator])
+
+
+@pytest.mark.parametrize('stages', [1, 3])
+def test_all_stages_stop_after_the_same_iteration(stages):
+  config = helpers.micro_run(stages=stages, iterations=50, eval_every=0)
+  workers = local.make_workers(config, local.load_data(config))
+  seen = []
+  last = local.train(
+    config,
+    workers,
+    lambda r: seen.append(r[-1].iteration),
+    stop=lambda: len(seen) >= 2,
+  )
+  assert seen == list(range(1, last + 1))
+  assert 2 <= last < 50
+
+
+def test_an_error_of_the_caller_ends_all_stages():
+  config = helpers.micro_run(stages=2, iterations=50, eval_every=0)
+  workers = local.make_workers(config, local.load_data(config))
+
+  def fail(_):
+    raise KeyError('disk is gone')
+
+  with pytest.raises(KeyError, match='disk is gone'):
+    local.train(config, workers, fail)
+
+
+def test_evaluation_is_of_the_state_after_the_update():
+  config = helpers.micro_run(iterations=2, eval_every=1)
+  (reports, (end,)) = helpers.train_locally(config)
+  assert all(r[0].eval_loss is not None for r in reports)
+  data = local.load_data(config)
+  from moetion_jax import stage_model
+
+  losses = []
+  for m in range(config.train.eval_microbatches):
+    batch = data.held_out_batch(m)
+    losses.append(
+      end.programs.evaluate(
+        end.compute, stage_model.Inputs(batch.inputs, batch.labels)
+      )
+    )
+  assert reports[-1][0].eval_loss == float(
+    np.mean([np.float32(x) for x in losses], dtype=np.float32)
+  )
+
+
+def test_evaluation_changes_nothing():
+  often, _ = helpers.train_locally(helpers.micro_run(eval_every=1))
+  never, _ = helpers.train_locally(helpers.micro_run(eval_every=0))
+  for a, b in zip(often, never, strict=True):
+    assert a[0].loss.hex() == b[0].loss.hex()
+    assert b[0].eval_loss is None
+
+
+def test_clipping_bounds_the_step():
+  free = helpers.micro_run(
+    iterations=1, eval_every=0, optimizer={'optimizer': 'sgd'}
+  )
+  tight = dataclasses.replace(
+    free,
+    train=dataclasses.replace(
+      free.train,
+      optimizer=dataclasses.replace(free.train.optimizer, clip_norm=1e-9),
+    ),
+  )
+  (_, (moved,)) = helpers.train_locally(free)
+  (_, (held,)) = helpers.train_locally(tight)
+  start = held.stage.initial_state()
+  name = 'master/head/table'
+
+  def step(w):
+    return np.abs(
+      np.asarray(w.state['head'][name]) - np.asarray(start['head'][name])
+    ).max()
+
+  decay = np.abs(np.asarray(start['head'][name])).max()
+  assert step(moved) > 1e-4
+  assert step(held) < 0.01 * decay
