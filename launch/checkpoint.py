@@ -101,49 +101,64 @@ def load_config(path: str, flag: str) -> settings.RunConfig:
     ) from e
 
 
-def state_of(
+def check(
   stage: stage_lib.Stage,
   tree: Mapping[str, Any],
   path: str,
   *,
   weights_only: bool,
-) -> operators.State:
-  """One stage's training state out of a whole checkpoint.
+) -> None:
+  """Whether a checkpoint holds what a stage needs; moves nothing.
 
   Raises:
     base.ConfigError: a leaf that the stage needs is missing or has another
       shape or dtype.
   """
-
-  def take(found: Any, name: str, wanted: Any) -> np.ndarray:
+  wanted = {('parameters', n): s for n, s in stage.model.shapes.items()}
+  if not weights_only:
+    for group, leaves in stage.state_shapes.items():
+      for leaf, shape in leaves.items():
+        if not leaf.startswith(_MASTER):
+          wanted['optimizer', group, leaf] = shape
+  for keys, shape in wanted.items():
+    found = tree
+    for key in keys:
+      found = found.get(key) if isinstance(found, Mapping) else None
+    name = ' of '.join(reversed(keys[1:]))
     if found is None:
       raise base.ConfigError('init_from', path, f'has no {name}')
     found = np.asarray(found)
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+    if found.shape != shape.shape or found.dtype != shape.dtype:
       raise base.ConfigError(
         'init_from',
         path,
         f'{name} is {found.dtype}{list(found.shape)}, the run needs '
-        f'{wanted.dtype}{list(wanted.shape)}',
+        f'{shape.dtype}{list(shape.shape)}',
       )
-    return found
 
-  masters = {
-    name: take(tree['parameters'].get(name), name, shape)
-    for name, shape in stage.model.shapes.items()
-  }
+
+def state_of(
+  stage: stage_lib.Stage, tree: Mapping[str, Any], *, weights_only: bool
+) -> operators.State:
+  """One stage's training state out of a checkpoint that `check` passed."""
+  parameters, optimizer = tree['parameters'], tree['optimizer']
   if weights_only:
-    return stage.state_from_masters(masters)
-  state = {}
-  for group, leaves in stage.state_shapes.items():
-    theirs = tree['optimizer'].get(group, {})
-    state[group] = {
-      leaf: masters[leaf.removeprefix(_MASTER)]
-      if leaf.startswith(_MASTER)
-      else take(theirs.get(leaf), f'{leaf} of {group}', wanted)
-      for leaf, wanted in leaves.items()
+    return stage.state_from_masters(
+      {n: np.asarray(parameters[n]) for n in stage.model.shapes}
+    )
+  return stage.place_state(
+    {
+      group: {
+        leaf: np.asarray(
+          parameters[leaf.removeprefix(_MASTER)]
+          if leaf.startswith(_MASTER)
+          else optimizer[group][leaf]
+        )
+        for leaf in leaves
+      }
+      for group, leaves in stage.state_shapes.items()
     }
-  return stage.place_state(state)
+  )
 
 
 def _first_line(e: Exception) -> str:

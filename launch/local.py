@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -56,32 +57,53 @@ def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
   )
 
 
-def initial_state(
-  config: settings.RunConfig, stage: stage_lib.Stage
-) -> operators.State:
-  """State 0: from the seed or `--init_from`; raises base.ConfigError."""
+def load_initial(config: settings.RunConfig) -> dict[str, Any] | None:
+  """The checkpoint that the run starts from, checked against every stage.
+
+  Returns:
+    None when the run starts from its seed.
+
+  Raises:
+    base.ConfigError: it is missing, damaged or of another model.
+  """
   if not config.init_from:
+    return None
+  tree = checkpoint.load(config.init_from, 'init_from')
+  for index in range(config.train.stages):
+    checkpoint.check(
+      build_stage(config, index),
+      tree,
+      config.init_from,
+      weights_only=config.init_weights_only,
+    )
+  return tree
+
+
+def initial_state(
+  config: settings.RunConfig,
+  stage: stage_lib.Stage,
+  initial: Mapping[str, Any] | None,
+) -> operators.State:
+  """State 0: from the seed, or from what `load_initial` read."""
+  if initial is None:
     return stage.initial_state()
   return checkpoint.state_of(
-    stage,
-    checkpoint.load(config.init_from, 'init_from'),
-    config.init_from,
-    weights_only=config.init_weights_only,
+    stage, initial, weights_only=config.init_weights_only
   )
 
 
 def make_workers(
   config: settings.RunConfig,
   data: worker.Data,
-  on_program: Callable[[int, str], None] = lambda stage, name: None,
+  initial: Mapping[str, Any] | None = None,
 ) -> list[worker.Worker]:
   """Compiles every stage; their logs are one shared memory."""
   store = memory_log.MemoryStore()
   workers = []
   for index in range(config.train.stages):
     stage = build_stage(config, index)
-    state = initial_state(config, stage)
-    programs = stage.compile(lambda name, index=index: on_program(index, name))
+    state = initial_state(config, stage, initial)
+    programs = stage.compile()
     log = memory_log.MemoryLog(hostmem.WorkerId(index, 0, 1), store)
     workers.append(
       worker.Worker(index, stage, programs, state, log, data)

@@ -61,10 +61,11 @@ def run(
     )
   for index in range(train.stages):  # errors of shape before any file
     local.build_stage(config, index)
+  initial = local.load_initial(config)
   prepare(
-    config.to_json() | {'data': data.fingerprint(), 'software': software()}
-    | {'data_path': config.data}
-  )  # fmt: skip
+    config.to_json()
+    | {'data_fingerprint': data.fingerprint(), 'software': software()}
+  )
   events = metrics.EventsFile(os.path.join(workdir, 'events.jsonl'))
   final = os.path.join(workdir, 'checkpoint')
   if os.path.isdir(final):
@@ -76,13 +77,14 @@ def run(
         f'{workdir} has {lines.last_iteration} iterations of this run; they '
         'are done again and compared.'
       )
-    return _train(config, workdir, data, lines, events, stop)
+    return _train(config, workdir, data, initial, lines, events, stop)
 
 
 def _train(
   config: settings.RunConfig,
   workdir: str,
   data: worker.Data,
+  initial: dict[str, Any] | None,
   lines: metrics.MetricsFile,
   events: metrics.EventsFile,
   stop: Callable[[], bool],
@@ -95,7 +97,7 @@ def _train(
   )
   print(f'Compiling {train.stages} stage(s) of {config.preset} ...', flush=True)
   _write_workers(workdir, config, 'compiling', 0)
-  workers = local.make_workers(config, data)
+  workers = local.make_workers(config, data, initial)
   events.write('start', stages=train.stages, iterations=train.iterations)
   _write_workers(workdir, config, 'running', 0)
   view = progress.Progress(train.iterations, tokens)

@@ -54,7 +54,7 @@ def _normals(seed: int, *shape: int) -> jax.Array:
   return jnp.asarray(values, jnp.float32)
 
 
-def _plan_by_hand(experts, num_experts, capacity) -> Any:
+def _plan_by_hand(experts, num_experts, capacity) -> moe.Dispatch:
   """The definition of a dispatch: one pass over choices, token by token."""
   n, k = experts.shape
   slot_of_choice = np.full((n, k), num_experts * capacity)
@@ -69,7 +69,8 @@ def _plan_by_hand(experts, num_experts, capacity) -> Any:
     else:
       dropped += 1
     load[expert] += 1
-  return moe.Dispatch(slot_of_choice, choice_of_slot, load, dropped)
+  plan: Any = (slot_of_choice, choice_of_slot, load, dropped)
+  return moe.Dispatch(*plan)
 
 
 @st.composite

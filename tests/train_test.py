@@ -38,7 +38,7 @@ def test_the_files_of_a_run(finished):
   assert len({x['digest'] for x in lines}) == 6
   config = json.loads((finished / 'config.json').read_text())
   assert config['preset'] == 'tiny' and config['software']['jax']
-  assert len(config['data']['blake2b']) >= 32
+  assert len(config['data_fingerprint']['blake2b']) >= 32
   workers = json.loads((finished / 'workers.json').read_text())
   assert workers['workers'][0]['state'] == 'finished'
   kinds = [json.loads(x)['kind'] for x in open(finished / 'events.jsonl')]
@@ -96,13 +96,13 @@ def test_init_from_is_bitwise(finished, tmp_path):
   tree = checkpoint.load(str(finished / 'checkpoint'), 'init_from')
   digests = {}
   stage = local.build_stage(config, 0)
-  state = checkpoint.state_of(stage, tree, 'x', weights_only=False)
+  state = checkpoint.state_of(stage, tree, weights_only=False)
   import jax
 
   rows = jax.jit(stage._digest)(state)
   digests = stage.partition.by_operator(jax.device_get(rows))
   assert digest.combine(digests) == _lines(finished)[-1]['digest']
-  fresh = checkpoint.state_of(stage, tree, 'x', weights_only=True)
+  fresh = checkpoint.state_of(stage, tree, weights_only=True)
   np.testing.assert_array_equal(
     fresh['head']['master/head/table'], state['head']['master/head/table']
   )
@@ -172,6 +172,7 @@ def test_sigterm_finishes_the_iteration_and_the_rerun_compares(tmp_path):
     (['--local_devices=3'], ['--microbatch_size=8', 'local_devices=3']),
     (['--data=/no/such/file'], ['--data=/no/such/file']),
     (['--model=vocab_size=100'], ['--data=', 'vocab_size']),
+    (['--data=tests/no*such'], ['--data=tests/no*such']),
     (['--init_from=/no/such/folder'], ['--init_from=/no/such/folder']),
     (['stray'], ['stray']),
   ],

@@ -87,7 +87,7 @@ def _position(iteration: int, microbatch: int) -> stage_model.Position:
 
 def _compose(stages, params, tokens, labels, position):
   """Outputs of every stage, one's y being the next one's x."""
-  outputs, x = [], jnp.asarray(tokens)
+  outputs, x = [], tokens
   for model, forward in stages:
     own = {n: params[n] for n in model.shapes}
     inputs = stage_model.Inputs(x, labels if model.has_head else None)
@@ -111,16 +111,14 @@ def test_a_later_token_changes_no_earlier_logit():
   forward = jax.jit(model.forward)  # optimized, as in training
 
   def logits(tokens):
-    inputs = stage_model.Inputs(jnp.asarray(tokens), None)
+    inputs = stage_model.Inputs(tokens, None)
     return np.asarray(forward(params, inputs, None).y)
 
   before = logits(tokens)
   assert before.shape == (2, 6, 13)
   assert before.dtype == np.float32
   for t in range(6):
-    changed = tokens.copy()
-    changed[0, t] = (changed[0, t] + 1) % 13
-    after = logits(changed)
+    after = logits(tokens.at[0, t].set((tokens[0, t] + 1) % 13))
     np.testing.assert_array_equal(after[0, :t], before[0, :t])
     assert np.all(np.any(after[0, t:] != before[0, t:], axis=-1))
     # Dropless, another sequence is another matter; its slots may move.
@@ -133,7 +131,8 @@ def test_loss_is_the_mean_cross_entropy_and_the_objective_adds_the_rest():
   (out,) = _compose(stages, params, tokens, labels, None)
   (evaluated,) = _compose(stages, params, tokens, None, None)
   logits = np.asarray(evaluated.y, np.float64)
-  picked = np.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+  ids = np.asarray(labels)[..., None]
+  picked = np.take_along_axis(logits, ids, axis=-1)[..., 0]
   expected = np.mean(np.log(np.sum(np.exp(logits), axis=-1)) - picked)
   assert out.y is None
   np.testing.assert_allclose(out.counts['loss'], expected, rtol=1e-5)
@@ -177,7 +176,7 @@ def test_more_than_ten_layers_apply_in_order():
 
   # One program applies every layer between the first and the last.
   first, middle, *_, last = _stages(config, 12)
-  x, out = jnp.asarray(tokens), None
+  x, out = tokens, None
   for layer in range(12):
     model, forward = {0: first, 11: last}.get(layer, middle)
     own = {n: params[n.replace('/1/', f'/{layer}/')] for n in model.shapes}
@@ -217,7 +216,7 @@ def test_two_expert_devices_compute_what_one_does():
       jax.lax.psum(out.counts['load'], 'expert'),
     )
 
-  inputs = stage_model.Inputs(jnp.asarray(tokens), jnp.asarray(labels))
+  inputs = stage_model.Inputs(tokens, labels)
   objective, loss, load = _jit(on_two)(params, inputs, _position(1, 0))
   np.testing.assert_allclose(loss, whole.counts['loss'], rtol=1e-6)
   np.testing.assert_allclose(objective, whole.objective, rtol=1e-6)
@@ -283,7 +282,7 @@ def test_dropout_is_off_in_evaluation():
 def _objective_and_gradients(config):
   (model,) = _built(config, 1)
   tokens, labels = _tokens(config)
-  inputs = stage_model.Inputs(jnp.asarray(tokens), jnp.asarray(labels))
+  inputs = stage_model.Inputs(tokens, labels)
 
   def objective(params):
     return model.forward(params, inputs, _position(1, 0)).objective
