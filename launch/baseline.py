@@ -46,9 +46,7 @@ def make_step(
     return {n: m.astype(model.compute_dtypes[n]) for n, m in masters.items()}
 
   def gradients(compute, tokens, labels):
-    zeros = {
-      n: jnp.zeros(w.shape, jnp.float32) for n, w in compute.items()
-    }
+    zeros = {n: jnp.zeros(w.shape, jnp.float32) for n, w in compute.items()}
 
     def add(carry, batch):
       acc, loss = carry

@@ -104,7 +104,9 @@ def pipeline(preset: str, rounds: int) -> dict[str, Any]:
     ('plain_scan', 'plain_unrolled'), key=lambda n: np.median(seconds[n])
   )
   rows = [
-    _row('tokens/s, ours', summary.summarize([tokens / s for s in seconds['ours']])),  # fmt: skip # noqa: E501
+    _row(
+      'tokens/s, ours', summary.summarize([tokens / s for s in seconds['ours']])
+    ),  # fmt: skip # noqa: E501
   ]
   for name in ('plain_scan', 'plain_unrolled'):
     rows.append(

@@ -105,9 +105,7 @@ def make_workers(
     state = initial_state(config, stage, initial)
     programs = stage.compile()
     log = memory_log.MemoryLog(hostmem.WorkerId(index, 0, 1), store)
-    workers.append(
-      worker.Worker(index, stage, programs, state, log, data)
-    )
+    workers.append(worker.Worker(index, stage, programs, state, log, data))
   return workers
 
 

@@ -51,7 +51,9 @@ class Progress:
     since, begun = self._first
     left = math.nan
     if iteration > since:
-      left = (now - begun) / (iteration - since) * (self._iterations - iteration)
+      left = (
+        (now - begun) / (iteration - since) * (self._iterations - iteration)
+      )
     parts = [
       f'loss {line["loss"]:.4f}',
       f'norm {line["grad_norm"]:.2f}',

@@ -91,6 +91,8 @@ class ModelConfig:
                  'balance_rate', 'z_loss_weight'):  # fmt: skip
       if not getattr(self, name) >= 0:
         self._refuse(name, 'must not be negative')
+    if not self.rope_base > 0:
+      self._refuse('rope_base', 'must be positive')
     if self.num_heads % self.num_kv_heads:
       self._refuse('num_kv_heads', f'must divide num_heads={self.num_heads}')
     if self.head_dim % 2:

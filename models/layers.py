@@ -3,7 +3,8 @@
 Nothing here, forward or backward, adds floating-point numbers by scatter: the
 order of such sums is undefined on accelerators, and replay must be bit-exact.
 
-Dims: B batch, T sequence, D model, V vocabulary, N tokens.
+Dims: B batch, T sequence, D model, V vocabulary, N tokens, H heads, G key/value
+heads, K head dim.
 """
 
 from __future__ import annotations
@@ -77,6 +78,65 @@ def rotate(x: jax.Array, rope_base: float) -> jax.Array:
   return turned.astype(x.dtype)
 
 
+@jax.custom_vjp
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal grouped-query attention of [B, T, H, K] on [B, T, G, K].
+
+  Equals `jax.nn.dot_product_attention(is_causal=True)`. Written out because of
+  what it keeps for the backward pass: the probabilities once, in compute
+  dtype, where the library's keeps five tensors of [B, H, T, T] (measured at
+  `small` on CPU: half the time, a fifth of the memory).
+  """
+  return _attention_forward(q, k, v)[0]
+
+
+def _pack(x: jax.Array, groups: int) -> jax.Array:
+  """[B, T, H, K] -> [B, G, (H / G) T, K]: a group's heads are its rows."""
+  b, t, h, d = x.shape
+  x = x.reshape(b, t, groups, h // groups, d).transpose(0, 2, 3, 1, 4)
+  return x.reshape(b, groups, -1, d)
+
+
+def _unpack(x: jax.Array, t: int) -> jax.Array:
+  """The inverse of `_pack`."""
+  b, g, rows, d = x.shape
+  x = x.reshape(b, g, rows // t, t, d).transpose(0, 3, 1, 2, 4)
+  return x.reshape(b, t, -1, d)
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _attention_forward(q, k, v):
+  t, groups, d = q.shape[1], k.shape[2], q.shape[3]
+  q, k, v = _pack(q, groups), _pack(k, groups), _pack(v, groups)
+  scores = _product('bgqd,bgsd->bgqs', q, k) * d**-0.5
+  scores = scores.reshape(*scores.shape[:2], -1, t, t)
+  causal = jnp.arange(t)[:, None] >= jnp.arange(t)
+  p = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1).astype(q.dtype)
+  p = p.reshape(*p.shape[:2], -1, t)  # [B, G, (H / G) T, T]
+  out = _product('bgqs,bgsd->bgqd', p, v).astype(q.dtype)
+  return _unpack(out, t), (q, k, v, p)
+
+
+def _attention_backward(residuals, dout):
+  q, k, v, p = residuals
+  t, groups, d = k.shape[2], k.shape[1], q.shape[3]
+  dout = _pack(dout, groups)
+  dv = _product('bgqs,bgqd->bgsd', p, dout).astype(v.dtype)
+  dp = _product('bgqd,bgsd->bgqs', dout, v)
+  p = p.astype(jnp.float32)
+  mean = jnp.sum(dp * p, axis=-1, keepdims=True)
+  dscores = (p * (dp - mean) * d**-0.5).astype(q.dtype)
+  dq = _product('bgqs,bgsd->bgqd', dscores, k).astype(q.dtype)
+  dk = _product('bgqs,bgqd->bgsd', dscores, q).astype(k.dtype)
+  return _unpack(dq, t), _unpack(dk, t), _unpack(dv, t)
+
+
+causal_attention.defvjp(_attention_forward, _attention_backward)
+
+
 def swiglu(x: jax.Array, w_gate, w_up, w_down) -> jax.Array:
   """SwiGLU of [N, D], or of [E, C, D] with weights stacked over experts."""
   e = 'e' if w_gate.ndim == 3 else ''
@@ -97,9 +157,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array, rows) -> jax.Array:
   microbatch, so that the mask does not depend on how rows lie on devices.
   """
   keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-  keep = jax.vmap(
-    lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:])
-  )(keys)
+  keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1.0 - rate, x.shape[1:]))(
+    keys
+  )
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 

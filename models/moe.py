@@ -76,11 +76,9 @@ def plan_dispatch(
   start, load = edges[:-1], edges[1:] - edges[:-1]
   position = jnp.arange(n) - start[by_expert]
   empty = num_experts * capacity
-  slots = jnp.where(
-    position < capacity, by_expert * capacity + position, empty
-  )
-  slot_of_choice = jnp.zeros_like(flat).at[order].set(
-    slots, unique_indices=True
+  slots = jnp.where(position < capacity, by_expert * capacity + position, empty)
+  slot_of_choice = (
+    jnp.zeros_like(flat).at[order].set(slots, unique_indices=True)
   )
   within = jnp.arange(capacity)
   source = jnp.minimum(start[:, None] + within, n - 1)  # [E, C]

@@ -108,16 +108,16 @@ class Attention(nnx.Module):
     q = layers.rotate(heads(self.w_query, c.num_heads), c.rope_base)
     k = layers.rotate(heads(self.w_key, c.num_kv_heads), c.rope_base)
     v = heads(self.w_value, c.num_kv_heads)
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return layers.contract('bth,hd->btd', out.reshape(b, t, -1), self.w_out[...])
+    out = layers.causal_attention(q, k, v)
+    return layers.contract(
+      'bth,hd->btd', out.reshape(b, t, -1), self.w_out[...]
+    )
 
 
 class Mlp(nnx.Module):
   """A SwiGLU, of one width or stacked over experts."""
 
-  def __init__(
-    self, config: ModelConfig, scope: _Scope, dim: int, *stack: int
-  ):
+  def __init__(self, config: ModelConfig, scope: _Scope, dim: int, *stack: int):
     d = config.model_dim
     self.w_gate = scope.matrix('w_gate', *stack, d, dim)
     self.w_up = scope.matrix('w_up', *stack, d, dim)
@@ -224,7 +224,8 @@ class Stage(nnx.Module):
       x = layers.embed(self.embedding[...], x)
     objective = jnp.zeros((), jnp.float32)
     loads, drops = [], []
-    for block in self.layers.values():
+    # nnx.merge sorts the keys of a Dict as strings: '10' comes before '2'.
+    for block in sorted(self.layers.values(), key=lambda b: b.layer):
       x, auxiliary, load, dropped = self._apply(block, x, call)
       objective += auxiliary
       if load is not None:
@@ -232,7 +233,9 @@ class Stage(nnx.Module):
         drops.append(dropped)
     counts = {
       'auxiliary_loss': objective,
-      'load': jnp.stack(loads) if loads else jnp.zeros((0, self.config.num_experts), jnp.int32),  # fmt: skip # noqa: E501
+      'load': jnp.stack(loads)
+      if loads
+      else jnp.zeros((0, self.config.num_experts), jnp.int32),  # fmt: skip # noqa: E501
       'dropped': jnp.stack(drops) if drops else jnp.zeros((0,), jnp.int32),
     }
     if not hasattr(self, 'head'):
@@ -242,7 +245,9 @@ class Stage(nnx.Module):
       return stage_model.Outputs(y=logits, objective=objective, counts=counts)
     loss = jnp.mean(layers.cross_entropy(logits, inputs.labels))
     counts['loss'] = loss
-    return stage_model.Outputs(y=None, objective=objective + loss, counts=counts)
+    return stage_model.Outputs(
+      y=None, objective=objective + loss, counts=counts
+    )
 
   def logits(self, x: jax.Array) -> jax.Array:
     """f32[B, T, V] of the residual stream [B, T, D]."""
@@ -463,5 +468,3 @@ def _leaf_names(
   if set(names) != set(declared):
     raise AssertionError('a declared parameter is no leaf of the stage')
   return names
-
-

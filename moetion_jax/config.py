@@ -52,6 +52,9 @@ class OptimizerConfig:
       f'unknown; known are {", ".join(OPTIMIZERS)}',
     )
     _require(self, 'learning_rate', self.learning_rate > 0, 'must be positive')
+    _require(
+      self, 'decay_iterations', self.decay_iterations >= 1, 'must be at least 1'
+    )
     for name in ('warmup_iterations', 'weight_decay', 'clip_norm'):
       _require(self, name, getattr(self, name) >= 0, 'must not be negative')
     for name in ('b1', 'b2'):

@@ -91,7 +91,7 @@ def _columns(words: jax.Array) -> jax.Array:
   rows = math.gcd(n, _ROWS)
   powers = np.array([pow(_ODD, i, 1 << 32) for i in range(rows)], np.uint32)
   return jnp.sum(
-    words.reshape(count, rows, -1) * powers[None, :, None],
+    (words ^ (words >> 15)).reshape(count, rows, -1) * powers[None, :, None],
     axis=1,
     dtype=jnp.uint32,
   )
@@ -128,5 +128,7 @@ def first_difference(
   return sorted(
     o
     for o in ours.keys() | theirs.keys()
-    if o not in ours or o not in theirs or not np.array_equal(ours[o], theirs[o])
+    if o not in ours
+    or o not in theirs
+    or not np.array_equal(ours[o], theirs[o])
   )

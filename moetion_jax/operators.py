@@ -66,9 +66,12 @@ class Partition:
       ValueError: leaves of a stacked group have unequal leading dims.
     """
     flat, self._structure = jax.tree_util.tree_flatten_with_path(tree)
-    leaves, counts, groups = [], {}, {}
+    leaves, counts, groups, paths = [], {}, {}, set()
     for key_path, leaf in flat:
       path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+      if path in paths:
+        raise ValueError(f'two leaves have the path {path}')
+      paths.add(path)
       group = rule(path)
       count = 1
       if group.stacked:
@@ -158,10 +161,16 @@ class Partition:
 def group_parameters(
   names: Sequence[str], rule: Rule
 ) -> dict[stage_model.Group, tuple[str, ...]]:
-  """Parameter names by group, both sorted."""
+  """Parameter names by group, both sorted.
+
+  Raises:
+    ValueError: the rule calls a group both stacked and not.
+  """
   out: dict[stage_model.Group, list[str]] = {}
   for name in sorted(names):
     out.setdefault(rule(name), []).append(name)
+  if len({g.name for g in out}) < len(out):
+    raise ValueError('the rule calls a group both stacked and not')
   return {g: tuple(out[g]) for g in sorted(out)}
 
 

@@ -18,11 +18,14 @@ def schedule(config: config_lib.OptimizerConfig) -> optax.Schedule:
   A run shorter than its warm-up spends at most a tenth of itself on it.
   """
   total = max(2, config.decay_iterations)
+  warmup = config.warmup_iterations
+  if warmup >= total:
+    warmup = max(1, total // 10)
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
     # optax counts from 0: shifted by one so that update 1 moves already.
-    warmup_steps=min(config.warmup_iterations, max(1, total // 10)),
+    warmup_steps=warmup,
     decay_steps=total,
     end_value=config.learning_rate * config.final_fraction,
   )
@@ -62,25 +65,29 @@ def make(config: config_lib.OptimizerConfig) -> optax.GradientTransformation:
       )
     case 'sgd':
       return optax.chain(
+        optax.trace(decay=config.b1, nesterov=True),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
-        optax.sgd(rate, momentum=config.b1, nesterov=True),
+        optax.scale_by_learning_rate(rate),
       )
     case 'adafactor':
-      return optax.adafactor(
-        rate,
-        min_dim_size_to_factor=32,
-        weight_decay_rate=None,
-        clipping_threshold=1.0,
+      return optax.chain(
+        optax.adafactor(
+          None, min_dim_size_to_factor=32, clipping_threshold=1.0
+        ),
+        optax.add_decayed_weights(-config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
       )
     case 'muon':
-      return optax.contrib.muon(
-        rate,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        weight_decay=config.weight_decay,
-        adam_weight_decay=config.weight_decay,
-        consistent_rms=0.2,  # the step size that suits Adam suits muon
-        muon_weight_dimension_numbers=_muon_dimensions,
+      return optax.chain(
+        optax.contrib.muon(
+          1.0,
+          adam_b1=config.b1,
+          adam_b2=config.b2,
+          consistent_rms=0.2,  # the step size that suits Adam suits muon
+          muon_weight_dimension_numbers=_muon_dimensions,
+        ),
+        optax.add_decayed_weights(-config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
       )
   raise AssertionError(config.optimizer)
 

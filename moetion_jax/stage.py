@@ -36,7 +36,9 @@ Compute = dict[str, jax.Array]
 Tree = Any
 
 
-def make_mesh(devices: list[jax.Device], replicas: int = 1) -> jax.sharding.Mesh:
+def make_mesh(
+  devices: list[jax.Device], replicas: int = 1
+) -> jax.sharding.Mesh:
   """The stage world's mesh: replicas x devices of each worker."""
   return jax.sharding.Mesh(np.array(devices).reshape(replicas, -1), AXES)
 
@@ -201,9 +203,7 @@ class Stage:
 
   def _forward(self, compute, inputs, position):
     trained = self._trained(compute)
-    position = stage_model.Position(
-      position.iteration, position.microbatch[0]
-    )
+    position = stage_model.Position(position.iteration, position.microbatch[0])
 
     def objective(trained, x):
       out = self.model.forward(
@@ -216,9 +216,7 @@ class Stage:
       function = lambda trained: objective(trained, inputs.x)  # noqa: E731
       (y, _), vjp, counts = jax.vjp(function, trained, has_aux=True)
     else:
-      (y, _), vjp, counts = jax.vjp(
-        objective, trained, inputs.x, has_aux=True
-      )
+      (y, _), vjp, counts = jax.vjp(objective, trained, inputs.x, has_aux=True)
     leaves, self._vjp_structure = jax.tree.flatten(vjp)
     residuals = self._keep(leaves, compute)
     return y, jax.tree.map(lambda r: r[None], residuals), _own(counts)
@@ -354,7 +352,9 @@ class Stage:
       tokens if self.model.has_head else None,
     )
 
-  def compile(self, on_program: Callable[[str], None] = lambda _: None) -> Programs:  # noqa: E501
+  def compile(
+    self, on_program: Callable[[str], None] = lambda _: None
+  ) -> Programs:  # noqa: E501
     """Traces and compiles every program.
 
     Args:

@@ -140,7 +140,7 @@ def judge(partials: list[np.ndarray], clip_norm: float) -> Verdict:
   total = np.zeros(4, np.float32)
   bad_stage = None
   for stage, partial in enumerate(partials):
-    with np.errstate(over="ignore", invalid="ignore"):  # judged below
+    with np.errstate(over='ignore', invalid='ignore'):  # judged below
       total += partial
     if bad_stage is None and not np.all(np.isfinite(partial)):
       bad_stage = stage
@@ -266,9 +266,7 @@ class Worker:
       else:
         dy, residuals = in_flight.pop(m)
         if not self.stage.model.has_head:
-          dy = self._read(
-            base.EntryKind.GRADIENT, iteration, m, self.index + 1
-          )
+          dy = self._read(base.EntryKind.GRADIENT, iteration, m, self.index + 1)
         dx, acc = self.programs.backward(self.compute, residuals, dy, acc)
         del residuals
         self._send(base.EntryKind.GRADIENT, iteration, m, dx)
@@ -390,4 +388,3 @@ class Worker:
     """Publishes `value` unless there is no neighbour in that direction."""
     if not isinstance(value, tuple):
       self.log.publish(self._key(kind, iteration, m), value)
-

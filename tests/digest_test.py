@@ -69,7 +69,8 @@ def _by_definition(leaves: dict[str, np.ndarray]) -> list[int]:
       folded = 0
       for row in range(rows):
         power = pow(0x9E3779B1, row, 1 << 32)
-        folded += words[row * width + column] * power
+        word = words[row * width + column]
+        folded += (word ^ (word >> 15)) * power
       columns.append(folded & 0xFFFFFFFF)
   columns += [0] * (-len(columns) % 256)
   names = zlib.crc32('\n'.join(sorted(leaves)).encode())

@@ -303,3 +303,22 @@ def test_dropout_passes_gradients_where_it_kept():
     dy=jnp.ones((4, 16)),
   )
   np.testing.assert_array_equal(dx, np.where(y != 0, 2.0, 0.0))
+
+
+@pytest.mark.parametrize(('heads', 'kv_heads'), [(4, 4), (4, 2), (6, 1)])
+def test_causal_attention_equals_the_library(heads, kv_heads):
+  keys = jax.random.split(jax.random.key(0), 4)
+  shapes = [(2, 9, heads, 8), (2, 9, kv_heads, 8), (2, 9, kv_heads, 8)]
+  q, k, v = (
+    jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=False)
+  )
+  dout = jax.random.normal(keys[3], q.shape)
+
+  def library(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+  ours, our_vjp = jax.vjp(layers.causal_attention, q, k, v)
+  theirs, their_vjp = jax.vjp(library, q, k, v)
+  np.testing.assert_allclose(ours, theirs, atol=2e-6)
+  for a, b in zip(our_vjp(dout), their_vjp(dout), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)

@@ -124,9 +124,7 @@ def _build_targets() -> dict[str, dict]:
     return declare
 
   def glob(patterns, exclude=()):
-    files = {
-      str(p.relative_to(ROOT)) for g in patterns for p in ROOT.glob(g)
-    }
+    files = {str(p.relative_to(ROOT)) for g in patterns for p in ROOT.glob(g)}
     return sorted(files - set(exclude))
 
   kinds = ('py_library', 'py_binary', 'py_test')
@@ -149,10 +147,7 @@ def test_build_covers_every_module_and_names_its_imports():
     for p in _modules(package)
   ]
   libraries = [
-    f
-    for t in targets.values()
-    if t['kind'] != 'py_binary'
-    for f in t['srcs']
+    f for t in targets.values() if t['kind'] != 'py_binary' for f in t['srcs']
   ]
   assert sorted(libraries) == sorted(on_disk), 'each module in one target'
   assert set(covered) == set(on_disk)
@@ -185,7 +180,13 @@ def test_bazel_loads_build(tmp_path):
   shutil.copytree(ROOT, copy, ignore=ignore)
   (copy / 'WORKSPACE').touch()
   result = subprocess.run(
-    ['bazel', f'--output_user_root={tmp_path}/out', '--batch', 'query', '//:all'],
+    [
+      'bazel',
+      f'--output_user_root={tmp_path}/out',
+      '--batch',
+      'query',
+      '//:all',
+    ],
     cwd=copy,
     capture_output=True,
     text=True,
@@ -214,7 +215,17 @@ def test_wheel_holds_the_library_alone(tmp_path):
   ignore = shutil.ignore_patterns('.git', '.venv', '__pycache__', 'tests')
   shutil.copytree(ROOT, source, ignore=ignore)
   subprocess.run(
-    [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, '.'],
+    [
+      sys.executable,
+      '-m',
+      'pip',
+      'wheel',
+      '-q',
+      '--no-deps',
+      '-w',
+      tmp_path,
+      '.',
+    ],
     cwd=source,
     check=True,
     timeout=180,

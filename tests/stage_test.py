@@ -40,9 +40,7 @@ def one_stage():
 
 
 def _position(microbatch=0):
-  return stage_model.Position(
-    np.uint32(1), np.array([microbatch], np.uint32)
-  )
+  return stage_model.Position(np.uint32(1), np.array([microbatch], np.uint32))
 
 
 def test_gradients_equal_those_of_a_plain_grad(one_stage):
@@ -89,9 +87,7 @@ def test_accumulation_adds_in_fp32(one_stage):
 
 def test_residuals_hold_no_compute_weights(one_stage):
   _, worker, inputs = one_stage
-  _, residuals, _ = worker.programs.forward(
-    worker.compute, inputs, _position()
-  )
+  _, residuals, _ = worker.programs.forward(worker.compute, inputs, _position())
   weights = {np.asarray(w).tobytes() for w in worker.compute.values()}
   norms = {(32,)}  # scales of ones are cheap and may coincide
   for leaf in residuals:
@@ -133,9 +129,7 @@ def test_nothing_compiles_after_the_first_iteration():
   try:
     jax.jit(lambda x: x * 3 + 1)(np.arange(5.0))  # the listener does hear
     assert compiled
-    local.train(
-      config, workers, lambda _: after_first.append(len(compiled))
-    )
+    local.train(config, workers, lambda _: after_first.append(len(compiled)))
   finally:
     jax.monitoring.clear_event_listeners()
   assert len(after_first) == 6
@@ -161,13 +155,9 @@ def test_selection_is_the_mask_of_the_slot(one_stage):
   config, _, inputs = one_stage
   (worker,) = local.make_workers(config, local.load_data(config))
   programs = worker.programs
-  y, residuals, counts = programs.forward(
-    worker.compute, inputs, _position()
-  )
+  y, residuals, counts = programs.forward(worker.compute, inputs, _position())
   _, acc = programs.backward(worker.compute, residuals, y, programs.zeros())
-  gradients, _ = programs.reduce(
-    acc, (counts,) * config.train.microbatches
-  )
+  gradients, _ = programs.reduce(acc, (counts,) * config.train.microbatches)
   slot = {
     g: np.arange(len(worker.stage.partition.operators_of(g))) % 2 == 1
     for g in worker.stage.partition.groups

@@ -85,7 +85,9 @@ def test_init_from_continues_from_the_exact_state(finished, tmp_path):
   result = helpers.launch('train', *flags)
   assert result.returncode == 0, result.stderr
   # Its first loss is that of the trained model, not of a fresh one.
-  assert _lines(tmp_path / 'next')[0]['loss'] < _lines(finished)[0]['loss'] - 0.5
+  assert (
+    _lines(tmp_path / 'next')[0]['loss'] < _lines(finished)[0]['loss'] - 0.5
+  )
 
 
 def test_init_from_is_bitwise(finished, tmp_path):
