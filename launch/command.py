@@ -6,9 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 
 from moetion_jax import base
 

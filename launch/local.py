@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from launch import checkpoint, data as data_lib, settings
+from launch import checkpoint, settings
+from launch import data as data_lib
 from models import transformer
 from moetion_jax import hostmem, memory_log, operators, optimizers, worker
 from moetion_jax import stage as stage_lib

@@ -18,11 +18,15 @@ import numpy as np
 
 from moetion_jax import (
   base,
-  config as config_lib,
   operators,
   schedule,
-  stage as stage_lib,
   stage_model,
+)
+from moetion_jax import (
+  config as config_lib,
+)
+from moetion_jax import (
+  stage as stage_lib,
 )
 
 # Layout of a SCALARS entry, f32[4].
