@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
   from jax import numpy as jnp
 
   from launch import checkpoint
-  from models import transformer
+  from models import stages
   from moetion_jax import stage_model
 
   path = _CHECKPOINT.value
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
     )
   # Dropless: a byte's future must not depend on who else wants its expert.
   shape = dataclasses.replace(config.model, capacity_factor=0.0)
-  (spec,) = transformer.cut(shape, 1)
-  model = transformer.build_stage(shape, spec, seed=0)
+  (spec,) = stages.cut(shape, 1)
+  model = stages.build_stage(shape, spec, seed=0)
   tree = checkpoint.load(path, 'checkpoint')
   missing = model.shapes.keys() - tree['parameters'].keys()
   if missing:
