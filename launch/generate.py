@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> int:
   def next_byte(weights, window, last, key):
     # Bytes after `last` are padding; attention is causal, they reach nothing.
     inputs = stage_model.Inputs(window[None], None)
-    logits = model.forward(weights, inputs, None).y[0, last, :256]
+    out: Any = model.forward(weights, inputs, None).y  # f32[1, T, V]
+    logits = out[0, last, :256]
     if _TEMPERATURE.value == 0:
       return jnp.argmax(logits)
     return jax.random.categorical(key, logits / _TEMPERATURE.value)

@@ -24,7 +24,6 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """einsum(spec, x, w) with fp32 accumulation, rounded to x's dtype once.
 
@@ -38,6 +37,11 @@ def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     x: activations.
     w: weights, of the same dtype.
   """
+  return _contract(spec, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(spec, x, w):
   return _product(spec, x, w).astype(x.dtype)
 
 
@@ -72,7 +76,7 @@ def _weight_gradient(x_dims, w_dims, out, x, dy):
   return jax.lax.platform_dependent(x, dy, cpu=summed_last, default=plain)
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 @jax.custom_vjp

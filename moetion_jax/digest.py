@@ -9,9 +9,9 @@ A leaf of n words is laid out as `rows` x n / rows, each column is folded into
 one word with powers of an odd constant, and the columns of all leaves, in order
 of their names, stand in one row. Each column word is mixed with its position
 (and all leaves' names) by an invertible function; the lanes are the sum of the
-results and their sum weighted by position: integer sums, exact in any order. Any single changed bit changes a
-column word and thereby its mixed term; the lanes are about 32 bits strong
-against other changes, no more is claimed.
+results and their sum weighted by position: integer sums, exact in any order.
+Any single changed bit changes a column word and thereby its mixed term; the
+lanes are about 32 bits strong against other changes, no more is claimed.
 
 Reductions run over a middle dim: XLA's CPU backend vectorizes those and none
 else (measured: 17 ms for 440 MB, against 110 ms for a plain sum of all words).
