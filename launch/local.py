@@ -157,6 +157,7 @@ def train(
   for thread in threads:
     thread.start()
   gathered: dict[int, dict[int, worker.Report]] = {}
+  refused = False
   running = len(threads)
   while running:
     report = reports.get()
@@ -165,12 +166,13 @@ def train(
       continue
     by_stage = gathered.setdefault(report.iteration, {})
     by_stage[report.stage] = report
-    if len(by_stage) == len(workers) and not errors:
+    if len(by_stage) == len(workers) and not refused:
       del gathered[report.iteration]
       try:
         on_iteration([by_stage[i] for i in range(len(workers))])
       except BaseException as e:  # the stages must be ended first
         errors.append(e)
+        refused = True
         last.now()
         for w in workers:
           w.log.close()

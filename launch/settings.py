@@ -137,7 +137,7 @@ def make(
   train = _TRAIN_DEFAULTS[kind] | _given(train_overrides)
   given = _given(optimizer_overrides)
   optimizer = _OPTIMIZER_DEFAULTS[kind] | {
-    'decay_iterations': train['iterations'],
+    'decay_iterations': max(1, train['iterations']),
     **given,
   }
   if 'learning_rate' not in given:

@@ -190,15 +190,18 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _gated_forward(gate, up):
-  sigmoid = jax.nn.sigmoid(gate)
-  return gate * sigmoid * up, (gate, up, sigmoid)
+  gate32 = gate.astype(jnp.float32)
+  sigmoid = jax.nn.sigmoid(gate32)
+  y = (gate32 * sigmoid * up.astype(jnp.float32)).astype(gate.dtype)
+  return y, (gate, up, sigmoid.astype(gate.dtype))
 
 
 def _gated_backward(residuals, dy):
-  gate, up, sigmoid = residuals
+  gate, up, sigmoid = (r.astype(jnp.float32) for r in residuals)
+  dy32 = dy.astype(jnp.float32)
   silu = gate * sigmoid
-  dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
-  return dgate, dy * silu
+  dgate = dy32 * up * (sigmoid + silu * (1 - sigmoid))
+  return dgate.astype(dy.dtype), (dy32 * silu).astype(dy.dtype)
 
 
 _gated.defvjp(_gated_forward, _gated_backward)
