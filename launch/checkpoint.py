@@ -115,7 +115,9 @@ def check(
     base.ConfigError: a leaf that the stage needs is missing or has another
       shape or dtype.
   """
-  wanted = {('parameters', n): s for n, s in stage.model.shapes.items()}
+  wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {
+    ('parameters', n): s for n, s in stage.model.shapes.items()
+  }
   if not weights_only:
     for group, leaves in stage.state_shapes.items():
       for leaf, shape in leaves.items():

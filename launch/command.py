@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -35,6 +36,6 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
   app.run(guarded, flags_parser=parse)
 
 
-def _refuse(name: str, reason: str):
+def _refuse(name: str, reason: str) -> NoReturn:
   print(f'{name}: error: {reason}', file=sys.stderr)
   sys.exit(2)

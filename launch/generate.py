@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
   from jax import numpy as jnp
 
   from launch import checkpoint
-  from models import transformer
+  from models import stages
   from moetion_jax import stage_model
 
   path = _CHECKPOINT.value
@@ -58,8 +59,8 @@ def main(argv: list[str]) -> int:
     )
   # Dropless: a byte's future must not depend on who else wants its expert.
   shape = dataclasses.replace(config.model, capacity_factor=0.0)
-  (spec,) = transformer.cut(shape, 1)
-  model = transformer.build_stage(shape, spec, seed=0)
+  (spec,) = stages.cut(shape, 1)
+  model = stages.build_stage(shape, spec, seed=0)
   tree = checkpoint.load(path, 'checkpoint')
   missing = model.shapes.keys() - tree['parameters'].keys()
   if missing:
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> int:
   def next_byte(weights, window, last, key):
     # Bytes after `last` are padding; attention is causal, they reach nothing.
     inputs = stage_model.Inputs(window[None], None)
-    logits = model.forward(weights, inputs, None).y[0, last, :256]
+    out: Any = model.forward(weights, inputs, None).y  # f32[1, T, V]
+    logits = out[0, last, :256]
     if _TEMPERATURE.value == 0:
       return jnp.argmax(logits)
     return jax.random.categorical(key, logits / _TEMPERATURE.value)

@@ -16,7 +16,7 @@ import jax
 
 from launch import checkpoint, settings
 from launch import data as data_lib
-from models import transformer
+from models import stages
 from moetion_jax import hostmem, memory_log, operators, optimizers, worker
 from moetion_jax import stage as stage_lib
 
@@ -39,8 +39,8 @@ def load_data(config: settings.RunConfig) -> data_lib.Dataset:
 def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
   """Stage `index` of the run on this process's devices; compiles nothing."""
   train = config.train
-  spec = transformer.cut(config.model, train.stages)[index]
-  model = transformer.build_stage(
+  spec = stages.cut(config.model, train.stages)[index]
+  model = stages.build_stage(
     config.model,
     spec,
     seed=train.seed,

@@ -18,7 +18,7 @@ from moetion_jax import config as config_lib
 # `paper_*` presets are nominal: those are for clusters and cost models.
 _TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
   'tiny': {'iterations': 150, 'microbatches': 4, 'microbatch_size': 16},
-  'small': {'iterations': 200, 'microbatches': 8, 'microbatch_size': 8},
+  'small': {'iterations': 140, 'microbatches': 8, 'microbatch_size': 8},
   'paper': {'iterations': 100_000, 'microbatches': 64, 'microbatch_size': 4},
 }
 _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {

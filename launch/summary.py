@@ -20,7 +20,7 @@ class Summary:
   count: int
 
 
-def summarize(sample: Sequence[float]) -> Summary:
+def summarize(sample: Sequence[float] | np.ndarray) -> Summary:
   """Median and bootstrap interval (fixed seed: a report can be repeated)."""
   values = np.asarray(sample, np.float64)
   random = np.random.default_rng(0)

@@ -24,7 +24,6 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """einsum(spec, x, w) with fp32 accumulation, rounded to x's dtype once.
 
@@ -38,6 +37,11 @@ def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     x: activations.
     w: weights, of the same dtype.
   """
+  return _contract(spec, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(spec, x, w):
   return _product(spec, x, w).astype(x.dtype)
 
 
@@ -72,13 +76,7 @@ def _weight_gradient(x_dims, w_dims, out, x, dy):
   return jax.lax.platform_dependent(x, dy, cpu=summed_last, default=plain)
 
 
-contract.defvjp(_contract_forward, _contract_backward)
-
-
-# Cheap elementwise chains are recomputed in the backward pass from their inputs
-# instead of keeping every fp32 intermediate: forward and backward are separate
-# programs, and what is kept between them goes through memory.
-_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 @jax.custom_vjp
@@ -185,9 +183,25 @@ def swiglu(x: jax.Array, w_gate, w_up, w_down) -> jax.Array:
   return contract(f'{e}nf,{e}fd->{e}nd', _gated(gate, up), w_down)
 
 
-@_recompute
+@jax.custom_vjp
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  return jax.nn.silu(gate) * up
+  """silu(gate) * up; keeps the sigmoid, whose exp is what costs."""
+  return _gated_forward(gate, up)[0]
+
+
+def _gated_forward(gate, up):
+  sigmoid = jax.nn.sigmoid(gate)
+  return gate * sigmoid * up, (gate, up, sigmoid)
+
+
+def _gated_backward(residuals, dy):
+  gate, up, sigmoid = residuals
+  silu = gate * sigmoid
+  dgate = dy * up * (sigmoid + silu * (1 - sigmoid))
+  return dgate, dy * silu
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array, rows) -> jax.Array:
@@ -239,7 +253,8 @@ def _embed_backward(residuals, dy):
 embed.defvjp(_embed_forward, _embed_backward)
 
 
-@_recompute
+# Recomputed in the backward pass: kept, the logits would be kept three times.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Negative log likelihood in nats of labels [...] under logits f32[..., V].
 

@@ -1,8 +1,8 @@
 """Named model shapes.
 
 `tiny` and `small` train on two CPU cores. The `paper_*` shapes are those of the
-evaluation in "Sparse Checkpointing for Fast and Reliable MoE Training": they are
-for clusters and cost models.
+evaluation in "Sparse Checkpointing for Fast and Reliable MoE Training": for
+clusters and cost models.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The transformer as stages: Flax NNX modules, split once, pure from there.
+"""The transformer's modules in Flax NNX, one `Stage` holding a part of them.
 
-`build_stage` declares every parameter of a stage (shape, initializer, global
-name) in NNX modules, splits them into graph definition and leaves, and returns
-the `StageModel` the library works with: pure functions of a plain dict from
-global parameter name to array. A parameter's name, and its initial bits, do not
-depend on how the model is cut.
+Modules declare their parameters (shape, initializer, global name) and allocate
+nothing; `stages.build_stage` splits them once into graph definition and leaves
+and makes pure functions of them.
 
 Dims: B batch, T sequence, D model, V vocabulary, H heads, G key/value heads,
 N tokens of this device, E experts, L MoE layers of the stage.
@@ -13,9 +11,6 @@ N tokens of this device, E experts, L MoE layers of the stage.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import zlib
-from collections.abc import Sequence
 
 import jax
 from flax import nnx
@@ -23,7 +18,7 @@ from jax import numpy as jnp
 
 from models import config as config_lib
 from models import layers, moe
-from moetion_jax import base, stage_model
+from moetion_jax import stage_model
 
 ModelConfig = config_lib.ModelConfig
 
@@ -47,24 +42,28 @@ class Parameter:
   fill: float = 0.0
 
 
-class _Scope:
+class Scope:
   """Declares parameters under a global name prefix; allocates nothing."""
 
   def __init__(self, prefix: str, declared: dict[str, Parameter]):
     self._prefix = prefix
     self._declared = declared
 
-  def child(self, name: str) -> _Scope:
-    return _Scope(f'{self._prefix}{name}/', self._declared)
+  def child(self, name: str) -> Scope:
+    """The scope of a module called `name` inside this one."""
+    return Scope(f'{self._prefix}{name}/', self._declared)
 
   def matrix(self, name: str, *shape: int, scale: float = 1.0) -> nnx.Param:
     """A weight whose second last dim is summed over: stddev 1/sqrt of it."""
-    return self._declare(name, Parameter(shape=shape, stddev=scale * shape[-2] ** -0.5))  # fmt: skip # noqa: E501
+    stddev = scale * shape[-2] ** -0.5
+    return self._declare(name, Parameter(shape=shape, stddev=stddev))
 
   def table(self, name: str, *shape: int, stddev: float) -> nnx.Param:
+    """Normal numbers of the given deviation."""
     return self._declare(name, Parameter(shape=shape, stddev=stddev))
 
   def constant(self, name: str, *shape: int, fill: float) -> nnx.Param:
+    """The same number everywhere."""
     return self._declare(name, Parameter(shape=shape, fill=fill))
 
   def _declare(self, name: str, parameter: Parameter) -> nnx.Param:
@@ -73,7 +72,7 @@ class _Scope:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
   """What a block needs besides its input; lives while a program is traced."""
 
   expert_devices: int
@@ -84,7 +83,7 @@ class _Call:
 class Attention(nnx.Module):
   """Causal grouped-query attention with rotary positions."""
 
-  def __init__(self, config: ModelConfig, scope: _Scope):
+  def __init__(self, config: ModelConfig, scope: Scope):
     d, hd = config.model_dim, config.head_dim
     self.config = config
     self.norm = scope.constant('norm', d, fill=1.0)
@@ -96,6 +95,7 @@ class Attention(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T, D], before the residual sum."""
     c = self.config
     b, t, _ = x.shape
     h = layers.rms_norm(x, self.norm[...])
@@ -117,7 +117,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
   """A SwiGLU, of one width or stacked over experts."""
 
-  def __init__(self, config: ModelConfig, scope: _Scope, dim: int, *stack: int):
+  def __init__(self, config: ModelConfig, scope: Scope, dim: int, *stack: int):
     d = config.model_dim
     self.w_gate = scope.matrix('w_gate', *stack, d, dim)
     self.w_up = scope.matrix('w_up', *stack, d, dim)
@@ -126,6 +126,7 @@ class Mlp(nnx.Module):
     )
 
   def weights(self) -> dict[str, jax.Array]:
+    """Its three matrices by name."""
     return {
       'w_gate': self.w_gate[...],
       'w_up': self.w_up[...],
@@ -133,13 +134,14 @@ class Mlp(nnx.Module):
     }
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    """[N, D] -> [N, D]."""
     return layers.swiglu(x, **self.weights())
 
 
 class Block(nnx.Module):
   """One layer: attention, then a dense SwiGLU or shared and routed experts."""
 
-  def __init__(self, config: ModelConfig, layer: int, scope: _Scope):
+  def __init__(self, config: ModelConfig, layer: int, scope: Scope):
     self.config = config
     self.layer = layer
     self.attention = Attention(config, scope.child('attention'))
@@ -160,7 +162,7 @@ class Block(nnx.Module):
       config, scope.child('experts'), config.expert_dim, config.num_experts
     )
 
-  def __call__(self, x: jax.Array, call: _Call):
+  def __call__(self, x: jax.Array, call: Call):
     """Returns (y, auxiliary f32[], load i32[E], dropped i32[])."""
     x = x + self._dropout(self.attention(x), call, 0)
     h = layers.rms_norm(x, self.norm[...])
@@ -172,7 +174,7 @@ class Block(nnx.Module):
       out, auxiliary, load, dropped = self._experts(h, call)
     return x + self._dropout(out, call, 1), auxiliary, load, dropped
 
-  def _experts(self, h: jax.Array, call: _Call):
+  def _experts(self, h: jax.Array, call: Call):
     c = self.config
     tokens = h.reshape(-1, c.model_dim)
     bias = self.router_bias[...] if c.balance == 'bias' else None
@@ -191,7 +193,7 @@ class Block(nnx.Module):
       auxiliary += c.balance_rate * moe.balance_loss(routing, load, total)
     return out.reshape(h.shape), auxiliary, dispatch.load, dispatch.dropped
 
-  def _dropout(self, x: jax.Array, call: _Call, part: int) -> jax.Array:
+  def _dropout(self, x: jax.Array, call: Call, part: int) -> jax.Array:
     if call.key is None:
       return x
     key = jax.random.fold_in(call.key, 2 * self.layer + part)
@@ -201,7 +203,7 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
   """A stage's modules, under the names they have in the whole model."""
 
-  def __init__(self, config: ModelConfig, spec: StageSpec, scope: _Scope):
+  def __init__(self, config: ModelConfig, spec: StageSpec, scope: Scope):
     d, v = config.model_dim, config.vocab_size
     self.config = config
     if spec.has_embedding:
@@ -217,8 +219,9 @@ class Stage(nnx.Module):
       self.head = scope.matrix('head/table', d, v)
 
   def __call__(
-    self, inputs: stage_model.Inputs, call: _Call
+    self, inputs: stage_model.Inputs, call: Call
   ) -> stage_model.Outputs:
+    """See `stage_model.StageModel.forward`; logits when there are no labels."""
     x = inputs.x
     if hasattr(self, 'embedding'):
       x = layers.embed(self.embedding[...], x)
@@ -231,12 +234,11 @@ class Stage(nnx.Module):
       if load is not None:
         loads.append(load)
         drops.append(dropped)
+    experts = self.config.num_experts
     counts = {
       'auxiliary_loss': objective,
-      'load': jnp.stack(loads)
-      if loads
-      else jnp.zeros((0, self.config.num_experts), jnp.int32),  # fmt: skip # noqa: E501
-      'dropped': jnp.stack(drops) if drops else jnp.zeros((0,), jnp.int32),
+      'load': jnp.asarray(loads, jnp.int32).reshape(-1, experts),
+      'dropped': jnp.asarray(drops, jnp.int32).reshape(-1),
     }
     if not hasattr(self, 'head'):
       return stage_model.Outputs(y=x, objective=objective, counts=counts)
@@ -254,7 +256,7 @@ class Stage(nnx.Module):
     h = layers.rms_norm(x, self.head_norm[...])
     return layers.contract('btd,dv->btv', h, self.head[...]).astype(jnp.float32)
 
-  def _apply(self, block: Block, x: jax.Array, call: _Call):
+  def _apply(self, block: Block, x: jax.Array, call: Call):
     if not self.config.remat:
       return block(x, call)
     # The block's weights are arguments, not captured values: a checkpoint
@@ -266,205 +268,3 @@ class Stage(nnx.Module):
       return nnx.merge(graph, state)(x, call)
 
     return apply(state, x)
-
-
-def layer_cost(config: ModelConfig, layer: int) -> float:
-  """Multiplications per token and forward pass of one layer."""
-  d, hd = config.model_dim, config.head_dim
-  cost = 2 * d * hd * (config.num_heads + config.num_kv_heads)
-  cost += hd * config.num_heads * config.sequence_length  # causal: half of 2
-  if not config.is_moe(layer):
-    return cost + 3 * d * config.dense_dim
-  slots = config.experts_per_token * max(1.0, config.capacity_factor)
-  if config.capacity_factor == 0:
-    slots = config.num_experts
-  return (
-    cost
-    + d * config.num_experts
-    + 3 * d * (config.shared_dim + slots * config.expert_dim)
-  )
-
-
-def cut(config: ModelConfig, num_stages: int) -> tuple[StageSpec, ...]:
-  """Cuts the model into stages so that the costliest stage is cheapest.
-
-  Raises:
-    base.ConfigError: there are more stages than layers.
-  """
-  if not 1 <= num_stages <= config.num_layers:
-    raise base.ConfigError(
-      'stages', num_stages, f'must be 1 to {config.num_layers} (the layers)'
-    )
-  costs = [layer_cost(config, i) for i in range(config.num_layers)]
-  # The head is a layer of its own kind at the end; the embedding is a lookup.
-  costs[-1] += config.model_dim * config.vocab_size
-
-  @functools.cache
-  def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-    """(cost of the costliest stage, ends) of layers [first, ...)."""
-    if stages == 1:
-      return sum(costs[first:]), (config.num_layers,)
-    options = []
-    for end in range(first + 1, config.num_layers - stages + 2):
-      rest, ends = best(end, stages - 1)
-      options.append((max(sum(costs[first:end]), rest), (end, *ends)))
-    return min(options)
-
-  ends = best(0, num_stages)[1]
-  return tuple(
-    StageSpec(
-      first_layer=first,
-      last_layer=last,
-      has_embedding=first == 0,
-      has_head=last == config.num_layers,
-    )
-    for first, last in zip((0, *ends[:-1]), ends, strict=True)  # fmt: skip
-  )
-
-
-def partition(name: str) -> stage_model.Group:
-  """The operator group of a parameter (DESIGN section 2).
-
-  One expert of one layer; the rest of a layer; the embedding; the head.
-  """
-  parts = name.split('/')
-  if parts[0] != 'layers':
-    return stage_model.Group(name=parts[0], stacked=False)
-  if parts[2] == 'experts':
-    return stage_model.Group(name='/'.join(parts[:3]), stacked=True)
-  return stage_model.Group(name='/'.join(parts[:2]), stacked=False)
-
-
-def compute_dtype(config: ModelConfig, name: str) -> jnp.dtype:
-  """The dtype forward reads a parameter in: fp32 for everything of routers."""
-  last = name.rsplit('/', 1)[-1]
-  fp32 = last in ('w_router', 'router_bias')
-  return jnp.dtype(jnp.float32 if fp32 else config.compute_dtype)
-
-
-@functools.partial(jax.jit, static_argnums=(1,))
-def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  return jax.random.normal(key, shape, jnp.float32)
-
-
-def initialize(
-  parameters: dict[str, Parameter], seed: int
-) -> dict[str, jax.Array]:
-  """fp32 masters; a parameter's bits depend on seed, name and shape alone.
-
-  Each is drawn by a program of its own (one a shape): fused into one program
-  with others, its last bits could depend on the stage it lies in.
-  """
-  key = jax.random.key(seed)
-  masters = {}
-  for name, p in parameters.items():
-    if p.stddev:
-      own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-      masters[name] = _normal(own, p.shape) * jnp.float32(p.stddev)
-    else:
-      masters[name] = jnp.full(p.shape, p.fill, jnp.float32)
-  return masters
-
-
-def build_stage(
-  config: ModelConfig, spec: StageSpec, *, seed: int, expert_devices: int = 1
-) -> stage_model.StageModel:
-  """Declares one stage and returns it as pure functions.
-
-  Args:
-    config: the model's shape.
-    spec: one element of `cut(config, ...)`.
-    seed: of the initial masters and of dropout.
-    expert_devices: size of the mesh axis 'expert'.
-
-  Raises:
-    base.ConfigError: the experts do not divide among the devices.
-  """
-  if config.num_experts % expert_devices:
-    raise base.ConfigError(
-      'local_devices',
-      expert_devices,
-      f'must divide num_experts={config.num_experts}',
-    )
-  declared: dict[str, Parameter] = {}
-  graph, state = nnx.split(Stage(config, spec, _Scope('', declared)))
-  names = _leaf_names(state, declared)
-  structure = jax.tree.structure(state)
-
-  def forward(
-    params: dict[str, jax.Array],
-    inputs: stage_model.Inputs,
-    position: stage_model.Position | None,
-  ) -> stage_model.Outputs:
-    module = nnx.merge(
-      graph, jax.tree.unflatten(structure, [params[n] for n in names])
-    )
-    rows = jnp.arange(inputs.x.shape[0])
-    if expert_devices > 1:
-      rows += jax.lax.axis_index('expert') * rows.shape[0]
-    key = None
-    if position is not None and config.dropout_rate:
-      key = jax.random.fold_in(jax.random.key(seed), position.iteration)
-      key = jax.random.fold_in(key, position.microbatch)
-    return module(inputs, _Call(expert_devices, rows, key))
-
-  biases = [n for n in declared if n.endswith('/router_bias')]
-
-  def buffer_steps(counts: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    load = counts['load'].astype(jnp.float32)  # [L, E], of the iteration
-    step = jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
-    return {n: config.balance_rate * step[i] for i, n in enumerate(biases)}
-
-  return stage_model.StageModel(
-    shapes={
-      n: jax.ShapeDtypeStruct(p.shape, jnp.float32) for n, p in declared.items()
-    },
-    compute_dtypes={n: compute_dtype(config, n) for n in declared},
-    partition=partition,
-    initialize=lambda: initialize(declared, seed),
-    forward=forward,
-    buffers=frozenset(biases),
-    buffer_steps=buffer_steps,
-    has_embedding=spec.has_embedding,
-    has_head=spec.has_head,
-    hidden_shape=(config.sequence_length, config.model_dim),
-    hidden_dtype=jnp.dtype(config.compute_dtype),
-  )
-
-
-def num_parameters(config: ModelConfig, *, active: bool = False) -> int:
-  """Parameters of the whole model, or those that one token meets."""
-  (spec,) = cut(config, 1)
-  total = 0
-  for name, leaf in build_stage(config, spec, seed=0).shapes.items():
-    size = leaf.size
-    if active and partition(name).stacked:
-      size = size // config.num_experts * config.experts_per_token
-    total += size
-  return total
-
-
-def _leaf_names(
-  state: nnx.State, declared: dict[str, Parameter]
-) -> Sequence[str]:
-  """Global names in the order of `state`'s leaves.
-
-  Attribute paths and declared names differ in the two places where a module
-  groups things for itself (embedding, head); shapes are compared so that a
-  slip cannot pass.
-  """
-  renamed = {
-    'embedding': 'embedding/table',
-    'head': 'head/table',
-    'head_norm': 'head/norm',
-  }
-  names = []
-  for path, variable in nnx.to_flat_state(state):
-    name = '/'.join(str(p) for p in path)
-    name = renamed.get(name, name)
-    if variable.get_value().shape != declared[name].shape:
-      raise AssertionError(f'{name} was declared with another shape')
-    names.append(name)
-  if set(names) != set(declared):
-    raise AssertionError('a declared parameter is no leaf of the stage')
-  return names

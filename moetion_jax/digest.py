@@ -8,10 +8,10 @@ cut nor on how its leaves are sharded over experts.
 A leaf of n words is laid out as `rows` x n / rows, each column is folded into
 one word with powers of an odd constant, and the columns of all leaves, in order
 of their names, stand in one row. Each column word is mixed with its position
-(and all leaves' names) by an invertible function, and the results are summed:
-integer sums, exact in any order. Any single changed bit changes a
-column word and thereby its mixed term; the lanes are about 32 bits strong
-against other changes, no more is claimed.
+(and all leaves' names) by an invertible function; the lanes are the sum of the
+results and their sum weighted by position: integer sums, exact in any order.
+Any single changed bit changes a column word and thereby its mixed term; the
+lanes are about 32 bits strong against other changes, no more is claimed.
 
 Reductions run over a middle dim: XLA's CPU backend vectorizes those and none
 else (measured: 17 ms for 440 MB, against 110 ms for a plain sum of all words).
@@ -29,11 +29,11 @@ from jax import numpy as jnp
 
 from moetion_jax import base, report
 
-# 64 rows and more make XLA leave the vectorized path (measured: 8 times slower).
+# From 64 rows on XLA leaves the vectorized path (measured: 8 times slower).
 _ROWS = 32
 _SUM_ROWS = 256
 _ODD = 0x9E3779B1
-_LANE_SALTS = (0x243F6A88, 0xB7E15162)
+_STEP = 0x243F6A89
 
 combine = report.combine
 
@@ -59,12 +59,9 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
   u = jnp.concatenate(columns, axis=1)  # u32[operators, columns]
   u = jnp.pad(u, ((0, 0), (0, -u.shape[1] % _SUM_ROWS)))
   position = jnp.arange(u.shape[1], dtype=jnp.uint32)
-  leaf_salt = zlib.crc32('\n'.join(names).encode())
-  lanes = []
-  for lane_salt in _LANE_SALTS:
-    salt = _mix(position + np.uint32(leaf_salt ^ lane_salt))
-    lanes.append(_sum(_mix(u ^ salt)))
-  return jnp.stack(lanes, axis=-1)
+  salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
+  mixed = _mix(u + position * np.uint32(_STEP) + salt)
+  return jnp.stack([_sum(mixed), _sum(mixed * (2 * position + 1))], axis=-1)
 
 
 def _words(leaf: jax.Array) -> jax.Array:

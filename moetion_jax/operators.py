@@ -232,7 +232,8 @@ def update_group(
     _unflatten_optimizer_state(template, state),
     trained,
   )
-  new = dict(optax.apply_updates(trained, updates))
+  updated: Any = optax.apply_updates(trained, updates)
+  new = dict(updated)
   for name in masters.keys() & buffers:
     new[name] = masters[name] + gradients[name]
   return {
@@ -259,13 +260,8 @@ def _optimizer_paths(tree: Any) -> list[str]:
 
 
 def _flatten_optimizer_state(tree: Any) -> dict[str, jax.Array]:
-  return dict(
-    zip(
-      _optimizer_paths(tree),
-      (jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)),
-      strict=True,
-    )
-  )
+  paths, leaves = _optimizer_paths(tree), jax.tree.leaves(tree)
+  return {p: jnp.asarray(x) for p, x in zip(paths, leaves, strict=True)}
 
 
 def _unflatten_optimizer_state(

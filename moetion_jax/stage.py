@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -33,11 +33,11 @@ _OWN = PartitionSpec(AXES)  # a leading dim over all devices
 _SAME = PartitionSpec()  # the same on every device
 
 Compute = dict[str, jax.Array]
-Tree = Any
+Tree: TypeAlias = Any
 
 
 def make_mesh(
-  devices: list[jax.Device], replicas: int = 1
+  devices: Sequence[Any], replicas: int = 1
 ) -> jax.sharding.Mesh:
   """The stage world's mesh: replicas x devices of each worker."""
   return jax.sharding.Mesh(np.array(devices).reshape(replicas, -1), AXES)
@@ -176,7 +176,7 @@ class Stage:
     }
 
   def state_from_masters(
-    self, masters: Mapping[str, jax.Array]
+    self, masters: Mapping[str, jax.typing.ArrayLike]
   ) -> operators.State:
     """State 0 of given fp32 masters: fresh optimizer state."""
     init = jax.jit(self._init, out_shardings=self.shardings(self.state_specs))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -28,18 +28,19 @@ class Group(NamedTuple):
   stacked: bool
 
 
+# Fields of what crosses jit are arrays, their shapes or their specs: Any.
 class Position(NamedTuple):
   """Which data a program works on; keys its randomness."""
 
-  iteration: jax.Array  # u32[]
-  microbatch: jax.Array  # u32[]: global number within the iteration
+  iteration: Any  # u32[]
+  microbatch: Any  # u32[]: global number within the iteration
 
 
 class Inputs(NamedTuple):
   """What one stage's forward reads of a microbatch."""
 
-  x: jax.Array  # i32[B, T] tokens for the first stage, else [B, T, D]
-  labels: jax.Array | None  # i32[B, T] for the last stage
+  x: Any  # i32[B, T] tokens for the first stage, else [B, T, D]
+  labels: Any  # i32[B, T] for the last stage, else None
 
 
 class Outputs(NamedTuple):

@@ -345,7 +345,7 @@ class Worker:
   ) -> stage_model.Inputs:
     """A microbatch's tokens or activations, and the last stage's labels."""
     model = self.stage.model
-    batch = None
+    batch: Any = None
     if model.has_embedding or model.has_head:
       batch = (
         self._data.held_out_batch(m)

@@ -74,14 +74,12 @@ def _by_definition(leaves: dict[str, np.ndarray]) -> list[int]:
       columns.append(folded & 0xFFFFFFFF)
   columns += [0] * (-len(columns) % 256)
   names = zlib.crc32('\n'.join(sorted(leaves)).encode())
-  lanes = []
-  for lane_salt in (0x243F6A88, 0xB7E15162):
-    terms = [
-      _mixed(word ^ _mixed(position + (names ^ lane_salt) & 0xFFFFFFFF))
-      for position, word in enumerate(columns)
-    ]
-    lanes.append(sum(terms) & 0xFFFFFFFF)
-  return lanes
+  terms = [
+    _mixed((word + position * 0x243F6A89 + names) & 0xFFFFFFFF)
+    for position, word in enumerate(columns)
+  ]
+  weighted = sum(t * (2 * p + 1) for p, t in enumerate(terms))
+  return [sum(terms) & 0xFFFFFFFF, weighted & 0xFFFFFFFF]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from jax.extend.mlir import ir
 from jax.sharding import PartitionSpec
 
 from models import config as config_lib
-from models import layers, moe, transformer
+from models import layers, moe, stages, transformer
 from moetion_jax import stage_model
 
 pytestmark = pytest.mark.fast
@@ -489,7 +489,7 @@ def _stage_scattered_types(config, stage: int) -> list[str]:
     has_embedding=has_embedding,
     has_head=has_head,
   )
-  model = transformer.build_stage(config, spec, seed=0)
+  model = stages.build_stage(config, spec, seed=0)
   params = {
     n: jax.ShapeDtypeStruct(s.shape, model.compute_dtypes[n])
     for n, s in model.shapes.items()

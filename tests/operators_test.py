@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from models import transformer
+from models import stages
 from moetion_jax import (
   base,
   config,
@@ -231,7 +231,7 @@ def test_a_missing_operator_or_leaf_is_refused():
 
 def test_the_rule_of_a_state_takes_the_longest_group_that_fits():
   names = ['layers/1/norm', 'layers/1/experts/w', 'layers/10/norm', 'head/w']
-  rule = operators.state_rule(transformer.partition, names)
+  rule = operators.state_rule(stages.partition, names)
   assert rule('layers/1/master/layers/1/norm').name == 'layers/1'
   assert rule('layers/10/optimizer/0/mu/layers/10/norm').name == 'layers/10'
   experts = rule('layers/1/experts/optimizer/0/count')
@@ -241,9 +241,7 @@ def test_the_rule_of_a_state_takes_the_longest_group_that_fits():
 
 def test_parameters_are_grouped_in_order():
   names = ['head/w', 'layers/0/experts/w_up', 'layers/0/experts/w_down']
-  assert list(
-    operators.group_parameters(names, transformer.partition).items()
-  ) == [
+  assert list(operators.group_parameters(names, stages.partition).items()) == [
     (('head', False), ('head/w',)),
     (
       ('layers/0/experts', True),
@@ -293,7 +291,7 @@ def _stage(name: str) -> stage.Stage:
       n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in _SHAPES.items()
     },
     compute_dtypes=dict.fromkeys(_SHAPES, jnp.bfloat16),
-    partition=transformer.partition,
+    partition=stages.partition,
     initialize=dict,
     forward=_forward,
     buffers=_BUFFERS & _SHAPES.keys(),

@@ -7,7 +7,7 @@ import pytest
 from jax import numpy as jnp
 
 from models import config as config_lib
-from models import presets, transformer
+from models import presets, stages
 from moetion_jax import base, stage_model
 
 pytestmark = pytest.mark.fast
@@ -32,14 +32,14 @@ def test_every_paper_preset_has_a_published_count():
 @pytest.mark.parametrize('name', _PAPER)
 def test_parameter_counts_are_the_published_ones_within_a_percent(name):
   published, _ = _PUBLISHED[name]
-  count = transformer.num_parameters(presets.get(name)) / 1e9
+  count = stages.num_parameters(presets.get(name)) / 1e9
   assert count == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['paper_qwen_moe', 'paper_deepseek_moe'])
 def test_active_parameter_counts_round_to_the_published_ones(name):
   _, published = _PUBLISHED[name]
-  count = transformer.num_parameters(presets.get(name), active=True) / 1e9
+  count = stages.num_parameters(presets.get(name), active=True) / 1e9
   assert round(count, 1) == published
 
 
@@ -47,8 +47,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen():
   config = config_lib.ModelConfig(num_layers=3, first_dense_layers=1)
   not_chosen = 2 * (8 - 2) * 3 * 128 * 128  # layers, experts, SwiGLU
   assert (
-    transformer.num_parameters(config)
-    - transformer.num_parameters(config, active=True)
+    stages.num_parameters(config) - stages.num_parameters(config, active=True)
     == not_chosen
   )
 
@@ -57,8 +56,8 @@ def test_active_parameters_leave_out_the_experts_not_chosen():
 def test_presets_have_their_shapes_without_being_allocated(name):
   config = presets.get(name)
   before = jax.live_arrays()
-  (spec,) = transformer.cut(config, 1)
-  model = transformer.build_stage(config, spec, seed=0)
+  (spec,) = stages.cut(config, 1)
+  model = stages.build_stage(config, spec, seed=0)
   for shape in model.shapes.values():
     assert type(shape) is jax.ShapeDtypeStruct
   params = {
@@ -97,10 +96,10 @@ def test_presets_have_their_shapes_without_being_allocated(name):
 def test_stages_of_a_preset_have_all_of_its_parameters(name, num_stages):
   config = presets.get(name)
   sizes = []
-  for spec in transformer.cut(config, num_stages):
-    stage = transformer.build_stage(config, spec, seed=0)
+  for spec in stages.cut(config, num_stages):
+    stage = stages.build_stage(config, spec, seed=0)
     sizes.append(sum(s.size for s in stage.shapes.values()))
-  assert sum(sizes) == transformer.num_parameters(config)
+  assert sum(sizes) == stages.num_parameters(config)
 
 
 @pytest.mark.parametrize('name', ['', 'huge', 'Tiny'])

@@ -5,7 +5,7 @@ import pytest
 from jax import numpy as jnp
 
 from launch import local
-from models import transformer
+from models import stages
 from moetion_jax import digest, stage_model
 from tests import helpers
 
@@ -268,14 +268,12 @@ def test_every_optimizer_lowers_the_loss(optimizer):
 
 def test_whole_model_is_what_a_cut_is_of():
   config = helpers.micro_run()
-  specs = transformer.cut(config.model, 4)
+  specs = stages.cut(config.model, 4)
   names = [
-    n
-    for s in specs
-    for n in transformer.build_stage(config.model, s, seed=0).shapes
+    n for s in specs for n in stages.build_stage(config.model, s, seed=0).shapes
   ]
-  (whole,) = transformer.cut(config.model, 1)
+  (whole,) = stages.cut(config.model, 1)
   assert sorted(names) == sorted(
-    transformer.build_stage(config.model, whole, seed=0).shapes
+    stages.build_stage(config.model, whole, seed=0).shapes
   )
   assert jnp.dtype(config.model.compute_dtype) == jnp.bfloat16

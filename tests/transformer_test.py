@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models import config as config_lib
-from models import layers, transformer
+from models import layers, stages
 from moetion_jax import base, stage_model
 
 pytestmark = pytest.mark.fast
@@ -47,8 +47,8 @@ _jit = functools.partial(
 
 def _built(config, num_stages: int, seed: int = 0):
   return [
-    transformer.build_stage(config, spec, seed=seed)
-    for spec in transformer.cut(config, num_stages)
+    stages.build_stage(config, spec, seed=seed)
+    for spec in stages.cut(config, num_stages)
   ]
 
 
@@ -196,8 +196,8 @@ def test_two_expert_devices_compute_what_one_does():
   (whole,) = _compose(
     _stages(_DROPOUT, 1), params, tokens, labels, _position(1, 0)
   )
-  (spec,) = transformer.cut(_DROPOUT, 1)
-  model = transformer.build_stage(_DROPOUT, spec, seed=0, expert_devices=2)
+  (spec,) = stages.cut(_DROPOUT, 1)
+  model = stages.build_stage(_DROPOUT, spec, seed=0, expert_devices=2)
   own, same = PartitionSpec('expert'), PartitionSpec()
   specs = {n: own if model.partition(n).stacked else same for n in params}
 
@@ -394,14 +394,14 @@ _UNEVEN = dataclasses.replace(
 @pytest.mark.parametrize('num_stages', range(1, 7))
 def test_no_other_cut_has_a_cheaper_costliest_stage(config, num_stages):
   layers = config.num_layers
-  costs = [transformer.layer_cost(config, i) for i in range(layers)]
+  costs = [stages.layer_cost(config, i) for i in range(layers)]
   costs[-1] += config.model_dim * config.vocab_size
 
   def costliest(ends):
     edges = (0, *ends, layers)
     return max(sum(costs[a:b]) for a, b in itertools.pairwise(edges))
 
-  specs = transformer.cut(config, num_stages)
+  specs = stages.cut(config, num_stages)
   ours = costliest([s.last_layer for s in specs[:-1]])
   cuts = itertools.combinations(range(1, layers), num_stages - 1)
   assert ours == min(map(costliest, cuts))
@@ -411,7 +411,7 @@ def test_no_other_cut_has_a_cheaper_costliest_stage(config, num_stages):
 def test_a_cut_covers_every_layer_once(num_layers):
   config = dataclasses.replace(_CONFIG, num_layers=num_layers)
   for num_stages in range(1, num_layers + 1):
-    specs = transformer.cut(config, num_stages)
+    specs = stages.cut(config, num_stages)
     assert len(specs) == num_stages
     covered = [
       layer for s in specs for layer in range(s.first_layer, s.last_layer)
@@ -427,7 +427,7 @@ def test_a_cut_covers_every_layer_once(num_layers):
 @pytest.mark.parametrize('num_stages', [-1, 0, 5])
 def test_more_stages_than_layers_or_none_are_refused(num_stages):
   with pytest.raises(base.ConfigError) as info:
-    transformer.cut(_CONFIG, num_stages)
+    stages.cut(_CONFIG, num_stages)
   assert (info.value.flag, info.value.value) == ('stages', num_stages)
 
 
@@ -436,13 +436,13 @@ def test_layer_cost_counts_multiplications_per_token():
   heads, kv_heads = 2 * 4, 1 * 4
   projections = 8 * (heads + kv_heads + kv_heads) + heads * 8
   scores = 2 * heads * 6 / 2  # causal: half of the positions, twice
-  assert transformer.layer_cost(c, 0) == projections + scores + 3 * 8 * 8
+  assert stages.layer_cost(c, 0) == projections + scores + 3 * 8 * 8
   router, shared, slots = 8 * 4, 3 * 8 * 4, 1.5 * 2 * 3 * 8 * 6
-  assert transformer.layer_cost(c, 1) == (
+  assert stages.layer_cost(c, 1) == (
     projections + scores + router + shared + slots
   )
   dropless = 4 * 3 * 8 * 6
-  assert transformer.layer_cost(_CONFIG, 1) == (
+  assert stages.layer_cost(_CONFIG, 1) == (
     projections + scores + router + shared + dropless
   )
 
@@ -569,7 +569,7 @@ def test_moe_layers_stand_where_the_config_says(
 
 @pytest.mark.parametrize('devices', [3, 8])
 def test_experts_that_do_not_divide_among_devices_are_refused(devices):
-  (spec,) = transformer.cut(_CONFIG, 1)
+  (spec,) = stages.cut(_CONFIG, 1)
   with pytest.raises(base.ConfigError) as info:
-    transformer.build_stage(_CONFIG, spec, seed=0, expert_devices=devices)
+    stages.build_stage(_CONFIG, spec, seed=0, expert_devices=devices)
   assert (info.value.flag, info.value.value) == ('local_devices', devices)
