@@ -87,7 +87,7 @@ class WorkerProcess:
     self.pid_fd = os.pidfd_open(self._process.pid)
     os.set_blocking(self.status_fd, False)
     os.set_blocking(self.output_fd, False)
-    full = spec | {'status_fd': their_status, 'control_fd': their_control}
+    full = {**spec, 'status_fd': their_status, 'control_fd': their_control}
     assert self._process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died: its pid_fd says so
       self._process.stdin.write(json.dumps(full).encode())

@@ -36,9 +36,7 @@ Compute = dict[str, jax.Array]
 Tree: TypeAlias = Any
 
 
-def make_mesh(
-  devices: Sequence[Any], replicas: int = 1
-) -> jax.sharding.Mesh:
+def make_mesh(devices: Sequence[Any], replicas: int = 1) -> jax.sharding.Mesh:
   """The stage world's mesh: replicas x devices of each worker."""
   return jax.sharding.Mesh(np.array(devices).reshape(replicas, -1), AXES)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from moetion_jax import (
   base,
+  logs,
   operators,
   schedule,
   stage_model,
@@ -54,34 +55,6 @@ class Data(Protocol):
 
   def held_out_batch(self, index: int) -> Any:
     """A held-out Batch."""
-    ...
-
-
-class Log(Protocol):
-  """What the loop needs of a boundary log (`boundary_log`)."""
-
-  def publish(self, key: base.EntryKey, value: jax.Array | np.ndarray) -> None:
-    """Makes an entry readable under `key`."""
-    ...
-
-  def read(
-    self, key: base.EntryKey, sharding: jax.sharding.Sharding
-  ) -> jax.Array:
-    """Waits until the entry exists and puts it on devices."""
-    ...
-
-  def prefetch(
-    self, key: base.EntryKey, sharding: jax.sharding.Sharding
-  ) -> None:
-    """Starts what a later `read` of the entry would wait for."""
-    ...
-
-  def retain(self, first_iteration: int) -> None:
-    """Lets go of entries of iterations before `first_iteration`."""
-    ...
-
-  def close(self) -> None:
-    """Ends every wait."""
     ...
 
 
@@ -150,7 +123,7 @@ class Worker:
     stage: stage_lib.Stage,
     programs: stage_lib.Programs,
     state: operators.State,
-    log: Log,
+    log: logs.Log,
     data: Data,
   ):
     """Stores; `train` does the work."""
