@@ -8,12 +8,14 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 from launch import metrics, settings
 from moetion_jax import base
 
 _LOCK = '.lock'
+_DYING_SECONDS = 2.0
 # In config.json, but known only once a worker has a backend and the data.
 _FOUND_OUT = ('data_fingerprint', 'software')
 
@@ -53,7 +55,7 @@ class Workdir:
       self._created = missing
       flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
       self.lock_fd = os.open(self.path / _LOCK, flags, 0o644)
-      fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _lock(self.lock_fd)
       in_place = os.path.samestat(
         os.stat(self.path / _LOCK), os.fstat(self.lock_fd)
       )
@@ -138,3 +140,18 @@ class Workdir:
 
   def _error(self, reason: str) -> base.ConfigError:
     return base.ConfigError('workdir', str(self.path), reason)
+
+
+def _lock(fd: int) -> None:
+  """Locks a file; raises BlockingIOError if another run keeps it locked.
+
+  Workers of an agent that was just killed hold the lock until they are gone.
+  """
+  deadline = time.monotonic() + _DYING_SECONDS
+  while True:
+    try:
+      return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if time.monotonic() > deadline:
+        raise
+    time.sleep(0.05)

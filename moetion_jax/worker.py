@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -206,8 +207,9 @@ class Worker:
     tasks = schedule.one_forward_one_backward(
       self.index, config.stages, config.microbatches
     )
-    for kind, m in tasks:
+    for (kind, m), following in itertools.pairwise((*tasks, None)):
       self.program = kind.value
+      self._prefetch(iteration, following)
       if kind is schedule.TaskKind.FORWARD:
         inputs = self._inputs(base.EntryKind.ACTIVATION, iteration, m)
         position = stage_model.Position(
@@ -341,6 +343,21 @@ class Worker:
     value = self.log.read(self._key(kind, iteration, m, stage), sharding)
     self._waited += time.monotonic() - begin
     return value
+
+  def _prefetch(self, iteration: int, task: schedule.Task | None) -> None:
+    """Has the next task's input put on the device while this one runs."""
+    model = self.stage.model
+    if task and task.kind is schedule.TaskKind.FORWARD:
+      kind, producer = base.EntryKind.ACTIVATION, self.index - 1
+      is_from_outside = not model.has_embedding
+    else:
+      kind, producer = base.EntryKind.GRADIENT, self.index + 1
+      is_from_outside = not model.has_head
+    if task and is_from_outside:
+      self.log.prefetch(
+        self._key(kind, iteration, task.microbatch, producer),
+        self.stage.rows_sharding,
+      )
 
   def _send(self, kind: base.EntryKind, iteration: int, m: int, value) -> None:
     """Publishes `value` unless there is no neighbour in that direction."""
