@@ -170,7 +170,7 @@ def show(result: dict[str, Any]) -> None:
   import rich.console
   import rich.table
 
-  from launch import run
+  from launch import runtime
 
   table = rich.table.Table(title=f'{result["subcommand"]}, {result["preset"]}')
   for column in ('figure', 'median', '95 % interval', 'quartiles', 'n', 'goal'):
@@ -190,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
     path = os.path.join(_OUT.value, f'{result["subcommand"]}.json')
     with open(path, 'w') as f:
       json.dump(
-        result | {'software': run.software(), 'cores': os.cpu_count()},
+        result | {'software': runtime.software(), 'cores': os.cpu_count()},
         f,
         indent=2,
       )

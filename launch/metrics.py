@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from moetion_jax import base, digest, worker
+from moetion_jax import base, report
 
 # Fields in which two runs of one iteration must agree exactly.
 _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
@@ -24,7 +24,7 @@ class MetricsMismatchError(base.MoetionError):
   """An iteration came out differently than the line written for it."""
 
 
-def make_line(reports: Sequence[worker.Report], tokens: int) -> dict[str, Any]:
+def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
   """One iteration's line from all stages' reports.
 
   Args:
@@ -39,7 +39,7 @@ def make_line(reports: Sequence[worker.Report], tokens: int) -> dict[str, Any]:
     'loss_hex': float(last.loss).hex(),
     'tokens': tokens,
     'seconds': round(max(r.seconds for r in reports), 6),
-    'digest': digest.combine(digests),
+    'digest': report.combine(digests),
     'snapshot_bytes': 0,
     'blocked_seconds': 0.0,
     'grad_norm': last.grad_norm,

@@ -6,10 +6,18 @@ import datetime
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import rich.console
 import rich.progress
+
+from moetion_jax import report
+
+
+def busy_share(one: report.Report) -> float:
+  """Share of an iteration that a stage did not wait for entries."""
+  return max(0.0, 1 - one.waited_seconds / max(one.seconds, 1e-9))
 
 
 class Progress:
@@ -33,9 +41,12 @@ class Progress:
         rich.progress.TextColumn('{task.completed}/{task.total}'),
         rich.progress.BarColumn(),
         rich.progress.TextColumn('{task.fields[text]}'),
+        rich.progress.TextColumn('{task.fields[stages]}', markup=False),
         console=rich.console.Console(),
       )
-      self._task = self._bar.add_task('', total=self._iterations, text='')
+      self._task = self._bar.add_task(
+        '', total=self._iterations, text='', stages=''
+      )
       self._bar.start()
     return self
 
@@ -43,8 +54,19 @@ class Progress:
     if self._bar:
       self._bar.stop()
 
-  def show(self, line: dict[str, Any]) -> None:
-    """Shows one line of `metrics.jsonl`."""
+  def stages(self, states: Sequence[str]) -> None:
+    """Shows what each stage does at this moment, on a terminal."""
+    if self._bar:
+      text = '\n'.join(f'{i}: {state}' for i, state in enumerate(states))
+      self._bar.update(self._task, stages=text)
+
+  def show(self, line: dict[str, Any], busy: Sequence[float]) -> None:
+    """Shows one line of `metrics.jsonl`.
+
+    Args:
+      line: of one iteration.
+      busy: by stage, the share of the iteration that it did not wait.
+    """
     iteration, now = line['iteration'], time.monotonic()
     if self._first is None:
       self._first = (iteration, now)
@@ -59,6 +81,7 @@ class Progress:
       f'norm {line["grad_norm"]:.2f}',
       f'{self._tokens / max(line["seconds"], 1e-9):,.0f} tokens/s',
     ]
+    parts.append('busy ' + '/'.join(f'{share:.0%}' for share in busy))
     if not math.isnan(left):
       parts.append(f'ETA {datetime.timedelta(seconds=round(left))}')
     if not line['updated']:

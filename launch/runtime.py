@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
+from importlib import metadata
 
 import jax
+
+from launch import placement
+
+# Packages on whose versions the bits of a run depend.
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+)
 
 # mallopt parameters of glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -20,11 +34,9 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
     compilation_cache_dir: persistent cache of compiled programs; '' for none.
   """
   _keep_freed_memory()
-  # GPU reductions and scatters in a fixed order (FACTS: exactness).
-  flag = '--xla_gpu_deterministic_ops=true'
   flags = os.environ.get('XLA_FLAGS', '')
-  if flag not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
+  if 'xla_gpu_deterministic_ops' not in flags:
+    os.environ['XLA_FLAGS'] = f'{flags} {placement.DETERMINISM_FLAG}'.strip()
   jax.config.update('jax_num_cpu_devices', local_devices)
   if compilation_cache_dir:
     jax.config.update(
@@ -32,6 +44,16 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
     )
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def software() -> dict[str, str]:
+  """Versions on which the bits of a run depend; creates the backend."""
+  return {
+    'python': platform.python_version(),
+    **{name: metadata.version(name) for name in _PACKAGES},
+    'platform': jax.default_backend(),
+    'device': jax.devices()[0].device_kind,
+  }
 
 
 def _keep_freed_memory() -> None:

@@ -7,15 +7,10 @@ Flags become a `settings.RunConfig`; everything below reads that. Exit codes:
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import threading
-from typing import Any
 
 from absl import flags
 
-from launch import command, settings
+from launch import agent, command, settings
 from moetion_jax import base
 
 _PRESET = flags.DEFINE_string('preset', 'tiny', 'Shape of the model.')
@@ -43,7 +38,7 @@ _INIT_FROM = flags.DEFINE_string(
 _INIT_WEIGHTS_ONLY = flags.DEFINE_bool(
   'init_weights_only', False, 'Take no optimizer state from --init_from.'
 )
-_STAGES = flags.DEFINE_integer('stages', 1, 'Pipeline stages.')
+_STAGES = flags.DEFINE_integer('stages', 2, 'Pipeline stages.')
 _LOCAL_DEVICES = flags.DEFINE_integer(
   'local_devices', 1, "A worker's devices; experts are spread over them."
 )
@@ -76,6 +71,12 @@ _CACHE = flags.DEFINE_string(
   'compilation_cache_dir',
   '~/.cache/moetion_jax',
   "Compiled programs are kept here; '' for nowhere.",
+)
+_HOSTMEM_DIR = flags.DEFINE_string(
+  'hostmem_dir', '/dev/shm', 'Folder in tmpfs for the boundary logs.'
+)
+_LOG_ITERATIONS = flags.DEFINE_integer(
+  'log_iterations', 4, 'Of how many iterations the boundary logs keep entries.'
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print the configuration as JSON and exit.'
@@ -120,47 +121,6 @@ def run_config() -> settings.RunConfig:
   )
 
 
-def prepare_workdir(
-  workdir: str, config: dict[str, Any], *, fresh: bool
-) -> None:
-  """Makes `workdir` ready for the run that `config` describes.
-
-  Raises:
-    base.ConfigError: it holds another run, or something that is no run.
-  """
-  path = os.path.join(workdir, 'config.json')
-  if fresh and os.path.isdir(workdir):
-    if os.listdir(workdir) and not os.path.exists(path):
-      raise base.ConfigError(
-        'fresh', True, f'{workdir} holds no run of ours; remove it by hand'
-      )
-    shutil.rmtree(workdir)
-  try:
-    os.makedirs(os.path.join(workdir, 'logs'), exist_ok=True)
-  except OSError as e:
-    raise base.ConfigError('workdir', workdir, e.strerror or str(e)) from e
-  if not os.path.exists(path):
-    from launch import metrics
-
-    metrics.write_json(path, config)
-    return
-  try:
-    with open(path) as f:
-      known = json.load(f)
-  except (OSError, ValueError) as e:
-    raise base.ConfigError(
-      'workdir', workdir, f'config.json is damaged ({e}); pass --fresh'
-    ) from e
-  changed = settings.differences(known, config)
-  if changed:
-    raise base.ConfigError(
-      'workdir',
-      workdir,
-      f'holds a run with other settings ({", ".join(changed[:5])}); pass '
-      '--fresh to remove it, or another --workdir',
-    )
-
-
 def main(argv: list[str]) -> int:
   """Trains as the flags say; returns the exit code."""
   if len(argv) > 1:
@@ -169,24 +129,15 @@ def main(argv: list[str]) -> int:
   if _PRINT_CONFIG.value:
     print(json.dumps(config.to_json(), indent=2))
     return 0
-  # JAX is imported below this line only: it must be set up first.
-  from launch import runtime
-
-  runtime.configure(
-    local_devices=config.train.local_devices,
-    compilation_cache_dir=_CACHE.value,
-  )
-  from launch import run
-
-  stopping = threading.Event()
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *unused: stopping.set())
-  workdir = os.path.abspath(_WORKDIR.value)
-  return run.run(
+  return agent.run(
     config,
-    workdir,
-    prepare=lambda full: prepare_workdir(workdir, full, fresh=_FRESH.value),
-    stop=stopping.is_set,
+    agent.AgentSettings(
+      workdir=_WORKDIR.value,
+      fresh=_FRESH.value,
+      hostmem_dir=_HOSTMEM_DIR.value,
+      log_iterations=_LOG_ITERATIONS.value,
+      compilation_cache_dir=_CACHE.value,
+    ),
   )
 
 

@@ -27,13 +27,15 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from moetion_jax import base
+from moetion_jax import base, report
 
 # From 64 rows on XLA leaves the vectorized path (measured: 8 times slower).
 _ROWS = 32
 _SUM_ROWS = 256
 _ODD = 0x9E3779B1
 _STEP = 0x243F6A89
+
+combine = report.combine
 
 
 def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
@@ -60,15 +62,6 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
   salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
   mixed = _mix(u + position * np.uint32(_STEP) + salt)
   return jnp.stack([_sum(mixed), _sum(mixed * (2 * position + 1))], axis=-1)
-
-
-def combine(digests: Mapping[base.OperatorId, np.ndarray]) -> str:
-  """Digest of a whole state: 16 hex digits, whatever the operators' order."""
-  lanes = np.zeros(2, np.uint32)
-  for operator, digest in digests.items():
-    salt = np.uint32(zlib.crc32(str(operator).encode()))
-    lanes += _mix_host(np.asarray(digest, np.uint32) ^ salt)
-  return f'{lanes[0]:08x}{lanes[1]:08x}'
 
 
 def _words(leaf: jax.Array) -> jax.Array:
@@ -107,14 +100,6 @@ def _mix(x: jax.Array) -> jax.Array:
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
-
-
-def _mix_host(x: np.ndarray) -> np.ndarray:
-  """`_mix` in NumPy."""
-  with np.errstate(over='ignore'):
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-  return x ^ (x >> np.uint32(16))
 
 
 def first_difference(

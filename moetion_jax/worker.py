@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import numpy as np
 
 from moetion_jax import (
   base,
+  logs,
   operators,
   schedule,
   stage_model,
@@ -26,8 +28,13 @@ from moetion_jax import (
   config as config_lib,
 )
 from moetion_jax import (
+  report as report_lib,
+)
+from moetion_jax import (
   stage as stage_lib,
 )
+
+Report = report_lib.Report
 
 # Layout of a SCALARS entry, f32[4].
 _SQUARED_NORM, _LOSS, _AUXILIARY_LOSS, _DROPPED = range(4)
@@ -50,67 +57,6 @@ class Data(Protocol):
   def held_out_batch(self, index: int) -> Any:
     """A held-out Batch."""
     ...
-
-
-class Log(Protocol):
-  """What the loop needs of a boundary log (`boundary_log`)."""
-
-  def publish(self, key: base.EntryKey, value: jax.Array | np.ndarray) -> None:
-    """Makes an entry readable under `key`."""
-    ...
-
-  def read(
-    self, key: base.EntryKey, sharding: jax.sharding.Sharding
-  ) -> jax.Array:
-    """Waits until the entry exists and puts it on devices."""
-    ...
-
-  def prefetch(
-    self, key: base.EntryKey, sharding: jax.sharding.Sharding
-  ) -> None:
-    """Starts what a later `read` of the entry would wait for."""
-    ...
-
-  def retain(self, first_iteration: int) -> None:
-    """Lets go of entries of iterations before `first_iteration`."""
-    ...
-
-  def close(self) -> None:
-    """Ends every wait."""
-    ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-  """What one stage says of one iteration once it is done.
-
-  Attributes:
-    iteration: its number.
-    stage: who reports.
-    loss: mean cross-entropy in nats a token, all stages alike.
-    auxiliary_loss: mean over microbatches, summed over stages.
-    grad_norm: global norm before clipping.
-    dropped: choices that found no slot, over all stages.
-    updated: False when a non-finite update was skipped.
-    digests: of this stage's operators in the state after the update.
-    eval_loss: mean cross-entropy of held-out text after the update, from the
-      last stage in iterations that evaluate; else None.
-    seconds: from the iteration's begin to the next one's (the last: to its
-      end), evaluation included.
-    waited_seconds: of these, spent waiting for entries.
-  """
-
-  iteration: int
-  stage: int
-  loss: float
-  auxiliary_loss: float
-  grad_norm: float
-  dropped: int
-  updated: bool
-  digests: dict[base.OperatorId, np.ndarray]
-  eval_loss: float | None
-  seconds: float
-  waited_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +114,8 @@ class Worker:
   """One stage's training loop over its compiled programs.
 
   `state` and `compute` are always whole: they are swapped together when an
-  update was dispatched. Only this object donates `state`.
+  update was dispatched. Only this object donates `state`. `iteration` and
+  `program` say what is being done, to any thread that asks.
   """
 
   def __init__(
@@ -177,7 +124,7 @@ class Worker:
     stage: stage_lib.Stage,
     programs: stage_lib.Programs,
     state: operators.State,
-    log: Log,
+    log: logs.Log,
     data: Data,
   ):
     """Stores; `train` does the work."""
@@ -187,6 +134,8 @@ class Worker:
     self.state = state
     self.compute = programs.compute_of(state)
     self.log = log
+    self.iteration = 0
+    self.program = ''
     self._data = data
     self._waited = 0.0
     # Until snapshots choose slots, no operator is selected.
@@ -201,6 +150,7 @@ class Worker:
     report: Callable[[Report], None],
     stop: Callable[[], bool] = lambda: False,
     first_iteration: int = 1,
+    log_iterations: int = 1,
   ) -> int:
     """Trains from `first_iteration` to the last one.
 
@@ -211,6 +161,7 @@ class Worker:
       stop: asked between iterations; True ends the loop early. With several
         stages all must stop after the same iteration.
       first_iteration: the one after the current state's.
+      log_iterations: of how many iterations the log keeps the entries.
 
     Returns:
       The last iteration that was done.
@@ -222,19 +173,20 @@ class Worker:
     pending: Callable[[], Report] | None = None
     iteration = first_iteration - 1
     while iteration < config.iterations and not stop():
-      iteration += 1
+      self.iteration = iteration = iteration + 1
       begin, self._waited = time.monotonic(), 0.0
       gradients, mine = self._gradients(iteration, config)
       if pending:
         report(pending())
       verdict = self._verdict(iteration, mine, config)
+      self.program = 'update'
       if verdict.bad_stage is None:
         self.state, self.compute, _ = self.programs.update(
           self.state, gradients, verdict.clip_factor, self._slot
         )
       digests = self.programs.digest(self.state)
       eval_loss = self._evaluate(iteration, config)
-      self.log.retain(iteration)
+      self.log.retain(iteration - log_iterations + 1)
       pending = functools.partial(
         self._report,
         iteration,
@@ -255,7 +207,9 @@ class Worker:
     tasks = schedule.one_forward_one_backward(
       self.index, config.stages, config.microbatches
     )
-    for kind, m in tasks:
+    for (kind, m), following in itertools.pairwise((*tasks, None)):
+      self.program = kind.value
+      self._prefetch(iteration, following)
       if kind is schedule.TaskKind.FORWARD:
         inputs = self._inputs(base.EntryKind.ACTIVATION, iteration, m)
         position = stage_model.Position(
@@ -274,6 +228,7 @@ class Worker:
         dx, acc = self.programs.backward(self.compute, residuals, dy, acc)
         del residuals
         self._send(base.EntryKind.GRADIENT, iteration, m, dx)
+    self.program = 'reduce'
     gradients, scalars = self.programs.reduce(acc, tuple(counts))
     return gradients, scalars
 
@@ -319,6 +274,7 @@ class Worker:
     """Held-out loss of the state after `iteration`; None where unknown."""
     if not config.evaluates(iteration):
       return None
+    self.program = 'evaluate'
     losses = []
     for _, m in schedule.evaluation(config.eval_microbatches):
       inputs = self._inputs(base.EntryKind.EVALUATION, iteration, m)
@@ -387,6 +343,21 @@ class Worker:
     value = self.log.read(self._key(kind, iteration, m, stage), sharding)
     self._waited += time.monotonic() - begin
     return value
+
+  def _prefetch(self, iteration: int, task: schedule.Task | None) -> None:
+    """Has the next task's input put on the device while this one runs."""
+    model = self.stage.model
+    if task and task.kind is schedule.TaskKind.FORWARD:
+      kind, producer = base.EntryKind.ACTIVATION, self.index - 1
+      is_from_outside = not model.has_embedding
+    else:
+      kind, producer = base.EntryKind.GRADIENT, self.index + 1
+      is_from_outside = not model.has_head
+    if task and is_from_outside:
+      self.log.prefetch(
+        self._key(kind, iteration, task.microbatch, producer),
+        self.stage.rows_sharding,
+      )
 
   def _send(self, kind: base.EntryKind, iteration: int, m: int, value) -> None:
     """Publishes `value` unless there is no neighbour in that direction."""

@@ -24,6 +24,7 @@ MAY_IMPORT = {
 LIBRARY_ORDER = (
   'base',
   'config',
+  'report',
   'stage_model',
   'operators',
   'optimizers',

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,7 +41,8 @@ def test_the_files_of_a_run(finished):
   assert config['preset'] == 'tiny' and config['software']['jax']
   assert len(config['data_fingerprint']['blake2b']) >= 32
   workers = json.loads((finished / 'workers.json').read_text())
-  assert workers['workers'][0]['state'] == 'finished'
+  assert [w['state'] for w in workers['workers']] == ['finished'] * 2
+  assert len({w['pid'] for w in workers['workers']}) == 2
   kinds = [json.loads(x)['kind'] for x in open(finished / 'events.jsonl')]
   assert kinds == ['start', 'finished']
   assert (finished / 'logs').is_dir()
@@ -80,7 +82,7 @@ def test_a_checkpoint_needs_none_of_our_code(finished, tmp_path):
 def test_init_from_continues_from_the_exact_state(finished, tmp_path):
   """Iteration 1 of a run with no step at all leaves the checkpoint's state."""
   flags = helpers.train_flags(
-    tmp_path / 'next', f'--init_from={finished}/checkpoint', '--stages=2'
+    tmp_path / 'next', f'--init_from={finished}/checkpoint', '--stages=3'
   )
   result = helpers.launch('train', *flags)
   assert result.returncode == 0, result.stderr
@@ -96,13 +98,13 @@ def test_init_from_is_bitwise(finished, tmp_path):
 
   config = checkpoint.load_config(str(finished / 'checkpoint'), 'init_from')
   tree = checkpoint.load(str(finished / 'checkpoint'), 'init_from')
-  digests = {}
-  stage = local.build_stage(config, 0)
-  state = checkpoint.state_of(stage, tree, weights_only=False)
-  import jax
-
-  rows = jax.jit(stage._digest)(state)
-  digests = stage.partition.by_operator(jax.device_get(rows))
+  digests, state, stage = {}, {}, None
+  for index in range(config.train.stages):
+    stage = local.build_stage(config, index)
+    state = checkpoint.state_of(stage, tree, weights_only=False)
+    rows = jax.jit(stage._digest)(state)
+    digests |= stage.partition.by_operator(jax.device_get(rows))
+  assert stage
   assert digest.combine(digests) == _lines(finished)[-1]['digest']
   fresh = checkpoint.state_of(stage, tree, weights_only=True)
   np.testing.assert_array_equal(

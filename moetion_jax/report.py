@@ -1,0 +1,94 @@
+"""What a stage says of an iteration, and how reports become one.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moetion_jax import base
+
+_FLOATS = ('loss', 'auxiliary_loss', 'grad_norm', 'eval_loss')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+  """What one stage says of one iteration once it is done.
+
+  Attributes:
+    iteration: its number.
+    stage: who reports.
+    loss: mean cross-entropy in nats a token, all stages alike.
+    auxiliary_loss: mean over microbatches, summed over stages.
+    grad_norm: global norm before clipping.
+    dropped: choices that found no slot, over all stages.
+    updated: False when a non-finite update was skipped.
+    digests: of this stage's operators in the state after the update.
+    eval_loss: mean cross-entropy of held-out text after the update, from the
+      last stage in iterations that evaluate; else None.
+    seconds: from the iteration's begin to the next one's (the last: to its
+      end), evaluation included.
+    waited_seconds: of these, spent waiting for entries.
+  """
+
+  iteration: int
+  stage: int
+  loss: float
+  auxiliary_loss: float
+  grad_norm: float
+  dropped: int
+  updated: bool
+  digests: dict[base.OperatorId, np.ndarray]
+  eval_loss: float | None
+  seconds: float
+  waited_seconds: float
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain JSON without rounding: floats in hex. `from_json` inverts it."""
+    value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    for name in _FLOATS:
+      if value[name] is not None:
+        value[name] = float(value[name]).hex()
+    value['digests'] = [
+      [operator.group, operator.expert, *(f'{lane:08x}' for lane in lanes)]
+      for operator, lanes in self.digests.items()
+    ]
+    return value
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> Report:
+    """The inverse of `to_json`."""
+    fields = dict(value)
+    for name in _FLOATS:
+      if fields[name] is not None:
+        fields[name] = float.fromhex(fields[name])
+    fields['digests'] = {
+      base.OperatorId(group, expert): np.array(
+        [int(lane, 16) for lane in lanes], np.uint32
+      )
+      for group, expert, *lanes in fields['digests']
+    }
+    return cls(**fields)
+
+
+def combine(digests: Mapping[base.OperatorId, np.ndarray]) -> str:
+  """Digest of a whole state: 16 hex digits, whatever the operators' order."""
+  lanes = np.zeros(2, np.uint32)
+  for operator, digest in digests.items():
+    salt = np.uint32(zlib.crc32(str(operator).encode()))
+    lanes += _mix_host(np.asarray(digest, np.uint32) ^ salt)
+  return f'{lanes[0]:08x}{lanes[1]:08x}'
+
+
+def _mix_host(x: np.ndarray) -> np.ndarray:
+  """The mix of `digest.py`, in NumPy."""
+  with np.errstate(over='ignore'):
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> np.uint32(16))
