@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -207,7 +206,8 @@ class Worker:
     tasks = schedule.one_forward_one_backward(
       self.index, config.stages, config.microbatches
     )
-    for (kind, m), following in itertools.pairwise((*tasks, None)):
+    following_tasks = (*tasks[1:], None)
+    for (kind, m), following in zip(tasks, following_tasks, strict=True):
       self.program = kind.value
       self._prefetch(iteration, following)
       if kind is schedule.TaskKind.FORWARD:
