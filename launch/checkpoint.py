@@ -20,8 +20,7 @@ import numpy as np
 from orbax import checkpoint as ocp
 
 from launch import settings
-from moetion_jax import base, operators
-from moetion_jax import stage as stage_lib
+from moetion_jax import base, operators, stage as stage_lib
 
 _MASTER = 'master/'
 

@@ -14,11 +14,16 @@ from typing import Any
 
 import jax
 
-from launch import checkpoint, settings
-from launch import data as data_lib
+from launch import checkpoint, data as data_lib, settings
 from models import stages
-from moetion_jax import hostmem, memory_log, operators, optimizers, worker
-from moetion_jax import stage as stage_lib
+from moetion_jax import (
+  hostmem,
+  memory_log,
+  operators,
+  optimizers,
+  stage as stage_lib,
+  worker,
+)
 
 
 def load_data(config: settings.RunConfig) -> data_lib.Dataset:

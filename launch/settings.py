@@ -9,10 +9,8 @@ import dataclasses
 import json
 from typing import Any
 
-from models import config as model_config
-from models import presets
-from moetion_jax import base
-from moetion_jax import config as config_lib
+from models import config as model_config, presets
+from moetion_jax import base, config as config_lib
 
 # What a preset trains with unless flags say otherwise. Iterations of the
 # `paper_*` presets are nominal: those are for clusters and cost models.

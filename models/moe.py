@@ -16,8 +16,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from models import config as config_lib
-from models import layers
+from models import config as config_lib, layers
 
 
 class Routing(NamedTuple):

@@ -18,8 +18,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from models import config as config_lib
-from models import transformer
+from models import config as config_lib, transformer
 from moetion_jax import base, stage_model
 
 ModelConfig = config_lib.ModelConfig

@@ -16,8 +16,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from models import config as config_lib
-from models import layers, moe
+from models import config as config_lib, layers, moe
 from moetion_jax import stage_model
 
 ModelConfig = config_lib.ModelConfig

@@ -25,8 +25,7 @@ import optax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moetion_jax import digest as digest_lib
-from moetion_jax import operators, stage_model
+from moetion_jax import digest as digest_lib, operators, stage_model
 
 AXES = ('data', 'expert')
 _OWN = PartitionSpec(AXES)  # a leading dim over all devices

@@ -18,19 +18,13 @@ import numpy as np
 
 from moetion_jax import (
   base,
+  config as config_lib,
   logs,
   operators,
-  schedule,
-  stage_model,
-)
-from moetion_jax import (
-  config as config_lib,
-)
-from moetion_jax import (
   report as report_lib,
-)
-from moetion_jax import (
+  schedule,
   stage as stage_lib,
+  stage_model,
 )
 
 Report = report_lib.Report

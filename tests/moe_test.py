@@ -18,8 +18,7 @@ from jax import numpy as jnp
 from jax.extend.mlir import ir
 from jax.sharding import PartitionSpec
 
-from models import config as config_lib
-from models import layers, moe, stages, transformer
+from models import config as config_lib, layers, moe, stages, transformer
 from moetion_jax import stage_model
 
 pytestmark = pytest.mark.fast

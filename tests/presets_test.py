@@ -6,8 +6,7 @@ import jax
 import pytest
 from jax import numpy as jnp
 
-from models import config as config_lib
-from models import presets, stages
+from models import config as config_lib, presets, stages
 from moetion_jax import base, stage_model
 
 pytestmark = pytest.mark.fast

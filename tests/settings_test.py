@@ -4,8 +4,7 @@ import json
 import pytest
 
 from launch import settings
-from moetion_jax import base
-from moetion_jax import config as config_lib
+from moetion_jax import base, config as config_lib
 
 pytestmark = pytest.mark.fast
 

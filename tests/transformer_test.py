@@ -11,8 +11,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from models import config as config_lib
-from models import layers, stages
+from models import config as config_lib, layers, stages
 from moetion_jax import base, stage_model
 
 pytestmark = pytest.mark.fast
