@@ -67,8 +67,7 @@ def load(path: str, flag: str) -> dict[str, Any]:
   Raises:
     base.ConfigError: it is missing, damaged or none of ours.
   """
-  if not os.path.isdir(path):
-    raise base.ConfigError(flag, path, 'no such folder')
+  _require_folder(path, flag)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       tree = checkpointer.restore(os.path.abspath(path))
@@ -89,8 +88,7 @@ def load_config(path: str, flag: str) -> settings.RunConfig:
   Raises:
     base.ConfigError: it is missing, damaged or none of ours.
   """
-  if not os.path.isdir(path):
-    raise base.ConfigError(flag, path, 'no such folder')
+  _require_folder(path, flag)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       metadata = checkpointer.metadata(os.path.abspath(path)).custom_metadata
@@ -161,6 +159,11 @@ def state_of(
       for group, leaves in stage.state_shapes.items()
     }
   )
+
+
+def _require_folder(path: str, flag: str) -> None:
+  if not os.path.isdir(path):
+    raise base.ConfigError(flag, path, 'no such folder')
 
 
 def _first_line(e: Exception) -> str:

@@ -63,8 +63,10 @@ def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
   )
 
 
-def load_initial(config: settings.RunConfig) -> dict[str, Any] | None:
-  """The checkpoint that the run starts from, checked against every stage.
+def load_initial(
+  config: settings.RunConfig, stage: stage_lib.Stage
+) -> dict[str, Any] | None:
+  """The checkpoint that the run starts from, checked against `stage`.
 
   Returns:
     None when the run starts from its seed.
@@ -75,13 +77,9 @@ def load_initial(config: settings.RunConfig) -> dict[str, Any] | None:
   if not config.init_from:
     return None
   tree = checkpoint.load(config.init_from, 'init_from')
-  for index in range(config.train.stages):
-    checkpoint.check(
-      build_stage(config, index),
-      tree,
-      config.init_from,
-      weights_only=config.init_weights_only,
-    )
+  checkpoint.check(
+    stage, tree, config.init_from, weights_only=config.init_weights_only
+  )
   return tree
 
 
@@ -99,16 +97,14 @@ def initial_state(
 
 
 def make_workers(
-  config: settings.RunConfig,
-  data: worker.Data,
-  initial: Mapping[str, Any] | None = None,
+  config: settings.RunConfig, data: worker.Data
 ) -> list[worker.Worker]:
   """Compiles every stage; their logs are one shared memory."""
   store = memory_log.MemoryStore()
   workers = []
   for index in range(config.train.stages):
     stage = build_stage(config, index)
-    state = initial_state(config, stage, initial)
+    state = initial_state(config, stage, load_initial(config, stage))
     programs = stage.compile()
     log = memory_log.MemoryLog(hostmem.WorkerId(index, 0, 1), store)
     workers.append(worker.Worker(index, stage, programs, state, log, data))

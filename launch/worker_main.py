@@ -125,7 +125,7 @@ def _work(spec: protocol.Spec, link: _Link) -> None:
       'local_devices', config.train.local_devices, f'{len(devices)} are there'
     )
   stage = local.build_stage(config, spec.stage)
-  initial = local.load_initial(config)
+  initial = local.load_initial(config, stage)
   link.send(
     'ready',
     platform=jax.default_backend(),

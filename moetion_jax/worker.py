@@ -133,8 +133,10 @@ class Worker:
     self._waited = 0.0
     # Until snapshots choose slots, no operator is selected.
     self._slot = {
-      g: np.zeros(len(stage.partition.operators_of(g)), np.bool_)
-      for g in stage.partition.groups
+      group: np.array(mask)
+      for group, mask in schedule.selection_by_group(
+        stage.partition.operators, slot=frozenset()
+      ).items()
     }
 
   def train(
