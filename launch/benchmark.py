@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,149 +19,129 @@ from moetion_jax import base
 
 _PRESET = flags.DEFINE_string('preset', 'small', 'Shape of the model.')
 _ROUNDS = flags.DEFINE_integer('rounds', 30, 'Measured pairs.')
+_RUN_PAIRS = flags.DEFINE_integer('run_pairs', 3, 'Measured pairs of runs.')
+_PARTS = flags.DEFINE_multi_enum(
+  'part', None, ['programs', 'boundary', 'stages', 'start'],
+  'Of `pipeline`; repeatable. All of them by default.',
+)  # fmt: skip
+_HOSTMEM_DIR = flags.DEFINE_string('hostmem_dir', '/dev/shm', 'As of train.')
+_CACHE = flags.DEFINE_string(
+  'compilation_cache_dir', '~/.cache/moetion_jax', 'As of train.'
+)
+_STAGES = flags.DEFINE_integer('stages', 2, 'Stages, for `promotion`.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
-_WARM_UP_ROUNDS = 3
 
-
-def _interleave(
-  subjects: dict[str, Callable[[int], None]], rounds: int
-) -> dict[str, list[float]]:
-  """Seconds of each subject in each measured round, run in turn."""
-  seconds: dict[str, list[float]] = {name: [] for name in subjects}
-  for number in range(_WARM_UP_ROUNDS + rounds):
-    for name, subject in subjects.items():
-      begin = time.perf_counter()
-      subject(number + 1)
-      if number >= _WARM_UP_ROUNDS:
-        seconds[name].append(time.perf_counter() - begin)
-  return seconds
+_TOUCH_BYTES = 300 << 20  # more than a first iteration of `tiny` takes
 
 
 def pipeline(preset: str, rounds: int) -> dict[str, Any]:
-  """Split programs against plain single-jit steps; digest against AdamW."""
-  import jax
-  import numpy as np
+  """What a pipeline costs, part by part."""
+  from launch import benchmark_boundary, benchmark_pipeline
 
-  from launch import baseline, local, settings, summary
-  from moetion_jax import optimizers
+  memory, cache = _HOSTMEM_DIR.value, _CACHE.value
+  parts: dict[str, Callable[[], list[benchmark_pipeline.Row]]] = {
+    'boundary': lambda: benchmark_boundary.rows(memory, rounds),
+    'start': lambda: benchmark_pipeline.start(5, memory, cache),
+    'stages': lambda: benchmark_pipeline.stages(
+      preset, _RUN_PAIRS.value, memory, cache
+    ),
+    # Last, since from here on this process computes, too.
+    'programs': lambda: benchmark_pipeline.programs(preset, rounds),
+  }
+  rows = []
+  load_before = os.getloadavg()
+  for name, measure in parts.items():
+    if name in (_PARTS.value or parts):
+      rows += [
+        {'name': name, 'goal': goal, **vars(value)}
+        for name, value, goal in measure()
+      ]
+  return {
+    'subcommand': 'pipeline',
+    'preset': preset,
+    'rows': rows,
+    'load': {'before': load_before, 'after': os.getloadavg()},
+  }
+
+
+def promotion(preset: str, rounds: int) -> dict[str, Any]:
+  """Phases of a warm standby's promotion, with and without touched memory."""
+  import tempfile
+
+  from launch import promotion as promotion_lib, settings, summary
 
   config = settings.make(
     preset,
     model_overrides=[],
-    train_overrides={'stages': 1, 'eval_every': 0, 'iterations': 10_000},
+    train_overrides={'stages': _STAGES.value, 'eval_every': 0},
     optimizer_overrides={},
   )
-  train = config.train
-  data = local.load_data(config)
-  (ours,) = local.make_workers(config, data)
-
-  def run_ours(number: int) -> None:
-    ours.train(
-      config.train,
-      lambda _: None,
-      stop=_after(1),
-      first_iteration=number,
-    )
-
-  subjects: dict[str, Callable[[int], None]] = {'ours': run_ours}
-  for name, unrolled in (('plain_scan', False), ('plain_unrolled', True)):
-    step, initial = baseline.make_step(
-      ours.stage.model,
-      optimizers.make(train.optimizer),
-      clip_norm=train.optimizer.clip_norm,
-      microbatches=train.microbatches,
-      unrolled=unrolled,
-    )
-    subjects[name] = _plain(step, initial(), data, train.microbatches)
-  seconds = _interleave(subjects, rounds)
-
-  # The digest beside a plain AdamW update of the same state.
-  adamw, carry = baseline.make_update(
-    ours.stage.model, optimizers.make(train.optimizer)
-  )
-  holder = [carry]
-  gradients = jax.tree.map(lambda m: np.full(m.shape, 1e-3, 'f4'), carry[0])
-  gradients = jax.device_put(gradients)
-
-  def run_adamw(_: int) -> None:
-    holder[0] = jax.block_until_ready(adamw(holder[0], gradients))
-
-  small_parts = _interleave(
-    {
-      'digest': lambda _: jax.block_until_ready(
-        ours.programs.digest(ours.state)
-      ),
-      'adamw': run_adamw,
-    },
-    max(rounds, 30),
-  )
-  tokens = (
-    train.microbatches * train.microbatch_size * config.model.sequence_length
-  )
-  fastest = min(
-    ('plain_scan', 'plain_unrolled'), key=lambda n: np.median(seconds[n])
-  )
+  samples: dict[str, list[float]] = {}
+  with tempfile.TemporaryDirectory() as cache:
+    for number in range(rounds + 1):
+      for stage in range(_STAGES.value):
+        for touch_bytes in (0, _TOUCH_BYTES):
+          seconds = promotion_lib.measure(
+            config, stage, compilation_cache_dir=cache, touch_bytes=touch_bytes
+          )
+          touched = '*' if touch_bytes else ''  # memory was touched before
+          for phase, value in seconds.items():
+            name = f'stage {stage}{touched}, {phase}, s'
+            if number:  # the first one fills the cache
+              samples.setdefault(name, []).append(value)
   rows = [
-    _row(
-      'tokens/s, ours', summary.summarize([tokens / s for s in seconds['ours']])
-    ),  # fmt: skip # noqa: E501
+    {'name': name, 'goal': '', **vars(summary.summarize(x))}
+    for name, x in samples.items()
   ]
-  for name in ('plain_scan', 'plain_unrolled'):
-    rows.append(
-      _row(
-        f'tokens/s, {name}',
-        summary.summarize([tokens / s for s in seconds[name]]),
-      )
-    )
-  rows += [
-    _row(
-      f'ours / faster plain step ({fastest})',
-      summary.paired_ratio(seconds[fastest], seconds['ours']),
-      '>= 0.95',
-    ),
-    _row(
-      'digest / plain AdamW update',
-      summary.paired_ratio(small_parts['digest'], small_parts['adamw']),
-      '<= 0.7',
-    ),
-  ]
-  return {'subcommand': 'pipeline', 'preset': preset, 'rows': rows}
+  return {'subcommand': 'promotion', 'preset': preset, 'rows': rows}
 
 
-def _after(count: int) -> Callable[[], bool]:
-  """A `stop` that says yes when asked for the (count + 1)-th time."""
-  asked = 0
+def snapshot(preset: str, rounds: int) -> dict[str, Any]:
+  """What snapshots cost beside training; bytes for every preset."""
+  from launch import benchmark_snapshot
 
-  def stop() -> bool:
-    nonlocal asked
-    asked += 1
-    return asked > count
-
-  return stop
+  load_before = os.getloadavg()
+  measured = benchmark_snapshot.rows(preset, rounds, _HOSTMEM_DIR.value)
+  measured += benchmark_snapshot.bytes_table()
+  return _result('snapshot', preset, measured, load_before)
 
 
-def _plain(step, carry, data, microbatches: int) -> Callable[[int], None]:
-  import numpy as np
+def recovery(preset: str, rounds: int) -> dict[str, Any]:
+  """What the death of a worker costs, by phase."""
+  from launch import benchmark_recovery
 
-  holder = [carry]
-
-  def run(number: int) -> None:
-    batches = [data.batch(number, m) for m in range(microbatches)]
-    holder[0], loss = step(
-      holder[0],
-      np.stack([b.inputs for b in batches]),
-      np.stack([b.labels for b in batches]),
-    )
-    import jax
-
-    jax.block_until_ready((holder[0], loss))
-
-  return run
+  load_before = os.getloadavg()
+  measured = benchmark_recovery.rows(
+    preset, rounds, _HOSTMEM_DIR.value, _CACHE.value
+  )
+  return _result('recovery', preset, measured, load_before)
 
 
-def _row(name: str, value: Any, goal: str = '') -> dict[str, Any]:
-  return {'name': name, 'goal': goal, **vars(value)}
+def frozen(preset: str, rounds: int) -> dict[str, Any]:
+  """What a replay without weight gradients of frozen experts would save."""
+  from launch import benchmark_frozen
+
+  load_before = os.getloadavg()
+  measured = benchmark_frozen.rows(preset, rounds)
+  return _result('frozen', preset, measured, load_before)
+
+
+def _result(
+  subcommand: str,
+  preset: str,
+  measured: Sequence[tuple[str, Any, str]],
+  load_before: tuple[float, ...],
+) -> dict[str, Any]:
+  return {
+    'subcommand': subcommand,
+    'preset': preset,
+    'rows': [
+      {'name': name, 'goal': goal, **vars(value)}
+      for name, value, goal in measured
+    ],
+    'load': {'before': load_before, 'after': os.getloadavg()},
+  }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -185,6 +164,9 @@ def show(result: dict[str, Any]) -> None:
       row['goal'],
     )
   rich.console.Console(width=110).print(table)
+  if 'load' in result:
+    loads = [f'{load[0]:.1f}' for load in result['load'].values()]
+    print(f'Load of the machine: {loads[0]} before, {loads[1]} after.')
   if _OUT.value:
     os.makedirs(_OUT.value, exist_ok=True)
     path = os.path.join(_OUT.value, f'{result["subcommand"]}.json')
@@ -198,7 +180,11 @@ def show(result: dict[str, Any]) -> None:
 
 
 _SUBCOMMANDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
-  'pipeline': pipeline
+  'pipeline': pipeline,
+  'promotion': promotion,
+  'snapshot': snapshot,
+  'recovery': recovery,
+  'frozen': frozen,
 }
 
 

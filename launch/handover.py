@@ -6,38 +6,86 @@ leaf and an index; one worker maps them all and writes the checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
+import shutil
+import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from launch import host_store
 from moetion_jax import base, entry, operators
 
 _MAPPED_BYTES = 1 << 16  # smaller files are read
+_NPY_HEADER_BYTES = 128
+_FULL_POLL_SECONDS = 0.05  # tmpfs tells nobody that it has room again
 
 
 def put(
-  folder: str | os.PathLike[str], stage: int, state: operators.State
+  folder: str | os.PathLike[str],
+  stage: int,
+  state: operators.State,
+  full_seconds: float = 0.0,
+  on_block: Callable[[], None] = lambda: None,
 ) -> None:
   """Writes a stage's state.
 
+  Args:
+    folder: store folder of the run's first host.
+    stage: whose state it is.
+    state: on the device.
+    full_seconds: how long to wait when there is no room.
+    on_block: called when that wait begins.
+
   Raises:
-    base.StoreError: there is no room.
+    base.NoRoomError: there is none, and none came.
+    base.StoreError: it cannot be written for another reason.
   """
   path = _folder(folder, stage)
   index = []
   try:
+    shutil.rmtree(path, ignore_errors=True)  # of one that died meanwhile
     path.mkdir()
     for group, leaves in state.items():
       for leaf, value in leaves.items():
         host = np.asarray(jax.device_get(value))
-        np.save(path / f'{len(index)}.npy', entry.as_bytes(host))
+        with open(path / f'{len(index)}.npy', 'wb') as file:
+          # First, since NumPy does not say why it could not write.
+          size_bytes = host.nbytes + _NPY_HEADER_BYTES
+          _reserve(file.fileno(), size_bytes, full_seconds, on_block)
+          np.save(file, entry.as_bytes(host))
+          file.truncate()
         index.append([group, leaf, host.dtype.name, list(host.shape)])
     (path / 'index.json').write_text(json.dumps(index))
   except OSError as error:
-    raise base.StoreError(f'{path}: {error.strerror}') from error
+    kind = base.NoRoomError if error.errno == errno.ENOSPC else base.StoreError
+    raise kind(
+      f'{path}: the final state cannot be put there: {error.strerror}; free '
+      'host memory, or name a larger tmpfs with --hostmem_dir, and start again'
+    ) from error
+
+
+def _reserve(
+  fd: int, size_bytes: int, full_seconds: float, on_block: Callable[[], None]
+) -> None:
+  """Gives a file its pages, waiting for them if there are none."""
+  full_at: float | None = None
+  while True:
+    try:
+      return os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+      if error.errno != errno.ENOSPC:
+        raise
+      if full_at is None:
+        full_at = time.monotonic() + full_seconds
+        on_block()
+      if time.monotonic() >= full_at:
+        raise
+    time.sleep(_FULL_POLL_SECONDS)
 
 
 def get(folder: str | os.PathLike[str], stage: int) -> operators.State:
@@ -55,4 +103,4 @@ def get(folder: str | os.PathLike[str], stage: int) -> operators.State:
 
 
 def _folder(folder: str | os.PathLike[str], stage: int) -> pathlib.Path:
-  return pathlib.Path(folder) / f'state-stage-{stage}'
+  return pathlib.Path(folder) / f'{host_store.STATE_PREFIX}{stage}'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +9,7 @@ from launch import metrics, processes, progress, protocol, settings, workdir
 from moetion_jax import report
 
 _WORKERS_FILE_SECONDS = 0.25  # between two versions of workers.json
+_KEPT_REPORTS = 256  # iterations, for workers that replay them
 
 
 class Leader:
@@ -41,6 +40,7 @@ class Leader:
     self._lines = metrics.MetricsFile(str(folder.path / 'metrics.jsonl'))
     self._reports: dict[int, dict[int, report.Report]] = {}
     self._workers_file_at = 0.0
+    self._workers_file_is_old = False
 
   def __enter__(self) -> Leader:
     self.view.__enter__()
@@ -67,11 +67,6 @@ class Leader:
     )
     self.accepted = True
     self._lines.start()
-    if self._lines.last_iteration:
-      self.view.note(
-        f'{self._folder.path} has {self._lines.last_iteration} iterations of '
-        'this run; they are done again and compared.'
-      )
     self.event(
       'start',
       stages=train.stages,
@@ -80,13 +75,23 @@ class Leader:
       device=first['device'],
     )
 
+  @property
+  def last_line(self) -> int:
+    """Iteration of the newest line that an earlier run wrote; 0 for none."""
+    return self._lines.last_iteration
+
   def event(self, kind: str, **fields: object) -> None:
     """Writes an event, if the run was accepted."""
     if self.accepted:
       self._events.write(kind, **fields)
 
-  def add(self, one: report.Report) -> None:
+  def add(self, one: report.Report) -> list[report.Report] | None:
     """Takes one stage's report; the last one of an iteration writes its line.
+
+    A report that came before, from a worker that replays, is compared.
+
+    Returns:
+      The reports of all stages, if the iteration is new.
 
     Raises:
       metrics.MetricsMismatchError: the iteration came out differently before.
@@ -95,39 +100,53 @@ class Leader:
     by_stage = self._reports.setdefault(one.iteration, {})
     by_stage[one.stage] = one
     if len(by_stage) < stages:
-      return
-    del self._reports[one.iteration]
+      return None
     reports = [by_stage[stage] for stage in range(stages)]
     line = metrics.make_line(reports, self._tokens)
     self._lines.write(line)
+    if one.iteration <= self.iteration:
+      return None
     self.iteration = one.iteration
+    self._reports.pop(one.iteration - _KEPT_REPORTS, None)
     self.view.show(line, [progress.busy_share(r) for r in reports])
+    return reports
+
+  @property
+  def workers_due_seconds(self) -> float | None:
+    """When to call `write_workers` for what it put off; None: for nothing."""
+    if not self._workers_file_is_old:
+      return None
+    return self._workers_file_at - time.monotonic()
 
   def write_workers(
     self,
     workers: Sequence[processes.WorkerProcess],
+    agents: Sequence[Mapping[str, object]],
     state: str | None = None,
   ) -> None:
     """Rewrites `workers.json`; without `state` not more often than useful.
 
     Args:
       workers: all that were started.
+      agents: of every host: `host`, `pid`, `address` of its store server.
       state: of all of them, when the run is over.
     """
     now = time.monotonic()
-    if not self.accepted or (state is None and now < self._workers_file_at):
+    if not self.accepted:
+      return
+    self._workers_file_is_old = state is None and now < self._workers_file_at
+    if self._workers_file_is_old:
       return
     self._workers_file_at = now + _WORKERS_FILE_SECONDS
-    host = socket.gethostname()
     metrics.write_json(
       str(self._folder.path / 'workers.json'),
       {
-        'agents': [{'host': host, 'pid': os.getpid(), 'address': None}],
+        'agents': list(agents),
         'workers': [
           {
-            'stage': w.stage,
-            'replica': 0,
-            'host': host,
+            'stage': None if w.stage < 0 else w.stage,
+            'replica': None if w.stage < 0 else 0,
+            'host': w.host,
             'pid': w.pid,
             'generation': w.generation,
             'state': state or w.state,

@@ -14,11 +14,14 @@ from typing import Any
 
 import jax
 
-from launch import checkpoint, data as data_lib, settings
+from launch import capture_plan, checkpoint, data as data_lib, settings
 from models import stages
 from moetion_jax import (
+  base,
   hostmem,
+  layout as layout_lib,
   memory_log,
+  mesh as mesh_lib,
   operators,
   optimizers,
   stage as stage_lib,
@@ -41,8 +44,8 @@ def load_data(config: settings.RunConfig) -> data_lib.Dataset:
   )
 
 
-def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
-  """Stage `index` of the run on this process's devices; compiles nothing."""
+def declare_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
+  """Stage `index` of the run, without devices; creates no backend."""
   train = config.train
   spec = stages.cut(config.model, train.stages)[index]
   model = stages.build_stage(
@@ -54,12 +57,48 @@ def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
   return stage_lib.Stage(
     model,
     optimizers.make(train.optimizer),
-    stage_lib.make_mesh(jax.devices()[: train.local_devices]),
+    mesh_lib.abstract_mesh(train.local_devices),
     stage_lib.ProgramShape(
       microbatch_size=train.microbatch_size,
       sequence_length=config.model.sequence_length,
       microbatches=train.microbatches,
     ),
+  )
+
+
+def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
+  """Stage `index` of the run on this process's devices; compiles nothing."""
+  return bind(config, declare_stage(config, index))
+
+
+def bind(
+  config: settings.RunConfig, declared: stage_lib.Stage
+) -> stage_lib.Stage:
+  """A declared stage on this process's devices."""
+  devices = jax.devices()[: config.train.local_devices]
+  return declared.on(mesh_lib.make_mesh(devices))
+
+
+def stage_sizes(
+  layout: layout_lib.Layout, expert_devices: int
+) -> capture_plan.StageSizes:
+  """What the leader is told of a stage's operators.
+
+  Args:
+    layout: of the stage, with devices or without.
+    expert_devices: over how many its experts are, or will be, spread.
+  """
+  device: dict[base.OperatorId, int | None] = {}
+  for operator in layout.operators:
+    number = len(layout.partition.operators_of(operator.group))
+    is_expert = operator.expert >= 0
+    device[operator] = (
+      operator.expert * expert_devices // number if is_expert else None
+    )
+  return capture_plan.StageSizes(
+    state_bytes=layout.state_bytes(),
+    compute_bytes=layout.compute_bytes(),
+    device=device,
   )
 
 
@@ -116,6 +155,7 @@ def train(
   workers: Sequence[worker.Worker],
   on_iteration: Callable[[Sequence[worker.Report]], None],
   stop: Callable[[], bool] = lambda: False,
+  options: Sequence[Mapping[str, Any]] = (),
 ) -> int:
   """Trains all stages to the end of the run.
 
@@ -125,6 +165,7 @@ def train(
     on_iteration: called in this thread with all stages' reports of an
       iteration, in order.
     stop: asked by the first stage between iterations.
+    options: further arguments of each stage's `Worker.train`.
 
   Returns:
     The last iteration done.
@@ -132,8 +173,11 @@ def train(
   Raises:
     The first error of any stage or of `on_iteration`.
   """
+  options = options or [{}] * len(workers)
   if len(workers) == 1:
-    return workers[0].train(config.train, lambda r: on_iteration([r]), stop)
+    return workers[0].train(
+      config.train, lambda r: on_iteration([r]), stop, **options[0]
+    )
   reports: queue.Queue = queue.Queue()
   last_iterations = [0] * len(workers)
   errors: list[BaseException] = []  # the first one is the cause of the others
@@ -142,7 +186,7 @@ def train(
   def run(index: int) -> None:
     try:
       last_iterations[index] = workers[index].train(
-        config.train, reports.put, last.stop_of(index)
+        config.train, reports.put, last.stop_of(index), **options[index]
       )
     except BaseException as e:  # handed to the caller's thread
       errors.append(e)

@@ -29,6 +29,11 @@ class LogSize:
   ring_bytes: int
   slots: int
 
+  @property
+  def file_bytes(self) -> int:
+    """Host memory that it takes."""
+    return segment.file_bytes(self.ring_bytes, self.slots)
+
 
 def check_shape(config: settings.RunConfig) -> None:
   """Raises ConfigError if the model cannot be cut or spread as asked."""

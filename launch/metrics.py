@@ -7,6 +7,7 @@ written: losses and digests must come out the same, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -40,8 +41,11 @@ def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
     'tokens': tokens,
     'seconds': round(max(r.seconds for r in reports), 6),
     'digest': report.combine(digests),
-    'snapshot_bytes': 0,
-    'blocked_seconds': 0.0,
+    'snapshot_bytes': sum(r.snapshot_bytes for r in reports),
+    'blocked_seconds': round(max(r.blocked_seconds for r in reports), 6),
+    # By stage; see `report.Report`.
+    'waited_seconds': [round(r.waited_seconds, 6) for r in reports],
+    'late_seconds': [round(r.late_seconds, 6) for r in reports],
     'grad_norm': last.grad_norm,
     'auxiliary_loss': last.auxiliary_loss,
     'dropped': last.dropped,
@@ -51,6 +55,20 @@ def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
     line['eval_loss'] = last.eval_loss
     line['eval_loss_hex'] = float(last.eval_loss).hex()
   return line
+
+
+def read_lines(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+  """The lines of a `metrics.jsonl` by iteration, for who only looks.
+
+  Damaged lines, and a last one that is not whole yet, are left out.
+  """
+  lines = {}
+  with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+    for raw in f:
+      with contextlib.suppress(ValueError, KeyError, TypeError):
+        line = json.loads(raw)
+        lines[line['iteration']] = line
+  return lines
 
 
 class MetricsFile:

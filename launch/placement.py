@@ -1,8 +1,8 @@
-"""Which cores and devices each worker gets, as a pure function.
+"""Which host, cores and devices each worker gets, as pure functions.
 
 Workers that share cores fight: XLA starts as many threads as a process may use
-cores, so the worker's cores are set before its backend exists. (Fewer threads
-change no bits; `--xla_cpu_multi_thread_eigen=false` would: FACTS.)
+cores, so the worker's cores are set before its backend exists. Their number
+changes the bits (`runtime.cores`), so a replacement gets its predecessor's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+
+from moetion_jax import base
 
 # GPU reductions and scatters in a fixed order (FACTS: exactness).
 DETERMINISM_FLAG = '--xla_gpu_deterministic_ops=true'
@@ -76,6 +78,19 @@ def place(
       Placement(cores=tuple(cores[begin:end]), environment=variables)
     )
   return tuple(placements)
+
+
+def host_of_stages(stages: int, hosts: int) -> tuple[int, ...]:
+  """The host of each stage: neighbours together, none without a stage.
+
+  Raises:
+    base.ConfigError: there are fewer stages than hosts.
+  """
+  if not 1 <= hosts <= stages:
+    raise base.ConfigError(
+      'local_hosts', hosts, f'must be 1 to {stages} (--stages)'
+    )
+  return tuple(stage * hosts // stages for stage in range(stages))
 
 
 def visible_gpus(

@@ -9,7 +9,8 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from launch import protocol
 from moetion_jax import base
@@ -27,33 +28,65 @@ class WorkerError(base.MoetionError):
     self.iteration = iteration
 
 
-class WorkerProcess:
-  """One worker process. `start` first; `kill`, then `close` last.
+class Transcript:
+  """What a process printed: shown with its name, and kept in a log.
 
-  Nothing here waits, except `close`: the agent polls `status_fd`, `output_fd`
-  and `pid_fd`, and calls what is named after the one that is readable.
+  `close` last.
 
   Attributes:
-    stage: that it trains.
-    generation: of the worker.
-    state: what it does, for people and `workers.json`.
-    detail: more about that; '' for nothing.
-    iteration: that it works on.
-    exit_code: negative for a signal; None while it runs.
+    name: of who prints.
   """
 
-  def __init__(self, stage: int, generation: int = 1):
-    """Stores who it is; nothing runs before `start`."""
-    self.stage = stage
-    self.generation = generation
-    self.state, self.detail, self.iteration = 'starting', '', 0
+  def __init__(self, name: str):
+    """Stores who prints."""
+    self.name = name
+    self._log = None
+    self._unlogged: list[bytes] = []
+
+  def add(self, line: bytes) -> None:
+    """Takes a line, without its end."""
+    if self._log:
+      self._log.write(line + b'\n')
+    elif len(self._unlogged) < _KEPT_LINES:
+      self._unlogged.append(line)
+    print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
+
+  def open_log(self, path: pathlib.Path) -> None:
+    """From now on lines go to a file as well; what has come, too."""
+    self._log = open(path, 'ab', buffering=0)
+    for line in self._unlogged:
+      self._log.write(line + b'\n')
+    self._unlogged.clear()
+
+  def close(self) -> None:
+    """Closes the log. May be called twice."""
+    if self._log:
+      self._log.close()
+      self._log = None
+
+
+class ChildProcess:
+  """A process of ours and its pipes. `start` first; `kill`, `close` last.
+
+  Nothing here waits, except `close`: whoever started it polls `status_fd`,
+  `output_fd` and `pid_fd`, and calls what is named after the one that is
+  readable.
+
+  Attributes:
+    exit_code: negative for a signal; None while it runs.
+    is_closed: whether nothing more can be heard of it.
+  """
+
+  def __init__(self, module: str, on_line: Callable[[bytes], None]):
+    """Stores what it runs, and who gets the lines that it prints."""
     self.exit_code: int | None = None
+    self.is_closed = False
     self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
+    self._module = module
+    self._on_line = on_line
     self._process: subprocess.Popen[bytes] | None = None
     self._status_lines = protocol.Lines()
     self._output_lines = protocol.Lines()
-    self._log = None
-    self._unlogged: list[bytes] = []
 
   def start(
     self,
@@ -64,8 +97,8 @@ class WorkerProcess:
     """Starts the process.
 
     Args:
-      spec: JSON of a `protocol.Spec` but for the pipes.
-      environment: of the process.
+      spec: JSON of a `protocol.Spec` or `HostSpec` but for the pipes.
+      environment: variables on top of those of this process.
       lock_fds: that it inherits, and with them the locks.
     """
     self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
@@ -73,12 +106,12 @@ class WorkerProcess:
     self.output_fd, their_output = os.pipe2(os.O_CLOEXEC)
     try:
       self._process = subprocess.Popen(
-        [sys.executable, '-m', 'launch.worker_main'],
+        [sys.executable, '-m', self._module],
         stdin=subprocess.PIPE,
         stdout=their_output,
         stderr=their_output,
         pass_fds=(their_status, their_control, *lock_fds),
-        env=environment,
+        env={**os.environ, **_import_path(), **environment},
         process_group=0,  # a Ctrl-C on the terminal is the agent's to handle
       )
     finally:
@@ -100,9 +133,9 @@ class WorkerProcess:
     return self._process.pid
 
   def send(self, kind: str, **fields: object) -> None:
-    """Sends a message; one that a dead worker does not get is lost."""
+    """Sends a message; one that a dead process does not get is lost."""
     with contextlib.suppress(BrokenPipeError):
-      os.write(self._control_fd, protocol.encode(kind, **fields))
+      protocol.write(self._control_fd, protocol.encode(kind, **fields))
 
   def read_status(self) -> tuple[list[protocol.Message], bool]:
     """The messages that have come, and whether no more can."""
@@ -117,20 +150,8 @@ class WorkerProcess:
     if ended:
       lines += self._output_lines.flush()
     for line in lines:
-      if self._log:
-        self._log.write(line + b'\n')
-      elif len(self._unlogged) < _KEPT_LINES:
-        self._unlogged.append(line)
-      text = line.decode(errors='replace')
-      print(f'[stage {self.stage}] {text}', file=sys.stderr)
+      self._on_line(line)
     return ended
-
-  def open_log(self, path: pathlib.Path) -> None:
-    """From now on output goes to a file as well; what has come, too."""
-    self._log = open(path, 'ab', buffering=0)
-    for line in self._unlogged:
-      self._log.write(line + b'\n')
-    self._unlogged.clear()
 
   def reap(self) -> None:
     """Collects the exit code of a process that ended."""
@@ -144,6 +165,7 @@ class WorkerProcess:
 
   def close(self) -> None:
     """Waits for the end of the process, then closes what belongs to it."""
+    self.is_closed = True
     if self._process is not None:
       self.exit_code = self._process.wait()
     if self.output_fd >= 0:
@@ -152,14 +174,113 @@ class WorkerProcess:
       if fd >= 0:
         os.close(fd)
     self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
-    if self._log:
-      self._log.close()
 
   def describe_exit(self) -> str:
     """How it ended, for people."""
-    if self.exit_code is not None and self.exit_code < 0:
-      return f'was killed by {signal.Signals(-self.exit_code).name}'
-    return f'exited with code {self.exit_code}'
+    return describe_exit(self.exit_code)
+
+
+class WorkerProcess(ChildProcess):
+  """One worker process.
+
+  Attributes:
+    stage: that it trains.
+    generation: of the worker.
+    host: name of the host that it runs on.
+    state: what it does, for people and `workers.json`.
+    detail: more about that; '' for nothing.
+    iteration: that it works on.
+    is_warm: a standby that is prepared.
+    heard_at: when it said something last, `time.monotonic`.
+    state_since: since when it has been doing what it does.
+    reason: why it has to be killed; '' for nothing.
+    suspects: iterations of snapshots that it found to be damaged.
+    corrupt: stage and iteration of a log entry that it found to be damaged.
+    fault_at: when it had a scripted fault, `time.monotonic`; None: it had none.
+  """
+
+  def __init__(
+    self,
+    stage: int,
+    generation: int = 1,
+    host: str = '',
+    on_line: Callable[[bytes], None] | None = None,
+  ):
+    """Stores who it is; nothing runs before `start`.
+
+    Args:
+      stage: that it trains.
+      generation: of the worker.
+      host: name of the host that it runs on.
+      on_line: who gets the lines that it prints; None: this process's stderr.
+    """
+    self._transcript = Transcript(f'stage {stage}' if stage >= 0 else 'standby')
+    super().__init__('launch.worker_main', on_line or self._transcript.add)
+    self.stage = stage
+    self.generation = generation
+    self.host = host
+    self.state, self.detail, self.iteration = 'starting', '', 0
+    self.is_warm = False
+    self.heard_at = self.state_since = time.monotonic()
+    self.reason = ''
+    self.suspects: tuple[int, ...] = ()
+    self.corrupt: tuple[int, int] | None = None
+    self.fault_at: float | None = None
+    self._steps = 0
+
+  def become(self, stage: int, generation: int) -> None:
+    """From a standby to the worker of a stage."""
+    self.stage, self.generation, self.is_warm = stage, generation, False
+    self.state, self.detail = 'starting', ''
+    self._transcript.name = f'stage {stage}'
+
+  def says(self, state: str, detail: str, iteration: int, steps: int) -> None:
+    """Takes in what it says that it does."""
+    if (state, detail, iteration, steps) != (
+      self.state,
+      self.detail,
+      self.iteration,
+      self._steps,
+    ):
+      self.state_since = time.monotonic()
+    self.state, self.detail, self._steps = state, detail, steps
+    self.iteration = iteration
+
+  def open_log(self, path: pathlib.Path) -> None:
+    """See `Transcript.open_log`."""
+    self._transcript.open_log(path)
+
+  def close(self) -> None:
+    """See `ChildProcess.close`."""
+    super().close()
+    self._transcript.close()
+
+
+def marked(variable: str, value: str) -> list[int]:
+  """Pids of living processes that were started with a variable set so."""
+  wanted = f'{variable}={value}'.encode()
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
+    try:
+      if wanted in path.read_bytes().split(b'\0'):
+        found.append(int(path.parent.name))
+    except OSError:
+      continue
+  return found
+
+
+def describe_exit(exit_code: int | None) -> str:
+  """How a process ended, for people."""
+  if exit_code is not None and exit_code < 0:
+    return f'was killed by {signal.Signals(-exit_code).name}'
+  return f'exited with code {exit_code}'
+
+
+def _import_path() -> dict[str, str]:
+  """Lets a child import what this process was imported from."""
+  root = str(pathlib.Path(__file__).resolve().parent.parent)
+  paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+  return {'PYTHONPATH': os.pathsep.join(paths)}
 
 
 def _read(fd: int) -> tuple[bytes, bool]:

@@ -79,9 +79,14 @@ class IterationLimit:
       self._limit, self._committed = limit, True
       self._changed.notify_all()
 
-  def stop(self) -> bool:
-    """Whether to end instead of beginning the next iteration; may wait."""
+  def stop(self, done: int) -> bool:
+    """Whether to end instead of beginning the next iteration; may wait.
+
+    Args:
+      done: the iteration that is done.
+    """
     with self._changed:
+      self._begun = done
       self._changed.wait_for(
         lambda: (
           self._committed or self._limit is None or self._begun < self._limit

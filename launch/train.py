@@ -10,8 +10,8 @@ import json
 
 from absl import flags
 
-from launch import agent, command, settings
-from moetion_jax import base
+from launch import agent, agent_settings, capture_plan, command, settings
+from moetion_jax import base, faults, slots
 
 _PRESET = flags.DEFINE_string('preset', 'tiny', 'Shape of the model.')
 _MODEL = flags.DEFINE_multi_string(
@@ -73,10 +73,55 @@ _CACHE = flags.DEFINE_string(
   "Compiled programs are kept here; '' for nowhere.",
 )
 _HOSTMEM_DIR = flags.DEFINE_string(
-  'hostmem_dir', '/dev/shm', 'Folder in tmpfs for the boundary logs.'
+  'hostmem_dir', '/dev/shm', 'Folder in tmpfs for logs and snapshots.'
+)
+_POLICY = flags.DEFINE_enum(
+  'policy', 'sparse', capture_plan.POLICIES, 'What is captured; none: nothing.'
+)
+_WINDOW_LENGTH = flags.DEFINE_integer(
+  'window_length', 0, 'Iterations that capture everything; 0: as measured.'
+)
+_MAX_WINDOW_LENGTH = flags.DEFINE_integer(
+  'max_window_length', 8, 'Of windows that may be chosen.'
+)
+_WINDOW_MODE = flags.DEFINE_enum(
+  'window_mode', '', ('', *slots.MODES), "'': rolling, if that fits."
+)
+_ORDER = flags.DEFINE_enum(
+  'order', 'static', slots.ORDERS, 'Of operators in a window.'
+)
+_OVERLAP_TARGET = flags.DEFINE_float(
+  'overlap_target', 0.0, 'Share of an iteration for a copy; 0: by platform.'
+)
+_KEEP_WINDOWS = flags.DEFINE_integer(
+  'keep_windows', 2, 'Of snapshots, in case that the newest are damaged.'
 )
 _LOG_ITERATIONS = flags.DEFINE_integer(
-  'log_iterations', 4, 'Of how many iterations the boundary logs keep entries.'
+  'log_iterations', 0, 'That boundary logs have room for; 0: as windows need.'
+)
+_MAX_FAILURES = flags.DEFINE_integer(
+  'max_failures', 3, 'Failures without progress that end the run.'
+)
+_HANG_TIMEOUT = flags.DEFINE_float(
+  'hang_timeout', 600.0, 'Seconds after which a running program hangs.'
+)
+_STANDBY = flags.DEFINE_bool(
+  'standby', True, "Keep a process warm that takes a dead worker's place."
+)
+_FULL_SECONDS = flags.DEFINE_float(
+  'full_seconds', 60.0, 'How long a full boundary log waits, then fails.'
+)
+_LOCAL_HOSTS = flags.DEFINE_integer(
+  'local_hosts', 1, 'Virtual hosts on this machine that talk over TCP.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Print how much host memory the run would take, and exit.'
+)
+_FAIL = flags.DEFINE_multi_string(
+  'fail',
+  [],
+  'KIND:stage=S,replica=R,iteration=I,phase=P: a fault that happens once; '
+  'repeatable.',
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print the configuration as JSON and exit.'
@@ -129,14 +174,42 @@ def main(argv: list[str]) -> int:
   if _PRINT_CONFIG.value:
     print(json.dumps(config.to_json(), indent=2))
     return 0
+  captures = capture_plan.CaptureSettings(
+    policy=_POLICY.value,
+    window_length=_WINDOW_LENGTH.value,
+    window_mode=_WINDOW_MODE.value,
+    order=_ORDER.value,
+    max_window_length=_MAX_WINDOW_LENGTH.value,
+    overlap_target=_OVERLAP_TARGET.value,
+    keep_windows=_KEEP_WINDOWS.value,
+    log_iterations=_LOG_ITERATIONS.value,
+  )
+  if _DRY_RUN.value:
+    from launch import dry_run  # imports JAX, which an agent must not
+
+    dry_run.show(
+      config,
+      captures,
+      hostmem_dir=_HOSTMEM_DIR.value,
+      local_hosts=_LOCAL_HOSTS.value,
+    )
+    return 0
   return agent.run(
     config,
-    agent.AgentSettings(
+    agent_settings.AgentSettings(
       workdir=_WORKDIR.value,
       fresh=_FRESH.value,
       hostmem_dir=_HOSTMEM_DIR.value,
-      log_iterations=_LOG_ITERATIONS.value,
+      captures=captures,
+      max_failures=_MAX_FAILURES.value,
+      hang_timeout_seconds=_HANG_TIMEOUT.value,
+      standby=_STANDBY.value,
       compilation_cache_dir=_CACHE.value,
+      local_hosts=_LOCAL_HOSTS.value,
+      full_seconds=_FULL_SECONDS.value,
+      faults=faults.parse_all(
+        _FAIL.value, config.train.stages, config.train.replicas
+      ),
     ),
   )
 

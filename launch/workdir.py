@@ -142,6 +142,35 @@ class Workdir:
     return base.ConfigError('workdir', str(self.path), reason)
 
 
+def read_run(
+  path: str | os.PathLike[str],
+) -> tuple[settings.RunConfig, dict[str, Any]]:
+  """The run that a folder holds.
+
+  Args:
+    path: of the folder, which is not locked.
+
+  Returns:
+    Its settings, and what its workers found out: `data_fingerprint`,
+    `software`.
+
+  Raises:
+    base.ConfigError: it holds none, or one of another version of this program.
+  """
+  file = pathlib.Path(path) / 'config.json'
+  try:
+    value = json.loads(file.read_text())
+    found_out = {name: value.pop(name, {}) for name in _FOUND_OUT}
+    return settings.RunConfig.from_json(value), found_out
+  except FileNotFoundError:
+    reason = f'holds no run: there is no {file}; name the --workdir of one'
+  except OSError as error:
+    reason = f'{file}: {error.strerror}'
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    reason = f'{file} is damaged, or of another version: {error}'
+  raise base.ConfigError('workdir', str(path), reason)
+
+
 def _lock(fd: int) -> None:
   """Locks a file; raises BlockingIOError if another run keeps it locked.
 

@@ -1,191 +1,152 @@
 """A worker process: one stage of a run. Started by the agent, by nobody else.
 
-Reads a `protocol.Spec` from stdin. Exit codes as of `launch.train`.
+Reads a `protocol.Spec` from stdin. A spec without a stage makes it a warm
+standby: it prepares for every stage, and waits until it gets one. Exit codes
+as of `launch.train`.
 """
 
 from __future__ import annotations
 
-import ctypes
+import dataclasses
 import json
 import os
-import queue
 import signal
 import sys
 import threading
 import time
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING
 
-from launch import protocol, stopping
-from moetion_jax import base
+from launch import link as link_lib, parent_death, protocol
+from moetion_jax import base, entry, faults
 
-_PR_SET_PDEATHSIG = 1
-_STATE_SECONDS = 0.25  # between two looks at what the worker does
+if TYPE_CHECKING:  # it imports JAX, which a standby does at low priority
+  from launch import preparation
 
-
-def _die_with(agent_pid: int) -> None:
-  """Lets the kernel kill this process when its agent dies, however."""
-  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-  if os.getppid() != agent_pid:  # it died before that
-    os.kill(os.getpid(), signal.SIGKILL)
+# Done again, it would come to the same end, or wait for just as long.
+_FINAL = (base.NonFiniteError, base.EntryMismatchError, base.NoRoomError)
+# A standby prepares beside workers that train: it must not take their time.
+_STANDBY_NICENESS = 10
 
 
-class _Link:
-  """The worker's side of its pipes; what it reads, two threads act on."""
+def _stand_by(
+  spec: protocol.Spec, link: link_lib.Link
+) -> tuple[protocol.Spec, preparation.Prepared | None]:
+  """Prepares, then waits to be promoted: the spec of that worker."""
+  prepared: list[preparation.Prepared] = []
 
-  def __init__(self, spec: protocol.Spec):
-    """Stores the pipes; `start` starts the thread."""
-    self.limit = stopping.IterationLimit()
-    self._status_fd = spec.status_fd
-    self._control_fd = spec.control_fd
-    self._lock = threading.Lock()  # one message at a time
-    self._commands: queue.Queue[protocol.Message] = queue.Queue()
-    self._program = 'starting'
-    self._worker: Any = None
+  def warm() -> None:
+    # Of this thread alone: the priority cannot be raised again.
+    os.setpriority(
+      os.PRIO_PROCESS, threading.get_native_id(), _STANDBY_NICENESS
+    )
+    try:
+      from launch import preparation
 
-  def start(self) -> None:
-    """Starts to read and to tell what the worker does."""
-    for target in (self._read, self._tell):
-      threading.Thread(target=target, daemon=True).start()
+      prepared.append(
+        preparation.prepare(
+          spec.config, spec.platform, spec.compilation_cache_dir
+        )
+      )
+      link.compiling('warm')
+      link.send('warm')
+    except BaseException:
+      traceback.print_exc()  # promoted, it prepares what is missing
 
-  def send(self, kind: str, **fields: Any) -> None:
-    """Sends a message to the agent."""
-    data = protocol.encode(kind, **fields)
-    with self._lock:
-      while data:
-        data = data[os.write(self._status_fd, data) :]
-
-  def command(self) -> protocol.Message:
-    """Waits for the agent's next command."""
-    return self._commands.get()
-
-  def compiling(self, program: str) -> None:
-    """Notes the program that is compiled now."""
-    self._program = program
-
-  def training(self, worker: Any) -> None:
-    """From now on `worker` is asked what it does."""
-    self._worker = worker
-
-  @property
-  def iteration(self) -> int:
-    """That the worker works on; 0 before the first one."""
-    return self._worker.iteration if self._worker else 0
-
-  def _read(self) -> None:
-    with open(self._control_fd, 'rb') as pipe:
-      for line in pipe:
-        message = json.loads(line)
-        if message['kind'] == 'propose':
-          limit = message['limit']
-          begun = self.limit.propose(limit)
-          self.send('answer', limit=limit, begun=begun)
-        elif message['kind'] == 'commit':
-          self.limit.commit(message['limit'])
-        else:
-          self._commands.put(message)
-
-  def _tell(self) -> None:
-    told = None
-    while True:
-      state = self._state()
-      if state != told:
-        told = state
-        self.send('state', **state)
-      time.sleep(_STATE_SECONDS)
-
-  def _state(self) -> dict[str, Any]:
-    worker = self._worker
-    if worker is None:
-      return {'state': 'compiling', 'detail': self._program, 'iteration': 0}
-    waiting_for = worker.log.waiting_for
-    state = 'waiting' if waiting_for else 'running'
-    detail = str(waiting_for) if waiting_for else worker.program
-    return {'state': state, 'detail': detail, 'iteration': worker.iteration}
+  thread = threading.Thread(target=warm, name='warm up')
+  thread.start()
+  while (command := link.command())['kind'] != 'promote':
+    if command['kind'] == 'exit':
+      os._exit(0)  # nothing to close, and the thread may take its time
+  thread.join()
+  os.environ.update(command['environment'])
+  promoted = dataclasses.replace(
+    protocol.Spec.from_json(command['spec']),
+    status_fd=spec.status_fd,
+    control_fd=spec.control_fd,
+  )
+  return promoted, prepared[0] if prepared else None
 
 
-def _work(spec: protocol.Spec, link: _Link) -> None:
+def _injector(spec: protocol.Spec, link: link_lib.Link) -> faults.FaultInjector:
+  """Does the worker's scripted faults; the agent does those of its own."""
+  injector = faults.FaultInjector(
+    spec.faults,
+    lambda fault: link.send('fault', number=fault.number, at=time.monotonic()),
+  )
+  for kind in faults.AGENT_KINDS:
+    injector.acts[kind] = lambda fault, iteration: signal.pause()
+  return injector
+
+
+def _work(
+  spec: protocol.Spec,
+  link: link_lib.Link,
+  prepared: preparation.Prepared | None,
+) -> None:
   """Everything from the backend to the end of the run."""
+  injector = _injector(spec, link)
+  injector.phase('start')
   from launch import runtime
 
-  config = spec.config
+  config, began = spec.config, time.monotonic()
   runtime.configure(
     local_devices=config.train.local_devices,
     compilation_cache_dir=spec.compilation_cache_dir,
   )
   import jax
 
-  from launch import handover, local
-  from moetion_jax import boundary_log, hostmem, logs, worker
+  from launch import local, stage_run
+  from moetion_jax import programs
 
-  data = local.load_data(config)
+  data = prepared.data if prepared else local.load_data(config)
   devices = jax.devices()
   if config.train.local_devices > len(devices):
     raise base.ConfigError(
       'local_devices', config.train.local_devices, f'{len(devices)} are there'
     )
-  stage = local.build_stage(config, spec.stage)
-  initial = local.load_initial(config, stage)
-  link.send(
-    'ready',
-    platform=jax.default_backend(),
-    device=devices[0].device_kind,
-    state_bytes=sum(
-      leaf.size * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(stage.state_shapes)
-    ),
-    software=runtime.software(),
-    data_fingerprint=data.fingerprint() if spec.stage == 0 else None,
+  lowered = prepared.stages[spec.stage] if prepared else None
+  stage = (
+    local.bind(config, lowered.declared)
+    if lowered
+    else local.build_stage(config, spec.stage)
   )
-  state = local.initial_state(config, stage, initial)
-  programs = stage.compile(link.compiling)
-  link.compiling('')
-  assert link.command()['kind'] == 'go'
-  log = boundary_log.BoundaryLog(
-    hostmem.WorkerId(spec.stage, 0, spec.generation),
-    logs.LogSettings(
-      folder=spec.folder,
-      size_bytes=spec.ring_bytes,
-      slots=spec.slots,
-      fresh=True,
-    ),
-  )
-  log.start()
-  trainer = worker.Worker(spec.stage, stage, programs, state, log, data)
-  link.training(trainer)
-  last = trainer.train(
-    config.train,
-    lambda report: link.send('report', report=report.to_json()),
-    link.limit.stop,
-    log_iterations=spec.log_iterations,
-  )
-  log.flush()
-  link.send('done', iteration=last)
-  while (command := link.command())['kind'] != 'exit':
-    if command['kind'] == 'hand_over':
-      handover.put(spec.folder, spec.stage, trainer.state)
-      link.send('handed_over')
-    elif command['kind'] == 'save':
-      from launch import checkpoint
-
-      states = [
-        handover.get(spec.folder, s) for s in range(config.train.stages)
-      ]
-      checkpoint.save(command['path'], states, command['iteration'], config)
-      link.send('saved')
-  log.close()
+  run = stage_run.StageRun(spec, link, stage, data, injector)
+  run.check_initial()
+  if not spec.is_replacement:  # of one the agent knows all that
+    link.send(
+      'ready',
+      platform=jax.default_backend(),
+      lowering_platform=programs.platform_of(stage.mesh),
+      device=devices[0].device_kind,
+      state_bytes=sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(stage.state_shapes)
+      ),
+      operators=run.sizes().to_json(),
+      software=runtime.software(),
+      data_fingerprint=data.fingerprint() if spec.stage == 0 else None,
+    )
+  run.compile(lowered)
+  command = link.command()
+  assert command['kind'] == 'go', command
+  run.train(protocol.Go.from_json(command['go']), began)
+  run.finish()
 
 
 def main() -> int:
   """Works as stdin says; returns the exit code."""
   spec = protocol.Spec.from_json(json.load(sys.stdin))
-  _die_with(spec.agent_pid)
-  if spec.cores:
-    os.sched_setaffinity(0, spec.cores)
-  link = _Link(spec)
+  parent_death.die_with(spec.agent_pid)
+  link = link_lib.Link(spec.status_fd, spec.control_fd)
   link.start()
+  prepared = None
   try:
-    _work(spec, link)
+    if spec.stage == protocol.STANDBY:
+      spec, prepared = _stand_by(spec, link)
+    if spec.cores:
+      os.sched_setaffinity(0, spec.cores)
+    _work(spec, link, prepared)
   except base.ConfigError as error:
     link.send(
       'refused', flag=error.flag, value=str(error.value), reason=error.reason
@@ -196,7 +157,16 @@ def main() -> int:
       traceback.print_exc()
     name = '' if isinstance(error, base.MoetionError) else type(error).__name__
     text = ': '.join(x for x in (name, str(error)) if x)
-    link.send('failed', error=text, iteration=link.iteration)
+    link.send(
+      'failed',
+      error=text,
+      iteration=link.iteration,
+      final=isinstance(error, _FINAL),
+      suspects=list(getattr(error, 'suspects', ())),
+      corrupt=[error.key.stage, error.key.iteration]
+      if isinstance(error, entry.EntryCorruptError)
+      else None,
+    )
     return 1
   return 0
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class MoetionError(Exception):
@@ -44,6 +46,10 @@ class StoreError(MoetionError):
   """The host store is full, damaged or not usable here."""
 
 
+class NoRoomError(StoreError):
+  """Host memory stayed full for as long as there was to wait for room."""
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class OperatorId:
   """The unit of checkpointing (DESIGN section 2).
@@ -60,6 +66,20 @@ class OperatorId:
 
   def __str__(self) -> str:
     return self.group if self.expert < 0 else f'{self.group}/{self.expert}'
+
+
+def operators_to_json(
+  operators: Iterable[OperatorId],
+) -> list[list[str | int]]:
+  """Sorted [group, expert] pairs; `operators_from_json` is the inverse."""
+  return [[o.group, o.expert] for o in sorted(operators)]
+
+
+def operators_from_json(
+  value: Iterable[Sequence[Any]],
+) -> frozenset[OperatorId]:
+  """The inverse of `operators_to_json`."""
+  return frozenset(OperatorId(group, expert) for group, expert in value)
 
 
 class EntryKind(enum.IntEnum):

@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import gc
 import threading
 import time
@@ -30,9 +29,9 @@ import zmq
 from moetion_jax import (
   base,
   doorbell,
-  entry,
   hostmem,
   logs,
+  reads,
   segment,
   store_index,
   transport,
@@ -41,17 +40,6 @@ from moetion_jax import (
 # A lease that keeps a full segment full ends without notice.
 _LEASE_POLL_SECONDS = 0.01
 _COLLECT_SECONDS = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read:
-  """A read in the background."""
-
-  sharding: jax.sharding.Sharding | None
-  verify: bool
-  future: concurrent.futures.Future[jax.Array] = dataclasses.field(
-    default_factory=concurrent.futures.Future
-  )
 
 
 class BoundaryLog:
@@ -93,13 +81,16 @@ class BoundaryLog:
     self._queue: collections.deque[
       tuple[base.EntryKey, jax.Array | np.ndarray]
     ] = collections.deque()
-    self._reads: dict[base.EntryKey, _Read] = {}
+    self._reads: dict[base.EntryKey, reads.Read] = {}
     self._locations: dict[tuple[int, int], transport.Location] = {}
+    self._published_count = 0
     self._error: BaseException | None = None
     self._closing = False
     self._waiting_for: base.EntryKey | None = None
     self._blocked_seconds = 0.0
     self._blocked_since: float | None = None
+    self._blocked_for: base.EntryKey | None = None
+    self._late_nanoseconds = 0
 
   def start(self) -> None:
     """Creates or adopts the segment and starts the threads.
@@ -149,6 +140,16 @@ class BoundaryLog:
     now_seconds = 0.0 if since is None else time.monotonic() - since
     return self._blocked_seconds + now_seconds
 
+  @property
+  def blocked_for(self) -> base.EntryKey | None:
+    """See `logs.Log`."""
+    return self._blocked_for
+
+  @property
+  def late_seconds(self) -> float:
+    """See `logs.Log`."""
+    return self._late_nanoseconds / 1e9
+
   def update_locations(
     self, locations: Mapping[tuple[int, int], transport.Location]
   ) -> None:
@@ -192,13 +193,27 @@ class BoundaryLog:
       )
       self._check()
       self._queue.append((key, array))
+      self._published_count += 1
       self._changed.notify_all()
 
-  def flush(self, timeout_seconds: float | None = None) -> None:
+  @property
+  def published_count(self) -> int:
+    """See `logs.Log`."""
+    return self._published_count
+
+  def flush(
+    self, timeout_seconds: float | None = None, count: int | None = None
+  ) -> None:
     """See `logs.Log`."""
     with self._changed:
+      if count is None:
+        count = self._published_count
       done = self._changed.wait_for(
-        lambda: self._error is not None or not self._queue, timeout_seconds
+        lambda: (
+          self._error is not None
+          or self._published_count - len(self._queue) >= count
+        ),
+        timeout_seconds,
       )
       self._check()
     if not done:
@@ -235,10 +250,10 @@ class BoundaryLog:
         except segment.SegmentFullError as error:
           now = time.monotonic()
           if self._blocked_since is None:
-            self._blocked_since = now
+            self._blocked_since, self._blocked_for = now, key
             self._on_block(key)
           elif now - self._blocked_since > self._settings.full_seconds:
-            raise base.StoreError(
+            raise base.NoRoomError(
               f'{key}: no room for {self._settings.full_seconds:g} s: {error}'
             ) from error
           self._bell.ring_others()  # lets them drop what they need no more
@@ -248,7 +263,7 @@ class BoundaryLog:
     finally:
       if self._blocked_since is not None:
         self._blocked_seconds += time.monotonic() - self._blocked_since
-        self._blocked_since = None
+        self._blocked_since = self._blocked_for = None
         self._on_block(None)
 
   # --- Reading ---------------------------------------------------------------
@@ -262,13 +277,17 @@ class BoundaryLog:
     timeout_seconds: float | None = None,
   ) -> jax.Array:
     """See `logs.Log`."""
+    begin = time.monotonic_ns()
     with self._changed:
       self._check()
       read = self._reads.get(key)
     if read is None:
+      read = reads.Read(sharding, verify)
       if self._address(key) is None and (taken := self._index.take(key)):
-        return _to_device(*taken, _Read(sharding, verify))
-      read = self._start_read(key, _Read(sharding, verify))
+        array = read.put(*taken)
+        self._note_late(begin, taken[0].committed_nanoseconds)
+        return array
+      read = self._start_read(key, read)
     waits = not read.future.done()
     if waits:
       self._waiting_for = key
@@ -284,6 +303,13 @@ class BoundaryLog:
       with self._changed:
         if read.future.done():
           self._reads.pop(key, None)
+          self._note_late(begin, read.committed_nanoseconds)
+
+  def _note_late(self, begin: int, committed: int) -> None:
+    """Counts the end of a read that was asked for at `begin`."""
+    if committed:
+      late = time.monotonic_ns() - max(begin, committed)
+      self._late_nanoseconds += max(0, late)
 
   def prefetch(
     self,
@@ -293,9 +319,9 @@ class BoundaryLog:
     verify: bool = False,
   ) -> None:
     """See `logs.Log`."""
-    self._start_read(key, _Read(sharding, verify))
+    self._start_read(key, reads.Read(sharding, verify))
 
-  def _start_read(self, key: base.EntryKey, read: _Read) -> _Read:
+  def _start_read(self, key: base.EntryKey, read: reads.Read) -> reads.Read:
     with self._changed:
       self._check()
       if key in self._reads:
@@ -341,19 +367,19 @@ class BoundaryLog:
   def _look(self, client: transport.StoreClient) -> None:
     """Completes the reads whose entries can be had now."""
     with self._changed:
-      reads = {k: r for k, r in self._reads.items() if not r.future.done()}
+      waiting = {k: r for k, r in self._reads.items() if not r.future.done()}
       client.keep({place.address for place in self._locations.values()})
-    for key, read in reads.items():
+    for key, read in waiting.items():
       address = self._address(key)
       if address is not None:
         client.want(key, address)
         continue
       client.forget(key)
       if taken := self._index.take(key):
-        _complete(read, *taken)
-    for key, result in client.collect():
-      if key in reads:
-        _complete(reads[key], None, result)
+        read.complete(*taken)
+    for key, header, result in client.collect():
+      if key in waiting:
+        waiting[key].complete(header, result)
 
   # --- Failing ---------------------------------------------------------------
 
@@ -366,34 +392,8 @@ class BoundaryLog:
     with self._changed:
       if self._error is None:
         self._error = error
-      reads = list(self._reads.values())
+      started = list(self._reads.values())
       self._changed.notify_all()
-    for read in reads:
+    for read in started:
       with contextlib.suppress(concurrent.futures.InvalidStateError):
         read.future.set_exception(self._error)
-
-
-def _complete(
-  read: _Read,
-  header: entry.EntryHeader | None,
-  result: np.ndarray | base.StoreError,
-) -> None:
-  """Ends a read with an entry (verified if without header) or an error."""
-  # Closing may have ended it meanwhile.
-  with contextlib.suppress(concurrent.futures.InvalidStateError):
-    try:
-      if isinstance(result, base.StoreError):
-        raise result
-      array = _to_device(header, result, read)
-    except Exception as error:
-      read.future.set_exception(error)
-    else:
-      read.future.set_result(array)
-
-
-def _to_device(
-  header: entry.EntryHeader | None, array: np.ndarray, read: _Read
-) -> jax.Array:
-  if read.verify and header is not None:
-    entry.verify(header, array)
-  return jax.device_put(array, read.sharding)

@@ -19,9 +19,10 @@ import xxhash
 
 from moetion_jax import base
 
-_FIELDS = struct.Struct('<QQqiiiiII8QQQQ')
+_FIELDS = struct.Struct('<QQqiiiiII8QQQQQ')
 _COMMIT = struct.Struct('<Q')
 _MAX_DIMS = 8
+ITERATION_OFFSET = 2 * 8  # after sequence and generation
 COMMIT_OFFSET = _FIELDS.size
 HEADER_BYTES = _FIELDS.size + _COMMIT.size
 
@@ -50,7 +51,15 @@ DTYPES: tuple[np.dtype, ...] = tuple(
 
 
 class EntryCorruptError(base.StoreError):
-  """The bytes of a committed entry do not have its checksum."""
+  """The bytes of a committed entry do not have its checksum.
+
+  Attributes:
+    key: name of the entry.
+  """
+
+  def __init__(self, key: base.EntryKey, reason: str):
+    super().__init__(f'{key}: {reason}')
+    self.key = key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,8 @@ class EntryHeader:
     offset: of the payload in the ring, in bytes.
     nbytes: of the payload.
     checksum: xxh3 of the payload, 64 bits.
+    committed_nanoseconds: of the monotonic clock of the producer's machine,
+      when the entry was there; 0 if unknown.
   """
 
   key: base.EntryKey
@@ -76,6 +87,7 @@ class EntryHeader:
   offset: int
   nbytes: int
   checksum: int
+  committed_nanoseconds: int = 0
 
   def pack(self) -> bytes:
     """Fields and commit word: HEADER_BYTES bytes."""
@@ -95,6 +107,7 @@ class EntryHeader:
       self.offset,
       self.nbytes,
       self.checksum,
+      self.committed_nanoseconds,
     )
     return fields + _COMMIT.pack(_commit_word(fields))
 
@@ -113,7 +126,7 @@ class EntryHeader:
       values := _FIELDS.unpack(fields)
     )[:7]
     dtype, dims = values[7:9]
-    offset, nbytes, checksum = values[9 + _MAX_DIMS :]
+    offset, nbytes, checksum, committed = values[9 + _MAX_DIMS :]
     if dtype >= len(DTYPES) or dims > _MAX_DIMS:
       return None
     shape = values[9 : 9 + dims]
@@ -132,6 +145,7 @@ class EntryHeader:
       offset=offset,
       nbytes=nbytes,
       checksum=checksum,
+      committed_nanoseconds=committed,
     )
 
 
@@ -158,5 +172,5 @@ def verify(header: EntryHeader, array: np.ndarray) -> None:
   """Raises EntryCorruptError unless `array` has the header's checksum."""
   if checksum(array) != header.checksum:
     raise EntryCorruptError(
-      f'{header.key}: stored bytes do not have the checksum written with them'
+      header.key, 'stored bytes do not have the checksum written with them'
     )

@@ -10,6 +10,7 @@ No JAX here: the agent uses this module and never creates a JAX backend.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -20,6 +21,7 @@ import shutil
 import socket
 import stat
 import time
+from collections.abc import Iterator
 
 from moetion_jax import base, room
 
@@ -169,6 +171,21 @@ def _owner(path: pathlib.Path) -> dict[str, object]:
   return owner if isinstance(owner, dict) else {}
 
 
+@contextlib.contextmanager
+def hold(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Keeps runs out of the store folder of a dead one; changes nothing in it.
+
+  Raises:
+    StoreError: a living process uses it, or it is not private.
+  """
+  check_private(path)
+  fd = _lock(pathlib.Path(path))
+  try:
+    yield
+  finally:
+    os.close(fd)
+
+
 # --- Leftovers ---------------------------------------------------------------
 
 
@@ -204,12 +221,16 @@ def find_leftovers(hostmem_dir: str | os.PathLike[str]) -> list[Leftover]:
         path=path,
         run_id=path.name.removeprefix(_PREFIX),
         pid=pid if isinstance(pid, int) else 0,
-        size_bytes=sum(
-          file.lstat().st_blocks * 512 for file in path.rglob('*')
-        ),
+        size_bytes=used_bytes(path),
       )
     )
   return leftovers
+
+
+def used_bytes(folder: str | os.PathLike[str]) -> int:
+  """Host memory that a store folder occupies."""
+  files = pathlib.Path(folder).rglob('*')
+  return sum(file.lstat().st_blocks * 512 for file in files)
 
 
 def remove_store(path: str | os.PathLike[str]) -> None:

@@ -25,6 +25,20 @@ class Log(Protocol):
     """How long publishing has waited for room so far."""
     ...
 
+  @property
+  def blocked_for(self) -> base.EntryKey | None:
+    """The entry that waits for room at this moment, or None."""
+    ...
+
+  @property
+  def late_seconds(self) -> float:
+    """How long `read` has waited so far for entries that existed.
+
+    Counted from the commit, or from the call if that is later, to the return.
+    Producers on other machines have other clocks: there it means nothing.
+    """
+    ...
+
   def start(self) -> None:
     """Makes the log usable."""
     ...
@@ -86,8 +100,19 @@ class Log(Protocol):
     """Lets go of this worker's entries of earlier iterations."""
     ...
 
-  def flush(self, timeout_seconds: float | None = None) -> None:
-    """Waits until all that was published can be read, also after our death.
+  @property
+  def published_count(self) -> int:
+    """How many times `publish` was called so far."""
+    ...
+
+  def flush(
+    self, timeout_seconds: float | None = None, count: int | None = None
+  ) -> None:
+    """Waits until what was published can be read, also after our death.
+
+    Args:
+      timeout_seconds: how long to wait; None: as long as it takes.
+      count: how many of the entries; None: all so far.
 
     Raises:
       TimeoutError: it took longer.

@@ -26,7 +26,8 @@ class MemoryStore:
 class MemoryLog:
   """One worker's log in a `MemoryStore` (see `logs.Log`)."""
 
-  blocked_seconds = 0.0
+  blocked_seconds = late_seconds = 0.0
+  blocked_for = None
 
   def __init__(
     self,
@@ -129,7 +130,14 @@ class MemoryLog:
         if (key.stage, key.replica) == me and key.iteration < first_iteration:
           del self._store.entries[key]
 
-  def flush(self, timeout_seconds: float | None = None) -> None:
+  @property
+  def published_count(self) -> int:
+    """Of entries that are on their way or there: none is on its way."""
+    return 0
+
+  def flush(
+    self, timeout_seconds: float | None = None, count: int | None = None
+  ) -> None:
     """Nothing to do: entries are there when `publish` returns."""
 
   def _check(self) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,20 @@ class Partition:
     return tuple(o for g in self.groups for o in self.operators_of(g))
 
   @functools.cached_property
+  def stacked_groups(self) -> tuple[str, ...]:
+    """Names of the stacked groups, numbers in them compared as numbers."""
+    stacked = [name for name, group in self.groups.items() if group.stacked]
+    parts = lambda name: re.split(r'(\d+)', name)  # noqa: E731
+    return tuple(
+      sorted(
+        stacked,
+        key=lambda name: [
+          (int(x), '') if x.isdigit() else (-1, x) for x in parts(name)
+        ],
+      )
+    )
+
+  @functools.cached_property
   def operator_bytes(self) -> dict[base.OperatorId, int]:
     """Bytes of each operator, from the leaves' real dtypes."""
     total = dict.fromkeys(self.operators, 0)
@@ -132,6 +147,10 @@ class Partition:
         for o in self.operators_of(leaf.group.name)
       ]
       values.append(np.stack(rows) if leaf.group.stacked else rows[0])
+    return self.unflatten(values)
+
+  def unflatten(self, values: Sequence[Any]) -> Any:
+    """The tree of values in the order of `leaves`."""
     return jax.tree.unflatten(self._structure, values)
 
   def by_operator(

@@ -34,7 +34,14 @@ class Report:
       last stage in iterations that evaluate; else None.
     seconds: from the iteration's begin to the next one's (the last: to its
       end), evaluation included.
-    waited_seconds: of these, spent waiting for entries.
+    waited_seconds: of these, spent waiting for entries while no program of
+      the stage ran: it had nothing to do.
+    late_seconds: of these, spent waiting for entries that existed (see
+      `logs.Log.late_seconds`), whatever ran meanwhile.
+    snapshot_bytes: of the iteration's snapshot; 0 for none.
+    blocked_seconds: of `seconds`, spent waiting for the last snapshot's copy.
+    copy_bytes_per_second: at which snapshots were stored so far; 0: none was.
+    load: tokens that chose each expert.
   """
 
   iteration: int
@@ -48,6 +55,11 @@ class Report:
   eval_loss: float | None
   seconds: float
   waited_seconds: float
+  late_seconds: float = 0.0
+  snapshot_bytes: int = 0
+  blocked_seconds: float = 0.0
+  copy_bytes_per_second: float = 0.0
+  load: Mapping[base.OperatorId, int] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> dict[str, Any]:
     """Plain JSON without rounding: floats in hex. `from_json` inverts it."""
@@ -59,6 +71,7 @@ class Report:
       [operator.group, operator.expert, *(f'{lane:08x}' for lane in lanes)]
       for operator, lanes in self.digests.items()
     ]
+    value['load'] = [[o.group, o.expert, n] for o, n in self.load.items()]
     return value
 
   @classmethod
@@ -73,6 +86,10 @@ class Report:
         [int(lane, 16) for lane in lanes], np.uint32
       )
       for group, expert, *lanes in fields['digests']
+    }
+    fields['load'] = {
+      base.OperatorId(group, expert): count
+      for group, expert, count in fields['load']
     }
     return cls(**fields)
 

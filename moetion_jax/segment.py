@@ -27,6 +27,7 @@ import mmap
 import os
 import pathlib
 import struct
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -62,6 +63,15 @@ def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
   sizes = [_padded(nbytes) for nbytes in iteration_entry_bytes]
   # An entry is never split at the ring's end: up to the largest one is lost.
   return sum(sizes) * (iterations + 1) + max(sizes, default=0)
+
+
+def file_bytes(size_bytes: int, slots: int) -> int:
+  """Host memory that a segment takes, its slots included."""
+  return _pages(slot_offset(slots)) + _pages(size_bytes)
+
+
+def _pages(nbytes: int) -> int:
+  return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def segment_path(
@@ -123,6 +133,7 @@ class Layout:
     # Aligned words of their own: a store or a load of one is never torn.
     self.commits = words[:, entry.COMMIT_OFFSET // 8]
     self.retired = words[:, entry.HEADER_BYTES // 8]
+    self._words = words
 
   @property
   def generation(self) -> int:
@@ -145,10 +156,61 @@ class Layout:
       return None
     return header
 
+  @property
+  def newest_iteration(self) -> int:
+    """Of the committed entries; 0 when there are none."""
+    iterations = self._words[:, entry.ITERATION_OFFSET // 8]
+    return int(np.max(iterations, initial=0, where=self.commits != 0))
+
   def headers(self) -> list[entry.EntryHeader]:
     """The committed entries, retired ones included, oldest first."""
     found = map(self.header, np.flatnonzero(self.commits).tolist())
     return sorted(filter(None, found), key=lambda header: header.sequence)
+
+
+def newest_iteration(path: str | os.PathLike[str]) -> int:
+  """Of a segment's entries; 0 if there are none, or no readable segment."""
+  try:
+    with open(path, 'rb') as file:
+      return Layout(file.fileno(), writable=False).newest_iteration
+  except (OSError, base.StoreError):
+    return 0
+
+
+def drop_damaged(
+  path: str | os.PathLike[str], first_iteration: int
+) -> list[base.EntryKey]:
+  """Retires entries without their checksum, so that they are written again.
+
+  Only while nobody writes the segment.
+
+  Args:
+    path: of the segment.
+    first_iteration: older entries are not looked at.
+
+  Returns:
+    Their names.
+
+  Raises:
+    StoreError: it is no segment; its writer lives.
+    OSError: it cannot be opened.
+  """
+  dropped = []
+  with open(path, 'r+b') as file:
+    if not try_lock(file.fileno(), fcntl.F_WRLCK, 0):
+      raise base.StoreError(f'{path}: its writer lives')
+    layout = Layout(file.fileno(), writable=True)
+    for header in layout.headers():
+      slot = header.sequence % layout.slots
+      if header.key.iteration < first_iteration or layout.retired[slot]:
+        continue
+      data = layout.ring[header.offset : header.offset + header.nbytes]
+      if entry.checksum(data) != header.checksum:
+        layout.retired[slot] = 1
+        dropped.append(header.key)
+    # The mapping holds the open file, and so the lock, beyond the close.
+    try_lock(file.fileno(), fcntl.F_UNLCK, 0)
+  return dropped
 
 
 class SegmentWriter:
@@ -174,7 +236,7 @@ class SegmentWriter:
     """
     self.path = segment_path(folder, worker.stage, worker.replica)
     self._worker = worker
-    self._size_bytes = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    self._size_bytes = _pages(size_bytes)
     self._slots = slots
     self._fd = -1
     self._first_iteration = 0
@@ -211,7 +273,7 @@ class SegmentWriter:
       raise base.StoreError('another living process writes it')
 
   def _create(self) -> None:
-    ring_offset = -(-slot_offset(self._slots) // mmap.PAGESIZE) * mmap.PAGESIZE
+    ring_offset = _pages(slot_offset(self._slots))
     temporary = self.path.with_suffix('.new')
     temporary.unlink(missing_ok=True)
     fd = hostmem.reserve(temporary, ring_offset + self._size_bytes)
@@ -248,12 +310,13 @@ class SegmentWriter:
     if headers:
       self._next_sequence = headers[-1].sequence + 1
       self._head = headers[-1].offset + _padded(headers[-1].nbytes)
-    self._live.extend(
-      header
-      for header in headers
-      if not self._layout.retired[header.sequence % self._layout.slots]
-    )
-    self._by_key.update({header.key: header for header in self._live})
+    for header in headers:
+      slot = header.sequence % self._layout.slots
+      if not self._layout.retired[slot]:
+        self._by_key[header.key] = header
+      elif self._is_free(slot):
+        continue
+      self._live.append(header)  # or retired, and a reader still has it
 
   def close(self) -> None:
     """Gives the segment up; its entries stay. May be called twice."""
@@ -306,6 +369,7 @@ class SegmentWriter:
       offset=offset,
       nbytes=len(data),
       checksum=_copy(data, self._layout.ring[offset : offset + len(data)]),
+      committed_nanoseconds=time.monotonic_ns(),
     )
     self._commit(slot, header)
     self._next_sequence += 1
@@ -379,12 +443,19 @@ class SegmentWriter:
       )
     slot = oldest.sequence % self._layout.slots
     self._layout.retired[slot] = 1
+    if not self._is_free(slot):
+      raise SegmentFullError(f'{oldest.key}: a reader holds its memory')
+    self._live.popleft()
+    if self._by_key.get(oldest.key) is oldest:
+      del self._by_key[oldest.key]
+
+  def _is_free(self, slot: int) -> bool:
+    """Whether no reader holds an entry that is retired."""
     start = slot_offset(slot)
     if not try_lock(self._fd, fcntl.F_WRLCK, start):
-      raise SegmentFullError(f'{oldest.key}: a reader holds its memory')
+      return False
     try_lock(self._fd, fcntl.F_UNLCK, start)
-    self._live.popleft()
-    del self._by_key[oldest.key]
+    return True
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> int:

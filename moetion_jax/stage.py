@@ -1,9 +1,9 @@
-"""A stage's programs (DESIGN section 4), compiled for its mesh.
+"""A stage's pure functions (DESIGN section 4), shardings and initial state.
 
-Each is a pure function on plain dicts and tuples of arrays, compiled ahead of
+The functions take plain dicts and tuples of arrays and are compiled ahead of
 time: calling one with another shape or sharding is an error, never a silent
 recompilation. Training and replay run these same executables, which is what
-makes recovery bit-exact.
+makes recovery bit-exact. Tracing needs no devices: see `programs`.
 
 Mesh axes: 'data' (replicas), 'expert' (a worker's devices); a device's share
 of a microbatch is its rows. Inside `shard_map` what is local to a device gets a
@@ -14,111 +14,85 @@ Dims: B sequences of a microbatch, T sequence, D model, M microbatches.
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moetion_jax import digest as digest_lib, operators, stage_model
+from moetion_jax import (
+  digest as digest_lib,
+  mesh as mesh_lib,
+  operators,
+  programs as programs_lib,
+  residuals as residuals_lib,
+  stage_model,
+)
 
-AXES = ('data', 'expert')
-_OWN = PartitionSpec(AXES)  # a leading dim over all devices
-_SAME = PartitionSpec()  # the same on every device
-
+make_mesh = mesh_lib.make_mesh
+ProgramShape = programs_lib.ProgramShape
+Programs = programs_lib.Programs
+TracedPrograms = programs_lib.TracedPrograms
+_OWN, _SAME = mesh_lib.OWN, mesh_lib.SAME
 Compute = dict[str, jax.Array]
 Tree: TypeAlias = Any
 
 
-def make_mesh(devices: Sequence[Any], replicas: int = 1) -> jax.sharding.Mesh:
-  """The stage world's mesh: replicas x devices of each worker."""
-  return jax.sharding.Mesh(np.array(devices).reshape(replicas, -1), AXES)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgramShape:
-  """The sizes that a stage's programs are compiled for.
-
-  Attributes:
-    microbatch_size: sequences B of one microbatch of one replica.
-    sequence_length: tokens T.
-    microbatches: M per replica and iteration.
-    replicas: size of the mesh axis 'data'.
-  """
-
-  microbatch_size: int
-  sequence_length: int
-  microbatches: int
-  replicas: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-  """Where one leaf of the vjp function comes from in `backward`."""
-
-  weight: str | None  # a compute weight, by name
-  index: int = 0  # else a residual
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-  """The compiled programs of one stage; see the module's docstring.
-
-  Attributes:
-    forward: (compute, inputs, position) -> (y, residuals, counts).
-    backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
-      acc. dy is () in the last stage, dx is () in the first.
-    reduce: (acc, counts of all M) -> (gradients, scalars); fp32, over the mesh.
-    update: (state, gradients, clip_factor, slot) -> (state, compute,
-      selection); donates state. `slot` and `selection` are bool masks by group.
-    digest: state -> u32[operators, 2] by group.
-    evaluate: (compute, inputs) -> y, or the mean loss f32[] in the last stage.
-    zeros: () -> acc.
-    compute_of: state -> compute; the same casts as in `update`.
-  """
-
-  forward: Callable[..., Any]
-  backward: Callable[..., Any]
-  reduce: Callable[..., Any]
-  update: Callable[..., Any]
-  digest: Callable[..., Any]
-  evaluate: Callable[..., Any]
-  zeros: Callable[..., Any]
-  compute_of: Callable[..., Any]
-
-
 class Stage:
-  """One stage on its mesh: shardings, partition, initial state, programs."""
+  """One stage: partition, shardings, initial state, programs.
+
+  Made with an abstract mesh it has no devices yet, and nothing that it does
+  creates a backend, `trace` included; `on` gives it devices.
+  """
 
   def __init__(
     self,
     model: stage_model.StageModel,
     optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     shape: ProgramShape,
   ):
-    """Stores; `compile` does the work."""
+    """Stores; `trace` and `compile` do the work."""
     self.model = model
-    self.mesh = mesh
     self.shape = shape
+    self.abstract_mesh = mesh_lib.abstract_mesh(
+      mesh.shape['expert'], mesh.shape['data']
+    )
+    self._mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else None
     self._optimizer = optimizer
     self._groups = operators.group_parameters(
       list(model.shapes), model.partition
     )
-    self._kept: list[_Kept] = []
-    self._vjp_structure: Any = None
+    self._vjp: residuals_lib.Recipe | None = None  # when forward was traced
     self.state_shapes = jax.eval_shape(self._init, dict(model.shapes))
     self.partition = operators.Partition(
       self.state_shapes,
       operators.state_rule(model.partition, list(model.shapes)),
     )
 
-  # ---- shardings -----------------------------------------------------------
+  # ---- devices and shardings -----------------------------------------------
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """The stage world's mesh.
+
+    Raises:
+      RuntimeError: the stage has no devices yet.
+    """
+    if self._mesh is None:
+      raise RuntimeError('the stage has no devices yet: see Stage.on')
+    return self._mesh
+
+  def on(self, mesh: jax.sharding.Mesh) -> Stage:
+    """This stage on devices, in a mesh of its abstract mesh's shape."""
+    if mesh.shape != self.abstract_mesh.shape:
+      raise ValueError(f'the stage is cut for {self.abstract_mesh}, not {mesh}')
+    placed = copy.copy(self)
+    placed._mesh = mesh
+    return placed
 
   def _group_spec(self, group: stage_model.Group) -> PartitionSpec:
     return PartitionSpec('expert') if group.stacked else _SAME
@@ -138,9 +112,6 @@ class Stage:
       n: self._group_spec(g) for g, names in self._groups.items() for n in names
     }
 
-  def _by_group_specs(self) -> dict[str, PartitionSpec]:
-    return {g.name: self._group_spec(g) for g in self._groups}
-
   @property
   def rows_sharding(self) -> NamedSharding:
     """Of tokens, activations and their gradients: rows over all devices."""
@@ -153,11 +124,7 @@ class Stage:
 
   def shardings(self, specs: Tree) -> Tree:
     """NamedShardings of a tree of specs."""
-    return jax.tree.map(
-      lambda s: NamedSharding(self.mesh, s),
-      specs,
-      is_leaf=lambda s: isinstance(s, PartitionSpec),
-    )
+    return mesh_lib.shardings(self.mesh, specs)
 
   # ---- initial state -------------------------------------------------------
 
@@ -176,22 +143,32 @@ class Stage:
     self, masters: Mapping[str, jax.typing.ArrayLike]
   ) -> operators.State:
     """State 0 of given fp32 masters: fresh optimizer state."""
-    init = jax.jit(self._init, out_shardings=self.shardings(self.state_specs))
-    # A copy: XLA may hand an input through, and `update` donates the state.
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), init(dict(masters)))
+    init = jax.jit(
+      lambda masters: _copied(self._init(masters)),
+      out_shardings=self.shardings(self.state_specs),
+    )
+    return init(dict(masters))
 
   def initial_state(self) -> operators.State:
     """State 0 from the seed."""
     return self.state_from_masters(self.model.initialize())
 
-  def place_state(self, state: Tree) -> operators.State:
-    """Puts a host state (a tree of NumPy arrays) on the mesh."""
-    # jnp.array copies; device_put may alias host memory (FACTS).
-    return jax.tree.map(
-      lambda x, s: jax.device_put(jnp.array(x, copy=True), s),
-      state,
-      self.shardings(self.state_specs),
-    )
+  def place_state(
+    self, state: Tree, place: Callable[[Tree], operators.State] | None = None
+  ) -> operators.State:
+    """Puts a host state (a tree of NumPy arrays) on the mesh.
+
+    When it returns, the host arrays are read no longer, and JAX owns every
+    buffer: `update` may donate them.
+
+    Args:
+      state: as of `state_shapes`.
+      place: of the stage's `Programs`; None compiles it here.
+    """
+    # device_put may alias host memory (FACTS), therefore a copy of all of it.
+    shardings = self.shardings(self.state_specs)
+    copy_all = place or jax.jit(_copied, out_shardings=shardings)
+    return jax.block_until_ready(copy_all(jax.device_put(state, shardings)))
 
   # ---- the functions, on one device's share --------------------------------
 
@@ -214,34 +191,14 @@ class Stage:
       (y, _), vjp, counts = jax.vjp(function, trained, has_aux=True)
     else:
       (y, _), vjp, counts = jax.vjp(objective, trained, inputs.x, has_aux=True)
-    leaves, self._vjp_structure = jax.tree.flatten(vjp)
-    residuals = self._keep(leaves, compute)
+    residuals, self._vjp = residuals_lib.split(vjp, compute)
     return y, jax.tree.map(lambda r: r[None], residuals), _own(counts)
 
-  def _keep(self, leaves: list, compute: Compute) -> tuple[jax.Array, ...]:
-    """Residuals without the compute weights, each once; remembers how."""
-    weights = {id(w): n for n, w in compute.items()}
-    places: dict[int, int] = {}
-    kept, residuals = [], []
-    for leaf in leaves:
-      if id(leaf) in weights:
-        kept.append(_Kept(weights[id(leaf)]))
-        continue
-      if id(leaf) not in places:
-        places[id(leaf)] = len(residuals)
-        residuals.append(leaf)
-      kept.append(_Kept(None, places[id(leaf)]))
-    self._kept = kept
-    return tuple(residuals)
-
   def _backward(self, compute, residuals, dy, acc):
-    leaves = [
-      compute[k.weight] if k.weight is not None else residuals[k.index][0]
-      for k in self._kept
-    ]
-    vjp = jax.tree.unflatten(self._vjp_structure, leaves)
+    assert self._vjp is not None  # forward is traced first
+    vjp = self._vjp.join(compute, [r[0] for r in residuals])
     # The objective is the mean over devices and microbatches.
-    share = 1.0 / (self.mesh.size * self.shape.microbatches)
+    share = 1.0 / (self.abstract_mesh.size * self.shape.microbatches)
     cotangents = vjp((dy, jnp.float32(share)))
     acc = {
       n: a + cotangents[0][n][None].astype(jnp.float32) for n, a in acc.items()
@@ -255,15 +212,15 @@ class Stage:
       for name in names:
         if name in self.model.buffers:
           continue
-        axes = 'data' if group.stacked else AXES
+        axes = 'data' if group.stacked else mesh_lib.AXES
         gradients[name] = jax.lax.psum(acc[name][0], axes)
         squares[group.stacked].append(jnp.sum(gradients[name] ** 2))
     norm = sum(squares[False], jnp.float32(0))
     norm += jax.lax.psum(sum(squares[True], jnp.float32(0)), 'expert')
     total = jax.tree.map(lambda *c: sum(x[0] for x in c), *counts)
-    total = jax.lax.psum(total, AXES)
+    total = jax.lax.psum(total, mesh_lib.AXES)
     gradients |= self.model.buffer_steps(total)
-    number = self.mesh.size * self.shape.microbatches
+    number = self.abstract_mesh.size * self.shape.microbatches
     scalars = {
       'squared_norm': norm,
       'loss': total.get('loss', jnp.float32(0)) / number,
@@ -299,6 +256,9 @@ class Stage:
     selection = {g: jnp.asarray(mask) for g, mask in slot.items()}
     return new, self._compute_of(new), selection
 
+  def _place(self, state):
+    return _copied(state)
+
   def _digest(self, state):
     return {
       g.name: digest_lib.digest_leaves(state[g.name], g.stacked)
@@ -309,7 +269,7 @@ class Stage:
     out = self.model.forward(compute, inputs, None)
     if out.y is not None:
       return out.y
-    return jax.lax.pmean(out.counts['loss'], AXES)
+    return jax.lax.pmean(out.counts['loss'], mesh_lib.AXES)
 
   def _zeros(self):
     acc = {}
@@ -317,7 +277,7 @@ class Stage:
       for name in names:
         shape = self.model.shapes[name].shape
         if group.stacked:
-          shape = (shape[0] // self.mesh.shape['expert'], *shape[1:])
+          shape = (shape[0] // self.abstract_mesh.shape['expert'], *shape[1:])
         if name not in self.model.buffers:
           acc[name] = jnp.zeros((1, *shape), jnp.float32)
     return acc
@@ -349,13 +309,13 @@ class Stage:
       tokens if self.model.has_head else None,
     )
 
-  def compile(
+  def trace(
     self, on_program: Callable[[str], None] = lambda _: None
-  ) -> Programs:  # noqa: E501
-    """Traces and compiles every program.
+  ) -> TracedPrograms:
+    """Traces every program; needs no backend.
 
     Args:
-      on_program: called with each program's name before it is compiled.
+      on_program: called with each program's name before it is traced.
     """
     compute_shapes = {
       n: jax.ShapeDtypeStruct(s.shape, self.model.compute_dtypes[n])
@@ -368,41 +328,33 @@ class Stage:
     )
     inputs, input_shapes = self._input_specs, self._input_shapes()
     hidden_spec = () if self.model.has_head else _OWN
-    compiled = {}
+    states, state_shapes = self.state_specs, self.state_shapes
+    by_group = {g.name: self._group_spec(g) for g in self._groups}
+    slot_shapes = {
+      g.name: jax.ShapeDtypeStruct(
+        (len(self.partition.operators_of(g.name)),), jnp.bool_
+      )
+      for g in self._groups
+    }
+    traced = {}
 
-    def program(name, function, in_specs, out_specs, shapes, donate=()):
+    def program(name, in_specs, out_specs, shapes, donate=()):
       on_program(name)
-      mapped = jax.shard_map(
-        function,
-        mesh=self.mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
+      function = getattr(self, f'_{name}')
+      traced[name], results = programs_lib.trace(
+        self.abstract_mesh, function, in_specs, out_specs, shapes, donate
       )
-      jitted = jax.jit(
-        mapped,
-        in_shardings=self.shardings(in_specs),
-        out_shardings=self.shardings(out_specs),
-        donate_argnums=donate,
-      )
-      # Residuals are donated so that they are freed early, though few of them
-      # have an output of their shape: JAX warns of that.
-      with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Some donated buffers')
-        compiled[name] = jitted.lower(*shapes).compile()
-      return jax.eval_shape(mapped, *shapes)
+      return results
 
     y, residuals, counts = program(
       'forward',
-      self._forward,
       (self.compute_specs, inputs, position_specs),
       (hidden_spec, _OWN, _OWN),
       (compute_shapes, input_shapes, position_shapes),
     )
-    acc = program('zeros', self._zeros, (), self._acc_specs, ())
+    acc = program('zeros', (), self._acc_specs, ())
     program(
       'backward',
-      self._backward,
       (self.compute_specs, _OWN, hidden_spec, self._acc_specs),
       (() if self.model.has_embedding else _OWN, self._acc_specs),
       (compute_shapes, residuals, y, acc),
@@ -410,53 +362,47 @@ class Stage:
     )
     gradients, _ = program(
       'reduce',
-      self._reduce,
       (self._acc_specs, _OWN),
       (self.compute_specs, _SAME),
       (acc, (counts,) * self.shape.microbatches),
     )
-    slot_shapes = {
-      g.name: jax.ShapeDtypeStruct(
-        (len(self.partition.operators_of(g.name)),), jnp.bool_
-      )
-      for g in self._groups
-    }
-    by_group = self._by_group_specs()
     program(
       'update',
-      self._update,
-      (self.state_specs, self.compute_specs, _SAME, by_group),
-      (self.state_specs, self.compute_specs, by_group),
+      (states, self.compute_specs, _SAME, by_group),
+      (states, self.compute_specs, by_group),
       (
-        self.state_shapes,
+        state_shapes,
         gradients,
         jax.ShapeDtypeStruct((), jnp.float32),
         slot_shapes,
       ),
       donate=(0,),
     )
-    program(
-      'compute_of',
-      self._compute_of,
-      (self.state_specs,),
-      self.compute_specs,
-      (self.state_shapes,),
-    )
-    program(
-      'digest',
-      self._digest,
-      (self.state_specs,),
-      by_group,
-      (self.state_shapes,),
-    )
+    program('place', (states,), states, (state_shapes,))
+    program('compute_of', (states,), self.compute_specs, (state_shapes,))
+    program('digest', (states,), by_group, (state_shapes,))
     program(
       'evaluate',
-      self._evaluate,
       (self.compute_specs, inputs),
       _SAME if self.model.has_head else _OWN,
       (compute_shapes, input_shapes),
     )
-    return Programs(**compiled)
+    return TracedPrograms({name: traced[name] for name in programs_lib.ORDER})
+
+  def compile(
+    self, on_program: Callable[[str], None] = lambda _: None
+  ) -> Programs:
+    """Traces and compiles every program for `mesh`.
+
+    Args:
+      on_program: called with a program's name before each step of it.
+    """
+    return self.trace(on_program).compile(self.mesh, on_program)
+
+
+def _copied(tree: Tree) -> Tree:
+  """Copies every leaf; under jit, into buffers that nobody else holds."""
+  return jax.tree.map(jnp.copy, tree)
 
 
 def _own(counts: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -104,6 +104,19 @@ class SegmentReader:
     self._rescan()
     return list(self._entries.values())
 
+  def damaged_slots(self) -> list[int]:
+    """Slots with a commit word that is not of what they say."""
+
+    def is_damaged(slot: int) -> bool:
+      return bool(self._layout.commits[slot]) and not self._layout.header(slot)
+
+    # Twice: a living writer may have been between two words.
+    return [
+      s
+      for s in range(self._layout.slots)
+      if all(is_damaged(s) for _ in range(2))
+    ]
+
   def view(self, header: entry.EntryHeader) -> np.ndarray | None:
     """An entry's memory, read-only; None if it vanished meanwhile.
 

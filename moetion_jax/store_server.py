@@ -18,6 +18,7 @@ import weakref
 import numpy as np
 import zmq
 import zmq.auth.thread
+import zmq.utils.monitor
 
 from moetion_jax import base, doorbell, entry, hostmem, message, store_index
 
@@ -40,6 +41,7 @@ class StoreServer:
     address: what readers connect to, known after `start`.
     malformed_count: messages that were not ours, or about damaged segments.
     fenced_count: requests from generations that were replaced.
+    refused_count: connections that ended before they proved to be ours.
   """
 
   def __init__(
@@ -58,6 +60,7 @@ class StoreServer:
     self.address = address
     self.malformed_count = 0
     self.fenced_count = 0
+    self.refused_count = 0
     self._secret = secret
     self._index = store_index.StoreIndex(folder)
     self._bell = doorbell.Doorbell(folder, 'store-server')
@@ -70,6 +73,8 @@ class StoreServer:
     self._parked: dict[tuple[base.EntryKey, bytes], float] = {}
     self._sending: dict[tuple[base.EntryKey, bytes], weakref.ref] = {}
     self._complain_at = 0.0
+    # Connections by descriptor, oldest first, that proved nothing yet.
+    self._strangers: dict[int, None] = {}
 
   def start(self) -> None:
     """Binds the address and starts to serve.
@@ -97,6 +102,11 @@ class StoreServer:
       )
       self._router.curve_server = True
       self._router.curve_secretkey = keys.server_secret
+    self._monitor = self._router.get_monitor_socket(
+      zmq.EVENT_ACCEPTED
+      | zmq.EVENT_HANDSHAKE_SUCCEEDED
+      | zmq.EVENT_DISCONNECTED
+    )
     try:
       self._router.bind(self.address)
     except zmq.ZMQError as error:
@@ -116,6 +126,8 @@ class StoreServer:
       self._thread.join()
       self._thread = None
     if self._context is not None:
+      self._router.disable_monitor()
+      self._monitor.close()
       self._router.close()
       if self._authenticator is not None:
         self._authenticator.stop()
@@ -132,12 +144,14 @@ class StoreServer:
   def _serve(self) -> None:
     poller = zmq.Poller()
     poller.register(self._router, zmq.POLLIN)
+    poller.register(self._monitor, zmq.POLLIN)
     poller.register(self._bell.fileno(), zmq.POLLIN)
     tidy_at = 0.0
     while not self._closing.is_set():
       poller.poll(1000 if self._parked else None)
       self._bell.drain()
       self._receive()
+      self._watch()
       for key in {key for key, _ in self._parked}:
         self._answer(key)
       if time.monotonic() > tidy_at:
@@ -153,6 +167,7 @@ class StoreServer:
         return
       request = message.unpack(frames[1]) if len(frames) == 2 else None
       if request is None or request[0] != message.MessageType.READ:
+        self.malformed_count += 1
         self._complain(f'a message that is not ours ({len(frames)} frames)')
         continue
       _, worker, key, _ = request
@@ -166,11 +181,27 @@ class StoreServer:
         self._parked[key, frames[0]] = time.monotonic() + _PARKED_SECONDS
         self._answer(key)
 
+  def _watch(self) -> None:
+    """Counts connections that were not ours; ZeroMQ itself hangs up."""
+    while self._monitor.poll(0):
+      event = zmq.utils.monitor.recv_monitor_message(self._monitor)
+      if event['event'] == zmq.EVENT_ACCEPTED:
+        self._strangers[event['value']] = None
+      elif event['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        # It does not say whose: in the order in which they came.
+        if self._strangers:
+          del self._strangers[next(iter(self._strangers))]
+      elif event['value'] in self._strangers:
+        del self._strangers[event['value']]
+        self.refused_count += 1
+        self._complain('a connection that is not ours')
+
   def _answer(self, key: base.EntryKey) -> None:
     """Sends an entry to all who wait for it, if it exists."""
     try:
       taken = self._index.take(key)
     except (base.StoreError, OSError) as error:
+      self.malformed_count += 1
       self._complain(str(error))
       return
     if taken is None:
@@ -219,12 +250,13 @@ class StoreServer:
     self._index.refresh()
 
   def _complain(self, what: str) -> None:
-    self.malformed_count += 1
+    """Logs what was ignored, once in a while."""
     if time.monotonic() >= self._complain_at:
       self._complain_at = time.monotonic() + _COMPLAINT_SECONDS
       _log.warning(
-        '%s: ignored %s; %d such so far',
+        '%s: ignored %s; %d messages and %d connections so far',
         self.address,
         what,
         self.malformed_count,
+        self.refused_count,
       )

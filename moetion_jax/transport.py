@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -39,6 +40,20 @@ class Location:
   host: str
   address: str = ''
   generation: int = 0
+
+
+class Arrival(NamedTuple):
+  """How a read ended.
+
+  Attributes:
+    key: of the entry.
+    header: of the entry, if it has one.
+    result: the entry, complete and correct, or why it cannot be had.
+  """
+
+  key: base.EntryKey
+  header: entry.EntryHeader | None
+  result: np.ndarray | base.StoreError
 
 
 @dataclasses.dataclass
@@ -118,8 +133,8 @@ class StoreClient:
     for address in set(self._sockets) - addresses:
       self._disconnect(address)
 
-  def collect(self) -> list[tuple[base.EntryKey, np.ndarray | base.StoreError]]:
-    """Entries that are complete and verified, or why one cannot be had."""
+  def collect(self) -> list[Arrival]:
+    """What came since the last call."""
     arrived = []
     for address, connection in list(self._sockets.items()):
       while connection.poll(0):
@@ -128,14 +143,12 @@ class StoreClient:
         while connection.rcvmore:
           connection.recv()
         if result is not None:
-          self._wants.pop(result[0])
+          self._wants.pop(result.key)
           arrived.append(result)
     self._send_due()
     return arrived
 
-  def _receive(
-    self, address: str, connection: zmq.Socket
-  ) -> tuple[base.EntryKey, np.ndarray | base.StoreError] | None:
+  def _receive(self, address: str, connection: zmq.Socket) -> Arrival | None:
     """Takes a message in; the result if it completes a read."""
     head = connection.recv()
     reply = message.unpack(head[: message.MESSAGE_BYTES])
@@ -148,7 +161,7 @@ class StoreClient:
     if want is None or want.address != address:
       return None  # answered before, or by a server we no longer ask
     if kind == message.MessageType.FENCED:
-      return key, FencedError(f'{self._worker} was replaced')
+      return Arrival(key, header, FencedError(f'{self._worker} was replaced'))
     if (
       header is None
       or header.key != key
@@ -176,8 +189,9 @@ class StoreClient:
     if want.received_bytes < header.nbytes:
       return None
     if want.digest.intdigest() != header.checksum:
-      return key, entry.EntryCorruptError(f'{key}: damaged at {address}')
-    return key, want.array
+      damaged = entry.EntryCorruptError(key, f'damaged at {address}')
+      return Arrival(key, header, damaged)
+    return Arrival(key, header, want.array)
 
   def _send_due(self) -> None:
     now = time.monotonic()

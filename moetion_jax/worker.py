@@ -7,10 +7,9 @@ anything: what it needs is named, and reading waits until it exists.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,18 +18,19 @@ import numpy as np
 from moetion_jax import (
   base,
   config as config_lib,
+  conversion as conversion_lib,
+  idle,
   logs,
   operators,
   report as report_lib,
   schedule,
+  snapshotter as snapshotter_lib,
   stage as stage_lib,
   stage_model,
+  verdict as verdict_lib,
 )
 
 Report = report_lib.Report
-
-# Layout of a SCALARS entry, f32[4].
-_SQUARED_NORM, _LOSS, _AUXILIARY_LOSS, _DROPPED = range(4)
 
 
 class Batch(Protocol):
@@ -52,63 +52,18 @@ class Data(Protocol):
     ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-  """What all stages decide alike from all stages' scalars.
-
-  Attributes:
-    loss: f32.
-    auxiliary_loss: f32.
-    grad_norm: f32.
-    dropped: of all stages.
-    clip_factor: by which every gradient is multiplied.
-    bad_stage: first stage whose loss or gradients are not finite, or None.
-  """
-
-  loss: np.float32
-  auxiliary_loss: np.float32
-  grad_norm: np.float32
-  dropped: int
-  clip_factor: np.float32
-  bad_stage: int | None
-
-
-def judge(partials: list[np.ndarray], clip_norm: float) -> Verdict:
-  """Sums the stages' SCALARS in stage order, in fp32.
-
-  Args:
-    partials: one SCALARS entry a stage.
-    clip_norm: 0 for no clipping.
-  """
-  total = np.zeros(4, np.float32)
-  bad_stage = None
-  for stage, partial in enumerate(partials):
-    with np.errstate(over='ignore', invalid='ignore'):  # judged below
-      total += partial
-    if bad_stage is None and not np.all(np.isfinite(partial)):
-      bad_stage = stage
-  norm = np.sqrt(total[_SQUARED_NORM])
-  factor = np.float32(1)
-  if clip_norm and norm > clip_norm:
-    factor = np.float32(clip_norm) / norm
-  if bad_stage is None and not np.isfinite(norm):
-    bad_stage = len(partials) - 1
-  return Verdict(
-    loss=total[_LOSS],
-    auxiliary_loss=total[_AUXILIARY_LOSS],
-    grad_norm=norm,
-    dropped=int(total[_DROPPED]),
-    clip_factor=factor,
-    bad_stage=bad_stage,
-  )
-
-
 class Worker:
   """One stage's training loop over its compiled programs.
 
   `state` and `compute` are always whole: they are swapped together when an
   update was dispatched. Only this object donates `state`. `iteration` and
-  `program` say what is being done, to any thread that asks.
+  `program` say what is being done, `steps` count it, for any thread that asks.
+
+  Attributes:
+    on_phase: called when a program begins and when something was published,
+      with that and the iteration.
+    verify_until: entries up to this iteration are checked when they are read:
+      they were written some time ago.
   """
 
   def __init__(
@@ -129,23 +84,25 @@ class Worker:
     self.log = log
     self.iteration = 0
     self.program = ''
+    self.steps = 0
+    self.on_phase: Callable[[str, int], None] = lambda phase, iteration: None
+    self.verify_until = 0
     self._data = data
-    self._waited = 0.0
-    # Until snapshots choose slots, no operator is selected.
-    self._slot = {
-      group: np.array(mask)
-      for group, mask in schedule.selection_by_group(
-        stage.partition.operators, slot=frozenset()
-      ).items()
-    }
+    self._waited = self._late = 0.0
+    self._idle = idle.IdleClock()
+    self._outputs: Any = None  # of the program that was dispatched last
+    self._expert_groups = stage.partition.stacked_groups
 
   def train(
     self,
     config: config_lib.TrainConfig,
     report: Callable[[Report], None],
     stop: Callable[[], bool] = lambda: False,
+    *,
     first_iteration: int = 1,
-    log_iterations: int = 1,
+    snapshots: snapshotter_lib.Snapshotter | None = None,
+    conversion: conversion_lib.Conversion | None = None,
+    line: Callable[[int], int] = lambda iteration: iteration - 1,
   ) -> int:
     """Trains from `first_iteration` to the last one.
 
@@ -156,7 +113,10 @@ class Worker:
       stop: asked between iterations; True ends the loop early. With several
         stages all must stop after the same iteration.
       first_iteration: the one after the current state's.
-      log_iterations: of how many iterations the log keeps the entries.
+      snapshots: takes one after every update; None for none.
+      conversion: that the current, partial state began; None: it is whole.
+      line: called after every iteration; what is older than the iteration it
+        returns may be let go of.
 
     Returns:
       The last iteration that was done.
@@ -164,36 +124,105 @@ class Worker:
     Raises:
       NonFiniteError: without `skip_nonfinite`, at the first loss or gradient
         norm that is NaN or infinite.
+      DivergedError: the conversion came to other bits.
     """
+    self._idle.start()
+    try:
+      return self._train(
+        config, report, stop, first_iteration, snapshots, conversion, line
+      )
+    finally:
+      self._idle.close()
+
+  def _train(
+    self, config, report, stop, first_iteration, snapshots, conversion, line
+  ) -> int:
     pending: Callable[[], Report] | None = None
     iteration = first_iteration - 1
     while iteration < config.iterations and not stop():
       self.iteration = iteration = iteration + 1
       begin, self._waited = time.monotonic(), 0.0
-      gradients, mine = self._gradients(iteration, config)
+      self._late = self.log.late_seconds
+      gradients, scalars = self._gradients(iteration, config)
       if pending:
         report(pending())
-      verdict = self._verdict(iteration, mine, config)
-      self.program = 'update'
+      verdict = self._verdict(iteration, scalars, config, conversion)
+      slot = snapshots.slot(iteration) if snapshots else frozenset()
       if verdict.bad_stage is None:
+        self._begin('update')
         self.state, self.compute, _ = self.programs.update(
-          self.state, gradients, verdict.clip_factor, self._slot
+          self.state, gradients, verdict.clip_factor, self._masks(slot)
         )
-      digests = self.programs.digest(self.state)
+      if conversion and not conversion.is_complete:
+        self._begin('fold')
+        self.state = conversion.advance(iteration, self.state)
+        self.compute = self.programs.compute_of(self.state)
+      elif conversion:
+        conversion.advance(iteration, self.state)
+      digests = self._outputs = self.programs.digest(self.state)
       eval_loss = self._evaluate(iteration, config)
-      self.log.retain(iteration - log_iterations + 1)
+      taken = snapshotter_lib.Taken()
+      if snapshots and not (conversion and not conversion.is_complete):
+        self._begin('capture')
+        if conversion and iteration in conversion.damaged:
+          snapshots.distrust(iteration)
+        taken = self._capture(snapshots, iteration, digests, verdict)
+      kept = line(iteration)
+      self.log.retain(kept + 1)
+      if snapshots:
+        snapshots.retain(kept)
       pending = functools.partial(
         self._report,
-        iteration,
-        verdict,
-        digests,
-        eval_loss,
-        time.monotonic() - begin,
-        self._waited,
+        iteration=iteration,
+        verdict=verdict,
+        digests=digests,
+        frozen=conversion.frozen_digests() if conversion else {},
+        load=scalars['load'],
+        eval_loss=eval_loss,
+        seconds=time.monotonic() - begin,
+        waited_seconds=self._waited,
+        late_seconds=self.log.late_seconds - self._late,
+        snapshot_bytes=taken.snapshot_bytes,
+        blocked_seconds=taken.blocked_seconds,
+        copy_bytes_per_second=snapshots.bandwidth if snapshots else 0.0,
       )
     if pending:
       report(pending())
     return iteration
+
+  def _begin(self, program: str) -> None:
+    self.program = program
+    self.steps += 1
+    self.on_phase(program, self.iteration)
+
+  def _masks(self, slot: frozenset[base.OperatorId]) -> dict[str, np.ndarray]:
+    return {
+      group: np.array(mask)
+      for group, mask in schedule.selection_by_group(
+        self.stage.partition.operators, slot
+      ).items()
+    }
+
+  def _capture(
+    self,
+    snapshots: snapshotter_lib.Snapshotter,
+    iteration: int,
+    digests: Mapping[str, jax.Array],
+    verdict: verdict_lib.Verdict,
+  ) -> snapshotter_lib.Taken:
+    return snapshots.take(
+      iteration,
+      self.state,
+      self.compute,
+      {
+        conversion_lib.DIGESTS: tuple(
+          digests[g] for g in self.stage.partition.groups
+        ),
+        conversion_lib.PARTIALS: (verdict.partials,),
+      },
+      clip_factor=float(verdict.clip_factor).hex(),
+      updated=verdict.bad_stage is None,
+    )
 
   def _gradients(self, iteration: int, config: config_lib.TrainConfig):
     """All microbatches of an iteration: (gradients, own SCALARS entry)."""
@@ -204,7 +233,7 @@ class Worker:
     )
     following_tasks = (*tasks[1:], None)
     for (kind, m), following in zip(tasks, following_tasks, strict=True):
-      self.program = kind.value
+      self._begin(kind.value)
       self._prefetch(iteration, following)
       if kind is schedule.TaskKind.FORWARD:
         inputs = self._inputs(base.EntryKind.ACTIVATION, iteration, m)
@@ -214,6 +243,7 @@ class Worker:
         y, residuals, count = self.programs.forward(
           self.compute, inputs, position
         )
+        self._outputs = y, count
         self._send(base.EntryKind.ACTIVATION, iteration, m, y)
         in_flight[m] = (y if self.stage.model.has_head else (), residuals)
         counts.append(count)
@@ -223,38 +253,39 @@ class Worker:
           dy = self._read(base.EntryKind.GRADIENT, iteration, m, self.index + 1)
         dx, acc = self.programs.backward(self.compute, residuals, dy, acc)
         del residuals
+        self._outputs = dx, acc
         self._send(base.EntryKind.GRADIENT, iteration, m, dx)
-    self.program = 'reduce'
+    self._begin('reduce')
     gradients, scalars = self.programs.reduce(acc, tuple(counts))
     return gradients, scalars
 
   def _verdict(
-    self, iteration: int, scalars, config: config_lib.TrainConfig
-  ) -> Verdict:
+    self,
+    iteration: int,
+    scalars: Mapping[str, jax.Array],
+    config: config_lib.TrainConfig,
+    conversion: conversion_lib.Conversion | None,
+  ) -> verdict_lib.Verdict:
     """Publishes this stage's scalars, reads everyone's, decides.
+
+    Where a snapshot recorded everyone's, a conversion waits for nobody.
 
     Waits for the device: `update` must be dispatched only when the gradients
     are ready, since dispatching it deletes the old state at once.
     """
-    host = jax.device_get(scalars)
-    mine = np.array(
-      [
-        host['squared_norm'],
-        host['loss'],
-        host['auxiliary_loss'],
-        host['dropped'],
-      ],
-      np.float32,
-    )
-    self.log.publish(self._key(base.EntryKind.SCALARS, iteration, 0), mine)
-    partials = []
-    for stage in range(config.stages):
+    host = jax.device_get({k: v for k, v in scalars.items() if k != 'load'})
+    self._outputs = None
+    mine = np.array([host[name] for name in verdict_lib.SCALARS], np.float32)
+    self._publish(base.EntryKind.SCALARS, iteration, 0, mine)
+    recorded = conversion.partials(iteration) if conversion else None
+    partials = [] if recorded is None else list(recorded)
+    for stage in range(len(partials), config.stages):
       if stage == self.index:
         partials.append(mine)
       else:
         entry = self._read(base.EntryKind.SCALARS, iteration, 0, stage)
         partials.append(np.asarray(entry))
-    verdict = judge(partials, config.optimizer.clip_norm)
+    verdict = verdict_lib.judge(partials, config.optimizer.clip_norm)
     if verdict.bad_stage is not None and not config.skip_nonfinite:
       raise base.NonFiniteError(
         f'iteration {iteration}: loss {verdict.loss} and gradient norm '
@@ -270,11 +301,11 @@ class Worker:
     """Held-out loss of the state after `iteration`; None where unknown."""
     if not config.evaluates(iteration):
       return None
-    self.program = 'evaluate'
+    self._begin('evaluate')
     losses = []
     for _, m in schedule.evaluation(config.eval_microbatches):
       inputs = self._inputs(base.EntryKind.EVALUATION, iteration, m)
-      y = self.programs.evaluate(self.compute, inputs)
+      y = self._outputs = self.programs.evaluate(self.compute, inputs)
       if self.stage.model.has_head:
         losses.append(y)
       else:
@@ -283,19 +314,32 @@ class Worker:
       return None
     return float(np.mean([np.float32(x) for x in losses], dtype=np.float32))
 
-  def _report(self, iteration, verdict, digests, eval_loss, seconds, waited):
+  def _report(
+    self,
+    verdict: verdict_lib.Verdict,
+    digests: Mapping[str, jax.Array],
+    frozen: Mapping[base.OperatorId, np.ndarray],
+    load: jax.Array,
+    **fields: Any,
+  ) -> Report:
+    found = self.stage.partition.by_operator(jax.device_get(digests))
+    loads = np.asarray(load)  # [L, E]
     return Report(
-      iteration=iteration,
       stage=self.index,
       loss=float(verdict.loss),
       auxiliary_loss=float(verdict.auxiliary_loss),
       grad_norm=float(verdict.grad_norm),
       dropped=verdict.dropped,
       updated=verdict.bad_stage is None,
-      digests=self.stage.partition.by_operator(jax.device_get(digests)),
-      eval_loss=eval_loss,
-      seconds=seconds,
-      waited_seconds=waited,
+      digests={**found, **frozen},
+      load={
+        operator: int(count)
+        for group, counts in zip(self._expert_groups, loads, strict=True)
+        for operator, count in zip(
+          self.stage.partition.operators_of(group), counts, strict=True
+        )
+      },
+      **fields,
     )
 
   # ---- entries ---------------------------------------------------------------
@@ -332,12 +376,16 @@ class Worker:
   def _read(
     self, kind: base.EntryKind, iteration: int, m: int, stage: int
   ) -> jax.Array:
-    begin = time.monotonic()
+    wait = self._idle.begin(self._outputs)
     sharding = self.stage.rows_sharding
     if kind is base.EntryKind.SCALARS:
       sharding = self.stage.same_sharding
-    value = self.log.read(self._key(kind, iteration, m, stage), sharding)
-    self._waited += time.monotonic() - begin
+    value = self.log.read(
+      self._key(kind, iteration, m, stage),
+      sharding,
+      verify=iteration <= self.verify_until,
+    )
+    self._waited += self._idle.idle_seconds(wait)
     return value
 
   def _prefetch(self, iteration: int, task: schedule.Task | None) -> None:
@@ -353,9 +401,16 @@ class Worker:
       self.log.prefetch(
         self._key(kind, iteration, task.microbatch, producer),
         self.stage.rows_sharding,
+        verify=iteration <= self.verify_until,
       )
 
   def _send(self, kind: base.EntryKind, iteration: int, m: int, value) -> None:
     """Publishes `value` unless there is no neighbour in that direction."""
     if not isinstance(value, tuple):
-      self.log.publish(self._key(kind, iteration, m), value)
+      self._publish(kind, iteration, m, value)
+
+  def _publish(
+    self, kind: base.EntryKind, iteration: int, m: int, value
+  ) -> None:
+    self.log.publish(self._key(kind, iteration, m), value)
+    self.on_phase('publish', iteration)

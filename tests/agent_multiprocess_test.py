@@ -3,247 +3,124 @@
 Faults are scripted on what a run says of itself: its output, `workers.json`.
 """
 
-import json
+import collections
 import os
-import pathlib
 import signal
-import subprocess
-import sys
-import time
-import uuid
 
 import pytest
 
-from launch import settings
-from moetion_jax import report
-from tests import helpers
+from tests import helpers, runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(180)]
-
-_SECONDS = 90.0
-_MARK = 'MOETION_TEST_MARK'
-
-
-class _Host:
-  """A host memory folder and everything that runs on it."""
-
-  def __init__(self):
-    self.mark = uuid.uuid4().hex
-    self.path = pathlib.Path('/dev/shm', f'test-{self.mark}')
-    self.path.mkdir()
-    self.runs = []
-
-  def start(self, *arguments, environment=()):
-    """Starts a command of ours."""
-    process = subprocess.Popen(
-      [sys.executable, *arguments],
-      cwd=helpers.ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      env=os.environ | {_MARK: self.mark} | dict(environment),
-      text=True,
-    )
-    self.runs.append(process)
-    return process
-
-  def train(self, workdir, *flags, environment=()):
-    return self.start(
-      '-m',
-      'launch.train',
-      *helpers.train_flags(workdir, f'--hostmem_dir={self.path}', *flags),
-      environment=environment,
-    )
-
-  def processes(self):
-    """Pids of all descendants that live."""
-    wanted = f'{_MARK}={self.mark}'.encode()
-    found = []
-    for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
-      try:
-        if wanted in path.read_bytes().split(b'\0'):
-          found.append(int(path.parent.name))
-      except OSError:
-        continue
-    return found
-
-  def is_clean(self):
-    return not self.processes() and not os.listdir(self.path)
+pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
 def host():
-  host = _Host()
-  yield host
-  for run in host.runs:
-    run.kill()
-    run.communicate()
-  for pid in host.processes():
-    os.kill(pid, signal.SIGKILL)
-  subprocess.run(['rm', '-rf', host.path], check=True)
+  with runs.host() as host:
+    yield host
 
 
-def _end(process, code=0):
-  """(stdout, stderr) of a run that ends with `code`."""
-  out, err = process.communicate(timeout=_SECONDS)
-  assert process.returncode == code, (process.returncode, out, err)
-  return out, err
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  return runs.undisturbed(tmp_path_factory)
 
 
-def _until(process, words):
-  """Reads its output up to a line with `words`."""
-  for line in process.stdout:
-    if words in line:
-      return line
-  raise AssertionError(process.communicate())
-
-
-def _wait_for(condition, seconds=_SECONDS):
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline:
-    if value := condition():
-      return value
-    time.sleep(0.01)
-  raise AssertionError(f'not within {seconds} s')
-
-
-def _read_lines(path):
-  return [json.loads(x) for x in open(path)] if path.exists() else []
-
-
-def _metrics(workdir):
-  return _read_lines(workdir / 'metrics.jsonl')
-
-
-def _events(workdir):
-  return _read_lines(workdir / 'events.jsonl')
-
-
-def _workers(workdir):
-  path = workdir / 'workers.json'
-  return json.loads(path.read_text())['workers'] if path.exists() else []
-
-
-def _bits(lines):
-  names = ('iteration', 'loss_hex', 'digest', 'eval_loss_hex')
-  return [[x.get(n) for n in names] for x in lines]
+_TRAIN_WITHOUT_JAX = """
+import sys
+from absl import flags
+from launch import train
+flags.FLAGS(['train', *sys.argv[1:]])
+code = train.main(['train'])
+assert code == 0, code
+assert 'jax' not in sys.modules  # so the agent has no backend either
+"""
 
 
 @pytest.mark.parametrize(
-  ('stages', 'microbatches'),
-  [(1, 3), (2, 1), (2, 8), (3, 3), (4, 8)],
+  ('stages', 'microbatches'), [(1, 3), (2, 1), (3, 3), (4, 8)]
 )
 def test_the_bits_of_the_one_process_cut(host, tmp_path, stages, microbatches):
   """Losses, digests and held-out losses, for fewer and more microbatches."""
   workdir = tmp_path / 'run'
-  run = host.train(
+  flags = helpers.train_flags(
     workdir,
+    f'--hostmem_dir={host.path}',
     f'--stages={stages}',
     f'--microbatches={microbatches}',
     '--iterations=4',
     f'--data={helpers.ROOT}/models',
   )
-  _end(run)
-  lines = _metrics(workdir)
+  runs.end(host.start('-c', _TRAIN_WITHOUT_JAX, *flags))
   assert host.is_clean()
-  assert [w['state'] for w in _workers(workdir)] == ['finished'] * stages
-  value = json.loads((workdir / 'config.json').read_text())
-  for name in ('software', 'data_fingerprint'):
-    del value[name]
-  config = settings.RunConfig.from_json(value)
-  expected = []
-  for reports in helpers.train_locally(config)[0]:
-    digests = {o: d for r in reports for o, d in r.digests.items()}
-    loss = reports[-1].eval_loss
-    expected.append(
-      [
-        reports[-1].iteration,
-        reports[-1].loss.hex(),
-        report.combine(digests),
-        None if loss is None else loss.hex(),
-      ]
-    )
-  assert _bits(lines) == expected
+  assert [w['state'] for w in runs.workers(workdir)] == ['finished'] * stages
+  lines = runs.bits(runs.metrics(workdir))
+  assert lines == runs.one_process_bits(workdir)
 
 
-def test_the_agent_imports_no_jax(host, tmp_path):
-  script = (
-    'import sys\n'
-    'from absl import flags\n'
-    'from launch import train\n'
-    'flags.FLAGS(["train", *sys.argv[1:]])\n'
-    'code = train.main(["train"])\n'
-    'assert code == 0, code\n'
-    'assert "jax" not in sys.modules\n'  # so there is no backend either
-  )
-  flags = helpers.train_flags(
-    tmp_path / 'run', f'--hostmem_dir={host.path}', '--iterations=1'
-  )
-  _end(host.start('-c', script, *flags))
-  assert (tmp_path / 'run' / 'checkpoint').is_dir()
+# ---- deaths of workers -------------------------------------------------------
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_stages_after_one_iteration(host, tmp_path, number):
+def test_killed_workers_recover(host, tmp_path, undisturbed):
+  """One of them, then all at once."""
   workdir = tmp_path / 'run'
-  run = host.train(workdir, '--stages=3', '--iterations=2000')
-  _until(run, 'iteration 4/')
-  run.send_signal(number)
-  out, _ = _end(run)
-  last = _metrics(workdir)[-1]['iteration']
-  assert 4 <= last < 2000
-  assert f'Stopped after iteration {last}' in out and '--fresh' in out
-  assert {(w['state'], w['iteration']) for w in _workers(workdir)} == {
-    ('stopped', last)
-  }
-  assert [e['kind'] for e in _events(workdir)] == ['start', 'stopped']
+  run = host.train(workdir, '--standby')
+  runs.until(run, 'iteration 6/')
+  os.kill(runs.workers(workdir)[1]['pid'], signal.SIGKILL)
+  line = runs.until(run, 'was killed by SIGKILL')
+  assert 'stage 1, iteration' in line and 'stage(s) 1 recover(s)' in line
+  assert 'same digests' in runs.until(run, 'stage 1 recovered in')
+  runs.until_trained(run, 2)
+  for worker in runs.workers(workdir)[:2]:
+    os.kill(worker['pid'], signal.SIGKILL)
+  runs.end(run)
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  events = runs.events(workdir)
+  count = collections.Counter(e['kind'] for e in events)
+  assert count['failure'] == 3 and count['finished'] == 1
+  assert events[-1]['kind'] == 'finished'
+  recovered = [e for e in events if e['kind'] == 'recovered']
+  assert {e['stage'] for e in recovered} == {0, 1}
+  for event in recovered:
+    assert event['digest_verified'] and event['source'] == 'own'
+    assert event['first_iteration'] > 1 and event['replayed_iterations'] > 0
+    assert set(event['seconds']) == {'detect', 'start', 'fetch', 'replay'}
+  assert {w['state'] for w in runs.workers(workdir)} == {'finished'}
   assert host.is_clean()
 
 
-def test_a_second_signal_ends_at_once(host, tmp_path):
-  run = host.train(tmp_path / 'run', '--iterations=2000')
-  _until(run, 'iteration 2/')
-  stopped = _workers(tmp_path / 'run')[1]['pid']
-  os.kill(stopped, signal.SIGSTOP)  # so that no iteration can be finished
-  run.send_signal(signal.SIGINT)
-  _until(run, 'again to stop at once')
-  run.send_signal(signal.SIGINT)
-  begin = time.monotonic()
-  _end(run)
-  assert time.monotonic() - begin < 5
-  assert host.is_clean()
-
-
-def test_a_signal_while_compiling(host, tmp_path):
-  run = host.train(tmp_path / 'run', '--compilation_cache_dir=')
-  _wait_for(lambda: _workers(tmp_path / 'run'))
-  run.send_signal(signal.SIGTERM)
-  out, _ = _end(run)
-  assert 'Stopped after iteration 0' in out
-  assert host.is_clean()
-
-
-def test_a_worker_that_is_killed_ends_the_run(host, tmp_path):
+def test_workers_that_die_before_they_train(host, tmp_path, undisturbed):
   workdir = tmp_path / 'run'
-  run = host.train(workdir, '--iterations=2000')
-  _until(run, 'iteration 3/')
-  os.kill(_workers(workdir)[1]['pid'], signal.SIGKILL)
-  _, err = _end(run, 1)
-  assert 'stage 1, iteration' in err and 'SIGKILL' in err
-  event = _events(workdir)[-1]
-  assert (event['kind'], event['stage']) == ('failure', 1)
-  assert event['iteration'] >= 3
-  assert {w['state'] for w in _workers(workdir)} == {'failed'}
-  assert host.is_clean()
-
-
-def test_a_worker_that_dies_while_compiling_ends_the_run(host, tmp_path):
-  workdir = tmp_path / 'run'
-  run = host.train(workdir, '--compilation_cache_dir=')
-  (pid, *_) = [w['pid'] for w in _wait_for(lambda: _workers(workdir))]
+  run = host.train(workdir)
+  pid, *_ = runs.wait_for(host.worker_pids)
   os.kill(pid, signal.SIGKILL)
-  _, err = _end(run, 1)
-  assert 'stage 0, iteration 0' in err and 'compiling' in err
-  assert _events(workdir)[-1]['kind'] == 'failure'
+  assert 'killed by SIGKILL' in runs.until(run, 'it is started again')
+  compiling = runs.wait_for(lambda: runs.workers(workdir))[1]['pid']
+  os.kill(compiling, signal.SIGKILL)
+  assert 'stage(s) 1 recover(s)' in runs.until(run, 'stage 1, iteration 1:')
+  runs.end(run)
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  assert runs.kinds(workdir).count('recovered') == 1
+  assert host.is_clean()
+
+
+def test_a_death_before_training_may_end_the_run(host, tmp_path):
+  run = host.train(tmp_path / 'run', '--max_failures=0')
+  pid, *_ = runs.wait_for(host.worker_pids)
+  os.kill(pid, signal.SIGKILL)
+  _, err = runs.end(run, 1)
+  assert 'iteration 0' in err and 'killed by SIGKILL' in err
+  assert not (tmp_path / 'run').exists()
+  assert host.is_clean()
+
+
+def test_without_snapshots_a_death_ends_the_run(host, tmp_path):
+  workdir = tmp_path / 'run'
+  run = host.train(workdir, '--policy=none', '--stages=1')
+  runs.until(run, 'iteration 2/')
+  os.kill(runs.workers(workdir)[0]['pid'], signal.SIGKILL)
+  _, err = runs.end(run, 1)
+  assert '--policy=none' in err and 'The same command starts over' in err
+  assert runs.kinds(workdir) == ['start', 'failure', 'failed']
   assert host.is_clean()
 
 
@@ -263,46 +140,99 @@ schedule.one_forward_one_backward = scripted
 """
 
 
-def test_an_exception_is_shown_with_its_traceback(host, tmp_path):
+def test_an_exception_that_comes_again(host, tmp_path):
+  """It is shown with its traceback each time, then the run ends."""
   (tmp_path / 'sitecustomize.py').write_text(_RAISE_IN_STAGE_1)
   workdir = tmp_path / 'run'
   environment = {'PYTHONPATH': str(tmp_path)}
-  run = host.train(workdir, environment=environment)
-  _, err = _end(run, 1)
-  assert '[stage 1] Traceback' in err
-  assert 'stage 1, iteration 3: RuntimeError: scripted' in err
-  assert 'Traceback' in (workdir / 'logs' / 'stage-1.log').read_text()
-  event = _events(workdir)[-1]
-  assert (event['kind'], event['stage'], event['iteration']) == (
-    'failure', 1, 3,
-  )  # fmt: skip
-  assert host.is_clean()
+  run = host.train(workdir, '--max_failures=1', environment=environment)
+  _, err = runs.end(run, 1)
+  assert err.count('[stage 1] Traceback') == 2
+  assert 'The run ended: stage 1, iteration 3: 2 failure(s)' in err
+  assert 'RuntimeError: scripted' in err and '--max_failures=1' in err
+  log = workdir / 'logs' / 'stage-1.log'
+  assert str(log) in err and log.read_text().count('Traceback') == 2
+  assert runs.kinds(workdir) == [
+    'start', 'failure', 'recovery_started', 'failure', 'failed',
+  ]  # fmt: skip
+  event = runs.events(workdir)[-1]
+  assert (event['stage'], event['iteration']) == (1, 3)
+  assert host.has_ended()
 
 
-def test_an_agent_killed_takes_its_workers_along(host, tmp_path):
+# ---- ends, after which the same command goes on -----------------------------
+
+
+def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   workdir = tmp_path / 'run'
-  run = host.train(workdir, '--iterations=40')
-  _until(run, 'iteration 3/')
-  run.kill()
-  _wait_for(lambda: not host.processes(), seconds=2)
-  before = _metrics(workdir)
-  assert len(os.listdir(host.path)) == 1
-  again = host.train(workdir, '--iterations=40')
-  out, _ = _end(again)
-  assert 'left by a run that died' in out and 'compared' in out
-  lines = _metrics(workdir)
-  assert _bits(lines[: len(before)]) == _bits(before)
-  assert [x['iteration'] for x in lines] == list(range(1, 41))
+  run = host.train(workdir, '--max_failures=0')
+  runs.until(run, 'iteration 6/')
+  os.kill(runs.workers(workdir)[1]['pid'], signal.SIGKILL)
+  _, err = runs.end(run, 1)
+  assert 'stage 1, iteration' in err and 'SIGKILL' in err
+  assert '--max_failures=0' in err
+  assert 'The same command goes on' in err and '--fresh' in err
+  assert runs.kinds(workdir)[-2:] == ['failure', 'failed']
+  event = runs.events(workdir)[-1]
+  assert event['stage'] == 1 and event['iteration'] >= 6
+  assert {w['state'] for w in runs.workers(workdir)} == {'failed'}
+  assert host.has_ended()
+  # With another size of everything that is kept.
+  run = host.train(workdir, '--max_window_length=12')
+  runs.until_trained(run, 3)
+  run.send_signal(signal.SIGINT)
+  out, _ = runs.end(run)
+  last = runs.metrics(workdir)[-1]['iteration']
+  assert 6 <= last < runs.ITERATIONS
+  assert f'Stopped after iteration {last}. The same command goes on' in out
+  assert '--fresh' in out
+  assert {(w['state'], w['iteration']) for w in runs.workers(workdir)} == {
+    ('stopped', last)
+  }
+  assert runs.kinds(workdir)[-1] == 'stopped'
+  assert host.has_ended()
+  out, _ = runs.end(host.train(workdir))
+  first = runs.resumptions(workdir)
+  assert len(first) == 2 and min(first) > 1
+  assert f'Going on with iteration {first[1]}' in out
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
   assert host.is_clean()
 
 
-def test_a_second_run_in_the_workdir_is_refused(host, tmp_path):
-  run = host.train(tmp_path / 'run', '--iterations=2000')
-  _until(run, 'iteration 1/')
-  _, err = _end(host.train(tmp_path / 'run', '--iterations=2000'), 2)
+def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
+  """By a second signal, and by a SIGKILL of its agent."""
+  workdir = tmp_path / 'run'
+  run = host.train(workdir)
+  runs.until(run, 'iteration 6/')
+  stopped = runs.workers(workdir)[1]['pid']
+  os.kill(stopped, signal.SIGSTOP)  # so that no iteration can be finished
+  runs.stop_at_once(run)
+  out, _ = runs.end(run)
+  assert 'The same command goes on' in out
+  assert 'recovered' not in runs.kinds(workdir)
+  assert host.has_ended()
+  run = host.train(workdir)
+  runs.until_trained(run, 3)
+  run.kill()
+  runs.wait_for(lambda: not host.processes(), seconds=10)
+  out, _ = runs.end(host.train(workdir))
+  assert f'left by pid {run.pid}; going on with it' in out
+  first = runs.resumptions(workdir)
+  assert len(first) == 2 and min(first) > 1
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  assert host.is_clean()
+
+
+def test_a_run_that_compiles(host, tmp_path):
+  """Its workdir is in use, and a signal ends it at once."""
+  workdir = tmp_path / 'run'
+  run = host.train(workdir, '--compilation_cache_dir=')
+  runs.wait_for(lambda: runs.workers(workdir))
+  _, err = runs.end(host.train(workdir), 2)
   assert 'living run' in err and len(err.strip().splitlines()) == 1
   run.send_signal(signal.SIGTERM)
-  _end(run)
+  out, _ = runs.end(run)
+  assert 'Stopped after iteration 0. The same command starts over' in out
   assert host.is_clean()
 
 
@@ -310,12 +240,12 @@ def test_a_second_run_in_the_workdir_is_refused(host, tmp_path):
   ('flags', 'words'),
   [
     (['--log_iterations=100000000'], '--log_iterations'),
-    (['--log_iterations=0'], '--log_iterations=0'),
+    (['--log_iterations=5'], '--log_iterations=5'),
     (['--hostmem_dir=/no/such/folder'], '--hostmem_dir=/no/such/folder'),
   ],
 )
 def test_host_memory_that_is_not_there(host, tmp_path, flags, words):
-  _, err = _end(host.train(tmp_path / 'run', *flags), 2)
+  _, err = runs.end(host.train(tmp_path / 'run', *flags), 2)
   assert words in err and len(err.strip().splitlines()) == 1
   assert not (tmp_path / 'run').exists()
   assert host.is_clean()

@@ -5,6 +5,7 @@ import gc
 import mmap
 import queue
 import threading
+import time
 import uuid
 from typing import Any
 
@@ -141,6 +142,27 @@ class _Reading:
     result = self.result.get(timeout=2 * _SECONDS)
     self.thread.join()
     return result
+
+
+def test_waits_for_what_exists_are_counted(pair):
+  writer, reader = pair.logs
+  if isinstance(writer, memory_log.MemoryLog):
+    assert writer.late_seconds == 0
+    return
+  # Not published yet: the wait counts from the commit, after the publication.
+  reading = _Reading(reader, _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  before = time.monotonic()
+  writer.publish(_key(1), jnp.ones(4))
+  reading.get()
+  first = reader.late_seconds
+  assert 0 < first < time.monotonic() - before
+  # Published: all of it counts, but not the time when nobody asked.
+  writer.publish(_key(2), jnp.ones(4))
+  writer.flush(_SECONDS)
+  before = time.monotonic()
+  reader.read(_key(2), timeout_seconds=_SECONDS)
+  assert 0 < reader.late_seconds - first < time.monotonic() - before
 
 
 # --- Every log ---------------------------------------------------------------
@@ -364,11 +386,12 @@ def test_full_log_waits_visibly_then_fails(shared):
   log.publish(_key(1, stage=1), page)
   log.publish(_key(2, stage=1), page)
   assert shared.blocks.get(timeout=_SECONDS) == _key(2, stage=1)
+  assert log.blocked_for == _key(2, stage=1)
   with pytest.raises(base.StoreError, match='--log_iterations') as caught:
     log.flush(_SECONDS)
   assert 'iteration 2' in str(caught.value)
   assert shared.blocks.get(timeout=_SECONDS) is None
-  assert log.blocked_seconds >= 0.3
+  assert log.blocked_seconds >= 0.3 and log.blocked_for is None
   with pytest.raises(base.StoreError):
     log.publish(_key(3, stage=1), page)
   log.close()

@@ -1,8 +1,12 @@
 """Sets JAX up for in-process tests, before its backend exists."""
 
 import os
+import pathlib
+import shutil
+import tempfile
 
 import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 4)
 # Programs of earlier sessions: compiling them is most of the tests' time.
@@ -11,3 +15,11 @@ jax.config.update(
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.fixture
+def shm_folder():
+  """A new folder in tmpfs."""
+  folder = pathlib.Path(tempfile.mkdtemp(dir='/dev/shm', prefix='test-'))
+  yield folder
+  shutil.rmtree(folder, ignore_errors=True)

@@ -8,27 +8,33 @@ import subprocess
 import sys
 from typing import Any
 
-from launch import local, settings
+from launch import chaos_draw, local, settings
 from models import config as model_config
-from moetion_jax import config as config_lib
+from moetion_jax import config as config_lib, report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Shared by all tests and kept between sessions: compiling is most of the time.
 CACHE = os.path.expanduser('~/.cache/moetion_jax_tests')
 
-MICRO_FIELDS = {
-  'sequence_length': 16,
-  'num_layers': 4,
-  'model_dim': 32,
-  'num_heads': 2,
-  'num_kv_heads': 1,
-  'head_dim': 16,
-  'num_experts': 4,
-  'experts_per_token': 2,
-  'expert_dim': 32,
-  'shared_dim': 32,
-  'dense_dim': 64,
-}
+MICRO_FIELDS = chaos_draw.MICRO_FIELDS
+# fp32 and dropless: sequences do not meet, and rounding is small.
+FP32_MODEL = model_config.ModelConfig(
+  vocab_size=13,
+  sequence_length=6,
+  num_layers=4,
+  model_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  num_experts=4,
+  experts_per_token=2,
+  expert_dim=6,
+  shared_dim=4,
+  dense_dim=8,
+  first_dense_layers=1,
+  capacity_factor=0.0,
+  compute_dtype='float32',
+)
 MICRO_FLAGS = [f'--model={k}={v}' for k, v in MICRO_FIELDS.items()]
 
 
@@ -82,7 +88,10 @@ def launch(module: str, *arguments: str, timeout_seconds: float = 120):
 
 
 def train_flags(workdir: object, *more: str) -> list[str]:
-  """Flags of a quick run of the micro model on the project's own sources."""
+  """Flags of a quick run of the micro model on the project's own sources.
+
+  No standby: to prepare one is half of what such a run computes.
+  """
   return [
     f'--workdir={workdir}',
     f'--compilation_cache_dir={CACHE}',
@@ -93,5 +102,24 @@ def train_flags(workdir: object, *more: str) -> list[str]:
     '--microbatch_size=8',
     '--eval_every=3',
     '--eval_microbatches=2',
+    '--nostandby',
     *more,
   ]
+
+
+def make_report(iteration: int, stage: int = 0, **fields: Any) -> report.Report:
+  """What a worker reports of an iteration in which nothing was special."""
+  plain = {
+    'iteration': iteration,
+    'stage': stage,
+    'loss': 1.0,
+    'auxiliary_loss': 0.0,
+    'grad_norm': 1.0,
+    'dropped': 0,
+    'updated': True,
+    'digests': {},
+    'eval_loss': None,
+    'seconds': 1.0,
+    'waited_seconds': 0.0,
+  }
+  return report.Report(**{**plain, **fields})

@@ -18,27 +18,13 @@ from jax import numpy as jnp
 from jax.extend.mlir import ir
 from jax.sharding import PartitionSpec
 
-from models import config as config_lib, layers, moe, stages, transformer
+from models import layers, moe, stages, transformer
 from moetion_jax import stage_model
+from tests import helpers
 
 pytestmark = pytest.mark.fast
 
-_CONFIG = config_lib.ModelConfig(
-  vocab_size=11,
-  sequence_length=6,
-  num_layers=3,
-  model_dim=8,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=4,
-  num_experts=4,
-  experts_per_token=2,
-  expert_dim=6,
-  shared_dim=4,
-  dense_dim=8,
-  capacity_factor=0.0,
-  compute_dtype='float32',
-)
+_CONFIG = helpers.FP32_MODEL
 
 _plan = jax.jit(moe.plan_dispatch, static_argnums=(1, 2))
 

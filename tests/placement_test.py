@@ -1,6 +1,7 @@
 import pytest
 
 from launch import placement
+from moetion_jax import base
 
 pytestmark = pytest.mark.fast
 
@@ -31,6 +32,27 @@ def _place(workers, cores=2, gpus=(), local_devices=1, **environment):
 )
 def test_cores(workers, cores, expected):
   assert [p.cores for p in _place(workers, cores)] == expected
+
+
+@pytest.mark.parametrize(
+  ('stages', 'hosts', 'expected'),
+  [
+    (1, 1, (0,)),
+    (3, 1, (0, 0, 0)),
+    (2, 2, (0, 1)),
+    (3, 2, (0, 0, 1)),  # the first ones have more
+    (5, 3, (0, 0, 1, 1, 2)),
+    (4, 4, (0, 1, 2, 3)),
+  ],
+)
+def test_hosts(stages, hosts, expected):
+  assert placement.host_of_stages(stages, hosts) == expected
+
+
+@pytest.mark.parametrize('hosts', [0, 3, -1])
+def test_hosts_without_a_stage(hosts):
+  with pytest.raises(base.ConfigError, match=f'--local_hosts={hosts}'):
+    placement.host_of_stages(2, hosts)
 
 
 def test_only_cores_that_the_agent_may_use():

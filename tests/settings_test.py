@@ -4,7 +4,7 @@ import json
 import pytest
 
 from launch import settings
-from moetion_jax import base, config as config_lib
+from moetion_jax import base
 
 pytestmark = pytest.mark.fast
 
@@ -90,4 +90,3 @@ def test_configurations_are_frozen():
     field = dataclasses.fields(value)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
       setattr(value, field, None)
-  assert config_lib.OPTIMIZERS

@@ -30,6 +30,9 @@ LIBRARY_ORDER = (
   'optimizers',
   'digest',
   'schedule',
+  'mesh',
+  'programs',
+  'residuals',
   'stage',
   'room',
   'hostmem',
@@ -42,9 +45,27 @@ LIBRARY_ORDER = (
   'transport',
   'store_server',
   'logs',
+  'reads',
   'boundary_log',
   'memory_log',
+  'verdict',
+  'layout',
+  'snapshot_manifest',
+  'snapshot_file',
+  'snapshot_handler',
+  'snapshot_store',
+  'faults',
+  'snapshot',
+  'capture',
+  'slots',
+  'window',
+  'coverage',
+  'recovery',
+  'snapshotter',
+  'conversion',
+  'idle',
   'worker',
+  'loop',
 )
 
 
@@ -153,13 +174,13 @@ def test_build_covers_every_module_and_names_its_imports():
   assert sorted(libraries) == sorted(on_disk), 'each module in one target'
   assert set(covered) == set(on_disk)
   for name, target in targets.items():
-    wanted = {f':{p}' for p in _packages_of(target['srcs'])} - {f':{name}'}
+    wanted = {f':{p}' for p in _packages_of(target['srcs'])}
     if target['kind'] == 'py_test':
-      wanted |= {':conftest'} - {f':{name}'}
+      wanted |= {':conftest'}
     if target['kind'] == 'py_binary':
       wanted |= {':launch'}
     wanted = {':helpers' if w == ':tests' else w for w in wanted}
-    assert set(target.get('deps', [])) == wanted, name
+    assert set(target.get('deps', [])) == wanted - {f':{name}'}, name
 
 
 def test_build_has_one_test_target_for_each_test_file():

@@ -30,31 +30,31 @@ def test_first_proposal():
 
 def test_without_a_limit_nothing_stops():
   limit = stopping.IterationLimit()
-  assert not any(limit.stop() for _ in range(100))
+  assert not any(limit.stop(i) for i in range(100))
 
 
 def test_a_committed_limit():
   limit = stopping.IterationLimit()
   assert limit.propose(2) == 0
-  assert [limit.stop() for _ in range(2)] == [False, False]
+  assert [limit.stop(i) for i in range(2)] == [False, False]
   limit.commit(2)
-  assert limit.stop() and limit.stop()
+  assert limit.stop(2) and limit.stop(2)
 
 
 def test_a_proposal_that_is_passed_changes_nothing():
   limit = stopping.IterationLimit()
-  assert [limit.stop() for _ in range(5)] == [False] * 5
+  assert [limit.stop(i) for i in range(5)] == [False] * 5
   assert limit.propose(3) == 5
-  assert not limit.stop()
+  assert not limit.stop(5)
 
 
 @pytest.mark.parametrize('commits', [True, False])
 def test_at_a_proposed_limit_it_waits(commits):
   limit = stopping.IterationLimit()
   limit.propose(1)
-  assert not limit.stop()
+  assert not limit.stop(0)
   answers = []
-  thread = threading.Thread(target=lambda: answers.append(limit.stop()))
+  thread = threading.Thread(target=lambda: answers.append(limit.stop(1)))
   thread.start()
   thread.join(0.05)
   assert thread.is_alive() and not answers

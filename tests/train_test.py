@@ -11,9 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from tests import helpers
+from tests import helpers, runs
 
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def host():
+  with runs.host() as host:
+    yield host
 
 
 def _lines(workdir):
@@ -44,7 +50,7 @@ def test_the_files_of_a_run(finished):
   assert [w['state'] for w in workers['workers']] == ['finished'] * 2
   assert len({w['pid'] for w in workers['workers']}) == 2
   kinds = [json.loads(x)['kind'] for x in open(finished / 'events.jsonl')]
-  assert kinds == ['start', 'finished']
+  assert (kinds[0], kinds[-1]) == ('start', 'finished')
   assert (finished / 'logs').is_dir()
 
 
@@ -135,33 +141,25 @@ def test_fresh_removes_no_foreign_folder(tmp_path):
   assert (tmp_path / 'thesis.tex').exists()
 
 
-def test_sigterm_finishes_the_iteration_and_the_rerun_compares(tmp_path):
-  flags = helpers.train_flags(tmp_path / 'run', '--iterations=400')
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'launch.train', *flags],
-    cwd=helpers.ROOT,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  assert process.stdout is not None
-  for line in process.stdout:
-    if line.startswith('iteration 3/'):
-      process.send_signal(signal.SIGTERM)
-      break
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
+def test_sigterm_then_a_line_that_says_something_else(host, tmp_path):
+  workdir = tmp_path / 'run'
+  run = host.train(workdir)
+  runs.until(run, 'iteration 6/')
+  run.send_signal(signal.SIGTERM)
+  out, _ = runs.end(run)
   assert 'Stopped after iteration' in out
-  lines = _lines(tmp_path / 'run')
-  assert 3 <= len(lines) < 400
-  assert not (tmp_path / 'run' / 'checkpoint').exists()
-  # A line that says something else is found out when the run is repeated.
-  path = tmp_path / 'run' / 'metrics.jsonl'
-  text = path.read_text().replace(lines[1]['digest'], '0' * 16)
-  path.write_text(text)
-  again = helpers.launch('train', *flags)
-  assert again.returncode == 1
-  assert 'iteration 2: digest is' in again.stderr
+  lines = _lines(workdir)
+  assert 6 <= len(lines) < runs.ITERATIONS
+  assert not (workdir / 'checkpoint').exists()
+  # The last iterations are done again and compared.
+  path = workdir / 'metrics.jsonl'
+  path.write_text(path.read_text().replace(lines[-1]['digest'], '0' * 16))
+  _, err = runs.end(host.train(workdir), 1)
+  assert f'iteration {len(lines)}: digest is' in err and '--fresh' in err
+  assert host.has_ended()
+  out, _ = runs.end(host.train(workdir, '--fresh', '--iterations=1'))
+  assert 'removed.' in out and len(_lines(workdir)) == 1
+  assert host.is_clean()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,9 @@ def test_sigterm_finishes_the_iteration_and_the_rerun_compares(tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, words):
   result = helpers.launch(
-    'train', *helpers.train_flags(tmp_path / 'run', *flags)
+    # One worker, where it takes a worker to find out.
+    'train',
+    *helpers.train_flags(tmp_path / 'run', '--stages=1', *flags),
   )
   assert result.returncode == 2, (result.stdout, result.stderr)
   assert len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -208,7 +208,9 @@ def test_bad_init_from(finished, tmp_path):
   for folder in (corrupt, empty):
     result = helpers.launch(
       'train',
-      *helpers.train_flags(tmp_path / 'run', f'--init_from={folder}'),
+      *helpers.train_flags(
+        tmp_path / 'run', '--stages=1', f'--init_from={folder}'
+      ),
     )
     assert result.returncode == 2, result.stderr
     assert f'--init_from={folder}' in result.stderr
@@ -218,24 +220,26 @@ def test_bad_init_from(finished, tmp_path):
     *helpers.train_flags(
       tmp_path / 'run',
       f'--init_from={finished}/checkpoint',
+      '--stages=1',
       '--model=model_dim=64',
     ),
   )
   assert wide.returncode == 2 and 'the run needs' in wide.stderr
 
 
-def test_nan_loss_ends_the_run(tmp_path):
-  flags = helpers.train_flags(
+def test_nan_loss_ends_the_run(host, tmp_path):
+  """At once: done again, it would be the same."""
+  run = host.train(
     tmp_path / 'run',
     '--optimizer=sgd',
     '--learning_rate=1e30',
     '--clip_norm=0',
   )
-  result = helpers.launch('train', *flags)
-  assert result.returncode == 1
-  assert 'iteration' in result.stderr and 'stage 0' in result.stderr
-  kinds = [json.loads(x)['kind'] for x in open(tmp_path / 'run/events.jsonl')]
-  assert kinds[-1] == 'failure'
+  _, err = runs.end(run, 1)
+  assert 'iteration' in err and 'stage 0' in err
+  assert runs.kinds(tmp_path / 'run')[-1] == 'failed'
+  assert 'recovery_started' not in runs.kinds(tmp_path / 'run')
+  assert host.has_ended()
 
 
 def test_print_config_is_json_and_writes_nothing(tmp_path):

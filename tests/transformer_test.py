@@ -11,29 +11,13 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from models import config as config_lib, layers, stages
+from models import layers, stages
 from moetion_jax import base, stage_model
+from tests import helpers
 
 pytestmark = pytest.mark.fast
 
-# fp32 and dropless: sequences do not meet, and rounding is small.
-_CONFIG = config_lib.ModelConfig(
-  vocab_size=13,
-  sequence_length=6,
-  num_layers=4,
-  model_dim=8,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=4,
-  num_experts=4,
-  experts_per_token=2,
-  expert_dim=6,
-  shared_dim=4,
-  dense_dim=8,
-  first_dense_layers=1,
-  capacity_factor=0.0,
-  compute_dtype='float32',
-)
+_CONFIG = helpers.FP32_MODEL
 _TWO_LAYERS = dataclasses.replace(_CONFIG, num_layers=2)
 _ONE_LAYER = dataclasses.replace(_CONFIG, num_layers=1, first_dense_layers=0)
 _DROPOUT = dataclasses.replace(_ONE_LAYER, dropout_rate=0.2)

@@ -108,7 +108,7 @@ def _collect(client, count=1):
   while len(results) < count:
     assert time.monotonic() < deadline, f'only {list(results)}'
     client.poller.poll(50)
-    results |= dict(client.collect())
+    results |= {a.key: a.result for a in client.collect()}
   return results
 
 
@@ -375,6 +375,7 @@ def test_strangers_do_not_get_in(host, connect, who):
     intruder.disable_monitor()
     monitor.close()
   assert server.malformed_count == 0
+  _wait_until(lambda: server.refused_count)
   client = connect(_SECRET)
   client.want(_key(1), server.address)
   assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
@@ -463,6 +464,24 @@ def test_stream_that_begins_again(connect, liar):
   rest = _reply(array, _key(1), offset=16)[0]
   liar.answer([[head, data[:16]], [head, data[:16]], [rest, data[16:]]])
   np.testing.assert_array_equal(_collect(client)[_key(1)], array)
+
+
+def test_garbage_to_a_server_with_a_secret(host, connect, caplog):
+  server = host.serve(secret=_SECRET)
+  host.publish(_key(1), np.arange(5))
+  ip, port = server.address.removeprefix('tcp://').rsplit(':', 1)
+  client = connect(_SECRET)
+  for count, data in enumerate((b'x', b'\xff' + b'\0' * 99, b''), 1):
+    with socket.create_connection((ip, int(port)), _SECONDS) as raw:
+      with contextlib.suppress(OSError):  # it may hang up on us
+        raw.sendall(data)
+        raw.shutdown(socket.SHUT_WR)
+        while raw.recv(4096):
+          pass
+    _wait_until(lambda count=count: server.refused_count == count)
+    client.want(_key(1), server.address)  # ours are not counted
+    assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  assert len([r for r in caplog.records if 'not ours' in r.message]) == 1
 
 
 # --- Parts -------------------------------------------------------------------

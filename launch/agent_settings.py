@@ -1,0 +1,54 @@
+"""Where a run runs, as flags say it.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from launch import capture_plan, host_store
+from moetion_jax import base, faults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgentSettings:
+  """Where a run runs; none of it changes what comes out.
+
+  Attributes:
+    workdir: its folder.
+    fresh: whether an earlier run in it is removed.
+    hostmem_dir: existing directory in tmpfs.
+    captures: how snapshots are taken.
+    max_failures: of one stage, without progress, before the run ends.
+    hang_timeout_seconds: a program that runs longer than this hangs.
+    standby: whether a process waits to take a dead worker's place.
+    compilation_cache_dir: see `runtime.configure`.
+    local_hosts: over how many virtual hosts on this machine the stages are
+      spread; those talk over TCP.
+    full_seconds: how long a log that is full waits before the run ends.
+    faults: a script of what goes wrong.
+  """
+
+  workdir: str
+  fresh: bool = False
+  hostmem_dir: str = '/dev/shm'
+  captures: capture_plan.CaptureSettings = capture_plan.CaptureSettings()
+  max_failures: int = 3
+  hang_timeout_seconds: float = 600.0
+  standby: bool = True
+  compilation_cache_dir: str = ''
+  local_hosts: int = 1
+  full_seconds: float = 60.0
+  faults: tuple[faults.Fault, ...] = ()
+
+  def __post_init__(self) -> None:
+    if self.max_failures < 0:
+      raise base.ConfigError(
+        'max_failures', self.max_failures, 'must not be negative'
+      )
+    if self.hang_timeout_seconds <= 0:
+      raise base.ConfigError(
+        'hang_timeout', self.hang_timeout_seconds, 'must be positive'
+      )
+    host_store.check_hostmem_dir(self.hostmem_dir)

@@ -1,0 +1,187 @@
+"""What a failure costs: `launch.benchmark recovery`.
+
+Real runs of `launch.train`, whose workers are killed with SIGKILL one after
+another; the phases are those of events.jsonl. Beside them the whole job
+restarted from dense Orbax checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from launch import summary
+from launch.benchmark_pipeline import Row
+
+_WINDOW = 4
+_KEPT_WINDOWS = 2
+# Iterations without a fault before each kill: the window is full again.
+_QUIET_ITERATIONS = 10
+_TIMEOUT_SECONDS = 300.0
+_POLL_SECONDS = 0.002
+
+
+class _Run:
+  """A running `launch.train`, seen through what it writes."""
+
+  def __init__(self, folder: pathlib.Path, flags: list[str]):
+    self.workdir = folder / 'run'
+    self._output = open(folder / 'output', 'wb')
+    self.process = subprocess.Popen(
+      [
+        sys.executable,
+        '-m',
+        'launch.train',
+        f'--workdir={self.workdir}',
+        *flags,
+      ],
+      stdout=self._output,
+      stderr=subprocess.STDOUT,
+    )
+
+  def lines(self, name: str) -> list[dict[str, Any]]:
+    """Of a .jsonl file; a line that is being written does not count."""
+    path = self.workdir / name
+    if not path.exists():
+      return []
+    text = path.read_text()
+    return [json.loads(x) for x in text[: text.rfind('\n') + 1].splitlines()]
+
+  def newest(self) -> int:
+    """Iteration of the newest line."""
+    lines = self.lines('metrics.jsonl')
+    return lines[-1]['iteration'] if lines else 0
+
+  def workers(self) -> list[dict[str, Any]]:
+    """Of workers.json."""
+    path = self.workdir / 'workers.json'
+    return json.loads(path.read_text())['workers'] if path.exists() else []
+
+  def wait_for(self, condition: Callable[[], Any]) -> Any:
+    """What `condition` returns once that is true."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not (value := condition()):
+      if self.process.poll() is not None or time.monotonic() > deadline:
+        self._output.flush()
+        output = pathlib.Path(self._output.name).read_text()
+        raise RuntimeError(f'the run ended or hangs:\n{output[-2000:]}')
+      time.sleep(_POLL_SECONDS)
+    return value
+
+  def close(self) -> None:
+    """Ends it."""
+    self.process.send_signal(signal.SIGINT)
+    try:
+      self.process.wait(60)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      self.process.wait()
+    self._output.close()
+
+
+@contextlib.contextmanager
+def _running(flags: list[str], hostmem_dir: str) -> Iterator[_Run]:
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    tempfile.TemporaryDirectory(dir=hostmem_dir) as memory,
+  ):
+    run = _Run(pathlib.Path(folder), [*flags, f'--hostmem_dir={memory}'])
+    try:
+      yield run
+    finally:
+      run.close()
+
+
+def _kills(
+  run: _Run, kills: int, stages: int, *, standby: bool
+) -> Iterator[dict[str, float]]:
+  """Kills workers in turn; yields what each recovery took, in seconds."""
+  for number in range(kills):
+    begin = run.newest()
+    run.wait_for(lambda begin=begin: run.newest() >= begin + _QUIET_ITERATIONS)
+    if standby:
+      run.wait_for(lambda: any(w['state'] == 'standby' for w in run.workers()))
+    stage = number % stages
+    (worker,) = [w for w in run.workers() if w['stage'] == stage]
+    known = len(run.lines('events.jsonl'))
+    killed_at = time.time()
+    os.kill(worker['pid'], signal.SIGKILL)
+    recovered = run.wait_for(
+      lambda known=known: [
+        e for e in run.lines('events.jsonl')[known:] if e['kind'] == 'recovered'
+      ]
+    )[0]
+    (failure,) = [
+      e for e in run.lines('events.jsonl')[known:] if e['kind'] == 'failure'
+    ]
+    training = statistics.median(
+      x['seconds'] for x in run.lines('metrics.jsonl')[2:]
+    )
+    seconds = recovered['seconds']
+    replayed = recovered['replayed_iterations']
+    yield {
+      'total': recovered['time'] - killed_at,
+      'detect': failure['time'] - killed_at,
+      'start': seconds['start'],
+      'fetch': seconds['fetch'],
+      'replay': seconds['replay'],
+      'replayed iterations': replayed,
+      'replay per iteration / training': seconds['replay']
+      / max(replayed, 1)
+      / training,
+    }
+
+
+def rows(
+  preset: str, kills: int, hostmem_dir: str, cache_dir: str
+) -> list[Row]:
+  """Measures; see the module.
+
+  Args:
+    preset: shape of the model.
+    kills: of workers, with and without a standby.
+    hostmem_dir: in tmpfs.
+    cache_dir: of compiled programs.
+  """
+  stages = 2
+  flags = [
+    f'--preset={preset}',
+    f'--stages={stages}',
+    '--iterations=100000',
+    f'--window_length={_WINDOW}',
+    f'--keep_windows={_KEPT_WINDOWS}',
+    '--eval_every=0',
+    f'--compilation_cache_dir={cache_dir}',
+    f'--max_failures={kills + 1}',
+  ]
+  out: list[Row] = []
+  goals = {
+    'standby, total': '<= 1.0',
+    'standby, detect': '<= 0.1',
+    'standby, replay per iteration / training': '<= 1',
+    'no standby, total': '<= 2.5',
+  }
+  for name, standby in (('standby', True), ('no standby', False)):
+    samples: dict[str, list[float]] = {}
+    more = [] if standby else ['--nostandby']
+    with _running([*flags, *more], hostmem_dir) as run:
+      for one in _kills(run, kills, stages, standby=standby):
+        for phase, value in one.items():
+          samples.setdefault(phase, []).append(value)
+    for phase, values in samples.items():
+      label = f'{name}, {phase}'
+      unit = '' if 'iteration' in phase else ', s'
+      out.append(
+        (label + unit, summary.summarize(values), goals.get(label, ''))
+      )
+  return out

@@ -1,0 +1,322 @@
+"""What snapshots cost: `launch.benchmark snapshot`.
+
+One stage that holds the whole model, trained in this process, in blocks of a
+few iterations: with no snapshots, with sparse ones, with Orbax saving the whole
+state as often as it can, and once a window. A block ends when its last copy
+has, so a method pays for what it leaves behind.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch import capture_plan, local, settings, summary
+from launch.benchmark_pipeline import Row, interleave
+from models import presets
+from moetion_jax import (
+  capture,
+  layout as layout_lib,
+  slots,
+  snapshot_store,
+  snapshotter,
+  worker as worker_lib,
+)
+
+_BLOCK_ITERATIONS = 5
+_PADDING_BYTES = 1 << 20
+_POOL_FILES = 4
+_TABLE_WINDOWS = (1, 2, 4, 8, 16)
+
+
+class _Subject:
+  """A worker of its own and what captures its state."""
+
+  def __init__(self, config: settings.RunConfig):
+    (self.worker,) = local.make_workers(config, local.load_data(config))
+    self._config = config
+    self.blocked_seconds: list[float] = []
+    self.iteration = 0
+
+  def run(self, number: int) -> None:
+    """One block."""
+    del number
+    last = self.iteration + _BLOCK_ITERATIONS
+    self.worker.iteration = self.iteration
+
+    def stop() -> bool:
+      return self.worker.iteration >= last
+
+    self.worker.train(
+      self._config.train,
+      lambda report: None,
+      stop,
+      first_iteration=self.iteration + 1,
+      snapshots=self.snapshots(),
+    )
+    jax.block_until_ready(self.worker.state)
+    self.iteration = last
+    self.flush()
+
+  def snapshots(self) -> Any:
+    """What `Worker.train` calls after every update."""
+    return None
+
+  def flush(self) -> None:
+    """Waits for what is on its way."""
+
+  def close(self) -> None:
+    """Ends threads."""
+
+
+class _Timed:
+  """A snapshotter whose calls are timed."""
+
+  def __init__(self, subject: _Subject, inner: Any):
+    self._subject = subject
+    self._inner = inner
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._inner, name)
+
+  def take(self, *arguments: Any, **fields: Any) -> snapshotter.Taken:
+    begin = time.perf_counter()
+    taken = self._inner.take(*arguments, **fields)
+    self._subject.blocked_seconds.append(time.perf_counter() - begin)
+    return taken
+
+
+class _Sparse(_Subject):
+  """Sparse snapshots every iteration, with the window that is chosen."""
+
+  def __init__(self, config: settings.RunConfig, folder: pathlib.Path):
+    super().__init__(config)
+    layout = layout_lib.of_stage(self.worker.stage)
+    self.programs = capture.CapturePrograms(layout)
+    self.programs.compile()
+    self.sizes = local.stage_sizes(layout, 1)
+    self._planner = capture_plan.CapturePlanner(
+      capture_plan.CaptureSettings(), [self.sizes], jax.default_backend()
+    )
+    (decision,) = self._planner.decisions(1)
+    (pool,) = self._planner.pools()
+    self._taker = snapshotter.Snapshotter(
+      self.programs,
+      snapshot_store.SnapshotStore(
+        folder, pool.size_bytes + _PADDING_BYTES, _POOL_FILES
+      ),
+      decision,
+      {'stage': 0, 'replica': 0, 'replicas': 1},
+    )
+    self._taker.start()
+
+  @property
+  def window(self) -> str:
+    """Of the window in force."""
+    choice = self._planner.choice
+    return f'{choice.mode}, {choice.window_length}'
+
+  def choose(self, reports: Sequence[worker_lib.Report]) -> None:
+    """Chooses the window as a run does after its warm-up."""
+    for one in reports:
+      if self._planner.add([one]):
+        (decision,) = self._planner.decisions(self.iteration + 1)
+        self._taker.decide(decision)
+
+  def run(self, number: int) -> None:
+    if number == 1:  # a warm-up round: measured as in a run
+      reports: list[worker_lib.Report] = []
+      last = self.iteration + _BLOCK_ITERATIONS + 2
+      self.worker.train(
+        self._config.train,
+        reports.append,
+        lambda: self.worker.iteration >= last,
+        first_iteration=self.iteration + 1,
+        snapshots=self._taker,
+      )
+      self.iteration = last
+      self.choose(reports)
+      self.blocked_seconds.clear()
+      return
+    super().run(number)
+
+  def snapshots(self) -> Any:
+    # Only the newest few are kept.
+    self._taker.retain(self.iteration + 1)
+    return _Timed(self, self._taker)
+
+  def flush(self) -> None:
+    self._taker.flush()
+
+  def close(self) -> None:
+    self._taker.close()
+
+
+class _Dense(_Subject):
+  """Orbax's AsyncCheckpointer, saving the whole state."""
+
+  def __init__(
+    self, config: settings.RunConfig, folder: pathlib.Path, every: int
+  ):
+    super().__init__(config)
+    import orbax.checkpoint as ocp
+
+    self._folder = folder
+    self._every = every
+    self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+    self._saved: list[pathlib.Path] = []
+
+  def snapshots(self) -> Any:
+    return _Timed(self, self)
+
+  def slot(self, iteration: int) -> frozenset:
+    """Nothing is selected."""
+    del iteration
+    return frozenset()
+
+  def retain(self, iteration: int) -> None:
+    """Keeps the newest checkpoint only."""
+    del iteration
+    for path in self._saved[:-1]:
+      shutil.rmtree(path, ignore_errors=True)
+    del self._saved[:-1]
+
+  bandwidth = 0.0
+
+  def take(
+    self, iteration: int, state: Any, *unused: Any, **fields: Any
+  ) -> snapshotter.Taken:
+    """Saves, unless the last one is still being saved."""
+    import orbax.checkpoint as ocp
+
+    del unused, fields
+    if iteration % self._every:
+      return snapshotter.Taken()
+    path = self._folder / str(iteration)
+    self._checkpointer.save(path, args=ocp.args.StandardSave(state))
+    self._saved.append(path)
+    return snapshotter.Taken()
+
+  def flush(self) -> None:
+    self._checkpointer.wait_until_finished()
+
+  def close(self) -> None:
+    self._checkpointer.close()
+
+
+def rows(preset: str, rounds: int, hostmem_dir: str) -> list[Row]:
+  """Measures; see the module.
+
+  Args:
+    preset: shape of the model.
+    rounds: blocks of every method.
+    hostmem_dir: in tmpfs.
+  """
+  config = settings.make(
+    preset,
+    model_overrides=[],
+    train_overrides={'stages': 1, 'eval_every': 0, 'iterations': 100_000},
+    optimizer_overrides={},
+  )
+  root = pathlib.Path(tempfile.mkdtemp(dir=hostmem_dir, prefix='benchmark-'))
+  for name in ('sparse', 'often', 'window'):
+    (root / name).mkdir(mode=0o700)
+  sparse = _Sparse(config, root / 'sparse')
+  subjects: dict[str, _Subject] = {
+    'none': _Subject(config),
+    'sparse': sparse,
+    'orbax, every iteration': _Dense(config, root / 'often', 1),
+    'orbax, every 4th': _Dense(config, root / 'window', 4),
+  }
+  try:
+    seconds = interleave({n: s.run for n, s in subjects.items()}, rounds)
+  finally:
+    for subject in subjects.values():
+      subject.close()
+    shutil.rmtree(root, ignore_errors=True)
+  out: list[Row] = []
+  for name, subject in subjects.items():
+    if name == 'none':
+      continue
+    is_ours = name == 'sparse'
+    label = f'{name} ({sparse.window})' if is_ours else name
+    blocked = [s * 1e3 for s in subject.blocked_seconds]
+    out += [
+      (
+        f'iteration, {label} / none',
+        summary.paired_ratio(seconds[name], seconds['none']),
+        '<= 1.03' if is_ours else '',
+      ),
+      (
+        f'training thread blocked, {label}, ms',
+        summary.summarize(blocked),
+        'median <= 1' if is_ours else '',
+      ),
+      (
+        f'training thread blocked, {label}, 95th percentile, ms',
+        summary.summarize([float(np.percentile(blocked, 95))]),
+        '<= 5' if is_ours else '',
+      ),
+    ]
+  return out + _memory(sparse)
+
+
+def _memory(sparse: _Sparse) -> list[Row]:
+  """Device memory beyond training: one slot, one compute tree."""
+  (decision,) = sparse._planner.decisions(1)
+  state = sum(sparse.sizes.state_bytes.values())
+  slot = max(
+    sum(sparse.sizes.state_bytes[o] for o in slot) for slot in decision.slots
+  )
+  compute = sum(sparse.sizes.compute_bytes.values())
+  return [
+    (f'{name}, MB', summary.summarize([n / 1e6]), '')
+    for name, n in (
+      ('training state', state),
+      ('device memory beyond training: largest slot', slot),
+      ('device memory beyond training: one compute tree', compute),
+    )
+  ]
+
+
+def bytes_table() -> list[Row]:
+  """Bytes per iteration of a window against the whole state, every preset."""
+  out: list[Row] = []
+  for preset in presets.PRESETS:
+    sizes = _preset_sizes(preset)
+    whole = sum(sizes.state_bytes.values())
+    for mode in slots.MODES:
+      for length in _TABLE_WINDOWS:
+        if length > len(sizes.state_bytes):
+          continue
+        each = sizes.in_order('static', {}).snapshot_bytes(length, mode)
+        out.append(
+          (
+            f'bytes / dense, {preset}, {mode}, window {length}: '
+            f'largest {max(each) / whole:.3f}, mean',
+            summary.summarize([sum(each) / len(each) / whole]),
+            '',
+          )
+        )
+  return out
+
+
+def _preset_sizes(preset: str) -> capture_plan.StageSizes:
+  """Operators of a whole model with AdamW, from shapes alone."""
+  config = settings.make(
+    preset,
+    model_overrides=[],
+    train_overrides={'stages': 1},
+    optimizer_overrides={},
+  )
+  layout = layout_lib.of_stage(
+    local.declare_stage(config, 0), has_devices=False
+  )
+  return local.stage_sizes(layout, 1)

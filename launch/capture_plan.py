@@ -1,0 +1,383 @@
+"""The leader's decisions on what is captured when, from measurements.
+
+Pure, but for what it remembers: reports go in, decisions come out. No JAX
+here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch import capture_settings
+from moetion_jax import base, report, slots, window
+
+POLICIES = capture_settings.POLICIES
+CaptureSettings = capture_settings.CaptureSettings
+# Of the iteration, that a copy may take: where it takes the very cores that
+# compute, and where it does not.
+_OVERLAP_TARGET = {'cpu': 0.02}
+_OTHER_OVERLAP_TARGET = 0.5
+_FIRST_WINDOW = 4  # until something is measured
+_WARM_UP_ITERATIONS = 6
+_MEASURED_ITERATIONS = 5  # of the warm-up, the last ones
+# A decision holds from so many iterations after the newest that is reported: no
+# stage has begun that one. (If one had, nothing but its slots would differ.)
+NOTICE_ITERATIONS = 3
+# A snapshot a window of 1 is the whole state: room for that many of them is
+# not set aside, unless it is asked for with --window_length=1.
+_SHORTEST_WINDOW = 2
+# An iteration that waited longer than this share of it for a copy was late;
+# after so many of them, among so many, the window grows.
+_LATE_SHARE = 0.02
+_LATE_ITERATIONS = 3
+_LATE_AMONG = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageSizes:
+  """The operators of one stage, as its worker tells of them.
+
+  Attributes:
+    state_bytes: training state of each.
+    compute_bytes: compute weights of each.
+    device: of the 'expert' axis that holds it; None: all do.
+  """
+
+  state_bytes: Mapping[base.OperatorId, int]
+  compute_bytes: Mapping[base.OperatorId, int]
+  device: Mapping[base.OperatorId, int | None]
+
+  def to_json(self) -> list[list[Any]]:
+    """Plain JSON; `from_json` is the inverse."""
+    return [
+      [o.group, o.expert, n, self.compute_bytes[o], self.device[o]]
+      for o, n in self.state_bytes.items()
+    ]
+
+  @classmethod
+  def from_json(cls, value: Sequence[Sequence[Any]]) -> StageSizes:
+    """The inverse of `to_json`."""
+    names = [base.OperatorId(row[0], row[1]) for row in value]
+    columns = [
+      dict(zip(names, c, strict=True))
+      for c in list(zip(*value, strict=True))[2:]
+    ]
+    return cls(
+      state_bytes=columns[0], compute_bytes=columns[1], device=columns[2]
+    )
+
+  def in_order(self, order: str, rates: slots.Rates) -> window.StageOperators:
+    """The operators in an order of `slots.ORDERS`."""
+    return window.StageOperators(
+      order=slots.order_operators(order, self.state_bytes, rates),
+      state_bytes=self.state_bytes,
+      compute_bytes=self.compute_bytes,
+      device_of=self.device.get,
+      keep_order=order != 'static',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolSize:
+  """Of the files for one worker's snapshots."""
+
+  files: int
+  size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+  """Something else is captured from an iteration on.
+
+  Attributes:
+    kind: of the event.
+    fields: of the event.
+    decisions: by stage; all begin with the same iteration.
+  """
+
+  kind: str
+  fields: Mapping[str, Any]
+  decisions: tuple[slots.Decision, ...]
+
+
+class CapturePlanner:
+  """Decides, for all stages alike, on window and order.
+
+  Between two decisions there is a whole window at least: so there is always a
+  window of one decision that a recovery can go through.
+
+  Attributes:
+    choice: the window in force, or soon to be.
+    lag_iterations: by how much the recovery line lags behind with it.
+  """
+
+  def __init__(
+    self,
+    settings: CaptureSettings,
+    stages: Sequence[StageSizes],
+    platform: str,
+    capacity: float | None = None,
+  ):
+    """Stores the arguments.
+
+    Args:
+      settings: of the run.
+      stages: operators of each stage.
+      platform: as JAX calls it.
+      capacity: tokens that an expert takes in an iteration at most.
+
+    Raises:
+      base.ConfigError: the window is longer than a stage can have.
+    """
+    self._settings = settings
+    self._stages = stages
+    self._target = settings.overlap_target or _OVERLAP_TARGET.get(
+      platform, _OTHER_OVERLAP_TARGET
+    )
+    # Of the last iterations; later ones are not looked at.
+    self._measured: collections.deque[Sequence[report.Report]] = (
+      collections.deque(maxlen=_MEASURED_ITERATIONS)
+    )
+    self._measured_iterations = 0
+    self._late: collections.deque[bool] = collections.deque(maxlen=_LATE_AMONG)
+    self._popularity = slots.Popularity(kind=settings.order, capacity=capacity)
+    self._rates: slots.Rates = {}
+    self._first_iteration = 0  # of the last decision
+    self._has_chosen = False  # from what was measured
+    self.choice = self._choose(None)
+    self._pools = self._make_pools()
+
+  @property
+  def lag_iterations(self) -> int:
+    """By how much the recovery line lags behind."""
+    return self._window_iterations * (self._settings.keep_windows - 1)
+
+  @property
+  def _window_iterations(self) -> int:
+    return self.choice.window_length * self.choice.every
+
+  def decisions(self, first_iteration: int) -> tuple[slots.Decision, ...]:
+    """What every stage captures from an iteration on, until a `Change`."""
+    self._first_iteration = first_iteration
+    return tuple(
+      slots.Decision(
+        first_iteration=first_iteration,
+        window_length=self.choice.window_length,
+        mode=self.choice.mode,
+        every=self.choice.every,
+        slots=stage.slots(self.choice.window_length),
+      )
+      for stage in self._in_order()
+    )
+
+  def pools(self) -> list[PoolSize]:
+    """Room for the snapshots of every stage, whatever is decided."""
+    return list(self._pools)
+
+  def _make_pools(self) -> list[PoolSize]:
+    if self._settings.policy == 'none':
+      return [PoolSize(files=0, size_bytes=0) for _ in self._stages]
+    longest = self._settings.longest_window
+    lengths = range(self._shortest(), longest + 1)
+    mode = self._settings.window_mode or slots.MODES[0]  # the larger one
+    return [
+      PoolSize(
+        files=self._settings.kept_snapshots,
+        size_bytes=max(
+          max(stage.snapshot_bytes(length, mode)) for length in lengths
+        ),
+      )
+      for stage in self._in_order()
+    ]
+
+  def add(self, reports: Sequence[report.Report]) -> Change | None:
+    """Takes an iteration in.
+
+    Args:
+      reports: one a stage, of the iteration after the last one's.
+
+    Returns:
+      What changes, if something does.
+    """
+    if self._settings.policy == 'none':
+      return None
+    loads = {o: n for one in reports for o, n in one.load.items()}
+    self._popularity = slots.observe(self._popularity, loads)
+    self._measured.append(reports)
+    self._measured_iterations += 1
+    iteration = reports[0].iteration
+    if iteration > self._first_iteration:  # the first waits for one before
+      self._late.append(
+        any(r.blocked_seconds > _LATE_SHARE * r.seconds for r in reports)
+      )
+    if iteration < self._first_iteration + self._window_iterations - 1:
+      return None
+    if self._is_pinned:
+      return self._reorder(iteration)
+    if (
+      self._measured_iterations >= _WARM_UP_ITERATIONS and not self._has_chosen
+    ):
+      self._has_chosen = True
+      return self._change(iteration, self._choose(self._budgets()))
+    if sum(self._late) >= _LATE_ITERATIONS:
+      self._late.clear()
+      if change := self._change(iteration, self._enlarged()):
+        return change
+    return self._reorder(iteration)
+
+  @property
+  def _is_pinned(self) -> bool:
+    return bool(self._settings.window_length)
+
+  @property
+  def _has_room_for_whole(self) -> bool:
+    """Whether a snapshot may be the whole state."""
+    return self._shortest() == 1
+
+  def _has_room_for(self, choice: window.WindowChoice) -> bool:
+    """Whether its snapshots fit; in another order slots may come out larger."""
+    return all(
+      max(stage.snapshot_bytes(choice.window_length, choice.mode))
+      <= pool.size_bytes
+      for stage, pool in zip(self._in_order(), self._pools, strict=True)
+    )
+
+  def _shortest(self) -> int:
+    """The shortest window that there will be room for."""
+    return self._settings.window_length or min(
+      _SHORTEST_WINDOW, self._settings.longest_window
+    )
+
+  def _in_order(self) -> list[window.StageOperators]:
+    return [s.in_order(self._settings.order, self._rates) for s in self._stages]
+
+  def _budgets(self) -> list[window.CopyBudget]:
+    """What each stage can copy, from the last iterations of the warm-up."""
+    budgets = []
+    for stage in range(len(self._stages)):
+      reports = [r[stage] for r in self._measured]
+      budgets.append(
+        window.CopyBudget(
+          iteration_seconds=statistics.median(r.seconds for r in reports),
+          bandwidth_bytes_per_second=max(
+            1.0, statistics.median(r.copy_bytes_per_second for r in reports)
+          ),
+          overlap_target=self._target,
+        )
+      )
+    return budgets
+
+  def _choose(
+    self, budgets: Sequence[window.CopyBudget] | None
+  ) -> window.WindowChoice:
+    """The longest of the windows that the stages want."""
+    pinned_mode = self._settings.window_mode or None
+    if self._is_pinned or budgets is None:
+      length = self._settings.window_length or min(
+        _FIRST_WINDOW, self._settings.longest_window
+      )
+      choices = [
+        window.choose_window(
+          stage,
+          None,
+          pinned_length=min(length, len(stage.order))
+          if not self._is_pinned
+          else length,
+          pinned_mode=pinned_mode,
+        )
+        for stage in self._in_order()
+      ]
+    else:
+      choices = [
+        window.choose_window(
+          stage,
+          budget,
+          max_window_length=self._settings.longest_window,
+          pinned_mode=pinned_mode,
+        )
+        for stage, budget in zip(self._in_order(), budgets, strict=True)
+      ]
+    choice = max(
+      choices, key=lambda c: (c.every, c.mode == 'aligned', c.window_length)
+    )
+    if choice.every > 1 and not self._has_room_for_whole:
+      choice = dataclasses.replace(
+        choice,
+        window_length=self._settings.longest_window,
+        every=1,
+        reason=choice.reason + '; there is no room for whole snapshots: the '
+        'longest window',
+      )
+    elif choice.window_length < self._shortest():
+      choice = dataclasses.replace(choice, window_length=self._shortest())
+    return dataclasses.replace(choice, pinned=self._is_pinned)
+
+  def _enlarged(self) -> window.WindowChoice:
+    enlarged = [
+      window.enlarge(
+        self.choice,
+        stage,
+        max_window_length=self._settings.longest_window,
+      )
+      for stage in self._in_order()
+    ]
+    return max(enlarged, key=lambda c: (c.every, c.window_length))
+
+  def _change(
+    self, iteration: int, choice: window.WindowChoice
+  ) -> Change | None:
+    """Goes over to a window, if it is another one."""
+    before = self.choice
+    same = dataclasses.replace(
+      before, reason=choice.reason, pinned=choice.pinned
+    )
+    if choice == same:
+      self.choice = choice
+      return None
+    if not self._has_room_for(choice):
+      return None
+    first_iteration = self._next_first(iteration)
+    self.choice = choice
+    self._late.clear()
+    fields = dataclasses.asdict(choice)
+    del fields['pinned']
+    return self._changed('window', first_iteration, fields)
+
+  def _reorder(self, iteration: int) -> Change | None:
+    if self._settings.order == 'static':
+      return None
+    rates = slots.rates(self._popularity)
+    if not slots.should_reorder(self._rates, rates):
+      return None
+    before, self._rates = self._rates, rates
+    if not self._has_room_for(self.choice):
+      self._rates = before
+      return None
+    return self._changed(
+      'reorder', self._next_first(iteration), {'order': self._settings.order}
+    )
+
+  def _changed(
+    self, kind: str, first_iteration: int, fields: Mapping[str, Any]
+  ) -> Change:
+    return Change(
+      kind=kind,
+      fields={'first_iteration': first_iteration, **fields},
+      decisions=self.decisions(first_iteration),
+    )
+
+  def _next_first(self, iteration: int) -> int:
+    """From when on another decision may hold, which nobody has begun.
+
+    An aligned window is finished first: it is a start as a whole only.
+    """
+    first = iteration + NOTICE_ITERATIONS
+    if self.choice.mode == 'aligned':
+      unfinished = (first - self._first_iteration) % self._window_iterations
+      if unfinished:
+        first += self._window_iterations - unfinished
+    return first

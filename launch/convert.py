@@ -1,0 +1,177 @@
+"""One stage's dense state out of sparse snapshots, offline.
+
+`python -m launch.convert WORKDIR --stage=S` does what a recovery does, with
+what a stopped run left in its host store, and compares digests; with --out it
+writes the state as a plain Orbax checkpoint. Nothing in the store changes.
+
+Exit codes: 0, 1 there is no state to be had, 2 a flag is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from launch import (
+  command,
+  host_store,
+  settings,
+  store_flags,
+  store_scan,
+  stored,
+)
+from moetion_jax import base
+
+_STAGE = flags.DEFINE_integer('stage', None, 'Which one.', required=True)
+_ITERATION = flags.DEFINE_integer(
+  'iteration', None, 'Whose state; by default the newest that can be made.'
+)
+_START = flags.DEFINE_integer(
+  'start', None, 'The snapshot to start from; by default the newest that can.'
+)
+_OUT = flags.DEFINE_string(
+  'out', '', "Folder for the state; '' to compare digests only."
+)
+_DATA = flags.DEFINE_string(
+  'data', '', "The run's text, if it is elsewhere now."
+)
+_CACHE = flags.DEFINE_string(
+  'compilation_cache_dir', '~/.cache/moetion_jax', 'As of launch.train.'
+)
+
+
+def load_data(
+  run: stored.StoredRun, stage: int, path: str
+) -> tuple[stored.StoredRun, Any]:
+  """The run's text, if the stage reads any.
+
+  Args:
+    run: that the stage is of.
+    stage: its number.
+    path: where the text is; '' for where it was.
+
+  Returns:
+    The run with this path, and the data or None.
+
+  Raises:
+    base.ConfigError: it is not there, or another one.
+  """
+  from launch import local
+
+  if path:
+    config = dataclasses.replace(run.config, data=os.path.abspath(path))
+    run = dataclasses.replace(run, config=config)
+  if 0 < stage < run.config.train.stages - 1:
+    return run, None
+  data = local.load_data(run.config)
+  known, here = dict(run.found_out['data_fingerprint']), data.fingerprint()
+  if changed := settings.differences(known, here):
+    raise base.ConfigError(
+      'data',
+      run.config.data,
+      f'is not the text of the run: {", ".join(changed)} differ(s) from '
+      f'{run.workdir / "config.json"}',
+    )
+  return run, data
+
+
+def software_differences(run: stored.StoredRun) -> list[str]:
+  """What is another version here than where the run trained."""
+  from launch import runtime
+
+  known, here = dict(run.found_out['software']), runtime.software()
+  return [
+    f'{name} {known.get(name)} there, {here.get(name)} here'
+    for name in settings.differences(known, here)
+  ]
+
+
+def _warn(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)
+
+
+def _ranges(iterations: Sequence[int]) -> str:
+  return stored.format_runs(stored.runs_of(iterations))
+
+
+def _convert(run: stored.StoredRun) -> None:
+  from launch import runtime
+
+  cores = run.found_out['software'].get('cores')
+  runtime.use_cores(None if cores is None else str(cores))
+  runtime.configure(
+    local_devices=run.config.train.local_devices,
+    compilation_cache_dir=_CACHE.value,
+  )
+  from launch import checkpoint, rebuild
+  from moetion_jax import report
+
+  stage = _STAGE.value
+  run, data = load_data(run, stage, _DATA.value)
+  if changed := software_differences(run):
+    _warn(
+      f'Other software or hardware than the run had: {"; ".join(changed)}. '
+      'The bits may differ; digests will tell.'
+    )
+  rebuilder = rebuild.Rebuilder(run.config, stage, data)
+  rebuilder.start()
+  done = rebuilder.rebuild(run, _warn, _ITERATION.value, _START.value)
+  replayed = range(done.start + 1, done.iteration + 1)
+  came = f'snapshot {done.start}' if done.start else 'the initial state'
+  print(
+    f'Stage {stage}, state {done.iteration}, digest '
+    f'{report.combine(done.digests)}: from {came}, complete at '
+    f'{done.complete_at}; replayed '
+    + (f'iterations {_ranges(replayed)}.' if replayed else 'nothing.')
+  )
+  for what, iterations in (
+    ('Digests of its operators, with those in snapshots', done.snapshots),
+    ('Losses, with metrics.jsonl', done.losses),
+    ('Digests of all stages together, with it', done.whole_digests),
+  ):
+    if iterations:
+      print(f'  {what}: equal, {_ranges(iterations)}.')
+  if done.entries:
+    print(f'  Entries that were published: {done.entries}, all equal.')
+  if not done.is_verified and done.iteration:
+    _warn(f'No digest of state {done.iteration} was recorded anywhere.')
+  if _OUT.value:
+    checkpoint.save(_OUT.value, [done.state], done.iteration, run.config)
+    print(f'Written: {os.path.abspath(_OUT.value)}')
+
+
+def main(argv: list[str]) -> int:
+  """Converts as the flags say; returns the exit code."""
+  run = store_flags.find_run(argv)
+  stages = run.config.train.stages
+  if not 0 <= _STAGE.value < stages:
+    raise base.ConfigError('stage', _STAGE.value, f'must be 0 to {stages - 1}')
+  if _OUT.value and os.path.exists(_OUT.value):
+    raise base.ConfigError('out', _OUT.value, 'exists')
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(host_store.hold(run.folders))
+    except base.StoreError as error:
+      raise base.ConfigError(
+        'workdir',
+        str(run.workdir),
+        f'{error}; only what a stopped run left can be converted',
+      ) from error
+    try:
+      _convert(store_scan.scan(run, in_use=False))
+    except base.ConfigError:
+      raise
+    except base.MoetionError as error:
+      _warn(str(error))
+      return 1
+  return 0
+
+
+if __name__ == '__main__':
+  command.run_main(main)

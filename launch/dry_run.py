@@ -1,0 +1,63 @@
+"""How much host memory a run would take: `launch.train --dry_run`.
+
+Nothing is started and no backend is created; sizes come from shapes alone.
+"""
+
+from __future__ import annotations
+
+from launch import capture_plan, local, placement, recoverer, settings
+from moetion_jax import layout, room
+
+
+def show(
+  config: settings.RunConfig,
+  captures: capture_plan.CaptureSettings,
+  *,
+  hostmem_dir: str,
+  local_hosts: int,
+) -> None:
+  """Prints what every stage and every host needs, and what there is.
+
+  Args:
+    config: of the run.
+    captures: how snapshots are taken.
+    hostmem_dir: in tmpfs.
+    local_hosts: over how many hosts the stages are spread.
+
+  Raises:
+    base.ConfigError: the run could not begin.
+  """
+  stages = range(config.train.stages)
+  sizes = []
+  for index in stages:
+    parts = layout.of_stage(
+      local.declare_stage(config, index), has_devices=False
+    )
+    sizes.append(local.stage_sizes(parts, config.train.local_devices))
+  pools = capture_plan.CapturePlanner(captures, sizes, '').pools()
+  plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
+  hosts = placement.host_of_stages(config.train.stages, local_hosts)
+  totals = [0] * local_hosts
+  for index, size, pool in zip(stages, sizes, pools, strict=True):
+    state_bytes = sum(size.state_bytes.values())
+    log_bytes = plans.log_size(index).file_bytes
+    snapshot_bytes = pool.files * pool.size_bytes
+    totals[hosts[index]] += log_bytes + snapshot_bytes + state_bytes
+    print(
+      f'stage {index}: {len(size.state_bytes)} operators, '
+      f'{room.format_bytes(state_bytes)} training state; in host memory '
+      f'{room.format_bytes(log_bytes)} of logs '
+      f'({captures.kept_iterations} iterations), '
+      f'{room.format_bytes(snapshot_bytes)} of snapshots ({pool.files} of at '
+      f'most {room.format_bytes(pool.size_bytes)})'
+    )
+  there = room.read_room(hostmem_dir)
+  for host, total in enumerate(totals):
+    print(
+      f'host {host}: {room.format_bytes(total)} with the final state, which is '
+      'put there in the end'
+    )
+  free = [there.tmpfs_free_bytes, there.memory_available_bytes]
+  free.append(there.cgroup_available_bytes)
+  least = min(n for n in free if n is not None)
+  print(f'{hostmem_dir}: {room.format_bytes(least)} are free')

@@ -1,0 +1,174 @@
+"""What every stage's host store holds, as the leader knows it.
+
+Workers tell of each snapshot once it counts; after a death the manifests are
+read instead, since a snapshot may have been committed and never told of.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from moetion_jax import base, coverage, recovery, snapshot_file
+
+# What of a snapshot's metadata describes a share.
+SHARE_FIELDS = ('iteration', 'replica', 'replicas', 'state', 'compute')
+
+
+def snapshots_folder(
+  folder: str | os.PathLike[str], stage: int, replica: int
+) -> pathlib.Path:
+  """Where the snapshots of one worker lie in a store folder."""
+  return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.snapshots'
+
+
+def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
+  """The share that snapshot metadata or a message describes."""
+  return coverage.Share(
+    iteration=value['iteration'],
+    replica=value['replica'],
+    replicas=value['replicas'],
+    state=base.operators_from_json(value['state']),
+    compute=base.operators_from_json(value['compute']),
+  )
+
+
+def read_shares(
+  folder: str | os.PathLike[str], stage: int, replica: int
+) -> list[coverage.Share]:
+  """The snapshots of one worker whose manifests are whole, by iteration."""
+  shares = []
+  found = snapshot_file.list_snapshots(snapshots_folder(folder, stage, replica))
+  for _, path in sorted(found.items()):
+    with contextlib.suppress(base.StoreError):
+      shares.append(share_from_json(snapshot_file.read_manifest(path).metadata))
+  return shares
+
+
+class Inventory:
+  """All stages' snapshots, and the recovery line that follows from them.
+
+  Attributes:
+    line: see `recovery.recovery_line`.
+  """
+
+  def __init__(
+    self, operators: Sequence[Collection[base.OperatorId]], lag_iterations: int
+  ):
+    """Knows of no snapshot but the initial state.
+
+    Args:
+      operators: of each stage.
+      lag_iterations: by how much the line lags behind, see `recovery_line`.
+    """
+    self.line = 0
+    self.lag_iterations = lag_iterations
+    self._operators = [frozenset(o) for o in operators]
+    self._shares: list[dict[tuple[int, int], coverage.Share]] = [
+      {} for _ in operators
+    ]
+    self._excluded: set[tuple[int, int]] = set()
+    self._corrupt: set[tuple[int, int]] = set()
+
+  def stored(self, stage: int, share: coverage.Share) -> None:
+    """Takes in a snapshot that counts from now on."""
+    self._shares[stage][share.iteration, share.replica] = share
+    self._excluded.discard((stage, share.iteration))
+
+  def rescan(self, stage: int, shares: Iterable[coverage.Share]) -> None:
+    """Replaces what is known of a stage by what its store says."""
+    self._shares[stage] = {(s.iteration, s.replica): s for s in shares}
+
+  def lose(self, stage: int, iteration: int) -> None:
+    """A snapshot is damaged: it counts no longer."""
+    self._excluded.add((stage, iteration))
+
+  def lose_entry(self, stage: int, iteration: int) -> None:
+    """An entry of a stage's log is damaged."""
+    self._corrupt.add((stage, iteration))
+
+  def published_again(self, stage: int) -> None:
+    """A stage recovered: it has written again what was damaged of its log."""
+    self._corrupt = {x for x in self._corrupt if x[0] != stage}
+
+  def newest(self, stage: int) -> int:
+    """Iteration of a stage's newest snapshot; 0 for the initial state."""
+    return max((i for i, _ in self._shares[stage]), default=0)
+
+  def starts(self, stage: int) -> tuple[coverage.Start, ...]:
+    """The valid starts of a stage, the initial state included."""
+    shares = [
+      share
+      for (iteration, _), share in self._shares[stage].items()
+      if (stage, iteration) not in self._excluded
+    ]
+    operators = self._operators[stage]
+    return coverage.valid_starts(
+      (
+        coverage.initial_record(operators),
+        *coverage.complete_records(shares),
+      ),
+      operators,
+    )
+
+  def go_back(self, iteration: int) -> None:
+    """All stages go back to a state before the line, with empty logs.
+
+    Args:
+      iteration: of the state; 0: the initial one, without any snapshot.
+    """
+    self.line = iteration
+    self._corrupt.clear()
+    if not iteration:
+      self._excluded.clear()
+      for shares in self._shares:
+        shares.clear()
+
+  def advance(self, reported: int, *, frozen: bool) -> bool:
+    """Moves the line on; whether it moved.
+
+    Args:
+      reported: iteration that is written down: what comes before the line is
+        never done again, and nobody needs entries of it.
+      frozen: see `recovery.recovery_line`.
+    """
+    starts = [
+      [s.iteration for s in self.starts(stage) if s.iteration <= reported]
+      for stage in range(len(self._operators))
+    ]
+    line = recovery.recovery_line(
+      starts, self.line, self.lag_iterations, frozen=frozen
+    )
+    moved = line > self.line
+    self.line = line
+    if moved:
+      for shares in self._shares:
+        for name in [n for n in shares if n[0] < line]:
+          del shares[name]
+    return moved
+
+  def stage_inventories(
+    self, newest: Sequence[int], lost: Collection[int] = ()
+  ) -> list[recovery.StageInventory]:
+    """The input of `recovery.plan`.
+
+    Args:
+      newest: iteration that each stage has begun.
+      lost: stages whose logs are gone.
+    """
+    return [
+      recovery.StageInventory(
+        stage=stage,
+        starts=self.starts(stage),
+        log_first=self.line + 1,
+        log_lost=stage in lost,
+        corrupt=frozenset(i for s, i in self._corrupt if s == stage),
+        newest=begun,
+      )
+      for stage, begun in enumerate(newest)
+    ]

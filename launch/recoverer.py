@@ -1,0 +1,357 @@
+"""What the leader knows and decides about snapshots and recoveries.
+
+It starts no process and sends nothing: the agent asks it, and does what it
+says. No JAX here: the agent never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from launch import capture_plan, inventory, log_size, protocol, settings
+from moetion_jax import base, coverage, recovery, report, slots
+
+Event = Callable[..., None]  # kind, fields
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Recovery:
+  """One stage on its way back.
+
+  Attributes:
+    plan: that it follows.
+    target: iteration in which its predecessor died.
+    reason: why it died or joined.
+    failed_at: when that was noticed, `time.monotonic`.
+    detect_seconds: between the failure and its notice, where known.
+    resumed: what its worker said when it began to train.
+    resumed_at: when.
+    goes_back: whether the plan starts before the line.
+  """
+
+  plan: recovery.RecoveryPlan
+  target: int
+  reason: str
+  failed_at: float
+  detect_seconds: float
+  resumed: protocol.Message | None = None
+  resumed_at: float = 0.0
+  goes_back: bool = False
+
+
+class Recoverer:
+  """Snapshots of all stages, the line, plans; `begin` first.
+
+  Attributes:
+    line: the recovery line.
+    is_resumed: whether an earlier run's store is gone on with.
+  """
+
+  def __init__(
+    self,
+    config: settings.RunConfig,
+    captures: capture_plan.CaptureSettings,
+    max_failures: int,
+    event: Event,
+  ):
+    """Stores the arguments.
+
+    Args:
+      config: of the run.
+      captures: how snapshots are taken.
+      max_failures: of one stage, without progress of the line, before the run
+        ends.
+      event: writes one.
+    """
+    self.is_resumed = False
+    self._config = config
+    self._settings = captures
+    self._max_failures = max_failures
+    self._event = event
+    self._recoveries: dict[int, _Recovery] = {}
+    self._failures: collections.Counter[int] = collections.Counter()
+    self._diverged = 0
+    self._verify_until = 0
+    self._gone_back: recovery.RecoveryPlan | None = None
+    self._decisions: list[list[slots.Decision]] = []
+
+  @property
+  def line(self) -> int:
+    """The recovery line."""
+    return self._inventory.line
+
+  @property
+  def recovering(self) -> Collection[int]:
+    """Stages on their way back."""
+    return self._recoveries.keys()
+
+  def log_size(self, stage: int) -> log_size.LogSize:
+    """Of a stage's log: what the line keeps, and some more."""
+    return log_size.log_size(
+      self._config, stage, self._settings.kept_iterations
+    )
+
+  def begin(self, ready: Mapping[int, protocol.Message]) -> None:
+    """Takes in what all stages consist of.
+
+    Raises:
+      base.ConfigError: the window is longer than a stage can have.
+    """
+    sizes = [
+      capture_plan.StageSizes.from_json(ready[stage]['operators'])
+      for stage in range(self._config.train.stages)
+    ]
+    self._planner = capture_plan.CapturePlanner(
+      self._settings, sizes, ready[0]['platform'], self._capacity()
+    )
+    self._inventory = inventory.Inventory(
+      [s.state_bytes for s in sizes], self._planner.lag_iterations
+    )
+    self._pools = self._planner.pools()
+
+  def room_bytes(self) -> int:
+    """Host memory that logs and snapshots of all stages take."""
+    return sum(
+      self.log_size(stage).file_bytes + pool.files * pool.size_bytes
+      for stage, pool in enumerate(self._pools)
+    )
+
+  def rescan(self, stage: int, shares: Collection[coverage.Share]) -> None:
+    """Takes in what a stage's store holds."""
+    self._inventory.rescan(stage, shares)
+    self.is_resumed = self.is_resumed or bool(shares)
+
+  def newest_snapshot(self, stage: int) -> int:
+    """Iteration of a stage's newest snapshot; 0: the initial state."""
+    return self._inventory.newest(stage)
+
+  def first_plan(self, reported: int, newest: int) -> recovery.RecoveryPlan:
+    """From where all stages begin: the initial state, or what was left.
+
+    Args:
+      reported: iteration that is written down: a later one is done again.
+      newest: iteration of which there is something in the logs.
+    """
+    stages = range(self._config.train.stages)
+    self._verify_until = newest
+    plan = recovery.plan(
+      self._inventory.stage_inventories([0] * len(stages)),
+      stages,
+      excluded={
+        (stage, start.iteration)
+        for stage in stages
+        for start in self._inventory.starts(stage)
+        if start.iteration > reported
+      },
+    )
+    self._inventory.line = plan.start
+    self._decisions = [
+      [decision] for decision in self._planner.decisions(plan.start)
+    ]
+    return plan
+
+  def go(
+    self, stage: int, plan: recovery.RecoveryPlan, *, is_fresh: bool
+  ) -> protocol.Go:
+    """What a worker of a member of `plan` is told."""
+    log, pool = self.log_size(stage), self._pools[stage]
+    held = slots.active(
+      self._decisions[stage],
+      max(plan.start, self._decisions[stage][0].first_iteration),
+    )
+    later = [
+      d
+      for d in self._decisions[stage]
+      if d.first_iteration > held.first_iteration
+    ]
+    target = self._recoveries[stage].target if stage in self._recoveries else 0
+    return protocol.Go(
+      start=plan.start,
+      complete_at=plan.complete_at[stage],
+      newest=self._inventory.newest(stage),
+      target=target,
+      verify_until=max(target, self._verify_until),
+      line=self.line,
+      is_fresh=is_fresh,
+      ring_bytes=log.ring_bytes,
+      slots=log.slots,
+      pool_files=pool.files,
+      pool_bytes=pool.size_bytes,
+      decisions=tuple(d.to_json() for d in (held, *later)),
+    )
+
+  # ---- while it runs --------------------------------------------------------
+
+  def stored(self, stage: int, share: coverage.Share) -> None:
+    """Takes in a snapshot that counts."""
+    self._inventory.stored(stage, share)
+
+  def advance(self, reported: int) -> bool:
+    """Moves the line on; whether it moved.
+
+    Args:
+      reported: iteration that all stages reported.
+    """
+    # Who goes back before the line has a long way: it fills stores and logs.
+    frozen = any(not one.goes_back for one in self._recoveries.values())
+    moved = self._inventory.advance(reported, frozen=frozen)
+    if moved:
+      self._failures.clear()
+    return moved
+
+  def add(
+    self, reports: Sequence[report.Report]
+  ) -> list[slots.Decision] | None:
+    """Takes in an iteration that all stages reported, in order.
+
+    Returns:
+      What each stage captures from some iteration on, when that changes.
+    """
+    change = self._planner.add(reports)
+    if change is None:
+      return None
+    self._event(change.kind, **change.fields)
+    self._inventory.lag_iterations = self._planner.lag_iterations
+    for known, decision in zip(self._decisions, change.decisions, strict=True):
+      known.append(decision)
+    return list(change.decisions)
+
+  def _capacity(self) -> float:
+    """Tokens that an expert takes in an iteration at most."""
+    model, train = self._config.model, self._config.train
+    tokens = train.microbatch_size * model.sequence_length
+    per_device = model.capacity(tokens // train.local_devices)
+    return per_device * train.local_devices * train.global_microbatches
+
+  # ---- failures -------------------------------------------------------------
+
+  def fail(
+    self,
+    failed: Mapping[int, str],
+    newest: Sequence[int],
+    *,
+    lost: Collection[int] = (),
+    suspects: Sequence[int] = (),
+    corrupt: tuple[int, int] | None = None,
+    detect_seconds: float = 0.0,
+  ) -> recovery.RecoveryPlan:
+    """Plans the recovery of stages whose workers are dead.
+
+    Args:
+      failed: why, by stage.
+      newest: iteration that each stage had begun.
+      lost: stages whose logs are gone.
+      suspects: iterations of snapshots of those stages that are damaged.
+      corrupt: stage and iteration of a log entry that is damaged.
+      detect_seconds: between failure and notice, where known.
+
+    Raises:
+      base.MoetionError: too many failures; nothing is left to start from.
+    """
+    self._failures.update(failed.keys())
+    for stage, reason in failed.items():
+      if self._failures[stage] > self._max_failures:
+        raise base.MoetionError(
+          f'{self._failures[stage]} failure(s) of stage {stage} since '
+          f'iteration {self.line}, the last one: {reason}; more than '
+          f'--max_failures={self._max_failures} end the run'
+        )
+    if corrupt:
+      self._inventory.lose_entry(*corrupt)
+    if suspects:
+      self._diverged += 1
+      if self._diverged > len(self._pools):
+        raise base.MoetionError('; '.join(failed.values()))
+      for stage in failed:
+        for iteration in suspects:
+          self._inventory.lose(stage, iteration)
+    plan = recovery.plan(
+      self._inventory.stage_inventories(newest, lost), failed.keys()
+    )
+    goes_back = plan.start < self.line
+    if goes_back:
+      self._go_back(plan)
+    now = time.monotonic()
+    for stage in plan.stages:
+      before = self._recoveries.get(stage)
+      self._recoveries[stage] = _Recovery(
+        plan=plan,
+        target=max(newest[stage], before.target if before else 0),
+        reason=failed.get(stage) or plan.reasons[stage],
+        failed_at=before.failed_at if before else now,
+        detect_seconds=detect_seconds,
+        goes_back=goes_back or bool(before and before.goes_back),
+      )
+      self._event(
+        'recovery_started',
+        stage=stage,
+        replica=0,
+        reason=self._recoveries[stage].reason,
+        first_iteration=plan.first_iteration,
+        target=self._recoveries[stage].target,
+      )
+    return plan
+
+  def goes_back(self, plan: recovery.RecoveryPlan) -> bool:
+    """Whether a plan starts before the line: then all logs begin empty.
+
+    What its stages need is in nobody's log; everybody is one of them.
+    """
+    return plan is self._gone_back
+
+  def _go_back(self, plan: recovery.RecoveryPlan) -> None:
+    self._gone_back = plan
+    self._inventory.go_back(plan.start)
+    self._decisions = [
+      [
+        dataclasses.replace(
+          first, first_iteration=min(first.first_iteration, plan.start)
+        ),
+        *later,
+      ]
+      for first, *later in self._decisions
+    ]
+
+  def resumed(self, stage: int, message: protocol.Message) -> None:
+    """A recovering worker has its state and begins to replay."""
+    if one := self._recoveries.get(stage):
+      one.resumed, one.resumed_at = message, time.monotonic()
+
+  def caught_up(self, stage: int) -> str:
+    """A recovering worker has done what its predecessor had begun.
+
+    Returns:
+      What to tell a person; '' for a worker that did not recover.
+    """
+    one = self._recoveries.pop(stage, None)
+    if one is None or one.resumed is None:
+      return ''
+    self._inventory.published_again(stage)
+    now = time.monotonic()
+    fetch = one.resumed['fetch_seconds']
+    replayed = recovery.replayed_iterations(one.plan, one.target)
+    self._event(
+      'recovered',
+      stage=stage,
+      replica=0,
+      source=one.plan.sources.get(stage, recovery.OWN),
+      first_iteration=one.plan.first_iteration,
+      replayed_iterations=replayed,
+      seconds={
+        'detect': one.detect_seconds,
+        'start': one.resumed_at - one.failed_at - fetch,
+        'fetch': fetch,
+        'replay': now - one.resumed_at,
+      },
+      # A worker that finds another digest ends instead of catching up.
+      digest_verified=True,
+    )
+    if not self._recoveries:
+      self._diverged = 0
+    return (
+      f'stage {stage} recovered in {now - one.failed_at:.1f} s: {replayed} '
+      'iteration(s) done again, with the same digests'
+    )

@@ -1,0 +1,182 @@
+"""What a run left in its host store: `python -m launch.show WORKDIR`.
+
+Exit codes: 0, 1 something is damaged, 2 there is nothing to show.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from launch import command, host_store, store_flags, store_scan, stored
+from moetion_jax import base, room
+
+_VERIFY = flags.DEFINE_bool(
+  'verify', False, 'Read everything and compare the checksums.'
+)
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
+
+
+def describe(
+  run: stored.StoredRun,
+  damaged: Sequence[stored.Damage],
+  *,
+  in_use: bool,
+  verified: bool,
+) -> dict[str, Any]:
+  """Everything that is shown, as plain JSON."""
+  return {
+    'workdir': str(run.workdir),
+    'stores': [str(folder) for folder in run.folders],
+    'in_use': in_use,
+    'iterations': run.config.train.iterations,
+    'last_line': max(run.metrics, default=0),
+    'newest_common_start': run.newest_common_start,
+    'verified': verified,
+    'damaged': [
+      {
+        'stage': d.stage,
+        'kind': d.kind,
+        'iteration': d.iteration,
+        'message': d.message,
+      }
+      for d in damaged
+    ],
+    'stages': [_describe_stage(run, one) for one in run.stages],
+  }
+
+
+def _describe_stage(
+  run: stored.StoredRun, one: stored.StoredStage
+) -> dict[str, Any]:
+  whole = stored.whole_iterations(run.config.train, one)
+  return {
+    'stage': one.stage,
+    'store': str(one.folder),
+    'generation': one.generation,
+    'operators': len(one.operators),
+    'snapshots': [
+      {
+        'iteration': iteration,
+        'bytes': info.size_bytes,
+        'slot': [str(o) for o in sorted(info.share.state)],
+        'slot_operators': len(info.share.state),
+        'compute_operators': len(info.share.compute),
+        'covered_operators': len(info.covered),
+      }
+      for iteration, info in one.snapshots.items()
+    ],
+    'starts': [
+      {
+        'iteration': c.start.iteration,
+        'complete_at': c.start.complete_at,
+        'reaches': c.reaches,
+        'usable': c.is_usable,
+      }
+      for c in run.candidates(one.stage)
+    ],
+    'log': {
+      'whole_iterations': [list(r) for r in whole],
+      'entries': len(one.entries),
+      'bytes': sum(header.nbytes for header in one.entries.values()),
+      'segment_bytes': one.segment_bytes,
+    },
+  }
+
+
+def _lines(value: dict[str, Any]) -> list[str]:
+  """What a person reads."""
+  state = 'in use by a living run' if value['in_use'] else 'of a stopped run'
+  common = value['newest_common_start']
+  lines = [
+    f'{value["workdir"]}: {len(value["stages"])} stage(s), iteration '
+    f'{value["last_line"]} of {value["iterations"]}',
+    f'{", ".join(value["stores"])}: {state}',
+    f'newest common start: {_name(common) if common is not None else "none"}',
+  ]
+  for stage in value['stages']:
+    lines += ['', *_stage_lines(stage)]
+  if value['damaged']:
+    lines += ['', f'{len(value["damaged"])} damaged:']
+    lines += [f'  {d["message"]}' for d in value['damaged']]
+  elif value['verified']:
+    lines += ['', 'All checksums are right.']
+  return lines
+
+
+def _stage_lines(stage: dict[str, Any]) -> list[str]:
+  operators, log = stage['operators'], stage['log']
+  starts = {s['iteration']: s for s in stage['starts']}
+  rows = [('snapshot', 'bytes', 'slot', 'covers', 'valid start')]
+  if 0 in starts:
+    rows.append(('initial', '', '', '', _start(starts[0])))
+  for s in stage['snapshots']:
+    rows.append(
+      (
+        str(s['iteration']),
+        room.format_bytes(s['bytes']),
+        f'{s["slot_operators"]} of {operators}',
+        f'{s["covered_operators"]} of {operators}',
+        _start(starts[s['iteration']]) if s['iteration'] in starts else '-',
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  table = [
+    '  '
+    + '  '.join(
+      [cell.rjust(w) for cell, w in zip(row[:-1], widths[:-1], strict=True)]
+      + [row[-1]]
+    )
+    for row in rows
+  ]
+  whole = stored.format_runs(log['whole_iterations'])
+  return [
+    f'stage {stage["stage"]}, generation {stage["generation"]}, {operators} '
+    f'operators, {stage["store"]}',
+    *table,
+    f'  log: iterations {whole or "none"} whole; {log["entries"]} entries, '
+    f'{room.format_bytes(log["bytes"])} of '
+    f'{room.format_bytes(log["segment_bytes"])}',
+  ]
+
+
+def _name(iteration: int) -> str:
+  return f'snapshot {iteration}' if iteration else 'the initial state'
+
+
+def _start(start: dict[str, Any]) -> str:
+  if not start['usable']:
+    return (
+      f'complete at {start["complete_at"]}, but the logs lead to '
+      f'{start["reaches"]} only'
+    )
+  return f'complete at {start["complete_at"]}, leads to {start["reaches"]}'
+
+
+def main(argv: list[str]) -> int:
+  """Shows what the flags name; returns the exit code."""
+  run = store_flags.find_run(argv)
+  try:
+    with host_store.hold(run.folders, wait_seconds=0):
+      in_use = False
+  except base.StoreError:
+    in_use = True
+  run = store_scan.scan(run, in_use=in_use)
+  damaged = [d for one in run.stages for d in one.damage]
+  if _VERIFY.value:
+    found = list(store_scan.verify(run))
+    damaged += found
+    run = run.without(
+      {(d.stage, d.iteration) for d in found if d.kind == 'snapshot'},
+      {d.key for d in found if d.key},
+    )
+  value = describe(run, damaged, in_use=in_use, verified=_VERIFY.value)
+  print(json.dumps(value) if _JSON.value else '\n'.join(_lines(value)))
+  return 1 if damaged else 0
+
+
+if __name__ == '__main__':
+  command.run_main(main)

@@ -1,0 +1,276 @@
+"""One generation of a stage's worker: its log, its snapshots, its training."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from launch import (
+  capture_plan,
+  handover,
+  inventory,
+  link as link_lib,
+  local,
+  protocol,
+)
+from moetion_jax import (
+  base,
+  boundary_log,
+  capture,
+  conversion,
+  coverage,
+  faults,
+  hostmem,
+  layout as layout_lib,
+  logs,
+  operators,
+  segment,
+  slots,
+  snapshot as snapshot_lib,
+  snapshot_file,
+  snapshot_store,
+  snapshotter,
+  stage as stage_lib,
+  worker,
+)
+
+if TYPE_CHECKING:
+  from launch import preparation
+
+# So much more than its operators a snapshot takes: digests, scalars, padding.
+_PADDING_BYTES = 64
+
+
+class StageRun:
+  """`check_initial`, `compile`, `train`, `finish`, in this order."""
+
+  def __init__(
+    self,
+    spec: protocol.Spec,
+    link: link_lib.Link,
+    stage: stage_lib.Stage,
+    data: worker.Data,
+    injector: faults.FaultInjector,
+  ):
+    """Stores the arguments."""
+    self._injector = injector
+    self._spec = spec
+    self._link = link
+    self._stage = stage
+    self._data = data
+    self._initial: Any = None
+    self._layout = layout_lib.of_stage(stage)
+    self._captures = capture.CapturePrograms(self._layout)
+    self._folder = inventory.snapshots_folder(spec.folder, spec.stage, 0)
+    self._closing = contextlib.ExitStack()
+    self._told = 0
+
+  def check_initial(self) -> None:
+    """Raises base.ConfigError if --init_from does not fit the stage."""
+    self._initial = local.load_initial(self._spec.config, self._stage)
+
+  def sizes(self) -> capture_plan.StageSizes:
+    """Of the stage's operators."""
+    return local.stage_sizes(self._layout, self._layout.expert_devices)
+
+  def compile(self, lowered: preparation.Lowered | None) -> None:
+    """Compiles all programs; those that were lowered ahead are faster."""
+    if lowered is None:
+      self._programs = self._stage.compile(self._compiling)
+      self._captures.compile(self._compiling)
+    else:
+      self._programs = lowered.programs.compile(
+        self._stage.mesh, self._compiling
+      )
+      self._captures.compile(self._compiling, lowered.captures)
+    self._link.compiling('')
+
+  def _compiling(self, program: str) -> None:
+    self._link.compiling(program)
+    self._injector.phase('compile')
+
+  def train(self, go: protocol.Go, began: float) -> None:
+    """Trains until the run ends or stops.
+
+    Args:
+      go: from where.
+      began: when the process began to be this worker, `time.monotonic`.
+    """
+    spec, link = self._spec, self._link
+    link.line = max(link.line, go.line)
+    log = boundary_log.BoundaryLog(
+      hostmem.WorkerId(spec.stage, 0, spec.generation),
+      logs.LogSettings(
+        folder=spec.folder,
+        size_bytes=go.ring_bytes,
+        slots=go.slots,
+        fresh=go.is_fresh,
+        host=spec.host,
+        secret=bytes.fromhex(spec.secret) or None,
+        full_seconds=spec.full_seconds,
+      ),
+    )
+    log.start()
+    self._closing.callback(log.close)
+    link.locating(log)
+    started = time.monotonic()
+    restoring = self._conversion(go)
+    state = restoring.begin()
+    fetched = time.monotonic()
+    snapshots = self._snapshots(go, log)
+    self._worker = worker.Worker(
+      spec.stage, self._stage, self._programs, state, log, self._data
+    )
+    self._worker.iteration = go.start
+    self._worker.verify_until = go.verify_until
+    self._worker.on_phase = self._injector.phase
+    self._script(go, log, snapshots)
+    link.send(
+      'resumed',
+      first_iteration=go.start + 1,
+      start_seconds=started - began,
+      fetch_seconds=fetched - started,
+    )
+    link.training(self._worker)
+    try:
+      last = self._worker.train(
+        spec.config.train,
+        lambda report: link.send('report', report=report.to_json()),
+        lambda: self._between(go.target),
+        first_iteration=go.start + 1,
+        snapshots=snapshots,
+        conversion=restoring,
+        # Without snapshots nobody goes back: neighbours need the newest only.
+        line=lambda iteration: link.line if snapshots else iteration - 2,
+      )
+    except base.EntryMismatchError as error:
+      if self._worker.iteration > go.newest:
+        raise
+      # What was rebuilt comes to other bits than what was lost.
+      raise conversion.ReplayMismatchError(
+        error, range(go.start, self._worker.iteration)
+      ) from error
+    self._between(go.target)
+    log.flush()
+    if snapshots:
+      snapshots.flush()
+    link.finished()
+    link.send('done', iteration=last)
+
+  def _script(
+    self,
+    go: protocol.Go,
+    log: logs.Log,
+    snapshots: snapshotter.Snapshotter | None,
+  ) -> None:
+    """Lets scripted faults damage what this worker stores."""
+    self._injector.replays_until = go.verify_until
+
+    def damage_snapshot(fault: faults.Fault, iteration: int) -> None:
+      del iteration
+      if snapshots:
+        snapshots.flush()
+      if fault.kind == 'torn_snapshot':
+        faults.tear_snapshot(self._folder)
+      else:
+        faults.flip_bit_in_snapshot(self._folder, snapshot_lib.STATE)
+      self._injector.acts['kill'](fault, 0)
+
+    def damage_log(fault: faults.Fault, iteration: int) -> None:
+      del fault
+      log.flush()
+      path = segment.segment_path(self._spec.folder, self._spec.stage, 0)
+      # The one before: everybody has read what it has of that.
+      faults.flip_bit_in_log(path, iteration - 1)
+
+    for kind in faults.SNAPSHOT_KINDS:
+      self._injector.acts[kind] = damage_snapshot
+    self._injector.acts['corrupt_log'] = damage_log
+
+  def _between(self, target: int) -> bool:
+    """Called between iterations: whether to stop."""
+    if self._worker.iteration == target != self._told:
+      self._told = target
+      self._link.send('caught_up', iteration=target)
+    return self._link.limit.stop(self._worker.iteration)
+
+  def _conversion(self, go: protocol.Go) -> conversion.Conversion:
+    return conversion.Conversion(
+      self._captures,
+      self._programs.digest,
+      self._initial_state,
+      self._load,
+      coverage.Start(iteration=go.start, complete_at=go.complete_at),
+      go.newest,
+    )
+
+  def _initial_state(self) -> operators.State:
+    return local.initial_state(self._spec.config, self._stage, self._initial)
+
+  def _load(self, iteration: int) -> snapshot_lib.Snapshot:
+    """A snapshot of this host's store, verified."""
+    path = snapshot_file.list_snapshots(self._folder).get(iteration)
+    if path is None:
+      raise base.StoreError(f'{self._folder / str(iteration)}: there is none')
+    stored = snapshot_file.open_snapshot(path, verify=True)
+    return snapshot_lib.from_arrays(
+      self._layout, stored.metadata, stored.arrays
+    )
+
+  def _snapshots(
+    self, go: protocol.Go, log: logs.Log
+  ) -> snapshotter.Snapshotter | None:
+    if not go.pool_files:
+      return None
+    leaves = len(self._layout.leaves) * len(self._layout.operators)
+    store = snapshot_store.SnapshotStore(
+      self._folder, go.pool_bytes + leaves * _PADDING_BYTES, go.pool_files
+    )
+    taker = snapshotter.Snapshotter(
+      self._captures,
+      store,
+      slots.Decision.from_json(go.decisions[0]),
+      {'stage': self._spec.stage, 'replica': 0, 'replicas': 1},
+      log,
+      lambda metadata: self._link.send(
+        'stored', share={k: metadata[k] for k in inventory.SHARE_FIELDS}
+      ),
+      self._spec.full_seconds,
+      self._link.blocked,
+    )
+    for decision in go.decisions[1:]:
+      taker.decide(slots.Decision.from_json(decision))
+    taker.start()
+    self._closing.callback(taker.close)
+    self._link.deciding(
+      lambda value: taker.decide(slots.Decision.from_json(value))
+    )
+    return taker
+
+  def finish(self) -> None:
+    """Does what the agent asks for after the end, until it says `exit`."""
+    spec, link = self._spec, self._link
+    while (command := link.command())['kind'] != 'exit':
+      if command['kind'] == 'hand_over':
+        handover.put(
+          spec.handover_folder,
+          spec.stage,
+          self._worker.state,
+          spec.full_seconds,
+          lambda: link.blocked('no room for the final state'),
+        )
+        link.blocked('')
+        link.send('handed_over')
+      elif command['kind'] == 'save':
+        from launch import checkpoint
+
+        states = [
+          handover.get(spec.handover_folder, s)
+          for s in range(spec.config.train.stages)
+        ]
+        checkpoint.save(
+          command['path'], states, command['iteration'], spec.config
+        )
+        link.send('saved')
+    self._closing.close()

@@ -1,0 +1,380 @@
+"""What a run left in its host stores, and what can be made of it.
+
+Values, made by `store_scan`, and functions of them. No JAX here: looking must
+be fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from launch import metrics, settings
+from moetion_jax import (
+  base,
+  config as config_lib,
+  coverage,
+  entry,
+  segment,
+  snapshot_file,
+)
+
+REPLICA = 0  # of the workers that there are
+# As of `conversion`, which imports JAX.
+DIGESTS, PARTIALS = 'digests', 'partials'
+
+
+class UnreachableError(base.MoetionError):
+  """What is asked for cannot be made of what is there."""
+
+
+# --- What there is -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Damage:
+  """Something that is not as it was written.
+
+  Attributes:
+    stage: whose.
+    kind: 'snapshot', 'entry' or 'log'.
+    iteration: of it; None for a whole log.
+    message: names file and damage.
+    key: of an entry.
+  """
+
+  stage: int
+  kind: str
+  iteration: int | None
+  message: str
+  key: base.EntryKey | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnapshotInfo:
+  """A snapshot whose manifest is whole.
+
+  Attributes:
+    path: its directory.
+    size_bytes: of all its buffers.
+    share: the operators that it holds.
+    digests: of how many operators it holds digests; 0 for none.
+    has_partials: whether it holds all stages' scalars.
+  """
+
+  path: pathlib.Path
+  size_bytes: int
+  share: coverage.Share
+  digests: int
+  has_partials: bool
+
+  @property
+  def covered(self) -> frozenset[base.OperatorId]:
+    """Operators of which it holds anything."""
+    return self.share.state | self.share.compute
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredStage:
+  """What a store holds of one stage.
+
+  Attributes:
+    stage: its number.
+    folder: the store of its host.
+    generation: of the newest worker that wrote its log; 0: none did.
+    segment_bytes: of the file of its log.
+    snapshots: by iteration, ascending.
+    entries: of its log.
+    damage: what was seen without reading any data.
+  """
+
+  stage: int
+  folder: pathlib.Path
+  generation: int = 0
+  segment_bytes: int = 0
+  snapshots: Mapping[int, SnapshotInfo]
+  entries: Mapping[base.EntryKey, entry.EntryHeader]
+  damage: tuple[Damage, ...] = ()
+
+  @property
+  def segment_path(self) -> pathlib.Path:
+    """The file of its log."""
+    return segment.segment_path(self.folder, self.stage, REPLICA)
+
+  @functools.cached_property
+  def operators(self) -> frozenset[base.OperatorId]:
+    """Of the stage; such that no snapshot holds anything of are '?'."""
+    infos = self.snapshots.values()
+    known = frozenset().union(*(s.covered for s in infos))
+    number = max((s.digests for s in infos), default=0)
+    unknown = range(len(known), number)
+    return known | {base.OperatorId('?', i) for i in unknown}
+
+  @functools.cached_property
+  def starts(self) -> tuple[coverage.Start, ...]:
+    """Where a conversion can start, the initial state included."""
+    return coverage.valid_starts(
+      (
+        coverage.initial_record(self.operators),
+        *coverage.complete_records(s.share for s in self.snapshots.values()),
+      ),
+      self.operators,
+    )
+
+  def digests(self, iteration: int) -> dict[base.OperatorId, np.ndarray] | None:
+    """Digests of all operators as its snapshot has them; None without."""
+    info = self.snapshots.get(iteration)
+    if info is None or not info.digests or info.digests != len(info.covered):
+      return None
+    with contextlib.suppress(base.StoreError):
+      with snapshot_file.open_snapshot(info.path) as stored:
+        rows = np.array(stored.arrays[DIGESTS])
+        if entry.checksum(rows) == stored.manifest.buffers[DIGESTS].checksum:
+          # In the order of `operators.Partition.operators`.
+          return dict(zip(sorted(info.covered), rows, strict=True))
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """A valid start, and how far the entries that are there lead from it.
+
+  Attributes:
+    start: where the conversion starts, and where it is complete.
+    reaches: newest iteration that can be replayed.
+    missing: the entry that keeps it from the next one; None: that is the last
+      of the run.
+  """
+
+  start: coverage.Start
+  reaches: int
+  missing: base.EntryKey | None
+
+  @property
+  def is_usable(self) -> bool:
+    """Whether it leads to a whole state."""
+    return self.reaches >= self.start.complete_at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRun:
+  """A run, and what its stores hold.
+
+  Attributes:
+    workdir: absolute.
+    config: of the run.
+    found_out: see `workdir.read_run`.
+    folders: its stores.
+    stages: what they hold, by stage.
+  """
+
+  workdir: pathlib.Path
+  config: settings.RunConfig
+  found_out: Mapping[str, Mapping[str, object]]
+  folders: tuple[pathlib.Path, ...]
+  stages: tuple[StoredStage, ...] = ()
+
+  @property
+  def newest_common_start(self) -> int | None:
+    """The newest valid start of all stages."""
+    starts = [{s.iteration for s in one.starts} for one in self.stages]
+    return max(set.intersection(*starts), default=None)
+
+  @functools.cached_property
+  def metrics(self) -> Mapping[int, Mapping[str, object]]:
+    """Lines of metrics.jsonl by iteration."""
+    return metrics.read_lines(self.workdir / 'metrics.jsonl')
+
+  def candidates(self, stage: int) -> tuple[Candidate, ...]:
+    """The valid starts of a stage, ascending, as far as each leads."""
+    train, snapshots = self.config.train, self.stages[stage].snapshots
+    found: list[Candidate] = []
+    for start in reversed(self.stages[stage].starts):
+      reaches, missing = start.iteration, None
+      while reaches < train.iterations and missing is None:
+        if found and reaches == found[-1].start.iteration:
+          reaches, missing = found[-1].reaches, found[-1].missing
+          break
+        info = snapshots.get(reaches + 1)
+        missing = next(
+          (
+            key
+            for key in needed_entries(
+              train,
+              stage,
+              reaches + 1,
+              scalars=not (info and info.has_partials),
+            )
+            if key not in self.stages[key.stage].entries
+          ),
+          None,
+        )
+        reaches += missing is None
+      found.append(Candidate(start=start, reaches=reaches, missing=missing))
+    return tuple(reversed(found))
+
+  def without(
+    self,
+    snapshots: Collection[tuple[int, int | None]] = (),
+    entries: Collection[base.EntryKey] = (),
+  ) -> StoredRun:
+    """The same run, as if that were not there.
+
+    Args:
+      snapshots: stage and iteration of each.
+      entries: keys.
+    """
+    gone = frozenset(entries)
+    stages = tuple(
+      dataclasses.replace(
+        one,
+        snapshots={
+          i: info
+          for i, info in one.snapshots.items()
+          if (one.stage, i) not in snapshots
+        },
+        entries={k: h for k, h in one.entries.items() if k not in gone},
+      )
+      for one in self.stages
+    )
+    return dataclasses.replace(self, stages=stages)
+
+
+# --- What a conversion needs -------------------------------------------------
+
+
+def published_entries(
+  train: config_lib.TrainConfig, stage: int, iteration: int
+) -> Iterator[base.EntryKey]:
+  """The entries that a stage publishes in an iteration."""
+  kinds = [(base.EntryKind.SCALARS, 1)]
+  if stage < train.stages - 1:
+    kinds.append((base.EntryKind.ACTIVATION, train.microbatches))
+    if train.evaluates(iteration):
+      kinds.append((base.EntryKind.EVALUATION, train.eval_microbatches))
+  if stage:
+    kinds.append((base.EntryKind.GRADIENT, train.microbatches))
+  for kind, number in kinds:
+    for m in range(number):
+      yield base.EntryKey(iteration, stage, REPLICA, kind, m)
+
+
+def needed_entries(
+  train: config_lib.TrainConfig, stage: int, iteration: int, *, scalars: bool
+) -> Iterator[base.EntryKey]:
+  """The entries that a stage needs to do an iteration again.
+
+  Args:
+    train: of the run.
+    stage: its number.
+    iteration: to do again, without an evaluation.
+    scalars: whether other stages' scalars are needed: no snapshot has them.
+  """
+  for other in range(train.stages):
+    wanted = set()
+    if other == stage - 1:
+      wanted.add(base.EntryKind.ACTIVATION)
+    if other == stage + 1:
+      wanted.add(base.EntryKind.GRADIENT)
+    if scalars and other != stage:
+      wanted.add(base.EntryKind.SCALARS)
+    for key in published_entries(train, other, iteration):
+      if key.kind in wanted:
+        yield key
+
+
+def whole_iterations(
+  train: config_lib.TrainConfig, one: StoredStage
+) -> list[tuple[int, int]]:
+  """Runs [first, last] of iterations of which a log has every entry."""
+  return runs_of(
+    [
+      iteration
+      for iteration in {key.iteration for key in one.entries}
+      if all(
+        key in one.entries
+        for key in published_entries(train, one.stage, iteration)
+      )
+    ]
+  )
+
+
+def runs_of(iterations: Collection[int]) -> list[tuple[int, int]]:
+  """Iterations as runs [first, last], ascending."""
+  runs: list[tuple[int, int]] = []
+  for iteration in sorted(iterations):
+    if runs and runs[-1][1] == iteration - 1:
+      runs[-1] = runs[-1][0], iteration
+    else:
+      runs.append((iteration, iteration))
+  return runs
+
+
+def format_runs(runs: Collection[Sequence[int]]) -> str:
+  """Runs for people: '3 to 5, 7'."""
+  return ', '.join(
+    f'{run[0]}' if run[0] == run[1] else f'{run[0]} to {run[1]}' for run in runs
+  )
+
+
+def choose(
+  candidates: Collection[Candidate],
+  iteration: int | None = None,
+  start: int | None = None,
+  excluded: Collection[int] = (),
+) -> tuple[Candidate, int]:
+  """Which start to take, and to which iteration to go from it.
+
+  Args:
+    candidates: the valid starts of a stage.
+    iteration: to reach; None for the newest that can be.
+    start: to take; None for the newest that leads there.
+    excluded: iterations of starts that turned out to be no good.
+
+  Raises:
+    UnreachableError: there is no such start; it says what there is.
+  """
+  usable = [
+    c for c in candidates if c.is_usable and c.start.iteration not in excluded
+  ]
+  if start is not None:
+    named = [c for c in usable if c.start.iteration == start]
+    if not named:
+      raise UnreachableError(
+        f'snapshot {start} is no start that leads to a whole state; '
+        f'{_describe(candidates)}'
+      )
+    usable = named
+  goal = iteration
+  if goal is None:
+    goal = max((c.reaches for c in usable), default=0)
+    if not goal and start is None:
+      raise UnreachableError(
+        'nothing is left but the initial state (--iteration=0); '
+        + _describe(candidates)
+      )
+  reaching = [c for c in usable if c.start.complete_at <= goal <= c.reaches]
+  if not reaching:
+    raise UnreachableError(
+      f'iteration {goal} cannot be reached; {_describe(candidates)}'
+    )
+  return max(reaching, key=lambda c: c.start.iteration), goal
+
+
+def _describe(candidates: Collection[Candidate]) -> str:
+  """What there is, for who asked for something else."""
+  texts = []
+  for one in candidates:
+    if one.is_usable:
+      runs = [(one.start.complete_at, one.reaches)]
+      texts.append(f'{one.start.iteration} leads to {format_runs(runs)}')
+  text = 'starts: ' + ('; '.join(texts) or 'none')
+  newest = max(candidates, key=lambda c: c.reaches, default=None)
+  if newest and newest.missing:
+    text += f'. Beyond {newest.reaches} the logs have no {newest.missing}'
+  return text

@@ -1,0 +1,132 @@
+"""The logs that a stopped run left, read by one of its stages offline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import jax
+import numpy as np
+
+from launch import stored
+from moetion_jax import base, entry, hostmem, store_index
+
+
+class EntryLostError(base.StoreError):
+  """An entry that is needed is missing or damaged.
+
+  Attributes:
+    key: its name.
+  """
+
+  def __init__(self, key: base.EntryKey, reason: str):
+    super().__init__(reason)
+    self.key = key
+
+
+class StoredLog:
+  """All stages' entries, for one stage (see `logs.Log`); nothing is written.
+
+  What the stage publishes again is held against what it published before.
+
+  Attributes:
+    compared: how many entries were.
+  """
+
+  waiting_for: base.EntryKey | None = None  # what is not there never comes
+  blocked_seconds = late_seconds = 0.0
+  blocked_for: base.EntryKey | None = None
+  published_count = 0
+
+  def __init__(
+    self,
+    worker: hostmem.WorkerId,
+    stages: Collection[stored.StoredStage],
+  ):
+    """Stores the arguments.
+
+    Args:
+      worker: who reads, and publishes again.
+      stages: all of the run; entries that they do not have are not read.
+    """
+    self.compared = 0
+    self._worker = worker
+    self._stages = {one.stage: one for one in stages}
+    self._indices: dict[str, store_index.StoreIndex] = {}
+
+  def start(self) -> None:
+    """Opens the stores."""
+    for one in self._stages.values():
+      name = str(one.folder)
+      if name not in self._indices:
+        self._indices[name] = store_index.StoreIndex(name)
+
+  def close(self) -> None:
+    """Forgets the stores; what was read stays valid."""
+    for index in self._indices.values():
+      index.close()
+    self._indices.clear()
+
+  def publish(self, key: base.EntryKey, array: jax.Array | np.ndarray) -> None:
+    """See `logs.Log`; an entry that is not there is let go of."""
+    if (key.stage, key.replica) != (self._worker.stage, self._worker.replica):
+      raise ValueError(f'{self._worker} does not publish: {key}')
+    known = self._stages[key.stage].entries.get(key)
+    if known is None:
+      return
+    new = np.asarray(array)
+    found = entry.checksum(new)
+    if (known.dtype, known.shape, known.checksum) != (
+      new.dtype,
+      new.shape,
+      found,
+    ):
+      raise base.EntryMismatchError(
+        f'{key}: comes out with other contents: was {known.dtype}'
+        f'{list(known.shape)} checksum {known.checksum:016x}, now {new.dtype}'
+        f'{list(new.shape)} checksum {found:016x}'
+      )
+    self.compared += 1
+
+  def read(
+    self,
+    key: base.EntryKey,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    verify: bool = False,
+    timeout_seconds: float | None = None,
+  ) -> jax.Array:
+    """See `logs.Log`; always verified, and never waits.
+
+    Raises:
+      EntryLostError: it is missing or damaged.
+    """
+    del verify, timeout_seconds
+    one = self._stages[key.stage]
+    taken = None
+    try:
+      if key in one.entries:
+        taken = self._indices[str(one.folder)].take(key)
+      if taken is not None:
+        entry.verify(*taken)
+    except base.StoreError as error:
+      raise EntryLostError(key, f'{one.segment_path}: {error}') from error
+    if taken is None:
+      raise EntryLostError(key, f'{one.segment_path}: there is no {key}')
+    return jax.device_put(taken[1], sharding)
+
+  def prefetch(
+    self,
+    key: base.EntryKey,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    verify: bool = False,
+  ) -> None:
+    """Nothing to do: everything is there, or nothing is."""
+
+  def retain(self, first_iteration: int) -> None:
+    """Nothing to do: the run that goes on decides."""
+
+  def flush(
+    self, timeout_seconds: float | None = None, count: int | None = None
+  ) -> None:
+    """Nothing to do: nothing is written."""

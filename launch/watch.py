@@ -1,0 +1,74 @@
+"""Who hangs, who is stopped, and whether everybody waits: pure decisions.
+
+A worker that waits is never to blame: its neighbour is, or the network
+(DESIGN section 6).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+# A worker speaks four times a second. One that is silent for so long is
+# stopped, or so starved that nobody is served by waiting.
+_SILENCE_SECONDS = 10.0
+_STOPPED_SILENCE_SECONDS = 0.6  # if the kernel says that it is stopped
+_DEADLOCK_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+  """What is known of one worker.
+
+  Attributes:
+    stage: that it trains.
+    state: 'compiling', 'running', 'waiting', 'done' or another one.
+    detail: the program, or the entry.
+    state_seconds: for how long it has been doing just that.
+    silent_seconds: for how long it has said nothing.
+    is_stopped: whether the kernel says so.
+  """
+
+  stage: int
+  state: str
+  detail: str
+  state_seconds: float
+  silent_seconds: float
+  is_stopped: bool = False
+
+
+def hanging(one: Seen, hang_timeout_seconds: float) -> str:
+  """Why a worker must be replaced; '' if it need not."""
+  if one.is_stopped and one.silent_seconds > _STOPPED_SILENCE_SECONDS:
+    return f'was stopped (SIGSTOP) while {one.state} {one.detail}'.rstrip()
+  if one.silent_seconds > max(_SILENCE_SECONDS, 0):
+    return f'said nothing for {one.silent_seconds:.0f} s'
+  if one.state == 'running' and one.state_seconds > hang_timeout_seconds:
+    return (
+      f'hung: it has been running {one.detail} for {one.state_seconds:.0f} s '
+      f'(--hang_timeout={hang_timeout_seconds:g})'
+    )
+  return ''
+
+
+def deadlock(everyone: Sequence[Seen]) -> str:
+  """Who waits for what, if all have been waiting too long; '' otherwise."""
+  if not everyone or any(
+    one.state != 'waiting' or one.state_seconds < _DEADLOCK_SECONDS
+    for one in everyone
+  ):
+    return ''
+  return 'every stage waits: ' + '; '.join(
+    f'stage {one.stage} for {one.detail}' for one in everyone
+  )
+
+
+def is_stopped(pid: int) -> bool:
+  """Whether the kernel has a process of this host stopped."""
+  try:
+    with open(f'/proc/{pid}/stat', 'rb') as file:
+      stat = file.read()
+  except OSError:
+    return False
+  # The name, in parentheses, may hold anything.
+  return stat.rpartition(b')')[2].split()[:1] == [b'T']

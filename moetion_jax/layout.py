@@ -1,0 +1,102 @@
+"""What the leaves of a training state are, for whoever captures or folds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from moetion_jax import base, operators, stage as stage_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """What the leaves of a training state are.
+
+  Attributes:
+    partition: of the state.
+    compute: of each leaf that holds masters, by path, the name of its compute
+      weight.
+    compute_dtypes: by name of the compute weight.
+    shared: paths of leaves that belong to no operator (step counts, random
+      keys): they are part of every snapshot.
+    mesh: over whose axis 'expert' the stacked leaves are spread; None for a
+      state on one device.
+  """
+
+  partition: operators.Partition
+  compute: Mapping[str, str]
+  compute_dtypes: Mapping[str, np.dtype]
+  shared: frozenset[str] = frozenset()
+  mesh: jax.sharding.Mesh | None = None
+
+  @property
+  def expert_devices(self) -> int:
+    """Over how many devices the operators of a stacked group are spread."""
+    return self.mesh.shape['expert'] if self.mesh is not None else 1
+
+  @property
+  def operators(self) -> tuple[base.OperatorId, ...]:
+    """Those that are captured slot by slot; shared leaves are in none."""
+    shared = {x.group.name for x in self.leaves if x.path in self.shared}
+    return tuple(o for o in self.partition.operators if o.group not in shared)
+
+  @property
+  def leaves(self) -> tuple[operators.Leaf, ...]:
+    """In the order in which the state flattens."""
+    return self.partition.leaves
+
+  def leaves_of(self, group: str) -> list[tuple[int, operators.Leaf]]:
+    """The leaves of a group, with their places in the flattened state."""
+    return [(i, x) for i, x in enumerate(self.leaves) if x.group.name == group]
+
+  def state_bytes(self) -> dict[base.OperatorId, int]:
+    """Training state of each operator."""
+    sizes = self.partition.operator_bytes
+    return {o: sizes[o] for o in self.operators}
+
+  def compute_bytes(self) -> dict[base.OperatorId, int]:
+    """Compute weights of each operator."""
+    total = dict.fromkeys(self.operators, 0)
+    for leaf in self.leaves:
+      if name := self.compute.get(leaf.path):
+        scaled = leaf.operator_bytes // leaf.dtype.itemsize
+        for operator in self.partition.operators_of(leaf.group.name):
+          total[operator] += scaled * self.compute_dtypes[name].itemsize
+    return total
+
+  def experts_in(
+    self, leaf: operators.Leaf, picked: frozenset[base.OperatorId]
+  ) -> list[int]:
+    """Indices of the leaf's operators that are picked, ascending."""
+    return [
+      o.expert
+      for o in self.partition.operators_of(leaf.group.name)
+      if o in picked
+    ]
+
+
+def of_stage(stage: stage_lib.Stage, *, has_devices: bool = True) -> Layout:
+  """The layout of a stage's training state.
+
+  Args:
+    stage: whose.
+    has_devices: False for one without: its layout says sizes, no more.
+  """
+  prefix = 'master/'
+  compute = {
+    f'{group}/{leaf}': leaf.removeprefix(prefix)
+    for group, leaves in stage.state_shapes.items()
+    for leaf in leaves
+    if leaf.startswith(prefix)
+  }
+  return Layout(
+    partition=stage.partition,
+    compute=compute,
+    compute_dtypes={
+      n: np.dtype(stage.model.compute_dtypes[n]) for n in compute.values()
+    },
+    mesh=stage.mesh if has_devices else None,
+  )

@@ -1,0 +1,215 @@
+"""Tracing, lowering and compiling a stage's programs, one step at a time.
+
+Only the last step needs devices. A warm standby has no backend (it would take
+accelerator memory from the workers) and does the first two: what is left when
+it is promoted is a read of the persistent compilation cache. Every worker goes
+through the same steps, so cache key and executable are the same either way.
+
+Programs are mapped over an abstract mesh; `compile` says which devices it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+from jax._src import xla_bridge  # no public name says it
+
+from moetion_jax import mesh as mesh_lib
+
+Tree: TypeAlias = Any
+OnProgram: TypeAlias = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramShape:
+  """The sizes that a stage's programs are compiled for.
+
+  Attributes:
+    microbatch_size: sequences B of one microbatch of one replica.
+    sequence_length: tokens T.
+    microbatches: M per replica and iteration.
+    replicas: size of the mesh axis 'data'.
+  """
+
+  microbatch_size: int
+  sequence_length: int
+  microbatches: int
+  replicas: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled programs of one stage (DESIGN section 4).
+
+  In the order of their first use, which is the order they are compiled in.
+
+  Attributes:
+    place: state -> state; a copy in buffers of its own.
+    compute_of: state -> compute; the same casts as in `update`.
+    zeros: () -> acc.
+    forward: (compute, inputs, position) -> (y, residuals, counts).
+    backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
+      acc. dy is () in the last stage, dx is () in the first.
+    reduce: (acc, counts of all M) -> (gradients, scalars); fp32, over the mesh.
+    update: (state, gradients, clip_factor, slot) -> (state, compute,
+      selection); donates state. `slot` and `selection` are bool masks by group.
+    digest: state -> u32[operators, 2] by group.
+    evaluate: (compute, inputs) -> y, or the mean loss f32[] in the last stage.
+  """
+
+  place: Callable[..., Any]
+  compute_of: Callable[..., Any]
+  zeros: Callable[..., Any]
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  reduce: Callable[..., Any]
+  update: Callable[..., Any]
+  digest: Callable[..., Any]
+  evaluate: Callable[..., Any]
+
+
+ORDER = tuple(f.name for f in dataclasses.fields(Programs))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoweringClient:
+  """As much of a backend's client as lowering asks for."""
+
+  platform: str
+  runtime_type: str = ''
+
+
+# `jax.default_device` lets types pass that have 'Device' in their name.
+@dataclasses.dataclass(frozen=True)
+class _LoweringDevice:
+  """Stands in for the default device, of which lowering wants the platform."""
+
+  client: _LoweringClient
+
+  @property
+  def platform(self) -> str:
+    return self.client.platform
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredPrograms:
+  """Programs as StableHLO for one platform; see `TracedPrograms.lower`."""
+
+  lowered: Mapping[str, jax.stages.Lowered]
+
+  def compile(
+    self, mesh: jax.sharding.Mesh, on_program: OnProgram = lambda _: None
+  ) -> Programs:
+    """As `compile_each`, all the programs of a stage."""
+    return Programs(**self.compile_each(mesh, on_program))
+
+  def compile_each(
+    self, mesh: jax.sharding.Mesh, on_program: OnProgram = lambda _: None
+  ) -> dict[str, Callable[..., Any]]:
+    """Compiles for `mesh`, or loads from the persistent compilation cache.
+
+    Args:
+      mesh: of the abstract mesh's shape, its devices of the platform that the
+        programs were lowered for.
+      on_program: called with each program's name before it is compiled.
+    """
+    devices = tuple(mesh.devices.flat)
+    compiled = {}
+    for name, lowered in self.lowered.items():
+      on_program(name)
+      # Lowered without a backend: it compiles with the one there is now.
+      lowered._lowering.compile_args['backend'] = devices[0].client
+      compiled[name] = lowered.compile(device_assignment=devices)
+    return compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedPrograms:
+  """Programs as jaxprs over an abstract mesh; made without any backend."""
+
+  traced: Mapping[str, jax.stages.Traced]
+
+  def lower(
+    self, platform: str, on_program: OnProgram = lambda _: None
+  ) -> LoweredPrograms:
+    """Lowers for a platform ('cpu', 'cuda', ...); needs no backend.
+
+    JAX lowers for an abstract mesh and a named platform, but asks the default
+    device for its client on the way, which would create the backend.
+
+    Args:
+      platform: as of `platform_of`.
+      on_program: called with each program's name before it is lowered.
+    """
+    device: Any = _LoweringDevice(_LoweringClient(platform))
+    lowered = {}
+    with jax.default_device(device), warnings.catch_warnings():
+      # Residuals are donated so that they are freed early, though few of them
+      # have an output of their shape: JAX warns of that.
+      warnings.filterwarnings('ignore', 'Some donated buffers')
+      for name, traced in self.traced.items():
+        on_program(name)
+        lowered[name] = traced.lower(lowering_platforms=(platform,))
+    return LoweredPrograms(lowered)
+
+  def compile(
+    self, mesh: jax.sharding.Mesh, on_program: OnProgram = lambda _: None
+  ) -> Programs:
+    """Lowers for the mesh's platform and compiles; see `LoweredPrograms`."""
+    return self.lower(platform_of(mesh), on_program).compile(mesh, on_program)
+
+
+def has_backend() -> bool:
+  """Whether this process has created a backend; creates none."""
+  return xla_bridge.backends_are_initialized()
+
+
+def platform_of(mesh: jax.sharding.Mesh) -> str:
+  """The platform that programs of `mesh` are lowered for."""
+  client = mesh.devices.flat[0].client
+  # As JAX does: a client of platform 'gpu' has 'cuda' or 'rocm' there.
+  return getattr(client, '_raw_platform', client.platform)
+
+
+def trace(
+  mesh: jax.sharding.AbstractMesh,
+  function: Callable[..., Any],
+  in_specs: tuple[Tree, ...],
+  out_specs: Tree,
+  shapes: tuple[Tree, ...],
+  donate: tuple[int, ...] = (),
+) -> tuple[jax.stages.Traced, Tree]:
+  """Traces a function of one device's share over the mesh.
+
+  Args:
+    mesh: over whose axes the function may communicate.
+    function: on one device's share of each argument.
+    in_specs: mesh axes of the arguments.
+    out_specs: mesh axes of what it returns.
+    shapes: ShapeDtypeStructs of the arguments, over the whole mesh.
+    donate: positions of arguments whose buffers are given away.
+
+  Returns:
+    (traced, ShapeDtypeStructs of what it returns).
+  """
+  mapped = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
+  traced = jax.jit(
+    mapped,
+    in_shardings=mesh_lib.shardings(mesh, in_specs),
+    out_shardings=mesh_lib.shardings(mesh, out_specs),
+    donate_argnums=donate,
+  ).trace(*shapes)
+  results = jax.tree.map(
+    lambda r: jax.ShapeDtypeStruct(r.shape, r.dtype), traced.out_info
+  )
+  return traced, results

@@ -1,0 +1,59 @@
+"""What `forward` hands to `backward`: a vjp function's leaves, each once.
+
+A `jax.vjp` function is a pytree. Compute weights among its leaves are left out
+(`backward` has them as an argument; returned, they would be copied for every
+microbatch in flight) and found again by identity of tracers, also under scan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+  """Where one leaf of the vjp function comes from."""
+
+  weight: str | None  # a compute weight, by name
+  index: int = 0  # else a residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a vjp function is put together again."""
+
+  structure: Any
+  leaves: tuple[_Leaf, ...]
+
+  def join(
+    self, compute: Mapping[str, jax.Array], residuals: Sequence[jax.Array]
+  ) -> Callable[..., Any]:
+    """The vjp function of these weights and residuals."""
+    leaves = [
+      compute[leaf.weight] if leaf.weight is not None else residuals[leaf.index]
+      for leaf in self.leaves
+    ]
+    return jax.tree.unflatten(self.structure, leaves)
+
+
+def split(
+  vjp: Callable[..., Any], compute: Mapping[str, jax.Array]
+) -> tuple[tuple[jax.Array, ...], Recipe]:
+  """The residuals of a vjp function, and the recipe of its inverse."""
+  leaves, structure = jax.tree.flatten(vjp)
+  weights = {id(w): n for n, w in compute.items()}
+  places: dict[int, int] = {}
+  kept, residuals = [], []
+  for leaf in leaves:
+    if id(leaf) in weights:
+      kept.append(_Leaf(weights[id(leaf)]))
+      continue
+    if id(leaf) not in places:
+      places[id(leaf)] = len(residuals)
+      residuals.append(leaf)
+    kept.append(_Leaf(None, places[id(leaf)]))
+  return tuple(residuals), Recipe(structure, tuple(kept))

@@ -1,0 +1,307 @@
+"""Takes the snapshots of a worker, one an iteration, in a thread of its own.
+
+The training thread dispatches the copies on the device and goes on; the
+snapshot thread waits for them and stores them. At most one snapshot is on its
+way, so no capture is ever skipped: when the last one is late, training waits,
+visibly (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moetion_jax import (
+  base,
+  capture,
+  logs,
+  slots,
+  snapshot as snapshot_lib,
+  snapshot_file,
+  snapshot_store,
+)
+
+_FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taken:
+  """What taking a snapshot meant for the training thread.
+
+  Attributes:
+    snapshot_bytes: of its operators; 0 when the iteration has none.
+    blocked_seconds: spent waiting for the last copy.
+  """
+
+  snapshot_bytes: int = 0
+  blocked_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+  """A snapshot on its way."""
+
+  iteration: int
+  captured: snapshot_lib.Captured
+  extras: Mapping[str, Sequence[jax.Array | np.ndarray]]
+  fields: Mapping[str, Any]
+  replace: bool
+  published_count: int
+
+
+class Snapshotter:
+  """`start`, then `take` after every update in the training thread, `close`.
+
+  Attributes:
+    newest: iteration of the newest snapshot that counts; -1 for none.
+    copied_bytes: of all snapshots so far.
+    copy_seconds: that storing them took, from the moment when their contents
+      were there.
+  """
+
+  def __init__(
+    self,
+    programs: capture.CapturePrograms,
+    store: snapshot_store.SnapshotStore,
+    decision: slots.Decision,
+    fields: Mapping[str, Any],
+    log: logs.Log | None = None,
+    on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
+    full_seconds: float = 60.0,
+    on_block: Callable[[str], None] = lambda reason: None,
+  ):
+    """Stores the arguments.
+
+    Args:
+      programs: compiled.
+      store: not started; it is used by this object alone.
+      decision: what is captured when.
+      fields: metadata of every snapshot.
+      log: a snapshot counts only when everything that was published before it
+        was taken can be read, since it will never be published again.
+      on_stored: called with the metadata of each snapshot once it counts, in
+        the snapshot thread.
+      full_seconds: how long to wait for host memory when there is none.
+      on_block: called with the reason when a wait for room begins, with ''
+        when it ends; in the snapshot thread.
+    """
+    self.newest = -1
+    self.copied_bytes = 0
+    self.copy_seconds = 0.0
+    self._programs = programs
+    self._store = store
+    self._fields = dict(fields)
+    self._log = log
+    self._on_stored = on_stored
+    self._full_seconds = full_seconds
+    self._on_block = on_block
+    self._decisions = [decision]
+    self._changed = threading.Condition()  # guards what follows
+    self._job: _Job | None = None
+    self._first_iteration = 0
+    self._closing = False
+    self._error: BaseException | None = None
+    self._known: set[int] = set()
+    self._broken: set[int] = set()
+    self._thread: threading.Thread | None = None
+
+  def start(self) -> None:
+    """Opens the store and starts the thread; raises StoreError."""
+    self._store.start()
+    self._known = set(self._store.iterations())
+    self.newest = max(self._known, default=-1)
+    self._thread = threading.Thread(
+      target=self._run, name='snapshots', daemon=True
+    )
+    self._thread.start()
+
+  @property
+  def bandwidth(self) -> float:
+    """Bytes per second at which snapshots were stored; 0: none was."""
+    return self.copied_bytes / self.copy_seconds if self.copy_seconds else 0.0
+
+  def close(self) -> None:
+    """Waits for the copy on its way, then ends the thread. Idempotent."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify_all()
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+      self._store.close()
+
+  def decide(self, decision: slots.Decision) -> None:
+    """From `decision.first_iteration` on, that is captured. Any thread."""
+    with self._changed:
+      self._decisions = [
+        d
+        for d in self._decisions
+        if d.first_iteration < decision.first_iteration
+      ] + [decision]
+
+  def retain(self, first_iteration: int) -> None:
+    """Lets go of snapshots of earlier iterations. Any thread."""
+    with self._changed:
+      self._first_iteration = max(self._first_iteration, first_iteration)
+      self._changed.notify_all()
+
+  def distrust(self, iteration: int) -> None:
+    """Has a damaged snapshot taken again when its iteration comes."""
+    with self._changed:
+      self._broken.add(iteration)
+
+  def slot(self, iteration: int) -> frozenset[base.OperatorId]:
+    """The operators whose training state iteration's snapshot holds."""
+    with self._changed:
+      decision = slots.active(self._decisions, iteration)
+    captured = decision.captured(iteration) if decision else None
+    return captured[0] if captured else frozenset()
+
+  def take(
+    self,
+    iteration: int,
+    state: Any,
+    compute: Mapping[str, jax.Array],
+    extras: Mapping[str, Sequence[jax.Array | np.ndarray]],
+    **fields: Any,
+  ) -> Taken:
+    """Takes the snapshot of the state after `iteration`, if it has one.
+
+    Args:
+      iteration: its number.
+      state: may be donated when this returned.
+      compute: may not be donated by anybody.
+      extras: further arrays by name, in parts along their first dim; not
+        donated either.
+      **fields: metadata of this snapshot.
+
+    Raises:
+      StoreError, EntryMismatchError: an earlier snapshot could not be stored.
+    """
+    with self._changed:
+      self._check()
+      decision = slots.active(self._decisions, iteration)
+      captured = decision.captured(iteration) if decision else None
+      if captured is None:
+        return Taken()
+      is_broken = iteration in self._broken
+      if iteration in self._known and not is_broken:
+        return Taken()  # a replay came by
+      begin = time.monotonic()
+      self._changed.wait_for(lambda: not self._job or self._error)
+      blocked_seconds = time.monotonic() - begin
+      self._check()
+    on_device = self._programs.capture(state, compute, *captured)
+    job = _Job(
+      iteration=iteration,
+      captured=on_device,
+      extras=extras,
+      fields=fields,
+      replace=is_broken,
+      published_count=self._log.published_count if self._log else 0,
+    )
+    with self._changed:
+      self._broken.discard(iteration)
+      self._job = job
+      self._changed.notify_all()
+    return Taken(
+      snapshot_bytes=snapshot_lib.snapshot_bytes(
+        self._programs.layout, *captured
+      ),
+      blocked_seconds=blocked_seconds,
+    )
+
+  def flush(self) -> None:
+    """Waits until every snapshot that was taken counts."""
+    with self._changed:
+      self._changed.wait_for(lambda: not self._job or self._error)
+      self._check()
+
+  def _check(self) -> None:
+    if self._error is not None:
+      raise self._error
+
+  def _run(self) -> None:
+    """The snapshot thread."""
+    try:
+      while True:
+        with self._changed:
+          self._changed.wait_for(lambda: self._job or self._closing)
+          job, first_iteration = self._job, self._first_iteration
+        if job is None:
+          return
+        self._store.retain(first_iteration)
+        self._save(job)
+        with self._changed:
+          self._known = {i for i in self._known if i >= first_iteration}
+          self._known.add(job.iteration)
+          self.newest = max(self.newest, job.iteration)
+          self._job = None
+          self._changed.notify_all()
+        del job
+    except BaseException as error:  # raised by the next call
+      with self._changed:
+        self._error = error
+        self._changed.notify_all()
+
+  def _save(self, job: _Job) -> None:
+    job.captured.copy_to_host_async()
+    buffers = snapshot_lib.to_buffers(
+      self._programs.layout, job.captured, job.extras
+    )
+    if self._log:
+      self._log.flush(count=job.published_count)
+    metadata = snapshot_lib.metadata_of(
+      job.captured, iteration=job.iteration, **self._fields, **job.fields
+    )
+    begin = time.monotonic()
+    self.copied_bytes += self._store_one(job, metadata, buffers)
+    self.copy_seconds += time.monotonic() - begin
+    self._on_stored(metadata)
+
+  def _store_one(
+    self,
+    job: _Job,
+    metadata: dict[str, Any],
+    buffers: Sequence[snapshot_file.Buffer],
+  ) -> int:
+    """Stores a snapshot; waits, as training then does, while all are kept.
+
+    Raises:
+      NoRoomError: there is no host memory for a manifest, and none came.
+    """
+    full_at: float | None = None
+    try:
+      while True:
+        try:
+          return self._store.save(
+            job.iteration, metadata, buffers, replace=job.replace
+          )
+        except (snapshot_store.SnapshotFullError, OSError) as error:
+          if isinstance(error, OSError):
+            if error.errno != errno.ENOSPC:
+              raise
+            if full_at is None:
+              full_at = time.monotonic()
+              self._on_block(f'no room for snapshot {job.iteration}')
+            if time.monotonic() > full_at + self._full_seconds:
+              raise base.NoRoomError(
+                f'snapshot {job.iteration}: no room for '
+                f'{self._full_seconds:g} s: {error.strerror}; free host '
+                'memory, or name a larger tmpfs with --hostmem_dir'
+              ) from error
+          with self._changed:
+            if self._closing:
+              raise
+            self._changed.wait(_FULL_POLL_SECONDS)
+            self._store.retain(self._first_iteration)
+    finally:
+      if full_at is not None:
+        self._on_block('')

@@ -1,0 +1,66 @@
+"""What all stages decide alike from all stages' scalars, as a pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+# Layout of a SCALARS entry, f32.
+SCALARS = ('squared_norm', 'loss', 'auxiliary_loss', 'dropped')
+_PLACE = {name: place for place, name in enumerate(SCALARS)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+  """What all stages decide alike from all stages' scalars.
+
+  Attributes:
+    loss: f32.
+    auxiliary_loss: f32.
+    grad_norm: f32.
+    dropped: of all stages.
+    clip_factor: by which every gradient is multiplied.
+    bad_stage: first stage whose loss or gradients are not finite, or None.
+    partials: the scalars it was made of, f32[stages, 4].
+  """
+
+  loss: np.float32
+  auxiliary_loss: np.float32
+  grad_norm: np.float32
+  dropped: int
+  clip_factor: np.float32
+  bad_stage: int | None
+  partials: np.ndarray
+
+
+def judge(partials: Sequence[np.ndarray], clip_norm: float) -> Verdict:
+  """Sums the stages' SCALARS in stage order, in fp32.
+
+  Args:
+    partials: one SCALARS entry a stage.
+    clip_norm: 0 for no clipping.
+  """
+  total = np.zeros(len(SCALARS), np.float32)
+  bad_stage = None
+  for stage, partial in enumerate(partials):
+    with np.errstate(over='ignore', invalid='ignore'):  # judged below
+      total += partial
+    if bad_stage is None and not np.all(np.isfinite(partial)):
+      bad_stage = stage
+  norm = np.sqrt(total[_PLACE['squared_norm']])
+  factor = np.float32(1)
+  if clip_norm and norm > clip_norm:
+    factor = np.float32(clip_norm) / norm
+  if bad_stage is None and not np.isfinite(norm):
+    bad_stage = len(partials) - 1
+  return Verdict(
+    loss=total[_PLACE['loss']],
+    auxiliary_loss=total[_PLACE['auxiliary_loss']],
+    grad_norm=norm,
+    dropped=int(total[_PLACE['dropped']]),
+    clip_factor=factor,
+    bad_stage=bad_stage,
+    partials=np.stack(partials),
+  )

@@ -1,0 +1,398 @@
+"""Capture and fold on the device: buffers of their own, and the right bits."""
+
+import contextlib
+import functools
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from launch import local
+from moetion_jax import (
+  base,
+  capture,
+  layout,
+  slots,
+  snapshot,
+  snapshot_file,
+  snapshot_store,
+  snapshotter,
+)
+from tests import captures, helpers
+
+pytestmark = pytest.mark.fast
+
+_COMPILED = '/jax/core/compile/backend_compile_duration'
+
+
+@functools.cache
+def _programs(devices=1):
+  programs = capture.CapturePrograms(captures.make_layout(devices))
+  programs.compile()
+  return programs
+
+
+def _capture(programs, host, slot, others, placed=None):
+  state = placed or captures.place(programs.layout, host)
+  compute = captures.compute_of(programs.layout, state)
+  return state, programs.capture(state, compute, slot, others)
+
+
+def _stored(programs, captured, **fields):
+  """A snapshot as it comes back from a file."""
+  of = programs.layout
+  buffers = snapshot.to_buffers(of, captured, {})
+  arrays = {
+    b.name: np.concatenate([np.ravel(p) for p in b.pieces]).reshape(b.shape)
+    for b in buffers
+  }
+  metadata = snapshot.metadata_of(captured, **fields)
+  return snapshot.from_arrays(of, metadata, arrays)
+
+
+def _rows_of(of, host, operator):
+  return of.partition.split(host)[operator]
+
+
+_SLOTS = [
+  captures.pick('router'),
+  captures.pick('a/experts:3'),
+  captures.pick('a/experts:0', 'a/experts:1', 'b/experts:7', 'head'),
+  captures.pick(*(f'a/experts:{i}' for i in range(8)), 'c/experts:5'),
+  captures.pick(
+    *(f'{g}/experts:{i}' for g in 'abc' for i in range(8)), 'head', 'router'
+  ),
+  frozenset(),
+]
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('slot', _SLOTS, ids=len)
+def test_what_is_captured(devices, slot):
+  programs, host = _programs(devices), captures.make_state(1)
+  of = programs.layout
+  others = frozenset(of.operators) - slot
+  _, captured = _capture(programs, host, slot, others)
+  found = _stored(programs, captured)
+  assert found.state.keys() == slot
+  assert found.compute.keys() == others
+  for operator in slot:
+    chex.assert_trees_all_equal(
+      dict(found.state[operator]), _rows_of(of, host, operator)
+    )
+  for operator in others:
+    expected = {
+      path: row.astype(of.compute_dtypes[path])
+      for path, row in _rows_of(of, host, operator).items()
+      if path in of.compute
+    }
+    chex.assert_trees_all_equal(dict(found.compute[operator]), expected)
+  chex.assert_trees_all_equal(
+    dict(found.shared), {name: host[name] for name in captures.SHARED}
+  )
+
+
+def test_a_snapshot_has_just_the_operators_that_it_was_asked_for():
+  programs = _programs()
+  some = captures.pick('a/experts:2', 'a/experts:3', 'a/experts:7', 'head')
+  _, captured = _capture(
+    programs, captures.make_state(), captures.pick('router'), some
+  )
+  assert _stored(programs, captured).compute.keys() == some
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_captured_buffers_outlive_a_donated_state(devices):
+  programs, host = _programs(devices), captures.make_state(2)
+  slot = _SLOTS[4]
+  state, captured = _capture(programs, host, slot, frozenset())
+  outputs = [rows.outputs for rows in captured.rows], captured.shared
+  before = captures.pointers(state)
+  assert not captures.pointers(outputs) & before
+  step = jax.jit(
+    lambda s: jax.tree.map(lambda x: x * 2 + 1, s), donate_argnums=0
+  )
+  new = state
+  for _ in range(3):
+    new = step(new)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state))
+  assert captures.pointers(new) == before  # nothing kept it from its place
+  found = _stored(programs, captured)
+  for operator in slot:
+    chex.assert_trees_all_equal(
+      dict(found.state[operator]), _rows_of(programs.layout, host, operator)
+    )
+
+
+def test_compute_weights_are_held_by_reference():
+  programs, host = _programs(), captures.make_state()
+  state = captures.place(programs.layout, host)
+  compute = captures.compute_of(programs.layout, state)
+  captured = programs.capture(state, compute, _SLOTS[1], frozenset())
+  assert captured.compute is compute
+
+
+@contextlib.contextmanager
+def _compilations():
+  """Yields a list that grows by one for each."""
+  compiled: list[str] = []
+
+  def listen(event, duration_secs, **kwargs):
+    del duration_secs, kwargs
+    if event == _COMPILED:
+      compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield compiled
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_one_compilation_for_groups_of_equal_shapes(devices):
+  named = []
+  programs = capture.CapturePrograms(captures.make_layout(devices))
+  state = captures.place(programs.layout, captures.make_state())
+  compute = captures.compute_of(programs.layout, state)
+  with _compilations() as compiled:
+    programs.compile(named.append)
+    for slot in _SLOTS:
+      programs.capture(state, compute, slot, frozenset())
+    # Of the three stacked groups two are alike; shared leaves have one to be
+    # copied by.
+    classes = {'a/experts', 'c/experts', 'head', 'router'}
+    if devices == 1:  # when they are first used, in this process
+      assert len(compiled) <= len(classes) + 1
+    else:
+      capturing = {n for n in named if n.startswith('capture ')}
+      assert capturing == {f'capture {c}' for c in classes | {'shared'}}
+      assert len(compiled) == len(set(named)) + 1
+    compiled.clear()
+    for slot in reversed(_SLOTS):
+      rest = frozenset(programs.layout.operators) - slot
+      programs.capture(state, compute, rest, frozenset())
+    assert not compiled  # which operators it is, is a value
+
+
+def test_one_call_captures_one_operator_of_every_device():
+  programs = _programs(4)
+  slot = captures.pick('a/experts:0', 'a/experts:3', 'a/experts:7')
+  _, captured = _capture(programs, captures.make_state(), slot, frozenset())
+  (rows,) = captured.rows
+  assert {d: o.expert for d, o in rows.picked.items()} == {0: 0, 1: 3, 3: 7}
+  slot |= captures.pick('a/experts:1', 'a/experts:6')
+  _, captured = _capture(programs, captures.make_state(), slot, frozenset())
+  calls = [
+    {d: o.expert for d, o in rows.picked.items()} for rows in captured.rows
+  ]
+  assert calls == [{0: 0, 1: 3, 3: 6}, {0: 1, 3: 7}]
+  for rows in captured.rows:  # each device has its row
+    for output in rows.outputs:
+      assert len({s.device for s in output.addressable_shards}) == 4
+      assert not output.is_fully_replicated
+
+
+# ---- fold --------------------------------------------------------------------
+
+
+def _expected_fold(of, old, snap_of, slot, active):
+  """The definition, operator by operator."""
+  old_rows = old and of.partition.split(old)
+  new_rows = of.partition.split(snap_of)
+  out = {}
+  for operator, rows in new_rows.items():
+    if operator not in of.operators:  # shared leaves
+      out[operator] = old_rows[operator] if active else rows
+    elif operator in active:
+      out[operator] = old_rows[operator]
+    elif operator in slot:
+      out[operator] = rows
+    else:
+      out[operator] = {
+        path: row.astype(of.compute_dtypes[path]).astype(row.dtype)
+        if path in of.compute
+        else np.zeros_like(row)
+        for path, row in rows.items()
+      }
+  return of.partition.merge(out)
+
+
+_ALL = sorted(captures.make_layout().operators)
+
+
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(
+  st.sampled_from([1, 4]),
+  st.lists(st.sets(st.sampled_from(_ALL)), min_size=1, max_size=4),
+)
+def test_folds_are_their_definition(devices, windows):
+  programs = _programs(devices)
+  of = programs.layout
+  state, expected, active = None, None, frozenset()
+  for number, slot in enumerate(map(frozenset, windows)):
+    host = captures.make_state(number)
+    others = frozenset(of.operators) - slot - active  # more is not needed
+    _, captured = _capture(programs, host, slot, others)
+    found = _stored(programs, captured)
+    state = programs.fold(state, found, active)
+    expected = _expected_fold(of, expected, host, slot, active)
+    active |= slot
+    chex.assert_trees_all_equal(jax.tree.map(np.array, state), expected)
+    for leaf, value in zip(of.leaves, jax.tree.leaves(state), strict=True):
+      if of.mesh is not None:
+        assert value.is_fully_replicated != leaf.group.stacked
+
+
+def test_a_fold_owns_its_memory(tmp_path):
+  """The file that a snapshot was read from may change right after."""
+  programs, host = _programs(), captures.make_state(3)
+  of = programs.layout
+  everything = frozenset(of.operators)
+  _, captured = _capture(programs, host, everything, frozenset())
+  snapshot_file.write(
+    tmp_path,
+    snapshot.to_buffers(of, captured, {}),
+    snapshot.metadata_of(captured),
+  )
+  stored = snapshot_file.open_snapshot(tmp_path)
+  found = snapshot.from_arrays(of, stored.metadata, stored.arrays)
+  first = programs.fold(None, found, frozenset())
+  second = programs.fold(
+    captures.place(of, captures.make_state(4)), found, frozenset()
+  )
+  jax.block_until_ready((first, second))
+  data = tmp_path / snapshot_file.DATA_NAME
+  with open(data, 'r+b') as file:
+    file.write(b'\xff' * data.stat().st_size)
+  chex.assert_trees_all_equal(jax.tree.map(np.array, first), host)
+  chex.assert_trees_all_equal(jax.tree.map(np.array, second), host)
+
+
+def test_an_operator_that_is_nowhere_is_named():
+  programs = _programs()
+  of = programs.layout
+  others = frozenset(of.operators) - captures.pick('b/experts:4', 'head')
+  _, captured = _capture(programs, captures.make_state(), frozenset(), others)
+  found = _stored(programs, captured, iteration=12)
+  with pytest.raises(base.StoreError, match='snapshot 12 has nothing of b/exp'):
+    programs.fold(None, found, captures.pick('head'))
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (lambda a: None, 'is missing'),
+    (lambda a: a[..., :-1], r'is float32\(3,\), not float32\(3, 4\)'),
+    (lambda a: a.astype(ml_dtypes.bfloat16), 'is bfloat16'),
+  ],
+)
+def test_a_snapshot_of_another_model_is_refused(change, words):
+  programs = _programs()
+  of = programs.layout
+  slot = captures.pick('a/experts:1')
+  _, captured = _capture(programs, captures.make_state(), slot, frozenset())
+  arrays = {
+    b.name: np.reshape(b.pieces[0], b.shape)
+    for b in snapshot.to_buffers(of, captured, {})
+  }
+  name = 'state|a/experts|1|params/a/experts/w'
+  changed = change(arrays[name])
+  if changed is None:
+    del arrays[name]
+  else:
+    arrays[name] = changed if 'bf' in words else changed[:, 0]
+  metadata = snapshot.metadata_of(captured, iteration=3)
+  with pytest.raises(base.StoreError, match=words) as caught:
+    snapshot.from_arrays(of, metadata, arrays)
+  assert f'snapshot 3: {name} ' in str(caught.value)
+
+
+# ---- bytes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('slot', _SLOTS, ids=len)
+def test_bytes_are_those_of_the_buffers(devices, slot):
+  programs = _programs(devices)
+  of = programs.layout
+  others = frozenset(of.operators) - slot
+  _, captured = _capture(programs, captures.make_state(), slot, others)
+  buffers = snapshot.to_buffers(of, captured, {})
+  written = sum(b.nbytes for b in buffers if not b.name.startswith('shared'))
+  assert snapshot.snapshot_bytes(of, slot, others) == written
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'adafactor', 'sgd'])
+@pytest.mark.parametrize('stages', [1, 2])
+def test_bytes_of_a_stage(optimizer, stages):
+  config = helpers.micro_run(optimizer={'optimizer': optimizer}, stages=stages)
+  for index in range(stages):
+    stage = local.declare_stage(config, index)
+    of = layout.of_stage(stage, has_devices=False)
+    shapes = jax.tree.leaves(stage.state_shapes)
+    state = sum(x.size * x.dtype.itemsize for x in shapes)
+    compute = sum(
+      x.size * np.dtype(stage.model.compute_dtypes[name]).itemsize
+      for name, x in stage.model.shapes.items()
+    )
+    assert sum(of.state_bytes().values()) == state
+    assert of.state_bytes() == stage.partition.operator_bytes
+    assert sum(of.compute_bytes().values()) == compute
+    if optimizer == 'adamw':  # 12 bytes a parameter, and counts of steps
+      parameters = sum(x.size for x in stage.model.shapes.values())
+      assert 0 <= state - 12 * parameters <= 16 * len(of.operators)
+
+
+# ---- training beside it ------------------------------------------------------
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_the_update_stays_in_place_while_snapshots_are_taken(
+  devices, shm_folder
+):
+  """A host view of a donated buffer would silently make each update a copy."""
+  programs = _programs(devices)
+  of = programs.layout
+  order = list(of.operators)
+  made = slots.make_slots(order, of.state_bytes(), 3)
+  decision = slots.Decision(
+    first_iteration=0, window_length=3, mode='rolling', slots=made
+  )
+  store = snapshot_store.SnapshotStore(shm_folder, 1 << 16, 9)
+  # As a stage's: fresh compute weights are an output, the state is donated.
+  step = jax.jit(
+    lambda s: (
+      new := jax.tree.map(lambda x: x * 3 + 1, s),
+      captures.compute_of(of, new),
+    ),
+    donate_argnums=0,
+  )
+  taker = snapshotter.Snapshotter(programs, store, decision, {})
+  taker.start()
+  try:
+    host = captures.make_state(5)
+    state = captures.place(of, host)
+    before = captures.pointers(state)
+    expected = {}
+    for iteration in range(1, 8):
+      state, compute = step(state)
+      assert captures.pointers(state) == before
+      taker.take(iteration, state, compute, {})
+      host = jax.tree.map(np.array, jax.tree.map(jax.numpy.copy, state))
+      expected[iteration] = host
+    taker.flush()
+    for iteration, path in snapshot_file.list_snapshots(shm_folder).items():
+      with snapshot_file.open_snapshot(path, verify=True) as stored:
+        found = snapshot.from_arrays(of, stored.metadata, stored.arrays)
+        for operator, rows in found.state.items():
+          chex.assert_trees_all_equal(
+            dict(rows), _rows_of(of, expected[iteration], operator)
+          )
+        del found
+  finally:
+    taker.close()

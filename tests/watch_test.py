@@ -1,0 +1,111 @@
+"""Who hangs, who was stopped, and whether everybody waits."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from launch import watch
+
+pytestmark = pytest.mark.fast
+
+
+def _seen(state='running', **fields):
+  return watch.Seen(
+    **{
+      'stage': 2,
+      'state': state,
+      'detail': 'update',
+      'state_seconds': 0.1,
+      'silent_seconds': 0.2,
+      **fields,
+    }
+  )
+
+
+@pytest.mark.parametrize(
+  ('seen', 'words'),
+  [
+    pytest.param(_seen(), '', id='at work'),
+    pytest.param(_seen(state_seconds=100.0), '', id='exactly so long'),
+    pytest.param(
+      _seen(state_seconds=100.1),
+      'hung: it has been running update for 100 s (--hang_timeout=100)',
+      id='longer',
+    ),
+    pytest.param(_seen('waiting', state_seconds=1e6), '', id='a waiter'),
+    pytest.param(_seen('compiling', state_seconds=1e6), '', id='a compiler'),
+    pytest.param(_seen('done', state_seconds=1e6), '', id='one that is done'),
+    pytest.param(
+      _seen('waiting', state_seconds=50.0, silent_seconds=10.1),
+      'said nothing for 10 s',
+      id='one that says no more that it waits',
+    ),
+    pytest.param(_seen(silent_seconds=9.9), '', id='silent, but not yet long'),
+    pytest.param(
+      _seen(is_stopped=True, silent_seconds=0.7),
+      'was stopped (SIGSTOP) while running update',
+      id='stopped',
+    ),
+    pytest.param(
+      _seen('waiting', detail='', is_stopped=True, silent_seconds=0.7),
+      'was stopped (SIGSTOP) while waiting',
+      id='stopped while it waited',
+    ),
+    pytest.param(
+      _seen(is_stopped=True, silent_seconds=0.5), '', id='stopped just now'
+    ),
+  ],
+)
+def test_hanging(seen, words):
+  assert watch.hanging(seen, 100.0) == words
+
+
+def _waiting(stage, seconds=30.0, state='waiting'):
+  return _seen(
+    state, stage=stage, detail=f'entry {stage}', state_seconds=seconds
+  )
+
+
+@pytest.mark.parametrize(
+  ('everyone', 'words'),
+  [
+    pytest.param([], '', id='nobody'),
+    pytest.param([_waiting(0), _waiting(1, 29.9)], '', id='one not yet long'),
+    pytest.param([_waiting(0), _waiting(1, 99, 'running')], '', id='one runs'),
+    pytest.param(
+      [_waiting(0), _waiting(1, 99, 'compiling')], '', id='compiles'
+    ),
+    pytest.param([_waiting(0), _waiting(1, 99, 'done')], '', id='one is done'),
+    pytest.param(
+      [_waiting(0), _waiting(1, 31.0)],
+      'every stage waits: stage 0 for entry 0; stage 1 for entry 1',
+      id='all',
+    ),
+    pytest.param(
+      [_waiting(0, 1e5)], 'every stage waits: stage 0 for entry 0', id='alone'
+    ),
+  ],
+)
+def test_deadlock(everyone, words):
+  assert watch.deadlock(everyone) == words
+
+
+def test_the_kernel_knows_who_is_stopped():
+  process = subprocess.Popen(['sleep', '60'])
+  try:
+    assert not watch.is_stopped(process.pid)
+    os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while not watch.is_stopped(process.pid):
+      assert time.monotonic() < deadline
+    os.kill(process.pid, signal.SIGCONT)
+    while watch.is_stopped(process.pid):
+      assert time.monotonic() < deadline
+  finally:
+    process.kill()
+    process.wait()
+  assert not watch.is_stopped(process.pid)  # it is no more
+  assert not watch.is_stopped(os.getpid())
