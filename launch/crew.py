@@ -196,7 +196,9 @@ class Crew:
     self, worker: processes.WorkerProcess, spec: protocol.Spec
   ) -> None:
     environment = (
-      {} if worker.stage < 0 else self._places[worker.stage].environment
+      placement.memory_variables(os.environ)
+      if worker.stage == protocol.STANDBY
+      else self._places[worker.stage].environment
     )
     worker.start(spec.to_json(), environment, self._lock_fds)
     for fd, react in (

@@ -378,8 +378,6 @@ class Agent:
     self._trained.add(worker.stage)
     worker.iteration = message['first_iteration']
     self._recoverer.resumed(worker.stage, message)
-    if self._where.standby and not self._hosts.others:
-      self._crew.warm_standby(self._ready[0]['lowering_platform'])
 
   def _on_caught_up(self, worker, message: protocol.Message) -> None:
     del message
@@ -407,11 +405,22 @@ class Agent:
     reports = self._leader.add(one)
     if reports:
       self._advance()
+      self._warm_standby()
     decisions = self._recoverer.add(reports) if reports else None
     if decisions:
       for each, decision in zip(self._crew.workers, decisions, strict=True):
         each.send('decide', decision=decision.to_json())
     self._write_workers()
+
+  def _warm_standby(self) -> None:
+    """Between iterations only: starts and recoveries need the cores."""
+    if (
+      self._where.standby
+      and not self._hosts.others
+      and not self._signals
+      and not self._recoverer.recovering
+    ):
+      self._crew.warm_standby(self._ready[0]['lowering_platform'])
 
   def _on_done(self, worker, message: protocol.Message) -> None:
     self._done[worker.stage] = message['iteration']

@@ -107,3 +107,16 @@ def test_visible_gpus(tmp_path, environment, expected):
   for name in ('nvidia0', 'nvidia1', 'nvidiactl', 'nvidia-uvm'):
     (tmp_path / name).touch()
   assert placement.visible_gpus(environment, str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+  ('tunables', 'expected'),
+  [
+    (None, {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}),
+    ('a.b=2', {'GLIBC_TUNABLES': 'a.b=2:glibc.malloc.hugetlb=1'}),
+    ('glibc.malloc.hugetlb=0', {}),
+  ],
+)
+def test_huge_pages_unless_the_user_says_otherwise(tunables, expected):
+  environment = {} if tunables is None else {'GLIBC_TUNABLES': tunables}
+  assert placement.memory_variables(environment) == expected
