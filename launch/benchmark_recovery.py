@@ -8,6 +8,7 @@ restarted from dense Orbax checkpoints.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -20,13 +21,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from launch import summary
+from launch import parent_death, summary
 from launch.benchmark_pipeline import Row
 
 _WINDOW = 4
 _KEPT_WINDOWS = 2
 # Iterations without a fault before each kill: the window is full again.
 _QUIET_ITERATIONS = 10
+_DENSE_EVERY = 10  # iterations, of what is compared with
 _TIMEOUT_SECONDS = 300.0
 _POLL_SECONDS = 0.002
 
@@ -142,6 +144,80 @@ def _kills(
     }
 
 
+class _DenseJob:
+  """The whole job as one process that is killed and started again."""
+
+  def __init__(self, arguments: dict[str, Any]):
+    self.process = subprocess.Popen(
+      [sys.executable, '-m', 'launch.dense', json.dumps(arguments)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      preexec_fn=functools.partial(parent_death.die_with, os.getpid()),
+    )
+
+  def read(self) -> tuple[int, str]:
+    """The next iteration that is done, and the digest of its state."""
+    assert self.process.stdout is not None
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f'the job ended with {self.process.wait()}')
+    iteration, digest = line.split()
+    return int(iteration), digest
+
+  def kill(self) -> None:
+    """SIGKILL."""
+    self.process.kill()
+    self.process.communicate()
+
+
+def _restarts(
+  preset: str, kills: int, hostmem_dir: str, cache_dir: str
+) -> Iterator[dict[str, float]]:
+  """Kills the whole job; what it takes until it is where it was, in seconds.
+
+  Kills are spread evenly over the iterations between two checkpoints.
+
+  Raises:
+    RuntimeError: an iteration that was done again had other bits.
+  """
+  with tempfile.TemporaryDirectory(dir=hostmem_dir) as folder:
+    arguments = {
+      'preset': preset,
+      'folder': folder,
+      'every': _DENSE_EVERY,
+      'cache_dir': cache_dir,
+    }
+    job = _DenseJob(arguments)
+    try:
+      iteration, digests = 0, {}
+      for number in range(kills):
+        first = iteration + _DENSE_EVERY + _QUIET_ITERATIONS
+        phase = (number * 3) % _DENSE_EVERY
+        while iteration < first or iteration % _DENSE_EVERY != phase:
+          iteration, digest = job.read()
+          digests[iteration] = digest
+        begin = time.monotonic()
+        job.kill()
+        job = _DenseJob(arguments)
+        again, digest = job.read()
+        started, first_again = time.monotonic(), again
+        # The one that was interrupted is caught up with as well.
+        while again <= iteration:
+          if digests.get(again) != digest:
+            raise RuntimeError(f'iteration {again} came out differently')
+          again, digest = job.read()
+        iteration = again
+        digests[iteration] = digest
+        yield {
+          'total': time.monotonic() - begin,
+          'until the first iteration is done': started - begin,
+          'replayed iterations': again - first_again + 1,
+        }
+    finally:
+      job.kill()
+
+
 def rows(
   preset: str, kills: int, hostmem_dir: str, cache_dir: str
 ) -> list[Row]:
@@ -184,4 +260,10 @@ def rows(
       out.append(
         (label + unit, summary.summarize(values), goals.get(label, ''))
       )
+  restarts = list(_restarts(preset, kills, hostmem_dir, cache_dir))
+  for phase in restarts[0]:
+    unit = '' if 'iterations' in phase else ', s'
+    values = [one[phase] for one in restarts]
+    label = f'whole job, Orbax every {_DENSE_EVERY} iterations, {phase}{unit}'
+    out.append((label, summary.summarize(values), ''))
   return out

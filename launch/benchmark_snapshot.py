@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch import capture_plan, local, settings, summary
+from launch import capture_plan, dense, local, settings, summary
 from launch.benchmark_pipeline import Row, interleave
 from models import presets
 from moetion_jax import (
@@ -166,49 +166,16 @@ class _Dense(_Subject):
     self, config: settings.RunConfig, folder: pathlib.Path, every: int
   ):
     super().__init__(config)
-    import orbax.checkpoint as ocp
-
-    self._folder = folder
-    self._every = every
-    self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
-    self._saved: list[pathlib.Path] = []
+    self._saver = dense.DenseSaver(folder, every)
 
   def snapshots(self) -> Any:
-    return _Timed(self, self)
-
-  def slot(self, iteration: int) -> frozenset:
-    """Nothing is selected."""
-    del iteration
-    return frozenset()
-
-  def retain(self, iteration: int) -> None:
-    """Keeps the newest checkpoint only."""
-    del iteration
-    for path in self._saved[:-1]:
-      shutil.rmtree(path, ignore_errors=True)
-    del self._saved[:-1]
-
-  bandwidth = 0.0
-
-  def take(
-    self, iteration: int, state: Any, *unused: Any, **fields: Any
-  ) -> snapshotter.Taken:
-    """Saves, unless the last one is still being saved."""
-    import orbax.checkpoint as ocp
-
-    del unused, fields
-    if iteration % self._every:
-      return snapshotter.Taken()
-    path = self._folder / str(iteration)
-    self._checkpointer.save(path, args=ocp.args.StandardSave(state))
-    self._saved.append(path)
-    return snapshotter.Taken()
+    return _Timed(self, self._saver)
 
   def flush(self) -> None:
-    self._checkpointer.wait_until_finished()
+    self._saver.flush()
 
   def close(self) -> None:
-    self._checkpointer.close()
+    self._saver.close()
 
 
 def rows(preset: str, rounds: int, hostmem_dir: str) -> list[Row]:

@@ -139,7 +139,7 @@ def _work(
 
 def main() -> int:
   """Works as stdin says; returns the exit code."""
-  # Importing, tracing and lowering make millions of objects, nearly all of which
+  # Importing, tracing and lowering make millions of objects, and nearly all
   # stay (measured at `tiny`: an eighth of a start is spent looking at them).
   gc.disable()
   spec = protocol.Spec.from_json(json.load(sys.stdin))
