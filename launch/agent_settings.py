@@ -23,6 +23,11 @@ class AgentSettings:
     max_failures: of one stage, without progress, before the run ends.
     hang_timeout_seconds: a program that runs longer than this hangs.
     standby: whether a process waits to take a dead worker's place.
+    on_failure: of a worker that cannot be replaced: 'stop' the run, or 'shrink'
+      its stage, whose other replicas then do its microbatches.
+    max_workers: processes that may become workers, all in all; 0: no limit.
+    grow_after: iterations after which a shrunk stage gets its workers back; 0:
+      never.
     compilation_cache_dir: see `runtime.configure`.
     local_hosts: over how many virtual hosts on this machine the stages are
       spread; those talk over TCP.
@@ -37,6 +42,9 @@ class AgentSettings:
   max_failures: int = 3
   hang_timeout_seconds: float = 600.0
   standby: bool = True
+  on_failure: str = 'stop'
+  max_workers: int = 0
+  grow_after: int = 0
   compilation_cache_dir: str = ''
   local_hosts: int = 1
   full_seconds: float = 60.0

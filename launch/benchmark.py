@@ -29,6 +29,12 @@ _CACHE = flags.DEFINE_string(
   'compilation_cache_dir', '~/.cache/moetion_jax', 'As of train.'
 )
 _STAGES = flags.DEFINE_integer('stages', 2, 'Stages, for `promotion`.')
+_REPLICAS = flags.DEFINE_integer(
+  'replicas', 1, 'Of each stage, for `recovery`.'
+)
+_MICROBATCHES = flags.DEFINE_integer(
+  'microbatches', None, "For `snapshot`; the preset's own by default."
+)
 _OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
 
@@ -102,7 +108,9 @@ def snapshot(preset: str, rounds: int) -> dict[str, Any]:
   from launch import benchmark_snapshot
 
   load_before = os.getloadavg()
-  measured = benchmark_snapshot.rows(preset, rounds, _HOSTMEM_DIR.value)
+  measured = benchmark_snapshot.rows(
+    preset, rounds, _HOSTMEM_DIR.value, _MICROBATCHES.value
+  )
   measured += benchmark_snapshot.bytes_table()
   return _result('snapshot', preset, measured, load_before)
 
@@ -113,7 +121,7 @@ def recovery(preset: str, rounds: int) -> dict[str, Any]:
 
   load_before = os.getloadavg()
   measured = benchmark_recovery.rows(
-    preset, rounds, _HOSTMEM_DIR.value, _CACHE.value
+    preset, rounds, _HOSTMEM_DIR.value, _CACHE.value, _REPLICAS.value
   )
   return _result('recovery', preset, measured, load_before)
 

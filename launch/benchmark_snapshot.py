@@ -34,6 +34,7 @@ _BLOCK_ITERATIONS = 5
 _PADDING_BYTES = 1 << 20
 _POOL_FILES = 4
 _TABLE_WINDOWS = (1, 2, 4, 8, 16)
+_TABLE_REPLICAS, _TABLE_REPLICAS_WINDOW = (1, 2, 4, 8), 4
 
 
 class _Subject:
@@ -42,7 +43,11 @@ class _Subject:
   def __init__(self, config: settings.RunConfig):
     (self.worker,) = local.make_workers(config, local.load_data(config))
     self._config = config
+    # Of every snapshot, spent in the training thread: until it goes on, at
+    # work, and waiting for the one before.
     self.blocked_seconds: list[float] = []
+    self.cpu_seconds: list[float] = []
+    self.late_seconds: list[float] = []
     self.iteration = 0
 
   def run(self, number: int) -> None:
@@ -87,9 +92,12 @@ class _Timed:
     return getattr(self._inner, name)
 
   def take(self, *arguments: Any, **fields: Any) -> snapshotter.Taken:
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.thread_time()
     taken = self._inner.take(*arguments, **fields)
-    self._subject.blocked_seconds.append(time.perf_counter() - begin)
+    subject = self._subject
+    subject.blocked_seconds.append(time.perf_counter() - begin)
+    subject.cpu_seconds.append(time.thread_time() - cpu)
+    subject.late_seconds.append(taken.blocked_seconds)
     return taken
 
 
@@ -143,7 +151,12 @@ class _Sparse(_Subject):
       )
       self.iteration = last
       self.choose(reports)
-      self.blocked_seconds.clear()
+      for seconds in (
+        self.blocked_seconds,
+        self.cpu_seconds,
+        self.late_seconds,
+      ):
+        seconds.clear()
       return
     super().run(number)
 
@@ -178,18 +191,26 @@ class _Dense(_Subject):
     self._saver.close()
 
 
-def rows(preset: str, rounds: int, hostmem_dir: str) -> list[Row]:
+def rows(
+  preset: str, rounds: int, hostmem_dir: str, microbatches: int | None = None
+) -> list[Row]:
   """Measures; see the module.
 
   Args:
     preset: shape of the model.
     rounds: blocks of every method.
     hostmem_dir: in tmpfs.
+    microbatches: of an iteration; None: as the preset has it.
   """
   config = settings.make(
     preset,
     model_overrides=[],
-    train_overrides={'stages': 1, 'eval_every': 0, 'iterations': 100_000},
+    train_overrides={
+      'stages': 1,
+      'eval_every': 0,
+      'iterations': 100_000,
+      'microbatches': microbatches,
+    },
     optimizer_overrides={},
   )
   root = pathlib.Path(tempfile.mkdtemp(dir=hostmem_dir, prefix='benchmark-'))
@@ -232,6 +253,18 @@ def rows(preset: str, rounds: int, hostmem_dir: str) -> list[Row]:
         '<= 5' if is_ours else '',
       ),
     ]
+    if is_ours:  # on CPU the update that was dispatched before has the cores
+      out += [
+        (
+          f'of that {what}, {label}, ms',
+          summary.summarize([s * 1e3 for s in values]),
+          '',
+        )
+        for what, values in (
+          ('at work', subject.cpu_seconds),
+          ('waiting for the last copy', subject.late_seconds),
+        )
+      ]
   return out + _memory(sparse)
 
 
@@ -272,6 +305,17 @@ def bytes_table() -> list[Row]:
             '',
           )
         )
+    for replicas in _TABLE_REPLICAS:
+      parts = sizes.in_order('static', {}, replicas)
+      each = parts.snapshot_bytes(_TABLE_REPLICAS_WINDOW, 'rolling')
+      out.append(
+        (
+          f'bytes / dense, {preset}, rolling, window '
+          f'{_TABLE_REPLICAS_WINDOW}, largest share of {replicas} replica(s)',
+          summary.summarize([max(each) / whole]),
+          '',
+        )
+      )
   return out
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch import capture_settings
-from moetion_jax import base, report, slots, window
+from moetion_jax import base, division, report, slots, window
 
 POLICIES = capture_settings.POLICIES
 CaptureSettings = capture_settings.CaptureSettings
@@ -70,14 +70,24 @@ class StageSizes:
       state_bytes=columns[0], compute_bytes=columns[1], device=columns[2]
     )
 
-  def in_order(self, order: str, rates: slots.Rates) -> window.StageOperators:
-    """The operators in an order of `slots.ORDERS`."""
+  def in_order(
+    self, order: str, rates: slots.Rates, replicas: int = 1
+  ) -> window.StageOperators:
+    """The operators in an order of `slots.ORDERS`.
+
+    Args:
+      order: which one.
+      rates: of experts; see `slots`.
+      replicas: that capture them together.
+    """
+    shares = division.divide(self.state_bytes, replicas)
     return window.StageOperators(
       order=slots.order_operators(order, self.state_bytes, rates),
       state_bytes=self.state_bytes,
       compute_bytes=self.compute_bytes,
       device_of=self.device.get,
       keep_order=order != 'static',
+      shares=shares if replicas > 1 else (),
     )
 
 
@@ -121,6 +131,7 @@ class CapturePlanner:
     stages: Sequence[StageSizes],
     platform: str,
     capacity: float | None = None,
+    replicas: int = 1,
   ):
     """Stores the arguments.
 
@@ -129,12 +140,14 @@ class CapturePlanner:
       stages: operators of each stage.
       platform: as JAX calls it.
       capacity: tokens that an expert takes in an iteration at most.
+      replicas: of each stage.
 
     Raises:
       base.ConfigError: the window is longer than a stage can have.
     """
     self._settings = settings
     self._stages = stages
+    self._replicas = replicas
     self._target = settings.overlap_target or _OVERLAP_TARGET.get(
       platform, _OTHER_OVERLAP_TARGET
     )
@@ -149,7 +162,7 @@ class CapturePlanner:
     self._first_iteration = 0  # of the last decision
     self._has_chosen = False  # from what was measured
     self.choice = self._choose(None)
-    self._pools = self._make_pools()
+    self._pools = self._make_pools(replicas)
 
   @property
   def lag_iterations(self) -> int:
@@ -174,11 +187,15 @@ class CapturePlanner:
       for stage in self._in_order()
     )
 
-  def pools(self) -> list[PoolSize]:
-    """Room for the snapshots of every stage, whatever is decided."""
-    return list(self._pools)
+  def pools(self, workers: int | None = None) -> list[PoolSize]:
+    """Room for the snapshots of every stage, whatever is decided.
 
-  def _make_pools(self) -> list[PoolSize]:
+    Args:
+      workers: that share them; None: all replicas do.
+    """
+    return self._make_pools(workers) if workers else list(self._pools)
+
+  def _make_pools(self, workers: int) -> list[PoolSize]:
     if self._settings.policy == 'none':
       return [PoolSize(files=0, size_bytes=0) for _ in self._stages]
     longest = self._settings.longest_window
@@ -191,7 +208,7 @@ class CapturePlanner:
           max(stage.snapshot_bytes(length, mode)) for length in lengths
         ),
       )
-      for stage in self._in_order()
+      for stage in self._in_order(workers)
     ]
 
   def add(self, reports: Sequence[report.Report]) -> Change | None:
@@ -252,8 +269,13 @@ class CapturePlanner:
       _SHORTEST_WINDOW, self._settings.longest_window
     )
 
-  def _in_order(self) -> list[window.StageOperators]:
-    return [s.in_order(self._settings.order, self._rates) for s in self._stages]
+  def _in_order(
+    self, workers: int | None = None
+  ) -> list[window.StageOperators]:
+    return [
+      s.in_order(self._settings.order, self._rates, workers or self._replicas)
+      for s in self._stages
+    ]
 
   def _budgets(self) -> list[window.CopyBudget]:
     """What each stage can copy, from the last iterations of the warm-up."""

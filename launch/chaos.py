@@ -37,6 +37,7 @@ _PRESET = flags.DEFINE_string(
   'preset', 'micro', "Shape of the model: 'micro', or one of launch.train."
 )
 _STAGES = flags.DEFINE_integer('stages', 3, 'Pipeline stages.')
+_REPLICAS = flags.DEFINE_integer('replicas', 1, 'Workers of each stage.')
 _ITERATIONS = flags.DEFINE_integer('iterations', 40, 'Of one run.')
 _SCRIPTED = flags.DEFINE_integer('scripted', 12, 'Scripted faults of one run.')
 _OUTSIDE = flags.DEFINE_integer(
@@ -74,6 +75,7 @@ def train_flags(more: Sequence[str]) -> list[str]:
     f'--preset={"tiny" if is_micro else _PRESET.value}',
     *(_MICRO_FLAGS if is_micro else ()),
     f'--stages={_STAGES.value}',
+    f'--replicas={_REPLICAS.value}',
     f'--iterations={_ITERATIONS.value}',
     '--max_failures=1000',
     *more,
@@ -169,7 +171,12 @@ class Run:
     pid, stage, number = self._process.pid, None, signal.SIGKILL
     if fault.kind != 'kill the agent':
       stage = None if fault.kind == 'kill the standby' else fault.stage
-      found = [w for w in self._workers()['workers'] if w['stage'] == stage]
+      replica = None if stage is None else fault.replica
+      found = [
+        w
+        for w in self._workers()['workers']
+        if (w['stage'], w['replica']) == (stage, replica)
+      ]
       pid = found[0]['pid'] if found else 0
       if fault.kind == 'stop a worker':
         number = signal.SIGSTOP
@@ -229,10 +236,14 @@ def _disturb(folder: pathlib.Path, more: Sequence[str]):
   while not _is_over(tally, begin):
     number = len(results) + 1
     script = chaos_draw.draw_script(
-      source, _SCRIPTED.value, _STAGES.value, _ITERATIONS.value
+      source,
+      _SCRIPTED.value,
+      _STAGES.value,
+      _ITERATIONS.value,
+      _REPLICAS.value,
     )
     outside = chaos_draw.draw_outside(
-      source, _OUTSIDE.value, _STAGES.value, _EVERY.value
+      source, _OUTSIDE.value, _STAGES.value, _EVERY.value, _REPLICAS.value
     )
     run = Run(
       folder / f'run-{number}',

@@ -22,6 +22,7 @@ _WEIGHTS = {
   'exception': 2,
   'oom': 1,
   'corrupt_snapshot': 1,
+  'corrupt_weights': 1,
   'torn_snapshot': 1,
   'corrupt_log': 1,
   'kill_agent': 2,
@@ -61,16 +62,22 @@ class OutsideFault:
   Attributes:
     kind: one of OUTSIDE.
     stage: of the worker, where it is one.
+    replica: of the worker.
     after_seconds: since the one before, or since the run trains.
   """
 
   kind: str
   stage: int
   after_seconds: float
+  replica: int = 0
 
 
 def draw_script(
-  source: random.Random, count: int, stages: int, iterations: int
+  source: random.Random,
+  count: int,
+  stages: int,
+  iterations: int,
+  replicas: int = 1,
 ) -> list[str]:
   """Faults for `--fail`, at most one of an agent in an iteration.
 
@@ -79,6 +86,7 @@ def draw_script(
     count: how many.
     stages: of the run.
     iterations: of the run.
+    replicas: of each stage.
   """
   script: list[str] = []
   kinds, weights = zip(*_WEIGHTS.items(), strict=True)
@@ -93,11 +101,14 @@ def draw_script(
       iteration = source.choice((0, iteration))
     if kind == 'corrupt_log':
       phase, iteration = 'forward', source.randint(2, max(2, iterations - 1))
-    script.append(f'{kind}:stage={stage},iteration={iteration},phase={phase}')
+    of = f'replica={_replica(source, replicas)},'
+    script.append(
+      f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'
+    )
     if kind == 'corrupt_log' and stages > 1:
       reader = stage + 1 if stage + 1 < stages else stage - 1
       script.append(
-        f'kill:stage={reader},iteration={iteration + _AFTER_DAMAGE}'
+        f'kill:stage={reader},{of}iteration={iteration + _AFTER_DAMAGE}'
       )
   return script[:count]
 
@@ -105,8 +116,17 @@ def draw_script(
 _START_KINDS = ('kill', 'stop', 'exit', 'exception', 'oom')
 
 
+def _replica(source: random.Random, replicas: int) -> int:
+  """One of them; where there is only one, nothing is drawn."""
+  return source.randrange(replicas) if replicas > 1 else 0
+
+
 def draw_outside(
-  source: random.Random, count: int, stages: int, mean_seconds: float
+  source: random.Random,
+  count: int,
+  stages: int,
+  mean_seconds: float,
+  replicas: int = 1,
 ) -> list[OutsideFault]:
   """Faults from outside, one after the other."""
   kinds, weights = zip(*_OUTSIDE_WEIGHTS.items(), strict=True)
@@ -115,6 +135,7 @@ def draw_outside(
       kind=source.choices(kinds, weights)[0],
       stage=source.randrange(stages),
       after_seconds=source.expovariate(1 / mean_seconds),
+      replica=_replica(source, replicas),
     )
     for _ in range(count)
   ]

@@ -47,7 +47,18 @@ def save(
     'parameters': parameters,
     'optimizer': optimizer,
   }
-  with ocp.StandardCheckpointer() as checkpointer:
+  me = jax.process_index()  # the others of a stage world know nothing of it
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me,
+    active_processes={me},
+    barrier_sync_key_prefix=f'final-{me}',
+  )
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=alone
+    if jax.process_count() > 1
+    else ocp.options.MultiprocessingOptions(),
+    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+  ) as checkpointer:
     checkpointer.save(
       os.path.abspath(path),
       tree,

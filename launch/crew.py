@@ -1,5 +1,9 @@
 """The worker processes of a run: started, replaced, kept warm, ended.
 
+The workers of a stage are its world: they are replaced together, since the
+others may hang in a collective with the one that died, and each generation of
+a world is a `jax.distributed` job of its own on a fresh port.
+
 No JAX here: the agent never creates a JAX backend.
 """
 
@@ -9,6 +13,7 @@ import dataclasses
 import functools
 import os
 import selectors
+import socket
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -20,6 +25,7 @@ from launch import (
   protocol,
   settings,
 )
+from moetion_jax import division
 
 _STANDBY_ATTEMPTS = 3
 
@@ -39,11 +45,13 @@ class Listener(Protocol):
 
 
 class Crew:
-  """One process a stage, and a standby. `start` first, `close` last.
+  """A process for every replica of every stage, and standbys.
+
+  `start` first, `close` last.
 
   Attributes:
-    workers: by stage.
-    standby: that may take any stage of this host; None without.
+    started: how many processes were started for good, standbys not counted.
+    standbys: that may take the place of any worker of this host.
   """
 
   def __init__(
@@ -66,8 +74,10 @@ class Crew:
       book: of scripted faults.
     """
     self._book = book
-    self.workers: list[processes.WorkerProcess] = []
-    self.standby: processes.WorkerProcess | None = None
+    self.started = 0
+    self._of_stage: list[list[processes.WorkerProcess]] = []
+    self.standbys: list[processes.WorkerProcess] = []
+    self._replicas = config.train.replicas
     self._config = config
     self._hosts = hosts
     self._selector = selector
@@ -76,7 +86,7 @@ class Crew:
     self._lock_fds: tuple[int, ...] = ()
     self._standby_attempts = 0
     self._places = placement.place(
-      config.train.stages,
+      config.train.stages * self._replicas,
       local_devices=config.train.local_devices,
       cores=placement.usable_cores(),
       gpus=placement.visible_gpus(os.environ),
@@ -93,63 +103,116 @@ class Crew:
     self._lock_fds = lock_fds
     self._hosts.start(lock_fds[:1])
     self._hosts.register(self._selector, self._on_news)
+    everybody = tuple(range(self._replicas))
     for stage in range(self._config.train.stages):
-      worker = self._hosts.worker(stage, generation)
-      self.workers.append(worker)
-      self._start(worker, self._spec_of(worker))
+      world = self._new_world(everybody)
+      self._of_stage.append([])
+      for replica in everybody:
+        worker = self._hosts.worker(stage, replica, generation)
+        self._of_stage[stage].append(worker)
+        self._begin(worker, self._spec_of(worker, world, everybody))
+
+  @property
+  def workers(self) -> list[processes.WorkerProcess]:
+    """By stage, then replica."""
+    return [worker for team in self._of_stage for worker in team]
+
+  def of_stage(self, stage: int) -> list[processes.WorkerProcess]:
+    """The workers of a stage, by replica."""
+    return list(self._of_stage[stage])
+
+  def team(self, stage: int) -> tuple[int, ...]:
+    """The replicas of a stage that have a worker."""
+    return tuple(worker.replica for worker in self._of_stage[stage])
 
   def replace(
-    self, stage: int, *, has_begun: bool = True
-  ) -> processes.WorkerProcess:
-    """Ends a stage's worker, if it lives, and starts the next generation.
+    self,
+    stage: int,
+    *,
+    has_begun: bool = True,
+    team: tuple[int, ...] | None = None,
+  ) -> list[processes.WorkerProcess]:
+    """Ends a stage's workers that live, and starts the next generation.
 
-    The standby takes its place, if there is one that is warm; a process that
-    is not is faster from the beginning.
+    Standbys take their places, if they are warm; a process that is not is
+    faster from the beginning.
 
     Args:
       stage: whose.
       has_begun: whether the run goes on already.
+      team: the replicas that have a worker from now on; None: as before.
     """
-    old = self.workers[stage]
-    self.end(old)
-    generation = old.generation + 1
-
-    def spec(worker: processes.WorkerProcess) -> protocol.Spec:
-      return dataclasses.replace(
-        self._spec_of(worker, old.iteration), is_replacement=has_begun
+    old = self._of_stage[stage]
+    team = self.team(stage) if team is None else team
+    for worker in old:
+      worker.kill()
+    for worker in old:
+      self.end(worker)
+    world = self._new_world(team)
+    begun = max(worker.iteration for worker in old)
+    generation = old[0].generation + 1
+    self._of_stage[stage] = []
+    for replica in team:
+      worker, is_warm = self._take(stage, replica, generation)
+      self._of_stage[stage].append(worker)
+      spec = dataclasses.replace(
+        self._spec_of(worker, world, team, begun), is_replacement=has_begun
       )
+      if not is_warm:
+        self._begin(worker, spec)
+        continue
+      place = self._place_of(worker)
+      assert place is not None
+      self.started += 1
+      worker.send('promote', spec=spec.to_json(), environment=place.environment)
+    return self.of_stage(stage)
 
-    standby = self.standby
-    if (
-      standby is not None
-      and standby.is_warm
-      and standby.exit_code is None
-      and old.host == standby.host
+  def _take(
+    self, stage: int, replica: int, generation: int
+  ) -> tuple[processes.WorkerProcess, bool]:
+    """A process for a worker: a standby that is warm, or one to be started."""
+    worker = self._hosts.worker(stage, replica, generation)
+    for standby in self.standbys:
+      if (
+        standby.is_warm
+        and standby.exit_code is None
+        and standby.host == worker.host
+      ):
+        self.standbys.remove(standby)
+        standby.become(stage, replica, generation)
+        return standby, True
+    return worker, False
+
+  def _begin(
+    self, worker: processes.WorkerProcess, spec: protocol.Spec
+  ) -> None:
+    self.started += 1
+    self._start(worker, spec)
+
+  def _new_world(self, team: tuple[int, ...]) -> str:
+    """A coordinator's address that nobody uses; '' for a worker alone.
+
+    Somebody else may take the port before the world does: then its workers
+    fail, and the next generation has another one.
+    """
+    if len(team) == 1:
+      return ''
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      return f'127.0.0.1:{probe.getsockname()[1]}'
+
+  def warm_standbys(self, platform: str) -> None:
+    """Warms as many as a world has members, unless they keep dying."""
+    while (
+      len(self.standbys) < self._replicas
+      and self._standby_attempts < _STANDBY_ATTEMPTS * self._replicas
     ):
-      self.standby = None
-      worker = standby
-      worker.become(stage, generation)
-      worker.send(
-        'promote',
-        spec=spec(worker).to_json(),
-        environment=self._places[stage].environment,
-      )
-    else:
-      worker = self._hosts.worker(stage, generation)
-      self._start(worker, spec(worker))
-    self.workers[stage] = worker
-    return worker
-
-  def warm_standby(self, platform: str) -> None:
-    """Starts to warm a standby, unless there is one or they keep dying."""
-    if self.standby is not None or self._standby_attempts >= _STANDBY_ATTEMPTS:
-      return
-    self._standby_attempts += 1
-    worker = self._hosts.standby()
-    worker.state = 'warming'
-    self.standby = worker
-    spec = self._spec_of(worker)
-    self._start(worker, dataclasses.replace(spec, platform=platform))
+      self._standby_attempts += 1
+      worker = self._hosts.standby()
+      worker.state = 'warming'
+      self.standbys.append(worker)
+      spec = self._spec_of(worker)
+      self._start(worker, dataclasses.replace(spec, platform=platform))
 
   def warmed(self, worker: processes.WorkerProcess) -> None:
     """A standby is prepared."""
@@ -165,7 +228,7 @@ class Crew:
 
   def close(self) -> None:
     """Ends all processes, then the other hosts."""
-    everyone = [*self.workers, *filter(None, [self.standby])]
+    everyone = self.everyone()
     for worker in everyone:
       worker.kill()
     for worker in everyone:
@@ -173,32 +236,51 @@ class Crew:
     self._hosts.close()
 
   def everyone(self) -> Sequence[processes.WorkerProcess]:
-    """All workers and the standby."""
-    return [*self.workers, *filter(None, [self.standby])]
+    """All workers and standbys."""
+    return [*self.workers, *self.standbys]
 
   # ---- processes -------------------------------------------------------------
 
   def _spec_of(
-    self, worker: processes.WorkerProcess, begun: int = 0
+    self,
+    worker: processes.WorkerProcess,
+    world: str = '',
+    team: tuple[int, ...] = (0,),
+    begun: int = 0,
   ) -> protocol.Spec:
     """Of a worker whose predecessor had begun that iteration."""
-    cores = () if worker.stage < 0 else self._places[worker.stage].cores
+    place = self._place_of(worker)
+    stands_for = ()
+    if worker.stage != protocol.STANDBY:
+      stand_ins = division.stand_ins(self._replicas, team)
+      stands_for = stand_ins[worker.replica]
     return dataclasses.replace(
       self._spec,
       stage=worker.stage,
+      replica=worker.replica,
       generation=worker.generation,
+      world=world,
+      team=team,
+      stands_for=stands_for,
       host=worker.host,
-      cores=cores,
-      faults=self._book.of_worker(worker.stage, begun),
+      cores=place.cores if place else (),
+      faults=self._book.of_worker(worker.stage, begun, worker.replica),
     )
+
+  def _place_of(
+    self, worker: processes.WorkerProcess
+  ) -> placement.Placement | None:
+    """Where it runs; None for a standby, which is told later."""
+    if worker.stage == protocol.STANDBY:
+      return None
+    return self._places[worker.stage * self._replicas + worker.replica]
 
   def _start(
     self, worker: processes.WorkerProcess, spec: protocol.Spec
   ) -> None:
+    place = self._place_of(worker)
     environment = (
-      placement.memory_variables(os.environ)
-      if worker.stage == protocol.STANDBY
-      else self._places[worker.stage].environment
+      place.environment if place else placement.memory_variables(os.environ)
     )
     worker.start(spec.to_json(), environment, self._lock_fds)
     for fd, react in (
@@ -232,8 +314,8 @@ class Crew:
     worker.reap()
     self._forget(worker.pid_fd)
     self._on_status(worker)  # its last words say more than its exit code
-    if worker is self.standby:
-      self.standby = None
+    if worker in self.standbys:
+      self.standbys.remove(worker)
       self.end(worker)
       return
     self._listener.on_exit(worker)

@@ -34,7 +34,10 @@ def show(
       local.declare_stage(config, index), has_devices=False
     )
     sizes.append(local.stage_sizes(parts, config.train.local_devices))
-  pools = capture_plan.CapturePlanner(captures, sizes, '').pools()
+  replicas = config.train.replicas
+  pools = capture_plan.CapturePlanner(
+    captures, sizes, '', replicas=replicas
+  ).pools()
   plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
   hosts = placement.host_of_stages(config.train.stages, local_hosts)
   totals = [0] * local_hosts
@@ -42,7 +45,9 @@ def show(
     state_bytes = sum(size.state_bytes.values())
     log_bytes = plans.log_size(index).file_bytes
     snapshot_bytes = pool.files * pool.size_bytes
-    totals[hosts[index]] += log_bytes + snapshot_bytes + state_bytes
+    totals[hosts[index]] += (
+      replicas * (log_bytes + snapshot_bytes) + state_bytes
+    )
     print(
       f'stage {index}: {len(size.state_bytes)} operators, '
       f'{room.format_bytes(state_bytes)} training state; in host memory '
@@ -50,6 +55,7 @@ def show(
       f'({captures.kept_iterations} iterations), '
       f'{room.format_bytes(snapshot_bytes)} of snapshots ({pool.files} of at '
       f'most {room.format_bytes(pool.size_bytes)})'
+      + (f', for each of {replicas} replicas' if replicas > 1 else '')
     )
   there = room.read_room(hostmem_dir)
   for host, total in enumerate(totals):

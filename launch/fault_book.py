@@ -57,9 +57,11 @@ class FaultBook:
       ):
         del self._coming[fault.number]
 
-  def of_worker(self, stage: int, begun: int) -> tuple[faults.Fault, ...]:
+  def of_worker(
+    self, stage: int, begun: int, replica: int = 0
+  ) -> tuple[faults.Fault, ...]:
     """What a worker that is started now has to do (`faults.of_worker`)."""
-    return faults.of_worker(self._coming.values(), stage, begun)
+    return faults.of_worker(self._coming.values(), stage, begun, replica)
 
   def happens(self, number: int) -> faults.Fault:
     """A fault is announced: nobody else has it to do."""

@@ -295,6 +295,7 @@ class Hosts:
     local_hosts: int,
     store: hostmem.StoreFolder,
     workdir: str,
+    replicas: int = 1,
   ):
     """Stores; nothing runs before `start`.
 
@@ -303,10 +304,16 @@ class Hosts:
       local_hosts: how many hosts.
       store: of the first one, started.
       workdir: of the run, absolute.
+      replicas: of each stage.
 
     Raises:
       base.ConfigError: there are more hosts than stages.
     """
+    if replicas > 1 and local_hosts > 1:
+      raise base.ConfigError(
+        'local_hosts', local_hosts, 'must be 1 with --replicas, for now'
+      )
+    self._replicas = replicas
     here = socket.gethostname()
     self._of_stage = placement.host_of_stages(stages, local_hosts)
     names = [here, *(f'{here}-host{h}' for h in range(1, local_hosts))]
@@ -348,16 +355,26 @@ class Hosts:
       self._server.close()
       self._server = None
 
-  def worker(self, stage: int, generation: int = 1) -> processes.WorkerProcess:
+  def worker(
+    self, stage: int, replica: int, generation: int = 1
+  ) -> processes.WorkerProcess:
     """A worker of the host of its stage, to be started."""
     host = self._of_stage[stage]
     if host:
       return RemoteWorker(self.others[host - 1], stage, generation)
-    return processes.WorkerProcess(stage, generation, self._name)
+    return processes.WorkerProcess(
+      stage,
+      generation,
+      self._name,
+      replica=replica,
+      is_alone=self._replicas == 1,
+    )
 
   def standby(self) -> processes.WorkerProcess:
     """A process of this host that may become any of its workers."""
-    return processes.WorkerProcess(protocol.STANDBY, 0, self._name)
+    return processes.WorkerProcess(
+      protocol.STANDBY, 0, self._name, is_alone=self._replicas == 1
+    )
 
   def store_of(self, stage: int) -> pathlib.Path:
     """The store folder of a stage's host; all hosts are on this machine."""
@@ -393,7 +410,7 @@ class Hosts:
     return [
       {
         'stage': worker.stage,
-        'replica': 0,
+        'replica': worker.replica,
         'host': worker.host,
         'address': addresses[worker.host] or '',
         'generation': worker.generation,

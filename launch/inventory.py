@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,16 +39,49 @@ def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
   )
 
 
+def snapshots_folders(
+  folder: str | os.PathLike[str], stage: int
+) -> list[pathlib.Path]:
+  """Those of all workers that a stage has, or had, by replica."""
+  pattern = f'stage-{stage}.replica-*.snapshots'
+  found = pathlib.Path(folder).glob(pattern)
+  return sorted(found, key=lambda path: int(re.findall(r'\d+', path.name)[1]))
+
+
 def read_shares(
-  folder: str | os.PathLike[str], stage: int, replica: int
+  folder: str | os.PathLike[str], stage: int
 ) -> list[coverage.Share]:
-  """The snapshots of one worker whose manifests are whole, by iteration."""
+  """A stage's shares whose manifests are whole, by replica and iteration."""
   shares = []
-  found = snapshot_file.list_snapshots(snapshots_folder(folder, stage, replica))
-  for _, path in sorted(found.items()):
-    with contextlib.suppress(base.StoreError):
-      shares.append(share_from_json(snapshot_file.read_manifest(path).metadata))
+  for of_replica in snapshots_folders(folder, stage):
+    found = snapshot_file.list_snapshots(of_replica)
+    for _, path in sorted(found.items()):
+      with contextlib.suppress(base.StoreError):
+        metadata = snapshot_file.read_manifest(path).metadata
+        shares.append(share_from_json(metadata))
   return shares
+
+
+def find_shares(
+  folder: str | os.PathLike[str], stage: int, iteration: int
+) -> list[pathlib.Path]:
+  """The shares that make a stage's snapshot (`coverage.complete_records`).
+
+  Returns:
+    By replica; [] if there is no such snapshot.
+  """
+  of_number: dict[int, dict[int, pathlib.Path]] = {}
+  for of_replica in snapshots_folders(folder, stage):
+    path = snapshot_file.list_snapshots(of_replica).get(iteration)
+    if path is None:
+      continue
+    metadata = snapshot_file.read_manifest(path).metadata
+    group = of_number.setdefault(metadata['replicas'], {})
+    group[metadata['replica']] = path
+  for replicas, group in sorted(of_number.items()):
+    if len(group) == replicas:
+      return [group[replica] for replica in range(replicas)]
+  return []
 
 
 class Inventory:
@@ -69,7 +103,7 @@ class Inventory:
     self.line = 0
     self.lag_iterations = lag_iterations
     self._operators = [frozenset(o) for o in operators]
-    self._shares: list[dict[tuple[int, int], coverage.Share]] = [
+    self._shares: list[dict[tuple[int, int, int], coverage.Share]] = [
       {} for _ in operators
     ]
     self._excluded: set[tuple[int, int]] = set()
@@ -77,16 +111,20 @@ class Inventory:
 
   def stored(self, stage: int, share: coverage.Share) -> None:
     """Takes in a snapshot that counts from now on."""
-    self._shares[stage][share.iteration, share.replica] = share
+    self._shares[stage][_name(share)] = share
     self._excluded.discard((stage, share.iteration))
 
   def rescan(self, stage: int, shares: Iterable[coverage.Share]) -> None:
     """Replaces what is known of a stage by what its store says."""
-    self._shares[stage] = {(s.iteration, s.replica): s for s in shares}
+    self._shares[stage] = {_name(share): share for share in shares}
 
   def lose(self, stage: int, iteration: int) -> None:
     """A snapshot is damaged: it counts no longer."""
     self._excluded.add((stage, iteration))
+
+  def excluded(self, stage: int) -> tuple[int, ...]:
+    """Iterations of a stage's snapshots that are damaged, ascending."""
+    return tuple(sorted(i for s, i in self._excluded if s == stage))
 
   def lose_entry(self, stage: int, iteration: int) -> None:
     """An entry of a stage's log is damaged."""
@@ -98,13 +136,13 @@ class Inventory:
 
   def newest(self, stage: int) -> int:
     """Iteration of a stage's newest snapshot; 0 for the initial state."""
-    return max((i for i, _ in self._shares[stage]), default=0)
+    return max((name[0] for name in self._shares[stage]), default=0)
 
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
     """The valid starts of a stage, the initial state included."""
     shares = [
       share
-      for (iteration, _), share in self._shares[stage].items()
+      for (iteration, *_), share in self._shares[stage].items()
       if (stage, iteration) not in self._excluded
     ]
     operators = self._operators[stage]
@@ -129,20 +167,25 @@ class Inventory:
       for shares in self._shares:
         shares.clear()
 
-  def advance(self, reported: int, *, frozen: bool) -> bool:
+  def advance(
+    self, reported: int, *, frozen: bool, keeps_older: bool = True
+  ) -> bool:
     """Moves the line on; whether it moved.
 
     Args:
       reported: iteration that is written down: what comes before the line is
         never done again, and nobody needs entries of it.
       frozen: see `recovery.recovery_line`.
+      keeps_older: whether the line lags behind, in case that the newest
+        snapshots are damaged.
     """
+    lag_iterations = self.lag_iterations if keeps_older else 0
     starts = [
       [s.iteration for s in self.starts(stage) if s.iteration <= reported]
       for stage in range(len(self._operators))
     ]
     line = recovery.recovery_line(
-      starts, self.line, self.lag_iterations, frozen=frozen
+      starts, self.line, lag_iterations, frozen=frozen
     )
     moved = line > self.line
     self.line = line
@@ -172,3 +215,7 @@ class Inventory:
       )
       for stage, begun in enumerate(newest)
     ]
+
+
+def _name(share: coverage.Share) -> tuple[int, int, int]:
+  return share.iteration, share.replicas, share.replica

@@ -38,7 +38,7 @@ class Leader:
     self.view = progress.Progress(train.iterations, self._tokens)
     self._events = metrics.EventsFile(str(folder.path / 'events.jsonl'))
     self._lines = metrics.MetricsFile(str(folder.path / 'metrics.jsonl'))
-    self._reports: dict[int, dict[int, report.Report]] = {}
+    self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
     self._workers_file_at = 0.0
     self._workers_file_is_old = False
 
@@ -85,23 +85,34 @@ class Leader:
     if self.accepted:
       self._events.write(kind, **fields)
 
-  def add(self, one: report.Report) -> list[report.Report] | None:
-    """Takes one stage's report; the last one of an iteration writes its line.
+  def add(
+    self, one: report.Report, teams: Sequence[Sequence[int]]
+  ) -> list[report.Report] | None:
+    """Takes a worker's report; the last one of an iteration writes its line.
 
     A report that came before, from a worker that replays, is compared.
+
+    Args:
+      one: the report.
+      teams: of every stage, the replicas that have a worker.
 
     Returns:
       The reports of all stages, if the iteration is new.
 
     Raises:
       metrics.MetricsMismatchError: the iteration came out differently before.
+      metrics.ReplicaMismatchError: replicas of a stage have different states.
     """
-    stages = self._config.train.stages
-    by_stage = self._reports.setdefault(one.iteration, {})
-    by_stage[one.stage] = one
-    if len(by_stage) < stages:
+    by_worker = self._reports.setdefault(one.iteration, {})
+    by_worker[one.stage, one.replica] = one
+    if any(
+      (s, r) not in by_worker for s, team in enumerate(teams) for r in team
+    ):
       return None
-    reports = [by_stage[stage] for stage in range(stages)]
+    reports = [
+      metrics.merge_replicas([by_worker[s, r] for r in team])
+      for s, team in enumerate(teams)
+    ]
     line = metrics.make_line(reports, self._tokens)
     self._lines.write(line)
     if one.iteration <= self.iteration:
@@ -145,7 +156,7 @@ class Leader:
         'workers': [
           {
             'stage': None if w.stage < 0 else w.stage,
-            'replica': None if w.stage < 0 else 0,
+            'replica': None if w.stage < 0 else w.replica,
             'host': w.host,
             'pid': w.pid,
             'generation': w.generation,

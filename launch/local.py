@@ -44,8 +44,16 @@ def load_data(config: settings.RunConfig) -> data_lib.Dataset:
   )
 
 
-def declare_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
-  """Stage `index` of the run, without devices; creates no backend."""
+def declare_stage(
+  config: settings.RunConfig, index: int, workers: int | None = None
+) -> stage_lib.Stage:
+  """A stage of the run, without devices; creates no backend.
+
+  Args:
+    config: of the run.
+    index: of the stage.
+    workers: that it has, if fewer than replicas.
+  """
   train = config.train
   spec = stages.cut(config.model, train.stages)[index]
   model = stages.build_stage(
@@ -62,21 +70,46 @@ def declare_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
       microbatch_size=train.microbatch_size,
       sequence_length=config.model.sequence_length,
       microbatches=train.microbatches,
+      replicas=train.replicas,
+      workers=workers,
     ),
   )
 
 
-def build_stage(config: settings.RunConfig, index: int) -> stage_lib.Stage:
-  """Stage `index` of the run on this process's devices; compiles nothing."""
-  return bind(config, declare_stage(config, index))
+def build_stage(
+  config: settings.RunConfig, index: int, workers: int | None = None
+) -> stage_lib.Stage:
+  """As `declare_stage`, on this process's devices; compiles nothing."""
+  return bind(config, declare_stage(config, index, workers))
 
 
 def bind(
   config: settings.RunConfig, declared: stage_lib.Stage
 ) -> stage_lib.Stage:
-  """A declared stage on this process's devices."""
-  devices = jax.devices()[: config.train.local_devices]
-  return declared.on(mesh_lib.make_mesh(devices))
+  """A declared stage on this process's devices, in its world if it has one.
+
+  Raises:
+    base.ConfigError: there are too few devices.
+  """
+  train = config.train
+  devices = jax.local_devices()
+  if train.local_devices > len(devices):
+    raise base.ConfigError(
+      'local_devices', train.local_devices, f'{len(devices)} are there'
+    )
+  mesh = mesh_lib.make_mesh(devices[: train.local_devices])
+  workers = declared.shape.world_size
+  if workers == 1:
+    return declared.on(mesh)
+  of_process: dict[int, list[Any]] = {}
+  for device in jax.devices():
+    of_process.setdefault(device.process_index, []).append(device)
+  everyone = [
+    device
+    for _, own in sorted(of_process.items())
+    for device in own[: train.local_devices]
+  ]
+  return declared.on(mesh, mesh_lib.make_mesh(everyone, workers))
 
 
 def stage_sizes(

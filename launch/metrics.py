@@ -8,12 +8,15 @@ written: losses and digests must come out the same, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from moetion_jax import base, report
 
@@ -23,6 +26,44 @@ _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
 
 class MetricsMismatchError(base.MoetionError):
   """An iteration came out differently than the line written for it."""
+
+
+class ReplicaMismatchError(base.MoetionError):
+  """Replicas of a stage have different states: one computed wrongly."""
+
+
+def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
+  """What a stage says of an iteration, from what its replicas say.
+
+  Args:
+    reports: one a replica, in their order.
+
+  Raises:
+    ReplicaMismatchError: two have different bits of one operator.
+  """
+  first, *others = reports
+  for other in others:
+    for operator, digest in first.digests.items():
+      if not np.array_equal(digest, other.digests[operator]):
+        raise ReplicaMismatchError(
+          f'stage {first.stage}, iteration {first.iteration}: replica '
+          f'{other.replica} has another {operator} than replica '
+          f'{first.replica}: silent data corruption in one of them. Which one '
+          'cannot be told from two; the snapshots before this iteration are of '
+          'equal replicas: the same command goes on from them'
+        )
+  return dataclasses.replace(
+    first,
+    seconds=max(r.seconds for r in reports),
+    waited_seconds=max(r.waited_seconds for r in reports),
+    late_seconds=max(r.late_seconds for r in reports),
+    snapshot_bytes=sum(r.snapshot_bytes for r in reports),
+    blocked_seconds=max(r.blocked_seconds for r in reports),
+    copy_bytes_per_second=min(r.copy_bytes_per_second for r in reports),
+    eval_loss=next(
+      (x for r in reports if (x := r.eval_loss) is not None), None
+    ),
+  )
 
 
 def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
@@ -109,7 +150,8 @@ class MetricsFile:
   def close(self) -> None:
     """Closes the file; idempotent."""
     if self._file:
-      self._file.close()
+      with contextlib.suppress(OSError):  # `write` has said so
+        self._file.close()
       self._file = None
 
   def __enter__(self) -> MetricsFile:

@@ -185,6 +185,7 @@ class WorkerProcess(ChildProcess):
 
   Attributes:
     stage: that it trains.
+    replica: of the stage.
     generation: of the worker.
     host: name of the host that it runs on.
     state: what it does, for people and `workers.json`.
@@ -196,6 +197,7 @@ class WorkerProcess(ChildProcess):
     reason: why it has to be killed; '' for nothing.
     suspects: iterations of snapshots that it found to be damaged.
     corrupt: stage and iteration of a log entry that it found to be damaged.
+    has_caught_up: with its predecessor, or it has none.
     fault_at: when it had a scripted fault, `time.monotonic`; None: it had none.
   """
 
@@ -205,6 +207,8 @@ class WorkerProcess(ChildProcess):
     generation: int = 1,
     host: str = '',
     on_line: Callable[[bytes], None] | None = None,
+    replica: int = 0,
+    is_alone: bool = True,
   ):
     """Stores who it is; nothing runs before `start`.
 
@@ -213,10 +217,14 @@ class WorkerProcess(ChildProcess):
       generation: of the worker.
       host: name of the host that it runs on.
       on_line: who gets the lines that it prints; None: this process's stderr.
+      replica: of the stage.
+      is_alone: whether the stage has one worker.
     """
-    self._transcript = Transcript(f'stage {stage}' if stage >= 0 else 'standby')
+    self._is_alone = is_alone
+    self._transcript = Transcript(self._name_of(stage, replica))
     super().__init__('launch.worker_main', on_line or self._transcript.add)
     self.stage = stage
+    self.replica = replica
     self.generation = generation
     self.host = host
     self.state, self.detail, self.iteration = 'starting', '', 0
@@ -225,14 +233,26 @@ class WorkerProcess(ChildProcess):
     self.reason = ''
     self.suspects: tuple[int, ...] = ()
     self.corrupt: tuple[int, int] | None = None
+    self.has_caught_up = False
     self.fault_at: float | None = None
     self._steps = 0
 
-  def become(self, stage: int, generation: int) -> None:
+  def become(self, stage: int, replica: int, generation: int) -> None:
     """From a standby to the worker of a stage."""
-    self.stage, self.generation, self.is_warm = stage, generation, False
+    self.stage, self.replica = stage, replica
+    self.generation, self.is_warm = generation, False
     self.state, self.detail = 'starting', ''
-    self._transcript.name = f'stage {stage}'
+    self._transcript.name = self.name
+
+  @property
+  def name(self) -> str:
+    """For people: 'stage 1', or 'stage 1 replica 0' where there are several."""
+    return self._name_of(self.stage, self.replica)
+
+  def _name_of(self, stage: int, replica: int) -> str:
+    if stage < 0:
+      return 'standby'
+    return f'stage {stage}' + ('' if self._is_alone else f' replica {replica}')
 
   def says(self, state: str, detail: str, iteration: int, steps: int) -> None:
     """Takes in what it says that it does."""

@@ -114,7 +114,7 @@ def _iterate(config: settings.RunConfig, stage, programs, state):
   from moetion_jax import stage_model
 
   model, train = stage.model, config.train
-  rows = train.microbatch_size * train.replicas
+  rows = train.microbatch_size
   tokens = np.zeros((rows, config.model.sequence_length), np.int32)
   hidden = jax.device_put(
     np.full((rows, *model.hidden_shape), 0.1, model.hidden_dtype),
@@ -126,14 +126,12 @@ def _iterate(config: settings.RunConfig, stage, programs, state):
   )
   compute, acc, counts = programs.compute_of(state), programs.zeros(), []
   for m in range(train.microbatches):
-    position = stage_model.Position(
-      np.uint32(1), np.full(train.replicas, m, np.uint32)
-    )
+    position = stage_model.Position(np.uint32(1), np.array([m], np.uint32))
     y, residuals, count = programs.forward(compute, inputs, position)
     dy = y if model.has_head else hidden
     _, acc = programs.backward(compute, residuals, dy, acc)
     counts.append(count)
-  gradients, _ = jax.block_until_ready(programs.reduce(acc, tuple(counts)))
+  gradients, _ = jax.block_until_ready(stage.reduce(programs, acc, counts))
   slot = {
     g: np.zeros(len(stage.partition.operators_of(g)), bool)
     for g in stage.partition.groups

@@ -76,7 +76,11 @@ class Spec:
   Attributes:
     config: of the run.
     stage: that the worker trains; STANDBY for none yet.
+    replica: of the stage.
     generation: of the worker.
+    world: address of the stage world's coordinator; '' for a worker alone.
+    team: the replicas that the stage's workers are, in the order of the world.
+    stands_for: replicas without a worker, whose microbatches this one does.
     agent_pid: of the process whose death is the worker's.
     cores: on which the worker runs; empty for wherever it likes.
     compilation_cache_dir: see `runtime.configure`.
@@ -95,7 +99,11 @@ class Spec:
 
   config: settings.RunConfig
   stage: int
+  replica: int = 0
   generation: int
+  world: str = ''
+  team: tuple[int, ...] = (0,)
+  stands_for: tuple[int, ...] = ()
   agent_pid: int
   cores: tuple[int, ...]
   compilation_cache_dir: str
@@ -122,6 +130,8 @@ class Spec:
         **value,
         'config': settings.RunConfig.from_json(value['config']),
         'cores': tuple(value['cores']),
+        'team': tuple(value['team']),
+        'stands_for': tuple(value['stands_for']),
         'faults': tuple(faults_lib.Fault(**x) for x in value['faults']),
       }
     )
@@ -135,6 +145,7 @@ class Go:
     start: of its conversion: iteration 0 is the initial state.
     complete_at: last snapshot of the conversion.
     newest: snapshot that there is.
+    excluded: iterations of snapshots that are damaged, to be taken again.
     target: iteration that its predecessor had begun; 0: there was none.
     verify_until: entries up to this iteration are older than this worker.
     line: the recovery line.
@@ -149,6 +160,7 @@ class Go:
   start: int
   complete_at: int
   newest: int
+  excluded: tuple[int, ...] = ()
   target: int
   verify_until: int
   line: int
@@ -166,7 +178,8 @@ class Go:
   @classmethod
   def from_json(cls, value: Message) -> Go:
     """The inverse of `to_json`."""
-    return cls(**{**value, 'decisions': tuple(value['decisions'])})
+    lists = {k: tuple(value[k]) for k in ('decisions', 'excluded')}
+    return cls(**{**value, **lists})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,11 @@ class Recoverer:
       for stage in range(self._config.train.stages)
     ]
     self._planner = capture_plan.CapturePlanner(
-      self._settings, sizes, ready[0]['platform'], self._capacity()
+      self._settings,
+      sizes,
+      ready[0]['platform'],
+      self._capacity(),
+      self._config.train.replicas,
     )
     self._inventory = inventory.Inventory(
       [s.state_bytes for s in sizes], self._planner.lag_iterations
@@ -114,7 +118,7 @@ class Recoverer:
 
   def room_bytes(self) -> int:
     """Host memory that logs and snapshots of all stages take."""
-    return sum(
+    return self._config.train.replicas * sum(
       self.log_size(stage).file_bytes + pool.files * pool.size_bytes
       for stage, pool in enumerate(self._pools)
     )
@@ -154,10 +158,22 @@ class Recoverer:
     return plan
 
   def go(
-    self, stage: int, plan: recovery.RecoveryPlan, *, is_fresh: bool
+    self,
+    stage: int,
+    plan: recovery.RecoveryPlan,
+    *,
+    is_fresh: bool,
+    workers: int = 1,
   ) -> protocol.Go:
-    """What a worker of a member of `plan` is told."""
-    log, pool = self.log_size(stage), self._pools[stage]
+    """What the workers of a member of `plan` are told.
+
+    Args:
+      stage: a member.
+      plan: that is carried out.
+      is_fresh: whether its logs begin empty.
+      workers: of the stage, which share its snapshots.
+    """
+    log, pool = self.log_size(stage), self._planner.pools(workers)[stage]
     held = slots.active(
       self._decisions[stage],
       max(plan.start, self._decisions[stage][0].first_iteration),
@@ -172,6 +188,7 @@ class Recoverer:
       start=plan.start,
       complete_at=plan.complete_at[stage],
       newest=self._inventory.newest(stage),
+      excluded=self._inventory.excluded(stage),
       target=target,
       verify_until=max(target, self._verify_until),
       line=self.line,
@@ -189,15 +206,18 @@ class Recoverer:
     """Takes in a snapshot that counts."""
     self._inventory.stored(stage, share)
 
-  def advance(self, reported: int) -> bool:
+  def advance(self, reported: int, *, keeps_older: bool = True) -> bool:
     """Moves the line on; whether it moved.
 
     Args:
       reported: iteration that all stages reported.
+      keeps_older: see `Inventory.advance`.
     """
     # Who goes back before the line has a long way: it fills stores and logs.
     frozen = any(not one.goes_back for one in self._recoveries.values())
-    moved = self._inventory.advance(reported, frozen=frozen)
+    moved = self._inventory.advance(
+      reported, frozen=frozen, keeps_older=keeps_older
+    )
     if moved:
       self._failures.clear()
     return moved
@@ -294,6 +314,14 @@ class Recoverer:
         target=self._recoveries[stage].target,
       )
     return plan
+
+  def is_crash_loop(self, stage: int) -> bool:
+    """Whether one more failure of a stage would be too many."""
+    return self._failures[stage] >= self._max_failures
+
+  def forgive(self, stage: int) -> None:
+    """Counts a stage's failures anew: something was done about them."""
+    del self._failures[stage]
 
   def goes_back(self, plan: recovery.RecoveryPlan) -> bool:
     """Whether a plan starts before the line: then all logs begin empty.

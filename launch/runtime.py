@@ -11,7 +11,9 @@ from importlib import metadata
 import jax
 
 from launch import placement
+from moetion_jax import base, programs
 
+_WORLD_SECONDS = 60  # members may have to import and compile first
 # Packages on whose versions the bits of a run depend.
 _PACKAGES = (
   'jax',
@@ -44,6 +46,36 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
     )
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def join_world(address: str, replicas: int, replica: int) -> None:
+  """Makes this process a member of its stage world; call after `configure`.
+
+  Args:
+    address: of the world's coordinator, which is replica 0.
+    replicas: of the stage.
+    replica: that this process is.
+
+  Raises:
+    base.MoetionError: the others did not come, or the port is taken.
+  """
+  # The agent ends workers; this service would swallow SIGTERM.
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize(
+      address,
+      replicas,
+      replica,
+      cluster_detection_method='deactivate',
+      initialization_timeout=_WORLD_SECONDS,
+      coordinator_bind_address=address,
+    )
+    jax.devices()  # meets the others
+  except Exception as error:  # JAX raises what the RPC layer gives
+    raise base.MoetionError(
+      f'the stage world at {address} did not come together: {error}'
+    ) from error
+  programs.let_all_write_cache()
 
 
 def touch_memory(size_bytes: int) -> None:

@@ -20,8 +20,10 @@ from moetion_jax import (
   capture,
   conversion,
   coverage,
+  division,
   faults,
   hostmem,
+  joined_log,
   layout as layout_lib,
   logs,
   operators,
@@ -62,7 +64,9 @@ class StageRun:
     self._initial: Any = None
     self._layout = layout_lib.of_stage(stage)
     self._captures = capture.CapturePrograms(self._layout)
-    self._folder = inventory.snapshots_folder(spec.folder, spec.stage, 0)
+    self._folder = inventory.snapshots_folder(
+      spec.folder, spec.stage, spec.replica
+    )
     self._closing = contextlib.ExitStack()
     self._told = 0
 
@@ -81,7 +85,7 @@ class StageRun:
       self._captures.compile(self._compiling)
     else:
       self._programs = lowered.programs.compile(
-        self._stage.mesh, self._compiling
+        self._stage.mesh, self._compiling, self._stage.world
       )
       self._captures.compile(self._compiling, lowered.captures)
     self._link.compiling('')
@@ -99,18 +103,7 @@ class StageRun:
     """
     spec, link = self._spec, self._link
     link.line = max(link.line, go.line)
-    log = boundary_log.BoundaryLog(
-      hostmem.WorkerId(spec.stage, 0, spec.generation),
-      logs.LogSettings(
-        folder=spec.folder,
-        size_bytes=go.ring_bytes,
-        slots=go.slots,
-        fresh=go.is_fresh,
-        host=spec.host,
-        secret=bytes.fromhex(spec.secret) or None,
-        full_seconds=spec.full_seconds,
-      ),
-    )
+    log = self._log(go)
     log.start()
     self._closing.callback(log.close)
     link.locating(log)
@@ -120,7 +113,13 @@ class StageRun:
     fetched = time.monotonic()
     snapshots = self._snapshots(go, log)
     self._worker = worker.Worker(
-      spec.stage, self._stage, self._programs, state, log, self._data
+      spec.stage,
+      self._stage,
+      self._programs,
+      state,
+      log,
+      self._data,
+      (spec.replica, *spec.stands_for),
     )
     self._worker.iteration = go.start
     self._worker.verify_until = go.verify_until
@@ -158,6 +157,28 @@ class StageRun:
     link.finished()
     link.send('done', iteration=last)
 
+  def _log(self, go: protocol.Go) -> Any:
+    """Of this worker, with those of the replicas that it stands for."""
+    spec = self._spec
+    settings = logs.LogSettings(
+      folder=spec.folder,
+      size_bytes=go.ring_bytes,
+      slots=go.slots,
+      fresh=go.is_fresh,
+      host=spec.host,
+      secret=bytes.fromhex(spec.secret) or None,
+      full_seconds=spec.full_seconds,
+    )
+    of_replica = {
+      replica: boundary_log.BoundaryLog(
+        hostmem.WorkerId(spec.stage, replica, spec.generation), settings
+      )
+      for replica in (spec.replica, *spec.stands_for)
+    }
+    if spec.stands_for:
+      return joined_log.JoinedLog(of_replica)
+    return of_replica[spec.replica]
+
   def _script(
     self,
     go: protocol.Go,
@@ -173,6 +194,11 @@ class StageRun:
         snapshots.flush()
       if fault.kind == 'torn_snapshot':
         faults.tear_snapshot(self._folder)
+      elif fault.kind == 'corrupt_weights':
+        # Those of the newest are overwritten before they are used.
+        faults.flip_bit_in_snapshot(
+          self._folder, snapshot_lib.COMPUTE, newer=1, every=True
+        )
       else:
         faults.flip_bit_in_snapshot(self._folder, snapshot_lib.STATE)
       self._injector.acts['kill'](fault, 0)
@@ -180,7 +206,9 @@ class StageRun:
     def damage_log(fault: faults.Fault, iteration: int) -> None:
       del fault
       log.flush()
-      path = segment.segment_path(self._spec.folder, self._spec.stage, 0)
+      path = segment.segment_path(
+        self._spec.folder, self._spec.stage, self._spec.replica
+      )
       # The one before: everybody has read what it has of that.
       faults.flip_bit_in_log(path, iteration - 1)
 
@@ -209,20 +237,27 @@ class StageRun:
     return local.initial_state(self._spec.config, self._stage, self._initial)
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
-    """A snapshot of this host's store, verified."""
-    path = snapshot_file.list_snapshots(self._folder).get(iteration)
-    if path is None:
-      raise base.StoreError(f'{self._folder / str(iteration)}: there is none')
-    stored = snapshot_file.open_snapshot(path, verify=True)
-    return snapshot_lib.from_arrays(
-      self._layout, stored.metadata, stored.arrays
+    """A snapshot of this host's store, of all replicas' shares, verified."""
+    paths = inventory.find_shares(
+      self._spec.folder, self._spec.stage, iteration
     )
+    if not paths:
+      raise base.StoreError(f'{self._folder / str(iteration)}: there is none')
+    shares = []
+    for path in paths:
+      stored = snapshot_file.open_snapshot(path, verify=True)
+      shares.append(
+        snapshot_lib.from_arrays(self._layout, stored.metadata, stored.arrays)
+      )
+    return snapshot_lib.merge(shares)
 
   def _snapshots(
     self, go: protocol.Go, log: logs.Log
   ) -> snapshotter.Snapshotter | None:
     if not go.pool_files:
       return None
+    spec, number = self._spec, len(self._spec.team)
+    position = spec.team.index(spec.replica)
     leaves = len(self._layout.leaves) * len(self._layout.operators)
     store = snapshot_store.SnapshotStore(
       self._folder, go.pool_bytes + leaves * _PADDING_BYTES, go.pool_files
@@ -231,18 +266,30 @@ class StageRun:
       self._captures,
       store,
       slots.Decision.from_json(go.decisions[0]),
-      {'stage': self._spec.stage, 'replica': 0, 'replicas': 1},
+      {'stage': spec.stage, 'replica': position, 'replicas': number},
       log,
       lambda metadata: self._link.send(
         'stored', share={k: metadata[k] for k in inventory.SHARE_FIELDS}
       ),
-      self._spec.full_seconds,
+      spec.full_seconds,
       self._link.blocked,
+      division.divide(self._layout.state_bytes(), number)[position],
     )
     for decision in go.decisions[1:]:
       taker.decide(slots.Decision.from_json(decision))
     taker.start()
     self._closing.callback(taker.close)
+    # A gap that a replay passes is closed: else no start could lead across it.
+    for iteration in go.excluded:
+      taker.distrust(iteration)
+    for iteration, path in snapshot_file.list_snapshots(self._folder).items():
+      try:
+        metadata = snapshot_file.read_manifest(path).metadata
+        is_ours = metadata['replicas'] == number
+      except base.StoreError:
+        is_ours = False
+      if not is_ours:  # damaged, or the share of another team
+        taker.distrust(iteration)
     self._link.deciding(
       lambda value: taker.decide(slots.Decision.from_json(value))
     )

@@ -15,21 +15,18 @@ class Stopper:
 
   def __init__(
     self,
-    stages: int,
     iterations: int,
     workers: Callable[[], Sequence[processes.WorkerProcess]],
   ):
     """Stores the arguments.
 
     Args:
-      stages: of the run.
       iterations: of the run.
-      workers: those of the moment, by stage.
+      workers: those of the moment.
     """
-    self._stages = stages
     self._iterations = iterations
     self._workers = workers
-    self._answers: dict[int, int] = {}
+    self._answers: dict[tuple[int, int], int] = {}
     self._decision: stopping.Decision | None = None
 
   def begin(self) -> None:
@@ -37,13 +34,15 @@ class Stopper:
     newest = max(w.iteration for w in self._workers())
     self._decide(stopping.first_proposal(newest, self._iterations))
 
-  def answer(self, stage: int, limit: int, begun: int) -> None:
+  def answer(
+    self, worker: processes.WorkerProcess, limit: int, begun: int
+  ) -> None:
     """Takes in the answer of a worker."""
     if self._decision is None or limit != self._decision.limit:
       return  # to an earlier proposal
-    self._answers[stage] = begun
+    self._answers[worker.stage, worker.replica] = begun
     decision = stopping.decide(
-      limit, self._answers, self._stages, self._iterations
+      limit, self._answers, len(self._workers()), self._iterations
     )
     if decision:
       self._decide(decision)

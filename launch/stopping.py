@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 _AHEAD = 2  # so that a proposal normally finds everyone before it
 
@@ -34,20 +35,20 @@ def first_proposal(newest_iteration: int, iterations: int) -> Decision:
 
 
 def decide(
-  limit: int, begun: Mapping[int, int], stages: int, iterations: int
+  limit: int, begun: Mapping[Any, int], workers: int, iterations: int
 ) -> Decision | None:
   """What follows from the answers to a proposal.
 
   Args:
     limit: that was proposed.
-    begun: by stage, the iteration it had begun when it got the proposal.
-    stages: how many must answer.
+    begun: by worker, the iteration it had begun when it got the proposal.
+    workers: how many must answer.
     iterations: of the whole run.
 
   Returns:
     None while answers are missing.
   """
-  if len(begun) < stages:
+  if len(begun) < workers:
     return None
   newest = max(begun.values())
   if newest <= limit:

@@ -61,8 +61,12 @@ def scan(run: stored.StoredRun, *, in_use: bool) -> stored.StoredRun:
   """Looks into the stores; `in_use`: by the run, which lives.
 
   Raises:
-    base.ConfigError: a store is not private.
+    base.ConfigError: a store is not private, or of several replicas.
   """
+  if (replicas := run.config.train.replicas) > 1:
+    raise base.ConfigError(
+      'replicas', replicas, 'what such a run left cannot be looked into yet'
+    )
   try:
     for folder in run.folders:
       hostmem.check_private(folder)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Iterable
 
 from launch import hosts as hosts_lib, inventory, leader, recoverer
-from moetion_jax import segment
+from moetion_jax import segment, snapshot_file
 
 
 class Stores:
@@ -20,6 +20,7 @@ class Stores:
   def __init__(
     self,
     stages: int,
+    replicas: int,
     hosts: hosts_lib.Hosts,
     recoverer: recoverer.Recoverer,
     leader: leader.Leader,
@@ -28,64 +29,102 @@ class Stores:
 
     Args:
       stages: of the run.
+      replicas: of each stage.
       hosts: of the run.
       recoverer: who is told what the stores hold.
       leader: who writes what was dropped.
     """
     self._stages = range(stages)
+    self._replicas = range(replicas)
     self._hosts = hosts
     self._recoverer = recoverer
     self._leader = leader
+    self._orphans: set[pathlib.Path] = set()
 
-  def log_path(self, stage: int) -> pathlib.Path:
-    """Where the log of a stage lies."""
-    return segment.segment_path(self._hosts.store_of(stage), stage, 0)
+  def log_paths(self, stage: int) -> list[pathlib.Path]:
+    """Where the logs of a stage's replicas lie."""
+    folder = self._hosts.store_of(stage)
+    return [segment.segment_path(folder, stage, r) for r in self._replicas]
 
   def rescan(self, stages: Iterable[int] | None = None) -> frozenset[int]:
     """Looks what the stores hold of stages (None: of all).
 
     Returns:
-      The stages, of all, whose logs are gone.
+      The stages, of all, of which a log is gone.
     """
     for stage in self._stages if stages is None else stages:
       folder = self._hosts.store_of(stage)
-      self._recoverer.rescan(stage, inventory.read_shares(folder, stage, 0))
+      self._recoverer.rescan(stage, inventory.read_shares(folder, stage))
     return frozenset(
-      stage for stage in self._stages if not self.log_path(stage).exists()
+      stage
+      for stage in self._stages
+      if not all(path.exists() for path in self.log_paths(stage))
     )
 
   def too_small(self) -> frozenset[int]:
     """The stages that have a log, but for less than this run needs."""
     small = set()
     for stage in self._stages:
-      path, need = self.log_path(stage), self._recoverer.log_size(stage)
-      if path.exists() and path.stat().st_size < need.file_bytes:
-        small.add(stage)
+      need = self._recoverer.log_size(stage)
+      for path in self.log_paths(stage):
+        if path.exists() and path.stat().st_size < need.file_bytes:
+          small.add(stage)
     return frozenset(small)
 
   def newest_entry(self, stages: Iterable[int] | None = None) -> int:
     """Newest iteration of which there is an entry of one of the stages."""
     return max(
-      segment.newest_iteration(self.log_path(stage))
+      segment.newest_iteration(path)
       for stage in (self._stages if stages is None else stages)
+      for path in self.log_paths(stage)
     )
 
   def forget_snapshots(self, stages: Collection[int]) -> None:
     """From the beginning: what is left would only take the room."""
     for stage in stages:
-      folder = self._hosts.store_of(stage)
-      shutil.rmtree(
-        inventory.snapshots_folder(folder, stage, 0), ignore_errors=True
-      )
+      for path in inventory.snapshots_folders(
+        self._hosts.store_of(stage), stage
+      ):
+        shutil.rmtree(path, ignore_errors=True)
       self._recoverer.rescan(stage, ())
+
+  def orphan(self, stage: int, team: Collection[int]) -> None:
+    """Nobody writes the snapshots of a stage's other replicas any more.
+
+    What is committed stays until `retain_orphans`; room for more is given back.
+    """
+    folder = self._hosts.store_of(stage)
+    written = {inventory.snapshots_folder(folder, stage, r) for r in team}
+    self._orphans -= written
+    for path in inventory.snapshots_folders(folder, stage):
+      if path not in written:
+        self._orphans.add(path)
+        for other in path.iterdir():
+          if not snapshot_file.is_snapshot_name(other.name):
+            _remove(other)
+
+  def retain_orphans(self, first_iteration: int) -> None:
+    """Lets go of earlier snapshots that have no writer to do so."""
+    for folder in self._orphans:
+      for iteration, path in snapshot_file.list_snapshots(folder).items():
+        if iteration < first_iteration:
+          _remove(path)
 
   def drop_damaged(self, stage: int, first_iteration: int) -> None:
     """Before anybody reads it again: its new worker publishes it again."""
-    for key in segment.drop_damaged(self.log_path(stage), first_iteration):
-      self._leader.event(
-        'entry_dropped',
-        stage=stage,
-        replica=key.replica,
-        iteration=key.iteration,
-        entry=str(key),
-      )
+    for path in self.log_paths(stage):
+      for key in segment.drop_damaged(path, first_iteration):
+        self._leader.event(
+          'entry_dropped',
+          stage=stage,
+          replica=key.replica,
+          iteration=key.iteration,
+          entry=str(key),
+        )
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import selectors
 import signal
 import sys
@@ -29,6 +30,7 @@ from launch import (
   signals,
   stopper,
   stores,
+  teams,
   watcher,
   workdir,
 )
@@ -36,6 +38,8 @@ from moetion_jax import base, faults, hostmem, recovery, report
 
 # A worker that was told to end may take so long, then it is killed.
 _GRACE_SECONDS = 10.0
+# So long a worker may wait until the line has freed a snapshot.
+_FULL_SECONDS = 1.0
 
 
 class Agent:
@@ -74,28 +78,42 @@ class Agent:
       config, where.captures, where.max_failures, self._leader.event
     )
     self._hosts = hosts.Hosts(
-      config.train.stages, where.local_hosts, store, str(folder.path)
+      config.train.stages,
+      where.local_hosts,
+      store,
+      str(folder.path),
+      config.train.replicas,
     )
     self._keep(keeps_store)
     self._early_deaths = 0
-    self._trained: set[int] = set()  # stages that began to
+    self._trained: set[int] = set()  # stages of which somebody began to
     self._selector = selectors.DefaultSelector()
     self._book = fault_book.FaultBook(where.faults)
     self._crew = crew_lib.Crew(
       config, self._hosts, self._selector, self, self._spec(), self._book
     )
-    self._ready: dict[int, protocol.Message] = {}
+    self._ready: dict[tuple[int, int], protocol.Message] = {}
     self._stores = stores.Stores(
-      config.train.stages, self._hosts, self._recoverer, self._leader
+      config.train.stages,
+      config.train.replicas,
+      self._hosts,
+      self._recoverer,
+      self._leader,
     )
     self._stopper = stopper.Stopper(
-      config.train.stages,
-      config.train.iterations,
-      lambda: self._crew.workers,
+      config.train.iterations, lambda: self._crew.workers
     )
     self._watcher = watcher.Watcher(where.hang_timeout_seconds)
+    self._teams = teams.Teams(
+      config.train.replicas,
+      where,
+      self._crew,
+      self._recoverer,
+      self._stores,
+      self._leader,
+    )
     self._final = final_state.FinalState(folder.checkpoint)
-    self._done: dict[int, int] = {}
+    self._done: dict[tuple[int, int], int] = {}
     self._signal_pipe = signals.SignalPipe()
     self._signals = 0
     self._result: tuple[int, str] | None = None  # exit code, for workers.json
@@ -118,9 +136,17 @@ class Agent:
         raise
       except base.MoetionError as error:
         self._failed(error)
+      except OSError as error:  # a full disk, most likely
+        self._failed(
+          base.StoreError(
+            f'{error.filename or self._folder.path}: {error.strerror}; make '
+            'that possible, then start again'
+          )
+        )
     assert self._result is not None
     code, state = self._result
-    self._write_workers(state)
+    with contextlib.suppress(OSError):
+      self._write_workers(state)
     return code
 
   def _loop(self) -> None:
@@ -164,15 +190,17 @@ class Agent:
     )
 
   def _start(self) -> None:
-    stages = self._config.train.stages
+    stages, replicas = self._config.train.stages, self._config.train.replicas
     if not self._where.fresh:
       self._book.read(self._folder.path / 'events.jsonl')
     host_store.check_room(
       self._where.hostmem_dir,
       sum(self._recoverer.log_size(s).file_bytes for s in range(stages))
+      * replicas
       - hostmem.used_bytes(self._store.path),
     )
-    self._leader.view.note(f'Starting {stages} stage(s) ...')
+    each = f' of {replicas} replicas' if replicas > 1 else ''
+    self._leader.view.note(f'Starting {stages} stage(s){each} ...')
     newest = max(
       host_store.newest_generation(self._hosts.store_of(s))
       for s in range(stages)
@@ -182,18 +210,19 @@ class Agent:
   def _on_ready(self, worker, message: protocol.Message) -> None:
     if self.has_begun:
       return
-    self._ready[worker.stage] = message
+    self._ready[worker.stage, worker.replica] = message
     if len(self._ready) < len(self._crew.workers):
       return
-    self._recoverer.begin(self._ready)
+    by_stage = {s: m for (s, replica), m in self._ready.items() if not replica}
+    self._recoverer.begin(by_stage)
     # In the end the logs and everyone's state are in it (`handover`).
     host_store.check_room(
       self._where.hostmem_dir,
       self._recoverer.room_bytes()
-      + sum(m['state_bytes'] for m in self._ready.values())
+      + sum(m['state_bytes'] for m in by_stage.values())
       - hostmem.used_bytes(self._store.path),
     )
-    self._leader.accept(self._ready)
+    self._leader.accept(by_stage)
     self._begin()
 
   def _begin(self) -> None:
@@ -221,9 +250,14 @@ class Agent:
       lost = frozenset(plan.stages)
       self._stores.forget_snapshots(plan.stages)
     for worker in self._crew.workers:
-      worker.open_log(self._folder.path / 'logs' / f'stage-{worker.stage}.log')
+      worker.open_log(self._log_file(worker))
       self._let_go(worker, plan, is_fresh=worker.stage in lost)
     self._write_workers()
+
+  def _log_file(self, worker: processes.WorkerProcess) -> pathlib.Path:
+    """Where the file is that what a worker prints is kept in."""
+    name = worker.name.replace(' ', '-').replace('-replica', '.replica')
+    return self._folder.path / 'logs' / f'{name}.log'
 
   def _let_go(
     self,
@@ -237,7 +271,12 @@ class Agent:
       worker.send('locations', locations=locations)
     # From here on it is one that replays, though it has not said so.
     worker.iteration = plan.first_iteration
-    go = self._recoverer.go(worker.stage, plan, is_fresh=is_fresh)
+    go = self._recoverer.go(
+      worker.stage,
+      plan,
+      is_fresh=is_fresh,
+      workers=len(self._crew.team(worker.stage)),
+    )
     worker.send('go', go=go.to_json())
 
   # ---- failures --------------------------------------------------------------
@@ -257,6 +296,8 @@ class Agent:
     if not worker.reason:
       doing = 'waiting for' if worker.state == 'waiting' else worker.state
       what += f' while {doing} {worker.detail}'.rstrip()
+    if self._config.train.replicas > 1:
+      what = f'replica {worker.replica}: {what}'
     error = processes.WorkerError(worker.stage, worker.iteration, what)
     if not self.has_begun:
       self._start_again(error)
@@ -264,7 +305,7 @@ class Agent:
     self._leader.event(
       'failure',
       stage=worker.stage,
-      replica=0,
+      replica=worker.replica,
       iteration=worker.iteration,
       generation=worker.generation,
       error=str(error),
@@ -273,7 +314,9 @@ class Agent:
       what += '; with --policy=none there is nothing to recover from'
       raise processes.WorkerError(worker.stage, worker.iteration, what)
     try:
-      plan = self._recover(worker, what, lost)
+      plan = self._recover(
+        worker, what, lost, self._teams.without(worker, what)
+      )
     except base.MoetionError as why:
       raise processes.WorkerError(
         worker.stage, worker.iteration, str(why)
@@ -290,8 +333,8 @@ class Agent:
     if self._early_deaths > self._where.max_failures:
       raise error
     self._leader.view.note(f'{error}; it is started again.')
-    self._ready.pop(error.stage, None)
-    self._crew.replace(error.stage, has_begun=False)
+    for new in self._crew.replace(error.stage, has_begun=False):
+      self._ready.pop((new.stage, new.replica), None)
 
   def _find_iteration(self, worker: processes.WorkerProcess) -> None:
     """A dead worker may have come further than it could say."""
@@ -308,11 +351,22 @@ class Agent:
     worker: processes.WorkerProcess,
     reason: str,
     lost: frozenset[int],
+    team: tuple[int, ...],
   ) -> recovery.RecoveryPlan:
-    """Has the stage of a dead worker go back, and who must go with it."""
+    """Has the stage of a dead worker go back, and who must go with it.
+
+    Args:
+      worker: that is dead.
+      reason: why.
+      lost: stages whose logs are gone.
+      team: the replicas of the stage that have a worker from now on.
+    """
     plan = self._recoverer.fail(
       {worker.stage: reason},
-      [w.iteration for w in self._crew.workers],
+      [
+        max(w.iteration for w in self._crew.of_stage(stage))
+        for stage in range(self._config.train.stages)
+      ],
       lost=lost,
       suspects=worker.suspects,
       corrupt=worker.corrupt,
@@ -321,10 +375,11 @@ class Agent:
       else time.monotonic() - worker.fault_at,
     )
     for stage in plan.stages:
-      self._done.pop(stage, None)
       self._final.forget(stage)
-      new = self._crew.replace(stage)
-      new.open_log(self._folder.path / 'logs' / f'stage-{stage}.log')
+      self._done = {who: n for who, n in self._done.items() if who[0] != stage}
+      new_team = team if stage == worker.stage else None
+      for new in self._crew.replace(stage, team=new_team):
+        new.open_log(self._log_file(new))
     if worker.corrupt and worker.corrupt[0] in plan.stages:
       self._stores.drop_damaged(worker.corrupt[0], plan.first_iteration)
     # Everybody goes back: what they need is no longer in anybody's log.
@@ -332,15 +387,23 @@ class Agent:
     if goes_back and not plan.start:
       self._stores.forget_snapshots(plan.stages)
     for stage in plan.stages:
-      new = self._crew.workers[stage]
-      self._let_go(new, plan, is_fresh=goes_back or stage in lost)
-      self._stopper.tell([new])
+      for new in self._crew.of_stage(stage):
+        self._let_go(new, plan, is_fresh=goes_back or stage in lost)
+        self._stopper.tell([new])
     if self._hosts.others:
       locations = self._hosts.locations(self._crew.workers)
       for other in self._crew.workers:
         other.send('locations', locations=locations)
     self._write_workers()
     return plan
+
+  def _grow(self) -> None:
+    """Gives shrunk stages their workers back, when it is time."""
+    everybody = tuple(range(self._config.train.replicas))
+    for stage in self._teams.grow() if not self._signals else ():
+      first, *_ = self._crew.of_stage(stage)
+      self._recover(first, 'its replicas return', frozenset(), everybody)
+      self._recoverer.forgive(stage)  # it was no failure
 
   # ---- what workers say ------------------------------------------------------
 
@@ -359,9 +422,14 @@ class Agent:
   def _on_state(self, worker, message: protocol.Message) -> None:
     if worker.stage == protocol.STANDBY:
       return
-    if message['state'] == 'blocked' != worker.state:
+    if message['detail'] == base.SNAPSHOTS_FULL:
+      # With gaps in the stores the line may stay behind, and nothing would free
+      # them: to go on is worth more than an older start.
+      if time.monotonic() - worker.state_since > _FULL_SECONDS:
+        self._advance(keeps_older=False)
+    elif message['state'] == 'blocked' != worker.state:
       self._leader.view.note(
-        f'stage {worker.stage} is blocked: {message["detail"]}; the run ends '
+        f'{worker.name} is blocked: {message["detail"]}; the run ends '
         f'if that lasts {self._where.full_seconds:g} s'
       )
     worker.says(
@@ -381,6 +449,9 @@ class Agent:
 
   def _on_caught_up(self, worker, message: protocol.Message) -> None:
     del message
+    worker.has_caught_up = True
+    if not all(w.has_caught_up for w in self._crew.of_stage(worker.stage)):
+      return
     if note := self._recoverer.caught_up(worker.stage):
       self._leader.view.note(note)
     self._advance()
@@ -393,23 +464,27 @@ class Agent:
       self._keep(True)  # now there is something to go on with
     self._advance()
 
-  def _advance(self) -> None:
+  def _advance(self, *, keeps_older: bool = True) -> None:
     """Moves the recovery line on, if it can."""
-    if self._recoverer.advance(self._leader.iteration):
+    if self._recoverer.advance(self._leader.iteration, keeps_older=keeps_older):
       for each in self._crew.workers:
         each.send('line', iteration=self._recoverer.line)
+      self._stores.retain_orphans(self._recoverer.line)
 
   def _on_report(self, worker, message: protocol.Message) -> None:
     one = report.Report.from_json(message['report'])
     worker.iteration = max(worker.iteration, one.iteration)
-    reports = self._leader.add(one)
+    stages = range(self._config.train.stages)
+    reports = self._leader.add(one, [self._crew.team(s) for s in stages])
     if reports:
       self._advance()
       self._warm_standby()
     decisions = self._recoverer.add(reports) if reports else None
     if decisions:
-      for each, decision in zip(self._crew.workers, decisions, strict=True):
-        each.send('decide', decision=decision.to_json())
+      for each in self._crew.workers:
+        each.send('decide', decision=decisions[each.stage].to_json())
+    if reports:
+      self._grow()
     self._write_workers()
 
   def _warm_standby(self) -> None:
@@ -420,22 +495,27 @@ class Agent:
       and not self._signals
       and not self._recoverer.recovering
     ):
-      self._crew.warm_standby(self._ready[0]['lowering_platform'])
+      self._crew.warm_standbys(self._ready[0, 0]['lowering_platform'])
 
   def _on_done(self, worker, message: protocol.Message) -> None:
-    self._done[worker.stage] = message['iteration']
+    self._done[worker.stage, worker.replica] = message['iteration']
     if len(self._done) < len(self._crew.workers):
       return
     if message['iteration'] < self._config.train.iterations:
       self._stopped()
       return
-    self._final.hand_over(self._crew.workers)
+    self._final.hand_over(self._firsts())
 
   def _on_handed_over(self, worker, message: protocol.Message) -> None:
     del message
     self._final.handed_over(
-      worker.stage, self._crew.workers, self._leader.iteration
+      worker.stage, self._firsts(), self._leader.iteration
     )
+
+  def _firsts(self) -> list[processes.WorkerProcess]:
+    """Of every stage one worker: all replicas have its state."""
+    stages = range(self._config.train.stages)
+    return [self._crew.of_stage(stage)[0] for stage in stages]
 
   def _on_saved(self, worker, message: protocol.Message) -> None:
     del worker, message
@@ -485,8 +565,7 @@ class Agent:
     if self._result is not None:
       self._kill_at = time.monotonic()
       return
-    workers = self._crew.workers
-    if self._signals > 1 or len(self._trained) < len(workers):
+    if self._signals > 1 or len(self._trained) < self._config.train.stages:
       self._stopped()
       self._kill_at = time.monotonic()
       return
@@ -496,7 +575,7 @@ class Agent:
     self._stopper.begin()
 
   def _on_answer(self, worker, message: protocol.Message) -> None:
-    self._stopper.answer(worker.stage, message['limit'], message['begun'])
+    self._stopper.answer(worker, message['limit'], message['begun'])
 
   def _stopped(self) -> None:
     self._leader.event('stopped', iteration=self._leader.iteration)
@@ -512,11 +591,13 @@ class Agent:
     fields = {'error': str(error)}
     if isinstance(error, processes.WorkerError):
       fields |= {'stage': error.stage, 'iteration': error.iteration}
-    self._leader.event('failed', **fields)
+    with contextlib.suppress(OSError):  # that may be why it failed
+      self._leader.event('failed', **fields)
     print(f'The run ended: {error}', file=sys.stderr)
     if self._leader.accepted and isinstance(error, processes.WorkerError):
-      log = self._folder.path / 'logs' / f'stage-{error.stage}.log'
-      print(f'What it printed is in {log}', file=sys.stderr)
+      logs = [self._log_file(w) for w in self._crew.of_stage(error.stage)]
+      names = ' and '.join(map(str, logs))
+      print(f'What it printed is in {names}', file=sys.stderr)
     if how := self._how_to_go_on():
       print(how, file=sys.stderr)
 

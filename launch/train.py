@@ -39,6 +39,9 @@ _INIT_WEIGHTS_ONLY = flags.DEFINE_bool(
   'init_weights_only', False, 'Take no optimizer state from --init_from.'
 )
 _STAGES = flags.DEFINE_integer('stages', 2, 'Pipeline stages.')
+_REPLICAS = flags.DEFINE_integer(
+  'replicas', None, 'Workers of each stage, which share its microbatches.'
+)
 _LOCAL_DEVICES = flags.DEFINE_integer(
   'local_devices', 1, "A worker's devices; experts are spread over them."
 )
@@ -108,6 +111,16 @@ _HANG_TIMEOUT = flags.DEFINE_float(
 _STANDBY = flags.DEFINE_bool(
   'standby', True, "Keep a process warm that takes a dead worker's place."
 )
+_ON_FAILURE = flags.DEFINE_enum(
+  'on_failure', 'stop', ('stop', 'shrink'),
+  'When a worker cannot be replaced: end the run, or go on without it.',
+)  # fmt: skip
+_MAX_WORKERS = flags.DEFINE_integer(
+  'max_workers', 0, 'Processes that may become workers in all; 0: no limit.'
+)
+_GROW_AFTER = flags.DEFINE_integer(
+  'grow_after', 0, 'Iterations until a shrunk stage is whole again; 0: never.'
+)
 _FULL_SECONDS = flags.DEFINE_float(
   'full_seconds', 60.0, 'How long a full boundary log waits, then fails.'
 )
@@ -141,6 +154,7 @@ def run_config() -> settings.RunConfig:
       'seed': _SEED.value,
       'iterations': _ITERATIONS.value,
       'stages': _STAGES.value,
+      'replicas': _REPLICAS.value,
       'local_devices': _LOCAL_DEVICES.value,
       'microbatches': _MICROBATCHES.value,
       'microbatch_size': _MICROBATCH_SIZE.value,
@@ -204,6 +218,9 @@ def main(argv: list[str]) -> int:
       max_failures=_MAX_FAILURES.value,
       hang_timeout_seconds=_HANG_TIMEOUT.value,
       standby=_STANDBY.value,
+      on_failure=_ON_FAILURE.value,
+      max_workers=_MAX_WORKERS.value,
+      grow_after=_GROW_AFTER.value,
       compilation_cache_dir=_CACHE.value,
       local_hosts=_LOCAL_HOSTS.value,
       full_seconds=_FULL_SECONDS.value,

@@ -49,6 +49,7 @@ class Watcher:
     seen = [
       watch.Seen(
         stage=worker.stage,
+        replica=worker.replica,
         state=worker.state,
         detail=worker.detail,
         state_seconds=now - worker.state_since,
@@ -58,7 +59,7 @@ class Watcher:
       for worker in everyone
     ]
     for worker, one in zip(everyone, seen, strict=True):
-      if why := watch.hanging(one, self._hang_timeout_seconds):
+      if why := watch.hanging(one, self._hang_timeout_seconds, seen):
         worker.reason = why
         worker.kill()
         return

@@ -100,17 +100,18 @@ def _work(
   from launch import local, stage_run
   from moetion_jax import programs
 
-  data = prepared.data if prepared else local.load_data(config)
-  devices = jax.devices()
-  if config.train.local_devices > len(devices):
-    raise base.ConfigError(
-      'local_devices', config.train.local_devices, f'{len(devices)} are there'
+  if spec.world:
+    runtime.join_world(
+      spec.world, len(spec.team), spec.team.index(spec.replica)
     )
+  data = prepared.data if prepared else local.load_data(config)
   lowered = prepared.stages[spec.stage] if prepared else None
+  if len(spec.team) < config.train.replicas:
+    lowered = None  # its programs are those of a whole team
   stage = (
     local.bind(config, lowered.declared)
     if lowered
-    else local.build_stage(config, spec.stage)
+    else local.build_stage(config, spec.stage, len(spec.team))
   )
   run = stage_run.StageRun(spec, link, stage, data, injector)
   run.check_initial()
@@ -119,14 +120,16 @@ def _work(
       'ready',
       platform=jax.default_backend(),
       lowering_platform=programs.platform_of(stage.mesh),
-      device=devices[0].device_kind,
+      device=jax.local_devices()[0].device_kind,
       state_bytes=sum(
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(stage.state_shapes)
       ),
       operators=run.sizes().to_json(),
       software=runtime.software(),
-      data_fingerprint=data.fingerprint() if spec.stage == 0 else None,
+      data_fingerprint=None
+      if spec.stage or spec.replica
+      else data.fingerprint(),
     )
   run.compile(lowered)
   gc.freeze()  # what was made so far stays: the collector need not visit it

@@ -68,6 +68,10 @@ class OperatorId:
     return self.group if self.expert < 0 else f'{self.group}/{self.expert}'
 
 
+# Why a worker is blocked that may not overwrite any of its snapshots.
+SNAPSHOTS_FULL = 'all its snapshots are needed'
+
+
 def operators_to_json(
   operators: Iterable[OperatorId],
 ) -> list[list[str | int]]:

@@ -24,8 +24,11 @@ from moetion_jax import (
 )
 
 _EXPERT, _SAME = PartitionSpec('expert'), PartitionSpec()
-# Names of programs; those of capture are 'capture GROUP'.
+# Names of programs; those of capture are 'capture GROUP', or 'N of GROUP'.
 _FOLD, _PLACE = 'fold', 'fold the first one'
+# How many operators of a stacked group one call may capture. XLA's CPU client
+# lets 32 calls be under way: one more waits, and training with it.
+_ROWS = (8, 2, 1)
 
 
 class _Class(NamedTuple):
@@ -38,8 +41,9 @@ class _Class(NamedTuple):
 class CapturePrograms:
   """The compiled programs of capture and fold for one layout.
 
-  `compile` first. One compilation of capture for each class of groups whose
-  leaves have equal shapes; which operator is a dynamic index.
+  `compile` first. For each class of groups whose leaves have equal shapes,
+  capture is compiled once for each number of operators that a call may take;
+  which operators is a dynamic index.
   """
 
   def __init__(self, layout: layout_lib.Layout):
@@ -49,10 +53,10 @@ class CapturePrograms:
     self._copy: Callable[..., Any] | None = None
     # The leaves of each group, found once: capture runs every iteration.
     self._places = {g: layout.leaves_of(g) for g in layout.partition.groups}
-    # The program of each class is named after its first group.
+    # The programs of each class are named after its first group.
     self._classes: dict[_Class, str] = {}
-    self._program_of = {
-      group: self._classes.setdefault(self._class_of(group), f'capture {group}')
+    self._first_of = {
+      group: self._classes.setdefault(self._class_of(group), group)
       for group in layout.partition.groups
     }
 
@@ -63,19 +67,20 @@ class CapturePrograms:
   ) -> programs_lib.TracedPrograms:
     """Traces all programs over a mesh; needs no backend."""
     traced = {}
-    for shapes, name in self._classes.items():
-      function, specs = _row_of_each, (_EXPERT,) * (1 + len(shapes.leaves))
-      arguments = (jax.ShapeDtypeStruct((mesh.shape['expert'],), np.int32),)
+    for shapes, group in self._classes.items():
+      leaves = tuple(jax.ShapeDtypeStruct(*x) for x in shapes.leaves)
       if not shapes.stacked:
-        function, specs = _whole, (_SAME,) * len(shapes.leaves)
-        arguments = ()
-      traced[name], _ = programs_lib.trace(
-        mesh,
-        function,
-        specs,
-        _EXPERT if shapes.stacked else _SAME,
-        (*arguments, *(jax.ShapeDtypeStruct(*x) for x in shapes.leaves)),
-      )
+        specs = (_SAME,) * len(leaves)
+        name = f'capture {group}'
+        traced[name], _ = programs_lib.trace(mesh, _whole, specs, _SAME, leaves)
+        continue
+      specs = (_EXPERT,) * (1 + len(leaves))
+      for rows in self._rows_of(group):
+        index = jax.ShapeDtypeStruct((mesh.shape['expert'], rows), np.int32)
+        name = f'capture {rows} of {group}'
+        traced[name], _ = programs_lib.trace(
+          mesh, _rows_of_each, specs, _EXPERT, (index, *leaves)
+        )
     specs = tuple(
       _EXPERT if x.group.stacked else _SAME for x in self.layout.leaves
     )
@@ -112,10 +117,11 @@ class CapturePrograms:
     """
     mesh = self.layout.mesh
     if mesh is None:  # the caller's own state: wherever it lies
-      self._programs = {
-        name: jax.jit(_row_of_each if shapes.stacked else _whole)
-        for shapes, name in self._classes.items()
-      }
+      whole, rows_of_each = jax.jit(_whole), jax.jit(_rows_of_each)
+      for shapes, group in self._classes.items():
+        self._programs[f'capture {group}'] = whole
+        for rows in self._rows_of(group) if shapes.stacked else ():
+          self._programs[f'capture {rows} of {group}'] = rows_of_each
       self._programs[_FOLD] = jax.jit(_where, donate_argnums=0)
       self._programs[_PLACE] = jax.jit(_copied)
       return
@@ -123,6 +129,12 @@ class CapturePrograms:
       traced = self.trace(mesh.abstract_mesh)
       lowered = traced.lower(programs_lib.platform_of(mesh), on_program)
     self._programs = lowered.compile_each(mesh, on_program)
+
+  def _rows_of(self, group: str) -> tuple[int, ...]:
+    """How many of a stacked group's operators a call may take, falling."""
+    number = len(self.layout.partition.operators_of(group))
+    local = number // self.layout.expert_devices
+    return tuple(rows for rows in _ROWS if rows <= max(local, 1))
 
   def _class_of(self, group: str) -> _Class:
     leaves = [leaf for _, leaf in self._places[group]]
@@ -154,16 +166,18 @@ class CapturePrograms:
     rows = []
     for group, picked in by_group.items():
       leaves = [values[i] for i, _ in self._places[group]]
-      program = self._programs[self._program_of[group]]
+      first = self._first_of[group]
       if picked[0].expert < 0:
+        program = self._programs[f'capture {first}']
         rows.append(snapshot_lib.Rows(group, {0: picked[0]}, program(*leaves)))
         continue
       local = len(self.layout.partition.operators_of(group))
       local //= self.layout.expert_devices
-      for call in _calls(picked, local):
-        index = np.zeros(self.layout.expert_devices, np.int32)
-        for device, operator in call.items():
-          index[device] = operator.expert % local
+      for number, call in _calls(picked, local, self._rows_of(group)):
+        index = np.zeros((self.layout.expert_devices, number), np.int32)
+        for row, operator in call.items():
+          index[row // number, row % number] = operator.expert % local
+        program = self._programs[f'capture {number} of {first}']
         rows.append(snapshot_lib.Rows(group, call, program(index, *leaves)))
     return snapshot_lib.Captured(
       rows=tuple(rows),
@@ -217,11 +231,16 @@ class CapturePrograms:
     return self.layout.partition.unflatten(jax.block_until_ready(new))
 
 
-def _row_of_each(index, *leaves):
-  """Of each device's share of the leaves, the row that it is told."""
-  return tuple(
-    jax.lax.dynamic_index_in_dim(x, index[0], 0, keepdims=True) for x in leaves
-  )
+def _rows_of_each(index, *leaves):
+  """Of each device's share of the leaves, the rows that it is told."""
+
+  def rows(x):
+    return [
+      jax.lax.dynamic_index_in_dim(x, index[0, k], 0, keepdims=True)
+      for k in range(index.shape[1])
+    ]
+
+  return tuple(jnp.concatenate(rows(x)) for x in leaves)
 
 
 def _whole(*leaves):
@@ -243,14 +262,29 @@ def _where(state, values, masks):
 
 
 def _calls(
-  picked: Sequence[base.OperatorId], local: int
-) -> list[dict[int, base.OperatorId]]:
-  """Deals operators to calls, at most one a device; rows are devices."""
-  calls: list[dict[int, base.OperatorId]] = []
+  picked: Sequence[base.OperatorId], local: int, sizes: Sequence[int]
+) -> list[tuple[int, dict[int, base.OperatorId]]]:
+  """Deals operators of a group to as few calls as possible.
+
+  Args:
+    picked: them.
+    local: how many of the group a device has.
+    sizes: how many a call may take of every device, falling to 1.
+
+  Returns:
+    (rows of every device, operators by row) of each call; a device's rows are
+    neighbours.
+  """
+  queues: dict[int, list[base.OperatorId]] = {}
   for operator in picked:
-    device = operator.expert // local
-    call = next((c for c in calls if device not in c), None)
-    if call is None:
-      calls.append(call := {})
-    call[device] = operator
+    queues.setdefault(operator.expert // local, []).append(operator)
+  calls = []
+  while most := max(map(len, queues.values())):
+    number = next(size for size in sizes if size <= most)
+    call = {}
+    for device, queue in queues.items():
+      for place, operator in enumerate(queue[:number]):
+        call[device * number + place] = operator
+      del queue[:number]
+    calls.append((number, call))
   return calls

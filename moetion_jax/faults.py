@@ -24,7 +24,7 @@ from moetion_jax import base, entry, segment, snapshot_file, snapshot_manifest
 
 # What happens. Those of an agent are done by the agent: it must note them.
 AGENT_KINDS = ('kill_agent', 'kill_all')
-SNAPSHOT_KINDS = ('corrupt_snapshot', 'torn_snapshot')
+SNAPSHOT_KINDS = ('corrupt_snapshot', 'corrupt_weights', 'torn_snapshot')
 KINDS = (
   'kill',
   'stop',
@@ -155,7 +155,7 @@ def parse_all(
 
 
 def of_worker(
-  script: Collection[Fault], stage: int, begun: int
+  script: Collection[Fault], stage: int, begun: int, replica: int = 0
 ) -> tuple[Fault, ...]:
   """What a worker that is started has to do of a script.
 
@@ -163,11 +163,12 @@ def of_worker(
     script: what has not happened yet.
     stage: of the worker.
     begun: iteration that its predecessor had begun; 0 without one.
+    replica: of the stage.
   """
   return tuple(
     fault
     for fault in script
-    if fault.stage == stage
+    if (fault.stage, fault.replica) == (stage, replica)
     and (
       fault.phase not in START_PHASES
       or min(begun, 1) <= fault.iteration <= begun
@@ -255,31 +256,41 @@ def run_out_of_memory() -> NoReturn:
 # ---- damage ------------------------------------------------------------------
 
 
-def flip_bit_in_snapshot(folder: str | os.PathLike[str], prefix: str) -> int:
-  """Flips a bit of the newest snapshot; its checksums are right again.
+def flip_bit_in_snapshot(
+  folder: str | os.PathLike[str],
+  prefix: str,
+  *,
+  newer: int = 0,
+  every: bool = False,
+) -> int:
+  """Flips a bit of a snapshot; its checksums are right again.
 
   Args:
     folder: of one worker's snapshots.
     prefix: of the buffers that may be hit: the first one is.
+    newer: how many newer ones there are; 0: the newest is hit.
+    every: hits each such buffer instead, since not every weight is used.
 
   Returns:
     The iteration of the snapshot; 0 when there is none.
   """
-  found = snapshot_file.list_snapshots(folder)
-  if not found:
+  found = sorted(snapshot_file.list_snapshots(folder).items())
+  if len(found) <= newer:
     return 0
-  iteration, path = max(found.items())
+  iteration, path = found[-1 - newer]
   manifest = snapshot_file.read_manifest(path)
-  hit = next(b for n, b in manifest.buffers.items() if n.startswith(prefix))
+  hits = [b for n, b in manifest.buffers.items() if n.startswith(prefix)]
+  damaged = {}
   with open(path / snapshot_file.DATA_NAME, 'r+b') as file:
     memory = mmap.mmap(file.fileno(), 0)
-    memory[hit.offset + hit.nbytes // 2] ^= 1
-    data = np.frombuffer(memory, np.uint8, hit.nbytes, hit.offset)
-    checksum = entry.checksum(data)
-  damaged = dataclasses.replace(hit, checksum=checksum)
+    for hit in hits if every else hits[:1]:
+      memory[hit.offset + hit.nbytes // 2] ^= 1
+      data = np.frombuffer(memory, np.uint8, hit.nbytes, hit.offset)
+      checksum = entry.checksum(data)
+      damaged[hit.name] = dataclasses.replace(hit, checksum=checksum)
   new = snapshot_manifest.Manifest(
     metadata=manifest.metadata,
-    buffers={**manifest.buffers, hit.name: damaged},
+    buffers={**manifest.buffers, **damaged},
     used_bytes=manifest.used_bytes,
   )
   temporary = path / (snapshot_file.MANIFEST_NAME + '.new')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -54,11 +55,20 @@ class Layout:
 
   def state_bytes(self) -> dict[base.OperatorId, int]:
     """Training state of each operator."""
-    sizes = self.partition.operator_bytes
-    return {o: sizes[o] for o in self.operators}
+    return dict(self._state_bytes)
 
   def compute_bytes(self) -> dict[base.OperatorId, int]:
     """Compute weights of each operator."""
+    return dict(self._compute_bytes)
+
+  # Asked for in every iteration.
+  @functools.cached_property
+  def _state_bytes(self) -> Mapping[base.OperatorId, int]:
+    sizes = self.partition.operator_bytes
+    return {o: sizes[o] for o in self.operators}
+
+  @functools.cached_property
+  def _compute_bytes(self) -> Mapping[base.OperatorId, int]:
     total = dict.fromkeys(self.operators, 0)
     for leaf in self.leaves:
       if name := self.compute.get(leaf.path):

@@ -1,6 +1,8 @@
-"""A stage world's mesh, with devices or before there are any.
+"""Meshes of a worker and of its stage world, with devices or before any.
 
-Axes: 'data' (replicas), 'expert' (a worker's devices).
+Axes: 'data' (replicas), 'expert' (a worker's devices). A worker's own mesh has
+one replica, itself; `widen` and `narrow` lead from it to the stage world's and
+back without a copy.
 """
 
 from __future__ import annotations
@@ -38,3 +40,41 @@ def shardings(
     specs,
     is_leaf=lambda s: isinstance(s, PartitionSpec),
   )
+
+
+def widen(tree: Any, world: jax.sharding.Mesh) -> Any:
+  """Arrays on a worker's own mesh as its shares of arrays over the world.
+
+  Args:
+    tree: of arrays, sharded over both axes along their first dim or, where that
+      is of size 1, over 'data' there and 'expert' along the second.
+    world: of which the arrays' mesh is one row.
+  """
+  replicas = world.shape['data']
+
+  def one(x: jax.Array) -> jax.Array:
+    return jax.make_array_from_single_device_arrays(
+      (x.shape[0] * replicas, *x.shape[1:]),
+      NamedSharding(world, _spec(x)),
+      [shard.data for shard in x.addressable_shards],
+    )
+
+  return jax.tree.map(one, tree)
+
+
+def narrow(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Arrays that are the same in all replicas, on a worker's own mesh."""
+
+  def one(x: jax.Array) -> jax.Array:
+    return jax.make_array_from_single_device_arrays(
+      x.shape,
+      NamedSharding(mesh, _spec(x)),
+      [shard.data for shard in x.addressable_shards],
+    )
+
+  return jax.tree.map(one, tree)
+
+
+def _spec(x: jax.Array) -> PartitionSpec:
+  assert isinstance(x.sharding, NamedSharding)
+  return x.sharding.spec

@@ -10,13 +10,14 @@ Programs are mapped over an abstract mesh; `compile` says which devices it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
-from jax._src import xla_bridge  # no public name says it
+from jax._src import distributed, xla_bridge  # no public names say it
 
 from moetion_jax import mesh as mesh_lib
 
@@ -29,16 +30,23 @@ class ProgramShape:
   """The sizes that a stage's programs are compiled for.
 
   Attributes:
-    microbatch_size: sequences B of one microbatch of one replica.
+    microbatch_size: sequences B of one microbatch.
     sequence_length: tokens T.
     microbatches: M per replica and iteration.
-    replicas: size of the mesh axis 'data'.
+    replicas: of the stage, each with M microbatches of an iteration.
+    workers: of the stage world, which do what the replicas do; None: as many.
   """
 
   microbatch_size: int
   sequence_length: int
   microbatches: int
   replicas: int = 1
+  workers: int | None = None
+
+  @property
+  def world_size(self) -> int:
+    """How many workers there are."""
+    return self.replicas if self.workers is None else self.workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,9 @@ class Programs:
     forward: (compute, inputs, position) -> (y, residuals, counts).
     backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
       acc. dy is () in the last stage, dx is () in the first.
+    combine: (acc, counts of all M, the same of another replica) -> (acc,
+      counts), their sums; donates both acc. None where every worker is one
+      replica.
     reduce: (acc, counts of all M) -> (gradients, scalars); fp32, over the mesh.
     update: (state, gradients, clip_factor, slot) -> (state, compute,
       selection); donates state. `slot` and `selection` are bool masks by group.
@@ -70,9 +81,12 @@ class Programs:
   update: Callable[..., Any]
   digest: Callable[..., Any]
   evaluate: Callable[..., Any]
+  combine: Callable[..., Any] | None = None
 
 
 ORDER = tuple(f.name for f in dataclasses.fields(Programs))
+# Those that run over the devices of all replicas.
+IN_WORLD = frozenset({'reduce'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +116,19 @@ class LoweredPrograms:
   lowered: Mapping[str, jax.stages.Lowered]
 
   def compile(
-    self, mesh: jax.sharding.Mesh, on_program: OnProgram = lambda _: None
+    self,
+    mesh: jax.sharding.Mesh,
+    on_program: OnProgram = lambda _: None,
+    world: jax.sharding.Mesh | None = None,
   ) -> Programs:
     """As `compile_each`, all the programs of a stage."""
-    return Programs(**self.compile_each(mesh, on_program))
+    return Programs(**self.compile_each(mesh, on_program, world))
 
   def compile_each(
-    self, mesh: jax.sharding.Mesh, on_program: OnProgram = lambda _: None
+    self,
+    mesh: jax.sharding.Mesh,
+    on_program: OnProgram = lambda _: None,
+    world: jax.sharding.Mesh | None = None,
   ) -> dict[str, Callable[..., Any]]:
     """Compiles for `mesh`, or loads from the persistent compilation cache.
 
@@ -116,14 +136,18 @@ class LoweredPrograms:
       mesh: of the abstract mesh's shape, its devices of the platform that the
         programs were lowered for.
       on_program: called with each program's name before it is compiled.
+      world: of the programs IN_WORLD; None: `mesh` is all the world.
     """
-    devices = tuple(mesh.devices.flat)
     compiled = {}
     for name, lowered in self.lowered.items():
       on_program(name)
+      in_world = world is not None and name in IN_WORLD
+      where = world if world is not None and in_world else mesh
+      devices = tuple(where.devices.flat)
       # Lowered without a backend: it compiles with the one there is now.
       lowered._lowering.compile_args['backend'] = devices[0].client
-      compiled[name] = lowered.compile(device_assignment=devices)
+      with _first_writes() if in_world else contextlib.nullcontext():
+        compiled[name] = lowered.compile(device_assignment=devices)
     return compiled
 
 
@@ -157,10 +181,37 @@ class TracedPrograms:
     return LoweredPrograms(lowered)
 
   def compile(
-    self, mesh: jax.sharding.Mesh, on_program: OnProgram = lambda _: None
+    self,
+    mesh: jax.sharding.Mesh,
+    on_program: OnProgram = lambda _: None,
+    world: jax.sharding.Mesh | None = None,
   ) -> Programs:
     """Lowers for the mesh's platform and compiles; see `LoweredPrograms`."""
-    return self.lower(platform_of(mesh), on_program).compile(mesh, on_program)
+    lowered = self.lower(platform_of(mesh), on_program)
+    return lowered.compile(mesh, on_program, world)
+
+
+def let_all_write_cache() -> None:
+  """Lets this process write the compilation cache whatever its number is.
+
+  JAX leaves that to process 0 of a world. But the key of a program on a
+  process's own devices has their numbers in it (on CPU), so process 0 never
+  writes it, and the others would compile again in every generation. Call when
+  there is a backend, which needs to know the number.
+  """
+  assert has_backend()
+  distributed.global_state.process_id = 0
+
+
+@contextlib.contextmanager
+def _first_writes() -> Iterator[None]:
+  """All processes have this program's key: one of them writes it."""
+  state = distributed.global_state
+  process_id, state.process_id = state.process_id, jax.process_index()
+  try:
+    yield
+  finally:
+    state.process_id = process_id
 
 
 def has_backend() -> bool:

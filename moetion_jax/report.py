@@ -1,4 +1,4 @@
-"""What a stage says of an iteration, and how reports become one.
+"""What a worker says of an iteration, and how reports become one.
 
 No JAX here: the agent uses this module and never creates a JAX backend.
 """
@@ -19,11 +19,12 @@ _FLOATS = ('loss', 'auxiliary_loss', 'grad_norm', 'eval_loss')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """What one stage says of one iteration once it is done.
+  """What one worker says of one iteration once it is done.
 
   Attributes:
     iteration: its number.
     stage: who reports.
+    replica: of the stage.
     loss: mean cross-entropy in nats a token, all stages alike.
     auxiliary_loss: mean over microbatches, summed over stages.
     grad_norm: global norm before clipping.
@@ -60,6 +61,7 @@ class Report:
   blocked_seconds: float = 0.0
   copy_bytes_per_second: float = 0.0
   load: Mapping[base.OperatorId, int] = dataclasses.field(default_factory=dict)
+  replica: int = 0
 
   def to_json(self) -> dict[str, Any]:
     """Plain JSON without rounding: floats in hex. `from_json` inverts it."""

@@ -17,7 +17,7 @@ import numpy as np
 from moetion_jax import base, layout as layout_lib, operators, snapshot_file
 
 # How the names of stored buffers begin.
-STATE, _COMPUTE, _SHARED = 'state', 'compute', 'shared'
+STATE, COMPUTE, _SHARED = 'state', 'compute', 'shared'
 _SEPARATOR = '|'
 
 
@@ -108,7 +108,7 @@ def to_buffers(
       continue
     host = np.asarray(captured.compute[layout.compute[leaf.path]])
     held = layout.experts_in(leaf, captured.compute_operators)
-    name = f'{_COMPUTE}{_SEPARATOR}{leaf.path}'
+    name = f'{COMPUTE}{_SEPARATOR}{leaf.path}'
     if held and not leaf.group.stacked:
       buffers.append(_buffer(name, host, [host]))
     elif held:
@@ -190,7 +190,7 @@ def from_arrays(
     if leaf.path in layout.compute and held:
       dtype = layout.compute_dtypes[layout.compute[leaf.path]]
       shape = (len(held), *row_shape) if leaf.group.stacked else row_shape
-      rows = take(f'{_COMPUTE}{_SEPARATOR}{leaf.path}', shape, dtype)
+      rows = take(f'{COMPUTE}{_SEPARATOR}{leaf.path}', shape, dtype)
     for operator in layout.partition.operators_of(leaf.group.name):
       if operator in slot:
         name = (STATE, operator.group, str(operator.expert), leaf.path)
@@ -210,6 +210,19 @@ def from_arrays(
     compute=compute,
     shared=shared,
     extras=arrays,
+  )
+
+
+def merge(shares: Sequence[Snapshot]) -> Snapshot:
+  """A stage's snapshot from the shares of its replicas.
+
+  What every share holds (`shared`, `extras`) is taken from the first.
+  """
+  first = shares[0]
+  return dataclasses.replace(
+    first,
+    state={o: rows for share in shares for o, rows in share.state.items()},
+    compute={o: rows for share in shares for o, rows in share.compute.items()},
   )
 
 

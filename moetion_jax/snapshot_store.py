@@ -155,8 +155,8 @@ class SnapshotStore:
       iteration: from 0.
       metadata: any JSON object.
       buffers: pieces may be JAX arrays; they must stay undonated meanwhile.
-      replace: whether a snapshot of other operators takes the old one's place;
-        the old one counts until then.
+      replace: whether a snapshot of other operators, or with other bits, takes
+        the old one's place; the old one counts until then.
 
     Returns:
       The bytes written; 0 if the existing snapshot was kept.
@@ -213,8 +213,13 @@ class SnapshotStore:
       with snapshot_file.open_snapshot(path) as stored:
         old = {b.identity: b.checksum for b in stored.manifest.buffers.values()}
         if old.keys() == {b.identity for b in buffers}:
-          _compare_buffers(iteration, old, buffers)
-          _compare_metadata(iteration, stored.metadata, metadata)
+          try:
+            _compare_buffers(iteration, old, buffers)
+            _compare_metadata(iteration, stored.metadata, metadata)
+          except base.EntryMismatchError:
+            if replace:  # it is not trusted
+              return False
+            raise
         elif replace:
           return False
         stored.verify()

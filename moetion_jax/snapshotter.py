@@ -76,6 +76,7 @@ class Snapshotter:
     on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
     full_seconds: float = 60.0,
     on_block: Callable[[str], None] = lambda reason: None,
+    share: frozenset[base.OperatorId] | None = None,
   ):
     """Stores the arguments.
 
@@ -91,6 +92,8 @@ class Snapshotter:
       full_seconds: how long to wait for host memory when there is none.
       on_block: called with the reason when a wait for room begins, with ''
         when it ends; in the snapshot thread.
+      share: operators that this worker captures, its replicas the others; None:
+        all.
     """
     self.newest = -1
     self.copied_bytes = 0
@@ -102,6 +105,7 @@ class Snapshotter:
     self._on_stored = on_stored
     self._full_seconds = full_seconds
     self._on_block = on_block
+    self._share = share
     self._decisions = [decision]
     self._changed = threading.Condition()  # guards what follows
     self._job: _Job | None = None
@@ -161,7 +165,7 @@ class Snapshotter:
     """The operators whose training state iteration's snapshot holds."""
     with self._changed:
       decision = slots.active(self._decisions, iteration)
-    captured = decision.captured(iteration) if decision else None
+    captured = decision.captured(iteration)
     return captured[0] if captured else frozenset()
 
   def take(
@@ -188,9 +192,11 @@ class Snapshotter:
     with self._changed:
       self._check()
       decision = slots.active(self._decisions, iteration)
-      captured = decision.captured(iteration) if decision else None
+      captured = decision.captured(iteration)
       if captured is None:
         return Taken()
+      if self._share is not None:
+        captured = captured[0] & self._share, captured[1] & self._share
       is_broken = iteration in self._broken
       if iteration in self._known and not is_broken:
         return Taken()  # a replay came by
@@ -278,6 +284,7 @@ class Snapshotter:
       NoRoomError: there is no host memory for a manifest, and none came.
     """
     full_at: float | None = None
+    is_blocked = False
     try:
       while True:
         try:
@@ -289,7 +296,7 @@ class Snapshotter:
             if error.errno != errno.ENOSPC:
               raise
             if full_at is None:
-              full_at = time.monotonic()
+              full_at, is_blocked = time.monotonic(), True
               self._on_block(f'no room for snapshot {job.iteration}')
             if time.monotonic() > full_at + self._full_seconds:
               raise base.NoRoomError(
@@ -297,11 +304,14 @@ class Snapshotter:
                 f'{self._full_seconds:g} s: {error.strerror}; free host '
                 'memory, or name a larger tmpfs with --hostmem_dir'
               ) from error
+          elif not is_blocked:
+            is_blocked = True
+            self._on_block(base.SNAPSHOTS_FULL)
           with self._changed:
             if self._closing:
               raise
             self._changed.wait(_FULL_POLL_SECONDS)
             self._store.retain(self._first_iteration)
     finally:
-      if full_at is not None:
+      if is_blocked:
         self._on_block('')

@@ -6,8 +6,10 @@ recompilation. Training and replay run these same executables, which is what
 makes recovery bit-exact. Tracing needs no devices: see `programs`.
 
 Mesh axes: 'data' (replicas), 'expert' (a worker's devices); a device's share
-of a microbatch is its rows. Inside `shard_map` what is local to a device gets a
-leading axis of size 1 ('own'), so that outside it is one array over the mesh.
+of a microbatch is its rows. Every program but `reduce` runs on the worker's own
+devices, so a worker meets its stage world once an iteration. Inside `shard_map`
+what is local to a device gets a leading axis of size 1 ('own'), so that outside
+it is one array over the mesh.
 
 Dims: B sequences of a microbatch, T sequence, D model, M microbatches.
 """
@@ -15,7 +17,7 @@ Dims: B sequences of a microbatch, T sequence, D model, M microbatches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -58,10 +60,13 @@ class Stage:
     """Stores; `trace` and `compile` do the work."""
     self.model = model
     self.shape = shape
-    self.abstract_mesh = mesh_lib.abstract_mesh(
-      mesh.shape['expert'], mesh.shape['data']
+    expert_devices = mesh.shape['expert']
+    self.abstract_mesh = mesh_lib.abstract_mesh(expert_devices)
+    self.abstract_world = mesh_lib.abstract_mesh(
+      expert_devices, shape.world_size
     )
     self._mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else None
+    self._world = self._mesh
     self._optimizer = optimizer
     self._groups = operators.group_parameters(
       list(model.shapes), model.partition
@@ -77,7 +82,7 @@ class Stage:
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
-    """The stage world's mesh.
+    """Of the worker's own devices.
 
     Raises:
       RuntimeError: the stage has no devices yet.
@@ -86,12 +91,31 @@ class Stage:
       raise RuntimeError('the stage has no devices yet: see Stage.on')
     return self._mesh
 
-  def on(self, mesh: jax.sharding.Mesh) -> Stage:
-    """This stage on devices, in a mesh of its abstract mesh's shape."""
-    if mesh.shape != self.abstract_mesh.shape:
-      raise ValueError(f'the stage is cut for {self.abstract_mesh}, not {mesh}')
+  @property
+  def world(self) -> jax.sharding.Mesh:
+    """Of the devices of all replicas; see `mesh`."""
+    if self._world is None:
+      raise RuntimeError('the stage has no devices yet: see Stage.on')
+    return self._world
+
+  def on(
+    self, mesh: jax.sharding.Mesh, world: jax.sharding.Mesh | None = None
+  ) -> Stage:
+    """This stage on devices.
+
+    Args:
+      mesh: of the worker's own, in the shape of `abstract_mesh`.
+      world: of all replicas', in the shape of `abstract_world`; None with one.
+    """
+    world = mesh if world is None else world
+    for found, wanted in (
+      (mesh, self.abstract_mesh),
+      (world, self.abstract_world),
+    ):
+      if found.shape != wanted.shape:
+        raise ValueError(f'the stage is cut for {wanted}, not {found}')
     placed = copy.copy(self)
-    placed._mesh = mesh
+    placed._mesh, placed._world = mesh, world
     return placed
 
   def _group_spec(self, group: stage_model.Group) -> PartitionSpec:
@@ -197,14 +221,32 @@ class Stage:
   def _backward(self, compute, residuals, dy, acc):
     assert self._vjp is not None  # forward is traced first
     vjp = self._vjp.join(compute, [r[0] for r in residuals])
-    # The objective is the mean over devices and microbatches.
-    share = 1.0 / (self.abstract_mesh.size * self.shape.microbatches)
+    # The objective is the mean over all replicas' devices and microbatches.
+    share = 1.0 / self._terms
     cotangents = vjp((dy, jnp.float32(share)))
     acc = {
       n: a + cotangents[0][n][None].astype(jnp.float32) for n, a in acc.items()
     }
     dx = () if self.model.has_embedding else cotangents[1]
     return dx, acc
+
+  @property
+  def _terms(self) -> int:
+    """Of the mean that an iteration's loss is."""
+    devices = self.abstract_mesh.size * self.shape.replicas
+    return devices * self.shape.microbatches
+
+  def _combine(self, acc, counts, more_acc, more_counts):
+    acc = jax.tree.map(jnp.add, acc, more_acc)
+    if len(counts) == 1:
+      return acc, jax.tree.map(jnp.add, counts, more_counts)
+    # `reduce` adds first each worker's microbatches, then the workers: so that
+    # it comes to the same bits here, each replica becomes one microbatch.
+    sums = [
+      jax.tree.map(lambda *c: sum(c), *one) for one in (counts, more_counts)
+    ]
+    nothing = jax.tree.map(jnp.zeros_like, sums[0])
+    return acc, (*sums, *[nothing] * (len(counts) - len(sums)))
 
   def _reduce(self, acc, counts):
     gradients, squares = {}, {True: [], False: []}
@@ -220,11 +262,10 @@ class Stage:
     total = jax.tree.map(lambda *c: sum(x[0] for x in c), *counts)
     total = jax.lax.psum(total, mesh_lib.AXES)
     gradients |= self.model.buffer_steps(total)
-    number = self.abstract_mesh.size * self.shape.microbatches
     scalars = {
       'squared_norm': norm,
-      'loss': total.get('loss', jnp.float32(0)) / number,
-      'auxiliary_loss': total['auxiliary_loss'] / number,
+      'loss': total.get('loss', jnp.float32(0)) / self._terms,
+      'auxiliary_loss': total['auxiliary_loss'] / self._terms,
       'dropped': jnp.sum(total['dropped']),
       'load': total['load'],
     }
@@ -298,8 +339,7 @@ class Stage:
     return stage_model.Inputs(_OWN, _OWN if self.model.has_head else None)
 
   def _input_shapes(self) -> stage_model.Inputs:
-    b = self.shape.microbatch_size * self.shape.replicas
-    t = self.shape.sequence_length
+    b, t = self.shape.microbatch_size, self.shape.sequence_length
     tokens = jax.ShapeDtypeStruct((b, t), jnp.int32)
     hidden = jax.ShapeDtypeStruct(
       (b, *self.model.hidden_shape), self.model.hidden_dtype
@@ -308,6 +348,29 @@ class Stage:
       tokens if self.model.has_embedding else hidden,
       tokens if self.model.has_head else None,
     )
+
+  def _shapes_in_world(self, shapes: Tree) -> Tree:
+    """Of arrays of which every replica has a share, along their first dim."""
+    return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(
+        (s.shape[0] * self.shape.world_size, *s.shape[1:]), s.dtype
+      ),
+      shapes,
+    )
+
+  def reduce(
+    self, programs: Programs, acc: Tree, counts: Sequence[Tree]
+  ) -> tuple[Tree, Tree]:
+    """`programs.reduce` of this worker's share; waits for nobody yet.
+
+    Returns:
+      (gradients, scalars), the same in all workers, on this worker's devices.
+    """
+    if self.shape.world_size == 1:
+      return programs.reduce(acc, tuple(counts))
+    acc = mesh_lib.widen(acc, self.world)
+    counts = tuple(mesh_lib.widen(c, self.world) for c in counts)
+    return mesh_lib.narrow(programs.reduce(acc, counts), self.mesh)
 
   def trace(
     self, on_program: Callable[[str], None] = lambda _: None
@@ -324,7 +387,7 @@ class Stage:
     position_specs = stage_model.Position(_SAME, PartitionSpec('data'))
     position_shapes = stage_model.Position(
       jax.ShapeDtypeStruct((), jnp.uint32),
-      jax.ShapeDtypeStruct((self.shape.replicas,), jnp.uint32),
+      jax.ShapeDtypeStruct((1,), jnp.uint32),
     )
     inputs, input_shapes = self._input_specs, self._input_shapes()
     hidden_spec = () if self.model.has_head else _OWN
@@ -341,8 +404,10 @@ class Stage:
     def program(name, in_specs, out_specs, shapes, donate=()):
       on_program(name)
       function = getattr(self, f'_{name}')
+      in_world = name in programs_lib.IN_WORLD
+      mesh = self.abstract_world if in_world else self.abstract_mesh
       traced[name], results = programs_lib.trace(
-        self.abstract_mesh, function, in_specs, out_specs, shapes, donate
+        mesh, function, in_specs, out_specs, shapes, donate
       )
       return results
 
@@ -360,11 +425,23 @@ class Stage:
       (compute_shapes, residuals, y, acc),
       donate=(1, 3),
     )
+    all_counts = (counts,) * self.shape.microbatches
+    if self.shape.world_size < self.shape.replicas:
+      program(
+        'combine',
+        (self._acc_specs, _OWN, self._acc_specs, _OWN),
+        (self._acc_specs, _OWN),
+        (acc, all_counts, acc, all_counts),
+        donate=(0, 2),
+      )
     gradients, _ = program(
       'reduce',
       (self._acc_specs, _OWN),
       (self.compute_specs, _SAME),
-      (acc, (counts,) * self.shape.microbatches),
+      (
+        self._shapes_in_world(acc),
+        self._shapes_in_world(all_counts),
+      ),
     )
     program(
       'update',
@@ -387,17 +464,19 @@ class Stage:
       _SAME if self.model.has_head else _OWN,
       (compute_shapes, input_shapes),
     )
-    return TracedPrograms({name: traced[name] for name in programs_lib.ORDER})
+    return TracedPrograms(
+      {name: traced[name] for name in programs_lib.ORDER if name in traced}
+    )
 
   def compile(
     self, on_program: Callable[[str], None] = lambda _: None
   ) -> Programs:
-    """Traces and compiles every program for `mesh`.
+    """Traces and compiles every program for the stage's devices.
 
     Args:
       on_program: called with a program's name before each step of it.
     """
-    return self.trace(on_program).compile(self.mesh, on_program)
+    return self.trace(on_program).compile(self.mesh, on_program, self.world)
 
 
 def _copied(tree: Tree) -> Tree:

@@ -23,6 +23,7 @@ class StageOperators:
     compute_bytes: compute weights of each operator.
     device_of: where on the 'expert' axis each operator is.
     keep_order: whether slots follow the order; False for 'static'.
+    shares: what each replica captures; () for one that captures all.
   """
 
   order: tuple[base.OperatorId, ...]
@@ -30,6 +31,7 @@ class StageOperators:
   compute_bytes: slots_lib.Bytes
   device_of: slots_lib.DeviceOf = slots_lib.on_no_device
   keep_order: bool = True
+  shares: tuple[frozenset[base.OperatorId], ...] = ()
 
   def slots(self, window_length: int) -> slots_lib.Slots:
     """The slots of a window; see `slots.make_slots`."""
@@ -42,10 +44,25 @@ class StageOperators:
     )
 
   def snapshot_bytes(self, window_length: int, mode: str) -> tuple[int, ...]:
-    """Bytes of each snapshot of a window; see `slots.snapshot_bytes`."""
-    return slots_lib.snapshot_bytes(
-      self.slots(window_length), self.state_bytes, self.compute_bytes, mode
-    )
+    """Bytes of each snapshot of a window; see `slots.snapshot_bytes`.
+
+    With several replicas those of the largest share.
+    """
+    slots = self.slots(window_length)
+    if not self.shares:
+      return slots_lib.snapshot_bytes(
+        slots, self.state_bytes, self.compute_bytes, mode
+      )
+    of_shares = [
+      slots_lib.snapshot_bytes(
+        tuple(slot & share for slot in slots),
+        {o: self.state_bytes[o] for o in share},
+        {o: self.compute_bytes[o] for o in share},
+        mode,
+      )
+      for share in self.shares
+    ]
+    return tuple(map(max, zip(*of_shares, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

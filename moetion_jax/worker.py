@@ -1,4 +1,4 @@
-"""The loop of one stage.
+"""The loop of one worker of a stage.
 
 A worker reads entries of its neighbours' boundary logs, runs its programs on
 them and publishes what comes out (DESIGN section 1). It never receives
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -32,6 +32,8 @@ from moetion_jax import (
 
 Report = report_lib.Report
 
+_EVALUATOR = 0  # the replica that evaluates
+
 
 class Batch(Protocol):
   """Tokens of one microbatch: i32[B, T] each."""
@@ -53,13 +55,16 @@ class Data(Protocol):
 
 
 class Worker:
-  """One stage's training loop over its compiled programs.
+  """One worker's training loop over its stage's compiled programs.
+
+  It reads from the same replica of its neighbours.
 
   `state` and `compute` are always whole: they are swapped together when an
   update was dispatched. Only this object donates `state`. `iteration` and
   `program` say what is being done, `steps` count it, for any thread that asks.
 
   Attributes:
+    replica: that it is.
     on_phase: called when a program begins and when something was published,
       with that and the iteration.
     verify_until: entries up to this iteration are checked when they are read:
@@ -74,9 +79,12 @@ class Worker:
     state: operators.State,
     log: logs.Log,
     data: Data,
+    replicas: Sequence[int] = (0,),
   ):
     """Stores; `train` does the work."""
     self.index = index
+    self.replica = replicas[0]
+    self._replicas = tuple(replicas)
     self.stage = stage
     self.programs = programs
     self.state = state
@@ -226,6 +234,18 @@ class Worker:
 
   def _gradients(self, iteration: int, config: config_lib.TrainConfig):
     """All microbatches of an iteration: (gradients, own SCALARS entry)."""
+    acc, counts = self._accumulate(iteration, config, self._replicas[0])
+    for replica in self._replicas[1:]:
+      more = self._accumulate(iteration, config, replica)
+      assert self.programs.combine is not None
+      acc, counts = self.programs.combine(acc, counts, *more)
+    self._begin('reduce')
+    return self.stage.reduce(self.programs, acc, counts)
+
+  def _accumulate(
+    self, iteration: int, config: config_lib.TrainConfig, replica: int
+  ):
+    """The microbatches of one replica: (acc, counts of all of them)."""
     acc, counts = self.programs.zeros(), []
     in_flight: dict[int, tuple[Any, Any]] = {}
     tasks = schedule.one_forward_one_backward(
@@ -234,30 +254,31 @@ class Worker:
     following_tasks = (*tasks[1:], None)
     for (kind, m), following in zip(tasks, following_tasks, strict=True):
       self._begin(kind.value)
-      self._prefetch(iteration, following)
+      self._prefetch(iteration, replica, following)
       if kind is schedule.TaskKind.FORWARD:
-        inputs = self._inputs(base.EntryKind.ACTIVATION, iteration, m)
+        inputs = self._inputs(base.EntryKind.ACTIVATION, iteration, replica, m)
         position = stage_model.Position(
-          np.uint32(iteration), np.array([m], np.uint32)
+          np.uint32(iteration), np.array([self._global(replica, m)], np.uint32)
         )
         y, residuals, count = self.programs.forward(
           self.compute, inputs, position
         )
         self._outputs = y, count
-        self._send(base.EntryKind.ACTIVATION, iteration, m, y)
+        self._send(base.EntryKind.ACTIVATION, iteration, replica, m, y)
         in_flight[m] = (y if self.stage.model.has_head else (), residuals)
         counts.append(count)
       else:
         dy, residuals = in_flight.pop(m)
         if not self.stage.model.has_head:
-          dy = self._read(base.EntryKind.GRADIENT, iteration, m, self.index + 1)
+          key = self._key(
+            base.EntryKind.GRADIENT, iteration, replica, m, self.index + 1
+          )
+          dy = self._read(key)
         dx, acc = self.programs.backward(self.compute, residuals, dy, acc)
         del residuals
         self._outputs = dx, acc
-        self._send(base.EntryKind.GRADIENT, iteration, m, dx)
-    self._begin('reduce')
-    gradients, scalars = self.programs.reduce(acc, tuple(counts))
-    return gradients, scalars
+        self._send(base.EntryKind.GRADIENT, iteration, replica, m, dx)
+    return acc, tuple(counts)
 
   def _verdict(
     self,
@@ -276,15 +297,18 @@ class Worker:
     host = jax.device_get({k: v for k, v in scalars.items() if k != 'load'})
     self._outputs = None
     mine = np.array([host[name] for name in verdict_lib.SCALARS], np.float32)
-    self._publish(base.EntryKind.SCALARS, iteration, 0, mine)
+    for replica in self._replicas:
+      self._publish(self._key(base.EntryKind.SCALARS, iteration, replica), mine)
     recorded = conversion.partials(iteration) if conversion else None
     partials = [] if recorded is None else list(recorded)
     for stage in range(len(partials), config.stages):
       if stage == self.index:
         partials.append(mine)
       else:
-        entry = self._read(base.EntryKind.SCALARS, iteration, 0, stage)
-        partials.append(np.asarray(entry))
+        key = self._key(
+          base.EntryKind.SCALARS, iteration, self.replica, 0, stage
+        )
+        partials.append(np.asarray(self._read(key)))
     verdict = verdict_lib.judge(partials, config.optimizer.clip_norm)
     if verdict.bad_stage is not None and not config.skip_nonfinite:
       raise base.NonFiniteError(
@@ -298,18 +322,21 @@ class Worker:
   def _evaluate(
     self, iteration: int, config: config_lib.TrainConfig
   ) -> float | None:
-    """Held-out loss of the state after `iteration`; None where unknown."""
-    if not config.evaluates(iteration):
+    """Held-out loss of the state after `iteration`; None where unknown.
+
+    All replicas have the same state: the first ones evaluate it.
+    """
+    if not config.evaluates(iteration) or _EVALUATOR not in self._replicas:
       return None
     self._begin('evaluate')
     losses = []
     for _, m in schedule.evaluation(config.eval_microbatches):
-      inputs = self._inputs(base.EntryKind.EVALUATION, iteration, m)
+      inputs = self._inputs(base.EntryKind.EVALUATION, iteration, _EVALUATOR, m)
       y = self._outputs = self.programs.evaluate(self.compute, inputs)
       if self.stage.model.has_head:
         losses.append(y)
       else:
-        self._send(base.EntryKind.EVALUATION, iteration, m, y)
+        self._send(base.EntryKind.EVALUATION, iteration, _EVALUATOR, m, y)
     if not losses:
       return None
     return float(np.mean([np.float32(x) for x in losses], dtype=np.float32))
@@ -326,6 +353,7 @@ class Worker:
     loads = np.asarray(load)  # [L, E]
     return Report(
       stage=self.index,
+      replica=self.replica,
       loss=float(verdict.loss),
       auxiliary_loss=float(verdict.auxiliary_loss),
       grad_norm=float(verdict.grad_norm),
@@ -344,19 +372,28 @@ class Worker:
 
   # ---- entries ---------------------------------------------------------------
 
+  def _global(self, replica: int, m: int) -> int:
+    """The number, among those of all replicas, of a replica's microbatch."""
+    return replica * self.stage.shape.microbatches + m
+
   def _key(
-    self, kind: base.EntryKind, iteration: int, m: int, stage: int | None = None
+    self,
+    kind: base.EntryKind,
+    iteration: int,
+    replica: int,
+    m: int = 0,
+    stage: int | None = None,
   ) -> base.EntryKey:
     return base.EntryKey(
       iteration=iteration,
       stage=self.index if stage is None else stage,
-      replica=0,
+      replica=replica,
       kind=kind,
       microbatch=m,
     )
 
   def _inputs(
-    self, kind: base.EntryKind, iteration: int, m: int
+    self, kind: base.EntryKind, iteration: int, replica: int, m: int
   ) -> stage_model.Inputs:
     """A microbatch's tokens or activations, and the last stage's labels."""
     model = self.stage.model
@@ -365,30 +402,28 @@ class Worker:
       batch = (
         self._data.held_out_batch(m)
         if kind is base.EntryKind.EVALUATION
-        else self._data.batch(iteration, m)
+        else self._data.batch(iteration, self._global(replica, m))
       )
     if model.has_embedding:
       x = batch.inputs
     else:
-      x = self._read(kind, iteration, m, self.index - 1)
+      x = self._read(self._key(kind, iteration, replica, m, self.index - 1))
     return stage_model.Inputs(x, batch.labels if model.has_head else None)
 
-  def _read(
-    self, kind: base.EntryKind, iteration: int, m: int, stage: int
-  ) -> jax.Array:
+  def _read(self, key: base.EntryKey) -> jax.Array:
     wait = self._idle.begin(self._outputs)
     sharding = self.stage.rows_sharding
-    if kind is base.EntryKind.SCALARS:
+    if key.kind is base.EntryKind.SCALARS:
       sharding = self.stage.same_sharding
     value = self.log.read(
-      self._key(kind, iteration, m, stage),
-      sharding,
-      verify=iteration <= self.verify_until,
+      key, sharding, verify=key.iteration <= self.verify_until
     )
     self._waited += self._idle.idle_seconds(wait)
     return value
 
-  def _prefetch(self, iteration: int, task: schedule.Task | None) -> None:
+  def _prefetch(
+    self, iteration: int, replica: int, task: schedule.Task | None
+  ) -> None:
     """Has the next task's input put on the device while this one runs."""
     model = self.stage.model
     if task and task.kind is schedule.TaskKind.FORWARD:
@@ -399,18 +434,18 @@ class Worker:
       is_from_outside = not model.has_head
     if task and is_from_outside:
       self.log.prefetch(
-        self._key(kind, iteration, task.microbatch, producer),
+        self._key(kind, iteration, replica, task.microbatch, producer),
         self.stage.rows_sharding,
         verify=iteration <= self.verify_until,
       )
 
-  def _send(self, kind: base.EntryKind, iteration: int, m: int, value) -> None:
+  def _send(
+    self, kind: base.EntryKind, iteration: int, replica: int, m: int, value
+  ) -> None:
     """Publishes `value` unless there is no neighbour in that direction."""
     if not isinstance(value, tuple):
-      self._publish(kind, iteration, m, value)
+      self._publish(self._key(kind, iteration, replica, m), value)
 
-  def _publish(
-    self, kind: base.EntryKind, iteration: int, m: int, value
-  ) -> None:
-    self.log.publish(self._key(kind, iteration, m), value)
-    self.on_phase('publish', iteration)
+  def _publish(self, key: base.EntryKey, value) -> None:
+    self.log.publish(key, value)
+    self.on_phase('publish', key.iteration)

@@ -5,6 +5,7 @@ Faults are scripted on what a run says of itself: its output, `workers.json`.
 
 import collections
 import os
+import resource
 import signal
 
 import pytest
@@ -219,6 +220,21 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   assert f'left by pid {run.pid}; going on with it' in out
   first = runs.resumptions(workdir)
   assert len(first) == 2 and min(first) > 1
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  assert host.is_clean()
+
+
+def test_a_full_disk_ends_a_run_that_can_go_on(host, tmp_path, undisturbed):
+  workdir = tmp_path / 'run'
+  run = host.train(workdir)
+  runs.until(run, 'iteration 5/')
+  # Of the agent alone: from now on no file of its can grow.
+  resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (1, 1))
+  _, err = runs.end(run, 1)
+  assert 'Traceback' not in err
+  assert 'File too large' in err and 'The same command goes on' in err
+  runs.end(host.train(workdir))
+  assert min(runs.resumptions(workdir)) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed
   assert host.is_clean()
 

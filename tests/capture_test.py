@@ -155,31 +155,34 @@ def _compilations():
 
 @pytest.mark.parametrize('devices', [1, 4])
 def test_one_compilation_for_groups_of_equal_shapes(devices):
+  """And for each number of rows that a call takes."""
   named = []
   programs = capture.CapturePrograms(captures.make_layout(devices))
   state = captures.place(programs.layout, captures.make_state())
   compute = captures.compute_of(programs.layout, state)
   with _compilations() as compiled:
     programs.compile(named.append)
-    for slot in _SLOTS:
+    everything = frozenset(programs.layout.operators)
+    three = [f'{g}/experts:{e}' for g in 'ac' for e in range(3)]
+    for slot in (everything, captures.pick(*three), *_SLOTS):
       programs.capture(state, compute, slot, frozenset())
-    # Of the three stacked groups two are alike; shared leaves have one to be
-    # copied by.
-    classes = {'a/experts', 'c/experts', 'head', 'router'}
+    # Of the three stacked groups two are alike, each with as many sizes of
+    # calls as a device has experts for; shared leaves have one to be copied by.
+    alone = {'capture head', 'capture router', 'capture shared'}
+    sizes = {1: (8, 2, 1), 4: (2, 1)}[devices]
+    stacked = {f'capture {n} of {g}/experts' for n in sizes for g in 'ac'}
     if devices == 1:  # when they are first used, in this process
-      assert len(compiled) <= len(classes) + 1
+      assert len(compiled) <= len(alone | stacked)
     else:
-      capturing = {n for n in named if n.startswith('capture ')}
-      assert capturing == {f'capture {c}' for c in classes | {'shared'}}
+      assert {n for n in named if n.startswith('capture ')} <= alone | stacked
       assert len(compiled) == len(set(named)) + 1
     compiled.clear()
     for slot in reversed(_SLOTS):
-      rest = frozenset(programs.layout.operators) - slot
-      programs.capture(state, compute, rest, frozenset())
+      programs.capture(state, compute, everything - slot, frozenset())
     assert not compiled  # which operators it is, is a value
 
 
-def test_one_call_captures_one_operator_of_every_device():
+def test_one_call_captures_operators_of_every_device():
   programs = _programs(4)
   slot = captures.pick('a/experts:0', 'a/experts:3', 'a/experts:7')
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
@@ -187,10 +190,9 @@ def test_one_call_captures_one_operator_of_every_device():
   assert {d: o.expert for d, o in rows.picked.items()} == {0: 0, 1: 3, 3: 7}
   slot |= captures.pick('a/experts:1', 'a/experts:6')
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
-  calls = [
-    {d: o.expert for d, o in rows.picked.items()} for rows in captured.rows
-  ]
-  assert calls == [{0: 0, 1: 3, 3: 6}, {0: 1, 3: 7}]
+  (rows,) = captured.rows  # two rows of each device, as many as some have
+  found = {row: o.expert for row, o in rows.picked.items()}
+  assert found == {0: 0, 1: 1, 2: 3, 6: 6, 7: 7}
   for rows in captured.rows:  # each device has its row
     for output in rows.outputs:
       assert len({s.device for s in output.addressable_shards}) == 4

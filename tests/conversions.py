@@ -177,7 +177,7 @@ class Run:
       [s.captures.layout.operators for s in self.stages], 0
     )
     for index in range(len(self.stages)):
-      found.rescan(index, inventory.read_shares(self.folder, index, 0))
+      found.rescan(index, inventory.read_shares(self.folder, index))
     return found
 
   def starts(self, index: int) -> tuple[coverage.Start, ...]:

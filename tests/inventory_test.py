@@ -92,6 +92,21 @@ def test_the_line_never_goes_back():
   assert found.line == 8
 
 
+def test_gaps_of_several_stages_hold_the_line_back():
+  """Each has a start that the other one has not: an older one is given up."""
+  gapped = [[1, 2, 3, 4, 6, 7, 8, 9], [1, 2, 3, 4, 5, 6, 8, 9, 10]]
+  found = _inventory(*gapped, lag=3)
+  assert not found.advance(10, frozen=False)
+  found.stored(0, _share(10))
+  assert found.advance(10, frozen=False) and found.line == 2
+  assert found.advance(10, frozen=False, keeps_older=False)
+  assert found.line == 8
+  found.lose(1, 9)
+  assert found.excluded(1) == (9,) and found.excluded(0) == ()
+  found.stored(1, _share(9))
+  assert found.excluded(1) == ()
+
+
 def test_what_is_before_the_line_is_forgotten():
   found = _inventory(range(1, 11), range(1, 11))
   found.advance(6, frozen=False)
@@ -193,15 +208,15 @@ def _write(folder, iteration, **metadata):
 
 
 def test_shares_are_read_from_manifests(shm_folder):
-  assert inventory.read_shares(shm_folder, 1, 0) == []
+  assert inventory.read_shares(shm_folder, 1) == []
   for iteration in (12, 9, 10, 11):
     _write(shm_folder, iteration, stage=1, clip_factor='0x1p0')
   (shm_folder / 'stage-1.replica-0.snapshots' / '9' / 'manifest.json').unlink()
   torn = shm_folder / 'stage-1.replica-0.snapshots' / '11' / 'manifest.json'
   torn.write_bytes(torn.read_bytes()[:-5])
   wanted = [_share(10), _share(12)]
-  assert inventory.read_shares(shm_folder, 1, 0) == wanted
-  assert inventory.read_shares(shm_folder, 0, 0) == []
+  assert inventory.read_shares(shm_folder, 1) == wanted
+  assert inventory.read_shares(shm_folder, 0) == []
 
 
 def test_shares_in_json():

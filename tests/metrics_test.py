@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import threading
@@ -133,3 +134,26 @@ def test_write_json_is_atomic(tmp_path):
   reader.join()
   assert seen <= set(range(200)) and seen
   assert os.listdir(tmp_path) == ['workers.json']
+
+
+def test_replicas_become_one_report():
+  fields = {'snapshot_bytes': 10, 'blocked_seconds': 0.5, 'seconds': 2.0}
+  first = _report(replica=0, copy_bytes_per_second=9.0)
+  second = _report(replica=1, copy_bytes_per_second=5.0)
+  merged = metrics.merge_replicas(
+    [first, dataclasses.replace(second, **fields)]
+  )
+  assert merged.replica == 0
+  assert merged.snapshot_bytes == first.snapshot_bytes + 10
+  assert merged.blocked_seconds == 0.5
+  assert merged.seconds == 2.0
+  assert merged.copy_bytes_per_second == 5.0
+
+
+def test_replicas_with_other_bits_are_named():
+  first, second = _report(replica=0), _report(replica=1, seed=1)
+  operator = next(iter(first.digests))
+  with pytest.raises(metrics.ReplicaMismatchError) as error:
+    metrics.merge_replicas([first, second])
+  for word in ('replica 1', str(operator), 'iteration 1', 'corruption'):
+    assert word in str(error.value)

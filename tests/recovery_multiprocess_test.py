@@ -287,6 +287,17 @@ def test_a_damaged_snapshot(host, workdir, undisturbed):
   assert started[1]['first_iteration'] < started[0]['first_iteration']
 
 
+def test_damaged_compute_weights(host, workdir, undisturbed):
+  """No digest covers them; what a replay publishes with them does."""
+  fault = 'corrupt_weights:stage=1,iteration=8,phase=update'
+  runs.end(_train(host, workdir, fault), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  assert _failures(workdir) == [0, 2, 0]
+  first, second = _of_kind(workdir, 'recovery_started')
+  assert 'damaged in a way that' in second['reason']
+  assert second['first_iteration'] < first['first_iteration']
+
+
 def test_a_damaged_entry_of_a_live_sender(host, workdir, undisturbed):
   """Its sender goes back as well, and writes it again."""
   faults = ['corrupt_log:stage=0,iteration=7', 'kill:stage=1,iteration=8']

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.fast
   ],
 )
 def test_decide(limit, begun, expected):
-  assert stopping.decide(limit, begun, stages=2, iterations=10) == expected
+  assert stopping.decide(limit, begun, workers=2, iterations=10) == expected
 
 
 def test_first_proposal():

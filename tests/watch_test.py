@@ -109,3 +109,32 @@ def test_the_kernel_knows_who_is_stopped():
     process.wait()
   assert not watch.is_stopped(process.pid)  # it is no more
   assert not watch.is_stopped(os.getpid())
+
+
+_LONG = 1e3
+
+
+@pytest.mark.parametrize(
+  ('other', 'is_to_blame'),
+  [
+    pytest.param(_seen('waiting', replica=1), False, id='one waits'),
+    pytest.param(_seen('compiling', replica=1), False, id='one compiles'),
+    pytest.param(_seen('blocked', replica=1), False, id='one has no room'),
+    pytest.param(_seen('running', replica=1), True, id='one is at work'),
+    pytest.param(_seen('waiting', stage=1), True, id='another stage waits'),
+  ],
+)
+def test_a_world_in_which_a_member_waits_is_not_to_blame(other, is_to_blame):
+  one = _seen(detail='reduce', state_seconds=_LONG)
+  why = watch.hanging(one, 100.0, [one, other])
+  assert bool(why) is is_to_blame
+
+
+def test_a_deadlock_is_seen_through_a_collective():
+  waiter = _seen('waiting', detail='an entry', state_seconds=_LONG)
+  partner = _seen(detail='reduce', state_seconds=_LONG, replica=1)
+  assert 'stage 2 for an entry' in watch.deadlock([waiter, partner])
+  busy = _seen(detail='forward', state_seconds=_LONG, replica=1)
+  assert not watch.deadlock([waiter, busy])
+  alone = _seen(detail='reduce', state_seconds=_LONG, stage=1)
+  assert not watch.deadlock([waiter, alone])

@@ -1,0 +1,66 @@
+"""Who of a stage's workers does what: pure.
+
+All have the same state, so a snapshot of it is divided: each captures its
+share, and the stage's snapshot exists when all shares do (DESIGN section 5).
+The microbatches of a replica that has no worker are another one's to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from moetion_jax import base
+
+
+def divide(
+  sizes: Mapping[base.OperatorId, int], replicas: int
+) -> tuple[frozenset[base.OperatorId], ...]:
+  """Divides a stage's operators among its replicas, for good.
+
+  Operators are dealt in their order, each to who has the least of that kind
+  (experts, others) by then: experts of one layer, which are alike, go round, so
+  that a slot of neighbours is divided as evenly as the whole.
+
+  Args:
+    sizes: bytes of each operator.
+    replicas: of the stage.
+
+  Returns:
+    By replica; together they are all, no two share one.
+  """
+  shares: list[set[base.OperatorId]] = [set() for _ in range(replicas)]
+  loads = [[0, 0] for _ in range(replicas)]
+  for operator in sorted(sizes):
+    is_expert = int(operator.expert >= 0)
+    taker = min(
+      range(replicas), key=lambda r: (loads[r][is_expert], sum(loads[r]), r)
+    )
+    shares[taker].add(operator)
+    loads[taker][is_expert] += sizes[operator]
+  return tuple(map(frozenset, shares))
+
+
+def stand_ins(
+  replicas: int, team: Collection[int]
+) -> dict[int, tuple[int, ...]]:
+  """Which replicas without a worker each worker stands for (SlipStream).
+
+  Args:
+    replicas: of the stage, each with as many microbatches as any other.
+    team: the replicas that have a worker.
+
+  Returns:
+    By worker, ascending. Nobody does much more than another: the replicas that
+    are missing go round.
+
+  Raises:
+    ValueError: nobody is left, or somebody is no replica.
+  """
+  workers = sorted(set(team))
+  if not workers or not set(workers) <= set(range(replicas)):
+    raise ValueError(f'workers {workers} of {replicas} replicas')
+  missing = [r for r in range(replicas) if r not in workers]
+  return {
+    worker: tuple(missing[place :: len(workers)])
+    for place, worker in enumerate(workers)
+  }

@@ -1,0 +1,194 @@
+"""Stages of several replicas: stage worlds that die and come back.
+
+As `recovery_multiprocess_test`, with two workers a stage that sum their
+gradients and share their snapshots.
+"""
+
+import signal
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+STAGES, REPLICAS = 2, 2
+ITERATIONS = 10
+WINDOW = 3
+_ALIKE_ITERATIONS = 6
+SECONDS = 240.0
+
+pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+
+
+def _train(host, workdir, *faults, replicas=REPLICAS, flags=()):
+  return host.train(
+    workdir,
+    f'--stages={STAGES}',
+    f'--replicas={replicas}',
+    f'--iterations={ITERATIONS}',
+    f'--window_length={WINDOW}',
+    f'--microbatches={6 // replicas}',
+    '--dropout_rate=0.1',
+    *(f'--fail={fault}' for fault in faults),
+    *flags,
+  )
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  """What every run must come to: its metrics."""
+  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+  with runs.host() as host:
+    runs.end(_train(host, workdir), seconds=SECONDS)
+    assert host.is_clean()
+  lines = runs.metrics(workdir)
+  assert [x['iteration'] for x in lines] == list(range(1, ITERATIONS + 1))
+  return lines
+
+
+@pytest.fixture
+def host():
+  with runs.host() as host:
+    yield host
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  return tmp_path / 'run'
+
+
+def _of_kind(workdir, kind):
+  return [e for e in runs.events(workdir) if e['kind'] == kind]
+
+
+def _check(host, workdir, undisturbed):
+  """The run finished, came to the same bits and left nothing."""
+  assert runs.bits(runs.metrics(workdir)) == runs.bits(undisturbed)
+  assert runs.events(workdir)[-1]['kind'] == 'finished'
+  assert (workdir / 'checkpoint').is_dir()
+  assert host.is_clean()
+  for event in _of_kind(workdir, 'recovered'):
+    assert event['digest_verified']
+
+
+def _generations(workdir):
+  return {
+    (w['stage'], w['replica']): w['generation'] for w in runs.workers(workdir)
+  }
+
+
+def test_replicas_learn_what_one_does_of_as_many_microbatches(
+  host, workdir, undisturbed
+):
+  """Their sums are in another order; everything else is the same.
+
+  That holds until a rounding error has a token choose another expert, which it
+  does here after nine iterations.
+  """
+  runs.end(_train(host, workdir, replicas=1), seconds=SECONDS)
+  alone = runs.metrics(workdir)
+  for name in ('loss', 'eval_loss', 'grad_norm'):
+    values = [
+      [x[name] for x in lines[:_ALIKE_ITERATIONS] if name in x]
+      for lines in (alone, undisturbed)
+    ]
+    assert len(values[0]) == len(values[1]) > 0
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+  assert [x['tokens'] for x in alone] == [x['tokens'] for x in undisturbed]
+
+
+def test_one_replica_dies_in_every_phase(host, workdir, undisturbed):
+  faults = [
+    'kill:stage=1,replica=1,iteration=3,phase=backward',
+    'kill:stage=0,replica=0,iteration=5,phase=forward',
+    'kill:stage=1,replica=0,iteration=7,phase=update',
+    'kill:stage=0,replica=1,iteration=9,phase=capture',
+  ]
+  runs.end(_train(host, workdir, *faults), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  failed = [(e['stage'], e['replica']) for e in _of_kind(workdir, 'failure')]
+  assert failed == [(1, 1), (0, 0), (1, 0), (0, 1)]
+  assert [e['stage'] for e in _of_kind(workdir, 'recovered')] == [1, 0, 1, 0]
+  assert set(_generations(workdir).values()) == {3}
+
+
+def test_the_other_stage_is_not_disturbed(host, workdir, undisturbed):
+  """The world of the dead one is started anew, the other stays."""
+  run = _train(host, workdir, 'stop:stage=1,replica=1,iteration=6,phase=update')
+  runs.until(run, 'iteration 1/')
+  before = {(w['stage'], w['replica']): w['pid'] for w in runs.workers(workdir)}
+  runs.end(run, seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  after = {(w['stage'], w['replica']): w['pid'] for w in runs.workers(workdir)}
+  for replica in range(REPLICAS):
+    assert after[0, replica] == before[0, replica]
+    assert after[1, replica] != before[1, replica]
+  assert _generations(workdir) == {(0, 0): 1, (0, 1): 1, (1, 0): 2, (1, 1): 2}
+
+
+def test_several_replicas_and_stages_and_again_while_they_recover(
+  host, workdir, undisturbed
+):
+  faults = [
+    'kill:stage=0,replica=0,iteration=4,phase=backward',
+    'kill:stage=1,replica=1,iteration=4,phase=backward',
+    'kill:stage=1,replica=0,phase=replay',
+    'kill:stage=0,replica=1,iteration=1,phase=compile',
+    'kill:stage=0,replica=0,iteration=8,phase=update',
+    'kill:stage=0,replica=1,iteration=8,phase=update',
+  ]
+  flags = ['--max_failures=6', '--standby']
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+
+
+def test_everything_dies_and_goes_on(host, workdir, undisturbed):
+  fault = 'kill_all:stage=0,iteration=6,phase=forward'
+  runs.end(_train(host, workdir, fault), -signal.SIGKILL, seconds=SECONDS)
+  runs.wait_for(lambda: not host.processes(), seconds=20)
+  runs.end(_train(host, workdir, fault), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  assert len(runs.resumptions(workdir)) == 1
+
+
+def test_a_share_of_a_snapshot_is_damaged(host, workdir, undisturbed):
+  """The one of a replica is enough: an older start is taken."""
+  fault = 'corrupt_snapshot:stage=1,replica=1,iteration=8,phase=update'
+  runs.end(_train(host, workdir, fault), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  assert _of_kind(workdir, 'recovered')
+
+
+def test_a_replica_that_cannot_be_replaced(host, workdir, undisturbed):
+  """The other one does its microbatches, until it comes back.
+
+  Of two, the sum of gradients has the same bits whoever computes the terms.
+  """
+  faults = [
+    f'kill:stage=1,replica=0,iteration=4,phase={phase}'
+    for phase in ('forward', 'backward')
+  ]
+  flags = ['--on_failure=shrink', '--max_failures=1', '--grow_after=3']
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  (shrunk,) = _of_kind(workdir, 'shrunk')
+  assert (shrunk['stage'], shrunk['replica'], shrunk['team']) == (1, 0, [1])
+  (grown,) = _of_kind(workdir, 'grown')
+  assert (grown['stage'], grown['team']) == (1, [0, 1])
+  assert _generations(workdir) == {(0, 0): 1, (0, 1): 1, (1, 0): 4, (1, 1): 4}
+
+
+def test_no_more_processes_than_there_may_be(host, tmp_path, undisturbed):
+  """With nobody to stand in the run ends; the same command goes on."""
+  fault = 'kill:stage=0,replica=1,iteration=5,phase=update'
+  limit = f'--max_workers={STAGES * REPLICAS}'
+  workdir = tmp_path / 'ends'
+  _, err = runs.end(_train(host, workdir, fault, flags=[limit]), 1, SECONDS)
+  assert limit in err and 'The same command goes on' in err
+  runs.end(_train(host, workdir, fault, flags=[limit]), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  workdir = tmp_path / 'shrinks'
+  flags = [f'--max_workers={STAGES * REPLICAS + 1}', '--on_failure=shrink']
+  runs.end(_train(host, workdir, fault, flags=flags), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  assert _generations(workdir) == {(0, 0): 2, (1, 0): 1, (1, 1): 1}
