@@ -80,14 +80,15 @@ class StageSizes:
       rates: of experts; see `slots`.
       replicas: that capture them together.
     """
-    shares = division.divide(self.state_bytes, replicas)
     return window.StageOperators(
       order=slots.order_operators(order, self.state_bytes, rates),
       state_bytes=self.state_bytes,
       compute_bytes=self.compute_bytes,
       device_of=self.device.get,
       keep_order=order != 'static',
-      shares=shares if replicas > 1 else (),
+      shares=division.divide(self.state_bytes, replicas)
+      if replicas > 1
+      else (),
     )
 
 
@@ -162,7 +163,8 @@ class CapturePlanner:
     self._first_iteration = 0  # of the last decision
     self._has_chosen = False  # from what was measured
     self.choice = self._choose(None)
-    self._pools = self._make_pools(replicas)
+    # Once and for all: a replacement must find files of its own size.
+    self._pools = {n: self._make_pools(n) for n in range(1, replicas + 1)}
 
   @property
   def lag_iterations(self) -> int:
@@ -193,7 +195,7 @@ class CapturePlanner:
     Args:
       workers: that share them; None: all replicas do.
     """
-    return self._make_pools(workers) if workers else list(self._pools)
+    return list(self._pools[workers or self._replicas])
 
   def _make_pools(self, workers: int) -> list[PoolSize]:
     if self._settings.policy == 'none':
@@ -260,7 +262,7 @@ class CapturePlanner:
     return all(
       max(stage.snapshot_bytes(choice.window_length, choice.mode))
       <= pool.size_bytes
-      for stage, pool in zip(self._in_order(), self._pools, strict=True)
+      for stage, pool in zip(self._in_order(), self.pools(), strict=True)
     )
 
   def _shortest(self) -> int:

@@ -20,7 +20,12 @@ import numpy as np
 from orbax import checkpoint as ocp
 
 from launch import settings
-from moetion_jax import base, operators, stage as stage_lib
+from moetion_jax import (
+  base,
+  operators,
+  snapshot_handler,
+  stage as stage_lib,
+)
 
 _MASTER = 'master/'
 
@@ -47,16 +52,9 @@ def save(
     'parameters': parameters,
     'optimizer': optimizer,
   }
-  me = jax.process_index()  # the others of a stage world know nothing of it
-  alone = ocp.options.MultiprocessingOptions(
-    primary_host=me,
-    active_processes={me},
-    barrier_sync_key_prefix=f'final-{me}',
-  )
   with ocp.StandardCheckpointer(
-    multiprocessing_options=alone
-    if jax.process_count() > 1
-    else ocp.options.MultiprocessingOptions(),
+    # The others of a stage world know nothing of it.
+    multiprocessing_options=snapshot_handler.alone('final'),
     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
   ) as checkpointer:
     checkpointer.save(

@@ -55,7 +55,7 @@ def hanging(
   """
   if one.is_stopped and one.silent_seconds > _STOPPED_SILENCE_SECONDS:
     return f'was stopped (SIGSTOP) while {one.state} {one.detail}'.rstrip()
-  if one.silent_seconds > max(_SILENCE_SECONDS, 0):
+  if one.silent_seconds > _SILENCE_SECONDS:
     return f'said nothing for {one.silent_seconds:.0f} s'
   if (
     one.state == 'running'

@@ -177,17 +177,22 @@ class QuietOrbax(logging.Filter):
     )
 
 
+def alone(name: str) -> ocp.options.MultiprocessingOptions:
+  """Has a checkpointer, known by `name`, save for this process alone."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me,
+    active_processes={me},
+    barrier_sync_key_prefix=f'{name}-{me}',
+  )
+
+
 def checkpointer() -> ocp.AsyncCheckpointer:
   """A checkpointer that saves for this process alone, with no barrier."""
-  me = jax.process_index()
   return ocp.AsyncCheckpointer(
     SnapshotHandler(),
     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-    multiprocessing_options=ocp.options.MultiprocessingOptions(
-      primary_host=me,
-      active_processes={me},
-      barrier_sync_key_prefix=f'moetion-{me}',
-    ),
+    multiprocessing_options=alone('moetion'),
     checkpoint_metadata_store=_NoMetadata(),
     temporary_path_class=_Rename,
   )

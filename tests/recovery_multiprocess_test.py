@@ -59,24 +59,9 @@ def workdir(tmp_path):
   return tmp_path / 'run'
 
 
-def _of_kind(workdir, kind):
-  return [e for e in runs.events(workdir) if e['kind'] == kind]
-
-
-def _check(host, workdir, undisturbed):
-  """The run finished, came to the same bits and left nothing."""
-  assert runs.bits(runs.metrics(workdir)) == undisturbed
-  assert runs.events(workdir)[-1]['kind'] == 'finished'
-  assert (workdir / 'checkpoint').is_dir()
-  assert host.is_clean()
-  for event in _of_kind(workdir, 'recovered'):
-    assert event['digest_verified']
-    assert set(event['seconds']) == {'detect', 'start', 'fetch', 'replay'}
-
-
 def _failures(workdir):
   """By stage, how many of its workers died."""
-  failed = [e['stage'] for e in _of_kind(workdir, 'failure')]
+  failed = [e['stage'] for e in runs.of_kind(workdir, 'failure')]
   return [failed.count(stage) for stage in range(STAGES)]
 
 
@@ -96,17 +81,17 @@ def test_kills_in_every_phase(host, workdir, undisturbed):
   # Another order of what is captured changes nothing of what is computed.
   run = _train(host, workdir, *faults, flags=['--order=soft_count'])
   runs.end(run, seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  happened = _of_kind(workdir, 'fault')
+  runs.check_finished(host, workdir, undisturbed)
+  happened = runs.of_kind(workdir, 'fault')
   assert [e['number'] for e in happened] == [0, 1, 2, 3, 4]
   assert [e['phase'] for e in happened] == [
     'backward', 'forward', 'update', 'capture', 'publish',
   ]  # fmt: skip
   for kind in ('failure', 'recovery_started', 'recovered'):
-    found = [e['stage'] for e in _of_kind(workdir, kind)]
+    found = [e['stage'] for e in runs.of_kind(workdir, kind)]
     assert found == [1, 0, 2, 1, 0], kind
   assert _generations(workdir) == [3, 3, 2]
-  for event in _of_kind(workdir, 'recovered')[2:]:
+  for event in runs.of_kind(workdir, 'recovered')[2:]:
     # A window but one, snapshots that had not landed, what was interrupted.
     assert WINDOW - 1 <= event['replayed_iterations'] <= WINDOW + 2
     assert event['source'] == 'own'
@@ -129,11 +114,11 @@ def test_nobody_else_is_disturbed(host, workdir, undisturbed):
     assert now[stage]['generation'] == 1
   assert now[2]['pid'] != before[2]['pid']
   runs.end(run, seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, undisturbed)
   assert _generations(workdir) == [1, 1, 2]
   for event in runs.events(workdir):
     assert event['stage'] in (None, 2)
-  (failure,) = _of_kind(workdir, 'failure')
+  (failure,) = runs.of_kind(workdir, 'failure')
   assert 'SIGSTOP' in failure['error']
 
 
@@ -158,7 +143,7 @@ def test_a_warm_standby_is_promoted(host, tmp_path):
     pids.append(runs.wait_for(standby, SECONDS))
     os.kill(runs.workers(workdir)[stage]['pid'], signal.SIGKILL)
     number = len(pids)
-    runs.wait_for(lambda n=number: len(_of_kind(workdir, 'recovered')) == n)
+    runs.wait_for(lambda n=number: len(runs.of_kind(workdir, 'recovered')) == n)
     assert runs.workers(workdir)[stage]['pid'] == pids[-1]
   _stop(run)
   lines = runs.metrics(workdir)
@@ -177,7 +162,7 @@ def test_adjacent_stages_and_all_at_once(host, workdir, undisturbed):
     *(f'kill:stage={s},iteration=8,phase=update' for s in range(STAGES)),
   ]
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, undisturbed)
   assert _failures(workdir) == [2, 2, 1]
 
 
@@ -193,8 +178,8 @@ def test_again_while_and_right_after_it_recovers(host, workdir, undisturbed):
   ]
   run = _train(host, workdir, *faults, flags=['--max_failures=6'])
   runs.end(run, seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  assert len(_of_kind(workdir, 'fault')) == len(faults)
+  runs.check_finished(host, workdir, undisturbed)
+  assert len(runs.of_kind(workdir, 'fault')) == len(faults)
   assert _failures(workdir) == [1, 4, 2]
 
 
@@ -205,7 +190,7 @@ def test_the_first_and_the_last_iteration(host, workdir, undisturbed):
     f'kill:stage=1,iteration={ITERATIONS},phase=update',
   ]
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, undisturbed)
   assert _failures(workdir) == [1, 1, 1]
 
 
@@ -224,10 +209,10 @@ def test_after_it_was_done(host, workdir, undisturbed):
 
   os.kill(runs.wait_for(done, SECONDS)[0]['pid'], signal.SIGKILL)
   runs.end(run, seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, undisturbed)
   assert _failures(workdir) == [1, 0, 1]
-  assert 'while done' in _of_kind(workdir, 'failure')[-1]['error'] or (
-    'while done' in _of_kind(workdir, 'failure')[0]['error']
+  assert 'while done' in runs.of_kind(workdir, 'failure')[-1]['error'] or (
+    'while done' in runs.of_kind(workdir, 'failure')[0]['error']
   )
 
 
@@ -239,8 +224,8 @@ def test_every_way_to_end(host, workdir, undisturbed):
     'stop:stage=0,iteration=10,phase=publish',
   ]
   _, err = runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  errors = [e['error'] for e in _of_kind(workdir, 'failure')]
+  runs.check_finished(host, workdir, undisturbed)
+  errors = [e['error'] for e in runs.of_kind(workdir, 'failure')]
   words = ('exited with code 3', 'RuntimeError: scripted', 'MemoryError')
   for error, word in zip(errors, (*words, 'SIGSTOP'), strict=True):
     assert word in error
@@ -260,13 +245,13 @@ def test_agent_and_everything_killed(host, workdir, undisturbed):
     runs.end(run, -signal.SIGKILL, seconds=SECONDS)
     runs.wait_for(lambda: not host.processes(), seconds=10)
     (store,) = os.listdir(host.path)
-    assert len(_of_kind(workdir, 'resumed')) == number
+    assert len(runs.of_kind(workdir, 'resumed')) == number
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  assert [e['fault'] for e in _of_kind(workdir, 'fault')] == [
+  runs.check_finished(host, workdir, undisturbed)
+  assert [e['fault'] for e in runs.of_kind(workdir, 'fault')] == [
     'kill_agent', 'kill', 'kill_all', 'kill_agent',
   ]  # fmt: skip
-  for event in _of_kind(workdir, 'resumed'):
+  for event in runs.of_kind(workdir, 'resumed'):
     assert event['first_iteration'] > 1
   assert _failures(workdir) == [0, 1, 0]
 
@@ -278,10 +263,10 @@ def test_a_damaged_snapshot(host, workdir, undisturbed):
     'torn_snapshot:stage=2,iteration=10',
   ]
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, undisturbed)
   assert _failures(workdir) == [0, 2, 1]
   started = [
-    e for e in _of_kind(workdir, 'recovery_started') if e['stage'] == 1
+    e for e in runs.of_kind(workdir, 'recovery_started') if e['stage'] == 1
   ]
   assert 'has another digest than before the failure' in started[1]['reason']
   assert started[1]['first_iteration'] < started[0]['first_iteration']
@@ -291,9 +276,9 @@ def test_damaged_compute_weights(host, workdir, undisturbed):
   """No digest covers them; what a replay publishes with them does."""
   fault = 'corrupt_weights:stage=1,iteration=8,phase=update'
   runs.end(_train(host, workdir, fault), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, undisturbed)
   assert _failures(workdir) == [0, 2, 0]
-  first, second = _of_kind(workdir, 'recovery_started')
+  first, second = runs.of_kind(workdir, 'recovery_started')
   assert 'damaged in a way that' in second['reason']
   assert second['first_iteration'] < first['first_iteration']
 
@@ -302,13 +287,15 @@ def test_a_damaged_entry_of_a_live_sender(host, workdir, undisturbed):
   """Its sender goes back as well, and writes it again."""
   faults = ['corrupt_log:stage=0,iteration=7', 'kill:stage=1,iteration=8']
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  first, second = _of_kind(workdir, 'failure')
+  runs.check_finished(host, workdir, undisturbed)
+  first, second = runs.of_kind(workdir, 'failure')
   assert first['stage'] == second['stage'] == 1
   assert 'do not have the checksum' in second['error']
-  joined = [e for e in _of_kind(workdir, 'recovery_started') if not e['stage']]
+  joined = [
+    e for e in runs.of_kind(workdir, 'recovery_started') if not e['stage']
+  ]
   assert 'is corrupt and stage 1 needs it' in joined[0]['reason']
-  (dropped,) = _of_kind(workdir, 'entry_dropped')
+  (dropped,) = runs.of_kind(workdir, 'entry_dropped')
   assert (dropped['stage'], dropped['iteration']) == (0, 6)
   assert _generations(workdir) == [2, 3, 1]
 

@@ -161,11 +161,25 @@ def kinds(workdir):
   return [e['kind'] for e in events(workdir)]
 
 
+def of_kind(workdir, kind):
+  """Events, in order."""
+  return [e for e in events(workdir) if e['kind'] == kind]
+
+
+def check_finished(host, workdir, expected):
+  """A run finished, came to these bits, and left nothing."""
+  assert bits(metrics(workdir)) == expected
+  assert events(workdir)[-1]['kind'] == 'finished'
+  assert (workdir / 'checkpoint').is_dir()
+  assert host.is_clean()
+  for event in of_kind(workdir, 'recovered'):
+    assert event['digest_verified']
+    assert set(event['seconds']) == {'detect', 'start', 'fetch', 'replay'}
+
+
 def resumptions(workdir):
   """First iterations of those runs that went on from snapshots."""
-  return [
-    e['first_iteration'] for e in events(workdir) if e['kind'] == 'resumed'
-  ]
+  return [e['first_iteration'] for e in of_kind(workdir, 'resumed')]
 
 
 def one_process_bits(workdir):

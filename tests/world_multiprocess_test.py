@@ -57,20 +57,6 @@ def workdir(tmp_path):
   return tmp_path / 'run'
 
 
-def _of_kind(workdir, kind):
-  return [e for e in runs.events(workdir) if e['kind'] == kind]
-
-
-def _check(host, workdir, undisturbed):
-  """The run finished, came to the same bits and left nothing."""
-  assert runs.bits(runs.metrics(workdir)) == runs.bits(undisturbed)
-  assert runs.events(workdir)[-1]['kind'] == 'finished'
-  assert (workdir / 'checkpoint').is_dir()
-  assert host.is_clean()
-  for event in _of_kind(workdir, 'recovered'):
-    assert event['digest_verified']
-
-
 def _generations(workdir):
   return {
     (w['stage'], w['replica']): w['generation'] for w in runs.workers(workdir)
@@ -105,10 +91,17 @@ def test_one_replica_dies_in_every_phase(host, workdir, undisturbed):
     'kill:stage=0,replica=1,iteration=9,phase=capture',
   ]
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  failed = [(e['stage'], e['replica']) for e in _of_kind(workdir, 'failure')]
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  failed = [
+    (e['stage'], e['replica']) for e in runs.of_kind(workdir, 'failure')
+  ]
   assert failed == [(1, 1), (0, 0), (1, 0), (0, 1)]
-  assert [e['stage'] for e in _of_kind(workdir, 'recovered')] == [1, 0, 1, 0]
+  assert [e['stage'] for e in runs.of_kind(workdir, 'recovered')] == [
+    1,
+    0,
+    1,
+    0,
+  ]
   assert set(_generations(workdir).values()) == {3}
 
 
@@ -118,7 +111,7 @@ def test_the_other_stage_is_not_disturbed(host, workdir, undisturbed):
   runs.until(run, 'iteration 1/')
   before = {(w['stage'], w['replica']): w['pid'] for w in runs.workers(workdir)}
   runs.end(run, seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
   after = {(w['stage'], w['replica']): w['pid'] for w in runs.workers(workdir)}
   for replica in range(REPLICAS):
     assert after[0, replica] == before[0, replica]
@@ -139,7 +132,7 @@ def test_several_replicas_and_stages_and_again_while_they_recover(
   ]
   flags = ['--max_failures=6', '--standby']
   runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
 
 
 def test_everything_dies_and_goes_on(host, workdir, undisturbed):
@@ -147,7 +140,7 @@ def test_everything_dies_and_goes_on(host, workdir, undisturbed):
   runs.end(_train(host, workdir, fault), -signal.SIGKILL, seconds=SECONDS)
   runs.wait_for(lambda: not host.processes(), seconds=20)
   runs.end(_train(host, workdir, fault), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
   assert len(runs.resumptions(workdir)) == 1
 
 
@@ -155,8 +148,8 @@ def test_a_share_of_a_snapshot_is_damaged(host, workdir, undisturbed):
   """The one of a replica is enough: an older start is taken."""
   fault = 'corrupt_snapshot:stage=1,replica=1,iteration=8,phase=update'
   runs.end(_train(host, workdir, fault), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  assert _of_kind(workdir, 'recovered')
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  assert runs.of_kind(workdir, 'recovered')
 
 
 def test_a_replica_that_cannot_be_replaced(host, workdir, undisturbed):
@@ -170,10 +163,10 @@ def test_a_replica_that_cannot_be_replaced(host, workdir, undisturbed):
   ]
   flags = ['--on_failure=shrink', '--max_failures=1', '--grow_after=3']
   runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
-  (shrunk,) = _of_kind(workdir, 'shrunk')
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  (shrunk,) = runs.of_kind(workdir, 'shrunk')
   assert (shrunk['stage'], shrunk['replica'], shrunk['team']) == (1, 0, [1])
-  (grown,) = _of_kind(workdir, 'grown')
+  (grown,) = runs.of_kind(workdir, 'grown')
   assert (grown['stage'], grown['team']) == (1, [0, 1])
   assert _generations(workdir) == {(0, 0): 1, (0, 1): 1, (1, 0): 4, (1, 1): 4}
 
@@ -186,9 +179,9 @@ def test_no_more_processes_than_there_may_be(host, tmp_path, undisturbed):
   _, err = runs.end(_train(host, workdir, fault, flags=[limit]), 1, SECONDS)
   assert limit in err and 'The same command goes on' in err
   runs.end(_train(host, workdir, fault, flags=[limit]), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
   workdir = tmp_path / 'shrinks'
   flags = [f'--max_workers={STAGES * REPLICAS + 1}', '--on_failure=shrink']
   runs.end(_train(host, workdir, fault, flags=flags), seconds=SECONDS)
-  _check(host, workdir, undisturbed)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
   assert _generations(workdir) == {(0, 0): 2, (1, 0): 1, (1, 1): 1}
