@@ -7,21 +7,19 @@ restarted from dense Orbax checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import pathlib
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from launch import parent_death, summary
+from launch import parent_death, summary, watched_run
 from launch.benchmark_pipeline import Row
 
 _WINDOW = 4
@@ -29,83 +27,15 @@ _KEPT_WINDOWS = 2
 # Iterations without a fault before each kill: the window is full again.
 _QUIET_ITERATIONS = 10
 _DENSE_EVERY = 10  # iterations, of what is compared with
-_TIMEOUT_SECONDS = 300.0
-_POLL_SECONDS = 0.002
-
-
-class _Run:
-  """A running `launch.train`, seen through what it writes."""
-
-  def __init__(self, folder: pathlib.Path, flags: list[str]):
-    self.workdir = folder / 'run'
-    self._output = open(folder / 'output', 'wb')
-    self.process = subprocess.Popen(
-      [
-        sys.executable,
-        '-m',
-        'launch.train',
-        f'--workdir={self.workdir}',
-        *flags,
-      ],
-      stdout=self._output,
-      stderr=subprocess.STDOUT,
-    )
-
-  def lines(self, name: str) -> list[dict[str, Any]]:
-    """Of a .jsonl file; a line that is being written does not count."""
-    path = self.workdir / name
-    if not path.exists():
-      return []
-    text = path.read_text()
-    return [json.loads(x) for x in text[: text.rfind('\n') + 1].splitlines()]
-
-  def newest(self) -> int:
-    """Iteration of the newest line."""
-    lines = self.lines('metrics.jsonl')
-    return lines[-1]['iteration'] if lines else 0
-
-  def workers(self) -> list[dict[str, Any]]:
-    """Of workers.json."""
-    path = self.workdir / 'workers.json'
-    return json.loads(path.read_text())['workers'] if path.exists() else []
-
-  def wait_for(self, condition: Callable[[], Any]) -> Any:
-    """What `condition` returns once that is true."""
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
-    while not (value := condition()):
-      if self.process.poll() is not None or time.monotonic() > deadline:
-        self._output.flush()
-        output = pathlib.Path(self._output.name).read_text()
-        raise RuntimeError(f'the run ended or hangs:\n{output[-2000:]}')
-      time.sleep(_POLL_SECONDS)
-    return value
-
-  def close(self) -> None:
-    """Ends it."""
-    self.process.send_signal(signal.SIGINT)
-    try:
-      self.process.wait(60)
-    except subprocess.TimeoutExpired:
-      self.process.kill()
-      self.process.wait()
-    self._output.close()
-
-
-@contextlib.contextmanager
-def _running(flags: list[str], hostmem_dir: str) -> Iterator[_Run]:
-  with (
-    tempfile.TemporaryDirectory() as folder,
-    tempfile.TemporaryDirectory(dir=hostmem_dir) as memory,
-  ):
-    run = _Run(pathlib.Path(folder), [*flags, f'--hostmem_dir={memory}'])
-    try:
-      yield run
-    finally:
-      run.close()
 
 
 def _kills(
-  run: _Run, kills: int, stages: int, replicas: int, *, standby: bool
+  run: watched_run.WatchedRun,
+  kills: int,
+  stages: int,
+  replicas: int,
+  *,
+  standby: bool,
 ) -> Iterator[dict[str, float]]:
   """Kills workers in turn; yields what each recovery took, in seconds."""
 
@@ -258,7 +188,7 @@ def rows(
   for name, standby in (('standby', True), ('no standby', False)):
     samples: dict[str, list[float]] = {}
     more = [] if standby else ['--nostandby']
-    with _running([*flags, *more], hostmem_dir) as run:
+    with watched_run.running([*flags, *more], hostmem_dir) as run:
       for one in _kills(run, kills, stages, replicas, standby=standby):
         for phase, value in one.items():
           samples.setdefault(phase, []).append(value)

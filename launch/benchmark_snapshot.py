@@ -100,6 +100,12 @@ class _Timed:
     subject.late_seconds.append(taken.blocked_seconds)
     return taken
 
+  def release(self) -> float:
+    seconds = self._inner.release()
+    if self._subject.blocked_seconds:  # of the snapshot before
+      self._subject.blocked_seconds[-1] += seconds
+    return seconds
+
 
 class _Sparse(_Subject):
   """Sparse snapshots every iteration, with the window that is chosen."""

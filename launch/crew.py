@@ -211,8 +211,15 @@ class Crew:
       worker = self._hosts.standby()
       worker.state = 'warming'
       self.standbys.append(worker)
-      spec = self._spec_of(worker)
-      self._start(worker, dataclasses.replace(spec, platform=platform))
+      # As many cores as it will have, whichever stage it becomes.
+      cores = [place.cores for place in self._places]
+      same = len({len(one) for one in cores}) == 1
+      spec = dataclasses.replace(
+        self._spec_of(worker),
+        platform=platform,
+        cores=cores[0] if same else (),
+      )
+      self._start(worker, spec)
 
   def warmed(self, worker: processes.WorkerProcess) -> None:
     """A standby is prepared."""

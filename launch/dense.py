@@ -66,6 +66,10 @@ class DenseSaver:
       )
     return snapshotter.Taken()
 
+  def release(self) -> float:
+    """The state may be donated already: `take` waited for its copy."""
+    return 0.0
+
   def restore(self, stage: stage_lib.Stage) -> tuple[int, Any]:
     """The newest committed state and its iteration; (0, None) without any."""
     committed = self._committed()

@@ -3,11 +3,15 @@
 A warm standby does all of it for every stage, at low priority, so that a
 promotion only binds devices and loads compiled programs. Any other worker does
 it for its own stage; it is the same code, and so the same programs.
+
+On an accelerator a standby has no backend: that would take memory from the
+workers. On CPU it takes nothing, so the programs are loaded ahead as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 import launch.stage_run  # noqa: F401  with all that it imports
 from launch import data as data_lib, local, runtime, settings
@@ -36,6 +40,38 @@ class Lowered:
   programs: programs_lib.LoweredPrograms
   captures: programs_lib.LoweredPrograms
 
+  def compiled(
+    self, stage: stage_lib.Stage, on_program: programs_lib.OnProgram
+  ) -> tuple[programs_lib.Programs, capture.CapturePrograms]:
+    """The programs on the devices of `stage`, which is `declared`, bound."""
+    programs = self.programs.compile(stage.mesh, on_program, stage.world)
+    captures = capture.CapturePrograms(layout.of_stage(stage))
+    captures.compile(on_program, self.captures)
+    return programs, captures
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A stage on this process's devices, compiled.
+
+  Attributes:
+    stage: bound.
+    programs: of training.
+    captures: of capture and fold.
+  """
+
+  stage: stage_lib.Stage
+  programs: programs_lib.Programs
+  captures: capture.CapturePrograms
+
+  def compiled(
+    self, stage: stage_lib.Stage, on_program: programs_lib.OnProgram
+  ) -> tuple[programs_lib.Programs, capture.CapturePrograms]:
+    """The programs, which are there."""
+    assert stage is self.stage
+    on_program('loaded ahead')
+    return self.programs, self.captures
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -44,10 +80,12 @@ class Prepared:
   Attributes:
     data: of the run.
     stages: all, by index.
+    loaded: the same with compiled programs; empty without a backend.
   """
 
   data: data_lib.Dataset
-  stages: dict[int, Lowered]
+  stages: Mapping[int, Lowered]
+  loaded: Mapping[int, Loaded]
 
 
 def lower(config: settings.RunConfig, index: int, platform: str) -> Lowered:
@@ -63,27 +101,44 @@ def lower(config: settings.RunConfig, index: int, platform: str) -> Lowered:
   )
 
 
+def load(config: settings.RunConfig, lowered: Lowered) -> Loaded:
+  """Binds a stage to this process's devices and compiles its programs.
+
+  Raises:
+    base.ConfigError: there are too few devices.
+  """
+  stage = local.bind(config, lowered.declared)
+  return Loaded(stage, *lowered.compiled(stage, lambda _: None))
+
+
 def prepare(
-  config: settings.RunConfig, platform: str, cache_dir: str
+  config: settings.RunConfig,
+  platform: str,
+  cache_dir: str,
+  make_backend: Callable[[], None] | None = None,
 ) -> Prepared:
-  """Everything that can be done without a backend, for all stages.
+  """Everything that can be done ahead, for all stages.
 
   Args:
     config: of the run.
     platform: as of `programs.platform_of`.
     cache_dir: see `runtime.configure`.
+    make_backend: makes one, if programs are to be loaded ahead.
   """
   runtime.configure(
     local_devices=config.train.local_devices, compilation_cache_dir=cache_dir
   )
-  prepared = Prepared(
-    local.load_data(config),
-    {
-      index: lower(config, index, platform)
-      for index in range(config.train.stages)
-    },
-  )
+  data = local.load_data(config)
+  stages = {
+    index: lower(config, index, platform)
+    for index in range(config.train.stages)
+  }
   if platform == 'cpu':
     runtime.touch_memory(_TOUCHED_BYTES)
   assert not programs_lib.has_backend()
-  return prepared
+  if make_backend is None:
+    return Prepared(data, stages, {})
+  make_backend()
+  return Prepared(
+    data, stages, {i: load(config, one) for i, one in stages.items()}
+  )

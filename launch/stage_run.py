@@ -78,16 +78,17 @@ class StageRun:
     """Of the stage's operators."""
     return local.stage_sizes(self._layout, self._layout.expert_devices)
 
-  def compile(self, lowered: preparation.Lowered | None) -> None:
-    """Compiles all programs; those that were lowered ahead are faster."""
-    if lowered is None:
+  def compile(
+    self, prepared: preparation.Lowered | preparation.Loaded | None
+  ) -> None:
+    """Compiles all programs, but for what was done ahead."""
+    if prepared is None:
       self._programs = self._stage.compile(self._compiling)
       self._captures.compile(self._compiling)
     else:
-      self._programs = lowered.programs.compile(
-        self._stage.mesh, self._compiling, self._stage.world
+      self._programs, self._captures = prepared.compiled(
+        self._stage, self._compiling
       )
-      self._captures.compile(self._compiling, lowered.captures)
     self._link.compiling('')
 
   def _compiling(self, program: str) -> None:

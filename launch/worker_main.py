@@ -7,6 +7,7 @@ as of `launch.train`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -35,6 +36,19 @@ def _stand_by(
 ) -> tuple[protocol.Spec, preparation.Prepared | None]:
   """Prepares, then waits to be promoted: the spec of that worker."""
   prepared: list[preparation.Prepared] = []
+  is_wanted, is_made = threading.Event(), threading.Event()
+
+  def make_backend() -> None:
+    """The threads of a backend inherit the priority of who makes it."""
+    is_wanted.wait()
+    import jax
+
+    jax.devices()
+    is_made.set()
+
+  def ask_for_backend() -> None:
+    is_wanted.set()
+    is_made.wait()
 
   def warm() -> None:
     # Of this thread alone: the priority cannot be raised again.
@@ -44,9 +58,18 @@ def _stand_by(
     try:
       from launch import preparation
 
+      # The threads of a backend are as many as the cores that it may use.
+      loads = (
+        spec.platform == 'cpu'
+        and spec.cores
+        and spec.config.train.replicas == 1  # else a world comes first
+      )
       prepared.append(
         preparation.prepare(
-          spec.config, spec.platform, spec.compilation_cache_dir
+          spec.config,
+          spec.platform,
+          spec.compilation_cache_dir,
+          ask_for_backend if loads else None,
         )
       )
       link.compiling('warm')
@@ -54,6 +77,8 @@ def _stand_by(
     except BaseException:
       traceback.print_exc()  # promoted, it prepares what is missing
 
+  _run_on(spec.cores)
+  threading.Thread(target=make_backend, name='backend', daemon=True).start()
   thread = threading.Thread(target=warm, name='warm up')
   thread.start()
   while (command := link.command())['kind'] != 'promote':
@@ -67,6 +92,13 @@ def _stand_by(
     control_fd=spec.control_fd,
   )
   return promoted, prepared[0] if prepared else None
+
+
+def _run_on(cores: tuple[int, ...]) -> None:
+  """Keeps all threads that there are on these cores; () for wherever."""
+  for thread in os.listdir('/proc/self/task') if cores else ():
+    with contextlib.suppress(ProcessLookupError):
+      os.sched_setaffinity(int(thread), cores)
 
 
 def _injector(spec: protocol.Spec, link: link_lib.Link) -> faults.FaultInjector:
@@ -106,13 +138,15 @@ def _work(
     )
   data = prepared.data if prepared else local.load_data(config)
   lowered = prepared.stages[spec.stage] if prepared else None
+  loaded = prepared.loaded.get(spec.stage) if prepared else None
   if len(spec.team) < config.train.replicas:
     lowered = None  # its programs are those of a whole team
-  stage = (
-    local.bind(config, lowered.declared)
-    if lowered
-    else local.build_stage(config, spec.stage, len(spec.team))
-  )
+  if loaded:
+    stage = loaded.stage
+  elif lowered:
+    stage = local.bind(config, lowered.declared)
+  else:
+    stage = local.build_stage(config, spec.stage, len(spec.team))
   run = stage_run.StageRun(spec, link, stage, data, injector)
   run.check_initial()
   if not spec.is_replacement:  # of one the agent knows all that
@@ -131,7 +165,7 @@ def _work(
       if spec.stage or spec.replica
       else data.fingerprint(),
     )
-  run.compile(lowered)
+  run.compile(loaded or lowered)
   gc.freeze()  # what was made so far stays: the collector need not visit it
   gc.enable()
   command = link.command()
@@ -153,8 +187,7 @@ def main() -> int:
   try:
     if spec.stage == protocol.STANDBY:
       spec, prepared = _stand_by(spec, link)
-    if spec.cores:
-      os.sched_setaffinity(0, spec.cores)
+    _run_on(spec.cores)
     _work(spec, link, prepared)
   except base.ConfigError as error:
     link.send(

@@ -199,6 +199,7 @@ class SparseCheckpointer:
     }
     self._snapshots.retain(iteration - self._kept_iterations)
     self._snapshots.take(iteration, state, self._compute_of(masters), {})
+    self._snapshots.release()  # the next thing done to it may be a donation
     self.state, self.iteration = state, iteration
 
   def _shared_bytes(self) -> int:

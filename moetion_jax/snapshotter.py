@@ -1,9 +1,10 @@
 """Takes the snapshots of a worker, one an iteration, in a thread of its own.
 
-The training thread dispatches the copies on the device and goes on; the
-snapshot thread waits for them and stores them. At most one snapshot is on its
-way, so no capture is ever skipped: when the last one is late, training waits,
-visibly (DESIGN section 5).
+The training thread hands the state over and goes on; the snapshot thread
+dispatches the copies on the device, waits for them and stores them. The state
+may be donated once the copies are dispatched, which `release` waits for. At
+most one snapshot is on its way, so no capture is ever skipped: when the last
+one is late, training waits, visibly (DESIGN section 5).
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class _Job:
   """A snapshot on its way."""
 
   iteration: int
-  captured: snapshot_lib.Captured
+  state: Any
+  compute: Mapping[str, jax.Array]
+  operators: tuple[frozenset[base.OperatorId], frozenset[base.OperatorId]]
   extras: Mapping[str, Sequence[jax.Array | np.ndarray]]
   fields: Mapping[str, Any]
   replace: bool
@@ -57,7 +60,10 @@ class _Job:
 
 
 class Snapshotter:
-  """`start`, then `take` after every update in the training thread, `close`.
+  """Takes snapshots between `start` and `close`.
+
+  The training thread calls `take` after every update, and `release` before it
+  donates the state that was taken.
 
   Attributes:
     newest: iteration of the newest snapshot that counts; -1 for none.
@@ -109,6 +115,7 @@ class Snapshotter:
     self._decisions = [decision]
     self._changed = threading.Condition()  # guards what follows
     self._job: _Job | None = None
+    self._reads_state = False  # that of the job
     self._first_iteration = 0
     self._closing = False
     self._error: BaseException | None = None
@@ -180,7 +187,7 @@ class Snapshotter:
 
     Args:
       iteration: its number.
-      state: may be donated when this returned.
+      state: may be donated when `release` returned.
       compute: may not be donated by anybody.
       extras: further arrays by name, in parts along their first dim; not
         donated either.
@@ -204,18 +211,18 @@ class Snapshotter:
       self._changed.wait_for(lambda: not self._job or self._error)
       blocked_seconds = time.monotonic() - begin
       self._check()
-    on_device = self._programs.capture(state, compute, *captured)
-    job = _Job(
-      iteration=iteration,
-      captured=on_device,
-      extras=extras,
-      fields=fields,
-      replace=is_broken,
-      published_count=self._log.published_count if self._log else 0,
-    )
-    with self._changed:
       self._broken.discard(iteration)
-      self._job = job
+      self._reads_state = True
+      self._job = _Job(
+        iteration=iteration,
+        state=state,
+        compute=compute,
+        operators=captured,
+        extras=extras,
+        fields=fields,
+        replace=is_broken,
+        published_count=self._log.published_count if self._log else 0,
+      )
       self._changed.notify_all()
     return Taken(
       snapshot_bytes=snapshot_lib.snapshot_bytes(
@@ -223,6 +230,24 @@ class Snapshotter:
       ),
       blocked_seconds=blocked_seconds,
     )
+
+  def release(self) -> float:
+    """Waits until the state that was taken last may be donated.
+
+    That is when the copies of it are dispatched: milliseconds after `take`, so
+    nobody waits who trains an iteration in between.
+
+    Returns:
+      Seconds that this took.
+
+    Raises:
+      StoreError, EntryMismatchError: as `take`.
+    """
+    with self._changed:
+      begin = time.monotonic()
+      self._changed.wait_for(lambda: not self._reads_state or self._error)
+      self._check()
+      return time.monotonic() - begin
 
   def flush(self) -> None:
     """Waits until every snapshot that was taken counts."""
@@ -258,14 +283,18 @@ class Snapshotter:
         self._changed.notify_all()
 
   def _save(self, job: _Job) -> None:
-    job.captured.copy_to_host_async()
+    captured = self._programs.capture(job.state, job.compute, *job.operators)
+    with self._changed:
+      self._reads_state = False
+      self._changed.notify_all()
+    captured.copy_to_host_async()
     buffers = snapshot_lib.to_buffers(
-      self._programs.layout, job.captured, job.extras
+      self._programs.layout, captured, job.extras
     )
     if self._log:
       self._log.flush(count=job.published_count)
     metadata = snapshot_lib.metadata_of(
-      job.captured, iteration=job.iteration, **self._fields, **job.fields
+      captured, iteration=job.iteration, **self._fields, **job.fields
     )
     begin = time.monotonic()
     self.copied_bytes += self._store_one(job, metadata, buffers)

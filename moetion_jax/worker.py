@@ -156,6 +156,7 @@ class Worker:
         report(pending())
       verdict = self._verdict(iteration, scalars, config, conversion)
       slot = snapshots.slot(iteration) if snapshots else frozenset()
+      blocked_seconds = snapshots.release() if snapshots else 0.0
       if verdict.bad_stage is None:
         self._begin('update')
         self.state, self.compute, _ = self.programs.update(
@@ -191,7 +192,7 @@ class Worker:
         waited_seconds=self._waited,
         late_seconds=self.log.late_seconds - self._late,
         snapshot_bytes=taken.snapshot_bytes,
-        blocked_seconds=taken.blocked_seconds,
+        blocked_seconds=blocked_seconds + taken.blocked_seconds,
         copy_bytes_per_second=snapshots.bandwidth if snapshots else 0.0,
       )
     if pending:

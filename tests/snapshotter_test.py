@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -211,6 +212,46 @@ def test_training_waits_while_a_copy_is_late_and_skips_nothing(training):
   assert taker.newest == 6
 
 
+def test_the_state_is_released_when_its_copies_are_dispatched(training):
+  """Not earlier, and not only when they are stored."""
+  may_go_on, store = threading.Semaphore(0), training.store(kind=_HeldStore)
+
+  class _HeldPrograms:
+    layout = training.of
+
+    def capture(self, *arguments):
+      assert may_go_on.acquire(timeout=_SECONDS)
+      return training.programs.capture(*arguments)
+
+  taker = snapshotter.Snapshotter(
+    _HeldPrograms(), store, training.decision(), {}
+  )
+  taker.start()
+  assert taker.release() < 1.0  # nothing was taken yet
+  state = captures.place(training.of, training.host(1))
+  taken = taker.take(1, state, captures.compute_of(training.of, state), {})
+  assert taken.blocked_seconds < 1.0
+  thread, seconds = _in_thread(taker.release)
+  time.sleep(0.1)
+  assert thread.is_alive()
+  may_go_on.release()
+  assert seconds() > 0.05
+  # As an update does: the buffers of the old state are written again.
+  overwrite = jax.jit(
+    lambda tree: jax.tree.map(lambda x: x * 0 + 3, tree), donate_argnums=0
+  )
+  jax.block_until_ready(overwrite(state))
+  assert all(x.is_deleted() for x in jax.tree.leaves(state))
+  _wait_until(lambda: store.begun == [1])
+  store.may_go_on.release()
+  taker.close()
+  rows = training.of.partition.split(training.host(1))
+  found = training.read(1)
+  assert found.state
+  for operator, leaves in found.state.items():
+    chex.assert_trees_all_equal(dict(leaves), rows[operator])
+
+
 def test_flush_waits_for_the_copy_on_its_way(training):
   store = training.store(kind=_HeldStore)
   taker = training.start(store)
@@ -238,7 +279,7 @@ def test_close_waits_for_the_copy_on_its_way(training):
   training.store().start()  # the folder is free
 
 
-@pytest.mark.parametrize('call', ['take', 'flush'])
+@pytest.mark.parametrize('call', ['take', 'flush', 'release'])
 def test_an_error_of_the_thread_is_raised_by_the_next_call(training, call):
   store = training.store(kind=_HeldStore)
   store.error = base.StoreError('the disk is on fire')
@@ -247,7 +288,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(training, call):
   store.may_go_on.release()
   for _ in range(2):  # and by every later one
     with pytest.raises(base.StoreError, match='on fire'):
-      training.take(taker, 2) if call == 'take' else taker.flush()
+      training.take(taker, 2) if call == 'take' else getattr(taker, call)()
   assert store.begun == [1]
   taker.close()
 
