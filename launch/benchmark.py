@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,16 +35,7 @@ _REPLICAS = flags.DEFINE_integer(
 _MICROBATCHES = flags.DEFINE_integer(
   'microbatches', None, "For `snapshot`; the preset's own by default."
 )
-_ITERATIONS = flags.DEFINE_integer(
-  'iterations', 150, 'Of each run, for `ettr` and `accuracy`.'
-)
-_MTBF = flags.DEFINE_multi_float(
-  'mtbf', None, 'Mean iterations between failures, for `ettr`; repeatable.'
-)
-_QUICK = flags.DEFINE_bool(
-  'quick', False, 'For `all`: small models, few rounds, under 15 minutes.'
-)
-_OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON, and plots.')
+_OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
 
 _TOUCH_BYTES = 300 << 20  # more than a first iteration of `tiny` takes
@@ -138,59 +126,6 @@ def recovery(preset: str, rounds: int) -> dict[str, Any]:
   return _result('recovery', preset, measured, load_before)
 
 
-def ettr(preset: str, rounds: int) -> dict[str, Any]:
-  """Effective training time of every policy under failures."""
-  from launch import benchmark_ettr
-
-  load_before = os.getloadavg()
-  outcomes = benchmark_ettr.measure(
-    _train_flags(preset),
-    _ITERATIONS.value,
-    rounds,
-    _HOSTMEM_DIR.value,
-    _MTBF.value or benchmark_ettr.MTBF_ITERATIONS,
-  )
-  if path := _plot_path('ettr'):
-    benchmark_ettr.plot(outcomes, path)
-  result = _result('ettr', preset, benchmark_ettr.rows(outcomes), load_before)
-  return result | {'runs': benchmark_ettr.to_json(outcomes)}
-
-
-def accuracy(preset: str, rounds: int) -> dict[str, Any]:
-  """Held-out losses of every policy with faults, against none."""
-  from launch import benchmark_accuracy
-
-  del rounds  # the bits are the same each time
-  load_before = os.getloadavg()
-  outcomes = benchmark_accuracy.measure(
-    _train_flags(preset), _ITERATIONS.value, _HOSTMEM_DIR.value
-  )
-  if path := _plot_path('accuracy'):
-    benchmark_accuracy.plot(outcomes, path)
-  measured = benchmark_accuracy.rows(outcomes)
-  result = _result('accuracy', preset, measured, load_before)
-  return result | {'curves': benchmark_accuracy.to_json(outcomes)}
-
-
-def _train_flags(preset: str) -> list[str]:
-  """Of `launch.train`, for all runs of a comparison."""
-  flags_of_run = [
-    f'--preset={preset}',
-    f'--compilation_cache_dir={_CACHE.value}',
-  ]
-  if _MICROBATCHES.value:
-    flags_of_run.append(f'--microbatches={_MICROBATCHES.value}')
-  return flags_of_run
-
-
-def _plot_path(name: str) -> pathlib.Path | None:
-  """Where a plot goes; None without --out."""
-  if not _OUT.value:
-    return None
-  os.makedirs(_OUT.value, exist_ok=True)
-  return pathlib.Path(_OUT.value, f'{name}.png')
-
-
 def frozen(preset: str, rounds: int) -> dict[str, Any]:
   """What a replay without weight gradients of frozen experts would save."""
   from launch import benchmark_frozen
@@ -258,56 +193,19 @@ _SUBCOMMANDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
   'snapshot': snapshot,
   'recovery': recovery,
   'frozen': frozen,
-  'ettr': ettr,
-  'accuracy': accuracy,
-}
-# Of `all`: subcommands, and their flags with --quick and without.
-_ALL = {
-  'pipeline': (
-    ['--preset=tiny', '--rounds=5', '--part=programs', '--part=boundary'],
-    [],
-  ),
-  'snapshot': (['--preset=tiny', '--rounds=5'], ['--rounds=10']),
-  'recovery': (
-    ['--preset=tiny', '--rounds=2'],
-    ['--preset=tiny', '--rounds=10'],
-  ),
-  'ettr': (
-    ['--preset=tiny', '--rounds=1', '--iterations=50', '--mtbf=25'],
-    ['--preset=tiny', '--rounds=2'],
-  ),
-  'accuracy': (['--preset=tiny', '--iterations=50'], []),
 }
 
 
-def _run_all() -> int:
-  """Each subcommand in a process of its own, with --out below the given one."""
-  worst = 0
-  for name, (quick, full) in _ALL.items():
-    command_line = [sys.executable, '-m', 'launch.benchmark', name]
-    command_line += quick if _QUICK.value else full
-    command_line += [
-      f'--hostmem_dir={_HOSTMEM_DIR.value}',
-      f'--compilation_cache_dir={_CACHE.value}',
-      f'--out={_OUT.value}',
-    ]
-    worst = max(worst, subprocess.run(command_line).returncode)
-  return worst
-
-
-def main(argv: Sequence[str]) -> int:
-  """Runs one subcommand, or all."""
-  if len(argv) != 2 or argv[1] not in (*_SUBCOMMANDS, 'all'):
+def main(argv: Sequence[str]) -> None:
+  """Runs one subcommand."""
+  if len(argv) != 2 or argv[1] not in _SUBCOMMANDS:
     raise base.ConfigError(
-      'subcommand', ' '.join(argv[1:]), f'one of {", ".join(_SUBCOMMANDS)}, all'
+      'subcommand', ' '.join(argv[1:]), f'one of {", ".join(_SUBCOMMANDS)}'
     )
-  if argv[1] == 'all':
-    return _run_all()
   from launch import runtime
 
   runtime.configure(local_devices=1, compilation_cache_dir='')
   show(_SUBCOMMANDS[argv[1]](_PRESET.value, _ROUNDS.value))
-  return 0
 
 
 if __name__ == '__main__':
