@@ -1,8 +1,14 @@
 """Which host, cores and devices each worker gets, as pure functions.
 
-Workers that share cores fight: XLA starts as many threads as a process may use
-cores, so the worker's cores are set before its backend exists. Their number
-changes the bits (`runtime.cores`), so a replacement gets its predecessor's.
+XLA starts as many threads as a process may use cores, so the worker's cores are
+set before its backend exists. Their number changes the bits (`runtime.cores`),
+so a replacement gets its predecessor's.
+
+Few cores are shared by all workers: while one has nothing to do (a pipeline's
+bubble, and above all a recovery of another stage) its core works for another.
+Measured with two stages of `tiny` on 2 cores: an iteration takes no more CPU
+time so, and less time; a replay has the machine to itself. Many cores are dealt
+out: a stage's products are too small for all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from moetion_jax import base
 
 # GPU reductions and scatters in a fixed order (FACTS: exactness).
 DETERMINISM_FLAG = '--xla_gpu_deterministic_ops=true'
+# Up to so many cores of a host are shared by its workers.
+_SHARED_CORES = 4
 # Of one GPU's memory, for all workers that share it.
 _SHARED_MEMORY_FRACTION = 0.9
 
@@ -43,9 +51,10 @@ def place(
 ) -> tuple[Placement, ...]:
   """Divides a host among its workers.
 
-  Cores are dealt in runs of neighbours; with more workers than cores each gets
-  one, in turn. GPUs are dealt in runs of `local_devices`; when there are too
-  few, workers share them in turn, and their memory.
+  Everybody may use all of a few cores. More are dealt in runs of neighbours;
+  with more workers than cores each gets one, in turn. GPUs are dealt in runs of
+  `local_devices`; when there are too few, workers share them in turn, and their
+  memory.
 
   Args:
     workers: how many.
@@ -54,7 +63,7 @@ def place(
     gpus: as in CUDA_VISIBLE_DEVICES; empty without any.
     environment: the agent's; what the user set there stays.
   """
-  parts = min(workers, len(cores))
+  parts = 1 if len(cores) <= _SHARED_CORES else min(workers, len(cores))
   groups = len(gpus) // local_devices  # 0: the worker says what is missing
   placements = []
   for index in range(workers):

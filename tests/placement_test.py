@@ -22,11 +22,12 @@ def _place(workers, cores=2, gpus=(), local_devices=1, **environment):
   ('workers', 'cores', 'expected'),
   [
     (1, 2, [(0, 1)]),
-    (2, 2, [(0,), (1,)]),
-    (3, 2, [(0,), (1,), (0,)]),  # in turn
-    (4, 2, [(0,), (1,), (0,), (1,)]),
+    (2, 2, [(0, 1), (0, 1)]),  # few are shared
+    (3, 2, [(0, 1)] * 3),
+    (3, 4, [(0, 1, 2, 3)] * 3),
     (2, 5, [(0, 1), (2, 3, 4)]),  # none is idle
     (3, 8, [(0, 1), (2, 3, 4), (5, 6, 7)]),
+    (7, 5, [(0,), (1,), (2,), (3,), (4,), (0,), (1,)]),  # in turn
     (2, 1, [(0,), (0,)]),
   ],
 )
@@ -57,9 +58,9 @@ def test_hosts_without_a_stage(hosts):
 
 def test_only_cores_that_the_agent_may_use():
   places = placement.place(
-    2, local_devices=1, cores=(3, 7, 9), gpus=(), environment={}
+    2, local_devices=1, cores=(3, 7, 9, 11, 14), gpus=(), environment={}
   )
-  assert [p.cores for p in places] == [(3,), (7, 9)]
+  assert [p.cores for p in places] == [(3, 7), (9, 11, 14)]
 
 
 @pytest.mark.parametrize(
