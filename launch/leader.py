@@ -38,6 +38,8 @@ class Leader:
     self.view = progress.Progress(train.iterations, self._tokens)
     self._events = metrics.EventsFile(str(folder.path / 'events.jsonl'))
     self._lines = metrics.MetricsFile(str(folder.path / 'metrics.jsonl'))
+    # Of each stage: a report of an iteration is whole if it has them all.
+    self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
     self._workers_file_at = 0.0
     self._workers_file_is_old = False
@@ -61,6 +63,7 @@ class Leader:
       base.StoreError: its metrics are damaged.
     """
     first, train = ready[0], self._config.train
+    self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
     self._folder.accept(
       self._config.to_json()
       | {k: first[k] for k in ('data_fingerprint', 'software')}
@@ -109,10 +112,17 @@ class Leader:
       (s, r) not in by_worker for s, team in enumerate(teams) for r in team
     ):
       return None
-    reports = [
-      metrics.merge_replicas([by_worker[s, r] for r in team])
-      for s, team in enumerate(teams)
-    ]
+    reports = []
+    for stage, team in enumerate(teams):
+      merged = metrics.merge_replicas([by_worker[stage, r] for r in team])
+      if len(merged.digests) < self._operators[stage]:
+        # Replicas share the training state, and one that is not in the team any
+        # more had the rest: nobody may report this iteration again.
+        everybody = [x for (s, _), x in sorted(by_worker.items()) if s == stage]
+        merged = metrics.merge_replicas(everybody)
+        if len(merged.digests) < self._operators[stage]:
+          return None
+      reports.append(merged)
     line = metrics.make_line(reports, self._tokens)
     self._lines.write(line)
     if one.iteration <= self.iteration:

@@ -43,24 +43,43 @@ class Prepared:
 
   Attributes:
     data: of the run.
-    stages: all, by index.
+    stages: all, by index; of each, the workers that differ, by position in
+      their world.
   """
 
   data: data_lib.Dataset
-  stages: dict[int, Lowered]
+  stages: dict[int, list[Lowered]]
+
+  def of(self, stage: int, position: int) -> Lowered:
+    """Of a worker."""
+    lowered = self.stages[stage]
+    return lowered[position] if len(lowered) > 1 else lowered[0]
 
 
-def lower(config: settings.RunConfig, index: int, platform: str) -> Lowered:
-  """Traces and lowers a stage's programs; creates no backend."""
-  declared = local.declare_stage(config, index)
-  captures = capture.CapturePrograms(
-    layout.of_stage(declared, has_devices=False)
-  )
-  return Lowered(
-    declared,
-    declared.trace().lower(platform),
-    captures.trace(declared.abstract_mesh).lower(platform),
-  )
+def lower(
+  config: settings.RunConfig, index: int, platform: str
+) -> list[Lowered]:
+  """Traces and lowers a stage's programs; creates no backend.
+
+  Returns:
+    One for all of its workers, or where they share the training state one for
+    each, by position: those programs that they have in common are lowered once.
+  """
+  train = config.train
+  lowered: list[Lowered] = []
+  for position in range(train.replicas if train.shard_optimizer else 1):
+    declared = local.declare_stage(config, index, None, position)
+    programs = declared.trace(state_only=bool(lowered)).lower(platform)
+    if lowered:
+      programs = programs_lib.LoweredPrograms(
+        {**lowered[0].programs.lowered, **programs.lowered}
+      )
+    captures = capture.CapturePrograms(
+      layout.of_stage(declared, has_devices=False)
+    )
+    captured = captures.trace(declared.abstract_mesh).lower(platform)
+    lowered.append(Lowered(declared, programs, captured))
+  return lowered
 
 
 def prepare(

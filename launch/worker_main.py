@@ -100,18 +100,17 @@ def _work(
   from launch import local, stage_run
   from moetion_jax import programs
 
+  position = spec.team.index(spec.replica)
   if spec.world:
-    runtime.join_world(
-      spec.world, len(spec.team), spec.team.index(spec.replica)
-    )
+    runtime.join_world(spec.world, len(spec.team), position)
   data = prepared.data if prepared else local.load_data(config)
-  lowered = prepared.stages[spec.stage] if prepared else None
+  lowered = prepared.of(spec.stage, position) if prepared else None
   if len(spec.team) < config.train.replicas:
     lowered = None  # its programs are those of a whole team
   stage = (
     local.bind(config, lowered.declared)
     if lowered
-    else local.build_stage(config, spec.stage, len(spec.team))
+    else local.build_stage(config, spec.stage, len(spec.team), position)
   )
   run = stage_run.StageRun(spec, link, stage, data, injector)
   run.check_initial()
@@ -123,7 +122,7 @@ def _work(
       device=jax.local_devices()[0].device_kind,
       state_bytes=sum(
         leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(stage.state_shapes)
+        for leaf in jax.tree.leaves(stage.whole_shapes)
       ),
       operators=run.sizes().to_json(),
       software=runtime.software(),
