@@ -38,7 +38,7 @@ class Leader:
     self.view = progress.Progress(train.iterations, self._tokens)
     self._events = metrics.EventsFile(str(folder.path / 'events.jsonl'))
     self._lines = metrics.MetricsFile(str(folder.path / 'metrics.jsonl'))
-    # Of each stage: a report of an iteration is whole if it has them all.
+    # How many each stage has.
     self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
     self._workers_file_at = 0.0
@@ -108,20 +108,12 @@ class Leader:
     """
     by_worker = self._reports.setdefault(one.iteration, {})
     by_worker[one.stage, one.replica] = one
-    if any(
-      (s, r) not in by_worker for s, team in enumerate(teams) for r in team
-    ):
-      return None
     reports = []
     for stage, team in enumerate(teams):
-      merged = metrics.merge_replicas([by_worker[stage, r] for r in team])
-      if len(merged.digests) < self._operators[stage]:
-        # Replicas share the training state, and one that is not in the team any
-        # more had the rest: nobody may report this iteration again.
-        everybody = [x for (s, _), x in sorted(by_worker.items()) if s == stage]
-        merged = metrics.merge_replicas(everybody)
-        if len(merged.digests) < self._operators[stage]:
-          return None
+      found = {r: x for (s, r), x in by_worker.items() if s == stage}
+      merged = metrics.merge_stage(found, team, self._operators[stage])
+      if merged is None:
+        return None
       reports.append(merged)
     line = metrics.make_line(reports, self._tokens)
     self._lines.write(line)

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,34 @@ def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
       (x for r in reports if (x := r.eval_loss) is not None), None
     ),
   )
+
+
+def merge_stage(
+  reports: Mapping[int, report.Report],
+  team: Collection[int],
+  operators: int,
+) -> report.Report | None:
+  """What a stage says of an iteration, once it is all there.
+
+  Args:
+    reports: by replica, also of those that have no worker any more.
+    team: the replicas that have one.
+    operators: how many the stage has.
+
+  Returns:
+    None as long as a report is missing.
+
+  Raises:
+    ReplicaMismatchError: see `merge_replicas`.
+  """
+  if not reports.keys() >= set(team):
+    return None
+  merged = merge_replicas([reports[replica] for replica in sorted(team)])
+  if len(merged.digests) < operators:
+    # Replicas share the training state, and one that left the team had the
+    # rest: what it said counts, since nobody may do this iteration again.
+    merged = merge_replicas([one for _, one in sorted(reports.items())])
+  return merged if len(merged.digests) >= operators else None
 
 
 def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
