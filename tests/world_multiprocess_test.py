@@ -185,3 +185,43 @@ def test_no_more_processes_than_there_may_be(host, tmp_path, undisturbed):
   runs.end(_train(host, workdir, fault, flags=flags), seconds=SECONDS)
   runs.check_finished(host, workdir, runs.bits(undisturbed))
   assert _generations(workdir) == {(0, 0): 2, (1, 0): 1, (1, 1): 1}
+
+
+def test_replicas_that_share_the_training_state(host, workdir, undisturbed):
+  """The same bits, whoever dies where; each has its part, and reports it."""
+  faults = [
+    'kill:stage=1,replica=1,iteration=3,phase=backward',
+    'kill:stage=0,replica=0,iteration=6,phase=update',
+    'kill:stage=0,replica=1,iteration=5,phase=replay',
+  ]
+  flags = ['--shard_optimizer', '--max_failures=6', '--standby']
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  failed = [
+    (e['stage'], e['replica']) for e in runs.of_kind(workdir, 'failure')
+  ]
+  assert failed == [(1, 1), (0, 0), (0, 1)]
+
+
+def test_they_shrink_grow_and_share_a_checkpoint(host, tmp_path, undisturbed):
+  """One alone has everything; the checkpoint is of all parts."""
+  faults = [
+    f'kill:stage=1,replica=0,iteration=4,phase={phase}'
+    for phase in ('forward', 'backward')
+  ]
+  workdir = tmp_path / 'run'
+  flags = ['--shard_optimizer', '--on_failure=shrink', '--max_failures=1']
+  flags.append('--grow_after=3')
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  assert runs.kinds(workdir).count('shrunk') == 1
+  assert runs.kinds(workdir).count('grown') == 1
+  # What the next run begins with is all of it, divided anew.
+  begins = tmp_path / 'begins'
+  flags = [f'--init_from={workdir / "checkpoint"}', '--iterations=1']
+  runs.end(
+    _train(host, begins, flags=[*flags, '--shard_optimizer']), seconds=SECONDS
+  )
+  whole = tmp_path / 'whole'
+  runs.end(_train(host, whole, flags=flags), seconds=SECONDS)
+  assert runs.bits(runs.metrics(begins)) == runs.bits(runs.metrics(whole))
