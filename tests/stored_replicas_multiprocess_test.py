@@ -49,7 +49,12 @@ def left(request, tmp_path_factory):
 def copied(left, tmp_path, shm_folder):
   """As `left`, to be damaged."""
   workdir, hostmem_dir = left
-  shutil.copytree(hostmem_dir, shm_folder, dirs_exist_ok=True)
+  shutil.copytree(
+    hostmem_dir,
+    shm_folder,
+    ignore=shutil.ignore_patterns('*.bell'),
+    dirs_exist_ok=True,
+  )
   return workdir, shm_folder
 
 
@@ -78,10 +83,8 @@ def test_all_shares_are_shown(left):
       assert snapshot['is_whole']
       assert [s['replica'] for s in shares] == list(range(REPLICAS))
       assert sum(s['bytes'] for s in shares) == snapshot['bytes']
-      assert max(s['bytes'] for s in shares) < 0.7 * snapshot['bytes']
       assert snapshot['covered_operators'] == stage['operators']
-    first, last = stage['log']['whole_iterations'][-1]
-    assert last >= LAST
+    assert stage['log']['whole_iterations'][-1][1] >= LAST
     assert any(s['usable'] and s['reaches'] >= LAST for s in stage['starts'])
   text = _show(*left)
   assert 'shares' in text and '2 of 2' in text
