@@ -86,7 +86,7 @@ class StageSizes:
       compute_bytes=self.compute_bytes,
       device_of=self.device.get,
       keep_order=order != 'static',
-      shares=division.divide(self.state_bytes, replicas)
+      shares=division.divide(self.state_bytes, replicas, self.device.get)
       if replicas > 1
       else (),
     )

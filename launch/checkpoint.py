@@ -125,7 +125,7 @@ def check(
     ('parameters', n): s for n, s in stage.model.shapes.items()
   }
   if not weights_only:
-    for group, leaves in stage.state_shapes.items():
+    for group, leaves in stage.whole_shapes.items():
       for leaf, shape in leaves.items():
         if not leaf.startswith(_MASTER):
           wanted['optimizer', group, leaf] = shape
@@ -149,7 +149,7 @@ def check(
 def state_of(
   stage: stage_lib.Stage, tree: Mapping[str, Any], *, weights_only: bool
 ) -> operators.State:
-  """One stage's training state out of a checkpoint that `check` passed."""
+  """What a worker has of a stage's state, of a checkpoint `check` passed."""
   parameters, optimizer = tree['parameters'], tree['optimizer']
   if weights_only:
     return stage.state_from_masters(
@@ -158,10 +158,13 @@ def state_of(
   return stage.place_state(
     {
       group: {
-        leaf: np.asarray(
-          parameters[leaf.removeprefix(_MASTER)]
-          if leaf.startswith(_MASTER)
-          else optimizer[group][leaf]
+        leaf: stage.own_rows(
+          group,
+          np.asarray(
+            parameters[leaf.removeprefix(_MASTER)]
+            if leaf.startswith(_MASTER)
+            else optimizer[group][leaf]
+          ),
         )
         for leaf in leaves
       }

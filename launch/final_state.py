@@ -14,41 +14,57 @@ from launch import processes
 class FinalState:
   """Who has put its state into the store, and who is about to.
 
-  The worker of stage 0 then saves everybody's. One that dies meanwhile is asked
+  The first worker then saves everybody's. One that dies meanwhile is asked
   again, when it is back.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
     """Stores where the checkpoint goes."""
     self._path = path
-    self._asked: set[int] = set()
-    self._handed_over: set[int] = set()
+    self._asked: set[tuple[int, int]] = set()
+    self._handed_over: set[tuple[int, int]] = set()
 
-  def hand_over(self, workers: Sequence[processes.WorkerProcess]) -> None:
-    """Asks those who were not asked yet; all have trained to the end."""
-    for worker in workers:
-      if worker.stage not in self._asked:
-        self._asked.add(worker.stage)
+  def hand_over(self, givers: Sequence[processes.WorkerProcess]) -> None:
+    """Asks those who were not asked yet; all have trained to the end.
+
+    Args:
+      givers: workers that together have everything, by stage and replica.
+    """
+    for worker in givers:
+      if _name(worker) not in self._asked:
+        self._asked.add(_name(worker))
         worker.send('hand_over')
 
   def handed_over(
     self,
-    stage: int,
-    workers: Sequence[processes.WorkerProcess],
+    worker: processes.WorkerProcess,
+    givers: Sequence[processes.WorkerProcess],
     iteration: int,
   ) -> None:
-    """A stage's state is there; the last one has all saved.
+    """A worker's state is there; the last one has all saved.
 
     Args:
-      stage: whose.
-      workers: of all stages.
+      worker: whose.
+      givers: see `hand_over`.
       iteration: of the states.
     """
-    self._handed_over.add(stage)
-    if len(self._handed_over) == len(workers):
-      workers[0].send('save', path=str(self._path), iteration=iteration)
+    self._handed_over.add(_name(worker))
+    if self._handed_over.issuperset(map(_name, givers)):
+      replicas: dict[int, list[int]] = {}
+      for giver in givers:
+        replicas.setdefault(giver.stage, []).append(giver.replica)
+      givers[0].send(
+        'save',
+        path=str(self._path),
+        iteration=iteration,
+        replicas=[of_stage for _, of_stage in sorted(replicas.items())],
+      )
 
   def forget(self, stage: int) -> None:
-    """A worker died."""
-    self._asked.discard(stage)
-    self._handed_over.discard(stage)
+    """A worker of a stage died."""
+    for names in (self._asked, self._handed_over):
+      names.difference_update({name for name in names if name[0] == stage})
+
+
+def _name(worker: processes.WorkerProcess) -> tuple[int, int]:
+  return worker.stage, worker.replica

@@ -1,7 +1,8 @@
 """Training states on their way from all stages into one checkpoint.
 
 Each worker puts its state into the store folder, one `.npy` file of bytes a
-leaf and an index; one worker maps them all and writes the checkpoint.
+leaf and an index; one worker maps them all and writes the checkpoint. Where
+replicas share the state of a stage, it puts their rows together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -31,8 +32,11 @@ def put(
   state: operators.State,
   full_seconds: float = 0.0,
   on_block: Callable[[], None] = lambda: None,
+  *,
+  replica: int = 0,
+  partition: operators.Partition | None = None,
 ) -> None:
-  """Writes a stage's state.
+  """Writes what a worker has of a stage's state.
 
   Args:
     folder: store folder of the run's first host.
@@ -40,17 +44,22 @@ def put(
     state: on the device.
     full_seconds: how long to wait when there is no room.
     on_block: called when that wait begins.
+    replica: of the worker.
+    partition: of the state; None: it is the stage's whole state.
 
   Raises:
     base.NoRoomError: there is none, and none came.
     base.StoreError: it cannot be written for another reason.
   """
-  path = _folder(folder, stage)
+  path = _folder(folder, stage, replica)
   index = []
   try:
     shutil.rmtree(path, ignore_errors=True)  # of one that died meanwhile
     path.mkdir()
     for group, leaves in state.items():
+      rows = None
+      if partition and partition.groups[group].stacked:
+        rows = [o.expert for o in partition.operators_of(group)]
       for leaf, value in leaves.items():
         host = np.asarray(jax.device_get(value))
         with open(path / f'{len(index)}.npy', 'wb') as file:
@@ -59,7 +68,8 @@ def put(
           _reserve(file.fileno(), size_bytes, full_seconds, on_block)
           np.save(file, entry.as_bytes(host))
           file.truncate()
-        index.append([group, leaf, host.dtype.name, list(host.shape)])
+        shape = list(host.shape)
+        index.append([group, leaf, host.dtype.name, shape, rows])
     (path / 'index.json').write_text(json.dumps(index))
   except OSError as error:
     kind = base.NoRoomError if error.errno == errno.ENOSPC else base.StoreError
@@ -88,19 +98,54 @@ def _reserve(
     time.sleep(_FULL_POLL_SECONDS)
 
 
-def get(folder: str | os.PathLike[str], stage: int) -> operators.State:
-  """A state that `put` wrote; large leaves are mapped, not read."""
-  path = _folder(folder, stage)
-  state: dict[str, dict[str, np.ndarray]] = {}
+def get(
+  folder: str | os.PathLike[str], stage: int, replicas: Collection[int] = (0,)
+) -> operators.State:
+  """A stage's state, of what some of its workers `put`.
+
+  Large leaves are mapped, not read, unless their rows come from several.
+
+  Args:
+    folder: see `put`.
+    stage: whose state it is.
+    replicas: of the workers; together they had all of it.
+  """
+  parts: dict[str, dict[str, list[tuple[list[int] | None, np.ndarray]]]] = {}
+  for replica in replicas:
+    for group, leaf, value, rows in _read(_folder(folder, stage, replica)):
+      parts.setdefault(group, {}).setdefault(leaf, []).append((rows, value))
+  return {
+    group: {leaf: _join(of_leaf) for leaf, of_leaf in sorted(leaves.items())}
+    for group, leaves in sorted(parts.items())
+  }  # type: ignore[return-value]
+
+
+def _read(
+  path: pathlib.Path,
+) -> Iterator[tuple[str, str, np.ndarray, list[int] | None]]:
   index = json.loads((path / 'index.json').read_text())
-  for number, (group, leaf, dtype, shape) in enumerate(index):
+  for number, (group, leaf, dtype, shape, rows) in enumerate(index):
     file = path / f'{number}.npy'
     is_large = file.stat().st_size > _MAPPED_BYTES
     data = np.load(file, mmap_mode='r' if is_large else None)
     value = np.asarray(data).view(np.dtype(dtype)).reshape(shape)
-    state.setdefault(group, {})[leaf] = value
-  return state  # type: ignore[return-value]
+    yield group, leaf, value, rows
 
 
-def _folder(folder: str | os.PathLike[str], stage: int) -> pathlib.Path:
-  return pathlib.Path(folder) / f'{host_store.STATE_PREFIX}{stage}'
+def _join(parts: Sequence[tuple[list[int] | None, np.ndarray]]) -> np.ndarray:
+  """A leaf of the rows that several workers had."""
+  if len(parts) == 1:
+    return parts[0][1]
+  first = parts[0][1]
+  count = sum(len(value) for _, value in parts)
+  whole = np.empty((count, *first.shape[1:]), first.dtype)
+  for rows, value in parts:
+    whole[rows] = value
+  return whole
+
+
+def _folder(
+  folder: str | os.PathLike[str], stage: int, replica: int
+) -> pathlib.Path:
+  name = f'{host_store.STATE_PREFIX}{stage}.replica-{replica}'
+  return pathlib.Path(folder) / name

@@ -38,6 +38,8 @@ class Leader:
     self.view = progress.Progress(train.iterations, self._tokens)
     self._events = metrics.EventsFile(str(folder.path / 'events.jsonl'))
     self._lines = metrics.MetricsFile(str(folder.path / 'metrics.jsonl'))
+    # How many each stage has.
+    self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
     self._workers_file_at = 0.0
     self._workers_file_is_old = False
@@ -61,6 +63,7 @@ class Leader:
       base.StoreError: its metrics are damaged.
     """
     first, train = ready[0], self._config.train
+    self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
     self._folder.accept(
       self._config.to_json()
       | {k: first[k] for k in ('data_fingerprint', 'software')}
@@ -105,14 +108,13 @@ class Leader:
     """
     by_worker = self._reports.setdefault(one.iteration, {})
     by_worker[one.stage, one.replica] = one
-    if any(
-      (s, r) not in by_worker for s, team in enumerate(teams) for r in team
-    ):
-      return None
-    reports = [
-      metrics.merge_replicas([by_worker[s, r] for r in team])
-      for s, team in enumerate(teams)
-    ]
+    reports = []
+    for stage, team in enumerate(teams):
+      found = {r: x for (s, r), x in by_worker.items() if s == stage}
+      merged = metrics.merge_stage(found, team, self._operators[stage])
+      if merged is None:
+        return None
+      reports.append(merged)
     line = metrics.make_line(reports, self._tokens)
     self._lines.write(line)
     if one.iteration <= self.iteration:

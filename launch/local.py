@@ -45,7 +45,10 @@ def load_data(config: settings.RunConfig) -> data_lib.Dataset:
 
 
 def declare_stage(
-  config: settings.RunConfig, index: int, workers: int | None = None
+  config: settings.RunConfig,
+  index: int,
+  workers: int | None = None,
+  position: int | None = None,
 ) -> stage_lib.Stage:
   """A stage of the run, without devices; creates no backend.
 
@@ -53,6 +56,11 @@ def declare_stage(
     config: of the run.
     index: of the stage.
     workers: that it has, if fewer than replicas.
+    position: of a worker in its stage world: with --shard_optimizer it has its
+      share only; None: the whole stage.
+
+  Raises:
+    base.ConfigError: the stage cannot be spread like that.
   """
   train = config.train
   spec = stages.cut(config.model, train.stages)[index]
@@ -62,7 +70,7 @@ def declare_stage(
     seed=train.seed,
     expert_devices=train.local_devices,
   )
-  return stage_lib.Stage(
+  whole = stage_lib.Stage(
     model,
     optimizers.make(train.optimizer),
     mesh_lib.abstract_mesh(train.local_devices),
@@ -74,13 +82,19 @@ def declare_stage(
       workers=workers,
     ),
   )
+  if position is None or not train.shard_optimizer:
+    return whole
+  return whole.sharded(position) if whole.shape.world_size > 1 else whole
 
 
 def build_stage(
-  config: settings.RunConfig, index: int, workers: int | None = None
+  config: settings.RunConfig,
+  index: int,
+  workers: int | None = None,
+  position: int | None = None,
 ) -> stage_lib.Stage:
   """As `declare_stage`, on this process's devices; compiles nothing."""
-  return bind(config, declare_stage(config, index, workers))
+  return bind(config, declare_stage(config, index, workers, position))
 
 
 def bind(
@@ -121,17 +135,11 @@ def stage_sizes(
     layout: of the stage, with devices or without.
     expert_devices: over how many its experts are, or will be, spread.
   """
-  device: dict[base.OperatorId, int | None] = {}
-  for operator in layout.operators:
-    number = len(layout.partition.operators_of(operator.group))
-    is_expert = operator.expert >= 0
-    device[operator] = (
-      operator.expert * expert_devices // number if is_expert else None
-    )
+  devices = layout.partition.devices(expert_devices)
   return capture_plan.StageSizes(
     state_bytes=layout.state_bytes(),
     compute_bytes=layout.compute_bytes(),
-    device=device,
+    device={o: devices[o] for o in layout.operators},
   )
 
 

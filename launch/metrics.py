@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ from moetion_jax import base, report
 
 # Fields in which two runs of one iteration must agree exactly.
 _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
+
+# What all replicas of a stage compute alike.
+_ALIKE = ('loss', 'auxiliary_loss', 'grad_norm', 'dropped', 'updated')
 
 
 class MetricsMismatchError(base.MoetionError):
@@ -36,24 +39,37 @@ def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
   """What a stage says of an iteration, from what its replicas say.
 
   Args:
-    reports: one a replica, in their order.
+    reports: one a replica, in their order; each has the digests of the
+      operators that it has, all or a share.
 
   Raises:
-    ReplicaMismatchError: two have different bits of one operator.
+    ReplicaMismatchError: two have different bits of one operator, or of what
+      all have.
   """
   first, *others = reports
+  digests, whose = dict(first.digests), dict.fromkeys(first.digests, first)
+
+  def refuse(what: object, one: report.Report, other: report.Report) -> None:
+    raise ReplicaMismatchError(
+      f'stage {first.stage}, iteration {first.iteration}: replica '
+      f'{other.replica} has another {what} than replica {one.replica}: silent '
+      'data corruption in one of them. Which one cannot be told from two; the '
+      'snapshots before this iteration are of equal replicas: the same command '
+      'goes on from them'
+    )
+
   for other in others:
-    for operator, digest in first.digests.items():
-      if not np.array_equal(digest, other.digests[operator]):
-        raise ReplicaMismatchError(
-          f'stage {first.stage}, iteration {first.iteration}: replica '
-          f'{other.replica} has another {operator} than replica '
-          f'{first.replica}: silent data corruption in one of them. Which one '
-          'cannot be told from two; the snapshots before this iteration are of '
-          'equal replicas: the same command goes on from them'
-        )
+    for operator, digest in other.digests.items():
+      if operator not in digests:
+        digests[operator], whose[operator] = digest, other
+      elif not np.array_equal(digest, digests[operator]):
+        refuse(operator, whose[operator], other)
+    for name in _ALIKE:
+      if float(getattr(first, name)).hex() != float(getattr(other, name)).hex():
+        refuse(name, first, other)
   return dataclasses.replace(
     first,
+    digests=digests,
     seconds=max(r.seconds for r in reports),
     waited_seconds=max(r.waited_seconds for r in reports),
     late_seconds=max(r.late_seconds for r in reports),
@@ -64,6 +80,34 @@ def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
       (x for r in reports if (x := r.eval_loss) is not None), None
     ),
   )
+
+
+def merge_stage(
+  reports: Mapping[int, report.Report],
+  team: Collection[int],
+  operators: int,
+) -> report.Report | None:
+  """What a stage says of an iteration, once it is all there.
+
+  Args:
+    reports: by replica, also of those that have no worker any more.
+    team: the replicas that have one.
+    operators: how many the stage has.
+
+  Returns:
+    None as long as a report is missing.
+
+  Raises:
+    ReplicaMismatchError: see `merge_replicas`.
+  """
+  if not reports.keys() >= set(team):
+    return None
+  merged = merge_replicas([reports[replica] for replica in sorted(team)])
+  if len(merged.digests) < operators:
+    # Replicas share the training state, and one that left the team had the
+    # rest: what it said counts, since nobody may do this iteration again.
+    merged = merge_replicas([one for _, one in sorted(reports.items())])
+  return merged if len(merged.digests) >= operators else None
 
 
 def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ workers. On CPU it takes nothing, so the programs are loaded ahead as well.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import launch.stage_run  # noqa: F401  with all that it imports
 from launch import data as data_lib, local, runtime, settings
@@ -79,26 +79,45 @@ class Prepared:
 
   Attributes:
     data: of the run.
-    stages: all, by index.
-    loaded: the same with compiled programs; empty without a backend.
+    stages: all, by index; of each, the workers that differ, by position in
+      their world.
+    loaded: stages with compiled programs; empty without a backend.
   """
 
   data: data_lib.Dataset
-  stages: Mapping[int, Lowered]
+  stages: Mapping[int, Sequence[Lowered]]
   loaded: Mapping[int, Loaded]
 
+  def of(self, stage: int, position: int) -> Lowered:
+    """Of a worker."""
+    lowered = self.stages[stage]
+    return lowered[position] if len(lowered) > 1 else lowered[0]
 
-def lower(config: settings.RunConfig, index: int, platform: str) -> Lowered:
-  """Traces and lowers a stage's programs; creates no backend."""
-  declared = local.declare_stage(config, index)
-  captures = capture.CapturePrograms(
-    layout.of_stage(declared, has_devices=False)
-  )
-  return Lowered(
-    declared,
-    declared.trace().lower(platform),
-    captures.trace(declared.abstract_mesh).lower(platform),
-  )
+
+def lower(
+  config: settings.RunConfig, index: int, platform: str
+) -> list[Lowered]:
+  """Traces and lowers a stage's programs; creates no backend.
+
+  Returns:
+    One for all of its workers, or where they share the training state one for
+    each, by position: those programs that they have in common are lowered once.
+  """
+  train = config.train
+  lowered: list[Lowered] = []
+  for position in range(train.replicas if train.shard_optimizer else 1):
+    declared = local.declare_stage(config, index, None, position)
+    programs = declared.trace(state_only=bool(lowered)).lower(platform)
+    if lowered:
+      programs = programs_lib.LoweredPrograms(
+        {**lowered[0].programs.lowered, **programs.lowered}
+      )
+    captures = capture.CapturePrograms(
+      layout.of_stage(declared, has_devices=False)
+    )
+    captured = captures.trace(declared.abstract_mesh).lower(platform)
+    lowered.append(Lowered(declared, programs, captured))
+  return lowered
 
 
 def load(config: settings.RunConfig, lowered: Lowered) -> Loaded:
@@ -123,7 +142,8 @@ def prepare(
     config: of the run.
     platform: as of `programs.platform_of`.
     cache_dir: see `runtime.configure`.
-    make_backend: makes one, if programs are to be loaded ahead.
+    make_backend: makes one, if programs are to be loaded ahead; not where
+      workers have replicas, who meet before they have a backend.
   """
   runtime.configure(
     local_devices=config.train.local_devices, compilation_cache_dir=cache_dir
@@ -140,5 +160,5 @@ def prepare(
     return Prepared(data, stages, {})
   make_backend()
   return Prepared(
-    data, stages, {i: load(config, one) for i, one in stages.items()}
+    data, stages, {i: load(config, one) for i, (one,) in stages.items()}
   )

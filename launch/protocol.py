@@ -36,7 +36,7 @@ then:
     commit    end after iteration `limit`
     hand_over put the training state into the store folder
     save      write everyone's state as the final checkpoint: `path`,
-              `iteration`
+              `iteration`, `replicas` (of each stage, those that have put it)
     exit
   further host's agent -> leader
     serving   its store is open: `address` of its server

@@ -88,7 +88,10 @@ class Rebuilder:
 
   def start(self) -> None:
     """Compiles."""
-    self.stage: stage_lib.Stage = local.build_stage(self._config, self.index)
+    # One worker that does what all replicas did.
+    self.stage: stage_lib.Stage = local.build_stage(
+      self._config, self.index, workers=1
+    )
     self.programs = self.stage.compile()
     self.captures = capture.CapturePrograms(layout_lib.of_stage(self.stage))
     self.captures.compile()
@@ -191,6 +194,7 @@ class _Attempt:
         restoring.begin(),
         log,
         self._tools.data,
+        range(self._run.config.train.replicas),
       )
       stage_worker.iteration = self._start.iteration
       stage_worker.train(
@@ -225,15 +229,18 @@ class _Attempt:
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
     """A snapshot, verified. Conversions compare the digests of each."""
     info = self._run.stages[self._tools.index].snapshots.get(iteration)
-    if info is None:
+    if info is None or not info.shares:
       raise base.StoreError('there is none, or it was damaged')
     try:
-      stored_snapshot = snapshot_file.open_snapshot(info.path, verify=True)
-      snapshot = snapshot_lib.from_arrays(
-        self._tools.captures.layout,
-        stored_snapshot.metadata,
-        stored_snapshot.arrays,
-      )
+      shares = []
+      for share in info.shares:
+        found = snapshot_file.open_snapshot(share.path, verify=True)
+        shares.append(
+          snapshot_lib.from_arrays(
+            self._tools.captures.layout, found.metadata, found.arrays
+          )
+        )
+      snapshot = snapshot_lib.merge(shares)
     except base.StoreError as error:
       self.damaged[iteration] = str(error)
       raise

@@ -62,10 +62,12 @@ def _describe_stage(
       {
         'iteration': iteration,
         'bytes': info.size_bytes,
-        'slot': [str(o) for o in sorted(info.share.state)],
-        'slot_operators': len(info.share.state),
-        'compute_operators': len(info.share.compute),
+        'slot': [str(o) for o in sorted(info.state)],
+        'slot_operators': len(info.state),
+        'compute_operators': len(info.compute),
         'covered_operators': len(info.covered),
+        'is_whole': bool(info.shares),
+        'shares': [_describe_share(one) for one in info.found],
       }
       for iteration, info in one.snapshots.items()
     ],
@@ -85,6 +87,25 @@ def _describe_stage(
       'segment_bytes': one.segment_bytes,
     },
   }
+
+
+def _describe_share(one: stored.ShareInfo) -> dict[str, Any]:
+  return {
+    'path': str(one.path),
+    'replica': one.share.replica,
+    'replicas': one.share.replicas,
+    'bytes': one.size_bytes,
+    'slot_operators': len(one.share.state),
+    'compute_operators': len(one.share.compute),
+  }
+
+
+def _shares(snapshot: dict[str, Any]) -> str:
+  """Those that there are, of as many as make the snapshot."""
+  teams: dict[int, int] = {}
+  for one in snapshot['shares']:
+    teams[one['replicas']] = teams.get(one['replicas'], 0) + 1
+  return ', '.join(f'{n} of {team}' for team, n in sorted(teams.items()))
 
 
 def _lines(value: dict[str, Any]) -> list[str]:
@@ -110,19 +131,22 @@ def _lines(value: dict[str, Any]) -> list[str]:
 def _stage_lines(stage: dict[str, Any]) -> list[str]:
   operators, log = stage['operators'], stage['log']
   starts = {s['iteration']: s for s in stage['starts']}
-  rows = [('snapshot', 'bytes', 'slot', 'covers', 'valid start')]
+  rows = [('snapshot', 'bytes', 'shares', 'slot', 'covers', 'valid start')]
   if 0 in starts:
-    rows.append(('initial', '', '', '', _start(starts[0])))
+    rows.append(('initial', '', '', '', '', _start(starts[0])))
   for s in stage['snapshots']:
     rows.append(
       (
         str(s['iteration']),
         room.format_bytes(s['bytes']),
+        _shares(s),
         f'{s["slot_operators"]} of {operators}',
         f'{s["covered_operators"]} of {operators}',
         _start(starts[s['iteration']]) if s['iteration'] in starts else '-',
       )
     )
+  if all(_shares(s) == '1 of 1' for s in stage['snapshots']):
+    rows = [(*row[:2], *row[3:]) for row in rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   table = [
     '  '

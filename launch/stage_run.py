@@ -20,7 +20,6 @@ from moetion_jax import (
   capture,
   conversion,
   coverage,
-  division,
   faults,
   hostmem,
   joined_log,
@@ -63,6 +62,7 @@ class StageRun:
     self._data = data
     self._initial: Any = None
     self._layout = layout_lib.of_stage(stage)
+    self._whole = layout_lib.of_stage(stage, whole=True)
     self._captures = capture.CapturePrograms(self._layout)
     self._folder = inventory.snapshots_folder(
       spec.folder, spec.stage, spec.replica
@@ -76,7 +76,7 @@ class StageRun:
 
   def sizes(self) -> capture_plan.StageSizes:
     """Of the stage's operators."""
-    return local.stage_sizes(self._layout, self._layout.expert_devices)
+    return local.stage_sizes(self._whole, self._whole.expert_devices)
 
   def compile(
     self, prepared: preparation.Lowered | preparation.Loaded | None
@@ -238,17 +238,23 @@ class StageRun:
     return local.initial_state(self._spec.config, self._stage, self._initial)
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
-    """A snapshot of this host's store, of all replicas' shares, verified."""
+    """A snapshot of this host's store, verified.
+
+    Of all replicas' shares; where they share the state like this worker's team,
+    of its own.
+    """
     paths = inventory.find_shares(
       self._spec.folder, self._spec.stage, iteration
     )
     if not paths:
       raise base.StoreError(f'{self._folder / str(iteration)}: there is none')
+    if self._stage.shares and len(paths) == len(self._spec.team):
+      paths = [paths[self._stage.shares.position]]
     shares = []
     for path in paths:
       stored = snapshot_file.open_snapshot(path, verify=True)
       shares.append(
-        snapshot_lib.from_arrays(self._layout, stored.metadata, stored.arrays)
+        snapshot_lib.from_arrays(self._whole, stored.metadata, stored.arrays)
       )
     return snapshot_lib.merge(shares)
 
@@ -267,14 +273,19 @@ class StageRun:
       self._captures,
       store,
       slots.Decision.from_json(go.decisions[0]),
-      {'stage': spec.stage, 'replica': position, 'replicas': number},
+      {
+        'stage': spec.stage,
+        'replica': position,
+        'replicas': number,
+        **self._digest_names(),
+      },
       log,
       lambda metadata: self._link.send(
         'stored', share={k: metadata[k] for k in inventory.SHARE_FIELDS}
       ),
       spec.full_seconds,
       self._link.blocked,
-      division.divide(self._layout.state_bytes(), number)[position],
+      self._whole.shares(number)[position],
     )
     for decision in go.decisions[1:]:
       taker.decide(slots.Decision.from_json(decision))
@@ -296,6 +307,12 @@ class StageRun:
     )
     return taker
 
+  def _digest_names(self) -> dict[str, Any]:
+    """Of which operators the digests in this worker's snapshots are."""
+    if not self._spec.config.train.shard_optimizer:
+      return {}
+    return {conversion.DIGESTS: base.operators_to_json(self._layout.operators)}
+
   def finish(self) -> None:
     """Does what the agent asks for after the end, until it says `exit`."""
     spec, link = self._spec, self._link
@@ -307,6 +324,8 @@ class StageRun:
           self._worker.state,
           spec.full_seconds,
           lambda: link.blocked('no room for the final state'),
+          replica=spec.replica,
+          partition=self._stage.partition,
         )
         link.blocked('')
         link.send('handed_over')
@@ -314,8 +333,8 @@ class StageRun:
         from launch import checkpoint
 
         states = [
-          handover.get(spec.handover_folder, s)
-          for s in range(spec.config.train.stages)
+          handover.get(spec.handover_folder, stage, replicas)
+          for stage, replicas in enumerate(command['replicas'])
         ]
         checkpoint.save(
           command['path'], states, command['iteration'], spec.config

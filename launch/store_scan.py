@@ -61,53 +61,64 @@ def scan(run: stored.StoredRun, *, in_use: bool) -> stored.StoredRun:
   """Looks into the stores; `in_use`: by the run, which lives.
 
   Raises:
-    base.ConfigError: a store is not private, or of several replicas.
+    base.ConfigError: a store is not private.
   """
-  if (replicas := run.config.train.replicas) > 1:
-    raise base.ConfigError(
-      'replicas', replicas, 'what such a run left cannot be looked into yet'
-    )
   try:
     for folder in run.folders:
       hostmem.check_private(folder)
   except base.StoreError as error:
     hostmem_dir = str(run.folders[0].parent)
     raise base.ConfigError('hostmem_dir', hostmem_dir, str(error)) from error
-  stages = range(run.config.train.stages)
+  stages, replicas = range(run.config.train.stages), run.config.train.replicas
   return dataclasses.replace(
-    run, stages=tuple(_scan_stage(run.folders, s, in_use) for s in stages)
+    run,
+    stages=tuple(
+      _scan_stage(run.folders, stage, replicas, in_use) for stage in stages
+    ),
   )
 
 
 def _scan_stage(
-  folders: Collection[pathlib.Path], stage: int, in_use: bool
+  folders: Collection[pathlib.Path], stage: int, replicas: int, in_use: bool
 ) -> stored.StoredStage:
-  """The stage where its newest worker was: hosts may have changed."""
-  found = [_scan_log(folder, stage) for folder in folders]
-  newest = max(
+  """The stage where its newest workers were: hosts may have changed."""
+  found = [
+    [_scan_log(folder, stage, replica) for replica in range(replicas)]
+    for folder in folders
+  ]
+  logs = max(
     found,
-    key=lambda one: (
-      one.generation,
-      inventory.snapshots_folder(one.folder, stage, stored.REPLICA).is_dir(),
+    key=lambda logs: (
+      max(one.generation for one in logs),
+      bool(inventory.snapshots_folders(logs[0].folder, stage)),
     ),
   )
-  snapshots, damage = _scan_snapshots(newest.folder, stage, in_use)
-  if snapshots and not newest.generation and not newest.damage:
-    damage.append(
-      stored.Damage(
-        stage=stage,
-        kind='log',
-        iteration=None,
-        message=f'{newest.segment_path}: No such file or directory',
+  snapshots, damage = _scan_snapshots(logs[0].folder, stage, in_use)
+  for replica, one in enumerate(logs):
+    damage += one.damage
+    if snapshots and not one.generation and not one.damage:
+      damage.append(
+        stored.Damage(
+          stage=stage,
+          kind='log',
+          iteration=None,
+          message=f'{one.segment_path(replica)}: No such file or directory',
+        )
       )
-    )
   return dataclasses.replace(
-    newest, snapshots=snapshots, damage=(*newest.damage, *damage)
+    logs[0],
+    generation=max(one.generation for one in logs),
+    segment_bytes=sum(one.segment_bytes for one in logs),
+    entries={k: header for one in logs for k, header in one.entries.items()},
+    snapshots=snapshots,
+    damage=tuple(damage),
   )
 
 
-def _scan_log(folder: pathlib.Path, stage: int) -> stored.StoredStage:
-  path = segment.segment_path(folder, stage, stored.REPLICA)
+def _scan_log(
+  folder: pathlib.Path, stage: int, replica: int
+) -> stored.StoredStage:
+  path = segment.segment_path(folder, stage, replica)
   nothing = stored.StoredStage(
     stage=stage, folder=folder, snapshots={}, entries={}
   )
@@ -140,15 +151,50 @@ def _scan_log(folder: pathlib.Path, stage: int) -> stored.StoredStage:
 
 
 def _scan_snapshots(
-  folder: pathlib.Path, stage: int, in_use: bool
+  store: pathlib.Path, stage: int, in_use: bool
 ) -> tuple[dict[int, stored.SnapshotInfo], list[stored.Damage]]:
-  folder = inventory.snapshots_folder(folder, stage, stored.REPLICA)
-  snapshots: dict[int, stored.SnapshotInfo] = {}
+  shares: dict[int, list[stored.ShareInfo]] = {}
+  damage: list[stored.Damage] = []
+  missing: dict[int, list[str]] = {}
+  for folder in inventory.snapshots_folders(store, stage):
+    found, broken = _scan_shares(folder, in_use)
+    for iteration, share in found.items():
+      shares.setdefault(iteration, []).append(share)
+    for iteration, message in broken.items():
+      damage.append(_broken(stage, iteration, message))
+    if not in_use:
+      for iteration, message in _gaps(folder, found.keys() | broken.keys()):
+        missing.setdefault(iteration, []).append(message)
+  snapshots = {
+    iteration: stored.SnapshotInfo(found=tuple(of_iteration))
+    for iteration, of_iteration in sorted(shares.items())
+  }
+  for iteration, messages in missing.items():
+    # A replica that had no worker for a while took none, and others all.
+    if iteration not in snapshots or not snapshots[iteration].shares:
+      damage += [_broken(stage, iteration, message) for message in messages]
+  return snapshots, sorted(damage, key=lambda d: (d.iteration, d.message))
+
+
+def _broken(stage: int, iteration: int, message: str) -> stored.Damage:
+  return stored.Damage(
+    stage=stage, kind='snapshot', iteration=iteration, message=message
+  )
+
+
+def _scan_shares(
+  folder: pathlib.Path, in_use: bool
+) -> tuple[dict[int, stored.ShareInfo], dict[int, str]]:
+  """One worker's snapshots: those that are whole, and what ails others."""
+  found: dict[int, stored.ShareInfo] = {}
   broken: dict[int, str] = {}
   for iteration, path in snapshot_file.list_snapshots(folder).items():
     try:
       manifest = snapshot_file.read_manifest(path)
       share = inventory.share_from_json(manifest.metadata)
+      names = base.operators_from_json(
+        manifest.metadata.get(stored.DIGESTS, ())
+      )
     except base.StoreError as error:
       if not in_use or is_there(path):
         broken[iteration] = str(error)
@@ -160,32 +206,34 @@ def _scan_snapshots(
       broken[iteration] = f'{path}: is one of iteration {share.iteration}'
       continue
     digests = manifest.buffers.get(stored.DIGESTS)
-    snapshots[iteration] = stored.SnapshotInfo(
+    found[iteration] = stored.ShareInfo(
       path=path,
       size_bytes=sum(b.nbytes for b in manifest.buffers.values()),
       share=share,
       digests=digests.shape[0] if digests else 0,
+      digest_names=tuple(sorted(names)),
       has_partials=stored.PARTIALS in manifest.buffers,
     )
-  known = snapshots.keys() | broken.keys()
-  if not in_use:
-    # Older ones than the oldest may be on their way out; one between two
-    # neighbours was there.
-    for iteration in range(min(known, default=0), max(known, default=0)):
-      path = folder / str(iteration)
-      if iteration in known:
-        continue
-      if path.is_dir():
-        name = path / snapshot_file.MANIFEST_NAME
-        broken[iteration] = f'{name}: No such file or directory'
-      elif {iteration - 1, iteration + 1} <= known:
-        broken[iteration] = f'{path}: No such file or directory'
-  return snapshots, [
-    stored.Damage(
-      stage=stage, kind='snapshot', iteration=iteration, message=message
-    )
-    for iteration, message in sorted(broken.items())
-  ]
+  return found, broken
+
+
+def _gaps(
+  folder: pathlib.Path, known: Collection[int]
+) -> Iterator[tuple[int, str]]:
+  """Snapshots that were there, of a run that ended.
+
+  Older ones than the oldest may be on their way out; one between two neighbours
+  was there.
+  """
+  for iteration in range(min(known, default=0), max(known, default=0)):
+    path = folder / str(iteration)
+    if iteration in known:
+      continue
+    if path.is_dir():
+      name = path / snapshot_file.MANIFEST_NAME
+      yield iteration, f'{name}: No such file or directory'
+    elif {iteration - 1, iteration + 1} <= set(known):
+      yield iteration, f'{path}: No such file or directory'
 
 
 def is_there(path: pathlib.Path) -> bool:
@@ -197,34 +245,39 @@ def verify(run: stored.StoredRun) -> Iterator[stored.Damage]:
   """Reads everything; what has another checksum than it was written with."""
   for one in run.stages:
     for iteration, info in one.snapshots.items():
-      try:
-        snapshot_file.open_snapshot(info.path, verify=True).close()
-      except base.StoreError as error:
-        if is_there(info.path):
-          yield stored.Damage(
-            stage=one.stage,
-            kind='snapshot',
-            iteration=iteration,
-            message=str(error),
-          )
-    if not one.entries:
-      continue
-    reader = store_index.SegmentReader(one.segment_path)
-    try:
-      reader.start()
-      for key, header in one.entries.items():
-        array = reader.view(header)
-        if array is None:  # a living run let go of it
-          continue
+      for share in info.found:
         try:
-          entry.verify(header, array)
+          snapshot_file.open_snapshot(share.path, verify=True).close()
         except base.StoreError as error:
-          yield stored.Damage(
-            stage=one.stage,
-            kind='entry',
-            iteration=key.iteration,
-            message=f'{one.segment_path}: {error}',
-            key=key,
-          )
-    finally:
-      reader.close()
+          if is_there(share.path):
+            yield _broken(one.stage, iteration, str(error))
+    for replica in range(run.config.train.replicas):
+      yield from _verify_log(one, replica)
+
+
+def _verify_log(
+  one: stored.StoredStage, replica: int
+) -> Iterator[stored.Damage]:
+  entries = {k: h for k, h in one.entries.items() if k.replica == replica}
+  if not entries:
+    return
+  path = one.segment_path(replica)
+  reader = store_index.SegmentReader(path)
+  try:
+    reader.start()
+    for key, header in entries.items():
+      array = reader.view(header)
+      if array is None:  # a living run let go of it
+        continue
+      try:
+        entry.verify(header, array)
+      except base.StoreError as error:
+        yield stored.Damage(
+          stage=one.stage,
+          kind='entry',
+          iteration=key.iteration,
+          message=f'{path}: {error}',
+          key=key,
+        )
+  finally:
+    reader.close()

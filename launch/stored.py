@@ -24,7 +24,7 @@ from moetion_jax import (
   snapshot_file,
 )
 
-REPLICA = 0  # of the workers that there are
+REPLICA = 0  # the one that evaluates, and whose scalars are read
 # As of `conversion`, which imports JAX.
 DIGESTS, PARTIALS = 'digests', 'partials'
 
@@ -56,14 +56,15 @@ class Damage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SnapshotInfo:
-  """A snapshot whose manifest is whole.
+class ShareInfo:
+  """One worker's snapshot of an iteration, whose manifest is whole.
 
   Attributes:
     path: its directory.
     size_bytes: of all its buffers.
     share: the operators that it holds.
     digests: of how many operators it holds digests; 0 for none.
+    digest_names: of which; (): of all of the stage.
     has_partials: whether it holds all stages' scalars.
   """
 
@@ -71,25 +72,82 @@ class SnapshotInfo:
   size_bytes: int
   share: coverage.Share
   digests: int
+  digest_names: tuple[base.OperatorId, ...] = ()
   has_partials: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnapshotInfo:
+  """What there is of a stage's snapshot of one iteration.
+
+  Attributes:
+    found: all shares, also of teams of another size.
+  """
+
+  found: tuple[ShareInfo, ...]
+
+  @functools.cached_property
+  def shares(self) -> tuple[ShareInfo, ...]:
+    """Those that make the snapshot, by replica; () while one is missing."""
+    of_team: dict[int, dict[int, ShareInfo]] = {}
+    for one in self.found:
+      team = of_team.setdefault(one.share.replicas, {})
+      team.setdefault(one.share.replica, one)
+    for replicas, team in sorted(of_team.items()):
+      if len(team) == replicas:
+        return tuple(one for _, one in sorted(team.items()))
+    return ()
+
+  @property
+  def path(self) -> pathlib.Path:
+    """The directory of its first share."""
+    return (self.shares or self.found)[0].path
+
+  @property
+  def size_bytes(self) -> int:
+    """Of what makes it."""
+    return sum(one.size_bytes for one in self.shares or self.found)
+
+  @property
+  def state(self) -> frozenset[base.OperatorId]:
+    """Operators of which it holds the training state."""
+    every = (one.share.state for one in self.shares or self.found)
+    return frozenset().union(*every)
+
+  @property
+  def compute(self) -> frozenset[base.OperatorId]:
+    """Operators of which it holds the compute weights."""
+    every = (one.share.compute for one in self.shares or self.found)
+    return frozenset().union(*every)
 
   @property
   def covered(self) -> frozenset[base.OperatorId]:
     """Operators of which it holds anything."""
-    return self.share.state | self.share.compute
+    return self.state | self.compute
+
+  @property
+  def digests(self) -> int:
+    """Of how many operators it holds digests; 0 for none."""
+    named = [one.digests for one in self.shares if one.digest_names]
+    return sum(named) if named else max(s.digests for s in self.found)
+
+  @property
+  def has_partials(self) -> bool:
+    """Whether it holds all stages' scalars."""
+    return any(one.has_partials for one in self.shares)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredStage:
-  """What a store holds of one stage.
+  """What a store holds of one stage, all its replicas together.
 
   Attributes:
     stage: its number.
     folder: the store of its host.
-    generation: of the newest worker that wrote its log; 0: none did.
-    segment_bytes: of the file of its log.
-    snapshots: by iteration, ascending.
-    entries: of its log.
+    generation: of the newest workers that wrote its logs; 0: none did.
+    segment_bytes: of the files of its logs.
+    snapshots: by iteration, ascending; of some a share may be missing.
+    entries: of its logs.
     damage: what was seen without reading any data.
   """
 
@@ -101,10 +159,9 @@ class StoredStage:
   entries: Mapping[base.EntryKey, entry.EntryHeader]
   damage: tuple[Damage, ...] = ()
 
-  @property
-  def segment_path(self) -> pathlib.Path:
-    """The file of its log."""
-    return segment.segment_path(self.folder, self.stage, REPLICA)
+  def segment_path(self, replica: int) -> pathlib.Path:
+    """The file of the log of a replica."""
+    return segment.segment_path(self.folder, self.stage, replica)
 
   @functools.cached_property
   def operators(self) -> frozenset[base.OperatorId]:
@@ -118,10 +175,11 @@ class StoredStage:
   @functools.cached_property
   def starts(self) -> tuple[coverage.Start, ...]:
     """Where a conversion can start, the initial state included."""
+    shares = [x.share for s in self.snapshots.values() for x in s.shares]
     return coverage.valid_starts(
       (
         coverage.initial_record(self.operators),
-        *coverage.complete_records(s.share for s in self.snapshots.values()),
+        *coverage.complete_records(shares),
       ),
       self.operators,
     )
@@ -129,15 +187,20 @@ class StoredStage:
   def digests(self, iteration: int) -> dict[base.OperatorId, np.ndarray] | None:
     """Digests of all operators as its snapshot has them; None without."""
     info = self.snapshots.get(iteration)
-    if info is None or not info.digests or info.digests != len(info.covered):
+    if info is None:
       return None
-    with contextlib.suppress(base.StoreError):
-      with snapshot_file.open_snapshot(info.path) as stored:
-        rows = np.array(stored.arrays[DIGESTS])
-        if entry.checksum(rows) == stored.manifest.buffers[DIGESTS].checksum:
-          # In the order of `operators.Partition.operators`.
-          return dict(zip(sorted(info.covered), rows, strict=True))
-    return None
+    found: dict[base.OperatorId, np.ndarray] = {}
+    for one in info.shares:
+      # In the order of `operators.Partition.operators`.
+      names = one.digest_names or tuple(sorted(self.operators))
+      if not one.digests or one.digests != len(names):
+        return None
+      with contextlib.suppress(base.StoreError):
+        with snapshot_file.open_snapshot(one.path) as stored:
+          rows = np.array(stored.arrays[DIGESTS])
+          if entry.checksum(rows) == stored.manifest.buffers[DIGESTS].checksum:
+            found |= dict(zip(names, rows, strict=True))
+    return found if found.keys() == self.operators else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,23 +314,24 @@ class StoredRun:
 def published_entries(
   train: config_lib.TrainConfig, stage: int, iteration: int
 ) -> Iterator[base.EntryKey]:
-  """The entries that a stage publishes in an iteration."""
-  kinds = [(base.EntryKind.SCALARS, 1)]
-  if stage < train.stages - 1:
-    kinds.append((base.EntryKind.ACTIVATION, train.microbatches))
-    if train.evaluates(iteration):
-      kinds.append((base.EntryKind.EVALUATION, train.eval_microbatches))
-  if stage:
-    kinds.append((base.EntryKind.GRADIENT, train.microbatches))
-  for kind, number in kinds:
-    for m in range(number):
-      yield base.EntryKey(iteration, stage, REPLICA, kind, m)
+  """The entries that a stage's replicas publish in an iteration."""
+  for replica in range(train.replicas):
+    kinds = [(base.EntryKind.SCALARS, 1)]
+    if stage < train.stages - 1:
+      kinds.append((base.EntryKind.ACTIVATION, train.microbatches))
+      if train.evaluates(iteration) and replica == REPLICA:
+        kinds.append((base.EntryKind.EVALUATION, train.eval_microbatches))
+    if stage:
+      kinds.append((base.EntryKind.GRADIENT, train.microbatches))
+    for kind, number in kinds:
+      for m in range(number):
+        yield base.EntryKey(iteration, stage, replica, kind, m)
 
 
 def needed_entries(
   train: config_lib.TrainConfig, stage: int, iteration: int, *, scalars: bool
 ) -> Iterator[base.EntryKey]:
-  """The entries that a stage needs to do an iteration again.
+  """The entries that a stage needs to do an iteration of all replicas again.
 
   Args:
     train: of the run.
@@ -284,7 +348,9 @@ def needed_entries(
     if scalars and other != stage:
       wanted.add(base.EntryKind.SCALARS)
     for key in published_entries(train, other, iteration):
-      if key.kind in wanted:
+      # All replicas have the same scalars.
+      is_copy = key.kind is base.EntryKind.SCALARS and key.replica != REPLICA
+      if key.kind in wanted and not is_copy:
         yield key
 
 

@@ -68,7 +68,7 @@ class StoredLog:
 
   def publish(self, key: base.EntryKey, array: jax.Array | np.ndarray) -> None:
     """See `logs.Log`; an entry that is not there is let go of."""
-    if (key.stage, key.replica) != (self._worker.stage, self._worker.replica):
+    if key.stage != self._worker.stage:
       raise ValueError(f'{self._worker} does not publish: {key}')
     known = self._stages[key.stage].entries.get(key)
     if known is None:
@@ -102,16 +102,16 @@ class StoredLog:
     """
     del verify, timeout_seconds
     one = self._stages[key.stage]
-    taken = None
+    path, taken = one.segment_path(key.replica), None
     try:
       if key in one.entries:
         taken = self._indices[str(one.folder)].take(key)
       if taken is not None:
         entry.verify(*taken)
     except base.StoreError as error:
-      raise EntryLostError(key, f'{one.segment_path}: {error}') from error
+      raise EntryLostError(key, f'{path}: {error}') from error
     if taken is None:
-      raise EntryLostError(key, f'{one.segment_path}: there is no {key}')
+      raise EntryLostError(key, f'{path}: there is no {key}')
     return jax.device_put(taken[1], sharding)
 
   def prefetch(

@@ -504,16 +504,16 @@ class Agent:
     if message['iteration'] < self._config.train.iterations:
       self._stopped()
       return
-    self._final.hand_over(self._firsts())
+    self._final.hand_over(self._givers())
 
   def _on_handed_over(self, worker, message: protocol.Message) -> None:
     del message
-    self._final.handed_over(
-      worker.stage, self._firsts(), self._leader.iteration
-    )
+    self._final.handed_over(worker, self._givers(), self._leader.iteration)
 
-  def _firsts(self) -> list[processes.WorkerProcess]:
-    """Of every stage one worker: all replicas have its state."""
+  def _givers(self) -> list[processes.WorkerProcess]:
+    """Of every stage as many workers as it takes to have all of its state."""
+    if self._config.train.shard_optimizer:
+      return self._crew.workers
     stages = range(self._config.train.stages)
     return [self._crew.of_stage(stage)[0] for stage in stages]
 

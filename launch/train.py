@@ -42,6 +42,11 @@ _STAGES = flags.DEFINE_integer('stages', 2, 'Pipeline stages.')
 _REPLICAS = flags.DEFINE_integer(
   'replicas', None, 'Workers of each stage, which share its microbatches.'
 )
+_SHARD_OPTIMIZER = flags.DEFINE_bool(
+  'shard_optimizer',
+  None,
+  "Each replica has its share only of its stage's training state (ZeRO-1).",
+)
 _LOCAL_DEVICES = flags.DEFINE_integer(
   'local_devices', 1, "A worker's devices; experts are spread over them."
 )
@@ -155,6 +160,7 @@ def run_config() -> settings.RunConfig:
       'iterations': _ITERATIONS.value,
       'stages': _STAGES.value,
       'replicas': _REPLICAS.value,
+      'shard_optimizer': _SHARD_OPTIMIZER.value,
       'local_devices': _LOCAL_DEVICES.value,
       'microbatches': _MICROBATCHES.value,
       'microbatch_size': _MICROBATCH_SIZE.value,

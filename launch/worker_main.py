@@ -132,12 +132,11 @@ def _work(
   from launch import local, stage_run
   from moetion_jax import programs
 
+  position = spec.team.index(spec.replica)
   if spec.world:
-    runtime.join_world(
-      spec.world, len(spec.team), spec.team.index(spec.replica)
-    )
+    runtime.join_world(spec.world, len(spec.team), position)
   data = prepared.data if prepared else local.load_data(config)
-  lowered = prepared.stages[spec.stage] if prepared else None
+  lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
   if len(spec.team) < config.train.replicas:
     lowered = None  # its programs are those of a whole team
@@ -146,7 +145,7 @@ def _work(
   elif lowered:
     stage = local.bind(config, lowered.declared)
   else:
-    stage = local.build_stage(config, spec.stage, len(spec.team))
+    stage = local.build_stage(config, spec.stage, len(spec.team), position)
   run = stage_run.StageRun(spec, link, stage, data, injector)
   run.check_initial()
   if not spec.is_replacement:  # of one the agent knows all that
@@ -157,7 +156,7 @@ def _work(
       device=jax.local_devices()[0].device_kind,
       state_bytes=sum(
         leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(stage.state_shapes)
+        for leaf in jax.tree.leaves(stage.whole_shapes)
       ),
       operators=run.sizes().to_json(),
       software=runtime.software(),

@@ -171,12 +171,13 @@ class CapturePrograms:
         program = self._programs[f'capture {first}']
         rows.append(snapshot_lib.Rows(group, {0: picked[0]}, program(*leaves)))
         continue
-      local = len(self.layout.partition.operators_of(group))
-      local //= self.layout.expert_devices
-      for number, call in _calls(picked, local, self._rows_of(group)):
+      places = self.layout.partition.rows_of(group)
+      local = len(places) // self.layout.expert_devices
+      sizes = self._rows_of(group)
+      for number, call in _calls(picked, places, local, sizes):
         index = np.zeros((self.layout.expert_devices, number), np.int32)
         for row, operator in call.items():
-          index[row // number, row % number] = operator.expert % local
+          index[row // number, row % number] = places[operator] % local
         program = self._programs[f'capture {number} of {first}']
         rows.append(snapshot_lib.Rows(group, call, program(index, *leaves)))
     return snapshot_lib.Captured(
@@ -262,12 +263,16 @@ def _where(state, values, masks):
 
 
 def _calls(
-  picked: Sequence[base.OperatorId], local: int, sizes: Sequence[int]
+  picked: Sequence[base.OperatorId],
+  places: Mapping[base.OperatorId, int],
+  local: int,
+  sizes: Sequence[int],
 ) -> list[tuple[int, dict[int, base.OperatorId]]]:
   """Deals operators of a group to as few calls as possible.
 
   Args:
     picked: them.
+    places: row of each operator of the group.
     local: how many of the group a device has.
     sizes: how many a call may take of every device, falling to 1.
 
@@ -277,7 +282,7 @@ def _calls(
   """
   queues: dict[int, list[base.OperatorId]] = {}
   for operator in picked:
-    queues.setdefault(operator.expert // local, []).append(operator)
+    queues.setdefault(places[operator] // local, []).append(operator)
   calls = []
   while most := max(map(len, queues.values())):
     number = next(size for size in sizes if size <= most)

@@ -81,6 +81,8 @@ class TrainConfig:
     microbatch_size: sequences of one microbatch.
     eval_every: iterations between evaluations; 0 for none.
     eval_microbatches: held-out microbatches in one evaluation.
+    shard_optimizer: each replica of a stage has and updates its share of the
+      training state only (ZeRO-1).
     skip_nonfinite: skip an update whose loss or gradient norm is not finite
       instead of ending the run.
     optimizer: see `OptimizerConfig`.
@@ -95,6 +97,7 @@ class TrainConfig:
   microbatch_size: int = 16
   eval_every: int = 50
   eval_microbatches: int = 8
+  shard_optimizer: bool = False
   skip_nonfinite: bool = False
   optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -112,6 +115,12 @@ class TrainConfig:
     for name in ('seed', 'eval_every'):
       _require(self, name, getattr(self, name) >= 0, 'must not be negative')
     _require(self, 'seed', self.seed < 2**32, 'must be below 2**32')
+    _require(
+      self,
+      'shard_optimizer',
+      self.replicas > 1 or not self.shard_optimizer,
+      'needs --replicas=2 or more: a worker alone has all of its stage',
+    )
     _require(
       self,
       'microbatch_size',

@@ -22,7 +22,7 @@ from moetion_jax import (
 )
 
 # Names of the arrays that a stage's snapshot carries beside its operators.
-DIGESTS, PARTIALS = 'digests', 'partials'
+DIGESTS, PARTIALS = snapshot_lib.DIGESTS, 'partials'
 
 
 class DivergedError(base.MoetionError):
@@ -99,7 +99,7 @@ class Conversion:
     """Stores the arguments.
 
     Args:
-      programs: of the stage.
+      programs: of the stage, for the operators that this worker has.
       digest: the stage's digest program.
       initial: makes state 0, which is complete by definition.
       load: reads the snapshot of an iteration, verified.
@@ -114,13 +114,14 @@ class Conversion:
     self._initial = initial
     self._load = load
     self._newest = newest
+    self._own = frozenset(programs.layout.operators)
     self._expected: dict[base.OperatorId, np.ndarray] = {}
     self._loaded: tuple[int, snapshot_lib.Snapshot] | None = None
 
   @property
   def is_complete(self) -> bool:
     """Whether every operator is active."""
-    return len(self.active) == len(self._programs.layout.operators)
+    return len(self.active) == len(self._own)
 
   def begin(self) -> operators.State:
     """The partial state of the start.
@@ -130,7 +131,7 @@ class Conversion:
       DivergedError: its bits are not what they were.
     """
     if not self.start.iteration:
-      self.active = frozenset(self._programs.layout.operators)
+      self.active = self._own
       return self._initial()
     return self._fold(self.start.iteration, None)
 
@@ -163,8 +164,10 @@ class Conversion:
     snapshot = self._snapshot(iteration)
     assert snapshot is not None, 'no snapshot, or a start that was not valid'
     folded = self._programs.fold(state, snapshot, self.active)
-    self.active |= frozenset(snapshot.state)
-    self._verify(iteration, folded, frozenset(snapshot.state))
+    # The snapshot may hold what other replicas of the stage have.
+    restored = self._own.intersection(snapshot.state)
+    self.active |= restored
+    self._verify(iteration, folded, restored)
     return folded
 
   def _verify(
@@ -183,11 +186,16 @@ class Conversion:
     layout = self._programs.layout
     snapshot = self._snapshot(iteration)
     recorded = snapshot.extras.get(DIGESTS) if snapshot else None
-    if recorded is None:
+    if snapshot is None or recorded is None:
       return
-    self._expected = dict(
-      zip(layout.partition.operators, np.array(recorded), strict=True)
-    )
+    names = layout.partition.operators
+    if DIGESTS in snapshot.metadata:
+      names = snapshot_lib.names_of_digests(snapshot.metadata[DIGESTS])
+    self._expected = {
+      operator: row
+      for operator, row in zip(names, np.array(recorded), strict=True)
+      if operator in self._own
+    }
     found = layout.partition.by_operator(jax.device_get(self._digest(state)))
     for operator in sorted(self.active):
       if not np.array_equal(found[operator], self._expected[operator]):

@@ -7,37 +7,63 @@ The microbatches of a replica that has no worker are another one's to do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import collections
+from collections.abc import Callable, Collection, Mapping
 
 from moetion_jax import base
 
 
+def on_no_device(operator: base.OperatorId) -> int | None:
+  """Where the operators are of a worker with one device."""
+  del operator
+  return None
+
+
 def divide(
-  sizes: Mapping[base.OperatorId, int], replicas: int
+  sizes: Mapping[base.OperatorId, int],
+  replicas: int,
+  device_of: Callable[[base.OperatorId], int | None] = on_no_device,
 ) -> tuple[frozenset[base.OperatorId], ...]:
   """Divides a stage's operators among its replicas, for good.
 
   Operators are dealt in their order, each to who has the least of that kind
   (experts, others) by then: experts of one layer, which are alike, go round, so
-  that a slot of neighbours is divided as evenly as the whole.
+  that a slot of neighbours is divided as evenly as the whole. Those with the
+  same place on each of a worker's devices go together: so all devices of a
+  replica have as many.
 
   Args:
     sizes: bytes of each operator.
     replicas: of the stage.
+    device_of: of a worker, which one holds an operator; None: all do.
 
   Returns:
     By replica; together they are all, no two share one.
   """
   shares: list[set[base.OperatorId]] = [set() for _ in range(replicas)]
   loads = [[0, 0] for _ in range(replicas)]
-  for operator in sorted(sizes):
-    is_expert = int(operator.expert >= 0)
+  for dealt in _dealt_together(sizes, device_of):
+    is_expert = int(dealt[0].expert >= 0)
     taker = min(
       range(replicas), key=lambda r: (loads[r][is_expert], sum(loads[r]), r)
     )
-    shares[taker].add(operator)
-    loads[taker][is_expert] += sizes[operator]
+    shares[taker].update(dealt)
+    loads[taker][is_expert] += sum(sizes[operator] for operator in dealt)
   return tuple(map(frozenset, shares))
+
+
+def _dealt_together(
+  operators: Collection[base.OperatorId],
+  device_of: Callable[[base.OperatorId], int | None],
+) -> list[list[base.OperatorId]]:
+  """Operators of one group that have the same place on their devices."""
+  places: collections.Counter[tuple[str, int | None]] = collections.Counter()
+  found: dict[tuple[str, int], list[base.OperatorId]] = {}
+  for operator in sorted(operators):
+    where = operator.group, device_of(operator)
+    found.setdefault((operator.group, places[where]), []).append(operator)
+    places[where] += 1
+  return list(found.values())
 
 
 def stand_ins(

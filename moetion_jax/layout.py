@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from moetion_jax import base, operators, stage as stage_lib
+from moetion_jax import base, division, operators, stage as stage_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,11 @@ class Layout:
     """Compute weights of each operator."""
     return dict(self._compute_bytes)
 
+  def shares(self, replicas: int) -> tuple[frozenset[base.OperatorId], ...]:
+    """What each replica captures; see `division.divide`."""
+    devices = self.partition.devices(self.expert_devices)
+    return division.divide(self._state_bytes, replicas, devices.get)
+
   # Asked for in every iteration.
   @functools.cached_property
   def _state_bytes(self) -> Mapping[base.OperatorId, int]:
@@ -88,22 +93,26 @@ class Layout:
     ]
 
 
-def of_stage(stage: stage_lib.Stage, *, has_devices: bool = True) -> Layout:
-  """The layout of a stage's training state.
+def of_stage(
+  stage: stage_lib.Stage, *, has_devices: bool = True, whole: bool = False
+) -> Layout:
+  """The layout of the training state that a worker of a stage has.
 
   Args:
     stage: whose.
     has_devices: False for one without: its layout says sizes, no more.
+    whole: of the stage's, whatever this worker has of it.
   """
   prefix = 'master/'
+  shapes = stage.whole_shapes if whole else stage.state_shapes
   compute = {
     f'{group}/{leaf}': leaf.removeprefix(prefix)
-    for group, leaves in stage.state_shapes.items()
+    for group, leaves in shapes.items()
     for leaf in leaves
     if leaf.startswith(prefix)
   }
   return Layout(
-    partition=stage.partition,
+    partition=stage.whole_partition if whole else stage.partition,
     compute=compute,
     compute_dtypes={
       n: np.dtype(stage.model.compute_dtypes[n]) for n in compute.values()

@@ -56,12 +56,19 @@ class Partition:
   Works for any pytree of arrays, the user's own training state included.
   """
 
-  def __init__(self, tree: Any, rule: Rule):
+  def __init__(
+    self,
+    tree: Any,
+    rule: Rule,
+    experts: Mapping[str, Sequence[int]] | None = None,
+  ):
     """Reads structure, shapes and dtypes of `tree`; keeps none of its arrays.
 
     Args:
       tree: pytree of arrays or `jax.ShapeDtypeStruct`s.
       rule: group of a leaf by its path, keys joined with '/'.
+      experts: of stacked groups that are there in part, which operators their
+        rows are; the rows of others are all, in order.
 
     Raises:
       ValueError: leaves of a stacked group have unequal leading dims.
@@ -89,13 +96,33 @@ class Partition:
       leaves.append(Leaf(path, group, tuple(leaf.shape), np.dtype(leaf.dtype)))
     self.leaves: tuple[Leaf, ...] = tuple(leaves)
     self.groups: dict[str, stage_model.Group] = dict(sorted(groups.items()))
-    self._counts = counts
+    self._experts: dict[str, tuple[int, ...]] = {
+      name: tuple((experts or {}).get(name, range(count)))
+      for name, count in counts.items()
+    }
+    for name, found in self._experts.items():
+      if len(found) != counts[name]:
+        raise ValueError(f'{counts[name]} rows of {name} are not {found}')
 
   def operators_of(self, group: str) -> tuple[base.OperatorId, ...]:
     """The operators of one group, by index."""
     if not self.groups[group].stacked:
       return (base.OperatorId(group),)
-    return tuple(base.OperatorId(group, e) for e in range(self._counts[group]))
+    return tuple(base.OperatorId(group, e) for e in self._experts[group])
+
+  def rows_of(self, group: str) -> dict[base.OperatorId, int]:
+    """By operator of a stacked group, its row in the group's leaves."""
+    return {o: row for row, o in enumerate(self.operators_of(group))}
+
+  def devices(self, expert_devices: int) -> dict[base.OperatorId, int | None]:
+    """Of the 'expert' axis, which one holds an operator; None: all do."""
+    found: dict[base.OperatorId, int | None] = {}
+    for name, group in self.groups.items():
+      own = self.operators_of(name)
+      for row, operator in enumerate(own):
+        device = row * expert_devices // len(own)
+        found[operator] = device if group.stacked else None
+    return found
 
   @functools.cached_property
   def operators(self) -> tuple[base.OperatorId, ...]:
@@ -129,9 +156,8 @@ class Partition:
     """Cuts `tree` into its operators' leaves (views where NumPy allows)."""
     out: dict[base.OperatorId, OperatorLeaves] = {o: {} for o in self.operators}
     for leaf, value in zip(self.leaves, self._checked(tree), strict=True):
-      for operator in self.operators_of(leaf.group.name):
-        row = value if operator.expert < 0 else value[operator.expert]
-        out[operator][leaf.path] = row
+      for row, operator in enumerate(self.operators_of(leaf.group.name)):
+        out[operator][leaf.path] = value[row] if leaf.group.stacked else value
     return out
 
   def merge(self, operators: Mapping[base.OperatorId, OperatorLeaves]) -> Any:

@@ -57,7 +57,9 @@ class Programs:
 
   Attributes:
     place: state -> state; a copy in buffers of its own.
-    compute_of: state -> compute; the same casts as in `update`.
+    compute_of: state -> compute; the same casts as in `update`. Where replicas
+      share the state: -> words, the bits of its own (`shares.Shares.pack`).
+    gather: words -> compute, of all replicas. None where each has all.
     zeros: () -> acc.
     forward: (compute, inputs, position) -> (y, residuals, counts).
     backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
@@ -68,6 +70,7 @@ class Programs:
     reduce: (acc, counts of all M) -> (gradients, scalars); fp32, over the mesh.
     update: (state, gradients, clip_factor, slot) -> (state, compute,
       selection); donates state. `slot` and `selection` are bool masks by group.
+      `compute` is () where replicas share the state.
     digest: state -> u32[operators, 2] by group.
     evaluate: (compute, inputs) -> y, or the mean loss f32[] in the last stage.
   """
@@ -82,11 +85,12 @@ class Programs:
   digest: Callable[..., Any]
   evaluate: Callable[..., Any]
   combine: Callable[..., Any] | None = None
+  gather: Callable[..., Any] | None = None
 
 
 ORDER = tuple(f.name for f in dataclasses.fields(Programs))
 # Those that run over the devices of all replicas.
-IN_WORLD = frozenset({'reduce'})
+IN_WORLD = frozenset({'reduce', 'gather'})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,9 @@ from moetion_jax import base, layout as layout_lib, operators, snapshot_file
 # How the names of stored buffers begin.
 STATE, COMPUTE, _SHARED = 'state', 'compute', 'shared'
 _SEPARATOR = '|'
+# Digests among the extras; where replicas share the training state, and each
+# snapshot has those of some operators, metadata of the same name says of which.
+DIGESTS = 'digests'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,14 +219,28 @@ def from_arrays(
 def merge(shares: Sequence[Snapshot]) -> Snapshot:
   """A stage's snapshot from the shares of its replicas.
 
-  What every share holds (`shared`, `extras`) is taken from the first.
+  What every share holds (`shared`, `extras`) is taken from the first, digests
+  of some operators from each.
   """
   first = shares[0]
+  metadata, extras = dict(first.metadata), dict(first.extras)
+  if DIGESTS in metadata:
+    metadata[DIGESTS] = [x for s in shares for x in s.metadata[DIGESTS]]
+    extras[DIGESTS] = np.concatenate([s.extras[DIGESTS] for s in shares])
   return dataclasses.replace(
     first,
+    metadata=metadata,
+    extras=extras,
     state={o: rows for share in shares for o, rows in share.state.items()},
     compute={o: rows for share in shares for o, rows in share.compute.items()},
   )
+
+
+def names_of_digests(
+  value: Sequence[Sequence[Any]],
+) -> tuple[base.OperatorId, ...]:
+  """The operators that metadata names, by row of the digests."""
+  return tuple(base.OperatorId(group, expert) for group, expert in value)
 
 
 def assemble(
@@ -251,10 +268,12 @@ def assemble(
       continue
     value = np.zeros(leaf.shape, leaf.dtype)
     mask = np.zeros(leaf.shape[0], bool)
-    for operator in layout.partition.operators_of(leaf.group.name):
+    for row, operator in enumerate(
+      layout.partition.operators_of(leaf.group.name)
+    ):
       if operator not in active:
-        mask[operator.expert] = True
-        value[operator.expert] = _row(layout, snapshot, operator, leaf)
+        mask[row] = True
+        value[row] = _row(layout, snapshot, operator, leaf)
     values.append(value)
     masks.append(mask)
   return values, masks

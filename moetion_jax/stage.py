@@ -7,7 +7,8 @@ makes recovery bit-exact. Tracing needs no devices: see `programs`.
 
 Mesh axes: 'data' (replicas), 'expert' (a worker's devices); a device's share
 of a microbatch is its rows. Every program but `reduce` runs on the worker's own
-devices, so a worker meets its stage world once an iteration. Inside `shard_map`
+devices, so a worker meets its stage world once an iteration; twice where the
+replicas share the training state (`sharded`), in `gather`. Inside `shard_map`
 what is local to a device gets a leading axis of size 1 ('own'), so that outside
 it is one array over the mesh.
 
@@ -31,6 +32,7 @@ from moetion_jax import (
   operators,
   programs as programs_lib,
   residuals as residuals_lib,
+  shares as shares_lib,
   stage_model,
 )
 
@@ -48,6 +50,16 @@ class Stage:
 
   Made with an abstract mesh it has no devices yet, and nothing that it does
   creates a backend, `trace` included; `on` gives it devices.
+
+  Attributes:
+    model: its functions.
+    shape: that its programs are compiled for.
+    shares: of its replicas, where they share the training state; None: each has
+      all of it.
+    state_shapes: of the training state that this worker has.
+    partition: of that.
+    whole_shapes: of the stage's training state.
+    whole_partition: of that.
   """
 
   def __init__(
@@ -72,11 +84,37 @@ class Stage:
       list(model.shapes), model.partition
     )
     self._vjp: residuals_lib.Recipe | None = None  # when forward was traced
-    self.state_shapes = jax.eval_shape(self._init, dict(model.shapes))
-    self.partition = operators.Partition(
-      self.state_shapes,
-      operators.state_rule(model.partition, list(model.shapes)),
+    self.shares: shares_lib.Shares | None = None
+    self.state_shapes, self.partition = self._parts()
+    self.whole_shapes, self.whole_partition = self.state_shapes, self.partition
+
+  def _parts(self) -> tuple[Tree, operators.Partition]:
+    """Of the training state that this worker has: its shapes, its operators."""
+    names = list(self.model.shapes)
+    shapes = jax.eval_shape(self._init, dict(self.model.shapes))
+    return shapes, operators.Partition(
+      shapes,
+      operators.state_rule(self.model.partition, names),
+      self.shares.experts if self.shares else None,
     )
+
+  def sharded(self, position: int) -> Stage:
+    """This stage, as that worker of its world has it that has its share only.
+
+    Raises:
+      base.ConfigError: there are more workers than can have something.
+    """
+    part = copy.copy(self)
+    part.shares = shares_lib.Shares(
+      self.model,
+      self._groups,
+      self.whole_partition,
+      replicas=self.shape.world_size,
+      position=position,
+      expert_devices=self.abstract_mesh.shape['expert'],
+    )
+    part.state_shapes, part.partition = part._parts()
+    return part
 
   # ---- devices and shardings -----------------------------------------------
 
@@ -122,11 +160,20 @@ class Stage:
     return PartitionSpec('expert') if group.stacked else _SAME
 
   @property
+  def _own_groups(self) -> dict[stage_model.Group, tuple[str, ...]]:
+    """Those of which this worker has training state."""
+    return {
+      g: names
+      for g, names in self._groups.items()
+      if self.shares is None or self.shares.has(g)
+    }
+
+  @property
   def state_specs(self) -> Tree:
     """Mesh axes of every leaf of the training state."""
     return {
       g.name: dict.fromkeys(self.state_shapes[g.name], self._group_spec(g))
-      for g in self._groups
+      for g in self._own_groups
     }
 
   @property
@@ -153,6 +200,12 @@ class Stage:
   # ---- initial state -------------------------------------------------------
 
   def _init(self, masters: Mapping[str, jax.Array]) -> operators.State:
+    if self.shares:
+      masters = {
+        n: self.shares.rows(g, masters[n])
+        for g, names in self._own_groups.items()
+        for n in names
+      }
     return {
       g.name: operators.init_group(
         self._optimizer,
@@ -160,13 +213,18 @@ class Stage:
         stacked=g.stacked,
         buffers=self.model.buffers,
       )
-      for g, names in self._groups.items()
+      for g, names in self._own_groups.items()
     }
+
+  def own_rows(self, group: str, leaf: Any) -> Any:
+    """Of a leaf of the stage's training state, what this worker has of it."""
+    found = {g.name: g for g in self._groups}[group]
+    return self.shares.rows(found, leaf) if self.shares else leaf
 
   def state_from_masters(
     self, masters: Mapping[str, jax.typing.ArrayLike]
   ) -> operators.State:
-    """State 0 of given fp32 masters: fresh optimizer state."""
+    """State 0 of given fp32 masters, all of them: fresh optimizer state."""
     init = jax.jit(
       lambda masters: _copied(self._init(masters)),
       out_shardings=self.shardings(self.state_specs),
@@ -271,19 +329,27 @@ class Stage:
     }
     return gradients, scalars
 
-  def _compute_of(self, state: operators.State) -> Compute:
-    return {
+  def _compute_of(self, state: operators.State) -> Tree:
+    compute = {
       n: m.astype(self.model.compute_dtypes[n])
       for n, m in operators.masters_of(state).items()
     }
+    return self.shares.pack(compute) if self.shares else compute
+
+  def _gather(self, words):
+    assert self.shares is not None
+    return self.shares.unpack(
+      {kind: jax.lax.all_gather(x[0], 'data') for kind, x in words.items()}
+    )
 
   def _update(self, state, gradients, clip_factor, slot):
     new = {}
-    for group, names in self._groups.items():
+    for group, names in self._own_groups.items():
+      own = {n: gradients[n] for n in names}
+      if self.shares:
+        own = {n: self.shares.rows_of_device(group, own[n]) for n in names}
       own = {
-        n: gradients[n]
-        if n in self.model.buffers
-        else gradients[n] * clip_factor
+        n: own[n] if n in self.model.buffers else own[n] * clip_factor
         for n in names
       }
       new[group.name] = operators.update_group(
@@ -295,7 +361,8 @@ class Stage:
       )
     # The mask is returned as computed on the device, one with the step.
     selection = {g: jnp.asarray(mask) for g, mask in slot.items()}
-    return new, self._compute_of(new), selection
+    compute = () if self.shares else self._compute_of(new)
+    return new, compute, selection
 
   def _place(self, state):
     return _copied(state)
@@ -303,7 +370,7 @@ class Stage:
   def _digest(self, state):
     return {
       g.name: digest_lib.digest_leaves(state[g.name], g.stacked)
-      for g in self._groups
+      for g in self._own_groups
     }
 
   def _evaluate(self, compute, inputs):
@@ -372,34 +439,35 @@ class Stage:
     counts = tuple(mesh_lib.widen(c, self.world) for c in counts)
     return mesh_lib.narrow(programs.reduce(acc, counts), self.mesh)
 
+  def compute_of(self, programs: Programs, state: operators.State) -> Compute:
+    """All compute weights; waits for nobody yet.
+
+    Where replicas share the state, all have to call this equally often.
+
+    Args:
+      programs: of the stage.
+      state: of this worker.
+    """
+    own = programs.compute_of(state)
+    if programs.gather is None:
+      return own
+    return mesh_lib.narrow(
+      programs.gather(mesh_lib.widen(own, self.world)), self.mesh
+    )
+
   def trace(
-    self, on_program: Callable[[str], None] = lambda _: None
+    self,
+    on_program: Callable[[str], None] = lambda _: None,
+    *,
+    state_only: bool = False,
   ) -> TracedPrograms:
     """Traces every program; needs no backend.
 
     Args:
       on_program: called with each program's name before it is traced.
+      state_only: only those that differ where workers have other shares.
     """
-    compute_shapes = {
-      n: jax.ShapeDtypeStruct(s.shape, self.model.compute_dtypes[n])
-      for n, s in self.model.shapes.items()
-    }
-    position_specs = stage_model.Position(_SAME, PartitionSpec('data'))
-    position_shapes = stage_model.Position(
-      jax.ShapeDtypeStruct((), jnp.uint32),
-      jax.ShapeDtypeStruct((1,), jnp.uint32),
-    )
-    inputs, input_shapes = self._input_specs, self._input_shapes()
-    hidden_spec = () if self.model.has_head else _OWN
-    states, state_shapes = self.state_specs, self.state_shapes
-    by_group = {g.name: self._group_spec(g) for g in self._groups}
-    slot_shapes = {
-      g.name: jax.ShapeDtypeStruct(
-        (len(self.partition.operators_of(g.name)),), jnp.bool_
-      )
-      for g in self._groups
-    }
-    traced = {}
+    traced: dict[str, jax.stages.Traced] = {}
 
     def program(name, in_specs, out_specs, shapes, donate=()):
       on_program(name)
@@ -411,6 +479,26 @@ class Stage:
       )
       return results
 
+    if not state_only:
+      self._trace_microbatches(program)
+    self._trace_state(program)
+    return TracedPrograms(
+      {name: traced[name] for name in programs_lib.ORDER if name in traced}
+    )
+
+  def _trace_microbatches(self, program: Callable[..., Tree]) -> None:
+    """Up to the gradients; and evaluation."""
+    compute_shapes = {
+      n: jax.ShapeDtypeStruct(s.shape, self.model.compute_dtypes[n])
+      for n, s in self.model.shapes.items()
+    }
+    position_specs = stage_model.Position(_SAME, PartitionSpec('data'))
+    position_shapes = stage_model.Position(
+      jax.ShapeDtypeStruct((), jnp.uint32),
+      jax.ShapeDtypeStruct((1,), jnp.uint32),
+    )
+    inputs, input_shapes = self._input_specs, self._input_shapes()
+    hidden_spec = () if self.model.has_head else _OWN
     y, residuals, counts = program(
       'forward',
       (self.compute_specs, inputs, position_specs),
@@ -434,7 +522,7 @@ class Stage:
         (acc, all_counts, acc, all_counts),
         donate=(0, 2),
       )
-    gradients, _ = program(
+    program(
       'reduce',
       (self._acc_specs, _OWN),
       (self.compute_specs, _SAME),
@@ -444,29 +532,44 @@ class Stage:
       ),
     )
     program(
-      'update',
-      (states, self.compute_specs, _SAME, by_group),
-      (states, self.compute_specs, by_group),
-      (
-        state_shapes,
-        gradients,
-        jax.ShapeDtypeStruct((), jnp.float32),
-        slot_shapes,
-      ),
-      donate=(0,),
-    )
-    program('place', (states,), states, (state_shapes,))
-    program('compute_of', (states,), self.compute_specs, (state_shapes,))
-    program('digest', (states,), by_group, (state_shapes,))
-    program(
       'evaluate',
       (self.compute_specs, inputs),
       _SAME if self.model.has_head else _OWN,
       (compute_shapes, input_shapes),
     )
-    return TracedPrograms(
-      {name: traced[name] for name in programs_lib.ORDER if name in traced}
+
+  def _trace_state(self, program: Callable[..., Tree]) -> None:
+    """What is done with the training state that this worker has."""
+    states, shapes = self.state_specs, self.state_shapes
+    by_group = {g.name: self._group_spec(g) for g in self._own_groups}
+    slots = {
+      g.name: jax.ShapeDtypeStruct(
+        (len(self.partition.operators_of(g.name)),), jnp.bool_
+      )
+      for g in self._own_groups
+    }
+    words, from_update = self.compute_specs, self.compute_specs
+    if self.shares:
+      words, from_update = dict.fromkeys(self.shares.words, _OWN), ()
+    program(
+      'update',
+      (states, self.compute_specs, _SAME, by_group),
+      (states, from_update, by_group),
+      (
+        shapes,
+        dict(self.model.shapes),  # of gradients, f32
+        jax.ShapeDtypeStruct((), jnp.float32),
+        slots,
+      ),
+      donate=(0,),
     )
+    program('place', (states,), states, (shapes,))
+    own = program('compute_of', (states,), words, (shapes,))
+    if self.shares:
+      program(
+        'gather', (words,), self.compute_specs, (self._shapes_in_world(own),)
+      )
+    program('digest', (states,), by_group, (shapes,))
 
   def compile(
     self, on_program: Callable[[str], None] = lambda _: None

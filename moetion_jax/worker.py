@@ -88,7 +88,7 @@ class Worker:
     self.stage = stage
     self.programs = programs
     self.state = state
-    self.compute = programs.compute_of(state)
+    self.compute = stage.compute_of(programs, state)
     self.log = log
     self.iteration = 0
     self.program = ''
@@ -99,7 +99,7 @@ class Worker:
     self._waited = self._late = 0.0
     self._idle = idle.IdleClock()
     self._outputs: Any = None  # of the program that was dispatched last
-    self._expert_groups = stage.partition.stacked_groups
+    self._expert_groups = stage.whole_partition.stacked_groups
 
   def train(
     self,
@@ -162,12 +162,15 @@ class Worker:
         self.state, self.compute, _ = self.programs.update(
           self.state, gradients, verdict.clip_factor, self._masks(slot)
         )
-      if conversion and not conversion.is_complete:
+      is_partial = bool(conversion and not conversion.is_complete)
+      if is_partial:
         self._begin('fold')
+      if conversion:
         self.state = conversion.advance(iteration, self.state)
-        self.compute = self.programs.compute_of(self.state)
-      elif conversion:
-        conversion.advance(iteration, self.state)
+      if is_partial or self.stage.shares:
+        # One replica's operators may be complete before another's are, so all
+        # gather in every iteration.
+        self.compute = self.stage.compute_of(self.programs, self.state)
       digests = self._outputs = self.programs.digest(self.state)
       eval_loss = self._evaluate(iteration, config)
       taken = snapshotter_lib.Taken()
@@ -365,7 +368,7 @@ class Worker:
         operator: int(count)
         for group, counts in zip(self._expert_groups, loads, strict=True)
         for operator, count in zip(
-          self.stage.partition.operators_of(group), counts, strict=True
+          self.stage.whole_partition.operators_of(group), counts, strict=True
         )
       },
       **fields,

@@ -65,6 +65,28 @@ def test_every_operator_has_one_owner(found, replicas):
     assert max(of_kind) - min(of_kind) <= most
 
 
+@pytest.mark.parametrize(
+  ('experts', 'devices', 'replicas'),
+  [(4, 2, 2), (6, 2, 2), (12, 4, 2), (9, 3, 3)],
+)
+def test_every_device_has_as_many_experts(experts, devices, replicas):
+  """Those with the same place on each of them go together."""
+  local = experts // devices
+  sizes = _stage(2, experts)
+  shares = division.divide(
+    sizes, replicas, lambda o: None if o.expert < 0 else o.expert // local
+  )
+  assert sorted(o for share in shares for o in share) == sorted(sizes)
+  for share in shares:
+    for layer in range(2):
+      held = [o.expert for o in share if o.group == f'layers/{layer}/experts']
+      places = [
+        {e % local for e in held if e // local == d} for d in range(devices)
+      ]
+      assert places == [places[0]] * devices
+      assert len(held) == devices * len(places[0])
+
+
 def test_the_order_in_which_sizes_are_given_does_not_matter():
   sizes = _stage(3, 5)
   reverse = dict(reversed(list(sizes.items())))

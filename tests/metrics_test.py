@@ -157,3 +157,55 @@ def test_replicas_with_other_bits_are_named():
     metrics.merge_replicas([first, second])
   for word in ('replica 1', str(operator), 'iteration 1', 'corruption'):
     assert word in str(error.value)
+
+
+def _sharing(replica, *operators, **fields):
+  """Of a replica that has only these operators of its stage."""
+  digests = {base.OperatorId(o): np.array([7, 7], np.uint32) for o in operators}
+  return _report(replica=replica, digests=digests, **fields)
+
+
+def test_replicas_that_share_the_state_become_one_report():
+  merged = metrics.merge_replicas([_sharing(0, 'a', 'c'), _sharing(1, 'b')])
+  assert [o.group for o in sorted(merged.digests)] == ['a', 'b', 'c']
+  # In the line nobody can tell them from one that has everything.
+  one = metrics.make_line([_sharing(0, 'a', 'b', 'c')], 64)
+  assert metrics.make_line([merged], 64) == one
+
+
+@pytest.mark.parametrize('field', ['loss', 'grad_norm', 'auxiliary_loss'])
+def test_what_all_replicas_compute_is_compared(field):
+  other = _sharing(1, 'b', **{field: np.nextafter(2.0, 3.0)})
+  with pytest.raises(metrics.ReplicaMismatchError, match=f'another {field}'):
+    metrics.merge_replicas([_sharing(0, 'a', **{field: 2.0}), other])
+
+
+def test_an_operator_that_two_have_is_compared():
+  other = _sharing(2, 'b')
+  other.digests[base.OperatorId('a')] = np.array([7, 8], np.uint32)
+  with pytest.raises(metrics.ReplicaMismatchError, match='another a than'):
+    metrics.merge_replicas([_sharing(1, 'a'), other])
+
+
+@pytest.mark.parametrize(
+  ('reported', 'team', 'is_whole'),
+  [
+    ({0: 'a', 1: 'b'}, (0, 1), True),
+    ({0: 'a'}, (0, 1), False),
+    ({1: 'b'}, (0, 1), False),
+    # Replica 0 left: what both said before, then what is said without it.
+    ({0: 'a', 1: 'b'}, (1,), True),
+    ({1: 'b'}, (1,), False),
+    ({1: 'ab'}, (1,), True),
+    # It came back: it had said all, and now says its part.
+    ({0: 'ab', 1: 'b'}, (0, 1), True),
+    ({0: 'a', 1: 'ab'}, (0, 1), True),
+  ],
+)
+def test_a_stage_has_reported_when_all_its_operators_are_there(
+  reported, team, is_whole
+):
+  reports = {r: _sharing(r, *names) for r, names in reported.items()}
+  merged = metrics.merge_stage(reports, team, operators=2)
+  assert (merged is not None) == is_whole
+  assert merged is None or len(merged.digests) == 2

@@ -6,9 +6,12 @@ gradients and share their snapshots.
 
 import signal
 
+import jax
 import numpy as np
 import pytest
 
+from launch import checkpoint, local
+from moetion_jax import digest
 from tests import runs
 
 STAGES, REPLICAS = 2, 2
@@ -185,3 +188,46 @@ def test_no_more_processes_than_there_may_be(host, tmp_path, undisturbed):
   runs.end(_train(host, workdir, fault, flags=flags), seconds=SECONDS)
   runs.check_finished(host, workdir, runs.bits(undisturbed))
   assert _generations(workdir) == {(0, 0): 2, (1, 0): 1, (1, 1): 1}
+
+
+def test_replicas_that_share_the_training_state(host, workdir, undisturbed):
+  """The same bits, whoever dies where; each has its part, and reports it."""
+  faults = [
+    'kill:stage=1,replica=1,iteration=3,phase=backward',
+    'kill:stage=0,replica=0,iteration=6,phase=update',
+    'kill:stage=0,replica=1,iteration=5,phase=replay',
+  ]
+  flags = ['--shard_optimizer', '--max_failures=6', '--standby']
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  failed = [
+    (e['stage'], e['replica']) for e in runs.of_kind(workdir, 'failure')
+  ]
+  assert failed == [(1, 1), (0, 0), (0, 1)]
+
+
+def test_they_shrink_and_grow_and_leave_one_checkpoint(
+  host, workdir, undisturbed
+):
+  """One alone has everything; the checkpoint is made of everybody's parts."""
+  faults = [
+    f'kill:stage=1,replica=0,iteration=4,phase={phase}'
+    for phase in ('forward', 'backward')
+  ]
+  flags = ['--shard_optimizer', '--on_failure=shrink', '--max_failures=1']
+  flags.append('--grow_after=3')
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  assert runs.kinds(workdir).count('shrunk') == 1
+  assert runs.kinds(workdir).count('grown') == 1
+  path = str(workdir / 'checkpoint')
+  tree = checkpoint.load(path, 'init_from')
+  config = checkpoint.load_config(path, 'init_from')
+  digests = {}
+  for index in range(STAGES):
+    stage = local.build_stage(config, index, workers=1)
+    checkpoint.check(stage, tree, path, weights_only=False)
+    state = checkpoint.state_of(stage, tree, weights_only=False)
+    rows = jax.jit(stage._digest)(state)
+    digests |= stage.partition.by_operator(jax.device_get(rows))
+  assert digest.combine(digests) == undisturbed[-1]['digest']
