@@ -5,7 +5,14 @@ Nothing is started and no backend is created; sizes come from shapes alone.
 
 from __future__ import annotations
 
-from launch import capture_plan, local, placement, recoverer, settings
+from launch import (
+  capture_plan,
+  local,
+  placement,
+  policy_plan,
+  recoverer,
+  settings,
+)
 from moetion_jax import layout, room
 
 
@@ -35,9 +42,7 @@ def show(
     )
     sizes.append(local.stage_sizes(parts, config.train.local_devices))
   replicas = config.train.replicas
-  pools = capture_plan.CapturePlanner(
-    captures, sizes, '', replicas=replicas
-  ).pools()
+  pools = policy_plan.make(captures, sizes, '', replicas=replicas).pools()
   plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
   hosts = placement.host_of_stages(config.train.stages, local_hosts)
   totals = [0] * local_hosts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,7 @@ _PADDING_BYTES = 64
 
 
 class StageRun:
-  """`check_initial`, `compile`, `train`, `finish`, in this order."""
+  """`check_initial`, `compile`, `run`, in this order."""
 
   def __init__(
     self,
@@ -62,6 +64,7 @@ class StageRun:
     self._stage = stage
     self._data = data
     self._initial: Any = None
+    self._worker: Any = None
     self._layout = layout_lib.of_stage(stage)
     self._captures = capture.CapturePrograms(self._layout)
     self._folder = inventory.snapshots_folder(
@@ -94,19 +97,66 @@ class StageRun:
     self._link.compiling(program)
     self._injector.phase('compile')
 
-  def train(self, go: protocol.Go, began: float) -> None:
+  def run(self, began: float) -> None:
+    """Does what the agent says, from `go` to `exit`.
+
+    When all stages go back, this process stays: it ends what it does, wherever
+    it is, and begins again with another state. Its programs are still there.
+
+    Args:
+      began: when the process began to be this worker, `time.monotonic`.
+    """
+    while (command := self._link.command())['kind'] != 'exit':
+      assert command['kind'] == 'go', command
+      try:
+        self._train(protocol.Go.from_json(command['go']), began)
+        if self._finish()['kind'] == 'exit':
+          break
+      except base.MoetionError:
+        if not self._link.is_interrupted:
+          raise
+        self._link.command()
+      self._let_go()
+      self._link.send('rolled_back')
+      began = time.monotonic()
+    self._closing.close()
+
+  def _let_go(self) -> None:
+    """Ends the log, the snapshots and the state of what was trained."""
+    self._closing.close()
+    self._link.training(None)
+    self._link.compiling('nothing, until it is told from where to go on')
+    self._link.locating(None)
+    self._link.deciding(lambda value: None)
+    self._link.interrupting(lambda error: None)
+    self._worker = None
+    gc.collect()  # the state, before there is another one
+
+  def _begin(self, phase: str, iteration: int) -> None:
+    """Called when the loop begins something."""
+    if self._link.is_interrupted:
+      raise link_lib.RolledBackError
+    self._injector.phase(phase, iteration)
+
+  def _train(self, go: protocol.Go, began: float) -> None:
     """Trains until the run ends or stops.
 
     Args:
       go: from where.
       began: when the process began to be this worker, `time.monotonic`.
+
+    Raises:
+      base.MoetionError: any, once `link.is_interrupted`.
     """
+    if go.generation:
+      self._spec = dataclasses.replace(self._spec, generation=go.generation)
     spec, link = self._spec, self._link
-    link.line = max(link.line, go.line)
+    link.line, self._told = go.line, 0
     log = self._log(go)
     log.start()
     self._closing.callback(log.close)
     link.locating(log)
+    link.interrupting(log.interrupt)
     started = time.monotonic()
     restoring = self._conversion(go)
     state = restoring.begin()
@@ -123,7 +173,7 @@ class StageRun:
     )
     self._worker.iteration = go.start
     self._worker.verify_until = go.verify_until
-    self._worker.on_phase = self._injector.phase
+    self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(
       'resumed',
@@ -140,9 +190,14 @@ class StageRun:
         first_iteration=go.start + 1,
         snapshots=snapshots,
         conversion=restoring,
-        # Without snapshots nobody goes back: neighbours need the newest only.
-        line=lambda iteration: link.line if snapshots else iteration - 2,
+        line=lambda iteration: link.line,
+        # Nobody goes back alone: neighbours need the newest entries only.
+        entries_line=None
+        if go.keeps_entries
+        else lambda iteration: iteration - 2,
       )
+      if link.is_interrupted:
+        raise link_lib.RolledBackError
     except base.EntryMismatchError as error:
       if self._worker.iteration > go.newest:
         raise
@@ -295,10 +350,13 @@ class StageRun:
     )
     return taker
 
-  def finish(self) -> None:
-    """Does what the agent asks for after the end, until it says `exit`."""
+  def _finish(self) -> protocol.Message:
+    """Does what the agent asks for after the end, until it says otherwise."""
     spec, link = self._spec, self._link
-    while (command := link.command())['kind'] != 'exit':
+    while True:
+      command = link.command()
+      if command['kind'] in ('exit', 'roll_back'):
+        return command
       if command['kind'] == 'hand_over':
         handover.put(
           spec.handover_folder,
@@ -320,4 +378,3 @@ class StageRun:
           command['path'], states, command['iteration'], spec.config
         )
         link.send('saved')
-    self._closing.close()

@@ -79,6 +79,12 @@ class Stores:
       for path in self.log_paths(stage)
     )
 
+  def drop_logs(self) -> None:
+    """Removes all logs: nobody writes one, and nobody may read one again."""
+    for stage in self._stages:
+      for path in self.log_paths(stage):
+        path.unlink(missing_ok=True)
+
   def forget_snapshots(self, stages: Collection[int]) -> None:
     """From the beginning: what is left would only take the room."""
     for stage in stages:

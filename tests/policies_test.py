@@ -67,14 +67,14 @@ def test_dense_interval_has_a_limit_and_needs_measurements():
   }
   assert policies.dense_interval(**case, max_interval=4) == 4
   assert policies.dense_interval(**case, max_interval=40) == 6
-  for wrong in (
-    {'bandwidth_bytes_per_second': 0.0},
-    {'iteration_seconds': 0.0},
-    {'overlap_target': 0.0},
-    {'overlap_target': 1.5},
+  for name, value in (
+    ('bandwidth_bytes_per_second', 0.0),
+    ('iteration_seconds', 0.0),
+    ('overlap_target', 0.0),
+    ('overlap_target', 1.5),
   ):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-      policies.dense_interval(**case | wrong)
+    with pytest.raises(ValueError, match=name):
+      policies.dense_interval(**{**case, name: value})
 
 
 # ---- two_phase ---------------------------------------------------------------
