@@ -49,7 +49,7 @@ class Link:
     self._decide: Callable[[protocol.Message], None] = lambda message: None
     self._interrupt_lock = threading.Lock()  # guards the two that follow
     self._roll_backs = 0  # that `command` has not returned yet
-    self._interrupt: Callable[[base.MoetionError], None] = lambda error: None
+    self._interrupt: Callable[[], None] = lambda: None
 
   def start(self) -> None:
     """Starts to read and to tell what the worker does."""
@@ -75,20 +75,18 @@ class Link:
     """Whether a command to go back waits to be taken."""
     return self._roll_backs > 0
 
-  def interrupting(
-    self, interrupt: Callable[[base.MoetionError], None]
-  ) -> None:
+  def interrupting(self, interrupt: Callable[[], None]) -> None:
     """From now on `interrupt` is called when the worker is to go back."""
     with self._interrupt_lock:
       self._interrupt = interrupt
       if self.is_interrupted:
-        interrupt(RolledBackError())
+        interrupt()
 
   def _roll_back(self, message: protocol.Message) -> None:
     with self._interrupt_lock:
       self._roll_backs += 1
       self.limit.interrupt(True)
-      self._interrupt(RolledBackError())
+      self._interrupt()
     self._commands.put(message)
 
   def compiling(self, program: str) -> None:

@@ -88,6 +88,7 @@ class Spec:
     cores: on which the worker runs; empty for wherever it likes.
     compilation_cache_dir: see `runtime.configure`.
     folder: the store folder of the worker's host.
+    durable_folder: in which snapshots lie that are on disk; '' for none.
     handover_folder: the leader's store folder, into which everyone puts the
       final state. So a host of `--local_hosts` is on the leader's machine.
     host: name of the worker's host in the location map.
@@ -111,6 +112,7 @@ class Spec:
   cores: tuple[int, ...]
   compilation_cache_dir: str
   folder: str
+  durable_folder: str = ''
   handover_folder: str
   host: str
   secret: str = dataclasses.field(repr=False)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from launch import (
@@ -23,6 +24,7 @@ from moetion_jax import (
   conversion,
   coverage,
   division,
+  durable_store,
   faults,
   hostmem,
   joined_log,
@@ -65,10 +67,13 @@ class StageRun:
     self._data = data
     self._initial: Any = None
     self._worker: Any = None
+    self._interrupts: list[Callable[[], None]] = []
     self._layout = layout_lib.of_stage(stage)
     self._captures = capture.CapturePrograms(self._layout)
+    # Where the snapshots lie that can be read again.
+    self._snapshots_root = spec.durable_folder or spec.folder
     self._folder = inventory.snapshots_folder(
-      spec.folder, spec.stage, spec.replica
+      self._snapshots_root, spec.stage, spec.replica
     )
     self._closing = contextlib.ExitStack()
     self._told = 0
@@ -128,9 +133,14 @@ class StageRun:
     self._link.compiling('nothing, until it is told from where to go on')
     self._link.locating(None)
     self._link.deciding(lambda value: None)
-    self._link.interrupting(lambda error: None)
+    self._interrupts = []
     self._worker = None
     gc.collect()  # the state, before there is another one
+
+  def _interrupt(self) -> None:
+    """Lets whatever waits raise; in another thread."""
+    for interrupt in self._interrupts:
+      interrupt()
 
   def _begin(self, phase: str, iteration: int) -> None:
     """Called when the loop begins something."""
@@ -156,7 +166,8 @@ class StageRun:
     log.start()
     self._closing.callback(log.close)
     link.locating(log)
-    link.interrupting(log.interrupt)
+    self._interrupts = [lambda: log.interrupt(link_lib.RolledBackError())]
+    link.interrupting(self._interrupt)
     started = time.monotonic()
     restoring = self._conversion(go)
     state = restoring.begin()
@@ -294,7 +305,7 @@ class StageRun:
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
     """A snapshot of this host's store, of all replicas' shares, verified."""
     paths = inventory.find_shares(
-      self._spec.folder, self._spec.stage, iteration
+      self._snapshots_root, self._spec.stage, iteration
     )
     if not paths:
       raise base.StoreError(f'{self._folder / str(iteration)}: there is none')
@@ -314,9 +325,14 @@ class StageRun:
     spec, number = self._spec, len(self._spec.team)
     position = spec.team.index(spec.replica)
     leaves = len(self._layout.leaves) * len(self._layout.operators)
-    store = snapshot_store.SnapshotStore(
-      self._folder, go.pool_bytes + leaves * _PADDING_BYTES, go.pool_files
+    store: Any = snapshot_store.SnapshotStore(
+      inventory.snapshots_folder(spec.folder, spec.stage, spec.replica),
+      go.pool_bytes + leaves * _PADDING_BYTES,
+      go.pool_files,
     )
+    if spec.durable_folder:
+      store = durable_store.DurableStore(store, self._folder)
+      self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(
       self._captures,
       store,

@@ -24,6 +24,7 @@ class Stores:
     hosts: hosts_lib.Hosts,
     recoverer: recoverer.Recoverer,
     leader: leader.Leader,
+    durable_folder: str = '',
   ):
     """Stores the arguments.
 
@@ -33,7 +34,9 @@ class Stores:
       hosts: of the run.
       recoverer: who is told what the stores hold.
       leader: who writes what was dropped.
+      durable_folder: in which snapshots lie; '': in the hosts' stores.
     """
+    self._durable_folder = durable_folder
     self._stages = range(stages)
     self._replicas = range(replicas)
     self._hosts = hosts
@@ -46,6 +49,12 @@ class Stores:
     folder = self._hosts.store_of(stage)
     return [segment.segment_path(folder, stage, r) for r in self._replicas]
 
+  def _snapshots_of(self, stage: int) -> pathlib.Path:
+    """In which folder the snapshots of a stage's workers lie."""
+    if self._durable_folder:
+      return pathlib.Path(self._durable_folder)
+    return self._hosts.store_of(stage)
+
   def rescan(self, stages: Iterable[int] | None = None) -> frozenset[int]:
     """Looks what the stores hold of stages (None: of all).
 
@@ -53,7 +62,7 @@ class Stores:
       The stages, of all, of which a log is gone.
     """
     for stage in self._stages if stages is None else stages:
-      folder = self._hosts.store_of(stage)
+      folder = self._snapshots_of(stage)
       self._recoverer.rescan(stage, inventory.read_shares(folder, stage))
     return frozenset(
       stage
@@ -88,9 +97,7 @@ class Stores:
   def forget_snapshots(self, stages: Collection[int]) -> None:
     """From the beginning: what is left would only take the room."""
     for stage in stages:
-      for path in inventory.snapshots_folders(
-        self._hosts.store_of(stage), stage
-      ):
+      for path in inventory.snapshots_folders(self._snapshots_of(stage), stage):
         shutil.rmtree(path, ignore_errors=True)
       self._recoverer.rescan(stage, ())
 
@@ -99,7 +106,7 @@ class Stores:
 
     What is committed stays until `retain_orphans`; room for more is given back.
     """
-    folder = self._hosts.store_of(stage)
+    folder = self._snapshots_of(stage)
     written = {inventory.snapshots_folder(folder, stage, r) for r in team}
     self._orphans -= written
     for path in inventory.snapshots_folders(folder, stage):

@@ -17,6 +17,7 @@ import time
 from launch import (
   agent_settings,
   crew as crew_lib,
+  durable,
   fault_book,
   final_state,
   host_store,
@@ -102,6 +103,7 @@ class Agent:
       self._hosts,
       self._recoverer,
       self._leader,
+      durable.folder_of(where, str(folder.path)),
     )
     self._stopper = stopper.Stopper(
       config.train.iterations, lambda: self._crew.workers
@@ -190,6 +192,7 @@ class Agent:
       cores=(),
       compilation_cache_dir=self._where.compilation_cache_dir,
       folder=str(self._store.path),
+      durable_folder=durable.folder_of(self._where, str(self._folder.path)),
       handover_folder=str(self._store.path),
       host='',
       secret=self._hosts.secret,

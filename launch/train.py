@@ -84,6 +84,9 @@ _POLICY = flags.DEFINE_enum(
 _INTERVAL = flags.DEFINE_integer(
   'interval', 0, 'Iterations between whole snapshots; 0: as measured.'
 )
+_DURABLE_DIR = flags.DEFINE_string(
+  'durable_dir', '', "For snapshots on disk (two_phase); '': in the workdir."
+)
 _OVERHEAD_BUDGET = flags.DEFINE_float(
   'overhead_budget', policies.OVERHEAD_BUDGET, 'Of two_phase, share of time.'
 )
@@ -235,6 +238,7 @@ def main(argv: list[str]) -> int:
       fresh=_FRESH.value,
       hostmem_dir=_HOSTMEM_DIR.value,
       captures=captures,
+      durable_dir=_DURABLE_DIR.value,
       max_failures=_MAX_FAILURES.value,
       hang_timeout_seconds=_HANG_TIMEOUT.value,
       standby=_STANDBY.value,

@@ -55,6 +55,7 @@ LIBRARY_ORDER = (
   'snapshot_file',
   'snapshot_handler',
   'snapshot_store',
+  'durable_store',
   'faults',
   'snapshot',
   'capture',
