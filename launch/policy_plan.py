@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Protocol
 
-from launch import capture_plan, capture_settings
+from launch import capture_plan, capture_settings, partial_plan
 from moetion_jax import policies, report, slots
 
 _NOTICE = capture_plan.NOTICE_ITERATIONS
@@ -69,6 +69,8 @@ def make(
   """The planner of a run; arguments as of `capture_plan.CapturePlanner`."""
   if settings.rules.is_whole:
     return WholePlanner(settings, stages, platform, replicas)
+  if not settings.rules.is_exact:
+    return partial_plan.PartialPlanner(settings, stages, platform, replicas)
   return capture_plan.CapturePlanner(
     settings, stages, platform, capacity, replicas
   )

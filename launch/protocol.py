@@ -163,6 +163,8 @@ class Go:
     generation: of the worker, from now on; 0: as in its `Spec`.
     keeps_entries: whether its log keeps what comes after the line; otherwise
       only what neighbours may still read.
+    merges: whether the state of the start is put together from snapshots of it
+      and before, of which none holds everything.
   """
 
   start: int
@@ -180,6 +182,7 @@ class Go:
   decisions: tuple[Message, ...]
   generation: int = 0
   keeps_entries: bool = True
+  merges: bool = False
 
   def to_json(self) -> Message:
     """Plain dicts; `from_json` is the inverse."""

@@ -15,6 +15,8 @@ from launch import (
   capture_plan,
   inventory,
   log_size,
+  partial_inventory,
+  partial_plan,
   policy_plan,
   protocol,
   settings,
@@ -85,6 +87,7 @@ class Recoverer:
     self._verify_until = 0
     self._gone_back: recovery.RecoveryPlan | None = None
     self._decisions: list[list[slots.Decision]] = []
+    self._loss: partial_plan.Loss | None = None  # of the last recovery
 
   @property
   def line(self) -> int:
@@ -119,7 +122,11 @@ class Recoverer:
       self._capacity(),
       self._config.train.replicas,
     )
-    self._inventory = inventory.Inventory(
+    is_whole = self._settings.rules.is_exact
+    kind = (
+      inventory.Inventory if is_whole else partial_inventory.PartialInventory
+    )
+    self._inventory = kind(
       [s.state_bytes for s in sizes], self._planner.lag_iterations
     )
     self._pools = self._planner.pools()
@@ -154,7 +161,7 @@ class Recoverer:
       stages,
       excluded=self._unreported(reported),
     )
-    self._inventory.line = plan.start
+    self._inventory.begin_at(plan.start)
     self._decisions = [
       [decision] for decision in self._planner.decisions(plan.start)
     ]
@@ -214,6 +221,7 @@ class Recoverer:
       decisions=tuple(d.to_json() for d in (held, *later)),
       generation=generation,
       keeps_entries=self._settings.rules.is_local,
+      merges=bool(plan.start) and not self._settings.rules.is_exact,
     )
 
   # ---- while it runs --------------------------------------------------------
@@ -249,9 +257,12 @@ class Recoverer:
     change = self._planner.add(reports)
     if change is None:
       return None
-    self._event(change.kind, **change.fields)
+    if change.kind:
+      self._event(change.kind, **change.fields)
     self._inventory.lag_iterations = self._planner.lag_iterations
     for known, decision in zip(self._decisions, change.decisions, strict=True):
+      if not self._settings.rules.is_exact:  # nobody replays with older ones
+        known.clear()
       known.append(decision)
     return list(change.decisions)
 
@@ -360,6 +371,23 @@ class Recoverer:
     self._follow(plan, reasons, newest, failed_at, detect_seconds)
     return plan
 
+  def lose(self, plan: recovery.RecoveryPlan) -> partial_plan.Loss:
+    """What a plan loses, of a policy that is not exact; it is followed now.
+
+    What comes after its start is forgotten, here and in the stores.
+    """
+    assert isinstance(self._planner, partial_plan.PartialPlanner)
+    assert isinstance(self._inventory, partial_inventory.PartialInventory)
+    versions = self._inventory.versions(plan.start)
+    self._loss = self._planner.roll_back(plan.start, versions)
+    self._decisions = [
+      [decision] for decision in self._planner.decisions(plan.start)
+    ]
+    self._event(
+      'rolled_back', iteration=plan.start, **dataclasses.asdict(self._loss)
+    )
+    return self._loss
+
   def _follow(
     self,
     plan: recovery.RecoveryPlan,
@@ -451,14 +479,25 @@ class Recoverer:
         'replay': now - one.resumed_at,
       },
       # A worker that finds another digest ends instead of catching up.
-      digest_verified=True,
+      digest_verified=self._settings.rules.is_exact,
+      **self._lost_fields(),
     )
     if not self._recoveries:
       self._diverged = 0
     return (
       f'stage {stage} recovered in {now - one.failed_at:.1f} s: {replayed} '
-      'iteration(s) done again, with the same digests'
+      'iteration(s) done again, '
+      + (
+        'with the same digests'
+        if self._settings.rules.is_exact
+        else 'from experts of different age'
+      )
     )
+
+  def _lost_fields(self) -> dict[str, float]:
+    if self._loss is None:
+      return {}
+    return {'lost_tokens': self._loss.lost_tokens, 'plt': self._loss.plt}
 
   def _source(self, plan: recovery.RecoveryPlan, stage: int) -> str:
     """From where a stage got its state."""

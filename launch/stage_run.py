@@ -15,6 +15,7 @@ from launch import (
   inventory,
   link as link_lib,
   local,
+  partial_restore,
   protocol,
 )
 from moetion_jax import (
@@ -294,7 +295,7 @@ class StageRun:
       self._captures,
       self._programs.digest,
       self._initial_state,
-      self._load,
+      self._load_merged if go.merges else self._load,
       coverage.Start(iteration=go.start, complete_at=go.complete_at),
       go.newest,
     )
@@ -316,6 +317,16 @@ class StageRun:
         snapshot_lib.from_arrays(self._layout, stored.metadata, stored.arrays)
       )
     return snapshot_lib.merge(shares)
+
+  def _load_merged(self, iteration: int) -> snapshot_lib.Snapshot:
+    """Of all operators, each as new as there is."""
+    return partial_restore.load(
+      self._snapshots_root,
+      self._spec.stage,
+      iteration,
+      self._layout,
+      self._initial_state,
+    )
 
   def _snapshots(
     self, go: protocol.Go, log: logs.Log

@@ -101,6 +101,19 @@ class Stores:
         shutil.rmtree(path, ignore_errors=True)
       self._recoverer.rescan(stage, ())
 
+  def forget_newer(self, iteration: int) -> None:
+    """What comes after an iteration will be otherwise; nobody writes now.
+
+    The pages stay for whoever writes here next.
+    """
+    for stage in self._stages:
+      root = self._snapshots_of(stage)
+      for folder in inventory.snapshots_folders(root, stage):
+        for newer, path in snapshot_file.list_snapshots(folder).items():
+          if newer > iteration:
+            (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
+    self.rescan()
+
   def orphan(self, stage: int, team: Collection[int]) -> None:
     """Nobody writes the snapshots of a stage's other replicas any more.
 

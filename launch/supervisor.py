@@ -265,6 +265,8 @@ class Agent:
     if not self._where.captures.rules.is_local:
       lost = frozenset(plan.stages)
       self._stores.drop_logs()
+    if not self._where.captures.rules.is_exact and self._leader.last_line:
+      self._forget_after(plan)
     for worker in self._crew.workers:
       worker.open_log(self._log_file(worker))
       self._let_go(worker, plan, is_fresh=worker.stage in lost)
@@ -427,9 +429,17 @@ class Agent:
     self._done.clear()
     for stage in plan.stages:
       self._final.forget(stage)
+    if not self._where.captures.rules.is_exact:
+      self._forget_after(plan)
     for worker in self._crew.workers:
       self._let_go(worker, plan, is_fresh=True)
       self._stopper.tell([worker])
+
+  def _forget_after(self, plan: recovery.RecoveryPlan) -> None:
+    """What comes after a plan's start will not be what it was."""
+    self._stores.forget_newer(plan.start)
+    self._recoverer.lose(plan)
+    self._leader.roll_back(plan.start)
 
   def _on_rolled_back(self, worker, message: protocol.Message) -> None:
     del message

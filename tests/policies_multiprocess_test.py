@@ -118,3 +118,40 @@ def test_two_phase_reads_from_disk(host, workdir, tmp_path, undisturbed):
     assert event['source'] == 'durable'
     assert event['first_iteration'] in (4, 7)
   assert not list((tmp_path / 'disk').iterdir())
+
+
+@pytest.mark.parametrize('select', ['sequential', 'load_aware'])
+def test_partial_goes_on_with_stale_experts(host, workdir, undisturbed, select):
+  flags = [
+    '--policy=partial',
+    '--interval=2',
+    f'--partial_select={select}',
+    '--plt_budget=0.02',
+  ]
+  faults = ['kill:stage=1,iteration=9,phase=backward']
+  run = _train(host, workdir, *faults, flags=flags)
+  runs.until(run, 'iteration 1/')
+  before = {w['stage']: w['pid'] for w in runs.workers(workdir)}
+  runs.end(run, seconds=SECONDS)
+  assert host.is_clean()
+  after = {w['stage']: w['pid'] for w in runs.workers(workdir)}
+  assert [s for s in range(STAGES) if after[s] == before[s]] == [0, 2]
+  assert runs.kinds(workdir)[-1] == 'finished'
+  found = runs.bits(runs.metrics(workdir))
+  assert [x[0] for x in found] == list(range(1, ITERATIONS + 1))
+  (back,) = runs.of_kind(workdir, 'rolled_back')
+  start = back['iteration']
+  assert start in (4, 6, 8)
+  assert found[:start] == undisturbed[:start]
+  for line, exact in zip(found[start:], undisturbed[start:], strict=True):
+    assert line[2] != exact[2]
+    assert 0 < float.fromhex(line[1]) < 10
+  # The budget is spent: from then on two of the four experts of a layer.
+  assert back['plt'] > 0.02 and back['experts'] == 2
+  assert len(runs.of_kind(workdir, 'recovered')) == STAGES
+  for event in runs.of_kind(workdir, 'recovered'):
+    assert not event['digest_verified']
+    assert event['lost_tokens'] == back['lost_tokens'] > 0
+    assert event['first_iteration'] == start + 1
+  sizes = [x['snapshot_bytes'] for x in runs.metrics(workdir)]
+  assert sizes[ITERATIONS - 3] > sizes[1] > 0

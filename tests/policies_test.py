@@ -186,6 +186,10 @@ def test_experts_by_load_and_by_popularity():
   assert _indices(select('load_aware', E, 4, **case)) == [0, 1, 2, 5]
   assert _indices(select('popularity', E, 2, **case)) == [2, 7]
   assert _indices(select('popularity', E, 2)) == [0, 1]
+  # 6 was not saved for longest; 1 and 4 are due as well, 3 is not yet.
+  case |= {'ages': {E[1]: 4, E[3]: 3, E[4]: 4, E[6]: 5}, 'max_age': 4}
+  assert _indices(select('load_aware', E, 2, **case)) == [1, 6]
+  assert _indices(select('popularity', E, 4, **case)) == [1, 4, 6, 7]
   for kind in policies.SELECTIONS:
     assert select(kind, E, 9) == frozenset(E)
   with pytest.raises(base.ConfigError, match='partial_select'):
