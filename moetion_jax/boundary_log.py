@@ -129,7 +129,7 @@ class BoundaryLog:
     self._bell.close()
 
   def interrupt(self, error: base.MoetionError) -> None:
-    """Lets every call, also those that wait, raise `error`. Any thread."""
+    """See `logs.Log`."""
     self._fail(error)
 
   @property

@@ -41,7 +41,7 @@ class JoinedLog:
       log.close()
 
   def interrupt(self, error: base.MoetionError) -> None:
-    """See `BoundaryLog.interrupt`."""
+    """See `logs.Log`."""
     for log in self._all():
       log.interrupt(error)
 
