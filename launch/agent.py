@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from launch import (
   agent_settings,
+  durable,
   host_store,
   log_size,
   placement,
@@ -39,6 +40,7 @@ def run(config: settings.RunConfig, where: agent_settings.AgentSettings) -> int:
   try:
     folder.check(config.to_json())
     run_id = host_store.run_id(str(folder.path))
+    on_disk = durable.folder_of(where, str(folder.path))
     if folder.is_finished():
       # Killed between its checkpoint and its end, it left something.
       host_store.remove_leftovers(where.hostmem_dir, run_id)
@@ -50,6 +52,9 @@ def run(config: settings.RunConfig, where: agent_settings.AgentSettings) -> int:
     # Without the workdir's files nothing says what the store is of.
     fresh = where.fresh or not (folder.path / 'config.json').exists()
     left = host_store.report_leftovers(where.hostmem_dir, run_id, fresh=fresh)
+    if fresh:
+      durable.remove(on_disk)
+    left = left or durable.has_left(on_disk)
     store = host_store.open_store(where.hostmem_dir, run_id)
     agent = supervisor.Agent(config, where, folder, store, keeps_store=left)
     try:
@@ -58,5 +63,6 @@ def run(config: settings.RunConfig, where: agent_settings.AgentSettings) -> int:
       host_store.close_store(store, keep=agent.keeps_store)
       if not agent.keeps_store:
         host_store.remove_leftovers(where.hostmem_dir, run_id)
+        durable.remove(on_disk)
   finally:
     folder.close()

@@ -20,6 +20,7 @@ class AgentSettings:
     fresh: whether an earlier run in it is removed.
     hostmem_dir: existing directory in tmpfs.
     captures: how snapshots are taken.
+    durable_dir: for snapshots on disk; '': a folder in the workdir.
     max_failures: of one stage, without progress, before the run ends.
     hang_timeout_seconds: a program that runs longer than this hangs.
     standby: whether a process waits to take a dead worker's place.
@@ -39,6 +40,7 @@ class AgentSettings:
   fresh: bool = False
   hostmem_dir: str = '/dev/shm'
   captures: capture_plan.CaptureSettings = capture_plan.CaptureSettings()
+  durable_dir: str = ''
   max_failures: int = 3
   hang_timeout_seconds: float = 600.0
   standby: bool = True

@@ -28,13 +28,29 @@ _HOSTMEM_DIR = flags.DEFINE_string('hostmem_dir', '/dev/shm', 'As of train.')
 _CACHE = flags.DEFINE_string(
   'compilation_cache_dir', '~/.cache/moetion_jax', 'As of train.'
 )
-_STAGES = flags.DEFINE_integer('stages', 2, 'Stages, for `promotion`.')
+_STAGES = flags.DEFINE_integer(
+  'stages', 2, 'Stages, for `promotion`, `ettr`, `accuracy`.'
+)
 _REPLICAS = flags.DEFINE_integer(
   'replicas', 1, 'Of each stage, for `recovery`.'
 )
 _MICROBATCHES = flags.DEFINE_integer(
   'microbatches', None, "For `snapshot`; the preset's own by default."
 )
+_ITERATIONS = flags.DEFINE_integer(
+  'iterations', 200, 'Of each run of `ettr` and `accuracy`.'
+)
+_MTBF = flags.DEFINE_multi_integer(
+  'mtbf', None, 'Mean iterations between failures, for `ettr`; repeatable.'
+)
+_POLICIES = flags.DEFINE_multi_enum(
+  'policy', None, ['sparse', 'dense', 'two_phase', 'partial'],
+  'To compare in `ettr` and `accuracy`; repeatable. All by default.',
+)  # fmt: skip
+_TRAIN_FLAGS = flags.DEFINE_multi_string(
+  'train_flag', [], 'A flag for the runs of `ettr` and `accuracy`; repeatable.'
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of failures, for `ettr`.')
 _OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
 
@@ -126,6 +142,66 @@ def recovery(preset: str, rounds: int) -> dict[str, Any]:
   return _result('recovery', preset, measured, load_before)
 
 
+def _train_flags(preset: str) -> list[str]:
+  return [
+    f'--preset={preset}',
+    f'--compilation_cache_dir={_CACHE.value}',
+    *_TRAIN_FLAGS.value,
+  ]
+
+
+def _plot_path(name: str) -> str:
+  os.makedirs(_OUT.value, exist_ok=True)
+  return os.path.join(_OUT.value, f'{name}.png')
+
+
+def ettr(preset: str, rounds: int) -> dict[str, Any]:
+  """Effective training time under failures, policy by policy."""
+  from launch import benchmark_ettr
+
+  load_before = os.getloadavg()
+  outcomes = benchmark_ettr.measure(
+    _train_flags(preset),
+    iterations=_ITERATIONS.value,
+    mtbfs=_MTBF.value or benchmark_ettr.MTBF_ITERATIONS,
+    policies=_POLICIES.value or benchmark_ettr.POLICIES,
+    rounds=rounds,
+    seed=_SEED.value,
+    stages=_STAGES.value,
+    hostmem_dir=_HOSTMEM_DIR.value,
+  )
+  if _OUT.value:
+    benchmark_ettr.plot(outcomes, _plot_path('ettr'))
+  result = _result('ettr', preset, benchmark_ettr.rows(outcomes), load_before)
+  return result | {
+    'iterations': _ITERATIONS.value,
+    'seed': _SEED.value,
+    'train_flags': _TRAIN_FLAGS.value,
+    'runs': benchmark_ettr.details(outcomes),
+  }
+
+
+def accuracy(preset: str, rounds: int) -> dict[str, Any]:
+  """What failures do to the model, policy by policy; one run each."""
+  del rounds
+  from launch import benchmark_accuracy
+
+  load_before = os.getloadavg()
+  outcomes = benchmark_accuracy.measure(
+    _train_flags(preset),
+    iterations=_ITERATIONS.value,
+    policies=_POLICIES.value or benchmark_accuracy.POLICIES,
+    stages=_STAGES.value,
+    hostmem_dir=_HOSTMEM_DIR.value,
+  )
+  if _OUT.value:
+    benchmark_accuracy.plot(outcomes, _plot_path('accuracy'))
+  found = benchmark_accuracy.rows(outcomes)
+  return _result('accuracy', preset, found, load_before) | {
+    'curves': benchmark_accuracy.details(outcomes)
+  }
+
+
 def frozen(preset: str, rounds: int) -> dict[str, Any]:
   """What a replay without weight gradients of frozen experts would save."""
   from launch import benchmark_frozen
@@ -193,6 +269,8 @@ _SUBCOMMANDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
   'snapshot': snapshot,
   'recovery': recovery,
   'frozen': frozen,
+  'ettr': ettr,
+  'accuracy': accuracy,
 }
 
 

@@ -32,9 +32,16 @@ NOTICE_ITERATIONS = 3
 _SHORTEST_WINDOW = 2
 # An iteration that waited longer than this share of it for a copy was late;
 # after so many of them, among so many, the window grows.
-_LATE_SHARE = 0.02
+LATE_SHARE = 0.02
 _LATE_ITERATIONS = 3
 _LATE_AMONG = 20
+
+
+def overlap_target(settings: CaptureSettings, platform: str) -> float:
+  """Share of an iteration that a copy may take, on a platform."""
+  return settings.overlap_target or _OVERLAP_TARGET.get(
+    platform, _OTHER_OVERLAP_TARGET
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,9 +156,7 @@ class CapturePlanner:
     self._settings = settings
     self._stages = stages
     self._replicas = replicas
-    self._target = settings.overlap_target or _OVERLAP_TARGET.get(
-      platform, _OTHER_OVERLAP_TARGET
-    )
+    self._target = overlap_target(settings, platform)
     # Of the last iterations; later ones are not looked at.
     self._measured: collections.deque[Sequence[report.Report]] = (
       collections.deque(maxlen=_MEASURED_ITERATIONS)
@@ -231,7 +236,7 @@ class CapturePlanner:
     iteration = reports[0].iteration
     if iteration > self._first_iteration:  # the first waits for one before
       self._late.append(
-        any(r.blocked_seconds > _LATE_SHARE * r.seconds for r in reports)
+        any(r.blocked_seconds > LATE_SHARE * r.seconds for r in reports)
       )
     if iteration < self._first_iteration + self._window_iterations - 1:
       return None

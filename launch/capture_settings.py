@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from moetion_jax import base, slots
+from moetion_jax import base, policies, slots
 
-POLICIES = ('sparse', 'none')
+POLICIES = policies.POLICIES
 # Snapshots and iterations beyond what the line keeps: on their way, and until
 # everybody was told.
 _SLACK = 4
+# Where nobody goes back alone, logs are for neighbours that are a little late.
+_LATEST_ITERATIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,13 @@ class CaptureSettings:
     keep_windows: of snapshots; the older ones are there in case that one of
       the newest is damaged.
     log_iterations: that there is room for; 0 for what the windows need.
+    interval: iterations between snapshots, of other policies than 'sparse'; 0
+      to choose it from what is measured.
+    overhead_budget: share of the run that checkpoints of 'two_phase' may take.
+    partial_experts: of each layer that a checkpoint of 'partial' saves.
+    partial_select: one of `policies.SELECTIONS`.
+    plt_budget: share of all tokens that restores of 'partial' may lose before
+      more experts are saved.
   """
 
   policy: str = 'sparse'
@@ -40,9 +49,17 @@ class CaptureSettings:
   overlap_target: float = 0.0
   keep_windows: int = 2
   log_iterations: int = 0
+  interval: int = 0
+  overhead_budget: float = policies.OVERHEAD_BUDGET
+  partial_experts: int = 1
+  partial_select: str = policies.SELECTIONS[0]
+  plt_budget: float = policies.PLT_BUDGET
 
   def __post_init__(self) -> None:
     slots.check_known('policy', self.policy, POLICIES)
+    slots.check_known(
+      'partial_select', self.partial_select, policies.SELECTIONS
+    )
     slots.check_known('order', self.order, slots.ORDERS)
     if self.window_mode:
       slots.check_known('window_mode', self.window_mode, slots.MODES)
@@ -50,6 +67,8 @@ class CaptureSettings:
       ('window_length', 0),
       ('max_window_length', 1),
       ('keep_windows', 1),
+      ('interval', 0),
+      ('partial_experts', 1),
     ):
       if getattr(self, name) < least:
         raise base.ConfigError(
@@ -59,6 +78,19 @@ class CaptureSettings:
       raise base.ConfigError(
         'overlap_target', self.overlap_target, 'must be in [0, 1]'
       )
+    for name in ('overhead_budget', 'plt_budget'):
+      if not 0 < getattr(self, name) <= 1:
+        raise base.ConfigError(name, getattr(self, name), 'must be in (0, 1]')
+    if self.interval and self.policy in ('sparse', 'none'):
+      raise base.ConfigError(
+        'interval', self.interval, f'means nothing with --policy={self.policy}'
+      )
+    if self.window_length and self.policy not in ('sparse', 'none'):
+      raise base.ConfigError(
+        'window_length', self.window_length, 'is of --policy=sparse'
+      )
+    if not self.rules.is_local:
+      return
     least = self._kept_with(self.window_length or 1)
     if self.log_iterations and self.log_iterations < least:
       raise base.ConfigError(
@@ -67,6 +99,11 @@ class CaptureSettings:
         f'must be at least {least} with --window_length='
         f'{self.window_length or 1} and --keep_windows={self.keep_windows}',
       )
+
+  @property
+  def rules(self) -> policies.Policy:
+    """What the policy promises."""
+    return policies.of_name(self.policy)
 
   @property
   def _windows(self) -> int:
@@ -101,6 +138,8 @@ class CaptureSettings:
   @property
   def kept_iterations(self) -> int:
     """Iterations whose entries and snapshots are kept, at most."""
+    if not self.rules.is_local:
+      return self.log_iterations or _LATEST_ITERATIONS
     return self.log_iterations or self._kept_with(self.longest_window)
 
   @property

@@ -5,8 +5,18 @@ Nothing is started and no backend is created; sizes come from shapes alone.
 
 from __future__ import annotations
 
-from launch import capture_plan, local, placement, recoverer, settings
-from moetion_jax import layout, room
+import dataclasses
+from collections.abc import Sequence
+
+from launch import (
+  capture_plan,
+  local,
+  placement,
+  policy_plan,
+  recoverer,
+  settings,
+)
+from moetion_jax import layout, policies, room
 
 
 def show(
@@ -35,9 +45,7 @@ def show(
     )
     sizes.append(local.stage_sizes(parts, config.train.local_devices))
   replicas = config.train.replicas
-  pools = capture_plan.CapturePlanner(
-    captures, sizes, '', replicas=replicas
-  ).pools()
+  pools = policy_plan.make(captures, sizes, '', replicas=replicas).pools()
   plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
   hosts = placement.host_of_stages(config.train.stages, local_hosts)
   totals = [0] * local_hosts
@@ -57,6 +65,8 @@ def show(
       f'most {room.format_bytes(pool.size_bytes)})'
       + (f', for each of {replicas} replicas' if replicas > 1 else '')
     )
+  for line in by_policy(captures, sizes, replicas):
+    print(line)
   there = room.read_room(hostmem_dir)
   for host, total in enumerate(totals):
     print(
@@ -67,3 +77,43 @@ def show(
   free.append(there.cgroup_available_bytes)
   least = min(n for n in free if n is not None)
   print(f'{hostmem_dir}: {room.format_bytes(least)} are free')
+
+
+def by_policy(
+  captures: capture_plan.CaptureSettings,
+  sizes: Sequence[capture_plan.StageSizes],
+  replicas: int = 1,
+) -> list[str]:
+  """For each policy, what a snapshot takes, and all that are kept.
+
+  Args:
+    captures: settings; of another policy its own are the defaults.
+    sizes: of each stage.
+    replicas: of each stage.
+  """
+  lines = []
+  for name in policies.POLICIES:
+    rules = policies.of_name(name)
+    if not rules.takes_snapshots:
+      continue
+    is_sparse = name == 'sparse'
+    one = dataclasses.replace(
+      captures,
+      policy=name,
+      window_length=captures.window_length if is_sparse else 0,
+      interval=0 if is_sparse else captures.interval,
+    )
+    pools = policy_plan.make(one, sizes, '', replicas=replicas).pools()
+    largest = max(pool.size_bytes for pool in pools)
+    total = replicas * sum(pool.files * pool.size_bytes for pool in pools)
+    text = (
+      f'--policy={name}: a snapshot of a worker takes at most '
+      f'{room.format_bytes(largest)}; all in host memory '
+      f'{room.format_bytes(total)}'
+    )
+    if rules.is_durable:
+      kept = captures.keep_windows + 1  # and the one that is written
+      on_disk = replicas * kept * sum(pool.size_bytes for pool in pools)
+      text += f', on disk {room.format_bytes(on_disk)}'
+    lines.append(text)
+  return lines

@@ -154,6 +154,10 @@ class Inventory:
       operators,
     )
 
+  def begin_at(self, iteration: int) -> None:
+    """All stages begin with a start: it is the line."""
+    self.line = iteration
+
   def go_back(self, iteration: int) -> None:
     """All stages go back to a state before the line, with empty logs.
 

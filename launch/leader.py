@@ -124,6 +124,12 @@ class Leader:
     self.view.show(line, [progress.busy_share(r) for r in reports])
     return reports
 
+  def roll_back(self, iteration: int) -> None:
+    """What comes after an iteration will be done again, and otherwise."""
+    self._lines.cut(iteration)
+    self.iteration = iteration
+    self._reports = {i: x for i, x in self._reports.items() if i <= iteration}
+
   @property
   def workers_due_seconds(self) -> float | None:
     """When to call `write_workers` for what it put off; None: for nothing."""

@@ -13,8 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 from launch import protocol, stopping
+from moetion_jax import base
 
 _STATE_SECONDS = 0.25  # between two looks at what the worker does
+
+
+class RolledBackError(base.MoetionError):
+  """The worker goes back to an earlier state, in this process."""
+
+  def __init__(self):
+    super().__init__('the stages go back')
 
 
 class Link:
@@ -39,6 +47,9 @@ class Link:
     self._log: Any = None
     self._locations: list[protocol.Message] = []
     self._decide: Callable[[protocol.Message], None] = lambda message: None
+    self._interrupt_lock = threading.Lock()  # guards the two that follow
+    self._roll_backs = 0  # that `command` has not returned yet
+    self._interrupt: Callable[[], None] = lambda: None
 
   def start(self) -> None:
     """Starts to read and to tell what the worker does."""
@@ -52,14 +63,39 @@ class Link:
 
   def command(self) -> protocol.Message:
     """Waits for the agent's next command."""
-    return self._commands.get()
+    message = self._commands.get()
+    if message['kind'] == 'roll_back':
+      with self._interrupt_lock:
+        self._roll_backs -= 1
+        self.limit.interrupt(self.is_interrupted)
+    return message
+
+  @property
+  def is_interrupted(self) -> bool:
+    """Whether a command to go back waits to be taken."""
+    return self._roll_backs > 0
+
+  def interrupting(self, interrupt: Callable[[], None]) -> None:
+    """From now on `interrupt` is called when the worker is to go back."""
+    with self._interrupt_lock:
+      self._interrupt = interrupt
+      if self.is_interrupted:
+        interrupt()
+
+  def _roll_back(self, message: protocol.Message) -> None:
+    with self._interrupt_lock:
+      self._roll_backs += 1
+      self.limit.interrupt(True)
+      self._interrupt()
+    self._commands.put(message)
 
   def compiling(self, program: str) -> None:
     """Notes the program that is compiled now."""
     self._program = program
 
   def training(self, worker: Any) -> None:
-    """From now on `worker` is asked what it does."""
+    """From now on `worker` is asked what it does; None: nobody is."""
+    self._finished, self._blocked = False, ''
     self._worker = worker
 
   def blocked(self, reason: str) -> None:
@@ -113,6 +149,8 @@ class Link:
           self.line = max(self.line, message['iteration'])
         elif kind == 'decide':
           self._decide(message['decision'])
+        elif kind == 'roll_back':
+          self._roll_back(message)
         elif kind == 'locations':
           with self._lock:
             self._locations = message['locations']

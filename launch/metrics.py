@@ -235,6 +235,18 @@ class MetricsFile:
           'start over'
         )
 
+  def cut(self, iteration: int) -> None:
+    """Removes the lines of later iterations: they will be done otherwise."""
+    assert self._file is not None, 'start() was not called'
+    kept = 0
+    with open(self._path, 'rb') as f:
+      for raw in f:
+        if json.loads(raw)['iteration'] > iteration:
+          break
+        kept += len(raw)
+    self._file.truncate(kept)
+    self._known = {i: x for i, x in self._known.items() if i <= iteration}
+
 
 class EventsFile:
   """Appends to `events.jsonl`: what happened, when, to whom."""

@@ -198,6 +198,8 @@ class WorkerProcess(ChildProcess):
     suspects: iterations of snapshots that it found to be damaged.
     corrupt: stage and iteration of a log entry that it found to be damaged.
     has_caught_up: with its predecessor, or it has none.
+    is_idle: whether it has nothing to do until it is told `go`.
+    is_going_back: whether it was told to stop, and has not said that it did.
     fault_at: when it had a scripted fault, `time.monotonic`; None: it had none.
   """
 
@@ -234,6 +236,7 @@ class WorkerProcess(ChildProcess):
     self.suspects: tuple[int, ...] = ()
     self.corrupt: tuple[int, int] | None = None
     self.has_caught_up = False
+    self.is_idle, self.is_going_back = True, False
     self.fault_at: float | None = None
     self._steps = 0
 
@@ -243,6 +246,19 @@ class WorkerProcess(ChildProcess):
     self.generation, self.is_warm = generation, False
     self.state, self.detail = 'starting', ''
     self._transcript.name = self.name
+
+  def roll_back(self) -> None:
+    """Has it stop, without ending the process; it answers `rolled_back`."""
+    if not self.is_idle and not self.is_going_back:
+      self.is_going_back = True
+      self.send('roll_back')
+
+  def rolled_back(self) -> None:
+    """It has stopped, and becomes the next generation."""
+    self.is_idle, self.is_going_back = True, False
+    self.has_caught_up = False
+    self.reason, self.suspects, self.corrupt = '', (), None
+    self.generation += 1
 
   @property
   def name(self) -> str:

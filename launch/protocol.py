@@ -18,6 +18,7 @@ then:
     report    an iteration is done: `report` (`report.Report.to_json`)
     answer    to a proposal: `limit`, `begun`
     done      the loop ended: `iteration`
+    rolled_back  it has stopped, as it was told, and waits for `go`
     handed_over, saved
     fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
     refused   a setting is wrong: `flag`, `value`, `reason`
@@ -30,6 +31,8 @@ then:
     locations where every stage's entries are: `locations`, a list of `stage`,
               `replica`, `host`, `address`, `generation`; again when it changed
     go        train, once the programs are compiled: `go` (`Go`)
+    roll_back stop where you are, and keep process and programs: another `go`
+              follows; never before the first one
     line      the recovery line: `iteration`; older things may be let go of
     decide    what is captured from now on: `decision` (`slots.Decision`)
     propose   wait after iteration `limit` until more is said
@@ -85,6 +88,7 @@ class Spec:
     cores: on which the worker runs; empty for wherever it likes.
     compilation_cache_dir: see `runtime.configure`.
     folder: the store folder of the worker's host.
+    durable_folder: in which snapshots lie that are on disk; '' for none.
     handover_folder: the leader's store folder, into which everyone puts the
       final state. So a host of `--local_hosts` is on the leader's machine.
     host: name of the worker's host in the location map.
@@ -108,6 +112,7 @@ class Spec:
   cores: tuple[int, ...]
   compilation_cache_dir: str
   folder: str
+  durable_folder: str = ''
   handover_folder: str
   host: str
   secret: str = dataclasses.field(repr=False)
@@ -155,6 +160,11 @@ class Go:
     pool_files: how many snapshots there is room for; 0: none are taken.
     pool_bytes: of each of them.
     decisions: what is captured when (`slots.Decision`).
+    generation: of the worker, from now on; 0: as in its `Spec`.
+    keeps_entries: whether its log keeps what comes after the line; otherwise
+      only what neighbours may still read.
+    merges: whether the state of the start is put together from snapshots of it
+      and before, of which none holds everything.
   """
 
   start: int
@@ -170,6 +180,9 @@ class Go:
   pool_files: int
   pool_bytes: int
   decisions: tuple[Message, ...]
+  generation: int = 0
+  keeps_entries: bool = True
+  merges: bool = False
 
   def to_json(self) -> Message:
     """Plain dicts; `from_json` is the inverse."""

@@ -11,10 +11,20 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from launch import capture_plan, inventory, log_size, protocol, settings
+from launch import (
+  capture_plan,
+  inventory,
+  log_size,
+  partial_inventory,
+  partial_plan,
+  policy_plan,
+  protocol,
+  settings,
+)
 from moetion_jax import base, coverage, recovery, report, slots
 
 Event = Callable[..., None]  # kind, fields
+_TOGETHER = 'all stages go back together'
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -77,6 +87,7 @@ class Recoverer:
     self._verify_until = 0
     self._gone_back: recovery.RecoveryPlan | None = None
     self._decisions: list[list[slots.Decision]] = []
+    self._loss: partial_plan.Loss | None = None  # of the last recovery
 
   @property
   def line(self) -> int:
@@ -104,14 +115,18 @@ class Recoverer:
       capture_plan.StageSizes.from_json(ready[stage]['operators'])
       for stage in range(self._config.train.stages)
     ]
-    self._planner = capture_plan.CapturePlanner(
+    self._planner = policy_plan.make(
       self._settings,
       sizes,
       ready[0]['platform'],
       self._capacity(),
       self._config.train.replicas,
     )
-    self._inventory = inventory.Inventory(
+    is_whole = self._settings.rules.is_exact
+    kind = (
+      inventory.Inventory if is_whole else partial_inventory.PartialInventory
+    )
+    self._inventory = kind(
       [s.state_bytes for s in sizes], self._planner.lag_iterations
     )
     self._pools = self._planner.pools()
@@ -144,18 +159,22 @@ class Recoverer:
     plan = recovery.plan(
       self._inventory.stage_inventories([0] * len(stages)),
       stages,
-      excluded={
-        (stage, start.iteration)
-        for stage in stages
-        for start in self._inventory.starts(stage)
-        if start.iteration > reported
-      },
+      excluded=self._unreported(reported),
     )
-    self._inventory.line = plan.start
+    self._inventory.begin_at(plan.start)
     self._decisions = [
       [decision] for decision in self._planner.decisions(plan.start)
     ]
     return plan
+
+  def _unreported(self, reported: int) -> set[tuple[int, int]]:
+    """Starts after which an iteration would never be written down."""
+    return {
+      (stage, start.iteration)
+      for stage in range(self._config.train.stages)
+      for start in self._inventory.starts(stage)
+      if start.iteration > reported
+    }
 
   def go(
     self,
@@ -164,6 +183,7 @@ class Recoverer:
     *,
     is_fresh: bool,
     workers: int = 1,
+    generation: int = 0,
   ) -> protocol.Go:
     """What the workers of a member of `plan` are told.
 
@@ -172,6 +192,7 @@ class Recoverer:
       plan: that is carried out.
       is_fresh: whether its logs begin empty.
       workers: of the stage, which share its snapshots.
+      generation: of the workers.
     """
     log, pool = self.log_size(stage), self._planner.pools(workers)[stage]
     held = slots.active(
@@ -198,6 +219,9 @@ class Recoverer:
       pool_files=pool.files,
       pool_bytes=pool.size_bytes,
       decisions=tuple(d.to_json() for d in (held, *later)),
+      generation=generation,
+      keeps_entries=self._settings.rules.is_local,
+      merges=bool(plan.start) and not self._settings.rules.is_exact,
     )
 
   # ---- while it runs --------------------------------------------------------
@@ -233,9 +257,12 @@ class Recoverer:
     change = self._planner.add(reports)
     if change is None:
       return None
-    self._event(change.kind, **change.fields)
+    if change.kind:
+      self._event(change.kind, **change.fields)
     self._inventory.lag_iterations = self._planner.lag_iterations
     for known, decision in zip(self._decisions, change.decisions, strict=True):
+      if not self._settings.rules.is_exact:  # nobody replays with older ones
+        known.clear()
       known.append(decision)
     return list(change.decisions)
 
@@ -248,28 +275,22 @@ class Recoverer:
 
   # ---- failures -------------------------------------------------------------
 
-  def fail(
+  def count(
     self,
     failed: Mapping[int, str],
-    newest: Sequence[int],
     *,
-    lost: Collection[int] = (),
     suspects: Sequence[int] = (),
     corrupt: tuple[int, int] | None = None,
-    detect_seconds: float = 0.0,
-  ) -> recovery.RecoveryPlan:
-    """Plans the recovery of stages whose workers are dead.
+  ) -> None:
+    """Takes failures in.
 
     Args:
       failed: why, by stage.
-      newest: iteration that each stage had begun.
-      lost: stages whose logs are gone.
       suspects: iterations of snapshots of those stages that are damaged.
       corrupt: stage and iteration of a log entry that is damaged.
-      detect_seconds: between failure and notice, where known.
 
     Raises:
-      base.MoetionError: too many failures; nothing is left to start from.
+      base.MoetionError: there were too many.
     """
     self._failures.update(failed.keys())
     for stage, reason in failed.items():
@@ -288,19 +309,103 @@ class Recoverer:
       for stage in failed:
         for iteration in suspects:
           self._inventory.lose(stage, iteration)
+
+  def fail(
+    self,
+    failed: Mapping[int, str],
+    newest: Sequence[int],
+    *,
+    lost: Collection[int] = (),
+    suspects: Sequence[int] = (),
+    corrupt: tuple[int, int] | None = None,
+    detect_seconds: float = 0.0,
+  ) -> recovery.RecoveryPlan:
+    """Plans the recovery of stages whose workers are dead.
+
+    Args:
+      failed: why, by stage.
+      newest: iteration that each stage had begun.
+      lost: stages whose logs are gone.
+      suspects: see `count`.
+      corrupt: see `count`.
+      detect_seconds: between failure and notice, where known.
+
+    Raises:
+      base.MoetionError: too many failures; nothing is left to start from.
+    """
+    self.count(failed, suspects=suspects, corrupt=corrupt)
     plan = recovery.plan(
       self._inventory.stage_inventories(newest, lost), failed.keys()
     )
+    self._follow(plan, failed, newest, time.monotonic(), detect_seconds)
+    return plan
+
+  def roll_back(
+    self,
+    failed: Mapping[int, str],
+    newest: Sequence[int],
+    reported: int,
+    *,
+    failed_at: float,
+    detect_seconds: float = 0.0,
+  ) -> recovery.RecoveryPlan:
+    """Plans that all stages go back together; nobody works any more.
+
+    Args:
+      failed: why, by stage; counted already.
+      newest: iteration that each stage had begun.
+      reported: iteration that is written down: a later one is done again.
+      failed_at: when that was noticed, `time.monotonic`.
+      detect_seconds: between failure and notice, where known.
+
+    Raises:
+      base.MoetionError: nothing is left to start from.
+    """
+    stages = range(len(newest))
+    plan = recovery.plan(
+      self._inventory.stage_inventories(newest, stages),
+      stages,
+      excluded=self._unreported(reported),
+    )
+    reasons = dict.fromkeys(stages, _TOGETHER) | dict(failed)
+    self._follow(plan, reasons, newest, failed_at, detect_seconds)
+    return plan
+
+  def lose(self, plan: recovery.RecoveryPlan) -> partial_plan.Loss:
+    """What a plan loses, of a policy that is not exact; it is followed now.
+
+    What comes after its start is forgotten, here and in the stores.
+    """
+    assert isinstance(self._planner, partial_plan.PartialPlanner)
+    assert isinstance(self._inventory, partial_inventory.PartialInventory)
+    versions = self._inventory.versions(plan.start)
+    self._loss = self._planner.roll_back(plan.start, versions)
+    self._decisions = [
+      [decision] for decision in self._planner.decisions(plan.start)
+    ]
+    self._event(
+      'rolled_back', iteration=plan.start, **dataclasses.asdict(self._loss)
+    )
+    return self._loss
+
+  def _follow(
+    self,
+    plan: recovery.RecoveryPlan,
+    reasons: Mapping[int, str],
+    newest: Sequence[int],
+    now: float,
+    detect_seconds: float,
+  ) -> None:
+    """From now on the members of a plan are on their way back."""
     goes_back = plan.start < self.line
     if goes_back:
       self._go_back(plan)
-    now = time.monotonic()
     for stage in plan.stages:
       before = self._recoveries.get(stage)
       self._recoveries[stage] = _Recovery(
         plan=plan,
         target=max(newest[stage], before.target if before else 0),
-        reason=failed.get(stage) or plan.reasons[stage],
+        reason=reasons.get(stage) or plan.reasons[stage],
         failed_at=before.failed_at if before else now,
         detect_seconds=detect_seconds,
         goes_back=goes_back or bool(before and before.goes_back),
@@ -313,7 +418,6 @@ class Recoverer:
         first_iteration=plan.first_iteration,
         target=self._recoveries[stage].target,
       )
-    return plan
 
   def is_crash_loop(self, stage: int) -> bool:
     """Whether one more failure of a stage would be too many."""
@@ -365,7 +469,7 @@ class Recoverer:
       'recovered',
       stage=stage,
       replica=0,
-      source=one.plan.sources.get(stage, recovery.OWN),
+      source=self._source(one.plan, stage),
       first_iteration=one.plan.first_iteration,
       replayed_iterations=replayed,
       seconds={
@@ -375,11 +479,28 @@ class Recoverer:
         'replay': now - one.resumed_at,
       },
       # A worker that finds another digest ends instead of catching up.
-      digest_verified=True,
+      digest_verified=self._settings.rules.is_exact,
+      **self._lost_fields(),
     )
     if not self._recoveries:
       self._diverged = 0
     return (
       f'stage {stage} recovered in {now - one.failed_at:.1f} s: {replayed} '
-      'iteration(s) done again, with the same digests'
+      'iteration(s) done again, '
+      + (
+        'with the same digests'
+        if self._settings.rules.is_exact
+        else 'from experts of different age'
+      )
     )
+
+  def _lost_fields(self) -> dict[str, float]:
+    if self._loss is None:
+      return {}
+    return {'lost_tokens': self._loss.lost_tokens, 'plt': self._loss.plt}
+
+  def _source(self, plan: recovery.RecoveryPlan, stage: int) -> str:
+    """From where a stage got its state."""
+    if plan.start and self._settings.rules.is_durable:
+      return recovery.DURABLE
+    return plan.sources.get(stage, recovery.OWN)

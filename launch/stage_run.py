@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from launch import (
@@ -12,6 +15,7 @@ from launch import (
   inventory,
   link as link_lib,
   local,
+  partial_restore,
   protocol,
 )
 from moetion_jax import (
@@ -20,6 +24,7 @@ from moetion_jax import (
   capture,
   conversion,
   coverage,
+  durable_store,
   faults,
   hostmem,
   joined_log,
@@ -44,7 +49,7 @@ _PADDING_BYTES = 64
 
 
 class StageRun:
-  """`check_initial`, `compile`, `train`, `finish`, in this order."""
+  """`check_initial`, `compile`, `run`, in this order."""
 
   def __init__(
     self,
@@ -61,11 +66,15 @@ class StageRun:
     self._stage = stage
     self._data = data
     self._initial: Any = None
+    self._worker: Any = None
+    self._interrupts: list[Callable[[], None]] = []
     self._layout = layout_lib.of_stage(stage)
     self._whole = layout_lib.of_stage(stage, whole=True)
     self._captures = capture.CapturePrograms(self._layout)
+    # Where the snapshots lie that can be read again.
+    self._snapshots_root = spec.durable_folder or spec.folder
     self._folder = inventory.snapshots_folder(
-      spec.folder, spec.stage, spec.replica
+      self._snapshots_root, spec.stage, spec.replica
     )
     self._closing = contextlib.ExitStack()
     self._told = 0
@@ -95,19 +104,72 @@ class StageRun:
     self._link.compiling(program)
     self._injector.phase('compile')
 
-  def train(self, go: protocol.Go, began: float) -> None:
+  def run(self, began: float) -> None:
+    """Does what the agent says, from `go` to `exit`.
+
+    When all stages go back, this process stays: it ends what it does, wherever
+    it is, and begins again with another state. Its programs are still there.
+
+    Args:
+      began: when the process began to be this worker, `time.monotonic`.
+    """
+    while (command := self._link.command())['kind'] != 'exit':
+      assert command['kind'] == 'go', command
+      try:
+        self._train(protocol.Go.from_json(command['go']), began)
+        if self._finish()['kind'] == 'exit':
+          break
+      except base.MoetionError:
+        if not self._link.is_interrupted:
+          raise
+        self._link.command()
+      self._let_go()
+      self._link.send('rolled_back')
+      began = time.monotonic()
+    self._closing.close()
+
+  def _let_go(self) -> None:
+    """Ends the log, the snapshots and the state of what was trained."""
+    self._closing.close()
+    self._link.training(None)
+    self._link.compiling('nothing, until it is told from where to go on')
+    self._link.locating(None)
+    self._link.deciding(lambda value: None)
+    self._interrupts = []
+    self._worker = None
+    gc.collect()  # the state, before there is another one
+
+  def _interrupt(self) -> None:
+    """Lets whatever waits raise; in another thread."""
+    for interrupt in self._interrupts:
+      interrupt()
+
+  def _begin(self, phase: str, iteration: int) -> None:
+    """Called when the loop begins something."""
+    if self._link.is_interrupted:
+      raise link_lib.RolledBackError
+    self._injector.phase(phase, iteration)
+
+  def _train(self, go: protocol.Go, began: float) -> None:
     """Trains until the run ends or stops.
 
     Args:
       go: from where.
       began: when the process began to be this worker, `time.monotonic`.
+
+    Raises:
+      base.MoetionError: any, once `link.is_interrupted`.
     """
+    if go.generation:
+      self._spec = dataclasses.replace(self._spec, generation=go.generation)
     spec, link = self._spec, self._link
-    link.line = max(link.line, go.line)
+    link.line, self._told = go.line, 0
     log = self._log(go)
     log.start()
     self._closing.callback(log.close)
     link.locating(log)
+    self._interrupts = [lambda: log.interrupt(link_lib.RolledBackError())]
+    link.interrupting(self._interrupt)
     started = time.monotonic()
     restoring = self._conversion(go)
     state = restoring.begin()
@@ -124,7 +186,7 @@ class StageRun:
     )
     self._worker.iteration = go.start
     self._worker.verify_until = go.verify_until
-    self._worker.on_phase = self._injector.phase
+    self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(
       'resumed',
@@ -141,9 +203,14 @@ class StageRun:
         first_iteration=go.start + 1,
         snapshots=snapshots,
         conversion=restoring,
-        # Without snapshots nobody goes back: neighbours need the newest only.
-        line=lambda iteration: link.line if snapshots else iteration - 2,
+        line=lambda iteration: link.line,
+        # Nobody goes back alone: neighbours need the newest entries only.
+        entries_line=None
+        if go.keeps_entries
+        else lambda iteration: iteration - 2,
       )
+      if link.is_interrupted:
+        raise link_lib.RolledBackError
     except base.EntryMismatchError as error:
       if self._worker.iteration > go.newest:
         raise
@@ -229,7 +296,7 @@ class StageRun:
       self._captures,
       self._programs.digest,
       self._initial_state,
-      self._load,
+      self._load_merged if go.merges else self._load,
       coverage.Start(iteration=go.start, complete_at=go.complete_at),
       go.newest,
     )
@@ -244,7 +311,7 @@ class StageRun:
     of its own.
     """
     paths = inventory.find_shares(
-      self._spec.folder, self._spec.stage, iteration
+      self._snapshots_root, self._spec.stage, iteration
     )
     if not paths:
       raise base.StoreError(f'{self._folder / str(iteration)}: there is none')
@@ -258,6 +325,16 @@ class StageRun:
       )
     return snapshot_lib.merge(shares)
 
+  def _load_merged(self, iteration: int) -> snapshot_lib.Snapshot:
+    """Of all operators, each as new as there is."""
+    return partial_restore.load(
+      self._snapshots_root,
+      self._spec.stage,
+      iteration,
+      self._layout,
+      self._initial_state,
+    )
+
   def _snapshots(
     self, go: protocol.Go, log: logs.Log
   ) -> snapshotter.Snapshotter | None:
@@ -266,9 +343,14 @@ class StageRun:
     spec, number = self._spec, len(self._spec.team)
     position = spec.team.index(spec.replica)
     leaves = len(self._layout.leaves) * len(self._layout.operators)
-    store = snapshot_store.SnapshotStore(
-      self._folder, go.pool_bytes + leaves * _PADDING_BYTES, go.pool_files
+    store: Any = snapshot_store.SnapshotStore(
+      inventory.snapshots_folder(spec.folder, spec.stage, spec.replica),
+      go.pool_bytes + leaves * _PADDING_BYTES,
+      go.pool_files,
     )
+    if spec.durable_folder:
+      store = durable_store.DurableStore(store, self._folder)
+      self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(
       self._captures,
       store,
@@ -313,10 +395,13 @@ class StageRun:
       return {}
     return {conversion.DIGESTS: base.operators_to_json(self._layout.operators)}
 
-  def finish(self) -> None:
-    """Does what the agent asks for after the end, until it says `exit`."""
+  def _finish(self) -> protocol.Message:
+    """Does what the agent asks for after the end, until it says otherwise."""
     spec, link = self._spec, self._link
-    while (command := link.command())['kind'] != 'exit':
+    while True:
+      command = link.command()
+      if command['kind'] in ('exit', 'roll_back'):
+        return command
       if command['kind'] == 'hand_over':
         handover.put(
           spec.handover_folder,
@@ -340,4 +425,3 @@ class StageRun:
           command['path'], states, command['iteration'], spec.config
         )
         link.send('saved')
-    self._closing.close()

@@ -65,6 +65,7 @@ class IterationLimit:
     self._begun = 0
     self._limit: int | None = None
     self._committed = False
+    self._interrupted = False
 
   def propose(self, limit: int) -> int:
     """Takes a limit unless it is passed; the iteration begun last."""
@@ -80,6 +81,12 @@ class IterationLimit:
       self._limit, self._committed = limit, True
       self._changed.notify_all()
 
+  def interrupt(self, is_on: bool) -> None:
+    """Has `stop` say yes at once, or not any more: the worker goes back."""
+    with self._changed:
+      self._interrupted = is_on
+      self._changed.notify_all()
+
   def stop(self, done: int) -> bool:
     """Whether to end instead of beginning the next iteration; may wait.
 
@@ -90,9 +97,14 @@ class IterationLimit:
       self._begun = done
       self._changed.wait_for(
         lambda: (
-          self._committed or self._limit is None or self._begun < self._limit
+          self._interrupted
+          or self._committed
+          or self._limit is None
+          or self._begun < self._limit
         )
       )
+      if self._interrupted:
+        return True
       if self._limit is not None and self._begun >= self._limit:
         return True
       self._begun += 1

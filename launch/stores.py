@@ -24,6 +24,7 @@ class Stores:
     hosts: hosts_lib.Hosts,
     recoverer: recoverer.Recoverer,
     leader: leader.Leader,
+    durable_folder: str = '',
   ):
     """Stores the arguments.
 
@@ -33,7 +34,9 @@ class Stores:
       hosts: of the run.
       recoverer: who is told what the stores hold.
       leader: who writes what was dropped.
+      durable_folder: in which snapshots lie; '': in the hosts' stores.
     """
+    self._durable_folder = durable_folder
     self._stages = range(stages)
     self._replicas = range(replicas)
     self._hosts = hosts
@@ -46,6 +49,12 @@ class Stores:
     folder = self._hosts.store_of(stage)
     return [segment.segment_path(folder, stage, r) for r in self._replicas]
 
+  def _snapshots_of(self, stage: int) -> pathlib.Path:
+    """In which folder the snapshots of a stage's workers lie."""
+    if self._durable_folder:
+      return pathlib.Path(self._durable_folder)
+    return self._hosts.store_of(stage)
+
   def rescan(self, stages: Iterable[int] | None = None) -> frozenset[int]:
     """Looks what the stores hold of stages (None: of all).
 
@@ -53,7 +62,7 @@ class Stores:
       The stages, of all, of which a log is gone.
     """
     for stage in self._stages if stages is None else stages:
-      folder = self._hosts.store_of(stage)
+      folder = self._snapshots_of(stage)
       self._recoverer.rescan(stage, inventory.read_shares(folder, stage))
     return frozenset(
       stage
@@ -79,21 +88,38 @@ class Stores:
       for path in self.log_paths(stage)
     )
 
+  def drop_logs(self) -> None:
+    """Removes all logs: nobody writes one, and nobody may read one again."""
+    for stage in self._stages:
+      for path in self.log_paths(stage):
+        path.unlink(missing_ok=True)
+
   def forget_snapshots(self, stages: Collection[int]) -> None:
     """From the beginning: what is left would only take the room."""
     for stage in stages:
-      for path in inventory.snapshots_folders(
-        self._hosts.store_of(stage), stage
-      ):
+      for path in inventory.snapshots_folders(self._snapshots_of(stage), stage):
         shutil.rmtree(path, ignore_errors=True)
       self._recoverer.rescan(stage, ())
+
+  def forget_newer(self, iteration: int) -> None:
+    """What comes after an iteration will be otherwise; nobody writes now.
+
+    The pages stay for whoever writes here next.
+    """
+    for stage in self._stages:
+      root = self._snapshots_of(stage)
+      for folder in inventory.snapshots_folders(root, stage):
+        for newer, path in snapshot_file.list_snapshots(folder).items():
+          if newer > iteration:
+            (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
+    self.rescan()
 
   def orphan(self, stage: int, team: Collection[int]) -> None:
     """Nobody writes the snapshots of a stage's other replicas any more.
 
     What is committed stays until `retain_orphans`; room for more is given back.
     """
-    folder = self._hosts.store_of(stage)
+    folder = self._snapshots_of(stage)
     written = {inventory.snapshots_folder(folder, stage, r) for r in team}
     self._orphans -= written
     for path in inventory.snapshots_folders(folder, stage):

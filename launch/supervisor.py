@@ -17,6 +17,7 @@ import time
 from launch import (
   agent_settings,
   crew as crew_lib,
+  durable,
   fault_book,
   final_state,
   host_store,
@@ -26,6 +27,7 @@ from launch import (
   processes,
   protocol,
   recoverer,
+  rollback,
   settings,
   signals,
   stopper,
@@ -40,6 +42,8 @@ from moetion_jax import base, faults, hostmem, recovery, report
 _GRACE_SECONDS = 10.0
 # So long a worker may wait until the line has freed a snapshot.
 _FULL_SECONDS = 1.0
+# What a worker says of what it did before it stopped, to go back.
+_PAST = ('report', 'stored', 'resumed', 'caught_up', 'done', 'handed_over')
 
 
 class Agent:
@@ -99,6 +103,7 @@ class Agent:
       self._hosts,
       self._recoverer,
       self._leader,
+      durable.folder_of(where, str(folder.path)),
     )
     self._stopper = stopper.Stopper(
       config.train.iterations, lambda: self._crew.workers
@@ -111,6 +116,13 @@ class Agent:
       self._recoverer,
       self._stores,
       self._leader,
+    )
+    self._rollback = rollback.Rollback(
+      config.train.stages,
+      self._crew,
+      self._recoverer,
+      self._stores,
+      lambda new: new.open_log(self._log_file(new)),
     )
     self._final = final_state.FinalState(folder.checkpoint)
     self._done: dict[tuple[int, int], int] = {}
@@ -180,6 +192,7 @@ class Agent:
       cores=(),
       compilation_cache_dir=self._where.compilation_cache_dir,
       folder=str(self._store.path),
+      durable_folder=durable.folder_of(self._where, str(self._folder.path)),
       handover_folder=str(self._store.path),
       host='',
       secret=self._hosts.secret,
@@ -249,6 +262,11 @@ class Agent:
     if not plan.start:
       lost = frozenset(plan.stages)
       self._stores.forget_snapshots(plan.stages)
+    if not self._where.captures.rules.is_local:
+      lost = frozenset(plan.stages)
+      self._stores.drop_logs()
+    if not self._where.captures.rules.is_exact and self._leader.last_line:
+      self._forget_after(plan)
     for worker in self._crew.workers:
       worker.open_log(self._log_file(worker))
       self._let_go(worker, plan, is_fresh=worker.stage in lost)
@@ -270,12 +288,13 @@ class Agent:
       locations = self._hosts.locations(self._crew.workers)
       worker.send('locations', locations=locations)
     # From here on it is one that replays, though it has not said so.
-    worker.iteration = plan.first_iteration
+    worker.iteration, worker.is_idle = plan.first_iteration, False
     go = self._recoverer.go(
       worker.stage,
       plan,
       is_fresh=is_fresh,
       workers=len(self._crew.team(worker.stage)),
+      generation=worker.generation,
     )
     worker.send('go', go=go.to_json())
 
@@ -314,9 +333,13 @@ class Agent:
       what += '; with --policy=none there is nothing to recover from'
       raise processes.WorkerError(worker.stage, worker.iteration, what)
     try:
-      plan = self._recover(
-        worker, what, lost, self._teams.without(worker, what)
-      )
+      team = self._teams.without(worker, what)
+      if not self._where.captures.rules.is_local:
+        self._leader.view.note(f'{error}; all stages go back together.')
+        self._rollback.begin(worker, what, team)
+        self._go_back_together()
+        return
+      plan = self._recover(worker, what, lost, team)
     except base.MoetionError as why:
       raise processes.WorkerError(
         worker.stage, worker.iteration, str(why)
@@ -397,6 +420,33 @@ class Agent:
     self._write_workers()
     return plan
 
+  def _go_back_together(self) -> None:
+    """Lets all stages begin again, if everybody has stopped."""
+    plan = self._rollback.finish(self._leader.iteration)
+    self._write_workers()
+    if plan is None:
+      return
+    self._done.clear()
+    for stage in plan.stages:
+      self._final.forget(stage)
+    if not self._where.captures.rules.is_exact:
+      self._forget_after(plan)
+    for worker in self._crew.workers:
+      self._let_go(worker, plan, is_fresh=True)
+      self._stopper.tell([worker])
+
+  def _forget_after(self, plan: recovery.RecoveryPlan) -> None:
+    """What comes after a plan's start will not be what it was."""
+    self._stores.forget_newer(plan.start)
+    self._recoverer.lose(plan)
+    self._leader.roll_back(plan.start)
+
+  def _on_rolled_back(self, worker, message: protocol.Message) -> None:
+    del message
+    worker.rolled_back()
+    if self._result is None:
+      self._go_back_together()
+
   def _grow(self) -> None:
     """Gives shrunk stages their workers back, when it is time."""
     everybody = tuple(range(self._config.train.replicas))
@@ -412,6 +462,8 @@ class Agent:
   ) -> None:
     """Reacts to one message of a worker or the standby."""
     worker.heard_at = time.monotonic()
+    if worker.is_going_back and message['kind'] in _PAST:
+      return
     getattr(self, f'_on_{message["kind"]}')(worker, message)
 
   def _on_warm(self, worker, message: protocol.Message) -> None:

@@ -11,7 +11,7 @@ import json
 from absl import flags
 
 from launch import agent, agent_settings, capture_plan, command, settings
-from moetion_jax import base, faults, slots
+from moetion_jax import base, faults, policies, slots
 
 _PRESET = flags.DEFINE_string('preset', 'tiny', 'Shape of the model.')
 _MODEL = flags.DEFINE_multi_string(
@@ -85,6 +85,24 @@ _HOSTMEM_DIR = flags.DEFINE_string(
 )
 _POLICY = flags.DEFINE_enum(
   'policy', 'sparse', capture_plan.POLICIES, 'What is captured; none: nothing.'
+)
+_INTERVAL = flags.DEFINE_integer(
+  'interval', 0, 'Iterations between whole snapshots; 0: as measured.'
+)
+_DURABLE_DIR = flags.DEFINE_string(
+  'durable_dir', '', "For snapshots on disk (two_phase); '': in the workdir."
+)
+_OVERHEAD_BUDGET = flags.DEFINE_float(
+  'overhead_budget', policies.OVERHEAD_BUDGET, 'Of two_phase, share of time.'
+)
+_PARTIAL_EXPERTS = flags.DEFINE_integer(
+  'partial_experts', 1, 'Of each layer that a snapshot of partial holds.'
+)
+_PARTIAL_SELECT = flags.DEFINE_enum(
+  'partial_select', policies.SELECTIONS[0], policies.SELECTIONS, 'Which ones.'
+)
+_PLT_BUDGET = flags.DEFINE_float(
+  'plt_budget', policies.PLT_BUDGET, 'Of lost tokens, until more are held.'
 )
 _WINDOW_LENGTH = flags.DEFINE_integer(
   'window_length', 0, 'Iterations that capture everything; 0: as measured.'
@@ -203,6 +221,11 @@ def main(argv: list[str]) -> int:
     overlap_target=_OVERLAP_TARGET.value,
     keep_windows=_KEEP_WINDOWS.value,
     log_iterations=_LOG_ITERATIONS.value,
+    interval=_INTERVAL.value,
+    overhead_budget=_OVERHEAD_BUDGET.value,
+    partial_experts=_PARTIAL_EXPERTS.value,
+    partial_select=_PARTIAL_SELECT.value,
+    plt_budget=_PLT_BUDGET.value,
   )
   if _DRY_RUN.value:
     from launch import dry_run  # imports JAX, which an agent must not
@@ -221,6 +244,7 @@ def main(argv: list[str]) -> int:
       fresh=_FRESH.value,
       hostmem_dir=_HOSTMEM_DIR.value,
       captures=captures,
+      durable_dir=_DURABLE_DIR.value,
       max_failures=_MAX_FAILURES.value,
       hang_timeout_seconds=_HANG_TIMEOUT.value,
       standby=_STANDBY.value,

@@ -167,10 +167,7 @@ def _work(
   run.compile(loaded or lowered)
   gc.freeze()  # what was made so far stays: the collector need not visit it
   gc.enable()
-  command = link.command()
-  assert command['kind'] == 'go', command
-  run.train(protocol.Go.from_json(command['go']), began)
-  run.finish()
+  run.run(began)
 
 
 def main() -> int:

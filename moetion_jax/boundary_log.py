@@ -128,6 +128,10 @@ class BoundaryLog:
     self._index.close()
     self._bell.close()
 
+  def interrupt(self, error: base.MoetionError) -> None:
+    """See `logs.Log`."""
+    self._fail(error)
+
   @property
   def waiting_for(self) -> base.EntryKey | None:
     """The entry that `read` waits for at this moment, or None."""

@@ -40,6 +40,11 @@ class JoinedLog:
     for log in self._logs.values():
       log.close()
 
+  def interrupt(self, error: base.MoetionError) -> None:
+    """See `logs.Log`."""
+    for log in self._all():
+      log.interrupt(error)
+
   @property
   def waiting_for(self) -> base.EntryKey | None:
     """See `logs.Log`."""

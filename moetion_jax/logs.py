@@ -47,6 +47,10 @@ class Log(Protocol):
     """Ends it; drops what `flush` would have waited for. Idempotent."""
     ...
 
+  def interrupt(self, error: base.MoetionError) -> None:
+    """Lets every call, also those that wait, raise `error`. Any thread."""
+    ...
+
   def publish(self, key: base.EntryKey, array: jax.Array | np.ndarray) -> None:
     """Publishes an entry of this worker, soon after this returns.
 

@@ -50,7 +50,7 @@ class MemoryLog:
     self._compare = compare
     self._on_wait = on_wait or (lambda key: None)
     self._waiting_for: base.EntryKey | None = None
-    self._closed = False
+    self._error: base.MoetionError | None = None
 
   @property
   def waiting_for(self) -> base.EntryKey | None:
@@ -62,8 +62,12 @@ class MemoryLog:
 
   def close(self) -> None:
     """Lets reads that wait raise; the entries stay in the store."""
+    self.interrupt(base.StoreError('the log is closed'))
+
+  def interrupt(self, error: base.MoetionError) -> None:
+    """See `logs.Log`."""
     with self._store.changed:
-      self._closed = True
+      self._error = self._error or error
       self._store.changed.notify_all()
 
   def publish(self, key: base.EntryKey, array: jax.Array | np.ndarray) -> None:
@@ -100,7 +104,7 @@ class MemoryLog:
         self._on_wait(key)
         try:
           self._store.changed.wait_for(
-            lambda: key in self._store.entries or self._closed, timeout_seconds
+            lambda: key in self._store.entries or self._error, timeout_seconds
           )
         finally:
           self._waiting_for = None
@@ -141,5 +145,5 @@ class MemoryLog:
     """Nothing to do: entries are there when `publish` returns."""
 
   def _check(self) -> None:
-    if self._closed:
-      raise base.StoreError('the log is closed')
+    if self._error:
+      raise self._error

@@ -21,6 +21,8 @@ from moetion_jax import base
 
 ORDERS = ('static', 'count', 'soft_count', 'time_decayed', 'capacity_aware')
 MODES = ('rolling', 'aligned')
+# Snapshots without compute weights: what is missing is taken from older ones.
+PARTIAL = 'partial'
 
 Rates = Mapping[base.OperatorId, float]
 Bytes = Mapping[base.OperatorId, int]
@@ -236,11 +238,13 @@ class Decision:
   Attributes:
     first_iteration: from which it holds; its snapshot is that of slot 0.
     window_length: number of slots.
-    mode: one of MODES.
+    mode: one of MODES, or PARTIAL.
     every: a snapshot each so many iterations. More than 1 only with a window
       of 1: a frozen operator needs its compute weights of *every* replayed
       iteration, so snapshots with gaps must each be whole.
-    slots: disjoint, together all operators of the stage.
+    slots: disjoint, together all operators of the stage; in a PARTIAL one
+      those that the next snapshots hold beside what `always` names.
+    always: operators whose training state every snapshot holds.
   """
 
   first_iteration: int
@@ -248,9 +252,10 @@ class Decision:
   mode: str
   every: int = 1
   slots: Slots
+  always: frozenset[base.OperatorId] = frozenset()
 
   def __post_init__(self) -> None:
-    check_known('window_mode', self.mode, MODES)
+    check_known('window_mode', self.mode, (*MODES, PARTIAL))
     if self.first_iteration < 0:
       raise ValueError(f'first_iteration={self.first_iteration} is negative')
     if self.window_length < 1 or self.window_length != len(self.slots):
@@ -281,6 +286,8 @@ class Decision:
     index = self.slot_index(iteration)
     if index is None:
       return None
+    if self.mode == PARTIAL:
+      return self.slots[index] | self.always, frozenset()
     others = list(self.slots[index + 1 :])
     if self.mode == 'rolling':
       others += self.slots[:index]
@@ -289,7 +296,8 @@ class Decision:
   def to_json(self) -> dict[str, Any]:
     """The decision in plain JSON values; `from_json` is the exact inverse."""
     slots = [base.operators_to_json(s) for s in self.slots]
-    return vars(self) | {'slots': slots}
+    always = base.operators_to_json(self.always)
+    return vars(self) | {'slots': slots, 'always': always}
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> Decision:
@@ -297,7 +305,8 @@ class Decision:
     if value.keys() != {f.name for f in dataclasses.fields(cls)}:
       raise ValueError(f'no decision has the fields {sorted(value)}')
     slots = tuple(base.operators_from_json(s) for s in value['slots'])
-    return cls(**{**value, 'slots': slots})
+    always = base.operators_from_json(value['always'])
+    return cls(**{**value, 'slots': slots, 'always': always})
 
 
 def active(decisions: Iterable[Decision], iteration: int) -> Decision:

@@ -161,6 +161,8 @@ class Snapshotter:
     """Lets go of snapshots of earlier iterations. Any thread."""
     with self._changed:
       self._first_iteration = max(self._first_iteration, first_iteration)
+      held = [d for d in self._decisions if d.first_iteration < first_iteration]
+      self._decisions = self._decisions[max(0, len(held) - 1) :]
       self._changed.notify_all()
 
   def distrust(self, iteration: int) -> None:

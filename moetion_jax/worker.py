@@ -111,6 +111,7 @@ class Worker:
     snapshots: snapshotter_lib.Snapshotter | None = None,
     conversion: conversion_lib.Conversion | None = None,
     line: Callable[[int], int] = lambda iteration: iteration - 1,
+    entries_line: Callable[[int], int] | None = None,
   ) -> int:
     """Trains from `first_iteration` to the last one.
 
@@ -125,6 +126,8 @@ class Worker:
       conversion: that the current, partial state began; None: it is whole.
       line: called after every iteration; what is older than the iteration it
         returns may be let go of.
+      entries_line: the same for entries of the log, where those are let go of
+        earlier than snapshots.
 
     Returns:
       The last iteration that was done.
@@ -137,13 +140,28 @@ class Worker:
     self._idle.start()
     try:
       return self._train(
-        config, report, stop, first_iteration, snapshots, conversion, line
+        config,
+        report,
+        stop,
+        first_iteration,
+        snapshots,
+        conversion,
+        line,
+        entries_line or line,
       )
     finally:
       self._idle.close()
 
   def _train(
-    self, config, report, stop, first_iteration, snapshots, conversion, line
+    self,
+    config,
+    report,
+    stop,
+    first_iteration,
+    snapshots,
+    conversion,
+    line,
+    entries_line,
   ) -> int:
     pending: Callable[[], Report] | None = None
     iteration = first_iteration - 1
@@ -179,10 +197,9 @@ class Worker:
         if conversion and iteration in conversion.damaged:
           snapshots.distrust(iteration)
         taken = self._capture(snapshots, iteration, digests, verdict)
-      kept = line(iteration)
-      self.log.retain(kept + 1)
+      self.log.retain(entries_line(iteration) + 1)
       if snapshots:
-        snapshots.retain(kept)
+        snapshots.retain(line(iteration))
       pending = functools.partial(
         self._report,
         iteration=iteration,

@@ -316,6 +316,16 @@ def test_close_ends_a_read_that_waits(pair):
       call()
 
 
+def test_an_interrupted_log_raises_what_it_was_told(pair):
+  reading = _Reading(pair.logs[1], _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  reason = base.MoetionError('the stages go back')
+  pair.logs[1].interrupt(reason)
+  assert reading.get() is reason
+  with pytest.raises(base.MoetionError, match='go back'):
+    pair.logs[1].publish(_key(1, stage=1), jnp.ones(1))
+
+
 # --- The shared log ----------------------------------------------------------
 
 

@@ -24,7 +24,17 @@ def _settings(**fields):
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [
-    ({'policy': 'dense'}, '--policy=dense: known are sparse, none'),
+    ({'policy': 'gemini'}, '--policy=gemini: known are sparse, dense'),
+    ({'interval': 2}, '--interval=2: means nothing with --policy=sparse'),
+    ({'policy': 'dense', 'interval': -1}, '--interval=-1: must be at least 0'),
+    (
+      {'policy': 'dense', 'window_length': 2},
+      '--window_length=2: is of --policy=sparse',
+    ),
+    ({'partial_experts': 0}, '--partial_experts=0: must be at least 1'),
+    ({'partial_select': 'all'}, '--partial_select=all: known are sequential'),
+    ({'overhead_budget': 0.0}, '--overhead_budget=0.0: must be in (0, 1]'),
+    ({'plt_budget': 1.5}, '--plt_budget=1.5: must be in (0, 1]'),
     ({'order': 'random'}, '--order=random: known are static, count'),
     ({'window_mode': 'free'}, '--window_mode=free: known are rolling, aligned'),
     ({'window_length': -1}, '--window_length=-1: must be at least 0'),

@@ -55,6 +55,25 @@ def test_digest_is_of_all_stages_and_of_no_order():
   assert metrics.make_line([one, _report(1, seed=3)], 64)['digest'] != whole
 
 
+def test_lines_that_are_done_otherwise_are_cut(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  with metrics.MetricsFile(str(path)) as f:
+    for iteration in range(1, 6):
+      f.write(_line(iteration))
+    f.cut(3)
+    assert f.last_iteration == 3
+    f.write(_line(3))  # is compared still
+    f.write(_line(4, loss=9.0))
+    f.cut(7)  # there is nothing
+  lines = [json.loads(x) for x in path.read_text().splitlines()]
+  assert [(x['iteration'], x['loss']) for x in lines] == [
+    (1, 1.5), (2, 1.5), (3, 1.5), (4, 9.0),
+  ]  # fmt: skip
+  with metrics.MetricsFile(str(path)) as f:
+    f.cut(0)
+  assert not path.read_bytes()
+
+
 def test_lines_are_written_once_and_compared_after(tmp_path):
   path = str(tmp_path / 'metrics.jsonl')
   with metrics.MetricsFile(path) as f:

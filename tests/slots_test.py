@@ -566,7 +566,24 @@ def test_json_by_hand():
     'mode': 'aligned',
     'every': 1,
     'slots': [[['a', 0], ['a', 1], ['e', -1]], []],
+    'always': [],
   }
+
+
+def test_a_partial_one_holds_some_and_always_the_same():
+  decision = slots.Decision(
+    first_iteration=4,
+    window_length=1,
+    mode=slots.PARTIAL,
+    every=2,
+    slots=_slots('a0'),
+    always=_slots('e')[0],
+  )
+  assert decision.captured(5) is None
+  assert decision.captured(6) == (_slots('a0 e')[0], frozenset())
+  value = json.loads(json.dumps(decision.to_json()))
+  assert value['always'] == [['e', -1]]
+  assert slots.Decision.from_json(value) == decision
 
 
 @hypothesis.settings(deadline=None)

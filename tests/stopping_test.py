@@ -64,3 +64,20 @@ def test_at_a_proposed_limit_it_waits(commits):
     limit.propose(4)
   thread.join(10)
   assert answers == [commits]
+
+
+def test_who_goes_back_waits_at_no_limit():
+  limit = stopping.IterationLimit()
+  limit.propose(1)
+  assert not limit.stop(0)
+  answers = []
+  thread = threading.Thread(target=lambda: answers.append(limit.stop(1)))
+  thread.start()
+  thread.join(0.05)
+  assert not answers
+  limit.interrupt(True)
+  thread.join(10)
+  assert answers == [True]
+  assert limit.stop(0)  # until it has gone back
+  limit.interrupt(False)
+  assert not limit.stop(0)

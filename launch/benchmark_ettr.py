@@ -1,0 +1,220 @@
+"""Effective training time under failures: `launch.benchmark ettr`.
+
+Real runs of `launch.train` under each policy, whose workers are killed at the
+same moments: a Poisson process in iterations, drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch import benchmark_runs, summary
+from launch.benchmark_pipeline import Row
+
+POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
+MTBF_ITERATIONS = (100, 50, 25)
+_BASE = 'none'
+# Before they end nothing counts: programs are warm, intervals are chosen.
+_WARM_UP_ITERATIONS = 20
+_MAX_FAILURES = 10_000
+_GOAL = 'the highest of all exact policies'
+
+# By (policy, MTBF in iterations; 0 for no failures), of every round.
+Outcomes = Mapping[tuple[str, int], Sequence[benchmark_runs.Outcome]]
+
+
+def effective_training_time_ratio(
+  undisturbed_seconds: float, seconds: float
+) -> float:
+  """ETTR: the definition that all our figures have.
+
+  Args:
+    undisturbed_seconds: that a run without checkpoints and failures takes for
+      some iterations.
+    seconds: that the measured run takes until it has done the same iterations,
+      with everything: checkpoints, failures, recoveries, work done again.
+  """
+  return undisturbed_seconds / seconds
+
+
+def measure(
+  flags: Sequence[str],
+  *,
+  iterations: int,
+  mtbfs: Sequence[int],
+  policies: Sequence[str],
+  rounds: int,
+  seed: int,
+  stages: int,
+  hostmem_dir: str,
+) -> dict[tuple[str, int], list[benchmark_runs.Outcome]]:
+  """Runs all: in every round each policy after the other (A B A B).
+
+  Args:
+    flags: of every run.
+    iterations: of every run.
+    mtbfs: mean iterations between failures.
+    policies: to compare.
+    rounds: each with other moments of failure.
+    seed: of those moments.
+    stages: of every run.
+    hostmem_dir: in tmpfs.
+  """
+  outcomes: dict[tuple[str, int], list[benchmark_runs.Outcome]] = {}
+  common = [
+    *flags,
+    f'--stages={stages}',
+    f'--iterations={iterations}',
+    '--eval_every=0',
+    f'--max_failures={_MAX_FAILURES}',
+  ]
+  for number in range(rounds):
+    cases = [(_BASE, 0), *itertools.product(policies, (0, *mtbfs))]
+    for policy, mtbf in cases:
+      script = []
+      if mtbf:
+        script = benchmark_runs.draw_failures(
+          seed + number, mtbf, _WARM_UP_ITERATIONS, iterations - 1, stages
+        )
+      print(
+        f'round {number + 1}: {policy}, {len(script)} failure(s)', flush=True
+      )
+      outcome = benchmark_runs.train(
+        [*common, f'--policy={policy}', *(f'--fail={x}' for x in script)],
+        hostmem_dir,
+      )
+      outcomes.setdefault((policy, mtbf), []).append(outcome)
+  return outcomes
+
+
+def rows(outcomes: Outcomes) -> list[Row]:
+  """The table."""
+  bases = outcomes[_BASE, 0]
+  found: list[Row] = []
+  for (policy, mtbf), runs in outcomes.items():
+    if policy == _BASE:
+      continue
+    ratios = [_ratio(base, run) for base, run in zip(bases, runs, strict=True)]
+    if not mtbf:
+      overheads = [100 * (1 / ratio - 1) for ratio in ratios]
+      found.append((f'{policy}, overhead, %', summary.summarize(overheads), ''))
+      continue
+    name = f'MTBF {mtbf}, {policy}'
+    goal = _GOAL if policy == 'sparse' else ''
+    found.append((f'{name}, ETTR', summary.summarize(ratios), goal))
+    samples = _samples(bases, runs)
+    found += [
+      (f'{name}, {what}', summary.summarize(values), '')
+      for what, values in samples.items()
+      if values
+    ]
+  return found
+
+
+def _samples(
+  bases: Sequence[benchmark_runs.Outcome],
+  runs: Sequence[benchmark_runs.Outcome],
+) -> dict[str, list[float]]:
+  """What the runs of one policy came to, by name."""
+  found: dict[str, list[float]] = {}
+  for base, run in zip(bases, runs, strict=True):
+    recovered = benchmark_runs.recoveries(run.events)
+    one = {
+      'failures': [float(len(run.of_kind('failure')))],
+      'recovery, s': [r.seconds for r in recovered],
+      'iterations done again': [
+        float(r.replayed_iterations) for r in recovered
+      ],
+      'lost tokens, %': [
+        100 * event['plt'] for event in run.of_kind('rolled_back')[-1:]
+      ],
+      'final loss against undisturbed': [
+        run.lines[-1]['loss'] - base.lines[-1]['loss']
+      ],
+    }
+    for name, values in one.items():
+      found.setdefault(name, []).extend(values)
+  return found
+
+
+def _ratio(base: benchmark_runs.Outcome, run: benchmark_runs.Outcome) -> float:
+  last = base.lines[-1]['iteration']
+  return effective_training_time_ratio(
+    base.seconds(_WARM_UP_ITERATIONS, last),
+    run.seconds(_WARM_UP_ITERATIONS, last),
+  )
+
+
+def details(outcomes: Outcomes) -> list[dict[str, Any]]:
+  """Every run, for the JSON file."""
+  bases = outcomes[_BASE, 0]
+  found = []
+  for (policy, mtbf), runs in outcomes.items():
+    for number, run in enumerate(runs):
+      base = bases[number]
+      rolled_back = run.of_kind('rolled_back')
+      found.append(
+        {
+          'policy': policy,
+          'mtbf_iterations': mtbf,
+          'round': number,
+          'ettr': _ratio(base, run),
+          'failures': len(run.of_kind('failure')),
+          'recoveries': [
+            vars(r) for r in benchmark_runs.recoveries(run.events)
+          ],
+          'lost_tokens': sum(e['lost_tokens'] for e in rolled_back),
+          'plt': rolled_back[-1]['plt'] if rolled_back else 0.0,
+          'intervals': [
+            {
+              k: e.get(k)
+              for k in ('kind', 'interval', 'window_length', 'every')
+            }
+            for e in run.events
+            if e['kind'] in ('interval', 'window')
+          ],
+          'is_bit_equal': [x['digest'] for x in run.lines]
+          == [x['digest'] for x in base.lines],
+          'loss': run.lines[-1]['loss'],
+          'snapshot_bytes': sum(x['snapshot_bytes'] for x in run.lines),
+          'blocked_seconds': sum(x['blocked_seconds'] for x in run.lines),
+          'iteration_seconds': statistics.median(
+            x['seconds'] for x in run.lines
+          ),
+          'progress': run.progress,
+        }
+      )
+  return found
+
+
+def plot(outcomes: Outcomes, path: str | os.PathLike[str]) -> None:
+  """Iterations done over time, one panel an MTBF, of the first round."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  mtbfs = sorted({mtbf for _, mtbf in outcomes if mtbf}, reverse=True)
+  figure, axes = pyplot.subplots(
+    1, len(mtbfs), figsize=(5 * len(mtbfs), 4), squeeze=False, sharey=True
+  )
+  for axis, mtbf in zip(axes[0], mtbfs, strict=True):
+    for (policy, of_mtbf), runs in outcomes.items():
+      if of_mtbf != mtbf and policy != _BASE:
+        continue
+      progress = runs[0].progress
+      begin = next(s for s, i in progress if i >= _WARM_UP_ITERATIONS)
+      points = [(s - begin, i) for s, i in progress if s >= begin]
+      label = 'undisturbed' if policy == _BASE else policy
+      axis.step(*zip(*points, strict=True), where='post', label=label)
+    axis.set_title(f'MTBF {mtbf} iterations')
+    axis.set_xlabel('seconds')
+  axes[0][0].set_ylabel('iterations done')
+  axes[0][0].legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)

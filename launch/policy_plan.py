@@ -1,0 +1,252 @@
+"""What is captured when, by policy: one interface for all of them.
+
+`make` gives the planner of a run. Those of the baselines are here; the one of
+sparse snapshots is `capture_plan.CapturePlanner`. Pure, but for what they
+remember: reports go in, decisions come out. No JAX here: the agent uses this
+module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Protocol
+
+from launch import capture_plan, capture_settings, partial_plan
+from moetion_jax import policies, report, slots
+
+_NOTICE = capture_plan.NOTICE_ITERATIONS
+# Iterations between snapshots until something is measured. Before the first one
+# there are so many without any.
+_FIRST_INTERVAL = 6
+_WARM_UP_ITERATIONS = 12
+_MEASURED_ITERATIONS = 9
+# Data files beyond the snapshots that are kept: the one that is written, and
+# two until everybody was told what may go.
+_SPARE_FILES = 3
+# Of 'two_phase', in memory: what is being persisted, and the next one.
+_MEMORY_FILES = 2
+# After so many late snapshots among so many iterations the interval grows.
+_LATE = 3
+_LATE_AMONG = 20
+_GROWTH = 1.25
+
+
+class Planner(Protocol):
+  """The leader's decisions, for all stages alike."""
+
+  @property
+  def lag_iterations(self) -> int:
+    """By how much the recovery line lags behind the newest snapshot."""
+    ...
+
+  def decisions(self, first_iteration: int) -> tuple[slots.Decision, ...]:
+    """What every stage captures from an iteration on, until a `Change`."""
+    ...
+
+  def pools(self, workers: int | None = None) -> list[capture_plan.PoolSize]:
+    """Room for the snapshots of every stage.
+
+    Args:
+      workers: of a stage, that share them; None: all replicas do.
+    """
+    ...
+
+  def add(self, reports: Sequence[report.Report]) -> capture_plan.Change | None:
+    """Takes an iteration in: reports of all stages; says what changes."""
+    ...
+
+
+def make(
+  settings: capture_settings.CaptureSettings,
+  stages: Sequence[capture_plan.StageSizes],
+  platform: str,
+  capacity: float | None = None,
+  replicas: int = 1,
+) -> Planner:
+  """The planner of a run; arguments as of `capture_plan.CapturePlanner`."""
+  if settings.rules.is_whole:
+    return WholePlanner(settings, stages, platform, replicas)
+  if not settings.rules.is_exact:
+    return partial_plan.PartialPlanner(settings, stages, platform, replicas)
+  return capture_plan.CapturePlanner(
+    settings, stages, platform, capacity, replicas
+  )
+
+
+class WholePlanner:
+  """Whole snapshots at an interval: 'dense' and 'two_phase'.
+
+  Attributes:
+    interval: iterations between snapshots, in force or soon to be.
+  """
+
+  def __init__(
+    self,
+    settings: capture_settings.CaptureSettings,
+    stages: Sequence[capture_plan.StageSizes],
+    platform: str,
+    replicas: int = 1,
+  ):
+    """Stores the arguments; see `make`."""
+    self.interval = settings.interval or _FIRST_INTERVAL
+    self._settings = settings
+    self._stages = stages
+    self._replicas = replicas
+    self._target = capture_plan.overlap_target(settings, platform)
+    self._first_iteration = 0  # of the last decision
+    self._has_chosen = False
+    self._seconds: collections.deque[float] = collections.deque(
+      maxlen=_MEASURED_ITERATIONS
+    )
+    self._measured_iterations = 0
+    self._since_snapshot_seconds = math.inf
+    self._late: collections.deque[bool] = collections.deque(maxlen=_LATE_AMONG)
+    self._tuner = policies.TwoPhaseTuner(
+      overhead_budget=settings.overhead_budget, interval=self.interval
+    )
+
+  @property
+  def lag_iterations(self) -> int:
+    """See `Planner`."""
+    return self.interval * (self._settings.keep_windows - 1)
+
+  def decisions(self, first_iteration: int) -> tuple[slots.Decision, ...]:
+    """See `Planner`."""
+    self._first_iteration = first_iteration
+    return tuple(
+      slots.Decision(
+        first_iteration=first_iteration,
+        window_length=1,
+        mode=slots.MODES[0],
+        every=self.interval,
+        slots=(frozenset(stage.state_bytes),),
+      )
+      for stage in self._stages
+    )
+
+  def pools(self, workers: int | None = None) -> list[capture_plan.PoolSize]:
+    """See `Planner`."""
+    files = self._settings.keep_windows + _SPARE_FILES
+    if self._settings.rules.is_durable:
+      files = _MEMORY_FILES
+    return [
+      capture_plan.PoolSize(files=files, size_bytes=size)
+      for size in self._worker_bytes(workers or self._replicas)
+    ]
+
+  def _worker_bytes(self, workers: int) -> list[int]:
+    """By stage, what the worker with most of the state has of it."""
+    return [
+      max(stage.in_order('static', {}, workers).snapshot_bytes(1, 'rolling'))
+      for stage in self._stages
+    ]
+
+  def add(self, reports: Sequence[report.Report]) -> capture_plan.Change | None:
+    """See `Planner`."""
+    iteration = reports[0].iteration
+    seconds = max(r.seconds for r in reports)
+    takes_snapshot = any(r.snapshot_bytes for r in reports)
+    durable_seconds = self._durable_seconds(reports)
+    self._seconds.append(seconds)
+    self._measured_iterations += 1
+    self._late.append(
+      any(
+        r.blocked_seconds > capture_plan.LATE_SHARE * r.seconds for r in reports
+      )
+    )
+    self._tuner = policies.observe(
+      self._tuner,
+      seconds,
+      takes_snapshot=takes_snapshot,
+      is_disturbed=self._since_snapshot_seconds <= durable_seconds,
+      durable_seconds=durable_seconds if durable_seconds < math.inf else 0.0,
+    )
+    self._since_snapshot_seconds += seconds
+    if takes_snapshot:
+      self._since_snapshot_seconds = seconds
+    if (
+      self._settings.interval
+      or self._measured_iterations < _WARM_UP_ITERATIONS
+      or iteration < self._first_iteration
+      or durable_seconds == math.inf
+    ):
+      return None
+    if self._settings.rules.is_durable:
+      return self._tuned(iteration)
+    return self._chosen(iteration, reports)
+
+  def _durable_seconds(self, reports: Sequence[report.Report]) -> float:
+    """How long a snapshot takes, as measured; inf while that is not known."""
+    pairs = zip(reports, self._worker_bytes(self._replicas), strict=True)
+    return max(
+      size / r.copy_bytes_per_second if r.copy_bytes_per_second else math.inf
+      for r, size in pairs
+    )
+
+  def _chosen(
+    self, iteration: int, reports: Sequence[report.Report]
+  ) -> capture_plan.Change | None:
+    """Of `dense`: once from what is measured, longer when copies are late."""
+    if not self._has_chosen:
+      self._has_chosen = True
+      seconds = statistics.median(self._seconds)
+      interval = max(
+        policies.dense_interval(
+          state_bytes=size,
+          bandwidth_bytes_per_second=r.copy_bytes_per_second,
+          iteration_seconds=seconds,
+          overlap_target=self._target,
+        )
+        for r, size in zip(
+          reports, self._worker_bytes(self._replicas), strict=True
+        )
+      )
+      copy_seconds = self._durable_seconds(reports)
+      reason = (
+        f'a copy takes {copy_seconds:.3g} s and may take {self._target:g} of '
+        f'iterations of {seconds:.3g} s'
+      )
+      return self._change(iteration, interval, reason)
+    if sum(self._late) < _LATE:
+      return None
+    interval = math.ceil(self.interval * _GROWTH)
+    return self._change(iteration, interval, 'copies ran late')
+
+  def _tuned(self, iteration: int) -> capture_plan.Change | None:
+    """Of 'two_phase': whatever the measured overhead asks for."""
+    costs = self._tuner.costs
+    self._tuner = policies.tune(self._tuner)
+    if costs is None or self._tuner.interval == self.interval:
+      return None
+    reason = (
+      f'a checkpoint costs {costs.overhead_seconds:.3g} s and is on disk after '
+      f'{costs.durable_seconds:.3g} s; it may cost '
+      f'{self._tuner.overhead_budget:g} of iterations of '
+      f'{costs.iteration_seconds:.3g} s'
+    )
+    return self._change(iteration, self._tuner.interval, reason)
+
+  def _change(
+    self, iteration: int, interval: int, reason: str
+  ) -> capture_plan.Change | None:
+    """Goes over to an interval, if it is another one."""
+    self._late.clear()
+    if interval == self.interval:
+      return None
+    # With the first snapshot that nobody has begun: no other one is put in.
+    first_iteration = iteration + _NOTICE
+    passed = first_iteration - self._first_iteration
+    first_iteration += -passed % self.interval
+    self.interval = interval
+    return capture_plan.Change(
+      kind='interval',
+      fields={
+        'first_iteration': first_iteration,
+        'interval': interval,
+        'reason': reason,
+      },
+      decisions=self.decisions(first_iteration),
+    )

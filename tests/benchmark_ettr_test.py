@@ -1,0 +1,153 @@
+"""What the benchmarks of whole runs make of what runs leave behind."""
+
+import itertools
+
+import pytest
+
+from launch import benchmark_accuracy, benchmark_ettr, benchmark_runs
+
+pytestmark = pytest.mark.fast
+
+
+def _run(moments, events=(), losses=None, eval_every=0):
+  """A run that wrote iteration i at the i-th moment, in seconds."""
+  lines = [
+    {
+      'iteration': i,
+      'loss': 1.0,
+      'loss_hex': '0x1',
+      'digest': 'd' if losses is None else losses[i - 1],
+      'seconds': 1.0,
+      'snapshot_bytes': 3,
+      'blocked_seconds': 0.5,
+    }
+    | ({'eval_loss': 2.0 / i} if eval_every and not i % eval_every else {})
+    for i in range(1, len(moments) + 1)
+  ]
+  return benchmark_runs.Outcome(
+    progress=list(zip(moments, range(1, len(moments) + 1), strict=True)),
+    lines=lines,
+    events=events,
+  )
+
+
+def test_seconds_until_it_is_done_for_good():
+  progress = [(1.0, 1), (2.0, 2), (3.0, 3), (4.0, 4), (6.0, 2), (7.0, 4)]
+  run = benchmark_runs.Outcome(progress=progress, lines=(), events=())
+  assert run.seconds(1, 4) == 6.0
+  assert run.seconds(2, 4) == 5.0  # begins when it was there first
+  assert run.seconds(1, 3) == 6.0  # what was cut does not count
+  assert run.seconds(1, 2) == 1.0
+  # Lines that came between two looks.
+  run = benchmark_runs.Outcome(
+    progress=[(1.0, 2), (4.0, 5)], lines=(), events=()
+  )
+  assert run.seconds(1, 3) == 3.0
+
+
+def _events(*rows) -> list[dict]:
+  names = ('time', 'kind', 'stage', 'replayed_iterations')
+  return [dict(zip(names, row, strict=False)) for row in rows]
+
+
+def test_recoveries_that_overlap_are_one():
+  events = _events(
+    (10.0, 'failure', 1),
+    (10.1, 'recovery_started', 1),
+    (12.0, 'recovered', 1, 4),
+    (20.0, 'failure', 0),
+    (20.1, 'recovery_started', 0),
+    (20.1, 'recovery_started', 1),
+    (21.0, 'recovered', 1, 7),
+    (22.0, 'failure', 1),
+    (22.1, 'recovery_started', 0),
+    (22.1, 'recovery_started', 1),
+    (25.0, 'recovered', 0, 9),
+    (26.0, 'recovered', 1, 2),
+    (30.0, 'failure', 0),  # which it never recovered from
+  )
+  assert benchmark_runs.recoveries(events) == [
+    benchmark_runs.Recovery(seconds=2.0, stages=1, replayed_iterations=4),
+    benchmark_runs.Recovery(seconds=6.0, stages=2, replayed_iterations=9),
+  ]
+
+
+def test_failures_are_a_poisson_process_drawn_from_a_seed():
+  draw = benchmark_runs.draw_failures
+  assert draw(3, 25, 20, 500, 4) == draw(3, 25, 20, 500, 4)
+  assert draw(3, 25, 20, 500, 4) != draw(4, 25, 20, 500, 4)
+  # A shorter run has the first failures of a longer one.
+  short, long = draw(3, 25, 20, 200, 4), draw(3, 25, 20, 500, 4)
+  assert short and long[: len(short)] == short
+  script = draw(0, 20, 100, 20_100, 3)
+  iterations = [int(x.split('iteration=')[1].split(',')[0]) for x in script]
+  assert all(100 < i <= 20_100 for i in iterations)
+  gaps = [b - a for a, b in itertools.pairwise(iterations)]
+  mean = sum(gaps) / len(gaps)
+  variance = sum((g - mean) ** 2 for g in gaps) / len(gaps)
+  assert 18 < mean < 22
+  assert 0.8 < variance / mean**2 < 1.2  # of exponential gaps: 1
+  assert {x.split(',')[0] for x in script} == {
+    f'kill:stage={s}' for s in range(3)
+  }
+
+
+def test_the_table_of_ettr(tmp_path):
+  """Undisturbed 30 iterations take 30 s, of which 10 count."""
+  recovered = _events(
+    (1.0, 'failure', 0), (1.0, 'recovery_started', 0), (3.5, 'recovered', 0, 6)
+  )
+  rolled_back = [{'kind': 'rolled_back', 'lost_tokens': 8.0, 'plt': 0.04}]
+  outcomes = {
+    ('none', 0): [_run([float(i) for i in range(1, 31)])],
+    ('sparse', 0): [_run([i * 1.25 for i in range(1, 31)])],
+    ('sparse', 50): [
+      _run([i * 2.0 for i in range(1, 31)], [*recovered, *rolled_back])
+    ],
+  }
+  found = {
+    name: summary.median for name, summary, _ in benchmark_ettr.rows(outcomes)
+  }
+  assert found == {
+    'sparse, overhead, %': pytest.approx(25.0),
+    'MTBF 50, sparse, ETTR': 0.5,
+    'MTBF 50, sparse, failures': 1.0,
+    'MTBF 50, sparse, recovery, s': 2.5,
+    'MTBF 50, sparse, iterations done again': 6.0,
+    'MTBF 50, sparse, lost tokens, %': 4.0,
+    'MTBF 50, sparse, final loss against undisturbed': 0.0,
+  }
+  last = benchmark_ettr.details(outcomes)[-1]
+  assert last['ettr'] == 0.5 and last['is_bit_equal']
+  assert last['lost_tokens'] == 8.0 and last['blocked_seconds'] == 15.0
+  benchmark_ettr.plot(outcomes, tmp_path / 'ettr.png')
+  assert (tmp_path / 'ettr.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_table_of_accuracy(tmp_path):
+  moments = [float(i) for i in range(1, 9)]
+  exact = _run(moments, eval_every=4)
+  stale = _run(
+    moments,
+    [{'kind': 'rolled_back', 'plt': 0.25}],
+    losses=list('dddddxyz'),
+    eval_every=4,
+  )
+  outcomes = {'none': exact, 'sparse': exact, 'partial': stale}
+  assert benchmark_accuracy.curve(exact) == [(4, 0.5), (8, 0.25)]
+  found = {
+    name: summary.median
+    for name, summary, _ in benchmark_accuracy.rows(outcomes)
+  }
+  assert found == {
+    'none, final held-out loss': 0.25,
+    'sparse, final held-out loss': 0.25,
+    'sparse, bits of the undisturbed run': 1.0,
+    'sparse, against undisturbed': 0.0,
+    'partial, final held-out loss': 0.25,
+    'partial, bits of the undisturbed run': 0.0,
+    'partial, against undisturbed': 0.0,
+    'partial, lost tokens, %': 25.0,
+  }
+  benchmark_accuracy.plot(outcomes, tmp_path / 'accuracy.png')
+  assert (tmp_path / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
