@@ -61,6 +61,7 @@ LIBRARY_ORDER = (
   'division',
   'slots',
   'window',
+  'policies',
   'coverage',
   'recovery',
   'snapshotter',

@@ -1,0 +1,241 @@
+"""Rules of the baseline policies against cases computed by hand."""
+
+import dataclasses
+
+import pytest
+
+from moetion_jax import base, policies
+
+pytestmark = pytest.mark.fast
+
+
+def _expert(index, layer=0):
+  return base.OperatorId(f'layers/{layer}/experts', index)
+
+
+E = [_expert(i) for i in range(8)]
+
+
+def test_what_each_policy_promises():
+  assert policies.POLICIES == (
+    'sparse',
+    'dense',
+    'two_phase',
+    'partial',
+    'none',
+  )
+  found = {name: policies.of_name(name) for name in policies.POLICIES}
+  assert [n for n, p in found.items() if p.is_local] == ['sparse']
+  assert [n for n, p in found.items() if not p.is_exact] == ['partial']
+  assert [n for n, p in found.items() if p.is_whole] == ['dense', 'two_phase']
+  assert [n for n, p in found.items() if p.is_durable] == ['two_phase']
+  assert [n for n, p in found.items() if not p.takes_snapshots] == ['none']
+  with pytest.raises(base.ConfigError, match='--policy=gemini'):
+    policies.of_name('gemini')
+
+
+# ---- dense -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('state_bytes', 'bandwidth', 'seconds', 'target', 'interval'),
+  [
+    (100.0, 100.0, 1.0, 1.0, 1),  # 1 s in an iteration of 1 s: just hidden
+    (101.0, 100.0, 1.0, 1.0, 2),
+    (1200.0, 100.0, 2.0, 1.0, 6),  # 12 s in iterations of 2 s
+    (1200.0, 100.0, 2.0, 0.5, 12),  # of which half may copy
+    (1200.0, 100.0, 2.0, 0.02, 300),
+    (300.0, 100.0, 0.1, 1.0, 30),  # 30.000000000000004 in floats
+    (1.0, 1e12, 1.0, 1.0, 1),  # never less than every iteration
+  ],
+)
+def test_dense_interval(state_bytes, bandwidth, seconds, target, interval):
+  found = policies.dense_interval(
+    state_bytes=state_bytes,
+    bandwidth_bytes_per_second=bandwidth,
+    iteration_seconds=seconds,
+    overlap_target=target,
+  )
+  assert found == interval
+
+
+def test_dense_interval_has_a_limit_and_needs_measurements():
+  case: dict = {
+    'state_bytes': 1200.0,
+    'bandwidth_bytes_per_second': 100.0,
+    'iteration_seconds': 2.0,
+  }
+  assert policies.dense_interval(**case, max_interval=4) == 4
+  assert policies.dense_interval(**case, max_interval=40) == 6
+  for wrong in (
+    {'bandwidth_bytes_per_second': 0.0},
+    {'iteration_seconds': 0.0},
+    {'overlap_target': 0.0},
+    {'overlap_target': 1.5},
+  ):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+      policies.dense_interval(**case | wrong)
+
+
+# ---- two_phase ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('overhead', 'durable', 'budget', 'interval'),
+  [
+    (0.35, 0.0, 0.035, 10),  # 0.35 s are 3.5 % of 10 iterations of 1 s
+    (0.36, 0.0, 0.035, 11),
+    (0.35, 0.0, 0.07, 5),
+    (0.35, 12.5, 0.035, 13),  # in storage after 13 iterations only
+    (0.0, 0.0, 0.035, 1),
+  ],
+)
+def test_two_phase_interval(overhead, durable, budget, interval):
+  costs = policies.TwoPhaseCosts(
+    iteration_seconds=1.0, overhead_seconds=overhead, durable_seconds=durable
+  )
+  assert policies.two_phase_interval(costs, budget) == interval
+  assert policies.two_phase_interval(costs, budget, 4) == min(4, interval)
+
+
+def _observe_all(tuner, seconds, snapshots=(), disturbed=(), durable=0.0):
+  for number, each in enumerate(seconds):
+    tuner = policies.observe(
+      tuner,
+      each,
+      takes_snapshot=number in snapshots,
+      is_disturbed=number in disturbed,
+      durable_seconds=durable,
+    )
+  return tuner
+
+
+def test_the_interval_is_tuned_to_the_budget():
+  tuner = policies.TwoPhaseTuner(overhead_budget=0.05)
+  assert policies.tune(tuner) == tuner  # nothing is known
+  tuner = _observe_all(tuner, [1.0, 9.0, 1.0, 1.0])  # median 1
+  assert tuner.iteration_seconds == 1.0 and tuner.costs is None
+  tuner = dataclasses.replace(tuner, interval=4)
+  # Of the first period: 1.3 + 1.2 + 1 + 1 = 4.5, so 0.5 s of overhead.
+  tuner = _observe_all(
+    tuner,
+    [1.3, 1.2, 1.0, 1.0, 1.3],
+    snapshots=(0, 4),
+    disturbed=(1,),
+    durable=1.9,
+  )
+  assert tuner.overheads == (pytest.approx(0.5),)
+  assert tuner.durables == (1.9,)
+  assert tuner.period == (1.3,)
+  # 0.5 s are 5 % of 10 iterations.
+  tuned = policies.tune(tuner)
+  assert tuned.interval == 10
+  assert not tuned.overheads and not tuned.period  # of the other interval
+  assert tuned.undisturbed == tuner.undisturbed
+  assert policies.tune(tuner, max_interval=6).interval == 6
+
+
+def test_the_interval_is_raised_at_once_and_lowered_with_care():
+  def tuned(interval, overhead):
+    tuner = policies.TwoPhaseTuner(
+      overhead_budget=0.1,
+      interval=interval,
+      undisturbed=(1.0,),
+      overheads=(overhead,),
+      durables=(0.0,),
+    )
+    return policies.tune(tuner).interval
+
+  assert tuned(10, 1.01) == 11
+  assert tuned(10, 1.0) == 10
+  assert tuned(10, 0.6) == 10  # 6 would do
+  assert tuned(10, 0.5) == 5
+  assert tuned(10, 0.0) == 1
+  assert tuned(1, 0.0) == 1
+
+
+def test_a_snapshot_and_what_it_disturbs_are_not_the_base():
+  tuner = policies.TwoPhaseTuner(undisturbed=(1.0,))
+  tuner = _observe_all(tuner, [5.0, 4.0, 1.0], snapshots=(0,), disturbed=(1,))
+  assert tuner.undisturbed == (1.0, 1.0)
+  with pytest.raises(ValueError, match='seconds'):
+    _observe_all(tuner, [0.0])
+
+
+# ---- partial -----------------------------------------------------------------
+
+
+def _indices(selected):
+  return sorted(o.expert for o in selected)
+
+
+def test_experts_in_turn():
+  turns = [
+    _indices(policies.select_experts('sequential', E, 3, number=n))
+    for n in range(4)
+  ]
+  assert turns == [[0, 1, 2], [3, 4, 5], [0, 6, 7], [1, 2, 3]]
+
+
+def test_experts_by_load_and_by_popularity():
+  unsaved = {E[2]: 9.0, E[5]: 7.0, E[0]: 7.0}
+  popular = {E[7]: 3.0, E[2]: 1.0}
+  case: dict = {'unsaved_tokens': unsaved, 'popularity': popular}
+  select = policies.select_experts
+  assert _indices(select('load_aware', E, 2, **case)) == [0, 2]
+  assert _indices(select('load_aware', E, 4, **case)) == [0, 1, 2, 5]
+  assert _indices(select('popularity', E, 2, **case)) == [2, 7]
+  assert _indices(select('popularity', E, 2)) == [0, 1]
+  for kind in policies.SELECTIONS:
+    assert select(kind, E, 9) == frozenset(E)
+  with pytest.raises(base.ConfigError, match='partial_select'):
+    select('random', E, 1)
+  with pytest.raises(ValueError, match='count=0'):
+    select('sequential', E, 0)
+
+
+def test_bytes_of_a_partial_checkpoint():
+  state_bytes = {
+    base.OperatorId('layers/0'): 100,
+    base.OperatorId('head'): 50,
+    **{_expert(i, 0): 10 + i for i in range(4)},
+    **{_expert(i, 1): 20 for i in range(4)},
+  }
+  # 150 and the largest of layer 0 (13), one of layer 1 (20).
+  assert policies.partial_bytes(state_bytes, 1) == 183
+  assert policies.partial_bytes(state_bytes, 2) == 150 + 13 + 12 + 40
+  # A mean of 11.5 is 12.
+  assert policies.partial_bytes(state_bytes, 1, 'mean') == 150 + 12 + 20
+  assert policies.partial_bytes(state_bytes, 9) == sum(state_bytes.values())
+
+
+def test_what_a_restore_puts_together_and_loses():
+  saved = [(2, E[:2]), (4, E[2:4]), (6, E[:1]), (8, E[1:2])]
+  versions = policies.restored_versions(saved, E[:5], 6)
+  assert versions == {E[0]: 6, E[1]: 2, E[2]: 4, E[3]: 4, E[4]: 0}
+  # Expert i has i + 1 tokens an iteration, of 8 that were done.
+  loads = {i: {e: e.expert + 1.0 for e in E[:5]} for i in range(1, 9)}
+  lost = policies.lost_tokens(loads, versions, 6)
+  assert lost == {E[0]: 0.0, E[1]: 8.0, E[2]: 6.0, E[3]: 8.0, E[4]: 30.0}
+  total = sum(lost.values())
+  assert policies.proportion_of_lost_tokens(total, 120.0) == 52 / 120
+  assert policies.proportion_of_lost_tokens(0.0, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+  ('count', 'plt', 'raised'),
+  [(1, 0.01, 1), (1, 0.02, 1), (1, 0.03, 2), (3, 0.03, 6), (6, 0.03, 8)],
+)
+def test_more_experts_when_the_budget_is_spent(count, plt, raised):
+  assert policies.raised_experts(count, 8, plt, 0.02) == raised
+
+
+def test_capacities_after_a_fault():
+  lost = {E[0]: 0.0, E[1]: 50.0, E[2]: 500.0, E[3]: 5.0}
+  rates = {E[0]: 10.0, E[1]: 10.0, E[2]: 10.0}
+  assert policies.capacity_factors(lost, rates, 10) == {
+    E[0]: 1.0,
+    E[1]: 1.5,
+    E[2]: 2.0,
+    E[3]: 2.0,
+  }
