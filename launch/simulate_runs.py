@@ -99,6 +99,7 @@ def study(
   count: int | None = None,
   trace: Sequence[tuple[float, simulate_world.Failure]] | None = None,
   on_no_spare: str = simulate_world.WAIT,
+  method: simulate_world.Method | None = None,
 ) -> Study:
   """Simulates a policy on a cluster.
 
@@ -111,12 +112,13 @@ def study(
       process of the cluster's MTBF.
     trace: the failures instead; every seed meets the same.
     on_no_spare: see `simulate_world.World`.
+    method: another than that of the settings.
   """
   cluster = costs.cluster
   world = simulate_policies.world(
     cluster, costs.job, settings, on_no_spare=on_no_spare
   )
-  method = simulate_policies.make(costs, settings)
+  method = method or simulate_policies.make(costs, settings)
   results = []
   for seed in range(seeds):
     source = np.random.default_rng(seed)
