@@ -209,9 +209,9 @@ def _of_all_models(paper: _Paper) -> list[Row]:
       f'Intervals of {min(intervals)} to {max(intervals)} iterations hide the '
       'copy here, as the method aims at; a failure then costs '
       f'{sum(own) / len(own):.0f} s. 0.728 means '
-      f'{lost_seconds(0.728, mtbf, 0.0):.0f} s: the paper measured copies that '
-      'do not hide (its Gemini slows training at any interval) and took long '
-      'intervals for it.',
+      f'{lost_seconds(0.728, mtbf, 0.0):.0f} s: the copies of the paper do not '
+      'hide (the README of its code tells of 11 to 15 % overhead at the best '
+      'interval), see "what if" below.',
     ),
     _row(
       'MoC-System, worst ETTR', '0.134', [moc], 0.134, 0.134,
@@ -307,7 +307,7 @@ def _of_deepseek(paper: _Paper) -> list[Row]:
     _row(
       'what if: Gemini with the 1.5 iterations of stall that this means, at '
       'its best interval, ETTR', '0.728', [ettr], 0.728, 0.728,
-      f'Every {interval} iterations. The rest, {rest:.0f} s a failure, can only '
+      f'Every {interval} iterations. The rest, {rest:.0f} s a failure, would '
       'be the restart of everybody, which is assumed here to take no longer '
       'than that of one worker.',
     ),
