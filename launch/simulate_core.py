@@ -255,7 +255,7 @@ class _Run:
         (outcome.completed - r.start for r in outcome.stages.values()),
         default=0,
       )
-    self._completed, self._since = outcome.completed, 0.0
+    self._completed, self._since = outcome.completed, outcome.since_seconds
     self._line, self._memory = outcome.line, outcome.memory
     self._lost_tokens += outcome.lost_tokens
     self._pace = outcome.pace or self._pace
@@ -333,7 +333,7 @@ class _Run:
     useful = self._high * pace.iteration_seconds
     first_time, degraded = self._first_time, self._degraded
     iterations = float(self._high)
-    if not self._recovering and self._completed == self._high:
+    if self._completed == self._high:
       part = self._since / pace.of(self._completed + 1)
       iterations += part
       useful += part * pace.iteration_seconds

@@ -240,6 +240,9 @@ class Sparse(_Timed):
     frozen_share: of replay, that a frozen operator saves, by operator; what is
       missing saves nothing.
     logs: upstream logging; without it all stages go back.
+    replays_interrupted: whether the interrupted iteration counts as replayed
+      as a whole, as in a run's event `recovered`. Otherwise the stage replays
+      what the others have of it, and goes on with them from there.
     replicated_logs: whether a host's log is at its peers as well.
     keep_windows: by which the recovery line lags, see `launch.train`.
   """
@@ -252,6 +255,7 @@ class Sparse(_Timed):
     default_factory=dict
   )
   logs: bool = True
+  replays_interrupted: bool = False
   replicated_logs: bool = False
   keep_windows: int = 2
 
@@ -322,20 +326,44 @@ class Sparse(_Timed):
     if plan.rollback:
       start = self.durable.newest(situation)
       return _everybody(world, start, self.reads.durable_seconds)
+    since, part = self._interrupted(situation)
     members: dict[int, Recovery] = {}
     for segment in _neighbours(plan.stages):
       replay = self.replay(
-        plan.start, situation.completed - plan.start, len(segment)
+        plan.start, situation.completed - plan.start, len(segment), part
       )
       for stage in segment:
         fetch = _read_seconds(self.reads, plan.sources[stage])
         members[stage] = Recovery(
           start=plan.start, fetch_seconds=fetch, replay_seconds=replay
         )
-    return Outcome(completed=situation.completed, stages=members, line=line)
+    return Outcome(
+      completed=situation.completed,
+      since_seconds=since,
+      stages=members,
+      line=line,
+    )
 
-  def replay(self, start: int, count: int, neighbours: int) -> float:
-    """Seconds of iterations start + 1 and later, by so many stages."""
+  def _interrupted(self, situation: Situation) -> tuple[float, float]:
+    """What is kept of the interrupted iteration, and how much is replayed."""
+    seconds = situation.pace.of(situation.completed + 1)
+    if not self.logs:
+      return 0.0, 0.0
+    if self.replays_interrupted:
+      return seconds, 1.0
+    return situation.since_seconds, situation.since_seconds / seconds
+
+  def replay(
+    self, start: int, count: int, neighbours: int, part: float = 0.0
+  ) -> float:
+    """Seconds of iterations start + 1 and later, by so many stages.
+
+    Args:
+      start: of whose snapshot they go on.
+      count: of whole iterations.
+      neighbours: stages that replay together.
+      part: of one more.
+    """
     seconds = self.replay_seconds + self.pipeline_seconds * (neighbours - 1)
     saved = 0.0
     if self.frozen_share and start:
@@ -344,7 +372,7 @@ class Sparse(_Timed):
         if (captured := self.decision.captured(start + number)) is not None:
           frozen -= captured[0]
         saved += sum(self.frozen_share.get(o, 0.0) for o in frozen)
-    return seconds * (count - saved)
+    return seconds * (count + part - saved)
 
   def _inventory(
     self,

@@ -31,8 +31,10 @@ class Measured:
     detect_seconds: from a death until it is known.
     start_seconds: until what died is replaced.
     fetch_seconds: until snapshots are read.
-    replay_seconds: of an iteration that a stage replays (sparse); the policies
-      that go back as a whole train on as before.
+    replay_seconds: of an iteration that a stage does again (sparse), the
+      interrupted one counted among them: `seconds.replay` by
+      `replayed_iterations` of the event `recovered`. The policies that go back
+      as a whole train on as before.
     failures: (iteration, fraction of it that is done, stage), ascending.
     stages: of the run.
     interval: iterations between snapshots; of sparse more than 1 only with a
@@ -133,6 +135,7 @@ def _method(measured: Measured) -> simulate_world.Method:
       decision=decision,
       landing_seconds=(measured.landing_seconds,) * measured.window_length,
       replay_seconds=measured.replay_seconds,
+      replays_interrupted=True,
       keep_windows=measured.keep_windows,
     )
   whole = {

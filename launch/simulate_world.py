@@ -213,6 +213,8 @@ class Outcome:
   Attributes:
     completed: with which training goes on: as before if only stages replay,
       less if everybody goes back.
+    since_seconds: of the interrupted iteration that is done by then: those who
+      only wait keep what they have of it.
     stages: what each stage of the recovering set does.
     lost_tokens: whose training is lost for good, on average over experts.
     line: the recovery line.
@@ -221,6 +223,7 @@ class Outcome:
   """
 
   completed: int
+  since_seconds: float = 0.0
   stages: Mapping[int, Recovery]
   lost_tokens: float = 0.0
   line: int = 0

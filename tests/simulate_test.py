@@ -96,18 +96,18 @@ def test_without_failures_only_overhead_is_lost(policy):
 
 
 ONE_FAILURE = [
-  # Rolling: snapshots 16 to 19 are there, so a stage does 17 to 19 again.
-  ({'window_length': 4}, (20, 0.75), 3 * 0.75),
+  # Rolling: snapshots 16 to 19 are there, so a stage does 17 to 20 (again).
+  ({'window_length': 4}, (20, 0.75), 4 * 0.75),
   # Snapshot 19 has not landed: one more.
-  ({'window_length': 4}, (20, 0.25), 4 * 0.75),
+  ({'window_length': 4}, (20, 0.25), 5 * 0.75),
   # Aligned: the newest whole window is 13 to 16.
-  ({'window_length': 4, 'window_mode': 'aligned'}, (20, 0.75), 6 * 0.75),
-  ({'window_length': 4, 'window_mode': 'aligned'}, (21, 0.75), 3 * 0.75),
-  ({'window_length': 4, 'window_mode': 'aligned'}, (21, 0.25), 7 * 0.75),
+  ({'window_length': 4, 'window_mode': 'aligned'}, (20, 0.75), 7 * 0.75),
+  ({'window_length': 4, 'window_mode': 'aligned'}, (21, 0.75), 4 * 0.75),
+  ({'window_length': 4, 'window_mode': 'aligned'}, (21, 0.25), 8 * 0.75),
   # Whole snapshots of 1, 6, 11, 16.
-  ({'interval': 5}, (20, 0.75), 3 * 0.75),
+  ({'interval': 5}, (20, 0.75), 4 * 0.75),
   # There is no window yet: from the initial state.
-  ({'window_length': 4}, (3, 0.75), 2 * 0.75),
+  ({'window_length': 4}, (3, 0.75), 3 * 0.75),
   # Everybody goes back to 15; landed at 17.5.
   ({'policy': 'dense', 'interval': 5, 'landing_seconds': 2.5}, (20, 0.75), 4),
   ({'policy': 'dense', 'interval': 5, 'landing_seconds': 2.5}, (18, 0.5), 2),
@@ -129,6 +129,8 @@ def test_one_failure_costs_exact_seconds(settings, moment, again_seconds):
   if settings.get('policy') == 'none' or moment[0] == 3:
     fixed -= RUN.fetch_seconds
   lost = moment[1] + fixed + again_seconds
+  if 'policy' not in settings:
+    lost -= 1.0  # then the interrupted iteration is done
   assert result.wall_seconds == pytest.approx(30 + lost)
   assert result.recovery_seconds == pytest.approx(lost)
   assert result.ettr == pytest.approx(30 / (30 + lost))
@@ -170,14 +172,15 @@ def test_partial_counts_lost_tokens_and_raises_k():
 
 def test_a_failure_during_a_recovery_begins_it_again():
   world = World(stages=4)
-  first = 10.5, Failure(gpu=1)  # back at 10.5 + 0.5 + 0.75
+  # It replays iteration 10 and half of 11, at which the others wait.
+  first = 10.5, Failure(gpu=1)
   alone = simulate_core.simulate(sparse(), world, [first], iterations=20)
-  assert alone.wall_seconds == pytest.approx(20 + 0.5 + 0.5 + 0.75)
+  assert alone.wall_seconds == pytest.approx(20 + 0.5 + 1.5 * 0.75)
   for gpu in (1, 3):  # the same stage, or one that recovers beside it
     both = simulate_core.simulate(
       sparse(), world, [first, (11.5, Failure(gpu=gpu))], iterations=20
     )
-    assert both.wall_seconds == pytest.approx(11.5 + 0.5 + 0.75 + 10)
+    assert both.wall_seconds == pytest.approx(11.5 + 0.5 + 1.5 * 0.75 + 9.5)
     assert both.failures == 2
   # Of the second stage the copy of iteration 10 has landed while the first one
   # recovered; it was late for neither.
@@ -205,14 +208,14 @@ HOST = Failure(gpu=0, whole_host=True)
   [
     # Two adjacent stages replay together, from the peer: 10 is done again.
     (World(stages=4, gpus_per_host=2), [(10.5, HOST)], {},
-     10.5 + 0.5 + 1.0 + 0.875 + 10),
+     10.5 + 0.5 + 1.0 + 1.5 * 0.875 + 9.5),
     # No copies: all four replay everything from the initial state.
     (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)], {},
-     10.5 + 0.5 + 10 * (0.75 + 3 * 0.125) + 10),
+     10.5 + 0.5 + 10.5 * (0.75 + 3 * 0.125) + 9.5),
     # The peer dies while they recover: the same.
     (World(stages=4, gpus_per_host=2),
      [(10.5, HOST), (11.5, Failure(gpu=3, whole_host=True))], {},
-     11.5 + 0.5 + 10 * (0.75 + 3 * 0.125) + 10),
+     11.5 + 0.5 + 10.5 * (0.75 + 3 * 0.125) + 9.5),
     # The durable tier has 8: everybody goes back.
     (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)],
      {'durable': simulate_methods.Durable(every=4, landing_seconds=2.0)},
@@ -223,7 +226,7 @@ HOST = Failure(gpu=0, whole_host=True)
      10.5 + 0.5 + 5.0 + 16),
     # One worker alone: its host's store is there.
     (World(stages=4, gpus_per_host=2), [(10.5, Failure(gpu=0))], {},
-     10.5 + 0.5 + 0.75 + 10),
+     10.5 + 0.5 + 1.5 * 0.75 + 9.5),
     # Without logs all go back, at the pace of four neighbours.
     (World(stages=4, gpus_per_host=2), [(10.5, Failure(gpu=0))],
      {'logs': False}, 10.5 + 0.5 + 0.75 + 3 * 0.125 + 10),
@@ -252,7 +255,7 @@ def test_workers_of_a_host():
 def test_spare_hosts_run_out():
   failures = [(t, Failure(gpu=0, needs_spare=True)) for t in (10.5, 30.5, 40.5)]
   world = World(stages=2, replicas=2, spare_hosts=1, repair_seconds=100.0)
-  lost = 0.5 + 0.5 + 0.75
+  lost = 0.5 + 1.5 * 0.75
   wait = simulate_core.simulate(sparse(), world, failures[:2], iterations=40)
   # The second one waits for the host that the first one took.
   assert wait.waited_for_repair_seconds == pytest.approx(110.5 - 30.5)
@@ -263,7 +266,7 @@ def test_spare_hosts_run_out():
   )
   assert less.waited_for_repair_seconds == 0
   # From the second recovery to the repair everything takes twice as long.
-  begin = 30.5 + 0.5 + 0.75
+  begin = 30.5 + lost
   assert less.degraded_seconds == pytest.approx((110.5 - begin) / 2, abs=1)
   # Both replicas of a stage cannot be missing: the third one waits.
   other = dataclasses.replace(failures[2][1], gpu=1)
@@ -286,6 +289,7 @@ def test_skipping_frozen_operators_makes_conversion_shorter():
   assert plain.replay(4, 5, 1) == pytest.approx(5 * 0.75)
   assert method.replay(4, 5, 1) == pytest.approx(0.75 * (5 - 0.2 - 0.1))
   assert method.replay(4, 1, 1) == pytest.approx(0.75 * (1 - 0.2))
+  assert method.replay(4, 3, 1, 0.5) == pytest.approx(0.75 * (3.5 - 0.2 - 0.1))
 
 
 def _step_by_step(failures, horizon):
