@@ -60,9 +60,6 @@ _SKIP_FROZEN = flags.DEFINE_bool(
 _PARTIAL_EXPERTS = flags.DEFINE_integer(
   'partial_experts', 1, 'Experts a layer at first, of partial.', 1
 )
-_PARTIAL_SELECT = flags.DEFINE_enum(
-  'partial_select', 'sequential', policies.SELECTIONS, 'Of partial.'
-)
 _DURABLE_HOURS = flags.DEFINE_float(
   'durable_hours', 0.0, 'Between whole states in storage; 0 for none.', 0.0
 )
@@ -85,7 +82,6 @@ def settings_of(policy: str) -> Any:
     replicated_logs=_REPLICATED_LOGS.value,
     skip_frozen=_SKIP_FROZEN.value,
     partial_experts=_PARTIAL_EXPERTS.value,
-    partial_select=_PARTIAL_SELECT.value,
     durable_seconds=_DURABLE_HOURS.value * 3600,
   )
 

@@ -3,8 +3,7 @@
 Each method is a value with its costs, made by `simulate_policies.make` from a
 cluster or by `simulate_predict` from measurements. What it decides after a
 failure it asks the functions that the system runs on: valid starts
-(`coverage`), the recovery line and the plan (`recovery`), PEC's rules
-(`policies`).
+(`coverage`), the recovery line and the plan (`recovery`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import functools
 from collections.abc import Mapping
 
 from launch import simulate_world
-from moetion_jax import base, coverage, policies, recovery, slots
+from moetion_jax import base, coverage, recovery, slots
 
 Outcome = simulate_world.Outcome
 Pace = simulate_world.Pace
@@ -38,6 +37,15 @@ class Reads:
   own_seconds: float = 0.0
   peer_seconds: float = 0.0
   durable_seconds: float = 0.0
+
+  def of(self, where: str) -> float:
+    """By place, as `recovery` names them."""
+    return {
+      recovery.OWN: self.own_seconds,
+      _PEER: self.peer_seconds,
+      recovery.DURABLE: self.durable_seconds,
+      recovery.INITIAL: 0.0,
+    }[where]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +91,7 @@ class Nothing(_Timed):
     """See `simulate_world.Method`."""
     start = self.durable.newest(situation)
     seconds = self.reads.durable_seconds if start else 0.0
-    return _everybody(world, start, seconds)
+    return everybody(world, start, seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,108 +130,7 @@ class Whole(_Timed):
   def recover(self, world: World, situation: Situation) -> Outcome:
     """See `simulate_world.Method`."""
     start, where = self.start(world, situation)
-    return _everybody(world, start, _read_seconds(self.reads, where))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PartialMemory:
-  """What PEC remembers.
-
-  Attributes:
-    counts: (from which iteration on, experts a layer), ascending.
-    restored: to which iteration the last restore went back.
-    lost: tokens of one layer's experts, of all restores.
-  """
-
-  counts: tuple[tuple[int, int], ...]
-  restored: int = 0
-  lost: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Partial(Whole):
-  """PEC: k experts of each layer; stale ones on restore; k may be raised.
-
-  Attributes:
-    experts: of a layer.
-    count: experts a layer that the first checkpoints have.
-    select: one of `policies.SELECTIONS`. Where all experts get as many tokens,
-      'load_aware' takes them in turn as well.
-    tokens: of an iteration.
-    choices_per_token: experts of a layer that a token goes to.
-    plt_budget: proportion of lost tokens beyond which k is doubled.
-    paces: of the run, by k.
-    landings: `landing_seconds`, by k.
-  """
-
-  experts: int
-  count: int
-  select: str = 'sequential'
-  tokens: float
-  choices_per_token: int
-  plt_budget: float = policies.PLT_BUDGET
-  paces: Mapping[int, Pace]
-  landings: Mapping[int, float]
-
-  def recover(self, world: World, situation: Situation) -> Outcome:
-    """See `simulate_world.Method`."""
-    memory = situation.memory or PartialMemory(counts=((0, self.count),))
-    count = memory.counts[-1][1]
-    now = dataclasses.replace(self, landing_seconds=self.landings[count])
-    start, where = now.start(world, situation)
-    operators = [base.OperatorId('experts', e) for e in range(self.experts)]
-    choices = self.tokens * self.choices_per_token
-    lost = 0.0
-    if start and where != recovery.DURABLE:
-      versions = self._versions(memory, operators, start)
-      # What a restore before this one lost is not lost again.
-      since = {o: max(v, memory.restored) for o, v in versions.items()}
-      first = min(since.values()) + 1
-      load = dict.fromkeys(operators, choices / self.experts)
-      loads = dict.fromkeys(range(first, start + 1), load)
-      lost = sum(policies.lost_tokens(loads, since, start).values())
-    total = memory.lost + lost
-    plt = policies.proportion_of_lost_tokens(
-      total, choices * max(1, situation.completed)
-    )
-    raised = policies.raised_experts(count, self.experts, plt, self.plt_budget)
-    counts = memory.counts
-    if raised != count:
-      counts = (*counts, (start + 1, raised))
-    outcome = _everybody(world, start, _read_seconds(self.reads, where))
-    return dataclasses.replace(
-      outcome,
-      # Tokens, not choices: each of a token's choices is one of its parts.
-      lost_tokens=lost / self.choices_per_token,
-      memory=PartialMemory(counts=counts, restored=start, lost=total),
-      pace=self.paces[raised],
-    )
-
-  def _versions(
-    self,
-    memory: PartialMemory,
-    operators: list[base.OperatorId],
-    start: int,
-  ) -> dict[base.OperatorId, int]:
-    """Of which iteration each expert is after a restore."""
-    saved: list[tuple[int, frozenset[base.OperatorId]]] = []
-    missing = set(operators)
-    for iteration in range(start, 0, -self.interval):
-      if not missing:
-        break
-      count = next(k for i, k in reversed(memory.counts) if i <= iteration)
-      held = policies.select_experts(
-        'sequential' if self.select == 'load_aware' else self.select,
-        operators,
-        count,
-        number=iteration // self.interval - 1,
-        popularity={},
-      )
-      saved.append((iteration, held))
-      missing -= held
-      if self.select == 'popularity' and count < self.experts:
-        break  # the same ones in every checkpoint, unless popularity moves
-    return policies.restored_versions(saved, operators, start)
+    return everybody(world, start, self.reads.of(where))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -325,7 +232,7 @@ class Sparse(_Timed):
     plan = recovery.plan(inventories, failed)
     if plan.rollback:
       start = self.durable.newest(situation)
-      return _everybody(world, start, self.reads.durable_seconds)
+      return everybody(world, start, self.reads.durable_seconds)
     since, part = self._interrupted(situation)
     members: dict[int, Recovery] = {}
     for segment in _neighbours(plan.stages):
@@ -333,7 +240,7 @@ class Sparse(_Timed):
         plan.start, situation.completed - plan.start, len(segment), part
       )
       for stage in segment:
-        fetch = _read_seconds(self.reads, plan.sources[stage])
+        fetch = self.reads.of(plan.sources[stage])
         members[stage] = Recovery(
           start=plan.start, fetch_seconds=fetch, replay_seconds=replay
         )
@@ -402,7 +309,7 @@ class Sparse(_Timed):
     )
 
 
-def _everybody(world: World, start: int, seconds: float) -> Outcome:
+def everybody(world: World, start: int, seconds: float) -> Outcome:
   """All stages go back together and train on from there."""
   one = Recovery(start=start, fetch_seconds=seconds, replay_seconds=0.0)
   return Outcome(
@@ -410,15 +317,6 @@ def _everybody(world: World, start: int, seconds: float) -> Outcome:
     stages=dict.fromkeys(range(world.stages), one),
     line=start,
   )
-
-
-def _read_seconds(reads: Reads, where: str) -> float:
-  return {
-    recovery.OWN: reads.own_seconds,
-    _PEER: reads.peer_seconds,
-    recovery.DURABLE: reads.durable_seconds,
-    recovery.INITIAL: 0.0,
-  }[where]
 
 
 def _neighbours(stages: tuple[int, ...]) -> list[list[int]]:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 from launch import (
   simulate_cluster,
+  simulate_compare,
   simulate_costs,
   simulate_methods,
   simulate_policies,
   simulate_runs,
   simulate_world,
 )
+
+Row = simulate_compare.Row
+_row = simulate_compare.row
+_lost = simulate_compare.lost_seconds
 
 _HOURS = 12
 _TRACE_HOURS, _TRACE_FAILURES = 6, 24
@@ -34,60 +38,6 @@ OURS = simulate_policies.Settings(policy='sparse')
 CHECKFREQ = simulate_policies.Settings(policy='two_phase')
 GEMINI = simulate_policies.Settings(policy='dense')
 MOC = simulate_policies.Settings(policy='partial')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-  """A figure of the paper and ours.
-
-  Attributes:
-    name: what it is.
-    paper: as the issue gives it.
-    ours: from the simulation.
-    difference: ours less the nearest of the paper's.
-    why: where it comes from.
-    value: ours as numbers.
-  """
-
-  name: str
-  paper: str
-  ours: str
-  difference: str
-  why: str
-  value: tuple[float, ...]
-
-
-def difference(values: Sequence[float], low: float, high: float) -> float:
-  """By how much the farthest of our values is outside the paper's range."""
-  outside = [min(v - low, 0.0) or max(v - high, 0.0) for v in values]
-  return max(outside, key=abs)
-
-
-def lost_seconds(ettr: float, mtbf_seconds: float, overhead: float) -> float:
-  """What a failure must cost in all for an ETTR, if it is its only loss."""
-  return mtbf_seconds * (1 / (ettr * (1 + overhead)) - 1)
-
-
-def _row(
-  name: str,
-  paper: str,
-  values: Sequence[float],
-  low: float,
-  high: float,
-  why: str,
-  text: str = '{:.3f}',
-) -> Row:
-  shown = sorted({text.format(v) for v in values}, key=lambda t: (len(t), t))
-  ours = shown[0] if len(shown) == 1 else f'{shown[0]} to {shown[-1]}'
-  off = difference(values, low, high)
-  return Row(
-    name=name,
-    paper=paper,
-    ours=ours,
-    difference=text.format(off) if off else 'within',
-    why=why,
-    value=tuple(values),
-  )
 
 
 class _Paper:
@@ -183,8 +133,8 @@ def _of_all_models(paper: _Paper) -> list[Row]:
       '0.951 to 0.964', sparse, 0.951, 0.964,
       f'Windows of {min(windows)} to {max(windows)} iterations here; the paper '
       'loses '
-      f'{lost_seconds(0.964, mtbf, 0.0):.0f} to '
-      f'{lost_seconds(0.951, mtbf, 0.0):.0f} s a failure, overhead included; '
+      f'{_lost(0.964, mtbf, 0.0):.0f} to '
+      f'{_lost(0.951, mtbf, 0.0):.0f} s a failure, overhead included; '
       f'{fixed:g} s of detection and start are assumed here.',
     ),
     _row(
@@ -201,7 +151,7 @@ def _of_all_models(paper: _Paper) -> list[Row]:
       'CheckFreq, best ETTR', '0.672', [checkfreq], 0.672, 0.672,
       'Here a checkpoint is persisted as fast as 40 Gbps allow and snapshots '
       'cost nothing that does not hide, so that only storage limits the '
-      f'interval. The paper loses {lost_seconds(0.672, mtbf, 0.035):.0f} s a '
+      f'interval. The paper loses {_lost(0.672, mtbf, 0.035):.0f} s a '
       'failure beside 3.5 % overhead.',
     ),
     _row(
@@ -209,7 +159,7 @@ def _of_all_models(paper: _Paper) -> list[Row]:
       f'Intervals of {min(intervals)} to {max(intervals)} iterations hide the '
       'copy here, as the method aims at; a failure then costs '
       f'{sum(own) / len(own):.0f} s. 0.728 means '
-      f'{lost_seconds(0.728, mtbf, 0.0):.0f} s: the copies of the paper do not '
+      f'{_lost(0.728, mtbf, 0.0):.0f} s: the copies of the paper do not '
       'hide (the README of its code tells of 11 to 15 % overhead at the best '
       'interval), see "what if" below.',
     ),
@@ -254,7 +204,7 @@ def _of_deepseek(paper: _Paper) -> list[Row]:
   job = 'deepseek_moe'
   interval, ettr = _best_blocking(paper, job, _PAPER_SLOWER - 1)
   mtbf = paper.table.cluster.mtbf_seconds
-  rest = lost_seconds(0.728, mtbf, 0.0) - lost_seconds(ettr, mtbf, 0.0)
+  rest = _lost(0.728, mtbf, 0.0) - _lost(ettr, mtbf, 0.0)
   every = paper.study(job, dataclasses.replace(GEMINI, interval=1))
   slower = 1 + every.mean('overhead')
   costs = paper.costs(job)
@@ -355,7 +305,7 @@ def _ablation(paper: _Paper) -> list[Row]:
   saved = _conversion(stage, best) / _conversion(stage, plain) - 1
   reordered = 1 - _conversion(stage, best) / _conversion(stage, skipped)
   skew = costs.job.popularity_skew
-  lost = lost_seconds(0.57, paper.table.cluster.mtbf_seconds, 0.0)
+  lost = _lost(0.57, paper.table.cluster.mtbf_seconds, 0.0)
   return [
     _row(
       'sparse snapshots alone (no logs, no skipping), ETTR, 4 models',
@@ -390,7 +340,7 @@ def _large(seeds: int) -> list[Row]:
   costs = large.costs(job)
   mtbf = large.table.cluster.mtbf_seconds
   seconds = costs.iteration_seconds
-  window = lost_seconds(0.86, mtbf, 0.0) / (1.5 * seconds)
+  window = _lost(0.86, mtbf, 0.0) / (1.5 * seconds)
   sparse = large.study(job, SPARSE)
   assert isinstance(sparse.method, simulate_methods.Sparse)
   length = sparse.method.decision.window_length
@@ -407,7 +357,7 @@ def _large(seeds: int) -> list[Row]:
     _row(
       'the same, Gemini', '0.55', [gemini.mean('ettr')], 0.55, 0.55,
       'Shared captures again: a whole copy hides in one iteration. 0.55 means '
-      f'{lost_seconds(0.55, mtbf, 0.0):.0f} s a failure, which is a whole '
+      f'{_lost(0.55, mtbf, 0.0):.0f} s a failure, which is a whole '
       'copy every few dozen iterations, or a restart of minutes.',
     ),
   ]  # fmt: skip

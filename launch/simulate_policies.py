@@ -14,6 +14,7 @@ from launch import (
   simulate_cluster,
   simulate_costs,
   simulate_methods,
+  simulate_partial,
   simulate_world,
 )
 from moetion_jax import base, policies, slots, window
@@ -43,7 +44,6 @@ class Settings:
       operators.
     overhead_budget: of two_phase.
     partial_experts: k of partial at first.
-    partial_select: one of `policies.SELECTIONS`.
     plt_budget: of partial.
     durable_seconds: about so often the whole state is written to the durable
       store as well; 0 for never.
@@ -62,16 +62,12 @@ class Settings:
   skip_frozen: bool = False
   overhead_budget: float = policies.OVERHEAD_BUDGET
   partial_experts: int = 1
-  partial_select: str = 'sequential'
   plt_budget: float = policies.PLT_BUDGET
   durable_seconds: float = 0.0
 
   def __post_init__(self) -> None:
     policies.of_name(self.policy)
     slots.check_known('order', self.order, slots.ORDERS)
-    slots.check_known(
-      'partial_select', self.partial_select, policies.SELECTIONS
-    )
     if self.window_mode:
       slots.check_known('window_mode', self.window_mode, slots.MODES)
     for name, least in (
@@ -236,13 +232,12 @@ def _in_memory(costs: Costs, settings: Settings) -> simulate_methods.Whole:
   while counts[-1] < experts:
     counts.append(min(experts, counts[-1] * 2))
   made = {k: pace_and_landing(k) for k in counts}
-  return simulate_methods.Partial(
+  return simulate_partial.Partial(
     **timed,
     interval=interval,
     landing_seconds=landing,
     experts=experts,
     count=count,
-    select=settings.partial_select,
     tokens=costs.tokens,
     choices_per_token=costs.job.config().experts_per_token,
     plt_budget=settings.plt_budget,

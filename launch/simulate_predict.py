@@ -11,6 +11,7 @@ import dataclasses
 from launch import (
   simulate_core,
   simulate_methods,
+  simulate_partial,
   simulate_world,
 )
 from moetion_jax import base, policies, slots
@@ -44,7 +45,6 @@ class Measured:
     keep_windows: of sparse.
     experts: of a layer, of partial.
     partial_experts: k at first, of partial.
-    partial_select: one of `policies.SELECTIONS`.
     plt_budget: of partial.
     tokens: of an iteration, of partial.
     choices_per_token: experts that a token goes to, of partial.
@@ -67,7 +67,6 @@ class Measured:
   keep_windows: int = 2
   experts: int = 1
   partial_experts: int = 1
-  partial_select: str = 'sequential'
   plt_budget: float = policies.PLT_BUDGET
   tokens: int = 0
   choices_per_token: int = 1
@@ -150,11 +149,10 @@ def _method(measured: Measured) -> simulate_world.Method:
   counts = [measured.partial_experts]
   while counts[-1] < measured.experts:
     counts.append(min(measured.experts, counts[-1] * 2))
-  return simulate_methods.Partial(
+  return simulate_partial.Partial(
     **whole,
     experts=measured.experts,
     count=measured.partial_experts,
-    select=measured.partial_select,
     tokens=measured.tokens,
     choices_per_token=measured.choices_per_token,
     plt_budget=measured.plt_budget,

@@ -278,6 +278,8 @@ def select_experts(
   number: int = 0,
   unsaved_tokens: slots.Rates | None = None,
   popularity: slots.Rates | None = None,
+  ages: Mapping[base.OperatorId, int] | None = None,
+  max_age: int | None = None,
 ) -> frozenset[base.OperatorId]:
   """The experts of one layer that a checkpoint saves (PEC).
 
@@ -288,7 +290,8 @@ def select_experts(
   - 'popularity' takes those that most tokens choose (MoEtion's first preprint:
     it makes use of that popularity is skewed).
 
-  Equals go by OperatorId.
+  Equals go by OperatorId. Whoever was not saved for `max_age` checkpoints comes
+  before all others: that is ours, since host memory holds so many of them only.
 
   Args:
     kind: one of SELECTIONS.
@@ -297,6 +300,8 @@ def select_experts(
     number: of the checkpoint, from 0, for 'sequential'.
     unsaved_tokens: of each expert, for 'load_aware'; 0 where missing.
     popularity: tokens an iteration, for 'popularity'; 0 where missing.
+    ages: checkpoints since each expert was saved; 0 where missing.
+    max_age: None for no limit.
   """
   slots.check_known('partial_select', kind, SELECTIONS)
   if count < 1 or number < 0:
@@ -309,7 +314,15 @@ def select_experts(
     turn = range(first, first + count)
     return frozenset(ordered[i % len(ordered)] for i in turn)
   weight = (unsaved_tokens if kind == 'load_aware' else popularity) or {}
-  ordered.sort(key=lambda expert: -weight.get(expert, 0.0))
+  age = ages or {}
+  overdue = {
+    expert: age.get(expert, 0)
+    for expert in ordered
+    if max_age is not None and age.get(expert, 0) >= max_age
+  }
+  ordered.sort(
+    key=lambda expert: (-overdue.get(expert, -1), -weight.get(expert, 0.0))
+  )
   return frozenset(ordered[:count])
 
 

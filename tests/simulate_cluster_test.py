@@ -14,6 +14,7 @@ import pytest
 
 from launch import (
   simulate_cluster,
+  simulate_compare,
   simulate_costs,
   simulate_methods,
   simulate_paper,
@@ -236,7 +237,6 @@ def test_skewed_popularity_and_settings_are_checked(paper):
     ('policy', 'x'),
     ('order', 'x'),
     ('window_mode', 'x'),
-    ('partial_select', 'x'),
     ('peers', -1),
   ):
     wrong: dict[str, Any] = {name: value}
@@ -283,16 +283,16 @@ def test_a_week_of_16384_gpus_in_less_than_a_minute():
 
 
 def test_differences_are_to_the_nearest_of_the_paper():
-  assert simulate_paper.difference([0.95, 0.96], 0.951, 0.964) == (
+  assert simulate_compare.difference([0.95, 0.96], 0.951, 0.964) == (
     pytest.approx(-0.001)
   )
-  assert simulate_paper.difference([0.96], 0.951, 0.964) == 0
-  assert simulate_paper.difference([0.9, 1.0], 0.95, 0.96) == (
+  assert simulate_compare.difference([0.96], 0.951, 0.964) == 0
+  assert simulate_compare.difference([0.9, 1.0], 0.95, 0.96) == (
     pytest.approx(-0.05)
   )
   # An ETTR of 0.8 at an MTBF of 600 s: 150 s of every 750.
-  assert simulate_paper.lost_seconds(0.8, 600.0, 0.0) == pytest.approx(150)
-  assert simulate_paper.lost_seconds(0.8, 600.0, 0.25) == pytest.approx(0)
+  assert simulate_compare.lost_seconds(0.8, 600.0, 0.0) == pytest.approx(150)
+  assert simulate_compare.lost_seconds(0.8, 600.0, 0.25) == pytest.approx(0)
 
 
 def test_the_papers_rows():
