@@ -33,7 +33,7 @@ _TRACE = flags.DEFINE_string(
   'trace', '', 'JSON with the seconds of failures, in place of random ones.'
 )
 _SET = flags.DEFINE_multi_string(
-  'set', [], 'FIELD=VALUE of the cluster or the job, in place of the table.'
+  'set', [], "FIELD=VALUE of the cluster or the job, not the table's."
 )
 _ON_NO_SPARE = flags.DEFINE_enum(
   'on_no_spare', 'wait', ['wait', 'shrink'], 'When spare hosts ran out.'
@@ -141,7 +141,7 @@ def paper() -> None:
 
   from launch import simulate_paper
 
-  rows = simulate_paper.rows(_SEEDS.value)
+  rows = simulate_paper.rows(_SEEDS.value, _SET.value)
   table = rich.table.Table(title="Ours beside the paper's", show_lines=True)
   for column in ('figure', 'paper', 'ours', 'difference', 'why'):
     table.add_column(column, justify='left')

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+NO_NUMBER = '-'
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -61,11 +63,12 @@ def row(
   shown = sorted({text.format(v) for v in values}, key=lambda t: (len(t), t))
   ours = shown[0] if len(shown) == 1 else f'{shown[0]} to {shown[-1]}'
   off = difference(values, low, high)
+  where = text.format(off) if off else 'within'
   return Row(
     name=name,
     paper=paper,
     ours=ours,
-    difference=text.format(off) if off else 'within',
+    difference='' if paper == NO_NUMBER else where,
     why=why,
     value=tuple(values),
   )

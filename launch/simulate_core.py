@@ -245,6 +245,7 @@ class _Run:
       self._replayed += self._completed - outcome.completed
       self._recovering.clear()
       self._resumed_from, self._failed_since = outcome.completed, 0.0
+      self._log_first = {}
     ready = wait + self._method.detect_seconds + self._method.start_seconds
     for stage, recovery in outcome.stages.items():
       replay = self.now + ready + recovery.fetch_seconds

@@ -233,6 +233,9 @@ class Sparse(_Timed):
     if plan.rollback:
       start = self.durable.newest(situation)
       return everybody(world, start, self.reads.durable_seconds)
+    if plan.start == 0 and len(plan.stages) == world.stages:
+      # All train again, and capture: no replay that is lost if one dies in it.
+      return everybody(world, 0, 0.0)
     since, part = self._interrupted(situation)
     members: dict[int, Recovery] = {}
     for segment in _neighbours(plan.stages):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 from launch import (
   simulate_cluster,
@@ -43,8 +44,11 @@ MOC = simulate_policies.Settings(policy='partial')
 class _Paper:
   """Simulations of a table's jobs, each done once."""
 
-  def __init__(self, table: str, seeds: int):
-    self.table = simulate_cluster.load(table)
+  def __init__(self, table: str, seeds: int, changes: Sequence[str]):
+    read = simulate_cluster.load(table)
+    for job in read.jobs:
+      read = simulate_cluster.override(read, job, changes)
+    self.table = read
     self._seeds = seeds
     self.jobs = list(self.table.jobs)
 
@@ -90,18 +94,19 @@ class _Paper:
     return [self.study(job, settings).mean(figure) for job in self.jobs]
 
 
-def rows(seeds: int) -> list[Row]:
+def rows(seeds: int, changes: Sequence[str] = ()) -> list[Row]:
   """All figures.
 
   Args:
     seeds: runs of each, of which means are taken.
+    changes: of all tables and jobs, see `simulate_cluster.override`.
   """
-  paper = _Paper('paper', seeds)
+  paper = _Paper('paper', seeds, changes)
   return [
     *_of_all_models(paper),
     *_of_deepseek(paper),
     *_ablation(paper),
-    *_large(seeds),
+    *_large(_Paper('large', max(1, seeds // 4), changes)),
   ]
 
 
@@ -144,7 +149,7 @@ def _of_all_models(paper: _Paper) -> list[Row]:
     ),
     _row(
       'sparse (rolling where it fits, this system), ETTR, 4 models',
-      '-', paper.each(OURS), 0.0, 1.0,
+      simulate_compare.NO_NUMBER, paper.each(OURS), 0.0, 1.0,
       'No number of the paper: a recovery can start at any iteration.',
     ),
     _row(
@@ -334,8 +339,7 @@ def _ablation(paper: _Paper) -> list[Row]:
   ]  # fmt: skip
 
 
-def _large(seeds: int) -> list[Row]:
-  large = _Paper('large', max(1, seeds // 4))
+def _large(large: _Paper) -> list[Row]:
   (job,) = large.jobs
   costs = large.costs(job)
   mtbf = large.table.cluster.mtbf_seconds

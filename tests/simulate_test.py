@@ -209,13 +209,13 @@ HOST = Failure(gpu=0, whole_host=True)
     # Two adjacent stages replay together, from the peer: 10 is done again.
     (World(stages=4, gpus_per_host=2), [(10.5, HOST)], {},
      10.5 + 0.5 + 1.0 + 1.5 * 0.875 + 9.5),
-    # No copies: all four replay everything from the initial state.
+    # No copies: all four train again from the initial state.
     (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)], {},
-     10.5 + 0.5 + 10.5 * (0.75 + 3 * 0.125) + 9.5),
+     10.5 + 0.5 + 20),
     # The peer dies while they recover: the same.
     (World(stages=4, gpus_per_host=2),
      [(10.5, HOST), (11.5, Failure(gpu=3, whole_host=True))], {},
-     11.5 + 0.5 + 10.5 * (0.75 + 3 * 0.125) + 9.5),
+     11.5 + 0.5 + 20),
     # The durable tier has 8: everybody goes back.
     (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)],
      {'durable': simulate_methods.Durable(every=4, landing_seconds=2.0)},
