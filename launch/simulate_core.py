@@ -128,6 +128,7 @@ class _Run:
     self._high = self._resumed_from = self._line = 0
     self._memory: Any = None
     self._recovering: dict[int, tuple[float, float, Recovery]] = {}
+    self._replaced_at: dict[int, float] = {}  # of stages that lost a worker
     self._generation = 0
     self._lost_hosts: frozenset[int] = frozenset()
     self._log_first: dict[int, int] = {}
@@ -225,6 +226,10 @@ class _Run:
     if failure.whole_host:
       self._lost_hosts |= {world.host_of(failure.gpu)}
     wait = self._replace(workers) if failure.needs_spare else 0.0
+    for stage in stages:
+      self._replaced_at[stage] = max(
+        self.now + wait, self._replaced_at.get(stage, 0.0)
+      )
     outcome = self._method.recover(
       world,
       Situation(
@@ -246,9 +251,14 @@ class _Run:
       self._recovering.clear()
       self._resumed_from, self._failed_since = outcome.completed, 0.0
       self._log_first = {}
-    ready = wait + self._method.detect_seconds + self._method.start_seconds
+    together = len(outcome.stages) == world.stages
     for stage, recovery in outcome.stages.items():
-      replay = self.now + ready + recovery.fetch_seconds
+      replaced = self._replaced_at.get(stage, 0.0)
+      if together:  # nobody begins before all are there
+        replaced = max(self._replaced_at.values(), default=0.0)
+      ready = max(self.now, replaced)
+      ready += self._method.detect_seconds + self._method.start_seconds
+      replay = ready + recovery.fetch_seconds
       end = replay + recovery.replay_seconds
       self._recovering[stage] = (replay, end, recovery)
     if not goes_back:
@@ -323,6 +333,7 @@ class _Run:
       if any(h in self._lost_hosts for h in self._world.hosts_of_stage(stage)):
         self._log_first[stage] = recovery.start + 1
     self._recovering.clear()
+    self._replaced_at.clear()
     self._lost_hosts = frozenset()
     self._resumed_from = self._completed
     self._note()

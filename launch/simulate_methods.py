@@ -66,7 +66,8 @@ class Durable:
       return 0
     newest = situation.completed // self.every * self.every
     passed = situation.pace.between(newest, situation.completed)
-    if passed + situation.since_seconds < self.landing_seconds:
+    is_late = passed + situation.since_seconds < self.landing_seconds
+    if newest > situation.resumed_from and is_late:
       newest -= self.every
     return max(0, newest)
 

@@ -280,6 +280,43 @@ def test_spare_hosts_run_out():
     )
 
 
+def test_a_second_failure_does_not_make_a_repair_shorter():
+  world = World(stages=4, spare_hosts=0, repair_seconds=100.0)
+  failures = [
+    (10.5, Failure(gpu=0, needs_spare=True)),
+    (20.0, Failure(gpu=2)),
+  ]
+  dense = simulate_methods.Whole(
+    name='dense',
+    pace=Pace(iteration_seconds=1.0),
+    detect_seconds=0.25,
+    start_seconds=0.25,
+    reads=simulate_methods.Reads(own_seconds=1.0),
+    interval=5,
+    landing_seconds=0.25,
+  )
+  result = simulate_core.simulate(dense, world, failures, iterations=20)
+  assert result.wall_seconds == pytest.approx(110.5 + 0.5 + 1.0 + 10)
+  result = simulate_core.simulate(sparse(), world, failures, iterations=20)
+  assert result.wall_seconds == pytest.approx(110.5 + 0.5 + 1.5 * 0.75 + 9.5)
+
+
+def test_back_at_a_durable_state_it_is_there_still():
+  # Both die with all copies; the second time right after the first.
+  method = sparse(
+    durable=simulate_methods.Durable(every=4, landing_seconds=2.0)
+  )
+  host = Failure(gpu=0, whole_host=True)
+  result = simulate_core.simulate(
+    method,
+    World(stages=2, peers=0),
+    [(10.5, host), (17.0, host)],
+    iterations=20,
+  )
+  # Training goes on from 8 at 16, and again from 8 at 22.5.
+  assert result.wall_seconds == pytest.approx(17.0 + 0.5 + 5.0 + 12)
+
+
 def test_skipping_frozen_operators_makes_conversion_shorter():
   operators = [base.OperatorId('slot', i) for i in range(3)]
   plain = sparse(3)
