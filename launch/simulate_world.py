@@ -1,0 +1,296 @@
+"""What a simulation is given: pace, places, failures, a method. Values; pure.
+
+Time is in seconds from the begin of the run. *Completed* i means that update i
+was done; the state after it is state i (DESIGN section 2).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+_ROUNDING = 1e-6  # of an iteration: what is as near to its end has reached it
+WAIT, SHRINK = 'wait', 'shrink'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+  """How long iterations take while nothing fails.
+
+  Attributes:
+    iteration_seconds: of an iteration without snapshots.
+    extra_seconds: by which a policy makes iterations longer; that of iteration
+      i is number (i - 1) modulo their count.
+  """
+
+  iteration_seconds: float
+  extra_seconds: tuple[float, ...] = (0.0,)
+
+  @functools.cached_property
+  def _sums(self) -> tuple[float, ...]:
+    """Seconds of the first 0, 1, 2, ... iterations of a period."""
+    each = (self.iteration_seconds + x for x in self.extra_seconds)
+    return tuple(itertools.accumulate(each, initial=0.0))
+
+  @property
+  def overhead(self) -> float:
+    """By which share of an iteration they are longer, on average."""
+    extra = sum(self.extra_seconds) / len(self.extra_seconds)
+    return extra / self.iteration_seconds
+
+  def until(self, completed: int) -> float:
+    """Seconds from state 0 to state `completed`."""
+    periods, rest = divmod(completed, len(self.extra_seconds))
+    return periods * self._sums[-1] + self._sums[rest]
+
+  def between(self, first: int, last: int) -> float:
+    """Seconds from one state to a later one."""
+    return self.until(last) - self.until(first)
+
+  def of(self, iteration: int) -> float:
+    """Seconds of one iteration."""
+    extra = self.extra_seconds[(iteration - 1) % len(self.extra_seconds)]
+    return self.iteration_seconds + extra
+
+  def after(self, seconds: float) -> tuple[int, float]:
+    """How far one gets from state 0: completed, and seconds since."""
+    rounding = _ROUNDING * self.iteration_seconds
+    periods, rest = divmod(seconds + rounding, self._sums[-1])
+    place = bisect.bisect_right(self._sums, rest) - 1
+    completed = int(periods) * len(self.extra_seconds) + place
+    return completed, max(0.0, rest - self._sums[place] - rounding)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+  """Who is where. Workers lie on GPUs in order: by stage, then by replica.
+
+  Attributes:
+    stages: of the pipeline.
+    replicas: workers of each stage.
+    expert_devices: GPUs of one worker.
+    gpus_per_host: of one host.
+    peers: hosts that hold copies of a host's snapshots: those that follow it.
+    spare_hosts: that can take a broken one's place at once.
+    repair_seconds: until a broken host is a spare one.
+    on_no_spare: WAIT for a repair, or SHRINK: the stage's other replicas do the
+      work, where there are any.
+  """
+
+  stages: int
+  replicas: int = 1
+  expert_devices: int = 1
+  gpus_per_host: int = 1
+  peers: int = 1
+  spare_hosts: int = 1 << 30
+  repair_seconds: float = math.inf
+  on_no_spare: str = WAIT
+
+  @property
+  def gpus(self) -> int:
+    """All that train."""
+    return self.stages * self.replicas * self.expert_devices
+
+  @property
+  def hosts(self) -> int:
+    """All that train."""
+    return -(-self.gpus // self.gpus_per_host)
+
+  def host_of(self, gpu: int) -> int:
+    """The host that a GPU is in."""
+    return gpu // self.gpus_per_host
+
+  def workers_of(self, failure: Failure) -> frozenset[int]:
+    """The workers that die of a failure, numbered in order."""
+    if not failure.whole_host:
+      return frozenset({failure.gpu // self.expert_devices})
+    first = self.host_of(failure.gpu) * self.gpus_per_host
+    last = min(first + self.gpus_per_host, self.gpus)
+    return frozenset(g // self.expert_devices for g in range(first, last))
+
+  def hosts_of_stage(self, stage: int) -> range:
+    """The hosts on which a stage's snapshots and logs are."""
+    gpus = self.replicas * self.expert_devices
+    return range(
+      self.host_of(stage * gpus), self.host_of((stage + 1) * gpus - 1) + 1
+    )
+
+  def has_copy(self, host: int, lost: frozenset[int]) -> bool:
+    """Whether a host's snapshots are left where these hosts' stores are not."""
+    places = range(host, host + self.peers + 1)
+    return any(place % self.hosts not in lost for place in places)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failure:
+  """Something dies.
+
+  Attributes:
+    gpu: which one.
+    whole_host: all GPUs of its host, and what is in the host's memory.
+    needs_spare: its host has to be repaired.
+  """
+
+  gpu: int
+  whole_host: bool = False
+  needs_spare: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moment:
+  """A failure that is given in iterations: when it is begun the first time.
+
+  Attributes:
+    iteration: in which it happens.
+    fraction: of the iteration that is done by then, in [0, 1).
+    failure: what dies.
+  """
+
+  iteration: int
+  fraction: float
+  failure: Failure
+
+
+Failures = Iterable[tuple[float, Failure]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Situation:
+  """What a method is told of a failure.
+
+  Attributes:
+    completed: of the run; iteration completed + 1 was interrupted.
+    since_seconds: that the run was in it (at its pace).
+    resumed_from: completed when the run last began or went on after a recovery:
+      what was captured up to there had landed by then.
+    failed: stages that lost a worker.
+    recovering: of stages that are in a recovery, the iteration they replay.
+    lost_hosts: whose stores are lost.
+    log_first: from which iteration on a stage's log is there, if not from 1.
+    line: the recovery line.
+    pace: of the run.
+    memory: what the method wanted to remember.
+  """
+
+  completed: int
+  since_seconds: float
+  resumed_from: int
+  failed: frozenset[int]
+  recovering: Mapping[int, int] = dataclasses.field(default_factory=dict)
+  lost_hosts: frozenset[int] = frozenset()
+  log_first: Mapping[int, int] = dataclasses.field(default_factory=dict)
+  line: int = 0
+  pace: Pace
+  memory: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+  """What a stage does after a failure.
+
+  Attributes:
+    start: iteration from whose snapshot it goes on.
+    fetch_seconds: until it has the snapshots.
+    replay_seconds: until it is where the run was.
+  """
+
+  start: int
+  fetch_seconds: float
+  replay_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+  """What a method makes of a failure.
+
+  Attributes:
+    completed: with which training goes on: as before if only stages replay,
+      less if everybody goes back.
+    since_seconds: of the interrupted iteration that is done by then: those who
+      only wait keep what they have of it.
+    stages: what each stage of the recovering set does.
+    lost_tokens: whose training is lost for good, on average over experts.
+    line: the recovery line.
+    memory: what the method wants to remember.
+    pace: of the run from now on, if it changes.
+  """
+
+  completed: int
+  since_seconds: float = 0.0
+  stages: Mapping[int, Recovery]
+  lost_tokens: float = 0.0
+  line: int = 0
+  memory: Any = None
+  pace: Pace | None = None
+
+
+class Method(Protocol):
+  """A policy with its costs; a value."""
+
+  @property
+  def name(self) -> str:
+    """Of the policy."""
+    ...
+
+  @property
+  def pace(self) -> Pace:
+    """With which a run begins."""
+    ...
+
+  @property
+  def detect_seconds(self) -> float:
+    """From a death until it is known."""
+    ...
+
+  @property
+  def start_seconds(self) -> float:
+    """Until what died is replaced and can read snapshots."""
+    ...
+
+  def recover(self, world: World, situation: Situation) -> Outcome:
+    """Decides what a failure costs; pure."""
+    ...
+
+
+def poisson(
+  source: np.random.Generator,
+  world: World,
+  *,
+  mtbf_seconds: float,
+  host_share: float = 0.0,
+  hardware_share: float = 0.0,
+) -> Iterator[tuple[float, Failure]]:
+  """Failures without end: of a random GPU, at exponential intervals.
+
+  Args:
+    source: of randomness.
+    world: where they happen.
+    mtbf_seconds: mean time between failures of the whole job.
+    host_share: of them, that take the whole host along.
+    hardware_share: of them, after which the host has to be repaired.
+  """
+  seconds = 0.0
+  while True:
+    seconds += source.exponential(mtbf_seconds)
+    yield seconds, draw(source, world, host_share, hardware_share)
+
+
+def draw(
+  source: np.random.Generator,
+  world: World,
+  host_share: float,
+  hardware_share: float,
+) -> Failure:
+  """One failure of a random GPU."""
+  return Failure(
+    gpu=int(source.integers(world.gpus)),
+    whole_host=bool(source.random() < host_share),
+    needs_spare=bool(source.random() < hardware_share),
+  )
