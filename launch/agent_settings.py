@@ -61,4 +61,9 @@ class AgentSettings:
       raise base.ConfigError(
         'hang_timeout', self.hang_timeout_seconds, 'must be positive'
       )
+    if self.local_hosts > 1 and not self.captures.rules.is_exact:
+      # Another host's server may have entries of before for a moment.
+      raise base.ConfigError(
+        'local_hosts', self.local_hosts, 'must be 1 with --policy=partial'
+      )
     host_store.check_hostmem_dir(self.hostmem_dir)

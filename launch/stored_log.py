@@ -66,6 +66,9 @@ class StoredLog:
       index.close()
     self._indices.clear()
 
+  def interrupt(self, error: base.MoetionError) -> None:
+    """See `logs.Log`: nothing waits here."""
+
   def publish(self, key: base.EntryKey, array: jax.Array | np.ndarray) -> None:
     """See `logs.Log`; an entry that is not there is let go of."""
     if key.stage != self._worker.stage:

@@ -452,7 +452,12 @@ class Agent:
     everybody = tuple(range(self._config.train.replicas))
     for stage in self._teams.grow() if not self._signals else ():
       first, *_ = self._crew.of_stage(stage)
-      self._recover(first, 'its replicas return', frozenset(), everybody)
+      why = 'its replicas return'
+      if self._where.captures.rules.is_local:
+        self._recover(first, why, frozenset(), everybody)
+      else:
+        self._rollback.begin(first, why, everybody)
+        self._go_back_together()
       self._recoverer.forgive(stage)  # it was no failure
 
   # ---- what workers say ------------------------------------------------------
