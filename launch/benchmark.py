@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +53,9 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   'train_flag', [], 'A flag for the runs of `ettr` and `accuracy`; repeatable.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of failures, for `ettr`.')
+_QUICK = flags.DEFINE_bool(
+  'quick', False, 'For `all`: small models, few rounds, under 15 minutes.'
+)
 _OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
 
@@ -272,18 +277,60 @@ _SUBCOMMANDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
   'ettr': ettr,
   'accuracy': accuracy,
 }
+# Of `all`: subcommands with their flags, with --quick and without.
+_ALL = {
+  'pipeline': (
+    ['--preset=tiny', '--rounds=5', '--part=programs', '--part=boundary'],
+    [],
+  ),
+  'snapshot': (['--preset=tiny', '--rounds=5'], ['--rounds=10']),
+  'recovery': (
+    ['--preset=tiny', '--rounds=2'],
+    ['--preset=tiny', '--rounds=10'],
+  ),
+  'ettr': (
+    ['--preset=tiny', '--rounds=1', '--iterations=50', '--mtbf=25'],
+    ['--preset=tiny', '--rounds=2'],
+  ),
+  'accuracy': (['--preset=tiny', '--iterations=50'], []),
+}
 
 
-def main(argv: Sequence[str]) -> None:
-  """Runs one subcommand."""
-  if len(argv) != 2 or argv[1] not in _SUBCOMMANDS:
-    raise base.ConfigError(
-      'subcommand', ' '.join(argv[1:]), f'one of {", ".join(_SUBCOMMANDS)}'
+def _run_all() -> int:
+  """Each subcommand in a process of its own; the worst exit code."""
+  worst = 0
+  for name, (quick, full) in _ALL.items():
+    worst = max(
+      worst,
+      subprocess.run(
+        [
+          sys.executable,
+          '-m',
+          'launch.benchmark',
+          name,
+          *(quick if _QUICK.value else full),
+          f'--hostmem_dir={_HOSTMEM_DIR.value}',
+          f'--compilation_cache_dir={_CACHE.value}',
+          f'--out={_OUT.value}',
+        ]
+      ).returncode,
     )
+  return worst
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs one subcommand, or all."""
+  if len(argv) != 2 or argv[1] not in (*_SUBCOMMANDS, 'all'):
+    raise base.ConfigError(
+      'subcommand', ' '.join(argv[1:]), f'one of {", ".join(_SUBCOMMANDS)}, all'
+    )
+  if argv[1] == 'all':
+    return _run_all()
   from launch import runtime
 
   runtime.configure(local_devices=1, compilation_cache_dir='')
   show(_SUBCOMMANDS[argv[1]](_PRESET.value, _ROUNDS.value))
+  return 0
 
 
 if __name__ == '__main__':

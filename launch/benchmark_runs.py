@@ -7,17 +7,12 @@ and from when its lines came.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import random
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import metrics
+from launch import watched_run
 
 _POLL_SECONDS = 0.02
 _SHOWN_CHARACTERS = 3000
@@ -139,50 +134,27 @@ def train(flags: Sequence[str], hostmem_dir: str) -> Outcome:
   Raises:
     RuntimeError: it failed; with the end of its output.
   """
-  with (
-    tempfile.TemporaryDirectory() as folder,
-    tempfile.TemporaryDirectory(dir=hostmem_dir) as memory,
-  ):
-    workdir = pathlib.Path(folder) / 'run'
-    command = [sys.executable, '-m', 'launch.train', *flags]
-    command += [f'--workdir={workdir}', f'--hostmem_dir={memory}']
-    with open(pathlib.Path(folder) / 'output', 'w+') as output:
-      process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT
-      )
-      try:
-        progress = _watch(process, workdir / 'metrics.jsonl')
-      finally:
-        process.kill()
-        process.wait()
-      if process.returncode:
-        output.seek(0)
-        text = output.read()[-_SHOWN_CHARACTERS:]
-        raise RuntimeError(f'{" ".join(command)} failed:\n{text}')
-    lines = metrics.read_lines(workdir / 'metrics.jsonl')
-    events = (workdir / 'events.jsonl').read_text().splitlines()
+  with watched_run.running(flags, hostmem_dir) as run:
+    progress = _watch(run)
+    if run.process.returncode:
+      text = run.output()[-_SHOWN_CHARACTERS:]
+      raise RuntimeError(f'launch.train {" ".join(flags)} failed:\n{text}')
     return Outcome(
       progress=progress,
-      lines=[lines[i] for i in sorted(lines)],
-      events=[json.loads(event) for event in events],
+      lines=run.lines('metrics.jsonl'),
+      events=run.lines('events.jsonl'),
     )
 
 
-def _watch(
-  process: subprocess.Popen, path: pathlib.Path
-) -> list[tuple[float, int]]:
-  """Notes when the newest line is another one, until the process ends."""
+def _watch(run: watched_run.WatchedRun) -> list[tuple[float, int]]:
+  """Notes when the newest line is another one, until the run ends."""
   begin = time.monotonic()
   progress: list[tuple[float, int]] = []
-  size_bytes = -1
   while True:
-    is_over = process.poll() is not None
-    now = path.stat().st_size if path.exists() else 0
-    if now != size_bytes:
-      size_bytes = now
-      newest = max(metrics.read_lines(path), default=0)
-      if newest and (not progress or progress[-1][1] != newest):
-        progress.append((time.monotonic() - begin, newest))
+    is_over = run.process.poll() is not None
+    newest = run.newest()
+    if newest and (not progress or progress[-1][1] != newest):
+      progress.append((time.monotonic() - begin, newest))
     if is_over:
       return progress
     time.sleep(_POLL_SECONDS)

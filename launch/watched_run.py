@@ -27,7 +27,7 @@ class WatchedRun:
 
   def __init__(self, folder: pathlib.Path, flags: Sequence[str]):
     self.workdir = folder / 'run'
-    self._read: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+    self._read: dict[str, tuple[Any, list[dict[str, Any]]]] = {}
     self._output = open(folder / 'output', 'wb')
     self.process = subprocess.Popen(
       [
@@ -44,12 +44,15 @@ class WatchedRun:
   def lines(self, name: str) -> list[dict[str, Any]]:
     """Of a .jsonl file; a line that is being written does not count."""
     path = self.workdir / name
-    size = path.stat().st_size if path.exists() else 0
+    found = path.stat() if path.exists() else None
+    version = (found.st_size, found.st_mtime_ns) if found else None
     known = self._read.get(name)
-    if known is None or known[0] != size:  # looking must cost next to nothing
-      text = path.read_text() if size else ''
+    if (
+      known is None or known[0] != version
+    ):  # looking must cost next to nothing
+      text = path.read_text() if found else ''
       lines = text[: text.rfind('\n') + 1].splitlines()
-      known = self._read[name] = size, [json.loads(line) for line in lines]
+      known = self._read[name] = version, [json.loads(line) for line in lines]
     return known[1]
 
   def output(self) -> str:
@@ -81,7 +84,7 @@ class WatchedRun:
     return value
 
   def close(self) -> None:
-    """Ends it."""
+    """Ends it, if it has not ended."""
     self.process.send_signal(signal.SIGINT)
     try:
       self.process.wait(60)
