@@ -382,6 +382,7 @@ def test_the_update_stays_in_place_while_snapshots_are_taken(
     before = captures.pointers(state)
     expected = {}
     for iteration in range(1, 8):
+      taker.release()
       state, compute = step(state)
       assert captures.pointers(state) == before
       taker.take(iteration, state, compute, {})
