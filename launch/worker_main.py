@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it imports JAX, which a standby does at low priority
 # Done again, it would come to the same end, or wait for just as long.
 _FINAL = (base.NonFiniteError, base.EntryMismatchError, base.NoRoomError)
 # A standby prepares beside workers that train: it must not take their time.
-_STANDBY_NICENESS = 10
+_STANDBY_NICENESS = 5
 
 
 def _stand_by(
