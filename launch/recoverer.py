@@ -167,13 +167,23 @@ class Recoverer:
     ]
     return plan
 
-  def _unreported(self, reported: int) -> set[tuple[int, int]]:
-    """Starts after which an iteration would never be written down."""
+  def _unreported(
+    self, reported: int, *, whole_only: bool = False
+  ) -> set[tuple[int, int]]:
+    """Starts after which an iteration would never be written down.
+
+    Args:
+      reported: iteration that all stages reported.
+      whole_only: starts with whole snapshots only: before others there is an
+        iteration after them that the stage has done, so that it had reported
+        them; reports are one iteration late.
+    """
     return {
       (stage, start.iteration)
       for stage in range(self._config.train.stages)
       for start in self._inventory.starts(stage)
       if start.iteration > reported
+      and (not whole_only or start.complete_at == start.iteration)
     }
 
   def go(
@@ -319,6 +329,7 @@ class Recoverer:
     suspects: Sequence[int] = (),
     corrupt: tuple[int, int] | None = None,
     detect_seconds: float = 0.0,
+    reported: int | None = None,
   ) -> recovery.RecoveryPlan:
     """Plans the recovery of stages whose workers are dead.
 
@@ -329,13 +340,18 @@ class Recoverer:
       suspects: see `count`.
       corrupt: see `count`.
       detect_seconds: between failure and notice, where known.
+      reported: iteration that all stages reported; None: they reported all.
 
     Raises:
       base.MoetionError: too many failures; nothing is left to start from.
     """
     self.count(failed, suspects=suspects, corrupt=corrupt)
     plan = recovery.plan(
-      self._inventory.stage_inventories(newest, lost), failed.keys()
+      self._inventory.stage_inventories(newest, lost),
+      failed.keys(),
+      excluded=set()
+      if reported is None
+      else self._unreported(reported, whole_only=True),
     )
     self._follow(plan, failed, newest, time.monotonic(), detect_seconds)
     return plan

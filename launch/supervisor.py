@@ -396,6 +396,7 @@ class Agent:
       detect_seconds=0.0
       if worker.fault_at is None
       else time.monotonic() - worker.fault_at,
+      reported=self._leader.iteration,
     )
     for stage in plan.stages:
       self._final.forget(stage)

@@ -454,3 +454,25 @@ def test_going_back_to_the_initial_state_at_first_keeps_what_is_there():
   plan = run.one.fail({1: 'it died'}, run.begun)
   assert plan.stages == (1,) and plan.start == 0
   assert not run.one.goes_back(plan)
+
+
+@pytest.mark.parametrize(('reported', 'start'), [(8, 8), (7, 7), (None, 8)])
+def test_an_iteration_that_was_not_reported_is_done_again(reported, start):
+  """A worker that begins with a whole snapshot never reports its iteration."""
+  run = _Run(window_length=1)
+  run.first_plan()
+  for iteration in range(1, 9):
+    for stage in (0, 1):
+      run.one.stored(stage, run.share(stage, iteration, length=1))
+  plan = run.one.fail({0: 'died'}, [9, 9], reported=reported)
+  assert (plan.stages, plan.start) == ((0,), start)
+
+
+def test_what_a_replay_passes_is_reported_by_it():
+  run = _Run(window_length=3)
+  run.first_plan()
+  for iteration in range(1, 9):
+    for stage in (0, 1):
+      run.one.stored(stage, run.share(stage, iteration))
+  plan = run.one.fail({0: 'died'}, [9, 9], reported=5)
+  assert plan.start == 6
