@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launch import parent_death, summary, watched_run
@@ -190,6 +190,7 @@ def rows(
     more = [] if standby else ['--nostandby']
     with watched_run.running([*flags, *more], hostmem_dir) as run:
       for one in _kills(run, kills, stages, replicas, standby=standby):
+        _tell(name, one)
         for phase, value in one.items():
           samples.setdefault(phase, []).append(value)
     for phase, values in samples.items():
@@ -200,10 +201,19 @@ def rows(
       )
   if replicas > 1:
     return out
-  restarts = list(_restarts(preset, kills, hostmem_dir, cache_dir))
+  restarts = []
+  for one in _restarts(preset, kills, hostmem_dir, cache_dir):
+    _tell('whole job', one)
+    restarts.append(one)
   for phase in restarts[0]:
     unit = '' if 'iterations' in phase else ', s'
     values = [one[phase] for one in restarts]
     label = f'whole job, Orbax every {_DENSE_EVERY} iterations, {phase}{unit}'
     out.append((label, summary.summarize(values), ''))
   return out
+
+
+def _tell(name: str, phases: Mapping[str, float]) -> None:
+  """Prints one recovery: all of them take long."""
+  text = ', '.join(f'{phase} {value:.2f}' for phase, value in phases.items())
+  print(f'{name}: {text}', flush=True)
