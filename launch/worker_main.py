@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # it imports JAX, which a standby does at low priority
 # Done again, it would come to the same end, or wait for just as long.
 _FINAL = (base.NonFiniteError, base.EntryMismatchError, base.NoRoomError)
 # A standby prepares beside workers that train: it must not take their time.
-_STANDBY_NICENESS = 5
+# More than this, and on two busy cores it is not warm for minutes.
+_STANDBY_NICENESS = 2
 
 
 def _stand_by(
@@ -43,8 +44,10 @@ def _stand_by(
     is_wanted.wait()
     import jax
 
-    jax.devices()
-    is_made.set()
+    try:
+      jax.devices()
+    finally:  # who waits goes on, and meets the error itself
+      is_made.set()
 
   def ask_for_backend() -> None:
     is_wanted.set()

@@ -127,9 +127,11 @@ def _stop(run):
   runs.end(run, seconds=SECONDS)
 
 
+@pytest.mark.timeout(2400)
 def test_a_warm_standby_is_promoted(host, tmp_path):
   """It takes a killed worker's place, and another one is warmed."""
-  # Of two stages: it is warmed at low priority, with what others leave over.
+  # It gets what others leave over: minutes, where cores are few and busy.
+  seconds = 900.0
   flags = ['--stages=2', '--iterations=100000', '--eval_every=10']
   workdir, other = tmp_path / 'run', tmp_path / 'other'
   run = _train(host, workdir, flags=flags)
@@ -140,7 +142,7 @@ def test_a_warm_standby_is_promoted(host, tmp_path):
       found = [w for w in runs.workers(workdir) if w['state'] == 'standby']
       return found[0]['pid'] if found and found[0]['pid'] not in pids else None
 
-    pids.append(runs.wait_for(standby, SECONDS))
+    pids.append(runs.wait_for(standby, seconds))
     os.kill(runs.workers(workdir)[stage]['pid'], signal.SIGKILL)
     number = len(pids)
     runs.wait_for(lambda n=number: len(runs.of_kind(workdir, 'recovered')) == n)
