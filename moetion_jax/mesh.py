@@ -15,20 +15,27 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'expert')
+# Said, since it is not what every release of JAX takes for granted: shardings
+# are those of a program's arguments and of `shard_map`, not of array types.
+_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 OWN = PartitionSpec(AXES)  # a leading dim over all devices
 SAME = PartitionSpec()  # the same on every device
 
 
 def make_mesh(devices: Sequence[Any], replicas: int = 1) -> jax.sharding.Mesh:
   """The stage world's mesh: replicas x devices of each worker."""
-  return jax.sharding.Mesh(np.array(devices).reshape(replicas, -1), AXES)
+  return jax.sharding.Mesh(
+    np.array(devices).reshape(replicas, -1), AXES, axis_types=_TYPES
+  )
 
 
 def abstract_mesh(
   local_devices: int, replicas: int = 1
 ) -> jax.sharding.AbstractMesh:
   """The shape of `make_mesh`; needs no backend."""
-  return jax.sharding.AbstractMesh((replicas, local_devices), AXES)
+  return jax.sharding.AbstractMesh(
+    (replicas, local_devices), AXES, axis_types=_TYPES
+  )
 
 
 def shardings(
