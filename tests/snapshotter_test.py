@@ -286,6 +286,9 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(training, call):
   taker = training.start(store)
   training.take(taker, 1)
   store.may_go_on.release()
+  if call == 'release':  # it waits for the dispatch, not for the copy
+    with pytest.raises(base.StoreError, match='on fire'):
+      taker.flush()
   for _ in range(2):  # and by every later one
     with pytest.raises(base.StoreError, match='on fire'):
       training.take(taker, 2) if call == 'take' else getattr(taker, call)()
