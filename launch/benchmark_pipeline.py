@@ -30,14 +30,26 @@ _RUN_ITERATIONS = 6
 def interleave(
   subjects: dict[str, Callable[[int], None]], rounds: int
 ) -> dict[str, list[float]]:
-  """Seconds of each subject in each measured round, run in turn."""
+  """Seconds of each subject in each measured round, run in turn.
+
+  Tells of each round as it goes: a machine may be gone before the last one.
+  """
   seconds: dict[str, list[float]] = {name: [] for name in subjects}
   for number in range(_WARM_UP_ROUNDS + rounds):
+    is_measured = number >= _WARM_UP_ROUNDS
+    took: list[str] = []
     for name, subject in subjects.items():
       begin = time.perf_counter()
       subject(number + 1)
-      if number >= _WARM_UP_ROUNDS:
-        seconds[name].append(time.perf_counter() - begin)
+      passed = time.perf_counter() - begin
+      took.append(f'{name} {passed:.4g} s')
+      if is_measured:
+        seconds[name].append(passed)
+    print(
+      f'{"measured" if is_measured else "warm-up"} round: ' + ', '.join(took),
+      file=sys.stderr,
+      flush=True,
+    )
   return seconds
 
 
