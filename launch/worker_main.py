@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it imports JAX, which a standby does at low priority
 # Done again, it would come to the same end, or wait for just as long.
 _FINAL = (base.NonFiniteError, base.EntryMismatchError, base.NoRoomError)
 # A standby prepares beside workers that train: it must not take their time.
-# More than this, and on two busy cores it is not warm for minutes.
+# With 5 it was not warm after four minutes where two cores had much to do.
 _STANDBY_NICENESS = 2
 
 
@@ -42,9 +42,9 @@ def _stand_by(
   def make_backend() -> None:
     """The threads of a backend inherit the priority of who makes it."""
     is_wanted.wait()
-    import jax
-
     try:
+      import jax
+
       jax.devices()
     finally:  # who waits goes on, and meets the error itself
       is_made.set()

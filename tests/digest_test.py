@@ -12,7 +12,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moetion_jax import base, digest
+from moetion_jax import base, digest, mesh as mesh_lib
 
 pytestmark = pytest.mark.fast
 
@@ -304,7 +304,7 @@ def test_swapping_two_experts_swaps_their_digests():
 @pytest.mark.parametrize('devices', [1, 2, 4])
 def test_digest_does_not_depend_on_sharding(devices):
   leaves = _stacked(8)
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ('expert',))
+  mesh = mesh_lib.make_mesh(jax.devices()[:devices])
   spec = PartitionSpec('expert')
   placed = jax.device_put(leaves, NamedSharding(mesh, spec))
   local = jax.shard_map(

@@ -19,7 +19,7 @@ from jax.extend.mlir import ir
 from jax.sharding import PartitionSpec
 
 from models import layers, moe, stages, transformer
-from moetion_jax import stage_model
+from moetion_jax import mesh, stage_model
 from tests import helpers
 
 pytestmark = pytest.mark.fast
@@ -260,7 +260,7 @@ def test_experts_over_two_devices_equal_experts_on_one():
 
   sharded = jax.shard_map(
     functools.partial(local, devices),
-    mesh=jax.sharding.Mesh(np.array(jax.devices()[:devices]), ('expert',)),
+    mesh=mesh.make_mesh(jax.devices()[:devices]),
     in_specs=PartitionSpec('expert'),
     out_specs=PartitionSpec('expert'),
     check_vma=False,

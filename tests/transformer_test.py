@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 from models import layers, stages
-from moetion_jax import base, stage_model
+from moetion_jax import base, mesh, stage_model
 from tests import helpers
 
 pytestmark = pytest.mark.fast
@@ -186,7 +186,7 @@ def test_two_expert_devices_compute_what_one_does():
 
   @functools.partial(
     jax.shard_map,
-    mesh=jax.sharding.Mesh(np.array(jax.devices()[:2]), ('expert',)),
+    mesh=mesh.make_mesh(jax.devices()[:2]),
     in_specs=(specs, own, same),
     out_specs=same,
     check_vma=False,
