@@ -217,16 +217,11 @@ class PartialPlanner:
       return ''
     self._has_chosen = True
     seconds = statistics.median(self._seconds)
-    self.interval = max(
-      policies.dense_interval(
-        state_bytes=size,
-        bandwidth_bytes_per_second=r.copy_bytes_per_second,
-        iteration_seconds=seconds,
-        overlap_target=self._target,
-      )
-      for r, size in zip(
-        reports, self._worker_bytes(self._replicas), strict=True
-      )
+    bandwidths = [r.copy_bytes_per_second for r in reports]
+    self.interval = policies.common_dense_interval(
+      zip(self._worker_bytes(self._replicas), bandwidths, strict=True),
+      iteration_seconds=seconds,
+      overlap_target=self._target,
     )
     return (
       f'{self.experts} expert(s) a layer; a copy may take {self._target:g} of '

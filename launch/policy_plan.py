@@ -193,16 +193,11 @@ class WholePlanner:
     if not self._has_chosen:
       self._has_chosen = True
       seconds = statistics.median(self._seconds)
-      interval = max(
-        policies.dense_interval(
-          state_bytes=size,
-          bandwidth_bytes_per_second=r.copy_bytes_per_second,
-          iteration_seconds=seconds,
-          overlap_target=self._target,
-        )
-        for r, size in zip(
-          reports, self._worker_bytes(self._replicas), strict=True
-        )
+      bandwidths = [r.copy_bytes_per_second for r in reports]
+      interval = policies.common_dense_interval(
+        zip(self._worker_bytes(self._replicas), bandwidths, strict=True),
+        iteration_seconds=seconds,
+        overlap_target=self._target,
       )
       copy_seconds = self._durable_seconds(reports)
       reason = (

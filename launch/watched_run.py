@@ -47,9 +47,8 @@ class WatchedRun:
     found = path.stat() if path.exists() else None
     version = (found.st_size, found.st_mtime_ns) if found else None
     known = self._read.get(name)
-    if (
-      known is None or known[0] != version
-    ):  # looking must cost next to nothing
+    # Read again only when it has grown: looking must cost next to nothing.
+    if known is None or known[0] != version:
       text = path.read_text() if found else ''
       lines = text[: text.rfind('\n') + 1].splitlines()
       known = self._read[name] = version, [json.loads(line) for line in lines]

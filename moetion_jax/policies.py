@@ -116,6 +116,30 @@ def dense_interval(
   return min(interval, max_interval or interval)
 
 
+def common_dense_interval(
+  copies: Iterable[tuple[float, float]],
+  *,
+  iteration_seconds: float,
+  overlap_target: float = 1.0,
+) -> int:
+  """The `dense_interval` in which every worker's copy hides.
+
+  Args:
+    copies: (state bytes, bytes per second to host memory) of each worker.
+    iteration_seconds: as of `dense_interval`.
+    overlap_target: as of `dense_interval`.
+  """
+  return max(
+    dense_interval(
+      state_bytes=state_bytes,
+      bandwidth_bytes_per_second=bandwidth,
+      iteration_seconds=iteration_seconds,
+      overlap_target=overlap_target,
+    )
+    for state_bytes, bandwidth in copies
+  )
+
+
 # ---- two_phase ---------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ import tempfile
 import jax
 import pytest
 
+from tests import runs
+
 jax.config.update('jax_num_cpu_devices', 4)
 # Programs of earlier sessions: compiling them is most of the tests' time.
 jax.config.update(
@@ -23,3 +25,16 @@ def shm_folder():
   folder = pathlib.Path(tempfile.mkdtemp(dir='/dev/shm', prefix='test-'))
   yield folder
   shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def host():
+  """A host for whole runs; what is left on it at the end is removed."""
+  with runs.host() as host:
+    yield host
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """Of a run that is yet to be."""
+  return tmp_path / 'run'

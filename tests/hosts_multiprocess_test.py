@@ -19,12 +19,6 @@ pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
 _TWO = '--local_hosts=2'
 
 
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   """On one host."""

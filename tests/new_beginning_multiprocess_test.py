@@ -15,12 +15,6 @@ pytestmark = [pytest.mark.fast, pytest.mark.timeout(400)]
 _ITERATIONS = 24
 
 
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
 def _train(host, workdir):
   return host.train(
     workdir,

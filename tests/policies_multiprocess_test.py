@@ -4,6 +4,7 @@ The exact ones come out as if nobody had died; nobody's process is started
 again but that of the dead.
 """
 
+import functools
 import shutil
 import signal
 
@@ -33,24 +34,10 @@ def _train(host, workdir, *faults, flags=()):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   """What every exact run must come to: it captures nothing."""
-  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
-  with runs.host() as host:
-    run = _train(host, workdir, flags=['--policy=none'])
-    runs.end(run, seconds=SECONDS)
-  lines = runs.bits(runs.metrics(workdir))
-  assert [x[0] for x in lines] == list(range(1, ITERATIONS + 1))
-  return lines
-
-
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
-@pytest.fixture
-def workdir(tmp_path):
-  return tmp_path / 'run'
+  train = functools.partial(_train, flags=['--policy=none'])
+  return runs.bits(
+    runs.undisturbed_metrics(tmp_path_factory, train, ITERATIONS, SECONDS)
+  )
 
 
 def _pids(workdir):

@@ -77,6 +77,14 @@ def test_dense_interval_has_a_limit_and_needs_measurements():
       policies.dense_interval(**{**case, name: value})
 
 
+def test_common_dense_interval_suits_the_slowest():
+  copies = [(100.0, 100.0), (1200.0, 100.0), (100.0, 40.0)]
+  found = policies.common_dense_interval(
+    copies, iteration_seconds=2.0, overlap_target=0.5
+  )
+  assert found == 12  # 12 s in halves of 2 s
+
+
 # ---- two_phase ---------------------------------------------------------------
 
 

@@ -39,24 +39,11 @@ def _train(host, workdir, *faults, flags=()):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   """What every run must come to."""
-  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
-  with runs.host() as host:
-    runs.end(_train(host, workdir), seconds=SECONDS)
-  lines = runs.bits(runs.metrics(workdir))
-  assert [x[0] for x in lines] == list(range(1, ITERATIONS + 1))
+  lines = runs.bits(
+    runs.undisturbed_metrics(tmp_path_factory, _train, ITERATIONS, SECONDS)
+  )
   assert sum(x[-1] is not None for x in lines) == ITERATIONS // 3
   return lines
-
-
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
-@pytest.fixture
-def workdir(tmp_path):
-  return tmp_path / 'run'
 
 
 def _failures(workdir):

@@ -18,12 +18,6 @@ from tests import runs
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
 
 
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   return runs.undisturbed(tmp_path_factory)

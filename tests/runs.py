@@ -223,6 +223,24 @@ def undisturbed(tmp_path_factory):
   return found
 
 
+def undisturbed_metrics(tmp_path_factory, train, iterations, seconds=SECONDS):
+  """Metrics of a run that nothing happens to.
+
+  Args:
+    tmp_path_factory: pytest's.
+    train: starts it, on a host and in a workdir.
+    iterations: that it has.
+    seconds: that it may take.
+  """
+  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+  with host() as one:
+    end(train(one, workdir), seconds=seconds)
+    assert one.is_clean()
+  lines = metrics(workdir)
+  assert [x['iteration'] for x in lines] == list(range(1, iterations + 1))
+  return lines
+
+
 @contextlib.contextmanager
 def host():
   """A `Host`, closed at the end."""

@@ -16,12 +16,6 @@ from tests import helpers, runs
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
 def _lines(workdir):
   return [json.loads(x) for x in open(pathlib.Path(workdir, 'metrics.jsonl'))]
 

@@ -39,24 +39,7 @@ def _train(host, workdir, *faults, replicas=REPLICAS, flags=()):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   """What every run must come to: its metrics."""
-  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
-  with runs.host() as host:
-    runs.end(_train(host, workdir), seconds=SECONDS)
-    assert host.is_clean()
-  lines = runs.metrics(workdir)
-  assert [x['iteration'] for x in lines] == list(range(1, ITERATIONS + 1))
-  return lines
-
-
-@pytest.fixture
-def host():
-  with runs.host() as host:
-    yield host
-
-
-@pytest.fixture
-def workdir(tmp_path):
-  return tmp_path / 'run'
+  return runs.undisturbed_metrics(tmp_path_factory, _train, ITERATIONS, SECONDS)
 
 
 def _generations(workdir):
