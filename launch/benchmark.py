@@ -177,7 +177,8 @@ def ettr(preset: str, rounds: int) -> dict[str, Any]:
   )
   if _OUT.value:
     benchmark_ettr.plot(outcomes, _plot_path('ettr'))
-  result = _result('ettr', preset, benchmark_ettr.rows(outcomes), load_before)
+  measured = benchmark_ettr.rows(outcomes, _STAGES.value)
+  result = _result('ettr', preset, measured, load_before)
   return result | {
     'iterations': _ITERATIONS.value,
     'seed': _SEED.value,

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launch import benchmark_runs, summary
+from launch import benchmark_predict, benchmark_runs, simulate_predict, summary
 from launch.benchmark_pipeline import Row
 
 POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
@@ -22,6 +22,7 @@ _BASE = 'none'
 _WARM_UP_ITERATIONS = 20
 _MAX_FAILURES = 10_000
 _GOAL = 'the highest of all exact policies'
+_PREDICTION_GOAL = '<= 2'
 
 # By (policy, MTBF in iterations; 0 for no failures), of every round.
 Outcomes = Mapping[tuple[str, int], Sequence[benchmark_runs.Outcome]]
@@ -84,15 +85,19 @@ def measure(
         f'round {number + 1}: {policy}, {len(script)} failure(s)', flush=True
       )
       outcome = benchmark_runs.train(
-        [*common, f'--policy={policy}', *(f'--fail={x}' for x in script)],
-        hostmem_dir,
+        [*common, f'--policy={policy}'], hostmem_dir, script
       )
       outcomes.setdefault((policy, mtbf), []).append(outcome)
   return outcomes
 
 
-def rows(outcomes: Outcomes) -> list[Row]:
-  """The table."""
+def rows(outcomes: Outcomes, stages: int) -> list[Row]:
+  """The table.
+
+  Args:
+    outcomes: of all runs.
+    stages: of each run.
+  """
   bases = outcomes[_BASE, 0]
   found: list[Row] = []
   for (policy, mtbf), runs in outcomes.items():
@@ -112,6 +117,46 @@ def rows(outcomes: Outcomes) -> list[Row]:
       for what, values in samples.items()
       if values
     ]
+    for pace, errors in _prediction_errors(
+      outcomes, policy, mtbf, stages
+    ).items():
+      found.append(
+        (
+          f'{name}, simulated from {pace}, off by, %',
+          summary.summarize(errors),
+          _PREDICTION_GOAL,
+        )
+      )
+  return found
+
+
+def _prediction_errors(
+  outcomes: Outcomes, policy: str, mtbf: int, stages: int
+) -> dict[str, list[float]]:
+  """By how much the simulator is off, by whose pace it was given."""
+  runs = outcomes[policy, mtbf]
+  costs = benchmark_predict.costs(runs)
+  beside = zip(outcomes[_BASE, 0], outcomes[policy, 0], runs, strict=True)
+  found: dict[str, list[float]] = {}
+  for base, quiet, run in beside:
+    seconds = run.seconds(_WARM_UP_ITERATIONS, run.lines[-1]['iteration'])
+    paces = {
+      'its own pace': benchmark_predict.own_pace(run, _WARM_UP_ITERATIONS),
+      'the pace of other runs': benchmark_predict.pace_beside(
+        base, quiet, _WARM_UP_ITERATIONS
+      ),
+    }
+    for name, pace in paces.items():
+      predicted = benchmark_predict.predicted_seconds(
+        run,
+        policy=policy,
+        stages=stages,
+        first=_WARM_UP_ITERATIONS,
+        pace=pace,
+        costs=costs,
+      )
+      error = 100 * simulate_predict.error(predicted, seconds)
+      found.setdefault(name, []).append(error)
   return found
 
 

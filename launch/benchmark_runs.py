@@ -27,11 +27,13 @@ class Outcome:
       one that is written down; seconds since the run was started.
     lines: of metrics.jsonl, in order.
     events: of events.jsonl, in order.
+    script: what was to die, as `draw_failures` has it.
   """
 
   progress: Sequence[tuple[float, int]]
   lines: Sequence[Mapping[str, Any]]
   events: Sequence[Mapping[str, Any]]
+  script: Sequence[str] = ()
 
   def seconds(self, first: int, last: int) -> float:
     """From the end of one iteration to the end of a later one, for the first.
@@ -124,16 +126,20 @@ def draw_failures(
     script.append(f'kill:stage={stage},iteration={iteration},phase={phase}')
 
 
-def train(flags: Sequence[str], hostmem_dir: str) -> Outcome:
+def train(
+  flags: Sequence[str], hostmem_dir: str, script: Sequence[str] = ()
+) -> Outcome:
   """Runs `launch.train` to its end, in folders of its own.
 
   Args:
     flags: but for the folders.
     hostmem_dir: in tmpfs.
+    script: of `draw_failures`: what dies.
 
   Raises:
     RuntimeError: it failed; with the end of its output.
   """
+  flags = [*flags, *(f'--fail={x}' for x in script)]
   with watched_run.running(flags, hostmem_dir) as run:
     progress = _watch(run)
     if run.process.returncode:
@@ -143,6 +149,7 @@ def train(flags: Sequence[str], hostmem_dir: str) -> Outcome:
       progress=progress,
       lines=run.lines('metrics.jsonl'),
       events=run.lines('events.jsonl'),
+      script=script,
     )
 
 

@@ -21,7 +21,7 @@ CaptureSettings = capture_settings.CaptureSettings
 # compute, and where it does not.
 _OVERLAP_TARGET = {'cpu': 0.02}
 _OTHER_OVERLAP_TARGET = 0.5
-_FIRST_WINDOW = 4  # until something is measured
+FIRST_WINDOW = 4  # until something is measured
 _WARM_UP_ITERATIONS = 6
 _MEASURED_ITERATIONS = 5  # of the warm-up, the last ones
 # A decision holds from so many iterations after the newest that is reported: no
@@ -307,7 +307,7 @@ class CapturePlanner:
     pinned_mode = self._settings.window_mode or None
     if self._is_pinned or budgets is None:
       length = self._settings.window_length or min(
-        _FIRST_WINDOW, self._settings.longest_window
+        FIRST_WINDOW, self._settings.longest_window
       )
       choices = [
         window.choose_window(

@@ -131,6 +131,7 @@ def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
     # By stage; see `report.Report`.
     'waited_seconds': [round(r.waited_seconds, 6) for r in reports],
     'late_seconds': [round(r.late_seconds, 6) for r in reports],
+    'copy_bytes_per_second': [round(r.copy_bytes_per_second) for r in reports],
     'grad_norm': last.grad_norm,
     'auxiliary_loss': last.auxiliary_loss,
     'dropped': last.dropped,

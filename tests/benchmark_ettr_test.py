@@ -4,12 +4,17 @@ import itertools
 
 import pytest
 
-from launch import benchmark_accuracy, benchmark_ettr, benchmark_runs
+from launch import (
+  benchmark_accuracy,
+  benchmark_ettr,
+  benchmark_predict,
+  benchmark_runs,
+)
 
 pytestmark = pytest.mark.fast
 
 
-def _run(moments, events=(), losses=None, eval_every=0):
+def _run(moments, events=(), losses=None, eval_every=0, every=1, script=()):
   """A run that wrote iteration i at the i-th moment, in seconds."""
   lines = [
     {
@@ -18,7 +23,8 @@ def _run(moments, events=(), losses=None, eval_every=0):
       'loss_hex': '0x1',
       'digest': 'd' if losses is None else losses[i - 1],
       'seconds': 1.0,
-      'snapshot_bytes': 3,
+      'snapshot_bytes': 0 if i % every else 3,
+      'copy_bytes_per_second': [1.0, 1.0],
       'blocked_seconds': 0.5,
     }
     | ({'eval_loss': 2.0 / i} if eval_every and not i % eval_every else {})
@@ -28,6 +34,7 @@ def _run(moments, events=(), losses=None, eval_every=0):
     progress=list(zip(moments, range(1, len(moments) + 1), strict=True)),
     lines=lines,
     events=events,
+    script=script,
   )
 
 
@@ -97,6 +104,7 @@ def test_the_table_of_ettr(tmp_path):
   recovered = _events(
     (1.0, 'failure', 0), (1.0, 'recovery_started', 0), (3.5, 'recovered', 0, 6)
   )
+  recovered[2]['seconds'] = {'detect': 0, 'start': 0, 'fetch': 0, 'replay': 3}
   rolled_back = [{'kind': 'rolled_back', 'lost_tokens': 8.0, 'plt': 0.04}]
   outcomes = {
     ('none', 0): [_run([float(i) for i in range(1, 31)])],
@@ -106,7 +114,8 @@ def test_the_table_of_ettr(tmp_path):
     ],
   }
   found = {
-    name: summary.median for name, summary, _ in benchmark_ettr.rows(outcomes)
+    name: summary.median
+    for name, summary, _ in benchmark_ettr.rows(outcomes, stages=2)
   }
   assert found == {
     'sparse, overhead, %': pytest.approx(25.0),
@@ -116,6 +125,14 @@ def test_the_table_of_ettr(tmp_path):
     'MTBF 50, sparse, iterations done again': 6.0,
     'MTBF 50, sparse, lost tokens, %': 4.0,
     'MTBF 50, sparse, final loss against undisturbed': 0.0,
+    # Nothing dies by its script: at its own pace it is what it is.
+    'MTBF 50, sparse, simulated from its own pace, off by, %': (
+      pytest.approx(0.0, abs=1e-6)
+    ),
+    # 12.5 s of 20: iterations of 1.25 s.
+    'MTBF 50, sparse, simulated from the pace of other runs, off by, %': (
+      pytest.approx(37.5)
+    ),
   }
   last = benchmark_ettr.details(outcomes)[-1]
   assert last['ettr'] == 0.5 and last['is_bit_equal']
@@ -151,3 +168,80 @@ def test_the_table_of_accuracy(tmp_path):
   }
   benchmark_accuracy.plot(outcomes, tmp_path / 'accuracy.png')
   assert (tmp_path / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_quiet_iterations_are_those_that_nothing_died_in():
+  run = _run(
+    [1.0, 2.0, 3.0, 4.0, 9.0, 10.5, 11.5, 12.5],
+    script=['kill:stage=1,iteration=5,phase=update'],
+  )
+  assert benchmark_predict.disturbed(run) == {5, 6}
+  assert benchmark_predict.own_pace(run, 1).iteration_seconds == 1.0
+  # Going back is no iteration; several between two looks are.
+  back = benchmark_runs.Outcome(
+    progress=[(0.0, 1), (2.0, 2), (3.0, 1), (7.0, 3)], lines=(), events=()
+  )
+  assert benchmark_predict.quiet_seconds(back, 1) == (2.0 + 4.0) / 3
+
+
+def test_what_failures_cost_is_what_those_that_died_had():
+  def recovered(stage, detect, start, replay, iterations):
+    seconds = {'detect': detect, 'start': start, 'fetch': 0.5, 'replay': replay}
+    return {
+      'kind': 'recovered',
+      'stage': stage,
+      'seconds': seconds,
+      'replayed_iterations': iterations,
+    }
+
+  failure = {'kind': 'failure', 'stage': 1}
+  runs = [
+    _run([1.0], [failure, recovered(0, 9, 9, 9, 9), recovered(1, 1, 2, 6, 3)]),
+    _run([1.0], [failure, recovered(1, 2, 4, 2, 1)]),
+  ]
+  assert benchmark_predict.costs(runs) == benchmark_predict.Costs(
+    detect_seconds=1.5, start_seconds=3.0, fetch_seconds=0.5, replay_seconds=2.0
+  )
+
+
+@pytest.mark.parametrize(
+  'policy,every,landing_seconds,phase,lost_seconds',
+  [
+    # Snapshots 26 to 29 have landed: 27 to 30, of which 30 was new anyway.
+    ('sparse', 1, 0.5, 'update', 0.9 + 4 * 0.5 - 1.0),
+    ('sparse', 1, 0.5, 'backward', 0.3 + 5 * 0.5 - 1.0),  # 29 has not
+    # Everybody goes back to 28, had it landed by then.
+    ('dense', 4, 1.5, 'update', 0.9 + 1.0),
+    ('dense', 4, 1.5, 'backward', 0.3 + 5.0),
+  ],
+)
+def test_what_the_simulator_says_of_a_run(
+  policy, every, landing_seconds, phase, lost_seconds
+):
+  script = [f'kill:stage=1,iteration=30,phase={phase}']
+  run = _run([float(i) for i in range(1, 41)], every=every, script=script)
+  for line in run.lines:
+    line['snapshot_bytes'] *= landing_seconds * 2 / 3
+  assert benchmark_predict.rhythm(run, 20) == (40, every)
+  seconds = benchmark_predict.predicted_seconds(
+    run,
+    policy=policy,
+    stages=2,
+    first=20,
+    pace=benchmark_predict.Pace(iteration_seconds=1.0),
+    costs=benchmark_predict.Costs(
+      detect_seconds=0.25,
+      start_seconds=0.25,
+      fetch_seconds=0.25,
+      replay_seconds=0.5,
+    ),
+  )
+  assert seconds == pytest.approx(20 + 0.75 + lost_seconds)
+
+
+def test_the_pace_beside_a_run_has_what_a_snapshot_costs():
+  base = _run([float(i) for i in range(1, 31)])
+  quiet = _run([i * 1.25 for i in range(1, 31)], every=4)
+  assert benchmark_predict.pace_beside(base, quiet, 20) == (
+    benchmark_predict.Pace(iteration_seconds=1.0, blocked_seconds=1.0)
+  )

@@ -1,0 +1,229 @@
+"""Holds the simulator against the runs of `launch.benchmark ettr`.
+
+The costs of a policy are those that its runs with one MTBF had on average. How
+fast iterations are without failures is taken once from the run itself, which
+tests what the simulator makes of failures alone, and once from the runs beside
+it, where this machine's noise from run to run counts as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from launch import benchmark_runs, capture_plan, simulate_predict
+from moetion_jax import faults
+
+# How far the iteration is when a phase begins for the first time: about. The
+# phases of stages overlap; what is wrong by is a small part of an iteration.
+_FRACTIONS = {'forward': 0.05, 'backward': 0.3, 'update': 0.9}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+  """How long iterations of a run take where nothing fails.
+
+  Attributes:
+    iteration_seconds: of one, without snapshots.
+    blocked_seconds: by which each snapshot makes it longer.
+  """
+
+  iteration_seconds: float
+  blocked_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+  """What failures cost a policy, on average; see `simulate_predict.Measured`.
+
+  Attributes:
+    detect_seconds: until a death is known.
+    start_seconds: until what died is replaced.
+    fetch_seconds: until snapshots are read.
+    replay_seconds: of an iteration that is done again.
+  """
+
+  detect_seconds: float
+  start_seconds: float
+  fetch_seconds: float
+  replay_seconds: float
+
+
+def disturbed(run: benchmark_runs.Outcome) -> set[int]:
+  """Iterations whose length says nothing of the pace: what died in them.
+
+  The one after it as well, which other stages had begun.
+  """
+  failing = {fault.iteration for fault in _script(run)}
+  return failing | {iteration + 1 for iteration in failing}
+
+
+def quiet_seconds(
+  run: benchmark_runs.Outcome, first: int, without: Collection[int] = ()
+) -> float:
+  """Mean length of iterations, from when they were written down.
+
+  Args:
+    run: that did them.
+    first: iterations up to this one do not count.
+    without: nor do these.
+  """
+  seconds, count = 0.0, 0
+  for (begin, before), (end, after) in itertools.pairwise(run.progress):
+    passed = range(before + 1, after + 1)
+    if before < first or not passed or any(i in without for i in passed):
+      continue
+    seconds += end - begin
+    count += len(passed)
+  return seconds / count
+
+
+def own_pace(run: benchmark_runs.Outcome, first: int) -> Pace:
+  """Of the run itself, snapshots included."""
+  return Pace(iteration_seconds=quiet_seconds(run, first, disturbed(run)))
+
+
+def pace_beside(
+  base: benchmark_runs.Outcome,
+  quiet: benchmark_runs.Outcome,
+  first: int,
+) -> Pace:
+  """From a run without snapshots and one of the policy, both undisturbed."""
+  iteration_seconds = quiet_seconds(base, first)
+  longer = quiet_seconds(quiet, first) - iteration_seconds
+  return Pace(
+    iteration_seconds=iteration_seconds,
+    blocked_seconds=max(0.0, longer) * rhythm(quiet, first)[1],
+  )
+
+
+def rhythm(run: benchmark_runs.Outcome, first: int) -> tuple[int, int]:
+  """When snapshots were taken: the first one, and iterations between two.
+
+  Args:
+    run: that took them.
+    first: those of iterations up to this one do not count: it was still being
+      measured what suits the run.
+  """
+  taken = [
+    line['iteration']
+    for line in run.lines
+    if line['snapshot_bytes'] and line['iteration'] > first
+  ]
+  gaps = [after - before for before, after in itertools.pairwise(taken)]
+  if not gaps:
+    return first, len(run.lines)
+  interval = round(statistics.median(gaps))
+  # The last one: an interval that is tuned all the time settles.
+  return taken[-1], interval
+
+
+def costs(runs: Sequence[benchmark_runs.Outcome]) -> Costs:
+  """Of all failures of some runs; no failure costs nothing."""
+  events = [event for run in runs for event in _of_those_that_died(run.events)]
+  seconds = [event['seconds'] for event in events]
+
+  def mean(name: str) -> float:
+    return statistics.fmean(x[name] for x in seconds) if seconds else 0.0
+
+  iterations = sum(event['replayed_iterations'] for event in events)
+  return Costs(
+    detect_seconds=mean('detect'),
+    start_seconds=mean('start'),
+    fetch_seconds=mean('fetch'),
+    replay_seconds=sum(x['replay'] for x in seconds) / max(1, iterations),
+  )
+
+
+def predicted_seconds(
+  run: benchmark_runs.Outcome,
+  *,
+  policy: str,
+  stages: int,
+  first: int,
+  pace: Pace,
+  costs: Costs,
+) -> float:
+  """What the simulator says of the seconds from one iteration to the end.
+
+  Args:
+    run: of whose settings and failures.
+    policy: of the run.
+    stages: of the run.
+    first: iteration from whose end on time counts; no failure is before.
+    pace: of its iterations.
+    costs: of its failures.
+  """
+  anchor, interval = rhythm(run, first)
+  # The simulator takes snapshots at multiples of the interval.
+  shift = anchor % interval
+  measured = simulate_predict.Measured(
+    policy=policy,
+    iterations=run.lines[-1]['iteration'] - shift,
+    iteration_seconds=pace.iteration_seconds,
+    blocked_seconds=pace.blocked_seconds,
+    landing_seconds=_landing_seconds(run, first),
+    failures=tuple(
+      (fault.iteration - shift, _FRACTIONS[fault.phase], fault.stage)
+      for fault in _script(run)
+    ),
+    stages=stages,
+    interval=interval,
+    **_window(run) if policy == 'sparse' else {},
+    **dataclasses.asdict(costs),
+  )
+  undisturbed = dataclasses.replace(
+    measured, iterations=first - shift, failures=()
+  )
+  return (
+    simulate_predict.predict(measured).wall_seconds
+    - simulate_predict.predict(undisturbed).wall_seconds
+  )
+
+
+def _script(run: benchmark_runs.Outcome) -> list[faults.Fault]:
+  return [
+    faults.parse(text, number, stages=1 << 30)
+    for number, text in enumerate(run.script)
+  ]
+
+
+def _window(run: benchmark_runs.Outcome) -> dict[str, Any]:
+  """The last one that was decided on."""
+  chosen = run.of_kind('window')[-1:]
+  if not chosen:
+    return {'window_length': capture_plan.FIRST_WINDOW}
+  return {
+    'window_length': chosen[0]['window_length'],
+    'window_mode': chosen[0]['mode'],
+  }
+
+
+def _landing_seconds(run: benchmark_runs.Outcome, first: int) -> float:
+  """Of a snapshot, as measured; stages have about equal ones."""
+  found = [
+    line['snapshot_bytes'] / sum(line['copy_bytes_per_second'])
+    for line in run.lines
+    if line['iteration'] > first
+    and line['snapshot_bytes']
+    and all(line['copy_bytes_per_second'])
+  ]
+  return statistics.median(found) if found else 0.0
+
+
+def _of_those_that_died(
+  events: Sequence[Mapping[str, Any]],
+) -> list[Mapping[str, Any]]:
+  """Events `recovered` of the stages that failed, not of who went along."""
+  died: set[int] = set()
+  found = []
+  for event in events:
+    if event['kind'] == 'failure':
+      died.add(event['stage'])
+    elif event['kind'] == 'recovered' and event['stage'] in died:
+      died.discard(event['stage'])
+      found.append(event)
+  return found
