@@ -1,13 +1,18 @@
 """What snapshots cost: `launch.benchmark snapshot`.
 
-One stage that holds the whole model, trained in this process, in blocks of a
-few iterations: with no snapshots, with sparse ones, with Orbax saving the whole
-state as often as it can, and once a window. A block ends when its last copy
-has, so a method pays for what it leaves behind.
+One stage that holds the whole model, trained in this process, in blocks of some
+iterations: with no snapshots, with sparse ones, with Orbax saving the whole
+state as often as it can, and once a window.
+
+A block begins with an iteration before the clock runs, and the copy that its
+last one leaves behind has ended before the next block begins. So every measured
+iteration runs beside the copy of the one before it, or waits for it, as in a
+long run; no method pays for a copy that nobody waits for.
 """
 
 from __future__ import annotations
 
+import math
 import pathlib
 import shutil
 import tempfile
@@ -30,17 +35,33 @@ from moetion_jax import (
   worker as worker_lib,
 )
 
-_BLOCK_ITERATIONS = 5
+# A block: as many iterations as take so long, a multiple of Orbax's interval.
+_BLOCK_SECONDS = 4.0
+_SHORTEST_BLOCK = 8
+_ORBAX_EVERY = 4
+_WARM_UP_ITERATIONS = 7
 _PADDING_BYTES = 1 << 20
 _POOL_FILES = 4
 _TABLE_WINDOWS = (1, 2, 4, 8, 16)
 _TABLE_REPLICAS, _TABLE_REPLICAS_WINDOW = (1, 2, 4, 8), 4
 
 
+class _Block:
+  """How long all blocks are."""
+
+  iterations = _SHORTEST_BLOCK
+
+  def choose(self, iteration_seconds: float) -> None:
+    """Once an iteration was measured."""
+    wanted = max(_SHORTEST_BLOCK, _BLOCK_SECONDS / iteration_seconds)
+    self.iterations = math.ceil(wanted / _ORBAX_EVERY) * _ORBAX_EVERY
+
+
 class _Subject:
   """A worker of its own and what captures its state."""
 
-  def __init__(self, config: settings.RunConfig):
+  def __init__(self, config: settings.RunConfig, block: _Block):
+    self.block = block
     (self.worker,) = local.make_workers(config, local.load_data(config))
     self._config = config
     # Of every snapshot, spent in the training thread: until it goes on, at
@@ -50,25 +71,33 @@ class _Subject:
     self.late_seconds: list[float] = []
     self.iteration = 0
 
-  def run(self, number: int) -> None:
-    """One block."""
+  def run(self, number: int) -> float:
+    """One block; the seconds of its measured iterations."""
     del number
-    last = self.iteration + _BLOCK_ITERATIONS
+    first = self.iteration + 1  # not measured
+    last = first + self.block.iterations
     self.worker.iteration = self.iteration
+    begin = 0.0
 
     def stop() -> bool:
+      nonlocal begin
+      if self.worker.iteration == first:
+        jax.block_until_ready(self.worker.state)
+        begin = time.perf_counter()
       return self.worker.iteration >= last
 
     self.worker.train(
       self._config.train,
       lambda report: None,
       stop,
-      first_iteration=self.iteration + 1,
+      first_iteration=first,
       snapshots=self.snapshots(),
     )
     jax.block_until_ready(self.worker.state)
+    seconds = time.perf_counter() - begin
     self.iteration = last
     self.flush()
+    return seconds
 
   def snapshots(self) -> Any:
     """What `Worker.train` calls after every update."""
@@ -79,6 +108,16 @@ class _Subject:
 
   def close(self) -> None:
     """Ends threads."""
+
+
+class _Nothing(_Subject):
+  """No snapshots. Runs first, and so finds out how long a block is."""
+
+  def run(self, number: int) -> float:
+    seconds = super().run(number)
+    if number == 1:
+      self.block.choose(seconds / self.block.iterations)
+    return seconds
 
 
 class _Timed:
@@ -110,8 +149,10 @@ class _Timed:
 class _Sparse(_Subject):
   """Sparse snapshots every iteration, with the window that is chosen."""
 
-  def __init__(self, config: settings.RunConfig, folder: pathlib.Path):
-    super().__init__(config)
+  def __init__(
+    self, config: settings.RunConfig, block: _Block, folder: pathlib.Path
+  ):
+    super().__init__(config, block)
     layout = layout_lib.of_stage(self.worker.stage)
     self.programs = capture.CapturePrograms(layout)
     self.programs.compile()
@@ -144,10 +185,11 @@ class _Sparse(_Subject):
         (decision,) = self._planner.decisions(self.iteration + 1)
         self._taker.decide(decision)
 
-  def run(self, number: int) -> None:
+  def run(self, number: int) -> float:
     if number == 1:  # a warm-up round: measured as in a run
       reports: list[worker_lib.Report] = []
-      last = self.iteration + _BLOCK_ITERATIONS + 2
+      last = self.iteration + _WARM_UP_ITERATIONS
+      begin = time.perf_counter()
       self.worker.train(
         self._config.train,
         reports.append,
@@ -163,8 +205,8 @@ class _Sparse(_Subject):
         self.late_seconds,
       ):
         seconds.clear()
-      return
-    super().run(number)
+      return time.perf_counter() - begin
+    return super().run(number)
 
   def snapshots(self) -> Any:
     # Only the newest few are kept.
@@ -182,9 +224,13 @@ class _Dense(_Subject):
   """Orbax's AsyncCheckpointer, saving the whole state."""
 
   def __init__(
-    self, config: settings.RunConfig, folder: pathlib.Path, every: int
+    self,
+    config: settings.RunConfig,
+    block: _Block,
+    folder: pathlib.Path,
+    every: int,
   ):
-    super().__init__(config)
+    super().__init__(config, block)
     self._saver = dense.DenseSaver(folder, every)
 
   def snapshots(self) -> Any:
@@ -222,12 +268,15 @@ def rows(
   root = pathlib.Path(tempfile.mkdtemp(dir=hostmem_dir, prefix='benchmark-'))
   for name in ('sparse', 'often', 'window'):
     (root / name).mkdir(mode=0o700)
-  sparse = _Sparse(config, root / 'sparse')
+  block = _Block()
+  sparse = _Sparse(config, block, root / 'sparse')
   subjects: dict[str, _Subject] = {
-    'none': _Subject(config),
+    'none': _Nothing(config, block),
     'sparse': sparse,
-    'orbax, every iteration': _Dense(config, root / 'often', 1),
-    'orbax, every 4th': _Dense(config, root / 'window', 4),
+    'orbax, every iteration': _Dense(config, block, root / 'often', 1),
+    f'orbax, every {_ORBAX_EVERY}th': _Dense(
+      config, block, root / 'window', _ORBAX_EVERY
+    ),
   }
   try:
     seconds = interleave({n: s.run for n, s in subjects.items()}, rounds)
