@@ -24,10 +24,9 @@ from launch import (
   processes,
   protocol,
   settings,
+  standbys as standbys_lib,
 )
 from moetion_jax import division
-
-_STANDBY_ATTEMPTS = 3
 
 
 class Listener(Protocol):
@@ -51,7 +50,6 @@ class Crew:
 
   Attributes:
     started: how many processes were started for good, standbys not counted.
-    standbys: that may take the place of any worker of this host.
   """
 
   def __init__(
@@ -76,7 +74,6 @@ class Crew:
     self._book = book
     self.started = 0
     self._of_stage: list[list[processes.WorkerProcess]] = []
-    self.standbys: list[processes.WorkerProcess] = []
     self._replicas = config.train.replicas
     self._config = config
     self._hosts = hosts
@@ -84,7 +81,9 @@ class Crew:
     self._listener = listener
     self._spec = spec
     self._lock_fds: tuple[int, ...] = ()
-    self._standby_attempts = 0
+    self._standbys = standbys_lib.Standbys(
+      self._replicas, hosts.standby, self._start, self.end
+    )
     self._places = placement.place(
       config.train.stages * self._replicas,
       local_devices=config.train.local_devices,
@@ -148,17 +147,19 @@ class Crew:
       worker.kill()
     for worker in old:
       self.end(worker)
-    world = self._new_world(team)
     begun = max(worker.iteration for worker in old)
     generation = old[0].generation + 1
+    taken = self._standbys.take(stage, team, generation, old[0].host)
+    world = taken.world or self._new_world(team)
     self._of_stage[stage] = []
     for replica in team:
-      worker, is_warm = self._take(stage, replica, generation)
+      standby = taken.workers.get(replica)
+      worker = standby or self._hosts.worker(stage, replica, generation)
       self._of_stage[stage].append(worker)
       spec = dataclasses.replace(
         self._spec_of(worker, world, team, begun), is_replacement=has_begun
       )
-      if not is_warm:
+      if not standby:
         self._begin(worker, spec)
         continue
       place = self._place_of(worker)
@@ -166,22 +167,6 @@ class Crew:
       self.started += 1
       worker.send('promote', spec=spec.to_json(), environment=place.environment)
     return self.of_stage(stage)
-
-  def _take(
-    self, stage: int, replica: int, generation: int
-  ) -> tuple[processes.WorkerProcess, bool]:
-    """A process for a worker: a standby that is warm, or one to be started."""
-    worker = self._hosts.worker(stage, replica, generation)
-    for standby in self.standbys:
-      if (
-        standby.is_warm
-        and standby.exit_code is None
-        and standby.host == worker.host
-      ):
-        self.standbys.remove(standby)
-        standby.become(stage, replica, generation)
-        return standby, True
-    return worker, False
 
   def _begin(
     self, worker: processes.WorkerProcess, spec: protocol.Spec
@@ -202,29 +187,25 @@ class Crew:
       return f'127.0.0.1:{probe.getsockname()[1]}'
 
   def warm_standbys(self, platform: str) -> None:
-    """Warms as many as a world has members, unless they keep dying."""
-    while (
-      len(self.standbys) < self._replicas
-      and self._standby_attempts < _STANDBY_ATTEMPTS * self._replicas
-    ):
-      self._standby_attempts += 1
-      worker = self._hosts.standby()
-      worker.state = 'warming'
-      self.standbys.append(worker)
-      # As many cores as it will have, whichever stage it becomes.
-      cores = [place.cores for place in self._places]
-      same = len({len(one) for one in cores}) == 1
-      spec = dataclasses.replace(
-        self._spec_of(worker),
-        platform=platform,
-        cores=cores[0] if same else (),
-      )
-      self._start(worker, spec)
+    """Has as many as a world has members, unless they keep dying.
+
+    Args:
+      platform: for which they lower their programs.
+    """
+    # As many cores as one will have, whichever stage it becomes.
+    cores = [place.cores for place in self._places]
+    same = len({len(one) for one in cores}) == 1
+    spec = dataclasses.replace(
+      self._spec,
+      platform=platform,
+      cores=cores[0] if same else (),
+    )
+    everybody = tuple(range(self._replicas))
+    self._standbys.warm(spec, lambda: self._new_world(everybody))
 
   def warmed(self, worker: processes.WorkerProcess) -> None:
     """A standby is prepared."""
-    worker.is_warm, worker.state = True, 'standby'
-    self._standby_attempts = 0
+    self._standbys.warmed(worker)
 
   def end(self, worker: processes.WorkerProcess) -> None:
     """Kills a process and waits for its end; passes on its last words."""
@@ -244,23 +225,20 @@ class Crew:
 
   def everyone(self) -> Sequence[processes.WorkerProcess]:
     """All workers and standbys."""
-    return [*self.workers, *self.standbys]
+    return [*self.workers, *self._standbys.everyone]
 
   # ---- processes -------------------------------------------------------------
 
   def _spec_of(
     self,
     worker: processes.WorkerProcess,
-    world: str = '',
-    team: tuple[int, ...] = (0,),
+    world: str,
+    team: tuple[int, ...],
     begun: int = 0,
   ) -> protocol.Spec:
     """Of a worker whose predecessor had begun that iteration."""
     place = self._place_of(worker)
-    stands_for = ()
-    if worker.stage != protocol.STANDBY:
-      stand_ins = division.stand_ins(self._replicas, team)
-      stands_for = stand_ins[worker.replica]
+    stand_ins = division.stand_ins(self._replicas, team)
     return dataclasses.replace(
       self._spec,
       stage=worker.stage,
@@ -268,7 +246,7 @@ class Crew:
       generation=worker.generation,
       world=world,
       team=team,
-      stands_for=stands_for,
+      stands_for=stand_ins[worker.replica],
       host=worker.host,
       cores=place.cores if place else (),
       faults=self._book.of_worker(worker.stage, begun, worker.replica),
@@ -321,9 +299,8 @@ class Crew:
     worker.reap()
     self._forget(worker.pid_fd)
     self._on_status(worker)  # its last words say more than its exit code
-    if worker in self.standbys:
-      self.standbys.remove(worker)
-      self.end(worker)
+    if worker in self._standbys.everyone:
+      self._standbys.died(worker)
       return
     self._listener.on_exit(worker)
 

@@ -370,10 +370,18 @@ class Hosts:
       is_alone=self._replicas == 1,
     )
 
-  def standby(self) -> processes.WorkerProcess:
-    """A process of this host that may become any of its workers."""
+  def standby(self, replica: int) -> processes.WorkerProcess:
+    """A process of this host that may become any of its workers.
+
+    Args:
+      replica: that it is if it has joined a world by then.
+    """
     return processes.WorkerProcess(
-      protocol.STANDBY, 0, self._name, is_alone=self._replicas == 1
+      protocol.STANDBY,
+      0,
+      self._name,
+      replica=replica,
+      is_alone=self._replicas == 1,
     )
 
   def store_of(self, stage: int) -> pathlib.Path:

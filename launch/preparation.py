@@ -135,6 +135,7 @@ def prepare(
   platform: str,
   cache_dir: str,
   make_backend: Callable[[], None] | None = None,
+  position: int = 0,
 ) -> Prepared:
   """Everything that can be done ahead, for all stages.
 
@@ -142,8 +143,9 @@ def prepare(
     config: of the run.
     platform: as of `programs.platform_of`.
     cache_dir: see `runtime.configure`.
-    make_backend: makes one, if programs are to be loaded ahead; not where
-      workers have replicas, who meet before they have a backend.
+    make_backend: makes one, if programs are to be loaded ahead; with replicas
+      in a world with the others.
+    position: in that world.
   """
   runtime.configure(
     local_devices=config.train.local_devices, compilation_cache_dir=cache_dir
@@ -159,6 +161,6 @@ def prepare(
   if make_backend is None:
     return Prepared(data, stages, {})
   make_backend()
-  return Prepared(
-    data, stages, {i: load(config, one) for i, (one,) in stages.items()}
-  )
+  prepared = Prepared(data, stages, {})
+  loaded = {i: load(config, prepared.of(i, position)) for i in stages}
+  return dataclasses.replace(prepared, loaded=loaded)

@@ -81,7 +81,8 @@ class Spec:
     stage: that the worker trains; STANDBY for none yet.
     replica: of the stage.
     generation: of the worker.
-    world: address of the stage world's coordinator; '' for a worker alone.
+    world: address of the stage world's coordinator; '' for a worker alone, and
+      for a standby that joins none ahead.
     team: the replicas that the stage's workers are, in the order of the world.
     stands_for: replicas without a worker, whose microbatches this one does.
     agent_pid: of the process whose death is the worker's.
@@ -122,6 +123,15 @@ class Spec:
   faults: tuple[faults_lib.Fault, ...] = ()
   status_fd: int
   control_fd: int
+
+  @property
+  def loads_ahead(self) -> bool:
+    """Whether a standby has a backend, and loads its programs.
+
+    On an accelerator it would take memory from the workers; and the threads of
+    a backend on CPU are as many as the cores that it may use by then.
+    """
+    return self.platform == 'cpu' and bool(self.cores)
 
   def to_json(self) -> Message:
     """Plain dicts; `from_json` is the inverse."""

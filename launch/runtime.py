@@ -48,13 +48,16 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def join_world(address: str, replicas: int, replica: int) -> None:
+def join_world(
+  address: str, replicas: int, replica: int, seconds: int = _WORLD_SECONDS
+) -> None:
   """Makes this process a member of its stage world; call after `configure`.
 
   Args:
     address: of the world's coordinator, which is replica 0.
     replicas: of the stage.
     replica: that this process is.
+    seconds: to wait for the others.
 
   Raises:
     base.MoetionError: the others did not come, or the port is taken.
@@ -67,7 +70,7 @@ def join_world(address: str, replicas: int, replica: int) -> None:
       replicas,
       replica,
       cluster_detection_method='deactivate',
-      initialization_timeout=_WORLD_SECONDS,
+      initialization_timeout=seconds,
       coordinator_bind_address=address,
     )
     jax.devices()  # meets the others

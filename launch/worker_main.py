@@ -30,6 +30,8 @@ _FINAL = (base.NonFiniteError, base.EntryMismatchError, base.NoRoomError)
 # A standby prepares beside workers that train: it must not take their time.
 # With 5 it was not warm after four minutes where two cores had much to do.
 _STANDBY_NICENESS = 2
+# For the others of a world that have less of the cores.
+_STANDBY_WORLD_SECONDS = 300
 
 
 def _stand_by(
@@ -45,6 +47,12 @@ def _stand_by(
     try:
       import jax
 
+      from launch import runtime
+
+      if spec.world:
+        runtime.join_world(
+          spec.world, len(spec.team), spec.replica, _STANDBY_WORLD_SECONDS
+        )
       jax.devices()
     finally:  # who waits goes on, and meets the error itself
       is_made.set()
@@ -61,24 +69,22 @@ def _stand_by(
     try:
       from launch import preparation
 
-      # The threads of a backend are as many as the cores that it may use.
-      loads = (
-        spec.platform == 'cpu'
-        and spec.cores
-        and spec.config.train.replicas == 1  # else a world comes first
-      )
       prepared.append(
         preparation.prepare(
           spec.config,
           spec.platform,
           spec.compilation_cache_dir,
-          ask_for_backend if loads else None,
+          ask_for_backend if spec.loads_ahead else None,
+          spec.replica,
         )
       )
       link.compiling('warm')
       link.send('warm')
     except BaseException:
-      traceback.print_exc()  # promoted, it prepares what is missing
+      traceback.print_exc()
+      if spec.world:
+        os._exit(1)  # the others of its world are of no use either
+      # Promoted, it prepares what is missing.
 
   _run_on(spec.cores)
   threading.Thread(target=make_backend, name='backend', daemon=True).start()
@@ -136,7 +142,7 @@ def _work(
   from moetion_jax import programs
 
   position = spec.team.index(spec.replica)
-  if spec.world:
+  if spec.world and not (prepared and prepared.loaded):
     runtime.join_world(spec.world, len(spec.team), position)
   data = prepared.data if prepared else local.load_data(config)
   lowered = prepared.of(spec.stage, position) if prepared else None
