@@ -37,7 +37,9 @@ _REPLICAS = flags.DEFINE_integer(
   'replicas', 1, 'Of each stage, for `recovery`.'
 )
 _MICROBATCHES = flags.DEFINE_integer(
-  'microbatches', None, "For `snapshot`; the preset's own by default."
+  'microbatches',
+  None,
+  "For `snapshot` and `recovery`; the preset's own by default.",
 )
 _ITERATIONS = flags.DEFINE_integer(
   'iterations', 200, 'Of each run of `ettr` and `accuracy`.'
@@ -142,7 +144,12 @@ def recovery(preset: str, rounds: int) -> dict[str, Any]:
 
   load_before = os.getloadavg()
   measured = benchmark_recovery.rows(
-    preset, rounds, _HOSTMEM_DIR.value, _CACHE.value, _REPLICAS.value
+    preset,
+    rounds,
+    _HOSTMEM_DIR.value,
+    _CACHE.value,
+    _REPLICAS.value,
+    _MICROBATCHES.value,
   )
   return _result('recovery', preset, measured, load_before)
 

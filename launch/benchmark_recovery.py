@@ -108,7 +108,11 @@ class _DenseJob:
 
 
 def _restarts(
-  preset: str, kills: int, hostmem_dir: str, cache_dir: str
+  preset: str,
+  kills: int,
+  hostmem_dir: str,
+  cache_dir: str,
+  microbatches: int | None,
 ) -> Iterator[dict[str, float]]:
   """Kills the whole job; what it takes until it is where it was, in seconds.
 
@@ -123,6 +127,7 @@ def _restarts(
       'folder': folder,
       'every': _DENSE_EVERY,
       'cache_dir': cache_dir,
+      'microbatches': microbatches,
     }
     job = _DenseJob(arguments)
     try:
@@ -155,7 +160,12 @@ def _restarts(
 
 
 def rows(
-  preset: str, kills: int, hostmem_dir: str, cache_dir: str, replicas: int = 1
+  preset: str,
+  kills: int,
+  hostmem_dir: str,
+  cache_dir: str,
+  replicas: int = 1,
+  microbatches: int | None = None,
 ) -> list[Row]:
   """Measures; see the module.
 
@@ -165,6 +175,7 @@ def rows(
     hostmem_dir: in tmpfs.
     cache_dir: of compiled programs.
     replicas: of each stage; with several the whole job is not restarted.
+    microbatches: of a replica's iteration; None: as the preset has it.
   """
   stages = 2
   flags = [
@@ -177,6 +188,7 @@ def rows(
     '--eval_every=0',
     f'--compilation_cache_dir={cache_dir}',
     f'--max_failures={kills + 1}',
+    *([f'--microbatches={microbatches}'] if microbatches else []),
   ]
   out: list[Row] = []
   goals = {
@@ -202,7 +214,7 @@ def rows(
   if replicas > 1:
     return out
   restarts = []
-  for one in _restarts(preset, kills, hostmem_dir, cache_dir):
+  for one in _restarts(preset, kills, hostmem_dir, cache_dir, microbatches):
     _tell('whole job', one)
     restarts.append(one)
   for phase in restarts[0]:

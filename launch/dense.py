@@ -103,14 +103,20 @@ class DenseSaver:
 def main() -> None:
   """Trains until it is killed; prints every iteration that is done.
 
-  The only argument is JSON: `preset`, `folder`, `every`, `cache_dir`.
+  The only argument is JSON: `preset`, `folder`, `every`, `cache_dir`,
+  `microbatches` (null: as the preset has it).
   """
   given = json.loads(sys.argv[1])
   runtime.configure(local_devices=1, compilation_cache_dir=given['cache_dir'])
   config = settings.make(
     given['preset'],
     model_overrides=[],
-    train_overrides={'stages': 1, 'eval_every': 0, 'iterations': 100_000},
+    train_overrides={
+      'stages': 1,
+      'eval_every': 0,
+      'iterations': 100_000,
+      'microbatches': given['microbatches'],
+    },
     optimizer_overrides={},
   )
   data = local.load_data(config)
