@@ -291,7 +291,10 @@ _ALL = {
     ['--preset=tiny', '--rounds=5', '--part=programs', '--part=boundary'],
     [],
   ),
-  'snapshot': (['--preset=tiny', '--rounds=5'], ['--rounds=10']),
+  'snapshot': (
+    ['--preset=tiny', '--rounds=3', '--microbatches=2'],
+    ['--rounds=10'],
+  ),
   'recovery': (
     ['--preset=tiny', '--rounds=2'],
     ['--preset=tiny', '--rounds=10'],

@@ -106,6 +106,11 @@ class CaptureSettings:
     return policies.of_name(self.policy)
 
   @property
+  def grows_capacity(self) -> bool:
+    """Whether experts that lost tokens take more of them for some time."""
+    return self.policy == 'partial' and self.partial_select == 'popularity'
+
+  @property
   def _windows(self) -> int:
     """Windows between the recovery line and the newest snapshot, at most.
 

@@ -49,6 +49,7 @@ def declare_stage(
   index: int,
   workers: int | None = None,
   position: int | None = None,
+  max_capacity_factor: float | None = None,
 ) -> stage_lib.Stage:
   """A stage of the run, without devices; creates no backend.
 
@@ -58,6 +59,7 @@ def declare_stage(
     workers: that it has, if fewer than replicas.
     position: of a worker in its stage world: with --shard_optimizer it has its
       share only; None: the whole stage.
+    max_capacity_factor: see `stages.build_stage`.
 
   Raises:
     base.ConfigError: the stage cannot be spread like that.
@@ -69,6 +71,7 @@ def declare_stage(
     spec,
     seed=train.seed,
     expert_devices=train.local_devices,
+    max_capacity_factor=max_capacity_factor,
   )
   whole = stage_lib.Stage(
     model,

@@ -37,11 +37,14 @@ class Loss:
       for each expert that it went to.
     plt: of all restores so far, see `policies.proportion_of_lost_tokens`.
     experts: of each layer that a checkpoint saves from now on.
+    capacity_until: iteration up to which experts take more tokens, to make up
+      for what they lost; 0: they do not.
   """
 
   lost_tokens: float
   plt: float
   experts: int
+  capacity_until: int = 0
 
 
 class PartialPlanner:
@@ -50,6 +53,7 @@ class PartialPlanner:
   Attributes:
     interval: iterations between checkpoints, in force or soon to be.
     experts: of each layer that a checkpoint saves.
+    capacity_factors: of experts, after the last restore; empty if none grow.
   """
 
   def __init__(
@@ -81,6 +85,7 @@ class PartialPlanner:
     self._loads: dict[int, Mapping[base.OperatorId, float]] = {}
     self._processed_before = 0.0  # tokens of iterations that `_loads` lacks
     self._lost = 0.0
+    self.capacity_factors: dict[base.OperatorId, float] = {}
     self._seconds: collections.deque[float] = collections.deque(
       maxlen=_MEASURED_ITERATIONS
     )
@@ -237,6 +242,14 @@ class PartialPlanner:
       oldest = min(self._loads)
       self._processed_before += sum(self._loads.pop(oldest).values())
 
+  def capacity(self, stage: int) -> tuple[tuple[str, int, float], ...]:
+    """Of experts of a stage that take more tokens; see `protocol.Go`."""
+    return tuple(
+      (operator.group, operator.expert, factor)
+      for operator, factor in self.capacity_factors.items()
+      if operator in self._stages[stage].state_bytes
+    )
+
   def roll_back(
     self, start: int, versions: Mapping[base.OperatorId, int]
   ) -> Loss:
@@ -247,7 +260,8 @@ class PartialPlanner:
       versions: of which iteration each expert is then.
     """
     self._loads = {i: x for i, x in self._loads.items() if i <= start}
-    lost = sum(policies.lost_tokens(self._loads, versions, start).values())
+    lost_tokens = policies.lost_tokens(self._loads, versions, start)
+    lost = sum(lost_tokens.values())
     self._lost += lost
     processed = self._processed_before + sum(
       sum(load.values()) for load in self._loads.values()
@@ -257,4 +271,28 @@ class PartialPlanner:
       self.experts, self._largest_layer, plt, self._settings.plt_budget
     )
     self._versions = dict(versions)
-    return Loss(lost_tokens=lost, plt=plt, experts=self.experts)
+    return Loss(
+      lost_tokens=lost,
+      plt=plt,
+      experts=self.experts,
+      capacity_until=self._grow(start, lost_tokens),
+    )
+
+  def _grow(
+    self, start: int, lost_tokens: Mapping[base.OperatorId, float]
+  ) -> int:
+    """Lets experts that lost tokens take more of them; until when, or 0.
+
+    For as long as the oldest of them was not saved.
+    """
+    self.capacity_factors = {}
+    oldest = min((self._versions[o] for o, n in lost_tokens.items() if n),
+                 default=start)  # fmt: skip
+    if not self._settings.grows_capacity or oldest == start:
+      return 0
+    measured = sorted(self._loads)[-_POPULARITY_ITERATIONS:]
+    rates = {o: n / len(measured) for o, n in self._popularity().items()}
+    self.capacity_factors = policies.capacity_factors(
+      lost_tokens, rates, start - oldest
+    )
+    return start + (start - oldest)

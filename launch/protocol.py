@@ -97,6 +97,7 @@ class Spec:
     platform: as `programs.platform_of` calls it, where it is known; for a
       standby.
     full_seconds: how long the log waits for room before the run ends.
+    grows_capacity: whether a `Go` may have a `capacity`.
     faults: that it has to do (`faults.Fault`).
     status_fd: to which the worker writes.
     control_fd: from which it reads.
@@ -120,6 +121,7 @@ class Spec:
   platform: str
   full_seconds: float
   is_replacement: bool = False
+  grows_capacity: bool = False
   faults: tuple[faults_lib.Fault, ...] = ()
   status_fd: int
   control_fd: int
@@ -175,6 +177,9 @@ class Go:
       only what neighbours may still read.
     merges: whether the state of the start is put together from snapshots of it
       and before, of which none holds everything.
+    capacity: of experts that take more tokens than usual: group, number, and
+      factor of the usual capacity.
+    capacity_until: last iteration in which they do.
   """
 
   start: int
@@ -193,6 +198,8 @@ class Go:
   generation: int = 0
   keeps_entries: bool = True
   merges: bool = False
+  capacity: tuple[tuple[str, int, float], ...] = ()
+  capacity_until: int = 0
 
   def to_json(self) -> Message:
     """Plain dicts; `from_json` is the inverse."""
@@ -202,6 +209,7 @@ class Go:
   def from_json(cls, value: Message) -> Go:
     """The inverse of `to_json`."""
     lists = {k: tuple(value[k]) for k in ('decisions', 'excluded')}
+    lists['capacity'] = tuple(tuple(x) for x in value['capacity'])
     return cls(**{**value, **lists})
 
 

@@ -215,6 +215,9 @@ class Recoverer:
       if d.first_iteration > held.first_iteration
     ]
     target = self._recoveries[stage].target if stage in self._recoveries else 0
+    capacity: tuple[tuple[str, int, float], ...] = ()
+    if isinstance(self._planner, partial_plan.PartialPlanner):
+      capacity = self._planner.capacity(stage)
     return protocol.Go(
       start=plan.start,
       complete_at=plan.complete_at[stage],
@@ -232,6 +235,8 @@ class Recoverer:
       generation=generation,
       keeps_entries=self._settings.rules.is_local,
       merges=bool(plan.start) and not self._settings.rules.is_exact,
+      capacity=capacity,
+      capacity_until=self._loss.capacity_until if self._loss else 0,
     )
 
   # ---- while it runs --------------------------------------------------------

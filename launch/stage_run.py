@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import (
   capture_plan,
+  grown_capacity,
   handover,
   inventory,
   link as link_lib,
@@ -71,6 +72,7 @@ class StageRun:
     self._layout = layout_lib.of_stage(stage)
     self._whole = layout_lib.of_stage(stage, whole=True)
     self._captures = capture.CapturePrograms(self._layout)
+    self._grown: dict[str, Callable[..., Any]] = {}
     # Where the snapshots lie that can be read again.
     self._snapshots_root = spec.durable_folder or spec.folder
     self._folder = inventory.snapshots_folder(
@@ -97,6 +99,10 @@ class StageRun:
     else:
       self._programs, self._captures = prepared.compiled(
         self._stage, self._compiling
+      )
+    if self._spec.grows_capacity:
+      self._grown = grown_capacity.compile_programs(
+        self._spec, self._stage, self._compiling
       )
     self._link.compiling('')
 
@@ -186,6 +192,7 @@ class StageRun:
     )
     self._worker.iteration = go.start
     self._worker.verify_until = go.verify_until
+    self._worker.grown = grown_capacity.make(go, self._stage, self._grown)
     self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(

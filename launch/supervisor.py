@@ -198,6 +198,9 @@ class Agent:
       secret=self._hosts.secret,
       platform='',
       full_seconds=self._where.full_seconds,
+      # Where nothing limits them they take all that come.
+      grows_capacity=self._where.captures.grows_capacity
+      and self._config.model.capacity_factor > 0,
       status_fd=-1,
       control_fd=-1,
     )

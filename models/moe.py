@@ -11,6 +11,7 @@ C capacity, F expert hidden, A devices along the mesh axis 'expert'.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -63,10 +64,27 @@ def route(
   return Routing(experts, gates, probabilities, jnp.mean(z * z))
 
 
+class Capacity(NamedTuple):
+  """How much more than usual the experts of a layer take."""
+
+  factors: jax.Array  # f32[E], of the usual capacity
+  max_factor: float  # that none exceeds: slots are there for so much
+
+
 def plan_dispatch(
-  experts: jax.Array, num_experts: int, capacity: int
+  experts: jax.Array,
+  num_experts: int,
+  capacity: int,
+  limits: jax.Array | None = None,
 ) -> Dispatch:
-  """Assigns slots to choices `experts` i32[N, K], first come first served."""
+  """Assigns slots to choices `experts` i32[N, K], first come first served.
+
+  Args:
+    experts: that the choices went to.
+    num_experts: E.
+    capacity: C, slots that there are for each expert.
+    limits: i32[E], how many of them each expert may use; None: all.
+  """
   flat = experts.reshape(-1)
   n = flat.shape[0]
   order = jnp.argsort(flat, stable=True)
@@ -75,18 +93,20 @@ def plan_dispatch(
   start, load = edges[:-1], edges[1:] - edges[:-1]
   position = jnp.arange(n) - start[by_expert]
   empty = num_experts * capacity
-  slots = jnp.where(position < capacity, by_expert * capacity + position, empty)
+  limit = capacity if limits is None else limits[by_expert]
+  slots = jnp.where(position < limit, by_expert * capacity + position, empty)
   slot_of_choice = (
     jnp.zeros_like(flat).at[order].set(slots, unique_indices=True)
   )
   within = jnp.arange(capacity)
   source = jnp.minimum(start[:, None] + within, n - 1)  # [E, C]
-  choice_of_slot = jnp.where(within < load[:, None], order[source], n)
+  used = jnp.minimum(load, capacity if limits is None else limits)
+  choice_of_slot = jnp.where(within < used[:, None], order[source], n)
   return Dispatch(
     slot_of_choice=slot_of_choice.reshape(experts.shape),
     choice_of_slot=choice_of_slot.reshape(-1),
     load=load,
-    dropped=jnp.sum(jnp.maximum(load - capacity, 0)),
+    dropped=jnp.sum(load - used),
   )
 
 
@@ -139,6 +159,7 @@ def experts_forward(
   routing: Routing,
   weights: dict[str, jax.Array],
   expert_devices: int,
+  capacity: Capacity | None = None,
 ) -> tuple[jax.Array, Dispatch]:
   """Sends x [N, D] through its experts.
 
@@ -149,14 +170,20 @@ def experts_forward(
     weights: w_gate, w_up [E/A, D, F] and w_down [E/A, F, D] of this device.
     expert_devices: A; above 1 the call stands inside a `shard_map` with an axis
       'expert' of that size, and slots travel by `all_to_all`.
+    capacity: of each expert; None: what the model's shape gives it.
 
   Returns:
     The gated sum over each token's experts [N, D], and the dispatch.
   """
   n, d = x.shape
-  capacity = config.capacity(n)
-  dispatch = plan_dispatch(routing.experts, config.num_experts, capacity)
-  slots = to_slots(x, dispatch).reshape(config.num_experts, capacity, d)
+  usual = each = config.capacity(n)
+  limits = None
+  if capacity is not None:
+    each = min(n, math.ceil(usual * capacity.max_factor))
+    wanted = (usual * capacity.factors).astype(jnp.int32)  # rounded down
+    limits = jnp.minimum(wanted, each)
+  dispatch = plan_dispatch(routing.experts, config.num_experts, each, limits)
+  slots = to_slots(x, dispatch).reshape(config.num_experts, each, d)
   if expert_devices > 1:
     slots = jax.lax.all_to_all(slots, 'expert', 0, 1, tiled=True)
   slots = layers.swiglu(

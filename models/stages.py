@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from models import config as config_lib, transformer
+from models import config as config_lib, moe, transformer
 from moetion_jax import base, stage_model
 
 ModelConfig = config_lib.ModelConfig
@@ -129,6 +129,7 @@ def build_stage(
   *,
   seed: int,
   expert_devices: int = 1,
+  max_capacity_factor: float | None = None,
 ) -> stage_model.StageModel:
   """Declares one stage and returns it as pure functions.
 
@@ -137,6 +138,8 @@ def build_stage(
     spec: one element of `cut(config, ...)`.
     seed: of the initial masters and of dropout.
     expert_devices: size of the mesh axis 'expert'.
+    max_capacity_factor: of `Position.capacity`, which then scales how many
+      tokens each expert takes; None: nothing does.
 
   Raises:
     base.ConfigError: the experts do not divide among the devices.
@@ -153,6 +156,9 @@ def build_stage(
   )
   names = _leaf_names(state, declared)
   structure = jax.tree.structure(state)
+  moe_layers = [
+    i for i in range(spec.first_layer, spec.last_layer) if config.is_moe(i)
+  ]
 
   def forward(
     params: dict[str, jax.Array],
@@ -169,7 +175,13 @@ def build_stage(
     if position is not None and config.dropout_rate:
       key = jax.random.fold_in(jax.random.key(seed), position.iteration)
       key = jax.random.fold_in(key, position.microbatch)
-    return module(inputs, transformer.Call(expert_devices, rows, key))
+    capacity = {}
+    if position is not None and max_capacity_factor is not None:
+      capacity = {
+        layer: moe.Capacity(position.capacity[i], max_capacity_factor)
+        for i, layer in enumerate(moe_layers)
+      }
+    return module(inputs, transformer.Call(expert_devices, rows, key, capacity))
 
   biases = [n for n in declared if n.endswith('/router_bias')]
 
@@ -192,6 +204,9 @@ def build_stage(
     has_head=spec.has_head,
     hidden_shape=(config.sequence_length, config.model_dim),
     hidden_dtype=jnp.dtype(config.compute_dtype),
+    capacity_shape=(len(moe_layers), config.num_experts)
+    if max_capacity_factor is not None and moe_layers
+    else None,
   )
 
 

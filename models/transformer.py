@@ -11,6 +11,7 @@ N tokens of this device, E experts, L MoE layers of the stage.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
@@ -77,6 +78,7 @@ class Call:
   expert_devices: int
   rows: jax.Array  # i32[B]: each row's number in the global microbatch
   key: jax.Array | None  # dropout key of (seed, iteration, microbatch)
+  capacity: Mapping[int, moe.Capacity]  # of layers where it is not the usual
 
 
 class Attention(nnx.Module):
@@ -179,7 +181,12 @@ class Block(nnx.Module):
     bias = self.router_bias[...] if c.balance == 'bias' else None
     routing = moe.route(c, tokens, self.w_router[...], bias)
     out, dispatch = moe.experts_forward(
-      c, tokens, routing, self.experts.weights(), call.expert_devices
+      c,
+      tokens,
+      routing,
+      self.experts.weights(),
+      call.expert_devices,
+      call.capacity.get(self.layer),
     )
     if c.shared_dim:
       out = out + self.shared(tokens)

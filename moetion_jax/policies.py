@@ -27,6 +27,8 @@ from moetion_jax import base, slots
 OVERHEAD_BUDGET = 0.035
 # Of lost tokens, after which PEC saves more experts; MoC-System's default.
 PLT_BUDGET = 0.0375
+# Of an expert after a fault, with 'popularity'.
+MAX_CAPACITY_FACTOR = 2.0
 SELECTIONS = ('sequential', 'load_aware', 'popularity')
 
 # So many iterations and checkpoints the tuner looks back on.
@@ -458,7 +460,7 @@ def capacity_factors(
   lost: slots.Rates,
   rates: slots.Rates,
   iterations: int,
-  max_factor: float = 2.0,
+  max_factor: float = MAX_CAPACITY_FACTOR,
 ) -> dict[base.OperatorId, float]:
   """By how much experts' capacities grow after a fault.
 

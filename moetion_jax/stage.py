@@ -259,7 +259,7 @@ class Stage:
 
   def _forward(self, compute, inputs, position):
     trained = self._trained(compute)
-    position = stage_model.Position(position.iteration, position.microbatch[0])
+    position = position._replace(microbatch=position.microbatch[0])
 
     def objective(trained, x):
       out = self.model.forward(
@@ -497,6 +497,11 @@ class Stage:
       jax.ShapeDtypeStruct((), jnp.uint32),
       jax.ShapeDtypeStruct((1,), jnp.uint32),
     )
+    if shape := self.model.capacity_shape:
+      position_specs = position_specs._replace(capacity=_SAME)
+      position_shapes = position_shapes._replace(
+        capacity=jax.ShapeDtypeStruct(shape, jnp.float32)
+      )
     inputs, input_shapes = self._input_specs, self._input_shapes()
     hidden_spec = () if self.model.has_head else _OWN
     y, residuals, counts = program(

@@ -30,10 +30,11 @@ class Group(NamedTuple):
 
 # Fields of what crosses jit are arrays, their shapes or their specs: Any.
 class Position(NamedTuple):
-  """Which data a program works on; keys its randomness."""
+  """Which data a program works on, and how; keys its randomness."""
 
   iteration: Any  # u32[]
   microbatch: Any  # u32[]: global number within the iteration
+  capacity: Any = None  # f32[L, E]: factors of experts' capacities, if any
 
 
 class Inputs(NamedTuple):
@@ -74,6 +75,8 @@ class StageModel:
     has_head: whether this is the last stage (reads labels).
     hidden_shape: (T, D) of what travels between stages.
     hidden_dtype: its dtype.
+    capacity_shape: (L, E) of `Position.capacity`, where experts' capacities are
+      scaled; None: they are what they are.
   """
 
   shapes: Mapping[str, jax.ShapeDtypeStruct]
@@ -87,3 +90,4 @@ class StageModel:
   has_head: bool
   hidden_shape: tuple[int, int]
   hidden_dtype: jax.typing.DTypeLike
+  capacity_shape: tuple[int, int] | None = None

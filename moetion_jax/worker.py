@@ -7,6 +7,7 @@ anything: what it needs is named, and reading waits until it exists.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,23 @@ class Data(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrownCapacity:
+  """For some iterations experts take more tokens than usual.
+
+  Attributes:
+    forward: the stage's, of a model that scales experts' capacities.
+    backward: the same.
+    factors: f32[L, E], of the usual capacity.
+    until: last iteration of which this holds.
+  """
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  factors: np.ndarray
+  until: int
+
+
 class Worker:
   """One worker's training loop over its stage's compiled programs.
 
@@ -69,6 +87,7 @@ class Worker:
       with that and the iteration.
     verify_until: entries up to this iteration are checked when they are read:
       they were written some time ago.
+    grown: see `GrownCapacity`; None: capacities are what they are.
   """
 
   def __init__(
@@ -95,6 +114,7 @@ class Worker:
     self.steps = 0
     self.on_phase: Callable[[str, int], None] = lambda phase, iteration: None
     self.verify_until = 0
+    self.grown: GrownCapacity | None = None
     self._data = data
     self._waited = self._late = 0.0
     self._idle = idle.IdleClock()
@@ -268,6 +288,10 @@ class Worker:
   ):
     """The microbatches of one replica: (acc, counts of all of them)."""
     acc, counts = self.programs.zeros(), []
+    programs: Any = self.programs
+    grown, factors = self.grown, None
+    if grown is not None and iteration <= grown.until:
+      programs, factors = grown, grown.factors
     in_flight: dict[int, tuple[Any, Any]] = {}
     tasks = schedule.one_forward_one_backward(
       self.index, config.stages, config.microbatches
@@ -279,11 +303,11 @@ class Worker:
       if kind is schedule.TaskKind.FORWARD:
         inputs = self._inputs(base.EntryKind.ACTIVATION, iteration, replica, m)
         position = stage_model.Position(
-          np.uint32(iteration), np.array([self._global(replica, m)], np.uint32)
+          np.uint32(iteration),
+          np.array([self._global(replica, m)], np.uint32),
+          factors,
         )
-        y, residuals, count = self.programs.forward(
-          self.compute, inputs, position
-        )
+        y, residuals, count = programs.forward(self.compute, inputs, position)
         self._outputs = y, count
         self._send(base.EntryKind.ACTIVATION, iteration, replica, m, y)
         in_flight[m] = (y if self.stage.model.has_head else (), residuals)
@@ -295,7 +319,7 @@ class Worker:
             base.EntryKind.GRADIENT, iteration, replica, m, self.index + 1
           )
           dy = self._read(key)
-        dx, acc = self.programs.backward(self.compute, residuals, dy, acc)
+        dx, acc = programs.backward(self.compute, residuals, dy, acc)
         del residuals
         self._outputs = dx, acc
         self._send(base.EntryKind.GRADIENT, iteration, replica, m, dx)

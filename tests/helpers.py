@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from launch import chaos_draw, local, settings
+from launch import chaos_draw, local, protocol, settings
 from models import config as model_config
 from moetion_jax import config as config_lib, report
 
@@ -66,6 +66,26 @@ def micro_run(
     ),
     data=str(ROOT / 'models'),
   )
+
+
+def worker_spec(config: settings.RunConfig, **fields: Any) -> protocol.Spec:
+  """What a worker of a run on one host is told, for what reads it only."""
+  defaults: dict[str, Any] = {
+    'stage': protocol.STANDBY,
+    'generation': 0,
+    'agent_pid': os.getpid(),
+    'cores': (0, 1),
+    'compilation_cache_dir': '',
+    'folder': '',
+    'handover_folder': '',
+    'host': '',
+    'secret': '',
+    'platform': 'cpu',
+    'full_seconds': 1.0,
+    'status_fd': -1,
+    'control_fd': -1,
+  }
+  return protocol.Spec(config=config, **{**defaults, **fields})
 
 
 def train_locally(config: settings.RunConfig):

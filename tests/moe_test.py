@@ -39,15 +39,16 @@ def _normals(seed: int, *shape: int) -> jax.Array:
   return jnp.asarray(values, jnp.float32)
 
 
-def _plan_by_hand(experts, num_experts, capacity) -> moe.Dispatch:
+def _plan_by_hand(experts, num_experts, capacity, limits=None) -> moe.Dispatch:
   """The definition of a dispatch: one pass over choices, token by token."""
+  limits = [capacity] * num_experts if limits is None else limits
   n, k = experts.shape
   slot_of_choice = np.full((n, k), num_experts * capacity)
   choice_of_slot = np.full(num_experts * capacity, n * k)
   load = np.zeros(num_experts, int)
   dropped = 0
   for choice, expert in enumerate(experts.reshape(-1)):
-    if load[expert] < capacity:
+    if load[expert] < limits[expert]:
       slot = expert * capacity + load[expert]
       slot_of_choice.reshape(-1)[choice] = slot
       choice_of_slot[slot] = choice
@@ -78,6 +79,23 @@ def test_dispatch_equals_one_pass_over_choices(case):
   experts, num_experts, capacity = case
   plan = _plan(jnp.asarray(experts), num_experts, capacity)
   expected = _plan_by_hand(experts, num_experts, capacity)
+  for name, ours, theirs in zip(plan._fields, plan, expected, strict=True):
+    np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(_choices(), st.data())
+def test_an_expert_uses_as_many_slots_as_it_may(case, data):
+  experts, num_experts, capacity = case
+  limits = np.array(
+    data.draw(
+      st.lists(
+        st.integers(0, capacity), min_size=num_experts, max_size=num_experts
+      )
+    )
+  )
+  plan = _plan(jnp.asarray(experts), num_experts, capacity, jnp.asarray(limits))
+  expected = _plan_by_hand(experts, num_experts, capacity, limits)
   for name, ours, theirs in zip(plan._fields, plan, expected, strict=True):
     np.testing.assert_array_equal(ours, theirs, err_msg=name)
 

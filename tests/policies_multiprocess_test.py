@@ -149,3 +149,24 @@ def test_partial_goes_on_with_stale_experts(host, workdir, undisturbed):
     assert event['first_iteration'] == start + 1
   sizes = [x['snapshot_bytes'] for x in runs.metrics(workdir)]
   assert sizes[ITERATIONS - 3] > sizes[1] > 0
+
+
+def test_popular_experts_make_up_for_what_they_lost(host, workdir):
+  """Of `--partial_select=popularity`: they take more tokens for some time."""
+  flags = [
+    '--policy=partial',
+    '--interval=2',
+    '--partial_select=popularity',
+    '--model=capacity_factor=0.75',
+  ]
+  run = _train(
+    host, workdir, 'kill:stage=1,iteration=9,phase=backward', flags=flags
+  )
+  runs.end(run, seconds=SECONDS)
+  assert host.is_clean()
+  (back,) = runs.of_kind(workdir, 'rolled_back')
+  start, until = back['iteration'], back['capacity_until']
+  assert start < until < ITERATIONS
+  dropped = [x['dropped'] for x in runs.metrics(workdir)]
+  grown, usual = dropped[start:until], dropped[:start] + dropped[until:]
+  assert max(grown) < min(usual)

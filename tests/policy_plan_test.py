@@ -241,6 +241,27 @@ def test_what_a_restore_of_partial_loses():
   assert (second.plt, second.experts) == (1.0, 4)
 
 
+def test_popular_experts_that_lost_tokens_take_more_of_them():
+  load = {_expert(i): 2 for i in range(_EXPERTS)}
+  planner = _planner('partial', interval=4, partial_select='popularity')
+  assert isinstance(planner, partial_plan.PartialPlanner)
+  run = _Run(planner, load)
+  run.report(14)
+  versions = {_expert(0): 4, _expert(1): 8, _expert(2): 12, _expert(3): 10}
+  loss = planner.roll_back(12, versions)
+  # For 8 iterations, as long as expert 0 was not saved: what 8, 4, 0 and 2
+  # iterations brought, on top of what 8 bring.
+  assert loss.capacity_until == 20
+  assert planner.capacity(0) == (
+    ('layers/0/experts', 0, 2.0),
+    ('layers/0/experts', 1, 1.5),
+    ('layers/0/experts', 2, 1.0),
+    ('layers/0/experts', 3, 1.25),
+  )
+  nothing = planner.roll_back(12, dict.fromkeys(versions, 12))
+  assert nothing.capacity_until == 0 and planner.capacity(0) == ()
+
+
 def _stored(found, iteration, experts):
   state = frozenset({_other(), *(_expert(i) for i in experts)})
   found.stored(

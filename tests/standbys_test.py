@@ -1,32 +1,15 @@
 """Which standbys there are, and who takes whose place; nothing runs here."""
 
 import itertools
-import os
 
 import pytest
 
-from launch import processes, protocol, settings, standbys
+from launch import processes, protocol, standbys
+from tests import helpers
 
 pytestmark = pytest.mark.fast
 
-SPEC = protocol.Spec(
-  config=settings.make(
-    'tiny', model_overrides=[], train_overrides={}, optimizer_overrides={}
-  ),
-  stage=protocol.STANDBY,
-  generation=0,
-  agent_pid=os.getpid(),
-  cores=(0, 1),
-  compilation_cache_dir='',
-  folder='',
-  handover_folder='',
-  host='',
-  secret='',
-  platform='cpu',
-  full_seconds=1.0,
-  status_fd=-1,
-  control_fd=-1,
-)
+SPEC = helpers.worker_spec(helpers.micro_run())
 
 
 class _Processes:
@@ -48,9 +31,8 @@ class _Processes:
   def warm(self, **changes):
     """What is started, which then is warm."""
     known = len(self.started)
-    self.standbys.warm(
-      protocol.Spec(**{**vars(SPEC), **changes}), self.new_world
-    )
+    spec = helpers.worker_spec(SPEC.config, **changes)
+    self.standbys.warm(spec, self.new_world)
     new = self.started[known:]
     for worker, _ in new:
       self.standbys.warmed(worker)
