@@ -287,9 +287,11 @@ class StageRun:
       # The one before: everybody has read what it has of that.
       faults.flip_bit_in_log(path, iteration - 1)
 
-    for kind in faults.SNAPSHOT_KINDS:
-      self._injector.acts[kind] = damage_snapshot
-    self._injector.acts['corrupt_log'] = damage_log
+    acts = dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot)
+    acts['corrupt_log'] = damage_log
+    self._injector.acts |= acts
+    for kind in acts:  # they would keep alive whatever was trained
+      self._closing.callback(self._injector.acts.pop, kind)
 
   def _between(self, target: int) -> bool:
     """Called between iterations: whether to stop."""

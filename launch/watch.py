@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from moetion_jax import base
+
 # A worker speaks four times a second. One that is silent for so long is
 # stopped, or so starved that nobody is served by waiting.
 _SILENCE_SECONDS = 10.0
@@ -66,7 +68,21 @@ def hanging(
       f'hung: it has been running {one.detail} for {one.state_seconds:.0f} s '
       f'(--hang_timeout={hang_timeout_seconds:g})'
     )
+  if _is_full(one) and all(
+    x.state_seconds >= _DEADLOCK_SECONDS
+    and (x.state == 'waiting' or _is_full(x))
+    for x in (one, *everyone)
+  ):
+    return (
+      f'hung: {base.SNAPSHOTS_FULL} for {one.state_seconds:.0f} s, and nobody '
+      'does anything'
+    )
   return ''
+
+
+def _is_full(one: Seen) -> bool:
+  """Whether it waits until a snapshot may go."""
+  return one.state == 'blocked' and one.detail == base.SNAPSHOTS_FULL
 
 
 def deadlock(everyone: Sequence[Seen]) -> str:

@@ -204,6 +204,8 @@ class Conversion:
 
   def _snapshot(self, iteration: int) -> snapshot_lib.Snapshot | None:
     """The snapshot of an iteration; None where there is none."""
+    if iteration > self._newest:  # what was loaded is not needed any more
+      self._loaded = None
     if not 0 < iteration <= self._newest or iteration in self.damaged:
       return None
     if self._loaded is None or self._loaded[0] != iteration:

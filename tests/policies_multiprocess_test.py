@@ -5,6 +5,7 @@ again but that of the dead.
 """
 
 import functools
+import pathlib
 import shutil
 import signal
 
@@ -170,3 +171,27 @@ def test_popular_experts_make_up_for_what_they_lost(host, workdir):
   dropped = [x['dropped'] for x in runs.metrics(workdir)]
   grown, usual = dropped[start:until], dropped[:start] + dropped[until:]
   assert max(grown) < min(usual)
+
+
+def _leases(pid):
+  """Snapshots that a process has mapped to read them."""
+  maps = pathlib.Path(f'/proc/{pid}/maps').read_text()
+  return {
+    line.split()[-1]
+    for line in maps.splitlines()
+    if '.snapshots/' in line and line.split()[1] == 'r--s'
+  }
+
+
+def test_what_a_restore_read_is_let_go_of(host, workdir):
+  """Else a live process that goes back again has no snapshot left to write."""
+  flags = ['--policy=partial', '--interval=2', '--iterations=100000']
+  faults = [f'kill:stage=1,iteration={i},phase=backward' for i in (9, 13)]
+  run = _train(host, workdir, *faults, flags=flags)
+  runs.wait_for(
+    lambda: len(runs.of_kind(workdir, 'recovered')) == 2 * STAGES, SECONDS
+  )
+  live = _pids(workdir)[0]
+  runs.wait_for(lambda: not _leases(live), SECONDS)
+  runs.stop_at_once(run)
+  runs.end(run, seconds=SECONDS)

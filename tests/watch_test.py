@@ -8,6 +8,7 @@ import time
 import pytest
 
 from launch import watch
+from moetion_jax import base
 
 pytestmark = pytest.mark.fast
 
@@ -66,6 +67,31 @@ def test_hanging(seen, words):
 def _waiting(stage, seconds=30.0, state='waiting'):
   return _seen(
     state, stage=stage, detail=f'entry {stage}', state_seconds=seconds
+  )
+
+
+def _full(seconds=30.0):
+  return _seen('blocked', detail=base.SNAPSHOTS_FULL, state_seconds=seconds)
+
+
+@pytest.mark.parametrize(
+  ('one', 'other', 'is_to_blame'),
+  [
+    (_full(), _seen('waiting', stage=1, state_seconds=30.0), True),
+    (_full(), _full(), True),
+    (_full(29.0), _seen('waiting', stage=1, state_seconds=30.0), False),
+    (_full(), _seen('waiting', stage=1, state_seconds=29.0), False),
+    (_full(), _seen(stage=1, state_seconds=99.0), False),
+    (_full(), _seen('done', stage=1, state_seconds=99.0), False),
+    (_seen('blocked', state_seconds=99.0), _full(), False),
+  ],
+)
+def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
+  why = watch.hanging(one, 100.0, [one, other])
+  assert why == (
+    f'hung: {base.SNAPSHOTS_FULL} for 30 s, and nobody does anything'
+    if is_to_blame
+    else ''
   )
 
 
