@@ -212,6 +212,10 @@ def details(outcomes: Outcomes) -> list[dict[str, Any]]:
           'recoveries': [
             vars(r) for r in benchmark_runs.recoveries(run.events)
           ],
+          'recovered': [
+            {k: e[k] for k in ('stage', 'seconds', 'replayed_iterations')}
+            for e in run.of_kind('recovered')
+          ],
           'lost_tokens': sum(e['lost_tokens'] for e in rolled_back),
           'plt': rolled_back[-1]['plt'] if rolled_back else 0.0,
           'intervals': [

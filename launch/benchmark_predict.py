@@ -53,12 +53,13 @@ class Costs:
 
 
 def disturbed(run: benchmark_runs.Outcome) -> set[int]:
-  """Iterations whose length says nothing of the pace: what died in them.
+  """Iterations whose length says nothing of the pace: something died in them.
 
-  The one after it as well, which other stages had begun.
+  Or in one beside them: an iteration is reported when the next one is under
+  way, which other stages may have ended by then.
   """
-  failing = {fault.iteration for fault in _script(run)}
-  return failing | {iteration + 1 for iteration in failing}
+  failing = [fault.iteration for fault in _script(run)]
+  return {i + near for i in failing for near in (-1, 0, 1)}
 
 
 def quiet_seconds(
