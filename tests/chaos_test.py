@@ -111,16 +111,21 @@ def test_a_few(tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.timeout(4 * 3600)
-@pytest.mark.parametrize('seed', [1])
-def test_two_hundred_random_faults(tmp_path, seed):
+@pytest.mark.parametrize(
+  ('seed', 'faults', 'replicas', 'flags'),
+  [(1, 200, 1, []), (2, 100, 2, []), (3, 100, 2, ['--shard_optimizer'])],
+)
+def test_many_random_faults(tmp_path, seed, faults, replicas, flags):
   result = helpers.launch(
     'chaos',
     f'--seed={seed}',
-    '--faults=200',
+    f'--faults={faults}',
+    f'--replicas={replicas}',
     f'--workdir={tmp_path}/chaos',
     '--',
     f'--compilation_cache_dir={helpers.CACHE}',
     '--data=models',
+    *flags,
     timeout_seconds=4 * 3600,
   )
   print(result.stdout)
