@@ -286,8 +286,8 @@ class PartialPlanner:
     For as long as the oldest of them was not saved.
     """
     self.capacity_factors = {}
-    oldest = min((self._versions[o] for o, n in lost_tokens.items() if n),
-                 default=start)  # fmt: skip
+    lost = [self._versions[o] for o, tokens in lost_tokens.items() if tokens]
+    oldest = min(lost, default=start)
     if not self._settings.grows_capacity or oldest == start:
       return 0
     measured = sorted(self._loads)[-_POPULARITY_ITERATIONS:]
