@@ -102,7 +102,7 @@ def pace_beside(
 
 
 def rhythm(run: benchmark_runs.Outcome, first: int) -> tuple[int, int]:
-  """When snapshots were taken: the first one, and iterations between two.
+  """When snapshots were taken: in one iteration, and how many lie between two.
 
   Args:
     run: that took them.
@@ -118,8 +118,7 @@ def rhythm(run: benchmark_runs.Outcome, first: int) -> tuple[int, int]:
   if not gaps:
     return first, len(run.lines)
   interval = round(statistics.median(gaps))
-  # The last one: an interval that is tuned all the time settles.
-  return taken[-1], interval
+  return taken[-1], interval  # one that is tuned all the time settles
 
 
 def costs(runs: Sequence[benchmark_runs.Outcome]) -> Costs:
@@ -185,11 +184,8 @@ def predicted_seconds(
   )
 
 
-def _script(run: benchmark_runs.Outcome) -> list[faults.Fault]:
-  return [
-    faults.parse(text, number, stages=1 << 30)
-    for number, text in enumerate(run.script)
-  ]
+def _script(run: benchmark_runs.Outcome) -> tuple[faults.Fault, ...]:
+  return faults.parse_all(run.script, stages=1 << 30)  # the run accepted it
 
 
 def _window(run: benchmark_runs.Outcome) -> dict[str, Any]:

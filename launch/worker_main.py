@@ -53,7 +53,8 @@ def _stand_by(
         runtime.join_world(
           spec.world, len(spec.team), spec.replica, _STANDBY_WORLD_SECONDS
         )
-      jax.devices()
+      else:
+        jax.devices()
     finally:  # who waits goes on, and meets the error itself
       is_made.set()
 
