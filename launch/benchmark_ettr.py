@@ -18,8 +18,9 @@ from launch.benchmark_pipeline import Row
 POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
 MTBF_ITERATIONS = (100, 50, 25)
 _BASE = 'none'
-# Before they end nothing counts: programs are warm, intervals are chosen.
-_WARM_UP_ITERATIONS = 20
+# Before they end nothing counts: programs and standbys are warm, intervals are
+# chosen.
+_WARM_UP_ITERATIONS = 30
 _MAX_FAILURES = 10_000
 _GOAL = 'the highest of all exact policies'
 _PREDICTION_GOAL = '<= 2'
@@ -104,13 +105,27 @@ def rows(outcomes: Outcomes, stages: int) -> list[Row]:
     if policy == _BASE:
       continue
     ratios = [_ratio(base, run) for base, run in zip(bases, runs, strict=True)]
+    overheads = _overheads(outcomes, policy)
     if not mtbf:
-      overheads = [100 * (1 / ratio - 1) for ratio in ratios]
       found.append((f'{policy}, overhead, %', summary.summarize(overheads), ''))
       continue
     name = f'MTBF {mtbf}, {policy}'
     goal = _GOAL if policy == 'sparse' else ''
     found.append((f'{name}, ETTR', summary.summarize(ratios), goal))
+    losses = [_loss(run) for run in runs]
+    overhead = 1 + statistics.median(overheads) / 100
+    found += [
+      (
+        f'{name}, lost to failures, % of its own pace',
+        summary.summarize([100 * loss for loss in losses]),
+        '',
+      ),
+      (
+        f'{name}, ETTR from overhead and losses',
+        summary.summarize([1 / (overhead * (1 + loss)) for loss in losses]),
+        goal,
+      ),
+    ]
     samples = _samples(bases, runs)
     found += [
       (f'{name}, {what}', summary.summarize(values), '')
@@ -135,7 +150,7 @@ def _prediction_errors(
 ) -> dict[str, list[float]]:
   """By how much the simulator is off, by whose pace it was given."""
   runs = outcomes[policy, mtbf]
-  costs = benchmark_predict.costs(runs)
+  costs = benchmark_predict.costs(runs, _WARM_UP_ITERATIONS)
   beside = zip(outcomes[_BASE, 0], outcomes[policy, 0], runs, strict=True)
   found: dict[str, list[float]] = {}
   for base, quiet, run in beside:
@@ -186,6 +201,33 @@ def _samples(
   return found
 
 
+def _overheads(outcomes: Outcomes, policy: str) -> list[float]:
+  """By how many percent quiet iterations take longer, of all runs of a policy.
+
+  Compared with the undisturbed run of the same round.
+  """
+  return [
+    100 * (_pace(run) / _pace(base) - 1)
+    for (name, _), runs in outcomes.items()
+    if name == policy
+    for base, run in zip(outcomes[_BASE, 0], runs, strict=True)
+  ]
+
+
+def _pace(run: benchmark_runs.Outcome) -> float:
+  return benchmark_predict.own_pace(run, _WARM_UP_ITERATIONS).iteration_seconds
+
+
+def _loss(run: benchmark_runs.Outcome) -> float:
+  """Share by which failures made a run longer than its quiet iterations are.
+
+  That leaves out by how much this machine is faster in one run than in another.
+  """
+  last = run.lines[-1]['iteration']
+  quiet = (last - _WARM_UP_ITERATIONS) * _pace(run)
+  return run.seconds(_WARM_UP_ITERATIONS, last) / quiet - 1
+
+
 def _ratio(base: benchmark_runs.Outcome, run: benchmark_runs.Outcome) -> float:
   last = base.lines[-1]['iteration']
   return effective_training_time_ratio(
@@ -208,6 +250,9 @@ def details(outcomes: Outcomes) -> list[dict[str, Any]]:
           'mtbf_iterations': mtbf,
           'round': number,
           'ettr': _ratio(base, run),
+          'lost_to_failures': _loss(run),
+          'quiet_iteration_seconds': _pace(run),
+          'standby_seconds': [e['seconds'] for e in run.of_kind('standby')],
           'failures': len(run.of_kind('failure')),
           'recoveries': [
             vars(r) for r in benchmark_runs.recoveries(run.events)

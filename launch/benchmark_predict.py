@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch import benchmark_runs, capture_plan, simulate_predict
@@ -44,12 +45,15 @@ class Costs:
     start_seconds: until what died is replaced.
     fetch_seconds: until snapshots are read.
     replay_seconds: of an iteration that is done again.
+    warming_seconds: by which iterations take longer after a recovery, in all,
+      while another standby is prepared on the same cores.
   """
 
   detect_seconds: float
   start_seconds: float
   fetch_seconds: float
   replay_seconds: float
+  warming_seconds: float = 0.0
 
 
 def disturbed(run: benchmark_runs.Outcome) -> set[int]:
@@ -63,7 +67,10 @@ def disturbed(run: benchmark_runs.Outcome) -> set[int]:
 
 
 def quiet_seconds(
-  run: benchmark_runs.Outcome, first: int, without: Collection[int] = ()
+  run: benchmark_runs.Outcome,
+  first: int,
+  without: Collection[int] = (),
+  without_times: Sequence[tuple[float, float]] = (),
 ) -> float:
   """Mean length of iterations, from when they were written down.
 
@@ -71,20 +78,84 @@ def quiet_seconds(
     run: that did them.
     first: iterations up to this one do not count.
     without: nor do these.
+    without_times: nor those of which a part is within one of these (begin,
+      end), in seconds since the run was started.
+
+  Raises:
+    ValueError: none is left.
   """
   seconds, count = 0.0, 0
-  for (begin, before), (end, after) in itertools.pairwise(run.progress):
-    passed = range(before + 1, after + 1)
-    if before < first or not passed or any(i in without for i in passed):
+  for begin, end, passed in _passed(run, first):
+    if any(i in without for i in passed):
+      continue
+    if any(begin < until and end > since for since, until in without_times):
       continue
     seconds += end - begin
     count += len(passed)
+  if not count:
+    raise ValueError('no iteration was quiet')
   return seconds / count
 
 
 def own_pace(run: benchmark_runs.Outcome, first: int) -> Pace:
-  """Of the run itself, snapshots included."""
-  return Pace(iteration_seconds=quiet_seconds(run, first, disturbed(run)))
+  """Of the run itself, snapshots included.
+
+  Without the iterations in which a standby was prepared: where it shares the
+  cores, they take longer. If there are no others, with them.
+  """
+  times = [(since, until) for since, _, until in _unsettled(run)]
+  try:
+    seconds = quiet_seconds(run, first, disturbed(run), times)
+  except ValueError:
+    seconds = quiet_seconds(run, first, disturbed(run))
+  return Pace(iteration_seconds=seconds)
+
+
+def _passed(
+  run: benchmark_runs.Outcome, first: int
+) -> Iterator[tuple[float, float, range]]:
+  """Begin, end and the iterations that were written down at the end."""
+  for (begin, before), (end, after) in itertools.pairwise(run.progress):
+    passed = range(before + 1, after + 1)
+    if before >= first and passed:
+      yield begin, end, passed
+
+
+def _unsettled(
+  run: benchmark_runs.Outcome,
+) -> list[tuple[float, float, float]]:
+  """Failures: when, until when all had recovered, until when one stood by.
+
+  In seconds since the run was started; until its end, if that came first, or
+  until the next failure.
+  """
+  found: list[list[float]] = []
+  for event in run.events:
+    now = event.get('time', 0.0) - run.began
+    if event['kind'] == 'failure':
+      if found:
+        found[-1][1:] = [min(now, x) for x in found[-1][1:]]
+      found.append([now, math.inf, math.inf])
+    elif event['kind'] == 'recovered' and found:
+      found[-1][1] = now  # the last of several
+    elif event['kind'] == 'standby' and found:
+      found[-1][2] = min(found[-1][2], now)
+  return [(since, back, warm) for since, back, warm in found]
+
+
+def _warming_seconds(run: benchmark_runs.Outcome, first: int) -> float:
+  """By which iterations took longer while standbys were prepared, in all."""
+  times = _unsettled(run)
+  slow = [
+    (end - begin, len(passed))
+    for begin, end, passed in _passed(run, first)
+    if any(back <= begin < warm for _, back, warm in times)
+    and not any(begin <= since < end for since, _, _ in times)
+  ]
+  if not slow:
+    return 0.0
+  pace = own_pace(run, first).iteration_seconds
+  return sum(seconds - count * pace for seconds, count in slow)
 
 
 def pace_beside(
@@ -121,8 +192,13 @@ def rhythm(run: benchmark_runs.Outcome, first: int) -> tuple[int, int]:
   return taken[-1], interval  # one that is tuned all the time settles
 
 
-def costs(runs: Sequence[benchmark_runs.Outcome]) -> Costs:
-  """Of all failures of some runs; no failure costs nothing."""
+def costs(runs: Sequence[benchmark_runs.Outcome], first: int) -> Costs:
+  """Of all failures of some runs; no failure costs nothing.
+
+  Args:
+    runs: of one policy.
+    first: iterations up to this one do not count.
+  """
   events = [event for run in runs for event in _of_those_that_died(run.events)]
   seconds = [event['seconds'] for event in events]
 
@@ -135,6 +211,8 @@ def costs(runs: Sequence[benchmark_runs.Outcome]) -> Costs:
     start_seconds=mean('start'),
     fetch_seconds=mean('fetch'),
     replay_seconds=sum(x['replay'] for x in seconds) / max(1, iterations),
+    warming_seconds=sum(_warming_seconds(run, first) for run in runs)
+    / max(1, len(seconds)),
   )
 
 
@@ -165,7 +243,11 @@ def predicted_seconds(
     iterations=run.lines[-1]['iteration'] - shift,
     iteration_seconds=pace.iteration_seconds,
     blocked_seconds=pace.blocked_seconds,
-    landing_seconds=_landing_seconds(run, first),
+    # Nobody goes back to an iteration before it was reported, one later.
+    landing_seconds=max(
+      _landing_seconds(run, first),
+      pace.iteration_seconds if policy != 'sparse' or interval > 1 else 0.0,
+    ),
     failures=tuple(
       (fault.iteration - shift, _FRACTIONS[fault.phase], fault.stage)
       for fault in _script(run)
@@ -173,7 +255,10 @@ def predicted_seconds(
     stages=stages,
     interval=interval,
     **_window(run) if policy == 'sparse' else {},
-    **dataclasses.asdict(costs),
+    detect_seconds=costs.detect_seconds,
+    start_seconds=costs.start_seconds,
+    fetch_seconds=costs.fetch_seconds,
+    replay_seconds=costs.replay_seconds,
   )
   undisturbed = dataclasses.replace(
     measured, iterations=first - shift, failures=()
@@ -181,6 +266,7 @@ def predicted_seconds(
   return (
     simulate_predict.predict(measured).wall_seconds
     - simulate_predict.predict(undisturbed).wall_seconds
+    + len(measured.failures) * costs.warming_seconds
   )
 
 

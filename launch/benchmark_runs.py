@@ -28,12 +28,14 @@ class Outcome:
     lines: of metrics.jsonl, in order.
     events: of events.jsonl, in order.
     script: what was to die, as `draw_failures` has it.
+    began: when the run was started, in seconds since the epoch.
   """
 
   progress: Sequence[tuple[float, int]]
   lines: Sequence[Mapping[str, Any]]
   events: Sequence[Mapping[str, Any]]
   script: Sequence[str] = ()
+  began: float = 0.0
 
   def seconds(self, first: int, last: int) -> float:
     """From the end of one iteration to the end of a later one, for the first.
@@ -140,6 +142,7 @@ def train(
     RuntimeError: it failed; with the end of its output.
   """
   flags = [*flags, *(f'--fail={x}' for x in script)]
+  began = time.time()
   with watched_run.running(flags, hostmem_dir) as run:
     progress = _watch(run)
     if run.process.returncode:
@@ -150,6 +153,7 @@ def train(
       lines=run.lines('metrics.jsonl'),
       events=run.lines('events.jsonl'),
       script=script,
+      began=began,
     )
 
 

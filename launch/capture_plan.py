@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -156,6 +157,7 @@ class CapturePlanner:
     self._settings = settings
     self._stages = stages
     self._replicas = replicas
+    self._platform = platform
     self._target = overlap_target(settings, platform)
     # Of the last iterations; later ones are not looked at.
     self._measured: collections.deque[Sequence[report.Report]] = (
@@ -258,17 +260,39 @@ class CapturePlanner:
     return bool(self._settings.window_length)
 
   @property
-  def _has_room_for_whole(self) -> bool:
-    """Whether a snapshot may be the whole state."""
-    return self._shortest() == 1
+  def _may_be_whole(self) -> bool:
+    """Whether devices have the memory for a copy of all that they train.
+
+    Where that is the host's there is no other, and a window is long enough
+    that host memory for it is enough for a few whole snapshots as well.
+    """
+    return self._platform == 'cpu'
 
   def _has_room_for(self, choice: window.WindowChoice) -> bool:
     """Whether its snapshots fit; in another order slots may come out larger."""
     return all(
-      max(stage.snapshot_bytes(choice.window_length, choice.mode))
-      <= pool.size_bytes
+      self._fits(
+        max(stage.snapshot_bytes(choice.window_length, choice.mode)),
+        pool,
+        choice.every,
+      )
       for stage, pool in zip(self._in_order(), self.pools(), strict=True)
     )
+
+  def _fits(self, size_bytes: int, pool: PoolSize, every: int) -> bool:
+    """Whether there is room for snapshots of a stage, the largest of a size.
+
+    Whole ones that are larger than a file of the pool are few: its memory is
+    cut anew for them, while older snapshots have the files that they have.
+    """
+    if size_bytes <= pool.size_bytes or self.choice.every > 1:
+      return True
+    if not self._may_be_whole or every == 1:
+      return False
+    older = self._settings.kept_with(self.choice.window_length)
+    kept_bytes = older * pool.size_bytes
+    kept_bytes += self._settings.kept_whole(every) * size_bytes
+    return kept_bytes <= pool.files * pool.size_bytes
 
   def _shortest(self) -> int:
     """The shortest window that there will be room for."""
@@ -320,20 +344,19 @@ class CapturePlanner:
         )
         for stage in self._in_order()
       ]
+      choice = window.longest(choices)
     else:
-      choices = [
-        window.choose_window(
-          stage,
-          budget,
-          max_window_length=self._settings.longest_window,
-          pinned_mode=pinned_mode,
-        )
-        for stage, budget in zip(self._in_order(), budgets, strict=True)
-      ]
-    choice = max(
-      choices, key=lambda c: (c.every, c.mode == 'aligned', c.window_length)
-    )
-    if choice.every > 1 and not self._has_room_for_whole:
+      choose = functools.partial(
+        window.choose_common_window,
+        self._in_order(),
+        budgets,
+        max_window_length=self._settings.longest_window,
+        pinned_mode=pinned_mode,
+      )
+      choice = choose(may_be_whole=self._may_be_whole)
+      if choice.every > 1 and not self._has_room_for(choice):
+        choice = choose(may_be_whole=False)
+    if choice.every > 1 and not self._has_room_for(choice):
       choice = dataclasses.replace(
         choice,
         window_length=self._settings.longest_window,
@@ -341,7 +364,7 @@ class CapturePlanner:
         reason=choice.reason + '; there is no room for whole snapshots: the '
         'longest window',
       )
-    elif choice.window_length < self._shortest():
+    elif choice.every == 1 and choice.window_length < self._shortest():
       choice = dataclasses.replace(choice, window_length=self._shortest())
     return dataclasses.replace(choice, pinned=self._is_pinned)
 
@@ -377,7 +400,7 @@ class CapturePlanner:
     return self._changed('window', first_iteration, fields)
 
   def _reorder(self, iteration: int) -> Change | None:
-    if self._settings.order == 'static':
+    if self._settings.order == 'static' or self.choice.window_length == 1:
       return None
     rates = slots.rates(self._popularity)
     if not slots.should_reorder(self._rates, rates):

@@ -91,7 +91,7 @@ class CaptureSettings:
       )
     if not self.rules.is_local:
       return
-    least = self._kept_with(self.window_length or 1)
+    least = self.kept_with(self.window_length or 1)
     if self.log_iterations and self.log_iterations < least:
       raise base.ConfigError(
         'log_iterations',
@@ -126,9 +126,13 @@ class CaptureSettings:
     )
     return self.keep_windows + (not is_steady)
 
-  def _kept_with(self, window_length: int) -> int:
+  def kept_with(self, window_length: int) -> int:
     """Iterations to keep with windows up to a length."""
     return window_length * self._windows + _SLACK
+
+  def kept_whole(self, every: int) -> int:
+    """Snapshots to keep if they are whole, one in so many iterations."""
+    return self._windows + 1 + -(-_SLACK // every)
 
   @property
   def longest_window(self) -> int:
@@ -145,9 +149,9 @@ class CaptureSettings:
     """Iterations whose entries and snapshots are kept, at most."""
     if not self.rules.is_local:
       return self.log_iterations or _LATEST_ITERATIONS
-    return self.log_iterations or self._kept_with(self.longest_window)
+    return self.log_iterations or self.kept_with(self.longest_window)
 
   @property
   def kept_snapshots(self) -> int:
     """Snapshots that are kept, at most."""
-    return self._kept_with(self.longest_window)
+    return self.kept_with(self.longest_window)

@@ -346,6 +346,4 @@ def slot_choice(
         operators, budget, pinned_length=length, pinned_mode=pinned_mode
       )
     )
-  return max(
-    choices, key=lambda c: (c.every, c.mode == 'aligned', c.window_length)
-  )
+  return window.longest(choices)

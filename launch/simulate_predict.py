@@ -120,7 +120,8 @@ def _method(measured: Measured) -> simulate_world.Method:
   if measured.policy == 'sparse':
     # What is in which slot makes no difference here: one operator in each.
     decision = slots.Decision(
-      first_iteration=1,
+      # Whole ones are taken at multiples of the interval, as by `Whole`.
+      first_iteration=1 if measured.interval == 1 else 0,
       window_length=measured.window_length,
       mode=measured.window_mode,
       every=measured.interval,

@@ -351,19 +351,26 @@ class StageRun:
       return None
     spec, number = self._spec, len(self._spec.team)
     position = spec.team.index(spec.replica)
+    share = self._whole.shares(number)[position]
     leaves = len(self._layout.leaves) * len(self._layout.operators)
+    padding_bytes = leaves * _PADDING_BYTES
     store: Any = snapshot_store.SnapshotStore(
       inventory.snapshots_folder(spec.folder, spec.stage, spec.replica),
-      go.pool_bytes + leaves * _PADDING_BYTES,
+      go.pool_bytes + padding_bytes,
       go.pool_files,
     )
+    decisions = [slots.Decision.from_json(value) for value in go.decisions]
+    if any(decision.is_whole for decision in decisions):
+      # Before it starts: it would make files only to remove them.
+      whole_bytes = snapshot_lib.snapshot_bytes(self._whole, share, frozenset())
+      store.enlarge(whole_bytes + padding_bytes)
     if spec.durable_folder:
       store = durable_store.DurableStore(store, self._folder)
       self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(
       self._captures,
       store,
-      slots.Decision.from_json(go.decisions[0]),
+      decisions[0],
       {
         'stage': spec.stage,
         'replica': position,
@@ -376,10 +383,10 @@ class StageRun:
       ),
       spec.full_seconds,
       self._link.blocked,
-      self._whole.shares(number)[position],
+      share,
     )
-    for decision in go.decisions[1:]:
-      taker.decide(slots.Decision.from_json(decision))
+    for decision in decisions[1:]:
+      taker.decide(decision)
     taker.start()
     self._closing.callback(taker.close)
     # A gap that a replay passes is closed: else no start could lead across it.

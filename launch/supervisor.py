@@ -477,7 +477,9 @@ class Agent:
 
   def _on_warm(self, worker, message: protocol.Message) -> None:
     del message
+    seconds = time.monotonic() - worker.state_since
     self._crew.warmed(worker)
+    self._leader.event('standby', replica=worker.replica, seconds=seconds)
     self._write_workers()
 
   def _on_state(self, worker, message: protocol.Message) -> None:

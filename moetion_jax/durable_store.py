@@ -79,6 +79,10 @@ class DurableStore:
     """Allows snapshots of earlier iterations to be removed."""
     self._first_iteration = max(self._first_iteration, first_iteration)
 
+  def enlarge(self, size_bytes: int) -> None:
+    """Makes room for larger snapshots; see `SnapshotStore.enlarge`."""
+    self._memory.enlarge(size_bytes)
+
   def save(
     self,
     iteration: int,

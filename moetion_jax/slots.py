@@ -267,6 +267,11 @@ class Decision:
         'replay gets across iterations without a snapshot unless each is whole'
       )
 
+  @property
+  def is_whole(self) -> bool:
+    """Whether every snapshot holds the training state of all operators."""
+    return self.window_length == 1 and self.mode != PARTIAL
+
   def slot_index(self, iteration: int) -> int | None:
     """Position in the window; None when the iteration has no snapshot.
 

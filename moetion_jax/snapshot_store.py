@@ -6,11 +6,14 @@ our `CheckpointHandler` writes the files of `snapshot_file`. Any Orbax
 
 A store owns a fixed number of data files of one size. Each of them lies in a
 snapshot, in a temporary directory or in the pool, wherever the process is
-killed, so the host memory of a folder is what was reserved at its start.
+killed, so the host memory of a folder is what was reserved at its start. When
+snapshots become larger and fewer, the same memory is cut into other files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -57,9 +60,10 @@ class SnapshotStore:
       files: how many snapshots there can be, the one being written included.
     """
     self.folder = pathlib.Path(folder)
-    page = os.sysconf('SC_PAGE_SIZE')
-    self._size_bytes = max(1, -(-size_bytes // page)) * page
+    self._size_bytes = _whole_pages(size_bytes)
     self._files = files
+    self._reserved_bytes = self._size_bytes * files
+    self._is_cut_anew = False
     self._first_iteration = 0
     self._lock_fd = -1
     self._checkpointer: ocp.AsyncCheckpointer | None = None
@@ -137,6 +141,34 @@ class SnapshotStore:
     """Allows snapshots of earlier iterations to be retired, when need be."""
     self._first_iteration = max(self._first_iteration, first_iteration)
 
+  def enlarge(self, size_bytes: int) -> None:
+    """Cuts what was reserved into fewer and larger data files.
+
+    Snapshots keep the files that they have. Others make way; larger ones are
+    made one by one, when they are needed and the bytes for them are there. May
+    be called before `start`; nothing happens if files are large enough.
+
+    Args:
+      size_bytes: of a data file, see `snapshot_manifest.data_bytes`.
+
+    Raises:
+      StoreError: not even one would fit.
+    """
+    size_bytes = _whole_pages(size_bytes)
+    if size_bytes <= self._size_bytes:
+      return
+    if size_bytes > self._reserved_bytes:
+      raise base.StoreError(
+        f'{self.folder}: a data file of {room.format_bytes(size_bytes)} does '
+        f'not fit into {room.format_bytes(self._reserved_bytes)}'
+      )
+    self._size_bytes = size_bytes
+    self._files = self._reserved_bytes // size_bytes
+    self._is_cut_anew = True
+    for data in self._free:
+      data.remove()
+    self._free = []
+
   def save(
     self,
     iteration: int,
@@ -164,6 +196,7 @@ class SnapshotStore:
     Raises:
       EntryMismatchError: bits diverged; names the buffer or the metadata.
       SnapshotFullError: no data file until `retain` advances or a lease ends.
+      OSError: with ENOSPC, somebody else took memory that `enlarge` gave back.
       StoreError: buffers that cannot be written, or larger than a data file.
     """
     if self._checkpointer is None:
@@ -272,6 +305,8 @@ class SnapshotStore:
   def _take(self) -> snapshot_file.DataFile:
     """A data file to write to; retires the oldest snapshot that may go."""
     self._recycle_leftovers()
+    if self._is_cut_anew:
+      self._balance()
     for iteration in sorted(self._snapshots):
       if self._free or iteration >= self._first_iteration:
         break
@@ -349,6 +384,9 @@ class SnapshotStore:
     missing = self._files - sum(
       map(len, (self._free, self._snapshots, self._leftovers))
     )
+    if self._is_cut_anew:
+      self._make_one()
+      return
     for _ in range(min(-missing, len(self._free))):
       self._free.pop().remove()
     created: list[snapshot_file.DataFile] = []
@@ -370,6 +408,40 @@ class SnapshotStore:
         'or fewer kept windows need less.'
       ) from error
     self._free.extend(created)
+
+  def _make_one(self) -> None:
+    """Has a data file in the pool, if what was reserved is enough for it."""
+    left_bytes = self._reserved_bytes - self._held_bytes()
+    if self._free or left_bytes < self._size_bytes:
+      return
+    try:
+      room.check_room(self._size_bytes, room.read_room(self.folder))
+      data = snapshot_file.DataFile.create(
+        self._unused_path(_POOL_PREFIX), self._size_bytes
+      )
+    except base.StoreError as error:
+      raise OSError(errno.ENOSPC, str(error)) from error
+    self._free.append(data)
+
+  def _held_bytes(self) -> int:
+    """Of all data files, of whatever size."""
+    held = [data.size_bytes for data in self._free]
+    in_directories = [
+      *((self._path(i), data) for i, data in self._snapshots.items()),
+      *self._leftovers.items(),
+    ]
+    for path, data in in_directories:
+      if data is not None:
+        held.append(data.size_bytes)
+        continue
+      with contextlib.suppress(OSError):  # damaged from outside
+        held.append((path / snapshot_file.DATA_NAME).stat().st_size)
+    return sum(held)
+
+
+def _whole_pages(size_bytes: int) -> int:
+  page = os.sysconf('SC_PAGE_SIZE')
+  return max(1, -(-size_bytes // page)) * page
 
 
 def _compare_buffers(

@@ -26,6 +26,7 @@ from moetion_jax import (
   slots,
   snapshot as snapshot_lib,
   snapshot_file,
+  snapshot_manifest,
   snapshot_store,
 )
 
@@ -57,6 +58,7 @@ class _Job:
   fields: Mapping[str, Any]
   replace: bool
   published_count: int
+  is_whole: bool
 
 
 class Snapshotter:
@@ -224,6 +226,7 @@ class Snapshotter:
         fields=fields,
         replace=is_broken,
         published_count=self._log.published_count if self._log else 0,
+        is_whole=decision.is_whole,
       )
       self._changed.notify_all()
     return Taken(
@@ -316,6 +319,10 @@ class Snapshotter:
     """
     full_at: float | None = None
     is_blocked = False
+    if job.is_whole:  # a window may have been chosen that has room for a part
+      self._store.enlarge(
+        snapshot_manifest.data_bytes(buffer.nbytes for buffer in buffers)
+      )
     try:
       while True:
         try:

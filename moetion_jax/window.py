@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 
 from moetion_jax import base, slots as slots_lib
 
@@ -175,17 +176,96 @@ def choose_window(
       if mode != modes[0]:
         reason += f'; no {modes[0]} window fits'
       return WindowChoice(window_length=length, mode=mode, reason=reason)
-  whole = sum(stage.state_bytes[o] for o in stage.order)
   # At least 2: a window of 1 that fits was found above.
-  needed = max(2, math.ceil(whole / budget.target_bytes))
-  every = min(needed, max_window_length or needed)
-  reason = f'no {" or ".join(modes)} window fits; whole snapshots: '
-  reason += _reason((whole,), budget)
-  if every < needed:
-    reason += f'; training waits: logs have room for {every} iterations only'
-  return WindowChoice(
-    window_length=1, mode=modes[0], every=every, reason=reason
+  whole = _whole(stage, budget, max_window_length, least=2)
+  reason = f'no {" or ".join(modes)} window fits; {whole.reason}'
+  return dataclasses.replace(whole, mode=modes[0], reason=reason)
+
+
+def choose_common_window(
+  stages: Sequence[StageOperators],
+  budgets: Sequence[CopyBudget],
+  *,
+  max_window_length: int | None = None,
+  pinned_mode: str | None = None,
+  may_be_whole: bool = False,
+) -> WindowChoice:
+  """Chooses one window for all stages: the longest that one of them wants.
+
+  Or whole snapshots every few iterations, where fewer iterations have to be
+  done again after a failure that way. That is so where a copy may take a small
+  part of an iteration only, as on CPU, where it takes from training what it
+  takes. A copy that may take all of several iterations is late by those, and it
+  needs device memory for the whole state: that is what windows are for.
+
+  Args:
+    stages: their operators.
+    budgets: measured, one a stage.
+    max_window_length: as of `choose_window`.
+    pinned_mode: as of `choose_window`.
+    may_be_whole: whether devices have the memory for a copy of everything.
+
+  Raises:
+    ConfigError, ValueError: as `choose_window`.
+  """
+  pairs = list(zip(stages, budgets, strict=True))
+  choice = longest(
+    choose_window(
+      stage,
+      budget,
+      max_window_length=max_window_length,
+      pinned_mode=pinned_mode,
+    )
+    for stage, budget in pairs
   )
+  if not may_be_whole or pinned_mode or choice.every > 1:
+    return choice
+  whole = longest(
+    _whole(stage, budget, max_window_length) for stage, budget in pairs
+  )
+  again, again_whole = (
+    max(done_again(c, stage, budget) for stage, budget in pairs)
+    for c in (choice, whole)
+  )
+  hides = all(
+    _whole_bytes(stage) <= whole.every * budget.target_bytes
+    for stage, budget in pairs
+  )
+  if not hides or again_whole >= again:
+    return choice
+  reason = (
+    f'{whole.reason}; {again_whole:.3g} iterations are done again on average, '
+    f'{again:.3g} with {choice.mode} windows of {choice.window_length}'
+  )
+  return dataclasses.replace(whole, reason=reason)
+
+
+def longest(choices: Iterable[WindowChoice]) -> WindowChoice:
+  """The one whose snapshots every stage can take, of what each wants."""
+  return max(
+    choices, key=lambda c: (c.every, c.mode == 'aligned', c.window_length)
+  )
+
+
+def done_again(
+  choice: WindowChoice, stage: StageOperators, budget: CopyBudget
+) -> float:
+  """Iterations that a stage does again after a failure, on average.
+
+  The interrupted one counts, and those in which the last copy was under way.
+  Rolling: a window ends in every iteration. Aligned: 1.5 windows (the paper's
+  E[R]). Whole snapshots: the newest is half their distance old.
+
+  Args:
+    choice: what is captured.
+    stage: its operators.
+    budget: measured.
+  """
+  copied = stage.snapshot_bytes(choice.window_length, choice.mode)
+  late = max(copied) / budget.iteration_bytes
+  if choice.mode == 'aligned':
+    return 1.5 * choice.window_length - 0.5 + late
+  return choice.window_length + (choice.every - 1) / 2 + late
 
 
 def enlarge(
@@ -226,6 +306,29 @@ def enlarge(
   return choice
 
 
+def _whole(
+  stage: StageOperators,
+  budget: CopyBudget,
+  max_window_length: int | None,
+  least: int = 1,
+) -> WindowChoice:
+  """Whole snapshots, as often as their copy stays within the budget."""
+  whole_bytes = _whole_bytes(stage)
+  needed = max(least, math.ceil(whole_bytes / budget.target_bytes))
+  every = min(needed, max_window_length or needed)
+  reason = f'whole snapshots: {_reason((whole_bytes,), budget)}'
+  if every < needed:
+    reason += f'; more than it may: logs have room for {every} iterations only'
+  return WindowChoice(
+    window_length=1, mode=slots_lib.MODES[0], every=every, reason=reason
+  )
+
+
+def _whole_bytes(stage: StageOperators) -> int:
+  (whole_bytes,) = stage.snapshot_bytes(1, slots_lib.MODES[0])
+  return whole_bytes
+
+
 def _limit(stage: StageOperators, max_window_length: int | None) -> int:
   """The longest window that makes sense and has room."""
   if not stage.order:
@@ -256,8 +359,9 @@ def _shortest(
   stage: StageOperators, mode: str, limit: int, budget: CopyBudget
 ) -> int | None:
   """The shortest window that fits the budget, if there is one."""
-  state = [stage.state_bytes[o] for o in stage.order]
-  compute = [stage.compute_bytes[o] for o in stage.order]
+  replicas = max(1, len(stage.shares))
+  state = [stage.state_bytes[o] / replicas for o in stage.order]
+  compute = [stage.compute_bytes[o] / replicas for o in stage.order]
   # No balance gets below these; they save the work of making most slots.
   least = [min(s, c) for s, c in zip(state, compute, strict=True)]
   rolling = mode == 'rolling'

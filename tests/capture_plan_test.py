@@ -166,7 +166,7 @@ def _run(planner, iterations, stages=1, **fields: Any):
   return changes
 
 
-def _planner(*stages, platform='cpu', **fields):
+def _planner(*stages, platform='gpu', **fields):
   planner = capture_plan.CapturePlanner(
     _settings(**fields), list(stages) or [_sizes(*[6] * 8)], platform
   )
@@ -217,11 +217,48 @@ def test_the_window_that_fits_what_was_measured(target, fields, length, mode):
     assert (decision.window_length, decision.mode) == (length, mode)
 
 
-@pytest.mark.parametrize(('platform', 'share'), [('cpu', 0.02), ('gpu', 0.5)])
-def test_how_much_of_an_iteration_depends_on_the_platform(platform, share):
+@pytest.mark.parametrize(
+  ('platform', 'share', 'chosen'),
+  # As many bytes an iteration either way; see window_test for whole ones.
+  [('cpu', 0.02, (1, 2)), ('gpu', 0.5, (2, 1))],
+)
+def test_how_much_of_an_iteration_depends_on_the_platform(
+  platform, share, chosen
+):
   planner = _planner(platform=platform)
   _run(planner, range(1, 7), seconds=1.0, copy_bytes_per_second=28 / share)
-  assert planner.choice.window_length == 2
+  assert (planner.choice.window_length, planner.choice.every) == chosen
+
+
+# Eight experts of 6 bytes and 1 byte: 48 in all. Reserved are 28 files of 28.
+@pytest.mark.parametrize(
+  ('target', 'fields', 'every'),
+  [
+    (24, {}, 2),
+    (23.9, {}, 3),
+    (9.6, {}, 5),
+    (4.8, {}, 8),  # no window fits; logs have no room for 10 iterations
+    (24, {'window_mode': 'rolling'}, 0),
+    (24, {'window_length': 3}, 0),
+    # A third window of up to 4, and 5 whole ones, do not fit into 16 files.
+    (24, {'max_window_length': 4}, 0),
+    (48, {}, 0),  # a window of 2, since there is no room for all of them
+  ],
+)
+def test_whole_snapshots_where_copies_take_from_training(target, fields, every):
+  planner = _planner(platform='cpu', overlap_target=0.02, **fields)
+  changes = _run(
+    planner, range(1, 60), seconds=2.0, copy_bytes_per_second=target * 25
+  )
+  if not every:
+    assert planner.choice.window_length > 1
+    return
+  (iteration, change), *others = changes.items()
+  assert iteration == 6 and not others
+  (decision,) = change.decisions
+  assert decision.is_whole and decision.every == every
+  assert decision.first_iteration == 9
+  assert planner.lag_iterations == every
 
 
 def test_the_median_of_the_last_five_iterations_counts():
@@ -435,7 +472,8 @@ def test_there_is_room_for_whatever_is_decided(data):
             decision.mode,
           )
         )
-        assert largest <= pool.size_bytes
+        # Whole ones have files of their own: see the next test.
+        assert largest <= pool.size_bytes or decision.every > 1
     if len(decided) > seen:
       before, after = decided[-2][0], decided[-1][0]
       # Nobody has begun it, and there was a whole window before it.
@@ -452,6 +490,7 @@ def test_the_line_moves_on_before_what_is_kept_is_full(data):
   stages = data.draw(_stages())
   settings = data.draw(_any_settings(stages))
   operators = [frozenset(s.state_bytes) for s in stages]
+  files: list[dict[int, int]] = [{} for _ in stages]  # bytes by iteration
   found = None
   told = collections.deque([0, 0], maxlen=2)  # the line is told of later
   for i, decided, planner in _decided(data, stages, settings, 45):
@@ -464,6 +503,13 @@ def test_the_line_moves_on_before_what_is_kept_is_full(data):
       found.stored(
         stage, coverage.Share(iteration=i, state=state, compute=compute)
       )
+      pool, whole_bytes = planner.pools()[stage], 0
+      if decision.every > 1:
+        whole_bytes = sum(stages[stage].state_bytes.values())
+      if state:
+        files[stage][i] = max(pool.size_bytes, whole_bytes)
+      kept = [n for j, n in files[stage].items() if j >= told[0]]
+      assert sum(kept) <= pool.files * pool.size_bytes
     found.lag_iterations = planner.lag_iterations
     found.advance(i - 1, frozen=False)  # reports are late as well
     told.append(found.line)

@@ -246,6 +246,31 @@ def test_agent_and_everything_killed(host, workdir, undisturbed):
   assert _failures(workdir) == [0, 1, 0]
 
 
+def test_whole_snapshots_now_and_then(host, workdir, tmp_path):
+  """What is chosen if copies may take next to nothing of an iteration."""
+  flags = ['--window_length=0', '--overlap_target=1e-6', '--iterations=34']
+  flags += ['--eval_every=0', '--order=count']
+  faults = [
+    'kill:stage=1,iteration=9,phase=capture',  # the first of them
+    'kill:stage=0,iteration=24,phase=backward',
+    'kill_agent:iteration=30,phase=update',
+  ]
+  run = _train(host, workdir, *faults, flags=flags)
+  runs.end(run, -signal.SIGKILL, seconds=SECONDS)
+  runs.end(_train(host, workdir, *faults, flags=flags), seconds=SECONDS)
+  chosen = runs.of_kind(workdir, 'window')[0]  # the second agent does as well
+  assert (chosen['window_length'], chosen['every']) == (1, 8)
+  sizes = [x['snapshot_bytes'] for x in runs.metrics(workdir)]
+  first = chosen['first_iteration']
+  taken = [i for i in range(first, 23) if sizes[i - 1]]
+  assert taken == list(range(first, 23, 8))
+  for event in runs.of_kind(workdir, 'recovered')[1:]:
+    assert event['digest_verified'] and event['replayed_iterations'] <= 10
+  other = tmp_path / 'other'
+  runs.end(_train(host, other, flags=flags), seconds=SECONDS)
+  runs.check_finished(host, workdir, runs.bits(runs.metrics(other)))
+
+
 def test_a_damaged_snapshot(host, workdir, undisturbed):
   """Only its digest shows it; one that is torn is none."""
   faults = [

@@ -363,6 +363,60 @@ def test_settings_that_changed(folder, open_store):
   assert list(_data_files(store.folder).values()) == [_SIZE_BYTES] * 2
 
 
+def _save_large(store, iteration):
+  x = np.full(2 * _SIZE_BYTES, iteration, np.uint8)
+  return store.save(iteration, {}, _buffers({'x': x}))
+
+
+def test_larger_files_in_the_same_memory(folder, open_store):
+  store = open_store(files=7)
+  for iteration in range(4):
+    _save(store, iteration)
+  store.enlarge(2 * _SIZE_BYTES)
+  store.enlarge(_SIZE_BYTES)  # they are as large
+  held = [sum(_data_files(store.folder).values())]
+  assert held == [4 * _SIZE_BYTES]  # of the free files the memory was needed
+  _save_large(store, 4)
+  with pytest.raises(snapshot_store.SnapshotFullError):
+    _save_large(store, 5)  # one file's worth is left
+  store.retain(1)
+  _save_large(store, 5)
+  assert store.iterations() == [1, 2, 3, 4, 5]
+  for iteration in range(6, 12):
+    store.retain(iteration - 2)
+    assert _save_large(store, iteration) == 2 * _SIZE_BYTES
+    held.append(sum(_data_files(store.folder).values()))
+  assert max(held) <= 7 * _SIZE_BYTES
+  assert store.iterations() == [9, 10, 11]
+  # Who takes it over cuts it the same way, or as before.
+  store.close()
+  store = snapshot_store.SnapshotStore(folder / 'worker', _SIZE_BYTES, 7)
+  store.enlarge(2 * _SIZE_BYTES)
+  with store:
+    assert store.iterations() == [9, 10, 11]
+    store.retain(11)
+    _save_large(store, 12)
+    assert sum(_data_files(store.folder).values()) <= 7 * _SIZE_BYTES
+  store = open_store(files=7)
+  for iteration in range(13, 24):
+    store.retain(iteration - 6)
+    _save(store, iteration)
+  assert list(_data_files(store.folder).values()) == [_SIZE_BYTES] * 7
+  _check_all(store.folder, range(17, 24))
+
+
+def test_a_larger_file_than_was_reserved(open_store):
+  store = open_store(files=3)
+  with pytest.raises(base.StoreError, match='does not fit into 48.0 KiB'):
+    store.enlarge(3 * _SIZE_BYTES + 1)
+  assert _save(store, 0) == _BYTES
+  store.enlarge(3 * _SIZE_BYTES)
+  with pytest.raises(snapshot_store.SnapshotFullError):
+    _save_large(store, 1)
+  store.retain(1)
+  assert _save_large(store, 1) == 2 * _SIZE_BYTES
+
+
 def test_no_room(folder, open_store):
   store = snapshot_store.SnapshotStore(folder / 'worker', 1 << 50, 2)
   with pytest.raises(base.StoreError, match='--shm-size'):
@@ -517,8 +571,8 @@ sys.path.insert(0, 'tests')
 import snapshot_store_test as t
 from moetion_jax import snapshot_file, snapshot_store
 
-folder = pathlib.Path(sys.argv[1])
-files = 2
+folder, cut = pathlib.Path(sys.argv[1]), sys.argv[2] == 'cut anew'
+files = 6 if cut else 2
 
 def work(folder, step, report):
   def save(iteration, slot=0, **options):
@@ -533,6 +587,8 @@ def work(folder, step, report):
     store.retain(iteration - 1)
     save(iteration)
     report(iteration + 1)
+    if cut:
+      store.enlarge(2 * t._SIZE_BYTES)
   store.retain(2)
   save(2, slot=1, replace=True)
   report(4)
@@ -561,13 +617,21 @@ def check(folder, saved):
     slot = t._check(path, iteration, (0, 1) if iteration == 2 else (0,))
     assert slot == 1 or saved < 4 or iteration < 2
   assert sum(t._data_files(folder).values()) <= files * t._SIZE_BYTES
-  with snapshot_store.SnapshotStore(folder, t._SIZE_BYTES, files) as store:
+  store = snapshot_store.SnapshotStore(folder, t._SIZE_BYTES, files)
+  if cut:
+    store.enlarge(2 * t._SIZE_BYTES)
+  with store:
     assert store.iterations() == list(found)
     for iteration in range(max(newest, 0), 5):
-      assert list(t._data_files(folder).values()) == [t._SIZE_BYTES] * files
+      sizes = list(t._data_files(folder).values())
+      if cut:
+        assert sum(sizes) <= files * t._SIZE_BYTES, sizes
+      else:
+        assert sizes == [t._SIZE_BYTES] * files
       store.retain(iteration - 1)
       t._save(store, iteration)
-    assert sorted(p.name for p in folder.iterdir()) == ['3', '4']
+    held = {p.name for p in folder.iterdir()}
+    assert {'3', '4'} <= held and (cut or len(held) == 2), held
 
 def child(function, *args):
   pid = os.fork()
@@ -596,8 +660,9 @@ print(n)
 """
 
 
-def test_a_kill_at_any_step_loses_nothing(folder):
-  out, _ = _finish(_run(_KILLS, folder))
+@pytest.mark.parametrize('how', ['', 'cut anew'])
+def test_a_kill_at_any_step_loses_nothing(folder, how):
+  out, _ = _finish(_run(_KILLS, folder, how))
   assert int(out) > 40  # that many kills
 
 

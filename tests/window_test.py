@@ -76,6 +76,62 @@ def test_bytes_of_windows_by_hand():
   )
 
 
+@pytest.mark.parametrize(
+  ('target', 'overlap_target', 'chosen'),
+  [
+    # A copy hardly takes any time: 2 iterations are done again with a rolling
+    # window of 2, 1.5 with every second state as a whole.
+    pytest.param(48, 0.01, (1, 'rolling', 1), id='everything every time'),
+    pytest.param(28, 0.01, (1, 'rolling', 2), id='2 or 1.5'),
+    pytest.param(13, 0.01, (1, 'rolling', 4), id='8 or 2.5'),
+    pytest.param(12, 0.01, (1, 'rolling', 4), id='5 aligned or 2.5'),
+    # It takes all the time there is: 2 + 1 or 1.5 + 48 / 28.
+    pytest.param(28, 1.0, (2, 'rolling', 1), id='3 or 3.2'),
+    pytest.param(27.9, 1.0, (1, 'rolling', 2), id='3.8 or 3.2'),
+    pytest.param(9.5, 0.01, (1, 'rolling', 6), id='logs for 6'),
+    pytest.param(9.5, 0.4, (1, 'rolling', 6), id='8 aligned or 6'),
+  ],
+)
+def test_whole_snapshots_if_less_is_done_again(target, overlap_target, chosen):
+  budget = _budget(target, overlap_target)
+  for may_be_whole in (False, True):
+    choice = window.choose_common_window(
+      [_EIGHT, _EIGHT],
+      [budget, _budget(1000, overlap_target)],
+      may_be_whole=may_be_whole,
+    )
+    if may_be_whole:
+      assert (choice.window_length, choice.mode, choice.every) == chosen
+    else:
+      assert choice == window.choose_window(_EIGHT, budget)
+
+
+def test_whole_snapshots_that_logs_have_no_room_for_are_not_chosen():
+  budget = _budget(9.5, 0.01)  # one in 6
+  for limit, chosen in ((6, 6), (5, 5)):
+    choice = window.choose_common_window(
+      [_EIGHT], [budget], max_window_length=limit, may_be_whole=True
+    )
+    assert choice.every == chosen
+
+
+@pytest.mark.parametrize(
+  ('length', 'mode', 'every', 'expected'),
+  [
+    (1, 'rolling', 1, 1 + 0.48),
+    (4, 'rolling', 1, 4 + 0.18),
+    (4, 'aligned', 1, 5.5 + 0.18),
+    (1, 'rolling', 5, 3 + 0.48),
+  ],
+)
+def test_iterations_that_are_done_again(length, mode, every, expected):
+  choice = window.WindowChoice(
+    window_length=length, mode=mode, every=every, reason=''
+  )
+  found = window.done_again(choice, _EIGHT, _budget(50, 0.5))
+  assert found == pytest.approx(expected)
+
+
 def test_an_aligned_copy_is_never_late():
   # The average fits (12.9), but a copy may not take a whole iteration: then
   # the next capture would wait for it.
@@ -112,7 +168,7 @@ def test_logs_bound_the_window(target, limit, chosen):
     _EIGHT, _budget(target, 0.9), max_window_length=limit
   )
   assert (choice.window_length, choice.mode, choice.every) == chosen
-  assert ('training waits' in choice.reason) == (chosen[2] == 3)
+  assert ('more than it may' in choice.reason) == (chosen[2] == 3)
 
 
 @pytest.mark.parametrize(
