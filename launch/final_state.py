@@ -12,7 +12,7 @@ from launch import processes
 
 
 class FinalState:
-  """Who has put its state into the store, and who is about to.
+  """Who is done, and who has put its state into the store.
 
   The first worker then saves everybody's. One that dies meanwhile is asked
   again, when it is back.
@@ -21,8 +21,22 @@ class FinalState:
   def __init__(self, path: str | os.PathLike[str]):
     """Stores where the checkpoint goes."""
     self._path = path
+    self._done: set[tuple[int, int]] = set()
     self._asked: set[tuple[int, int]] = set()
     self._handed_over: set[tuple[int, int]] = set()
+
+  def done(self, worker: processes.WorkerProcess, workers: int) -> bool:
+    """A worker has trained to the end of its run.
+
+    Args:
+      worker: that has.
+      workers: that there are.
+
+    Returns:
+      Whether all have by now.
+    """
+    self._done.add(_name(worker))
+    return len(self._done) == workers
 
   def hand_over(self, givers: Sequence[processes.WorkerProcess]) -> None:
     """Asks those who were not asked yet; all have trained to the end.
@@ -61,8 +75,8 @@ class FinalState:
       )
 
   def forget(self, stage: int) -> None:
-    """A worker of a stage died."""
-    for names in (self._asked, self._handed_over):
+    """The workers of a stage go back."""
+    for names in (self._done, self._asked, self._handed_over):
       names.difference_update({name for name in names if name[0] == stage})
 
 

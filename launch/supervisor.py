@@ -16,6 +16,7 @@ import time
 
 from launch import (
   agent_settings,
+  comeback,
   crew as crew_lib,
   durable,
   fault_book,
@@ -27,7 +28,6 @@ from launch import (
   processes,
   protocol,
   recoverer,
-  rollback,
   settings,
   signals,
   stopper,
@@ -36,7 +36,7 @@ from launch import (
   watcher,
   workdir,
 )
-from moetion_jax import base, faults, hostmem, recovery, report
+from moetion_jax import base, faults, hostmem, report
 
 # A worker that was told to end may take so long, then it is killed.
 _GRACE_SECONDS = 10.0
@@ -117,15 +117,19 @@ class Agent:
       self._stores,
       self._leader,
     )
-    self._rollback = rollback.Rollback(
+    self._final = final_state.FinalState(folder.checkpoint)
+    self._comeback = comeback.Comeback(
       config.train.stages,
+      where.captures.rules,
       self._crew,
+      self._hosts,
       self._recoverer,
       self._stores,
+      self._leader,
+      self._final,
+      self._stopper,
       lambda new: new.open_log(self._log_file(new)),
     )
-    self._final = final_state.FinalState(folder.checkpoint)
-    self._done: dict[tuple[int, int], int] = {}
     self._signal_pipe = signals.SignalPipe()
     self._signals = 0
     self._result: tuple[int, str] | None = None  # exit code, for workers.json
@@ -262,44 +266,15 @@ class Agent:
         f'{self._folder.path} has {self._leader.last_line} iterations of this '
         'run; they are done again and compared.'
       )
-    if not plan.start:
-      lost = frozenset(plan.stages)
-      self._stores.forget_snapshots(plan.stages)
-    if not self._where.captures.rules.is_local:
-      lost = frozenset(plan.stages)
-      self._stores.drop_logs()
-    if not self._where.captures.rules.is_exact and self._leader.last_line:
-      self._forget_after(plan)
     for worker in self._crew.workers:
       worker.open_log(self._log_file(worker))
-      self._let_go(worker, plan, is_fresh=worker.stage in lost)
+    self._comeback.begin(plan, lost, self._leader.last_line)
     self._write_workers()
 
   def _log_file(self, worker: processes.WorkerProcess) -> pathlib.Path:
     """Where the file is that what a worker prints is kept in."""
     name = worker.name.replace(' ', '-').replace('-replica', '.replica')
     return self._folder.path / 'logs' / f'{name}.log'
-
-  def _let_go(
-    self,
-    worker: processes.WorkerProcess,
-    plan: recovery.RecoveryPlan,
-    *,
-    is_fresh: bool,
-  ) -> None:
-    if self._hosts.others:
-      locations = self._hosts.locations(self._crew.workers)
-      worker.send('locations', locations=locations)
-    # From here on it is one that replays, though it has not said so.
-    worker.iteration, worker.is_idle = plan.first_iteration, False
-    go = self._recoverer.go(
-      worker.stage,
-      plan,
-      is_fresh=is_fresh,
-      workers=len(self._crew.team(worker.stage)),
-      generation=worker.generation,
-    )
-    worker.send('go', go=go.to_json())
 
   # ---- failures --------------------------------------------------------------
 
@@ -339,14 +314,14 @@ class Agent:
       team = self._teams.without(worker, what)
       if not self._where.captures.rules.is_local:
         self._leader.view.note(f'{error}; all stages go back together.')
-        self._rollback.begin(worker, what, team)
-        self._go_back_together()
-        return
-      plan = self._recover(worker, what, lost, team)
+      plan = self._comeback.after(worker, what, lost, team)
     except base.MoetionError as why:
       raise processes.WorkerError(
         worker.stage, worker.iteration, str(why)
       ) from why
+    self._write_workers()
+    if plan is None:
+      return
     stages = ', '.join(map(str, plan.stages))
     self._leader.view.note(
       f'{error}; stage(s) {stages} recover(s) from iteration '
@@ -372,84 +347,12 @@ class Agent:
       self._recoverer.newest_snapshot(worker.stage),
     )
 
-  def _recover(
-    self,
-    worker: processes.WorkerProcess,
-    reason: str,
-    lost: frozenset[int],
-    team: tuple[int, ...],
-  ) -> recovery.RecoveryPlan:
-    """Has the stage of a dead worker go back, and who must go with it.
-
-    Args:
-      worker: that is dead.
-      reason: why.
-      lost: stages whose logs are gone.
-      team: the replicas of the stage that have a worker from now on.
-    """
-    plan = self._recoverer.fail(
-      {worker.stage: reason},
-      [
-        max(w.iteration for w in self._crew.of_stage(stage))
-        for stage in range(self._config.train.stages)
-      ],
-      lost=lost,
-      suspects=worker.suspects,
-      corrupt=worker.corrupt,
-      detect_seconds=0.0
-      if worker.fault_at is None
-      else time.monotonic() - worker.fault_at,
-      reported=self._leader.iteration,
-    )
-    for stage in plan.stages:
-      self._final.forget(stage)
-      self._done = {who: n for who, n in self._done.items() if who[0] != stage}
-      new_team = team if stage == worker.stage else None
-      for new in self._crew.replace(stage, team=new_team):
-        new.open_log(self._log_file(new))
-    if worker.corrupt and worker.corrupt[0] in plan.stages:
-      self._stores.drop_damaged(worker.corrupt[0], plan.first_iteration)
-    # Everybody goes back: what they need is no longer in anybody's log.
-    goes_back = self._recoverer.goes_back(plan)
-    if goes_back and not plan.start:
-      self._stores.forget_snapshots(plan.stages)
-    for stage in plan.stages:
-      for new in self._crew.of_stage(stage):
-        self._let_go(new, plan, is_fresh=goes_back or stage in lost)
-        self._stopper.tell([new])
-    if self._hosts.others:
-      locations = self._hosts.locations(self._crew.workers)
-      for other in self._crew.workers:
-        other.send('locations', locations=locations)
-    self._write_workers()
-    return plan
-
-  def _go_back_together(self) -> None:
-    """Lets all stages begin again, if everybody has stopped."""
-    plan = self._rollback.finish(self._leader.iteration)
-    self._write_workers()
-    if plan is None:
-      return
-    self._done.clear()
-    for stage in plan.stages:
-      self._final.forget(stage)
-    if not self._where.captures.rules.is_exact:
-      self._forget_after(plan)
-    for worker in self._crew.workers:
-      self._let_go(worker, plan, is_fresh=True)
-      self._stopper.tell([worker])
-
-  def _forget_after(self, plan: recovery.RecoveryPlan) -> None:
-    """What comes after a plan's start will not be what it was."""
-    self._stores.forget_newer(plan.start)
-    self._recoverer.lose(plan)
-    self._leader.roll_back(plan.start)
-
   def _on_rolled_back(self, worker, message: protocol.Message) -> None:
     del message
     worker.rolled_back()
     if self._result is None:
-      self._go_back_together()
+      self._comeback.together()
+      self._write_workers()
 
   def _grow(self) -> None:
     """Gives shrunk stages their workers back, when it is time."""
@@ -457,11 +360,7 @@ class Agent:
     for stage in self._teams.grow() if not self._signals else ():
       first, *_ = self._crew.of_stage(stage)
       why = 'its replicas return'
-      if self._where.captures.rules.is_local:
-        self._recover(first, why, frozenset(), everybody)
-      else:
-        self._rollback.begin(first, why, everybody)
-        self._go_back_together()
+      self._comeback.after(first, why, frozenset(), everybody)
       self._recoverer.forgive(stage)  # it was no failure
 
   # ---- what workers say ------------------------------------------------------
@@ -561,8 +460,7 @@ class Agent:
       self._crew.warm_standbys(self._ready[0, 0]['lowering_platform'])
 
   def _on_done(self, worker, message: protocol.Message) -> None:
-    self._done[worker.stage, worker.replica] = message['iteration']
-    if len(self._done) < len(self._crew.workers):
+    if not self._final.done(worker, len(self._crew.workers)):
       return
     if message['iteration'] < self._config.train.iterations:
       self._stopped()
