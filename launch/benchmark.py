@@ -300,7 +300,7 @@ _ALL = {
     ['--preset=tiny', '--rounds=10'],
   ),
   'ettr': (
-    ['--preset=tiny', '--rounds=1', '--iterations=50', '--mtbf=25'],
+    ['--preset=tiny', '--rounds=1', '--iterations=80', '--mtbf=25'],
     ['--preset=tiny', '--rounds=2'],
   ),
   'accuracy': (['--preset=tiny', '--iterations=50'], []),

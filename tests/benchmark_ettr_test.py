@@ -157,6 +157,35 @@ def test_the_table_of_ettr(tmp_path):
   assert (tmp_path / 'ettr.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_by_how_much_sparse_is_ahead():
+  """Of two rounds: 2 s and none are lost, against 4 s and 1 s, of 10."""
+
+  def late(seconds):
+    events = _events((70.0, 'failure', 0), (72.0, 'recovered', 0, 1))
+    events[1]['seconds'] = dict.fromkeys(
+      ('detect', 'start', 'fetch', 'replay'), 0.5
+    )
+    events.append({'time': 73.0, 'kind': 'standby', 'seconds': 1.0})
+    moments = [i * 1.0 + seconds * (i > 35) + 35 for i in range(1, 41)]
+    return _run(moments, events)
+
+  quiet = [late(0.0)] * 2
+  outcomes = {
+    ('none', 0): quiet,
+    ('sparse', 0): quiet,
+    ('sparse', 50): [late(2.0), late(0.0)],
+    ('dense', 0): quiet,
+    ('dense', 50): [late(4.0), late(1.0)],
+  }
+  found = {
+    name: (summary.median, goal)
+    for name, summary, goal in benchmark_ettr.rows(outcomes, stages=2)
+  }
+  name = 'MTBF 50, sparse / dense, ETTR from overhead and losses'
+  assert found[name] == (pytest.approx((14 / 12 + 11 / 10) / 2), '> 1')
+  assert 'MTBF 50, sparse / sparse, ETTR from overhead and losses' not in found
+
+
 def test_the_table_of_accuracy(tmp_path):
   moments = [float(i) for i in range(1, 9)]
   exact = _run(moments, eval_every=4)
