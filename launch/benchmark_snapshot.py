@@ -147,10 +147,14 @@ class _Timed:
 
 
 class _Sparse(_Subject):
-  """Sparse snapshots every iteration, with the window that is chosen."""
+  """Sparse snapshots, with the window that is chosen."""
 
   def __init__(
-    self, config: settings.RunConfig, block: _Block, folder: pathlib.Path
+    self,
+    config: settings.RunConfig,
+    block: _Block,
+    folder: pathlib.Path,
+    window_mode: str = '',
   ):
     super().__init__(config, block)
     layout = layout_lib.of_stage(self.worker.stage)
@@ -158,7 +162,9 @@ class _Sparse(_Subject):
     self.programs.compile()
     self.sizes = local.stage_sizes(layout, 1)
     self._planner = capture_plan.CapturePlanner(
-      capture_plan.CaptureSettings(), [self.sizes], jax.default_backend()
+      capture_plan.CaptureSettings(window_mode=window_mode),
+      [self.sizes],
+      jax.default_backend(),
     )
     (decision,) = self._planner.decisions(1)
     (pool,) = self._planner.pools()
@@ -176,6 +182,8 @@ class _Sparse(_Subject):
   def window(self) -> str:
     """Of the window in force."""
     choice = self._planner.choice
+    if choice.every > 1:
+      return f'whole, every {choice.every}'
     return f'{choice.mode}, {choice.window_length}'
 
   def choose(self, reports: Sequence[worker_lib.Report]) -> None:
@@ -266,13 +274,15 @@ def rows(
     optimizer_overrides={},
   )
   root = pathlib.Path(tempfile.mkdtemp(dir=hostmem_dir, prefix='benchmark-'))
-  for name in ('sparse', 'often', 'window'):
+  for name in ('sparse', 'rolling', 'often', 'window'):
     (root / name).mkdir(mode=0o700)
   block = _Block()
   sparse = _Sparse(config, block, root / 'sparse')
   subjects: dict[str, _Subject] = {
     'none': _Nothing(config, block),
     'sparse': sparse,
+    # On CPU the choice may be none: so that windows are measured as well.
+    'sparse, windows only': _Sparse(config, block, root / 'rolling', 'rolling'),
     'orbax, every iteration': _Dense(config, block, root / 'often', 1),
     f'orbax, every {_ORBAX_EVERY}th': _Dense(
       config, block, root / 'window', _ORBAX_EVERY
@@ -288,8 +298,10 @@ def rows(
   for name, subject in subjects.items():
     if name == 'none':
       continue
-    is_ours = name == 'sparse'
-    label = f'{name} ({sparse.window})' if is_ours else name
+    is_ours = isinstance(subject, _Sparse)
+    label = name
+    if isinstance(subject, _Sparse):
+      label = f'{name} ({subject.window})'
     blocked = [s * 1e3 for s in subject.blocked_seconds]
     out += [
       (

@@ -263,10 +263,9 @@ class CapturePlanner:
   def _may_be_whole(self) -> bool:
     """Whether devices have the memory for a copy of all that they train.
 
-    Where that is the host's there is no other, and a window is long enough
-    that host memory for it is enough for a few whole snapshots as well.
+    Where that is the host's, they have. A mode that is set means windows.
     """
-    return self._platform == 'cpu'
+    return self._platform == 'cpu' and not self._settings.window_mode
 
   def _has_room_for(self, choice: window.WindowChoice) -> bool:
     """Whether its snapshots fit; in another order slots may come out larger."""
@@ -327,7 +326,7 @@ class CapturePlanner:
   def _choose(
     self, budgets: Sequence[window.CopyBudget] | None
   ) -> window.WindowChoice:
-    """The longest of the windows that the stages want."""
+    """The longest window that a stage wants, or whole snapshots."""
     pinned_mode = self._settings.window_mode or None
     if self._is_pinned or budgets is None:
       length = self._settings.window_length or min(

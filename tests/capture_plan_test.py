@@ -239,6 +239,7 @@ def test_how_much_of_an_iteration_depends_on_the_platform(
     (9.6, {}, 5),
     (4.8, {}, 8),  # no window fits; logs have no room for 10 iterations
     (24, {'window_mode': 'rolling'}, 0),
+    (4.8, {'window_mode': 'rolling'}, 0),
     (24, {'window_length': 3}, 0),
     # A third window of up to 4, and 5 whole ones, do not fit into 16 files.
     (24, {'max_window_length': 4}, 0),
