@@ -113,26 +113,31 @@ def rows(outcomes: Outcomes, stages: int) -> list[Row]:
     name = f'MTBF {mtbf}, {policy}'
     goal = _GOAL if policy == 'sparse' else ''
     found.append((f'{name}, ETTR', summary.summarize(ratios), goal))
-    steadier = _steadier_ratios(outcomes, policy, mtbf)
+    together = _together(outcomes, policy, mtbf)
+    failures = sum(len(run.of_kind('failure')) for run in runs)
     found += [
       (
         f'{name}, lost to failures, % of its own pace',
-        summary.summarize([100 * _loss(run) for run in runs]),
+        summary.summarize([100 * _lost(run) / _quiet(run) for run in runs]),
         '',
       ),
       (
-        f'{name}, ETTR from overhead and losses',
-        summary.summarize(steadier),
+        f'{name}, lost by a failure, s',
+        summary.summarize([sum(map(_lost, runs)) / max(1, failures)]),
+        '',
+      ),
+      (
+        f'{name}, ETTR of all rounds together',
+        summary.summarize([together]),
         goal,
       ),
     ]
     if policy != 'sparse' and ('sparse', mtbf) in outcomes:
-      ours = _steadier_ratios(outcomes, 'sparse', mtbf)
-      pairs = zip(ours, steadier, strict=True)
+      ours = _together(outcomes, 'sparse', mtbf)
       found.append(
         (
-          f'MTBF {mtbf}, sparse / {policy}, ETTR from overhead and losses',
-          summary.summarize([a / b for a, b in pairs]),
+          f'MTBF {mtbf}, sparse / {policy}, ETTR of all rounds together',
+          summary.summarize([ours / together]),
           '> 1' if policies_lib.of_name(policy).is_exact else '',
         )
       )
@@ -211,14 +216,21 @@ def _samples(
   return found
 
 
-def _steadier_ratios(outcomes: Outcomes, policy: str, mtbf: int) -> list[float]:
-  """ETTR in each round, but for the noise between runs of this machine.
+def _together(outcomes: Outcomes, policy: str, mtbf: int) -> float:
+  """ETTR of all rounds, but for most of the noise between runs.
 
-  The product of what snapshots cost, in the median of all runs of the policy,
-  and of what failures cost a run, measured by its own quiet iterations.
+  What failures cost is measured by the quiet iterations of the run itself; and
+  how long those take, in all runs of the policy against all without one.
   """
-  overhead = 1 + statistics.median(_overheads(outcomes, policy)) / 100
-  return [1 / (overhead * (1 + _loss(run))) for run in outcomes[policy, mtbf]]
+  runs = outcomes[policy, mtbf]
+  ours = [
+    r for (name, _), all_ in outcomes.items() if name == policy for r in all_
+  ]
+  overhead = statistics.fmean(map(_pace, ours)) / statistics.fmean(
+    map(_pace, outcomes[_BASE, 0])
+  )
+  quiet = sum(map(_quiet, runs))
+  return quiet / (quiet + sum(map(_lost, runs))) / overhead
 
 
 def _overheads(outcomes: Outcomes, policy: str) -> list[float]:
@@ -238,14 +250,15 @@ def _pace(run: benchmark_runs.Outcome) -> float:
   return benchmark_predict.own_pace(run, _WARM_UP_ITERATIONS).iteration_seconds
 
 
-def _loss(run: benchmark_runs.Outcome) -> float:
-  """Share by which failures made a run longer than its quiet iterations are.
+def _quiet(run: benchmark_runs.Outcome) -> float:
+  """Seconds that a run's iterations would take if all were quiet."""
+  return (run.lines[-1]['iteration'] - _WARM_UP_ITERATIONS) * _pace(run)
 
-  That leaves out by how much this machine is faster in one run than in another.
-  """
+
+def _lost(run: benchmark_runs.Outcome) -> float:
+  """Seconds by which failures made a run longer, whatever its pace is."""
   last = run.lines[-1]['iteration']
-  quiet = (last - _WARM_UP_ITERATIONS) * _pace(run)
-  return run.seconds(_WARM_UP_ITERATIONS, last) / quiet - 1
+  return run.seconds(_WARM_UP_ITERATIONS, last) - _quiet(run)
 
 
 def _ratio(base: benchmark_runs.Outcome, run: benchmark_runs.Outcome) -> float:
@@ -270,7 +283,7 @@ def details(outcomes: Outcomes) -> list[dict[str, Any]]:
           'mtbf_iterations': mtbf,
           'round': number,
           'ettr': _ratio(base, run),
-          'lost_to_failures': _loss(run),
+          'lost_seconds': _lost(run),
           'quiet_iteration_seconds': _pace(run),
           'standby_seconds': [e['seconds'] for e in run.of_kind('standby')],
           'failures': len(run.of_kind('failure')),

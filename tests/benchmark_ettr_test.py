@@ -132,7 +132,8 @@ def test_the_table_of_ettr(tmp_path):
     'MTBF 50, sparse, lost to failures, % of its own pace': (
       pytest.approx(25.0)
     ),
-    'MTBF 50, sparse, ETTR from overhead and losses': (
+    'MTBF 50, sparse, lost by a failure, s': pytest.approx(4.0),
+    'MTBF 50, sparse, ETTR of all rounds together': (
       pytest.approx(1 / 1.425 / 1.25)
     ),
     'MTBF 50, sparse, failures': 1.0,
@@ -181,9 +182,15 @@ def test_by_how_much_sparse_is_ahead():
     name: (summary.median, goal)
     for name, summary, goal in benchmark_ettr.rows(outcomes, stages=2)
   }
-  name = 'MTBF 50, sparse / dense, ETTR from overhead and losses'
-  assert found[name] == (pytest.approx((14 / 12 + 11 / 10) / 2), '> 1')
-  assert 'MTBF 50, sparse / sparse, ETTR from overhead and losses' not in found
+  what = 'ETTR of all rounds together'
+  assert found[f'MTBF 50, sparse, {what}'][0] == pytest.approx(20 / 22)
+  assert found[f'MTBF 50, dense, {what}'][0] == pytest.approx(20 / 25)
+  assert found[f'MTBF 50, sparse / dense, {what}'] == (
+    pytest.approx(25 / 22),
+    '> 1',
+  )
+  assert found['MTBF 50, dense, lost by a failure, s'][0] == 2.5
+  assert f'MTBF 50, sparse / sparse, {what}' not in found
 
 
 def test_the_table_of_accuracy(tmp_path):
