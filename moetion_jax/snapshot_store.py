@@ -306,7 +306,7 @@ class SnapshotStore:
     """A data file to write to; retires the oldest snapshot that may go."""
     self._recycle_leftovers()
     if self._is_cut_anew:
-      self._balance()
+      self._make_one()
     for iteration in sorted(self._snapshots):
       if self._free or iteration >= self._first_iteration:
         break
@@ -381,12 +381,12 @@ class SnapshotStore:
 
   def _balance(self) -> None:
     """Reserves or gives back data files until their number is right."""
-    missing = self._files - sum(
-      map(len, (self._free, self._snapshots, self._leftovers))
-    )
     if self._is_cut_anew:
       self._make_one()
       return
+    missing = self._files - sum(
+      map(len, (self._free, self._snapshots, self._leftovers))
+    )
     for _ in range(min(-missing, len(self._free))):
       self._free.pop().remove()
     created: list[snapshot_file.DataFile] = []

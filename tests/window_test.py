@@ -1,5 +1,7 @@
 """The window's length: every way the choice can go, by hand and by search."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -104,6 +106,17 @@ def test_whole_snapshots_if_less_is_done_again(target, overlap_target, chosen):
       assert (choice.window_length, choice.mode, choice.every) == chosen
     else:
       assert choice == window.choose_window(_EIGHT, budget)
+
+
+def test_a_share_is_what_has_to_fit():
+  """Each of two replicas captures half of 48 bytes."""
+  order = list(_EIGHT.order)
+  shared = dataclasses.replace(
+    _EIGHT, shares=(frozenset(order[:4]), frozenset(order[4:]))
+  )
+  assert window.choose_window(shared, _budget(24)).window_length == 1
+  assert window.choose_window(shared, _budget(23.9)).window_length > 1
+  assert window.choose_window(_EIGHT, _budget(24)).window_length > 1
 
 
 def test_whole_snapshots_that_logs_have_no_room_for_are_not_chosen():
