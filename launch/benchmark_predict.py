@@ -180,16 +180,17 @@ def rhythm(run: benchmark_runs.Outcome, first: int) -> tuple[int, int]:
     first: those of iterations up to this one do not count: it was still being
       measured what suits the run.
   """
-  taken = [
-    line['iteration']
-    for line in run.lines
-    if line['snapshot_bytes'] and line['iteration'] > first
-  ]
+  taken = [i for i in _taken(run) if i > first]
   gaps = [after - before for before, after in itertools.pairwise(taken)]
   if not gaps:
     return first, len(run.lines)
   interval = round(statistics.median(gaps))
-  return taken[-1], interval  # one that is tuned all the time settles
+  return taken[-1], interval
+
+
+def _taken(run: benchmark_runs.Outcome) -> list[int]:
+  """Iterations that a snapshot was taken of."""
+  return [x['iteration'] for x in run.lines if x['snapshot_bytes']]
 
 
 def costs(runs: Sequence[benchmark_runs.Outcome], first: int) -> Costs:
@@ -254,6 +255,8 @@ def predicted_seconds(
     ),
     stages=stages,
     interval=interval,
+    # Two_phase tunes its interval all the time, by how long iterations take.
+    taken=tuple(i - shift for i in _taken(run) if i > shift),
     **_window(run) if policy == 'sparse' else {},
     detect_seconds=costs.detect_seconds,
     start_seconds=costs.start_seconds,

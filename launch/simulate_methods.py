@@ -8,6 +8,7 @@ failure it asks the functions that the system runs on: valid starts
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -103,20 +104,30 @@ class Whole(_Timed):
     interval: iterations between two.
     landing_seconds: from the end of the iteration until it counts.
     in_storage: it is read from the durable store, not from memory.
+    taken: of which iterations there is one, ascending, of a run whose interval
+      changed; otherwise of the multiples of `interval`.
   """
 
   interval: int
   landing_seconds: float
   in_storage: bool = False
+  taken: tuple[int, ...] = ()
+
+  def newest(self, completed: int) -> int:
+    """Of which iteration the newest one is; 0 if there is none."""
+    if self.taken:
+      place = bisect.bisect_right(self.taken, completed)
+      return self.taken[place - 1] if place else 0
+    return completed // self.interval * self.interval
 
   def start(self, world: World, situation: Situation) -> tuple[int, str]:
     """To which iteration everybody goes back, and where its snapshot is."""
-    newest = situation.completed // self.interval * self.interval
+    newest = self.newest(situation.completed)
     passed = situation.pace.between(newest, situation.completed)
     is_late = passed + situation.since_seconds < self.landing_seconds
     if newest > situation.resumed_from and is_late:
       # No copy begins before the last one has landed.
-      newest = max(newest - self.interval, situation.resumed_from)
+      newest = max(self.newest(newest - 1), situation.resumed_from)
     where = recovery.DURABLE
     if not self.in_storage:
       lost = situation.lost_hosts

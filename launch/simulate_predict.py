@@ -40,6 +40,8 @@ class Measured:
     stages: of the run.
     interval: iterations between snapshots; of sparse more than 1 only with a
       window of 1.
+    taken: of dense and two_phase, which iterations' snapshots were taken if
+      that changed on the way, ascending; `interval` is then the usual one.
     window_length: of sparse.
     window_mode: of sparse, one of `slots.MODES`.
     keep_windows: of sparse.
@@ -62,6 +64,7 @@ class Measured:
   failures: tuple[tuple[int, float, int], ...]
   stages: int
   interval: int = 1
+  taken: tuple[int, ...] = ()
   window_length: int = 1
   window_mode: str = 'rolling'
   keep_windows: int = 2
@@ -145,7 +148,9 @@ def _method(measured: Measured) -> simulate_world.Method:
   }
   if measured.policy != 'partial':
     return simulate_methods.Whole(
-      **whole, in_storage=measured.policy == 'two_phase'
+      **whole,
+      in_storage=measured.policy == 'two_phase',
+      taken=measured.taken,
     )
   counts = [measured.partial_experts]
   while counts[-1] < measured.experts:

@@ -31,9 +31,12 @@ PLT_BUDGET = 0.0375
 MAX_CAPACITY_FACTOR = 2.0
 SELECTIONS = ('sequential', 'load_aware', 'popularity')
 
-# So many iterations and checkpoints the tuner looks back on.
+# So many undisturbed iterations the tuner looks back on.
 _KEPT_ITERATIONS = 9
+# So many checkpoints in so many iterations: one iteration that was slow for
+# another reason must not pass for what a checkpoint costs.
 _KEPT_CHECKPOINTS = 3
+_KEPT_PERIOD = 12
 # Rounding must not make an interval one longer.
 _DIGITS = 9
 
@@ -224,9 +227,15 @@ class TwoPhaseTuner:
     return statistics.median(self.undisturbed) if self.undisturbed else 0.0
 
   @property
+  def kept_checkpoints(self) -> int:
+    """Of which the median counts; there is none before there are as many."""
+    interval = max(1, self.interval)
+    return max(_KEPT_CHECKPOINTS, math.ceil(_KEPT_PERIOD / interval))
+
+  @property
   def costs(self) -> TwoPhaseCosts | None:
-    """Medians of what was measured; None before the first whole period."""
-    if not self.overheads or not self.undisturbed:
+    """Medians of what was measured; None while that is too little."""
+    if len(self.overheads) < self.kept_checkpoints or not self.undisturbed:
       return None
     return TwoPhaseCosts(
       iteration_seconds=self.iteration_seconds,
@@ -259,8 +268,9 @@ def observe(
     if tuner.period and tuner.undisturbed:
       expected = len(tuner.period) * tuner.iteration_seconds
       extra = max(0.0, sum(tuner.period) - expected)
-      overheads = (*overheads, extra)[-_KEPT_CHECKPOINTS:]
-      durables = (*durables, durable_seconds)[-_KEPT_CHECKPOINTS:]
+      kept = tuner.kept_checkpoints
+      overheads = (*overheads, extra)[-kept:]
+      durables = (*durables, durable_seconds)[-kept:]
     period = (seconds,)
   undisturbed = tuner.undisturbed
   if not takes_snapshot and not is_disturbed:
@@ -280,12 +290,21 @@ def tune(
   """Sets the interval that the measured costs ask for.
 
   It is raised at once when the budget is exceeded or checkpoints are not in
-  storage in time, and lowered only to half or less: measurements are noisy.
-  Without costs nothing changes.
+  storage in time, and lowered only to half or less. For the budget it is at
+  most doubled at a time: the measurement of overheads is noisy, and an interval
+  that is too long takes long to measure again. Without costs nothing changes.
   """
-  if tuner.costs is None:
+  costs = tuner.costs
+  if costs is None:
     return tuner
-  wanted = two_phase_interval(tuner.costs, tuner.overhead_budget, max_interval)
+  wanted = two_phase_interval(costs, tuner.overhead_budget, max_interval)
+  if tuner.interval:
+    in_storage = two_phase_interval(
+      dataclasses.replace(costs, overhead_seconds=0.0),
+      tuner.overhead_budget,
+      max_interval,
+    )
+    wanted = min(wanted, max(2 * tuner.interval, in_storage))
   if tuner.interval // 2 < wanted <= tuner.interval:
     return tuner
   return dataclasses.replace(

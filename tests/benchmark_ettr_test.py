@@ -316,6 +316,26 @@ def test_what_the_simulator_says_of_a_run(
   assert seconds == pytest.approx(20 + 0.75 + lost_seconds)
 
 
+def test_the_simulator_is_told_when_an_interval_changed():
+  script = ['kill:stage=1,iteration=30,phase=update']
+  run = _run([float(i) for i in range(1, 41)], every=4, script=script)
+  for line in run.lines:
+    if 22 <= line['iteration'] < 36:  # the last one before the failure is 20
+      line['snapshot_bytes'] = 0
+  seconds = benchmark_predict.predicted_seconds(
+    run,
+    policy='two_phase',
+    stages=2,
+    first=20,
+    pace=benchmark_predict.Pace(iteration_seconds=1.0),
+    costs=benchmark_predict.Costs(
+      detect_seconds=0.25, start_seconds=0.25, fetch_seconds=0.25,
+      replay_seconds=0.5,
+    ),
+  )  # fmt: skip
+  assert seconds == pytest.approx(20 + 0.75 + 0.9 + 9.0)
+
+
 def test_the_pace_beside_a_run_has_what_a_snapshot_costs():
   base = _run([float(i) for i in range(1, 31)])
   quiet = _run([i * 1.25 for i in range(1, 31)], every=4)

@@ -166,11 +166,11 @@ def test_two_phase_keeps_to_its_budget():
     'copy_bytes_per_second': 450.0,
     'seconds': lambda is_taken: 1.5 if is_taken else 1.0,
   }
-  run.report(12, **fields)
-  change = run.changes[12]
+  run.report(24, **fields)
+  change = run.changes[24]  # with the third that is measured
   assert change['interval'] == 10
   assert 'costs 0.5 s and is on disk after 1 s' in change['reason']
-  assert list(run.taken(1, 40)) == [6, 12, 18, 28, 38]
+  assert list(run.taken(1, 50)) == [6, 12, 18, 24, 30, 40, 50]
   # Cheaper, but not by half: it stays.
   fields['seconds'] = lambda is_taken: 1.3 if is_taken else 1.0
   run.report(60, **fields)
@@ -182,8 +182,8 @@ def test_two_phase_keeps_to_its_budget():
 
 def test_two_phase_waits_for_the_disk():
   run = _Run(_planner('two_phase'))
-  run.report(12, copy_bytes_per_second=20.0)  # 22.5 s
-  assert run.changes[12]['interval'] == 23
+  run.report(24, copy_bytes_per_second=20.0)  # 22.5 s
+  assert run.changes[24]['interval'] == 23
 
 
 # ---- partial -----------------------------------------------------------------

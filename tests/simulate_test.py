@@ -116,6 +116,11 @@ ONE_FAILURE = [
   # In storage 7 s after its iteration.
   ({'policy': 'two_phase', 'interval': 9, 'landing_seconds': 7}, (25, 0.5), 15),
   ({'policy': 'two_phase', 'interval': 9, 'landing_seconds': 7}, (26, 0.5), 7),
+  # Of an interval that changed: 2, 12, 19.
+  ({'policy': 'dense', 'taken': (2, 12, 19)}, (20, 0.75), 0),
+  ({'policy': 'dense', 'taken': (2, 12, 19)}, (19, 0.75), 6),
+  ({'policy': 'dense', 'taken': (2, 12, 19)}, (20, 0.125), 7),
+  ({'policy': 'dense', 'taken': (7, 12)}, (3, 0.5), 2),
   ({'policy': 'partial', 'experts': 4, 'tokens': 9}, (9, 0.75), 0),
   ({'policy': 'none'}, (20, 0.75), 19),
 ]  # fmt: skip
