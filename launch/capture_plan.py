@@ -36,6 +36,12 @@ _SHORTEST_WINDOW = 2
 LATE_SHARE = 0.02
 _LATE_ITERATIONS = 3
 _LATE_AMONG = 20
+# After so many windows, and iterations, another look whether a shorter one
+# would do: while a run begins, copies and iterations are slower than later. It
+# has to be shorter by a quarter: what is measured is noisy.
+_LOOK_WINDOWS = 4
+_LOOK_ITERATIONS = 12
+SHORTER = 0.75
 
 
 def overlap_target(settings: CaptureSettings, platform: str) -> float:
@@ -43,6 +49,17 @@ def overlap_target(settings: CaptureSettings, platform: str) -> float:
   return settings.overlap_target or _OVERLAP_TARGET.get(
     platform, _OTHER_OVERLAP_TARGET
   )
+
+
+def looks_again(passed: int, window_iterations: int) -> bool:
+  """Whether it is time to see whether a shorter window would do.
+
+  Args:
+    passed: iterations with this window.
+    window_iterations: of it.
+  """
+  every = max(_LOOK_WINDOWS * window_iterations, _LOOK_ITERATIONS)
+  return passed > 0 and passed % every == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,14 +186,20 @@ class CapturePlanner:
     self._rates: slots.Rates = {}
     self._first_iteration = 0  # of the last decision
     self._has_chosen = False  # from what was measured
+    self._has_grown = False  # since copies ran late
     self.choice = self._choose(None)
+    self._lag_window = self._window_iterations
     # Once and for all: a replacement must find files of its own size.
     self._pools = {n: self._make_pools(n) for n in range(1, replicas + 1)}
 
   @property
   def lag_iterations(self) -> int:
-    """By how much the recovery line lags behind."""
-    return self._window_iterations * (self._settings.keep_windows - 1)
+    """By how much the recovery line lags behind.
+
+    By shorter windows, for as long as there are some: the line is at the begin
+    of a window, and would be one further behind otherwise.
+    """
+    return self._lag_window * (self._settings.keep_windows - 1)
 
   @property
   def _window_iterations(self) -> int:
@@ -236,6 +259,9 @@ class CapturePlanner:
     self._measured.append(reports)
     self._measured_iterations += 1
     iteration = reports[0].iteration
+    windows = self._settings.keep_windows * self._window_iterations
+    if iteration >= self._first_iteration + windows - 1:
+      self._lag_window = self._window_iterations
     if iteration > self._first_iteration:  # the first waits for one before
       self._late.append(
         any(r.blocked_seconds > LATE_SHARE * r.seconds for r in reports)
@@ -252,7 +278,10 @@ class CapturePlanner:
     if sum(self._late) >= _LATE_ITERATIONS:
       self._late.clear()
       if change := self._change(iteration, self._enlarged()):
+        self._has_grown = True
         return change
+    if change := self._shortened(iteration):
+      return change
     return self._reorder(iteration)
 
   @property
@@ -284,10 +313,13 @@ class CapturePlanner:
     Whole ones that are larger than a file of the pool are few: its memory is
     cut anew for them, while older snapshots have the files that they have.
     """
-    if size_bytes <= pool.size_bytes or self.choice.every > 1:
+    if size_bytes <= pool.size_bytes:
       return True
     if not self._may_be_whole or every == 1:
       return False
+    if self.choice.every > 1:
+      kept = max(map(self._settings.kept_whole, (every, self.choice.every)))
+      return kept * size_bytes <= pool.files * pool.size_bytes
     older = self._settings.kept_with(self.choice.window_length)
     kept_bytes = older * pool.size_bytes
     kept_bytes += self._settings.kept_whole(every) * size_bytes
@@ -378,6 +410,24 @@ class CapturePlanner:
     ]
     return max(enlarged, key=lambda c: (c.every, c.window_length))
 
+  def _shortened(self, iteration: int) -> Change | None:
+    """A window that is clearly shorter, if by now one fits.
+
+    Not after copies ran late: a window that was too short is not tried again.
+    Nor from whole snapshots to windows, or back.
+    """
+    passed = iteration - self._first_iteration + 1
+    looks = self._has_chosen and not self._has_grown
+    if not looks or not looks_again(passed, self._window_iterations):
+      return None
+    choice = self._choose(self._budgets())
+    length = choice.window_length * choice.every
+    if (choice.every > 1) != (self.choice.every > 1) or (
+      length > SHORTER * self._window_iterations
+    ):
+      return None
+    return self._change(iteration, choice)
+
   def _change(
     self, iteration: int, choice: window.WindowChoice
   ) -> Change | None:
@@ -393,6 +443,7 @@ class CapturePlanner:
       return None
     first_iteration = self._next_first(iteration)
     self.choice = choice
+    self._lag_window = min(self._lag_window, self._window_iterations)
     self._late.clear()
     fields = dataclasses.asdict(choice)
     del fields['pinned']

@@ -97,7 +97,7 @@ class WholePlanner:
     self._replicas = replicas
     self._target = capture_plan.overlap_target(settings, platform)
     self._first_iteration = 0  # of the last decision
-    self._has_chosen = False
+    self._has_chosen = self._has_grown = False
     self._seconds: collections.deque[float] = collections.deque(
       maxlen=_MEASURED_ITERATIONS
     )
@@ -189,9 +189,13 @@ class WholePlanner:
   def _chosen(
     self, iteration: int, reports: Sequence[report.Report]
   ) -> capture_plan.Change | None:
-    """Of `dense`: once from what is measured, longer when copies are late."""
-    if not self._has_chosen:
-      self._has_chosen = True
+    """Of `dense`: from what is measured, longer when copies are late.
+
+    As of `capture_plan`, there is another look whether a shorter one would do.
+    """
+    passed = iteration - self._first_iteration
+    looks_again = capture_plan.looks_again(passed, self.interval)
+    if not self._has_chosen or (looks_again and not self._has_grown):
       seconds = statistics.median(self._seconds)
       bandwidths = [r.copy_bytes_per_second for r in reports]
       interval = policies.common_dense_interval(
@@ -204,9 +208,13 @@ class WholePlanner:
         f'a copy takes {copy_seconds:.3g} s and may take {self._target:g} of '
         f'iterations of {seconds:.3g} s'
       )
+      if self._has_chosen and interval > capture_plan.SHORTER * self.interval:
+        return None
+      self._has_chosen = True
       return self._change(iteration, interval, reason)
     if sum(self._late) < _LATE:
       return None
+    self._has_grown = True
     interval = math.ceil(self.interval * _GROWTH)
     return self._change(iteration, interval, 'copies ran late')
 

@@ -270,11 +270,11 @@ class Recoverer:
       What each stage captures from some iteration on, when that changes.
     """
     change = self._planner.add(reports)
+    self._inventory.lag_iterations = self._planner.lag_iterations
     if change is None:
       return None
     if change.kind:
       self._event(change.kind, **change.fields)
-    self._inventory.lag_iterations = self._planner.lag_iterations
     for known, decision in zip(self._decisions, change.decisions, strict=True):
       if not self._settings.rules.is_exact:  # nobody replays with older ones
         known.clear()

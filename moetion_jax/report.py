@@ -41,7 +41,7 @@ class Report:
       `logs.Log.late_seconds`), whatever ran meanwhile.
     snapshot_bytes: of the iteration's snapshot; 0 for none.
     blocked_seconds: of `seconds`, spent waiting for the last snapshot's copy.
-    copy_bytes_per_second: at which snapshots were stored so far; 0: none was.
+    copy_bytes_per_second: at which the last snapshots were stored; 0: none was.
     load: tokens that chose each expert.
   """
 

@@ -9,6 +9,7 @@ one is late, training waits, visibly (DESIGN section 5).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import threading
@@ -30,6 +31,7 @@ from moetion_jax import (
   snapshot_store,
 )
 
+_MEASURED_COPIES = 4
 _FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
 
 
@@ -69,9 +71,6 @@ class Snapshotter:
 
   Attributes:
     newest: iteration of the newest snapshot that counts; -1 for none.
-    copied_bytes: of all snapshots so far.
-    copy_seconds: that storing them took, from the moment when their contents
-      were there.
   """
 
   def __init__(
@@ -104,8 +103,6 @@ class Snapshotter:
         all.
     """
     self.newest = -1
-    self.copied_bytes = 0
-    self.copy_seconds = 0.0
     self._programs = programs
     self._store = store
     self._fields = dict(fields)
@@ -116,6 +113,9 @@ class Snapshotter:
     self._share = share
     self._decisions = [decision]
     self._changed = threading.Condition()  # guards what follows
+    self._copies: collections.deque[tuple[int, float]] = collections.deque(
+      maxlen=_MEASURED_COPIES  # bytes and seconds
+    )
     self._job: _Job | None = None
     self._reads_state = False  # that of the job
     self._first_iteration = 0
@@ -137,8 +137,14 @@ class Snapshotter:
 
   @property
   def bandwidth(self) -> float:
-    """Bytes per second at which snapshots were stored; 0: none was."""
-    return self.copied_bytes / self.copy_seconds if self.copy_seconds else 0.0
+    """Bytes per second at which the last snapshots were stored; 0: none was.
+
+    From the moment when their contents were there.
+    """
+    with self._changed:
+      copied_bytes = sum(size for size, _ in self._copies)
+      seconds = sum(seconds for _, seconds in self._copies)
+    return copied_bytes / seconds if seconds else 0.0
 
   def close(self) -> None:
     """Waits for the copy on its way, then ends the thread. Idempotent."""
@@ -302,8 +308,9 @@ class Snapshotter:
       captured, iteration=job.iteration, **self._fields, **job.fields
     )
     begin = time.monotonic()
-    self.copied_bytes += self._store_one(job, metadata, buffers)
-    self.copy_seconds += time.monotonic() - begin
+    size = self._store_one(job, metadata, buffers)
+    with self._changed:
+      self._copies.append((size, time.monotonic() - begin))
     self._on_stored(metadata)
 
   def _store_one(

@@ -262,6 +262,42 @@ def test_whole_snapshots_where_copies_take_from_training(target, fields, every):
   assert planner.lag_iterations == every
 
 
+def test_another_look_whether_a_shorter_window_would_do():
+  def run(planner, first, last, target, **fields):
+    changes = _run(
+      planner,
+      range(first, last),
+      seconds=2.0,
+      copy_bytes_per_second=target * 25,
+      **fields,
+    )
+    return [
+      (i, (c.fields['window_length'], c.fields['every']))
+      for i, c in changes.items()
+    ]
+
+  cpu: dict[str, Any] = {'platform': 'cpu', 'overlap_target': 0.02}
+  planner = _planner(**cpu)
+  assert run(planner, 1, 20, 9.6) == [(6, (1, 5))]
+  # From 9 on; after four windows of 5.
+  assert run(planner, 20, 60, 16) == [(28, (1, 3))]
+  assert run(planner, 60, 100, 23.9) == []  # no more than that
+  assert run(planner, 100, 140, 4.8) == []  # longer only when copies are late
+  assert run(planner, 140, 180, 24, blocked_seconds=1.0)[0][1] == (1, 4)
+  assert planner.choice.every > 4
+  assert run(planner, 180, 300, 24) == []  # it was too short before
+  # Five is not shorter than six by a quarter.
+  planner = _planner(**cpu)
+  assert run(planner, 1, 20, 8) == [(6, (1, 6))]
+  assert run(planner, 20, 90, 9.6) == []
+  # Windows: of bytes an iteration; see above.
+  planner = _planner(**cpu, window_mode='rolling')
+  (first,) = run(planner, 1, 20, 14)
+  assert first[1][0] > 2
+  (second,) = run(planner, 20, 90, 28)
+  assert second[1] == (2, 1)
+
+
 def test_the_median_of_the_last_five_iterations_counts():
   planner = _planner(overlap_target=0.5)
   for i, seconds in enumerate([99.0, 2.0, 0.1, 2.0, 88.0, 2.0], start=1):
@@ -315,7 +351,11 @@ def test_the_window_grows_when_copies_run_late():
   assert change.fields['window_length'] == 5
   assert change.fields['first_iteration'] == 16
   assert 'late' in change.fields['reason']
-  assert planner.lag_iterations == 5
+  assert planner.lag_iterations == 4  # the line is at a window of 4
+  assert not _run(planner, range(14, 25), **fine)
+  assert planner.lag_iterations == 4
+  assert not _run(planner, range(25, 26), **fine)
+  assert planner.lag_iterations == 5  # 16 to 20 and 21 to 25 are there
   # What is late before a window of the new ones is over says nothing.
   changes = _run(planner, range(14, 60), **late)
   lengths = {i: c.fields['window_length'] for i, c in changes.items()}
@@ -437,9 +477,12 @@ def _decided(data, stages, settings, iterations):
   planner = capture_plan.CapturePlanner(settings, stages, 'cpu', capacity=50.0)
   decided = [planner.decisions(0)]
   random = data.draw(st.randoms(use_true_random=False))
-  bandwidth = data.draw(st.sampled_from([0.0, 10.0, 100.0, 1e4]))
+  bandwidths = st.sampled_from([0.0, 10.0, 100.0, 1e4])
+  bandwidth, later = data.draw(bandwidths), data.draw(bandwidths)
   lateness = data.draw(st.sampled_from([0.0, 0.2, 1.0]))
   for i in range(1, iterations):
+    if i == 15:  # then a shorter window may do
+      bandwidth = later
     reports = [
       helpers.make_report(
         i,

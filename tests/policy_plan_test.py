@@ -110,6 +110,20 @@ def test_dense_chooses_its_interval_from_what_it_measured():
   assert len(run.changes) == 1
 
 
+def test_dense_looks_again_whether_a_shorter_interval_would_do():
+  run = _Run(_planner('dense'))
+  run.report(40, copy_bytes_per_second=100.0)
+  run.report(80, copy_bytes_per_second=200.0)  # it was 9 from 18 on
+  assert [(i, c['interval']) for i, c in run.changes.items()] == [
+    (12, 9),
+    (54, 5),
+  ]
+  late = {'blocked_seconds': lambda is_taken: 0.1 * is_taken}
+  run.report(30, copy_bytes_per_second=200.0, **late)
+  run.report(200, copy_bytes_per_second=900.0)  # five was too short already
+  assert len(run.changes) == 3 and run.planner.interval == 7
+
+
 def test_dense_takes_more_time_when_copies_are_late():
   run = _Run(_planner('dense'))
   run.report(20, copy_bytes_per_second=100.0)

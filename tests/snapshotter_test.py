@@ -184,7 +184,7 @@ def test_what_is_stored(training):
     'compute': base.operators_to_json(others),
   }
   assert taker.newest == 1
-  assert taker.copied_bytes > taken.snapshot_bytes and taker.bandwidth > 0
+  assert taker.bandwidth > 0
   assert training.stored == [1]
 
 
