@@ -165,8 +165,8 @@ class WholePlanner:
       durable_seconds=durable_seconds if durable_seconds < math.inf else 0.0,
     )
     self._since_snapshot_seconds += seconds
-    if takes_snapshot:
-      self._since_snapshot_seconds = seconds
+    if takes_snapshot:  # of the state at its end
+      self._since_snapshot_seconds = 0.0
     if (
       self._settings.interval
       or self._measured_iterations < _WARM_UP_ITERATIONS

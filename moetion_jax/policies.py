@@ -292,7 +292,9 @@ def tune(
   It is raised at once when the budget is exceeded or checkpoints are not in
   storage in time, and lowered only to half or less. For the budget it is at
   most doubled at a time: the measurement of overheads is noisy, and an interval
-  that is too long takes long to measure again. Without costs nothing changes.
+  that is too long takes long to measure again. And it is never so short that no
+  iteration is left to compare with, in which no checkpoint begins or is under
+  way. Without costs nothing changes.
   """
   costs = tuner.costs
   if costs is None:
@@ -305,6 +307,10 @@ def tune(
       max_interval,
     )
     wanted = min(wanted, max(2 * tuner.interval, in_storage))
+  disturbed = _ceil(costs.durable_seconds / costs.iteration_seconds)
+  wanted = max(wanted, disturbed + 2)
+  if max_interval:
+    wanted = min(wanted, max_interval)
   if tuner.interval // 2 < wanted <= tuner.interval:
     return tuner
   return dataclasses.replace(

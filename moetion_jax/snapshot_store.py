@@ -305,14 +305,16 @@ class SnapshotStore:
   def _take(self) -> snapshot_file.DataFile:
     """A data file to write to; retires the oldest snapshot that may go."""
     self._recycle_leftovers()
-    if self._is_cut_anew:
-      self._make_one()
     for iteration in sorted(self._snapshots):
       if self._free or iteration >= self._first_iteration:
         break
       if self._recycle(self._path(iteration), self._snapshots[iteration]):
         del self._snapshots[iteration]
         self._balance()
+    if (
+      self._is_cut_anew
+    ):  # last: to reserve a file takes longer than to fill it
+      self._make_one()
     if self._free:
       return self._free.pop()
     oldest = min(self._snapshots, default=0)

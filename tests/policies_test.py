@@ -165,13 +165,14 @@ def test_the_interval_is_raised_at_once_and_lowered_with_care():
 
   assert tuned(10, 1.01) == 11
   assert tuned(10, 2.5) == 20  # 25, after another look
-  assert tuned(10, 2.5, 22.5) == 23  # that is certain
-  assert tuned(10, 0.0, 22.5) == 23
+  # That is certain: 23, and two that nothing disturbs.
+  assert tuned(10, 2.5, 22.5) == 25
+  assert tuned(10, 0.0, 22.5) == 25
   assert tuned(10, 1.0) == 10
   assert tuned(10, 0.6) == 10  # 6 would do
   assert tuned(10, 0.5) == 5
-  assert tuned(10, 0.0) == 1
-  assert tuned(1, 0.0) == 1
+  assert tuned(10, 0.0) == 3  # one begins, one is disturbed, one is neither
+  assert tuned(1, 0.0) == 3
 
 
 def test_a_snapshot_and_what_it_disturbs_are_not_the_base():

@@ -191,13 +191,13 @@ def test_two_phase_keeps_to_its_budget():
   assert len(run.changes) == 1
   fields['seconds'] = lambda is_taken: 1.0
   run.report(60, **fields)
-  assert [c['interval'] for c in run.changes.values()] == [10, 1]
+  assert [c['interval'] for c in run.changes.values()] == [10, 3]
 
 
 def test_two_phase_waits_for_the_disk():
   run = _Run(_planner('two_phase'))
   run.report(24, copy_bytes_per_second=20.0)  # 22.5 s
-  assert run.changes[24]['interval'] == 23
+  assert run.changes[24]['interval'] == 23 + 2
 
 
 # ---- partial -----------------------------------------------------------------
