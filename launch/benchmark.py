@@ -96,9 +96,7 @@ def pipeline(preset: str, rounds: int) -> dict[str, Any]:
 
 def promotion(preset: str, rounds: int) -> dict[str, Any]:
   """Phases of a warm standby's promotion, with and without touched memory."""
-  import tempfile
-
-  from launch import promotion as promotion_lib, settings, summary
+  from launch import promotion as promotion_lib, scratch, settings, summary
 
   config = settings.make(
     preset,
@@ -107,12 +105,15 @@ def promotion(preset: str, rounds: int) -> dict[str, Any]:
     optimizer_overrides={},
   )
   samples: dict[str, list[float]] = {}
-  with tempfile.TemporaryDirectory() as cache:
+  with scratch.folder() as cache:
     for number in range(rounds + 1):
       for stage in range(_STAGES.value):
         for touch_bytes in (0, _TOUCH_BYTES):
           seconds = promotion_lib.measure(
-            config, stage, compilation_cache_dir=cache, touch_bytes=touch_bytes
+            config,
+            stage,
+            compilation_cache_dir=str(cache),
+            touch_bytes=touch_bytes,
           )
           touched = '*' if touch_bytes else ''  # memory was touched before
           for phase, value in seconds.items():

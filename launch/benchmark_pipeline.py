@@ -13,12 +13,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launch import parent_death, summary
+from launch import parent_death, scratch, summary
 
 Row = tuple[str, summary.Summary, str]
 
@@ -236,8 +235,8 @@ def stages(
   """
   ratios: dict[int, list[float]] = {m: [] for m in _MICROBATCHES}
   late: dict[int, list[float]] = {m: [] for m in _MICROBATCHES}
-  with tempfile.TemporaryDirectory() as folder:
-    runs = _Runs(folder, hostmem_dir, cache_dir)
+  with scratch.folder() as folder:
+    runs = _Runs(str(folder), hostmem_dir, cache_dir)
     for _ in range(pairs):
       for microbatches in _MICROBATCHES:
         seconds = []
@@ -278,8 +277,8 @@ def stages(
 def start(rounds: int, hostmem_dir: str, cache_dir: str) -> list[Row]:
   """Seconds from the command to its first iteration, programs cached."""
   flags = ['--preset=tiny', '--iterations=1', '--eval_every=0']
-  with tempfile.TemporaryDirectory() as folder:
-    runs = _Runs(folder, hostmem_dir, cache_dir)
+  with scratch.folder() as folder:
+    runs = _Runs(str(folder), hostmem_dir, cache_dir)
     runs.seconds_to_first_iteration(*flags)  # fills the cache
     seconds = [runs.seconds_to_first_iteration(*flags) for _ in range(rounds)]
   value = summary.summarize(seconds)

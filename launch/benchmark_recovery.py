@@ -14,12 +14,11 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from launch import parent_death, summary, watched_run
+from launch import parent_death, scratch, summary, watched_run
 from launch.benchmark_pipeline import Row
 
 _WINDOW = 4
@@ -121,10 +120,10 @@ def _restarts(
   Raises:
     RuntimeError: an iteration that was done again had other bits.
   """
-  with tempfile.TemporaryDirectory(dir=hostmem_dir) as folder:
+  with scratch.folder(hostmem_dir) as folder:
     arguments = {
       'preset': preset,
-      'folder': folder,
+      'folder': str(folder),
       'every': _DENSE_EVERY,
       'cache_dir': cache_dir,
       'microbatches': microbatches,

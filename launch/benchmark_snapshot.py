@@ -12,10 +12,9 @@ long run; no method pays for a copy that nobody waits for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch import capture_plan, dense, local, settings, summary
+from launch import capture_plan, dense, local, scratch, settings, summary
 from launch.benchmark_pipeline import Row, interleave
 from models import presets
 from moetion_jax import (
@@ -273,27 +272,28 @@ def rows(
     },
     optimizer_overrides={},
   )
-  root = pathlib.Path(tempfile.mkdtemp(dir=hostmem_dir, prefix='benchmark-'))
-  for name in ('sparse', 'rolling', 'often', 'window'):
-    (root / name).mkdir(mode=0o700)
   block = _Block()
-  sparse = _Sparse(config, block, root / 'sparse')
-  subjects: dict[str, _Subject] = {
-    'none': _Nothing(config, block),
-    'sparse': sparse,
-    # On CPU the choice may be none: so that windows are measured as well.
-    'sparse, windows only': _Sparse(config, block, root / 'rolling', 'rolling'),
-    'orbax, every iteration': _Dense(config, block, root / 'often', 1),
-    f'orbax, every {_ORBAX_EVERY}th': _Dense(
-      config, block, root / 'window', _ORBAX_EVERY
-    ),
-  }
-  try:
+  with scratch.folder(hostmem_dir) as root, contextlib.ExitStack() as stack:
+
+    def made(kind: type[_Subject], name: str = '', *arguments: Any) -> Any:
+      fields = ()
+      if name:
+        fields = (root / name, *arguments)
+        (root / name).mkdir(mode=0o700)
+      subject = kind(config, block, *fields)
+      stack.callback(subject.close)
+      return subject
+
+    sparse = made(_Sparse, 'sparse')
+    subjects: dict[str, _Subject] = {
+      'none': made(_Nothing),
+      'sparse': sparse,
+      # On CPU the choice may be none: so that windows are measured as well.
+      'sparse, windows only': made(_Sparse, 'rolling', 'rolling'),
+      'orbax, every iteration': made(_Dense, 'often', 1),
+      f'orbax, every {_ORBAX_EVERY}th': made(_Dense, 'window', _ORBAX_EVERY),
+    }
     seconds = interleave({n: s.run for n, s in subjects.items()}, rounds)
-  finally:
-    for subject in subjects.values():
-      subject.close()
-    shutil.rmtree(root, ignore_errors=True)
   out: list[Row] = []
   for name, subject in subjects.items():
     if name == 'none':

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from launch import parent_death, scratch
 
 _TIMEOUT_SECONDS = 300.0
 _POLL_SECONDS = 0.002
@@ -39,6 +42,7 @@ class WatchedRun:
       ],
       stdout=self._output,
       stderr=subprocess.STDOUT,
+      preexec_fn=functools.partial(parent_death.die_with, os.getpid()),
     )
 
   def lines(self, name: str) -> list[dict[str, Any]]:
@@ -101,11 +105,8 @@ def running(flags: Sequence[str], hostmem_dir: str) -> Iterator[WatchedRun]:
     flags: of `launch.train`.
     hostmem_dir: in tmpfs.
   """
-  with (
-    tempfile.TemporaryDirectory() as folder,
-    tempfile.TemporaryDirectory(dir=hostmem_dir) as memory,
-  ):
-    run = WatchedRun(pathlib.Path(folder), [*flags, f'--hostmem_dir={memory}'])
+  with scratch.folder() as folder, scratch.folder(hostmem_dir) as memory:
+    run = WatchedRun(folder, [*flags, f'--hostmem_dir={memory}'])
     try:
       yield run
     finally:
