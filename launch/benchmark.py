@@ -58,6 +58,9 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of failures, for `ettr`.')
 _QUICK = flags.DEFINE_bool(
   'quick', False, 'For `all`: small models, few rounds, under 15 minutes.'
 )
+_WINDOW_MODE = flags.DEFINE_string(
+  'window_mode', '', 'Of the sparse snapshots of `snapshot`; empty to choose.'
+)
 _OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
 
@@ -133,7 +136,11 @@ def snapshot(preset: str, rounds: int) -> dict[str, Any]:
 
   load_before = os.getloadavg()
   measured = benchmark_snapshot.rows(
-    preset, rounds, _HOSTMEM_DIR.value, _MICROBATCHES.value
+    preset,
+    rounds,
+    _HOSTMEM_DIR.value,
+    microbatches=_MICROBATCHES.value,
+    window_mode=_WINDOW_MODE.value,
   )
   measured += benchmark_snapshot.bytes_table()
   return _result('snapshot', preset, measured, load_before)

@@ -251,7 +251,12 @@ class _Dense(_Subject):
 
 
 def rows(
-  preset: str, rounds: int, hostmem_dir: str, microbatches: int | None = None
+  preset: str,
+  rounds: int,
+  hostmem_dir: str,
+  *,
+  microbatches: int | None = None,
+  window_mode: str = '',
 ) -> list[Row]:
   """Measures; see the module.
 
@@ -260,6 +265,8 @@ def rows(
     rounds: blocks of every method.
     hostmem_dir: in tmpfs.
     microbatches: of an iteration; None: as the preset has it.
+    window_mode: of sparse snapshots; '' to choose, which on CPU often comes to
+      no windows.
   """
   config = settings.make(
     preset,
@@ -284,12 +291,10 @@ def rows(
       stack.callback(subject.close)
       return subject
 
-    sparse = made(_Sparse, 'sparse')
+    sparse = made(_Sparse, 'sparse', window_mode)
     subjects: dict[str, _Subject] = {
       'none': made(_Nothing),
       'sparse': sparse,
-      # On CPU the choice may be none: so that windows are measured as well.
-      'sparse, windows only': made(_Sparse, 'rolling', 'rolling'),
       'orbax, every iteration': made(_Dense, 'often', 1),
       f'orbax, every {_ORBAX_EVERY}th': made(_Dense, 'window', _ORBAX_EVERY),
     }
