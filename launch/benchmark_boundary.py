@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from launch import host_store, parent_death, placement, summary
+from launch import host_store, parent_death, placement, scratch, summary
 from moetion_jax import base, hostmem, segment
 
 SIZES_BYTES = (64 << 10, 8 << 20, 64 << 20)
@@ -259,10 +259,10 @@ def measure(
   secret = secrets.token_bytes(32)
   spawn = multiprocessing.get_context('spawn')
   with contextlib.ExitStack() as stack:
+    memory = str(stack.enter_context(scratch.folder(hostmem_dir)))
 
     def folder() -> str:
-      name = f'benchmark-{secrets.token_hex(8)}'
-      store = host_store.open_store(hostmem_dir, name)
+      store = host_store.open_store(memory, secrets.token_hex(4))
       stack.callback(store.remove)
       return str(store.path)
 

@@ -259,8 +259,8 @@ class CapturePlanner:
     self._measured.append(reports)
     self._measured_iterations += 1
     iteration = reports[0].iteration
-    windows = self._settings.keep_windows * self._window_iterations
-    if iteration >= self._first_iteration + windows - 1:
+    kept_iterations = self._settings.keep_windows * self._window_iterations
+    if iteration >= self._first_iteration + kept_iterations - 1:
       self._lag_window = self._window_iterations
     if iteration > self._first_iteration:  # the first waits for one before
       self._late.append(
@@ -421,12 +421,11 @@ class CapturePlanner:
     if not looks or not looks_again(passed, self._window_iterations):
       return None
     choice = self._choose(self._budgets())
-    length = choice.window_length * choice.every
-    if (choice.every > 1) != (self.choice.every > 1) or (
-      length > SHORTER * self._window_iterations
-    ):
-      return None
-    return self._change(iteration, choice)
+    is_same_kind = (choice.every > 1) == (self.choice.every > 1)
+    window_iterations = choice.window_length * choice.every
+    if is_same_kind and window_iterations <= SHORTER * self._window_iterations:
+      return self._change(iteration, choice)
+    return None
 
   def _change(
     self, iteration: int, choice: window.WindowChoice

@@ -299,18 +299,12 @@ def tune(
   costs = tuner.costs
   if costs is None:
     return tuner
-  wanted = two_phase_interval(costs, tuner.overhead_budget, max_interval)
+  wanted = two_phase_interval(costs, tuner.overhead_budget)
   if tuner.interval:
-    in_storage = two_phase_interval(
-      dataclasses.replace(costs, overhead_seconds=0.0),
-      tuner.overhead_budget,
-      max_interval,
-    )
-    wanted = min(wanted, max(2 * tuner.interval, in_storage))
+    wanted = min(wanted, 2 * tuner.interval)
   disturbed = _ceil(costs.durable_seconds / costs.iteration_seconds)
   wanted = max(wanted, disturbed + 2)
-  if max_interval:
-    wanted = min(wanted, max_interval)
+  wanted = min(wanted, max_interval or wanted)
   if tuner.interval // 2 < wanted <= tuner.interval:
     return tuner
   return dataclasses.replace(

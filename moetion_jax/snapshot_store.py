@@ -311,10 +311,8 @@ class SnapshotStore:
       if self._recycle(self._path(iteration), self._snapshots[iteration]):
         del self._snapshots[iteration]
         self._balance()
-    if (
-      self._is_cut_anew
-    ):  # last: to reserve a file takes longer than to fill it
-      self._make_one()
+    if self._is_cut_anew:
+      self._make_one()  # last: to reserve a file takes longer than to fill it
     if self._free:
       return self._free.pop()
     oldest = min(self._snapshots, default=0)

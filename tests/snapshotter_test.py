@@ -161,6 +161,7 @@ def _in_thread(function, *arguments):
 def test_what_is_stored(training):
   taker = training.start()
   assert taker.newest == -1 and taker.bandwidth == 0.0
+  begin = time.monotonic()
   taken = training.take(taker, 1, clip_factor='0x1p-1', updated=True)
   taker.flush()
   slot, others = training.decision().captured(1)
@@ -184,7 +185,9 @@ def test_what_is_stored(training):
     'compute': base.operators_to_json(others),
   }
   assert taker.newest == 1
-  assert taker.bandwidth > 0
+  # The bytes that were stored, in no more than all the time: digests as well.
+  copied_bytes = taker.bandwidth * (time.monotonic() - begin)
+  assert copied_bytes > taken.snapshot_bytes and taker.bandwidth > 0
   assert training.stored == [1]
 
 
