@@ -115,7 +115,7 @@ def lower(
     captures = capture.CapturePrograms(
       layout.of_stage(declared, has_devices=False)
     )
-    captured = captures.trace(declared.abstract_mesh).lower(platform)
+    captured = captures.trace(declared.abstract_mesh, platform).lower(platform)
     lowered.append(Lowered(declared, programs, captured))
   return lowered
 

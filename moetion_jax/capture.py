@@ -4,11 +4,17 @@
 training thread may donate the state right after. `fold` puts the operators of
 one snapshot into a partial state. Both work on any pytree whose leaves a
 `layout.Layout` explains.
+
+Where devices have a memory of their own, what a call captures comes out packed,
+one array a dtype, and so do the compute weights that belong to the snapshot: a
+transfer to the host costs as much as 50 KB whatever is in it, and the thread
+that starts hundreds of them holds the GIL, for which training waits. On CPU a
+packed copy is eight times slower, and the compute weights need none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +25,10 @@ from jax.sharding import PartitionSpec
 from moetion_jax import (
   base,
   layout as layout_lib,
+  operators,
   programs as programs_lib,
   snapshot as snapshot_lib,
+  snapshot_blocks,
 )
 
 _EXPERT, _SAME = PartitionSpec('expert'), PartitionSpec()
@@ -32,10 +40,43 @@ _ROWS = (8, 2, 1)
 
 
 class _Class(NamedTuple):
-  """Groups whose rows one program captures."""
+  """Sources whose rows one program captures."""
 
+  kind: str
   stacked: bool
-  leaves: tuple[tuple[tuple[int, ...], np.dtype], ...]  # shape, dtype
+  arrays: tuple[tuple[tuple[int, ...], np.dtype], ...]  # shape, dtype
+
+
+class _Source(NamedTuple):
+  """What one kind of block of a group is captured from.
+
+  Attributes:
+    kind: of `snapshot_blocks.KINDS`.
+    group: of operators.
+    leaves: of the group, those that have this kind of value, and its dtypes.
+    keys: of each, its place in the flattened state, or the name of its compute
+      weight.
+    arrays: where these are found.
+    rows: of each operator in a stacked group's arrays.
+  """
+
+  kind: str
+  group: str
+  leaves: Sequence[tuple[operators.Leaf, np.dtype]]
+  keys: tuple[Any, ...]
+  arrays: _Class
+  rows: Mapping[base.OperatorId, int]
+
+  @property
+  def name(self) -> str:
+    """In names of programs."""
+    is_state = self.kind == snapshot_blocks.STATE
+    return self.group if is_state else f'{self.kind} {self.group}'
+
+  @property
+  def stack(self) -> int:
+    """How many rows a stacked group's arrays have."""
+    return self.arrays.arrays[0][0][0]
 
 
 class CapturePrograms:
@@ -46,41 +87,54 @@ class CapturePrograms:
   which operators is a dynamic index.
   """
 
-  def __init__(self, layout: layout_lib.Layout):
-    """Stores; `compile` does the work."""
+  def __init__(self, layout: layout_lib.Layout, is_packed: bool | None = None):
+    """Stores; `compile` does the work.
+
+    Args:
+      layout: of the state.
+      is_packed: see the module; None: what suits the platform.
+    """
     self.layout = layout
     self._programs: dict[str, Callable[..., Any]] = {}
     self._copy: Callable[..., Any] | None = None
-    # The leaves of each group, found once: capture runs every iteration.
-    self._places = {g: layout.leaves_of(g) for g in layout.partition.groups}
-    # The programs of each class are named after its first group.
+    self._asked_packed = is_packed
+    self._is_packed = bool(is_packed)
+    # Found once: capture runs every iteration.
+    self._sources = {
+      (source.kind, source.group): source for source in _sources(layout)
+    }
+    # The programs of each class are named after its first source.
     self._classes: dict[_Class, str] = {}
     self._first_of = {
-      group: self._classes.setdefault(self._class_of(group), group)
-      for group in layout.partition.groups
+      key: self._classes.setdefault(source.arrays, source.name)
+      for key, source in self._sources.items()
     }
 
   # ---- compilation ---------------------------------------------------------
 
   def trace(
-    self, mesh: jax.sharding.AbstractMesh
+    self, mesh: jax.sharding.AbstractMesh, platform: str
   ) -> programs_lib.TracedPrograms:
-    """Traces all programs over a mesh; needs no backend."""
+    """Traces all programs over a mesh; needs no backend.
+
+    Args:
+      mesh: to trace over.
+      platform: that it will be compiled for, as JAX calls it.
+    """
+    self._settle(platform)
+    whole, rows_of_each = self._functions()
     traced = {}
-    for shapes, group in self._classes.items():
-      leaves = tuple(jax.ShapeDtypeStruct(*x) for x in shapes.leaves)
-      if not shapes.stacked:
-        specs = (_SAME,) * len(leaves)
-        name = f'capture {group}'
-        traced[name], _ = programs_lib.trace(mesh, _whole, specs, _SAME, leaves)
+    for name, rows, shapes in self._captures():
+      arrays = tuple(jax.ShapeDtypeStruct(*x) for x in shapes.arrays)
+      if not rows:
+        specs = (_SAME,) * len(arrays)
+        traced[name], _ = programs_lib.trace(mesh, whole, specs, _SAME, arrays)
         continue
-      specs = (_EXPERT,) * (1 + len(leaves))
-      for rows in self._rows_of(group):
-        index = jax.ShapeDtypeStruct((mesh.shape['expert'], rows), np.int32)
-        name = f'capture {rows} of {group}'
-        traced[name], _ = programs_lib.trace(
-          mesh, _rows_of_each, specs, _EXPERT, (index, *leaves)
-        )
+      specs = (_EXPERT,) * (1 + len(arrays))
+      index = jax.ShapeDtypeStruct((mesh.shape['expert'], rows), np.int32)
+      traced[name], _ = programs_lib.trace(
+        mesh, rows_of_each, specs, _EXPERT, (index, *arrays)
+      )
     specs = tuple(
       _EXPERT if x.group.stacked else _SAME for x in self.layout.leaves
     )
@@ -117,30 +171,47 @@ class CapturePrograms:
     """
     mesh = self.layout.mesh
     if mesh is None:  # the caller's own state: wherever it lies
-      whole, rows_of_each = jax.jit(_whole), jax.jit(_rows_of_each)
-      for shapes, group in self._classes.items():
-        self._programs[f'capture {group}'] = whole
-        for rows in self._rows_of(group) if shapes.stacked else ():
-          self._programs[f'capture {rows} of {group}'] = rows_of_each
+      self._settle(jax.default_backend())
+      whole, rows_of_each = map(jax.jit, self._functions())
+      for name, rows, _ in self._captures():
+        self._programs[name] = rows_of_each if rows else whole
       self._programs[_FOLD] = jax.jit(_where, donate_argnums=0)
       self._programs[_PLACE] = jax.jit(_copied)
       return
+    platform = programs_lib.platform_of(mesh)
+    self._settle(platform)
     if lowered is None:
-      traced = self.trace(mesh.abstract_mesh)
-      lowered = traced.lower(programs_lib.platform_of(mesh), on_program)
+      traced = self.trace(mesh.abstract_mesh, platform)
+      lowered = traced.lower(platform, on_program)
     self._programs = lowered.compile_each(mesh, on_program)
 
-  def _rows_of(self, group: str) -> tuple[int, ...]:
-    """How many of a stacked group's operators a call may take, falling."""
-    number = len(self.layout.partition.operators_of(group))
-    local = number // self.layout.expert_devices
-    return tuple(rows for rows in _ROWS if rows <= max(local, 1))
+  def _settle(self, platform: str) -> None:
+    if self._asked_packed is None:
+      self._is_packed = platform != 'cpu'
 
-  def _class_of(self, group: str) -> _Class:
-    leaves = [leaf for _, leaf in self._places[group]]
-    return _Class(
-      leaves[0].group.stacked, tuple((x.shape, x.dtype) for x in leaves)
-    )
+  def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """That capture an operator of its own, and rows of a stack."""
+    if self._is_packed:
+      return _whole_packed, _rows_of_each_packed
+    return _whole, _rows_of_each
+
+  def _captures(self) -> Iterable[tuple[str, int, _Class]]:
+    """Names of the programs, with the rows that they take (0: not stacked)."""
+    for source in self._sources.values():
+      if self._classes[source.arrays] != source.name:
+        continue
+      if source.kind == snapshot_blocks.COMPUTE and not self._is_packed:
+        continue
+      if not source.arrays.stacked:
+        yield f'capture {source.name}', 0, source.arrays
+        continue
+      for rows in self._rows_of(source):
+        yield f'capture {rows} of {source.name}', rows, source.arrays
+
+  def _rows_of(self, source: _Source) -> tuple[int, ...]:
+    """How many of a stack's operators a call may take, falling."""
+    local = source.stack // self.layout.expert_devices
+    return tuple(rows for rows in _ROWS if rows <= max(local, 1))
 
   # ---- capture -------------------------------------------------------------
 
@@ -160,26 +231,10 @@ class CapturePrograms:
       compute_operators: those whose compute weights belong to the snapshot.
     """
     values = jax.tree.leaves(state)
-    by_group: dict[str, list[base.OperatorId]] = {}
-    for operator in sorted(state_operators):
-      by_group.setdefault(operator.group, []).append(operator)
-    rows = []
-    for group, picked in by_group.items():
-      leaves = [values[i] for i, _ in self._places[group]]
-      first = self._first_of[group]
-      if picked[0].expert < 0:
-        program = self._programs[f'capture {first}']
-        rows.append(snapshot_lib.Rows(group, {0: picked[0]}, program(*leaves)))
-        continue
-      places = self.layout.partition.rows_of(group)
-      local = len(places) // self.layout.expert_devices
-      sizes = self._rows_of(group)
-      for number, call in _calls(picked, places, local, sizes):
-        index = np.zeros((self.layout.expert_devices, number), np.int32)
-        for row, operator in call.items():
-          index[row // number, row % number] = places[operator] % local
-        program = self._programs[f'capture {number} of {first}']
-        rows.append(snapshot_lib.Rows(group, call, program(index, *leaves)))
+    rows = self._capture(snapshot_blocks.STATE, values, state_operators)
+    if self._is_packed:
+      rows += self._capture(snapshot_blocks.COMPUTE, compute, compute_operators)
+      compute = {}
     return snapshot_lib.Captured(
       rows=tuple(rows),
       state_operators=state_operators,
@@ -187,6 +242,42 @@ class CapturePrograms:
       compute=compute,
       shared=self._copy_shared(values),
     )
+
+  def _capture(
+    self, kind: str, values: Any, picked: frozenset[base.OperatorId]
+  ) -> list[snapshot_lib.Rows]:
+    """Copies of one kind.
+
+    Args:
+      kind: of block.
+      values: by the keys of its sources.
+      picked: operators.
+    """
+    by_group: dict[str, list[base.OperatorId]] = {}
+    for operator in sorted(picked):
+      by_group.setdefault(operator.group, []).append(operator)
+    captured = []
+    for group, its in by_group.items():
+      source = self._sources.get((kind, group))
+      if source is None:
+        continue  # no compute weights
+      arrays = [values[key] for key in source.keys]
+      columns = snapshot_blocks.columns(source.leaves, self._is_packed)
+      first = self._first_of[kind, group]
+
+      if not source.arrays.stacked:
+        outputs = self._programs[f'capture {first}'](*arrays)
+        captured.append(snapshot_lib.Rows(kind, columns, {0: its[0]}, outputs))
+        continue
+      local = source.stack // self.layout.expert_devices
+      sizes = self._rows_of(source)
+      for number, call in _calls(its, source.rows, local, sizes):
+        index = np.zeros((self.layout.expert_devices, number), np.int32)
+        for row, operator in call.items():
+          index[row // number, row % number] = source.rows[operator] % local
+        outputs = self._programs[f'capture {number} of {first}'](index, *arrays)
+        captured.append(snapshot_lib.Rows(kind, columns, call, outputs))
+    return captured
 
   def _copy_shared(self, values: Sequence[jax.Array]) -> dict[str, jax.Array]:
     if not self.layout.shared:
@@ -232,6 +323,35 @@ class CapturePrograms:
     return self.layout.partition.unflatten(jax.block_until_ready(new))
 
 
+def _sources(layout: layout_lib.Layout) -> Iterable[_Source]:
+  """All that can be captured; ValueError for a group that cannot be named."""
+  shared = {x.group.name for x in layout.leaves if x.path in layout.shared}
+  places = {leaf.path: i for i, leaf in enumerate(layout.leaves)}
+  for group, about in layout.partition.groups.items():
+    if group in shared:
+      continue
+    snapshot_blocks.check_group(group)
+    for kind in snapshot_blocks.KINDS:
+      leaves = snapshot_blocks.leaves_of(layout, kind, group)
+      if not leaves:
+        continue
+      if kind == snapshot_blocks.STATE:
+        keys = tuple(places[leaf.path] for leaf, _ in leaves)
+        shapes = [leaf.shape for leaf, _ in leaves]
+        rows = layout.partition.rows_of(group)
+      else:
+        keys = tuple(layout.compute[leaf.path] for leaf, _ in leaves)
+        shapes = [layout.compute_shape(leaf) for leaf, _ in leaves]
+        # Of all experts, also where replicas share the training state.
+        rows = {o: o.expert for o in layout.partition.operators_of(group)}
+      arrays = tuple(
+        (shape, dtype) for shape, (_, dtype) in zip(shapes, leaves, strict=True)
+      )
+      yield _Source(
+        kind, group, leaves, keys, _Class(kind, about.stacked, arrays), rows
+      )
+
+
 def _rows_of_each(index, *leaves):
   """Of each device's share of the leaves, the rows that it is told."""
 
@@ -247,6 +367,26 @@ def _rows_of_each(index, *leaves):
 def _whole(*leaves):
   """The leaves, with a leading dim of one row."""
   return tuple(jnp.copy(x)[None] for x in leaves)
+
+
+def _rows_of_each_packed(index, *leaves):
+  """The same, one array a dtype: [rows, ...]."""
+  rows = index.shape[1]
+  picked = [jnp.take(x, index[0], axis=0, mode='clip') for x in leaves]
+  return _side_by_side(x.reshape(rows, -1) for x in picked)
+
+
+def _whole_packed(*leaves):
+  """All leaves, one array a dtype, of one row."""
+  # A copy: what no function changes, JAX passes on, and it may be donated.
+  return _side_by_side(jnp.copy(x).reshape(1, -1) for x in leaves)
+
+
+def _side_by_side(arrays):
+  by_dtype: dict[np.dtype, list[jax.Array]] = {}
+  for x in arrays:
+    by_dtype.setdefault(x.dtype, []).append(x)
+  return tuple(jnp.concatenate(same, axis=1) for same in by_dtype.values())
 
 
 def _copied(leaves):

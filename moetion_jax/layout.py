@@ -21,6 +21,8 @@ class Layout:
     compute: of each leaf that holds masters, by path, the name of its compute
       weight.
     compute_dtypes: by name of the compute weight.
+    compute_shapes: of those that have another shape than their master: of all
+      experts, where replicas share the training state.
     shared: paths of leaves that belong to no operator (step counts, random
       keys): they are part of every snapshot.
     mesh: over whose axis 'expert' the stacked leaves are spread; None for a
@@ -30,6 +32,9 @@ class Layout:
   partition: operators.Partition
   compute: Mapping[str, str]
   compute_dtypes: Mapping[str, np.dtype]
+  compute_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(
+    default_factory=dict
+  )
   shared: frozenset[str] = frozenset()
   mesh: jax.sharding.Mesh | None = None
 
@@ -60,6 +65,10 @@ class Layout:
   def compute_bytes(self) -> dict[base.OperatorId, int]:
     """Compute weights of each operator."""
     return dict(self._compute_bytes)
+
+  def compute_shape(self, leaf: operators.Leaf) -> tuple[int, ...]:
+    """Of a master's compute weight."""
+    return self.compute_shapes.get(self.compute[leaf.path], leaf.shape)
 
   def shares(self, replicas: int) -> tuple[frozenset[base.OperatorId], ...]:
     """What each replica captures; see `division.divide`."""
@@ -116,6 +125,9 @@ def of_stage(
     compute=compute,
     compute_dtypes={
       n: np.dtype(stage.model.compute_dtypes[n]) for n in compute.values()
+    },
+    compute_shapes={
+      n: tuple(stage.model.shapes[n].shape) for n in compute.values()
     },
     mesh=stage.mesh if has_devices else None,
   )

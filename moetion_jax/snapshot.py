@@ -8,17 +8,24 @@ weights upcast (the cast back gives the same bits), everything else is zero
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from moetion_jax import base, layout as layout_lib, operators, snapshot_file
+from moetion_jax import (
+  base,
+  layout as layout_lib,
+  operators,
+  snapshot_blocks,
+  snapshot_file,
+)
 
-# How the names of stored buffers begin.
-STATE, COMPUTE, _SHARED = 'state', 'compute', 'shared'
-_SEPARATOR = '|'
+STATE, COMPUTE = snapshot_blocks.STATE, snapshot_blocks.COMPUTE
+_SHARED = 'shared|'  # then a path
+_HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
 # Digests among the extras; where replicas share the training state, and each
 # snapshot has those of some operators, metadata of the same name says of which.
 DIGESTS = 'digests'
@@ -48,12 +55,14 @@ class Rows:
   """One call of a capture program.
 
   Attributes:
-    group: whose rows they are.
-    picked: operators, by row of the outputs.
-    outputs: one array a leaf of the group, with a leading dim of rows.
+    kind: of `snapshot_blocks.KINDS`.
+    columns: of the outputs, as `snapshot_blocks` calls them.
+    picked: operators of one group, by row of the outputs, ascending.
+    outputs: arrays with a leading dim of rows; some may be nobody's.
   """
 
-  group: str
+  kind: str
+  columns: tuple[str, ...]
   picked: Mapping[int, base.OperatorId]
   outputs: tuple[jax.Array, ...]
 
@@ -63,11 +72,12 @@ class Captured:
   """A snapshot on the device, in buffers that nobody donates.
 
   Attributes:
-    rows: training state of the slot.
+    rows: of the slot, and compute weights where these are captured.
     state_operators: those of the slot.
     compute_operators: those whose compute weights belong to the snapshot.
-    compute: compute weights of all, by name.
+    compute: compute weights of all, by name, where they are not captured.
     shared: copies, by path.
+    extras: further arrays by name, in parts along their first dim.
   """
 
   rows: tuple[Rows, ...]
@@ -75,61 +85,71 @@ class Captured:
   compute_operators: frozenset[base.OperatorId]
   compute: Mapping[str, jax.Array]
   shared: Mapping[str, jax.Array]
+  extras: Mapping[str, Sequence[jax.Array | np.ndarray]] = dataclasses.field(
+    default_factory=dict
+  )
 
-  def copy_to_host_async(self) -> None:
-    """Starts the copies that `buffers` waits for."""
-    for rows in self.rows:
-      for output in rows.outputs:
-        output.copy_to_host_async()
-    for weight in (*self.compute.values(), *self.shared.values()):
-      weight.copy_to_host_async()
+  def to_host(self) -> Captured:
+    """Starts the copies that `to_buffers` waits for.
+
+    Returns:
+      The same, its arrays in pinned host memory where devices can write to it:
+      8 to 15 times as fast as by way of JAX's own staging, which moreover
+      keeps the GIL.
+    """
+    arrays, structure = jax.tree.flatten(
+      (
+        [rows.outputs for rows in self.rows],
+        self.compute,
+        self.shared,
+        self.extras,
+      )
+    )
+    outputs, compute, shared, extras = jax.tree.unflatten(
+      structure, _to_host(arrays)
+    )
+    return dataclasses.replace(
+      self,
+      rows=tuple(
+        dataclasses.replace(rows, outputs=own)
+        for rows, own in zip(self.rows, outputs, strict=True)
+      ),
+      compute=compute,
+      shared=shared,
+      extras=extras,
+    )
 
 
 def to_buffers(
-  layout: layout_lib.Layout,
-  captured: Captured,
-  extras: Mapping[str, Sequence[jax.Array | np.ndarray]],
+  layout: layout_lib.Layout, captured: Captured
 ) -> list[snapshot_file.Buffer]:
   """The buffers of a snapshot; waits until their contents are on the host.
 
   Args:
     layout: of the state.
     captured: the operators.
-    extras: further arrays by name, in parts along their first dim.
   """
   buffers = []
   for rows in captured.rows:
-    hosts = [np.asarray(output) for output in rows.outputs]
-    for row, operator in rows.picked.items():
-      for (_, leaf), host in zip(
-        layout.leaves_of(rows.group), hosts, strict=True
-      ):
-        name = (STATE, operator.group, str(operator.expert), leaf.path)
-        buffers.append(_buffer(_SEPARATOR.join(name), host[row], [host[row]]))
-  for leaf in layout.leaves:
+    for column, output in zip(rows.columns, rows.outputs, strict=True):
+      host = np.asarray(output)
+      buffers.append(_block(rows.kind, column, rows.picked, host))
+  for leaf in layout.leaves if captured.compute else ():
     if leaf.path not in layout.compute:
       continue
-    host = np.asarray(captured.compute[layout.compute[leaf.path]])
     held = layout.experts_in(leaf, captured.compute_operators)
-    name = f'{COMPUTE}{_SEPARATOR}{leaf.path}'
-    if held and not leaf.group.stacked:
-      buffers.append(_buffer(name, host, [host]))
-    elif held:
-      pieces = [host[start:end] for start, end in _runs(held)]
-      buffers.append(
-        snapshot_file.Buffer(
-          name=name,
-          dtype=host.dtype,
-          shape=(len(held), *host.shape[1:]),
-          pieces=pieces,
-        )
-      )
+    if not held:
+      continue
+    host = np.asarray(captured.compute[layout.compute[leaf.path]])
+    picked = {e: base.OperatorId(leaf.group.name, e) for e in held}
+    if not leaf.group.stacked:
+      host, picked = host[None], {0: base.OperatorId(leaf.group.name)}
+    buffers.append(_block(COMPUTE, leaf.path, picked, host))
   for path, value in captured.shared.items():
-    host = np.asarray(value)
-    buffers.append(_buffer(f'{_SHARED}{_SEPARATOR}{path}', host, [host]))
-  for name, parts in extras.items():
+    buffers.append(_buffer(_SHARED + path, np.asarray(value)))
+  for name, parts in captured.extras.items():
     host = np.concatenate([np.asarray(part) for part in parts])
-    buffers.append(_buffer(name, host, [host]))
+    buffers.append(_buffer(name, host))
   return buffers
 
 
@@ -165,55 +185,67 @@ def from_arrays(
     StoreError: a part is missing or has another shape: it is a snapshot of
       another model.
   """
-  arrays = dict(arrays)
-  state: dict[base.OperatorId, dict[str, np.ndarray]] = {}
-  compute: dict[base.OperatorId, dict[str, np.ndarray]] = {}
-  shared = {}
   slot = base.operators_from_json(metadata['state'])
   others = base.operators_from_json(metadata['compute'])
-
-  def take(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    array = arrays.pop(name, None)
-    if array is None or array.shape != shape or array.dtype != dtype:
-      found = 'missing' if array is None else f'{array.dtype}{array.shape}'
-      raise base.StoreError(
-        f'snapshot {metadata.get("iteration")}: {name} is {found}, '
-        f'not {dtype}{shape}: it is of another model'
-      )
-    return array
-
-  for leaf in layout.leaves:
-    if leaf.path in layout.shared:
-      name = f'{_SHARED}{_SEPARATOR}{leaf.path}'
-      shared[leaf.path] = take(name, leaf.shape, leaf.dtype)
-      continue
-    row_shape = leaf.shape[1:] if leaf.group.stacked else leaf.shape
-    held = layout.experts_in(leaf, others)
-    rows = None
-    if leaf.path in layout.compute and held:
-      dtype = layout.compute_dtypes[layout.compute[leaf.path]]
-      shape = (len(held), *row_shape) if leaf.group.stacked else row_shape
-      rows = take(f'{COMPUTE}{_SEPARATOR}{leaf.path}', shape, dtype)
-    for operator in layout.partition.operators_of(leaf.group.name):
-      if operator in slot:
-        name = (STATE, operator.group, str(operator.expert), leaf.path)
-        state.setdefault(operator, {})[leaf.path] = take(
-          _SEPARATOR.join(name), row_shape, leaf.dtype
-        )
-      if operator in others:
-        of = compute.setdefault(operator, {})
-        if rows is not None and leaf.path in layout.compute:
-          row = rows
-          if leaf.group.stacked:
-            row = rows[held.index(operator.expert)]
-          of[leaf.path] = row
+  found: dict[str, dict[base.OperatorId, dict[str, np.ndarray]]] = {
+    STATE: {o: {} for o in slot},
+    COMPUTE: {o: {} for o in others},
+  }
+  shared, extras = {}, {}
+  paths = {leaf.path: leaf for leaf in layout.leaves}
+  try:
+    for name, array in arrays.items():
+      block = snapshot_blocks.parse(name)
+      if block is not None:
+        rows = snapshot_blocks.rows_by_leaf(layout, block, array)
+        for row, operator in enumerate(block.operators):
+          if operator in found[block.kind]:
+            found[block.kind][operator].update(
+              {path: of_leaf[row] for path, of_leaf in rows.items()}
+            )
+      elif name.startswith(_SHARED):
+        leaf = paths.get(name.removeprefix(_SHARED))
+        if leaf and (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+          raise base.StoreError(
+            f'{name} is {array.dtype}{array.shape}, '
+            f'not {leaf.dtype}{leaf.shape}'
+          )
+        shared[name.removeprefix(_SHARED)] = array
+      else:
+        extras[name] = array
+    _check_complete(layout, found, shared)
+  except base.StoreError as error:
+    raise base.StoreError(
+      f'snapshot {metadata.get("iteration")}: {error}: it is of another model'
+    ) from error
   return Snapshot(
     metadata=metadata,
-    state=state,
-    compute=compute,
+    state=found[STATE],
+    compute=found[COMPUTE],
     shared=shared,
-    extras=arrays,
+    extras=extras,
   )
+
+
+def _check_complete(
+  layout: layout_lib.Layout,
+  found: Mapping[str, Mapping[base.OperatorId, Mapping[str, np.ndarray]]],
+  shared: Mapping[str, np.ndarray],
+) -> None:
+  """Raises StoreError for the first value that an operator lacks."""
+  for kind, operators_found in found.items():
+    needed: dict[str, set[str]] = {}
+    for operator, values in operators_found.items():
+      group = operator.group
+      if group not in needed:
+        leaves = snapshot_blocks.leaves_of(layout, kind, group)
+        needed[group] = {leaf.path for leaf, _ in leaves}
+      if missing := needed[group] - values.keys():
+        raise base.StoreError(
+          f'{kind} of {operator}, {min(missing)}, is missing'
+        )
+  if missing := layout.shared - shared.keys():
+    raise base.StoreError(f'{_SHARED}{min(missing)} is missing')
 
 
 def merge(shares: Sequence[Snapshot]) -> Snapshot:
@@ -310,12 +342,52 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
   return runs
 
 
-def _buffer(
-  name: str, like: np.ndarray, pieces: Sequence[np.ndarray]
+def _block(
+  kind: str,
+  column: str,
+  picked: Mapping[int, base.OperatorId],
+  host: np.ndarray,
 ) -> snapshot_file.Buffer:
+  """The rows of `host` that are somebody's."""
+  return snapshot_file.Buffer(
+    name=snapshot_blocks.Block(kind, tuple(picked.values()), column).name,
+    dtype=host.dtype,
+    shape=(len(picked), *host.shape[1:]),
+    pieces=[
+      np.ascontiguousarray(host[start:end]) for start, end in _runs([*picked])
+    ],
+  )
+
+
+def _buffer(name: str, host: np.ndarray) -> snapshot_file.Buffer:
   return snapshot_file.Buffer(
     name=name,
-    dtype=like.dtype,
-    shape=like.shape,
-    pieces=[np.ascontiguousarray(p) for p in pieces],
+    dtype=host.dtype,
+    shape=host.shape,
+    pieces=[np.ascontiguousarray(host)],
+  )
+
+
+def _to_host(arrays: Sequence[jax.Array | np.ndarray]) -> list[Any]:
+  """Starts copies; the arrays from which to read them."""
+  out: list[Any] = list(arrays)
+  pinned = {}
+  for place, array in enumerate(arrays):
+    if not isinstance(array, jax.Array):
+      continue
+    if _has_pinned_host(next(iter(array.sharding.device_set))):
+      pinned[place] = array.sharding.with_memory_kind(_PINNED)
+    else:
+      array.copy_to_host_async()
+  moved = jax.device_put([arrays[i] for i in pinned], list(pinned.values()))
+  for place, array in zip(pinned, moved, strict=True):
+    out[place] = array
+  return out
+
+
+@functools.cache
+def _has_pinned_host(device: jax.Device) -> bool:
+  """Whether a device writes to pinned memory of a host that is not its own."""
+  return device.platform not in _HOSTS and any(
+    memory.kind == _PINNED for memory in device.addressable_memories()
   )

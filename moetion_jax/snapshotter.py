@@ -298,10 +298,8 @@ class Snapshotter:
     with self._changed:
       self._reads_state = False
       self._changed.notify_all()
-    captured.copy_to_host_async()
-    buffers = snapshot_lib.to_buffers(
-      self._programs.layout, captured, job.extras
-    )
+    captured = dataclasses.replace(captured, extras=job.extras).to_host()
+    buffers = snapshot_lib.to_buffers(self._programs.layout, captured)
     if self._log:
       self._log.flush(count=job.published_count)
     metadata = snapshot_lib.metadata_of(

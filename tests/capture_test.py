@@ -1,6 +1,7 @@
 """Capture and fold on the device: buffers of their own, and the right bits."""
 
 import contextlib
+import dataclasses
 import functools
 
 import chex
@@ -30,8 +31,8 @@ _COMPILED = '/jax/core/compile/backend_compile_duration'
 
 
 @functools.cache
-def _programs(devices=1):
-  programs = capture.CapturePrograms(captures.make_layout(devices))
+def _programs(devices=1, is_packed=False):
+  programs = capture.CapturePrograms(captures.make_layout(devices), is_packed)
   programs.compile()
   return programs
 
@@ -45,7 +46,7 @@ def _capture(programs, host, slot, others, placed=None):
 def _stored(programs, captured, **fields):
   """A snapshot as it comes back from a file."""
   of = programs.layout
-  buffers = snapshot.to_buffers(of, captured, {})
+  buffers = snapshot.to_buffers(of, captured)
   arrays = {
     b.name: np.concatenate([np.ravel(p) for p in b.pieces]).reshape(b.shape)
     for b in buffers
@@ -70,10 +71,16 @@ _SLOTS = [
 ]
 
 
+_packed = pytest.mark.parametrize(
+  'is_packed', [False, True], ids=['by leaf', 'packed']
+)
+
+
+@_packed
 @pytest.mark.parametrize('devices', [1, 4])
 @pytest.mark.parametrize('slot', _SLOTS, ids=len)
-def test_what_is_captured(devices, slot):
-  programs, host = _programs(devices), captures.make_state(1)
+def test_what_is_captured(devices, slot, is_packed):
+  programs, host = _programs(devices, is_packed), captures.make_state(1)
   of = programs.layout
   others = frozenset(of.operators) - slot
   _, captured = _capture(programs, host, slot, others)
@@ -96,8 +103,9 @@ def test_what_is_captured(devices, slot):
   )
 
 
-def test_a_snapshot_has_just_the_operators_that_it_was_asked_for():
-  programs = _programs()
+@_packed
+def test_a_snapshot_has_just_the_operators_that_it_was_asked_for(is_packed):
+  programs = _programs(1, is_packed)
   some = captures.pick('a/experts:2', 'a/experts:3', 'a/experts:7', 'head')
   _, captured = _capture(
     programs, captures.make_state(), captures.pick('router'), some
@@ -105,9 +113,10 @@ def test_a_snapshot_has_just_the_operators_that_it_was_asked_for():
   assert _stored(programs, captured).compute.keys() == some
 
 
+@_packed
 @pytest.mark.parametrize('devices', [1, 4])
-def test_captured_buffers_outlive_a_donated_state(devices):
-  programs, host = _programs(devices), captures.make_state(2)
+def test_captured_buffers_outlive_a_donated_state(devices, is_packed):
+  programs, host = _programs(devices, is_packed), captures.make_state(2)
   slot = _SLOTS[4]
   state, captured = _capture(programs, host, slot, frozenset())
   outputs = [rows.outputs for rows in captured.rows], captured.shared
@@ -136,6 +145,69 @@ def test_compute_weights_are_held_by_reference():
   assert captured.compute is compute
 
 
+@pytest.mark.parametrize('devices', [1, 4])
+def test_packed_captures_are_few_arrays(devices):
+  """One a call and dtype; and nothing holds the other compute weights."""
+  programs = _programs(devices, True)
+  slot = captures.pick('a/experts:0', 'a/experts:1', 'head')
+  others = captures.pick('b/experts:1', 'b/experts:6', 'router')
+  _, captured = _capture(programs, captures.make_state(), slot, others)
+  assert not captured.compute
+  found = {
+    (r.kind, o): (r.columns, [x.shape[1:] for x in r.outputs])
+    for r in captured.rows
+    for o in r.picked.values()
+  }
+  bf16 = ('*bfloat16',)
+  assert found == {
+    **{
+      ('state', captures.operator(f'a/experts:{e}')): (('*float32',), [(34,)])
+      for e in range(2)
+    },
+    ('state', captures.operator('head')): (('*float32',), [(28,)]),
+    **{
+      ('compute', captures.operator(f'b/experts:{e}')): (bf16, [(17,)])
+      for e in (1, 6)
+    },
+    ('compute', captures.operator('router')): (('*float32',), [(3,)]),
+  }
+
+
+@_packed
+@pytest.mark.parametrize('devices', [1, 4])
+def test_a_snapshot_comes_by_way_of_pinned_memory(
+  devices, is_packed, monkeypatch
+):
+  """Where the host's memory is not the device's; on CPU it can be tried."""
+  programs, host = _programs(devices, is_packed), captures.make_state(4)
+  of = programs.layout
+  slot = _SLOTS[2]
+  others = frozenset(of.operators) - slot
+  _, captured = _capture(programs, host, slot, others)
+  extras = {'digests': (jax.numpy.arange(3), np.arange(3, 5))}
+  captured = dataclasses.replace(captured, extras=extras)
+  there = captured.to_host()
+  assert there.rows[0].outputs[0] is captured.rows[0].outputs[0]
+  monkeypatch.setattr(snapshot, '_HOSTS', frozenset())
+  snapshot._has_pinned_host.cache_clear()
+  try:
+    there = captured.to_host()
+  finally:
+    snapshot._has_pinned_host.cache_clear()
+  moved = [x for rows in there.rows for x in rows.outputs]
+  moved += [*there.compute.values(), *there.shared.values()]
+  moved.append(there.extras['digests'][0])
+  assert {x.sharding.memory_kind for x in moved} == {'pinned_host'}
+  buffers = snapshot.to_buffers(of, captured)
+  for expected, found in zip(
+    buffers, snapshot.to_buffers(of, there), strict=True
+  ):
+    assert expected.identity == found.identity
+    assert expected.checksum() == found.checksum()
+  assert buffers[-1].name == 'digests'
+  np.testing.assert_array_equal(buffers[-1].pieces[0], np.arange(5))
+
+
 @contextlib.contextmanager
 def _compilations():
   """Yields a list that grows by one for each."""
@@ -157,7 +229,7 @@ def _compilations():
 def test_one_compilation_for_groups_of_equal_shapes(devices):
   """And for each number of rows that a call takes."""
   named = []
-  programs = capture.CapturePrograms(captures.make_layout(devices))
+  programs = capture.CapturePrograms(captures.make_layout(devices), False)
   state = captures.place(programs.layout, captures.make_state())
   compute = captures.compute_of(programs.layout, state)
   with _compilations() as compiled:
@@ -227,13 +299,14 @@ def _expected_fold(of, old, snap_of, slot, active):
 _ALL = sorted(captures.make_layout().operators)
 
 
-@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(
   st.sampled_from([1, 4]),
+  st.booleans(),
   st.lists(st.sets(st.sampled_from(_ALL)), min_size=1, max_size=4),
 )
-def test_folds_are_their_definition(devices, windows):
-  programs = _programs(devices)
+def test_folds_are_their_definition(devices, is_packed, windows):
+  programs = _programs(devices, is_packed)
   of = programs.layout
   state, expected, active = None, None, frozenset()
   for number, slot in enumerate(map(frozenset, windows)):
@@ -258,7 +331,7 @@ def test_a_fold_owns_its_memory(tmp_path):
   _, captured = _capture(programs, host, everything, frozenset())
   snapshot_file.write(
     tmp_path,
-    snapshot.to_buffers(of, captured, {}),
+    snapshot.to_buffers(of, captured),
     snapshot.metadata_of(captured),
   )
   stored = snapshot_file.open_snapshot(tmp_path)
@@ -288,9 +361,9 @@ def test_an_operator_that_is_nowhere_is_named():
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
-    (lambda a: None, 'is missing'),
-    (lambda a: a[..., :-1], r'is float32\(3,\), not float32\(3, 4\)'),
-    (lambda a: a.astype(ml_dtypes.bfloat16), 'is bfloat16'),
+    (lambda a: None, 'state of a/experts/1, params/a/experts/w, is missing'),
+    (lambda a: a[..., 0], r'1\|\S+ is float32\(1, 3\), not float32\(1, 3, 4\)'),
+    (lambda a: a.astype(ml_dtypes.bfloat16), r'1\|params/a/ex\S+ is bfloat16'),
   ],
 )
 def test_a_snapshot_of_another_model_is_refused(change, words):
@@ -300,31 +373,33 @@ def test_a_snapshot_of_another_model_is_refused(change, words):
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
   arrays = {
     b.name: np.reshape(b.pieces[0], b.shape)
-    for b in snapshot.to_buffers(of, captured, {})
+    for b in snapshot.to_buffers(of, captured)
   }
   name = 'state|a/experts|1|params/a/experts/w'
   changed = change(arrays[name])
   if changed is None:
     del arrays[name]
   else:
-    arrays[name] = changed if 'bf' in words else changed[:, 0]
+    arrays[name] = changed
   metadata = snapshot.metadata_of(captured, iteration=3)
   with pytest.raises(base.StoreError, match=words) as caught:
     snapshot.from_arrays(of, metadata, arrays)
-  assert f'snapshot 3: {name} ' in str(caught.value)
+  assert str(caught.value).startswith('snapshot 3: ')
+  assert str(caught.value).endswith(': it is of another model')
 
 
 # ---- bytes -------------------------------------------------------------------
 
 
+@_packed
 @pytest.mark.parametrize('devices', [1, 4])
 @pytest.mark.parametrize('slot', _SLOTS, ids=len)
-def test_bytes_are_those_of_the_buffers(devices, slot):
-  programs = _programs(devices)
+def test_bytes_are_those_of_the_buffers(devices, slot, is_packed):
+  programs = _programs(devices, is_packed)
   of = programs.layout
   others = frozenset(of.operators) - slot
   _, captured = _capture(programs, captures.make_state(), slot, others)
-  buffers = snapshot.to_buffers(of, captured, {})
+  buffers = snapshot.to_buffers(of, captured)
   written = sum(b.nbytes for b in buffers if not b.name.startswith('shared'))
   assert snapshot.snapshot_bytes(of, slot, others) == written
 
@@ -353,12 +428,13 @@ def test_bytes_of_a_stage(optimizer, stages):
 # ---- training beside it ------------------------------------------------------
 
 
+@_packed
 @pytest.mark.parametrize('devices', [1, 4])
 def test_the_update_stays_in_place_while_snapshots_are_taken(
-  devices, shm_folder
+  devices, is_packed, shm_folder
 ):
   """A host view of a donated buffer would silently make each update a copy."""
-  programs = _programs(devices)
+  programs = _programs(devices, is_packed)
   of = programs.layout
   order = list(of.operators)
   made = slots.make_slots(order, of.state_bytes(), 3)

@@ -10,7 +10,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from moetion_jax import base, config as config_lib, conversion, snapshot_file
+from moetion_jax import (
+  base,
+  config as config_lib,
+  conversion,
+  snapshot_blocks,
+  snapshot_file,
+)
 from tests import conversions
 from tests.conversions import Piece
 
@@ -20,7 +26,7 @@ _CLIP = {'clip_norm': 0.05}
 _CONFIGURATIONS = 55  # that are drawn by hypothesis, all different
 
 
-def check_all_starts(config, pieces, until_end=2):
+def check_all_starts(config, pieces, is_packed=False, until_end=2):
   """Converts every stage from every valid start.
 
   The first and last few train on to the end, the others for an iteration more.
@@ -29,7 +35,7 @@ def check_all_starts(config, pieces, until_end=2):
     How many starts from snapshots every stage had, at least.
   """
   counts = []
-  with conversions.recorded(config, pieces) as run:
+  with conversions.recorded(config, pieces, is_packed) as run:
     for index in range(config.train.stages):
       starts = run.starts(index)
       assert starts[0].iteration == 0, starts
@@ -53,47 +59,52 @@ def programs_are_shared():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-  ('optimizer', 'train', 'pieces'),
+  ('optimizer', 'train', 'pieces', 'is_packed'),
   [
     pytest.param(
       'adamw',
       {'stages': 3, 'microbatches': 4},
       [Piece(1, 3, seed=1), Piece(5, 2, seed=2)],
+      False,
       id='adamw, three stages, a reorder with another window',
     ),
     pytest.param(
       'adafactor',
       {'local_devices': 4, 'microbatches': 2},
       [Piece(1, 3, 'aligned')],
-      id='adafactor, four devices, aligned',
+      True,
+      id='adafactor, four devices, aligned, packed',
     ),
     pytest.param(
       'muon',
       {'microbatches': 8},
       [Piece(1, 7)],
-      id='muon, eight microbatches, a window of seven',
+      True,
+      id='muon, eight microbatches, a window of seven, packed',
     ),
     pytest.param(
       'lion',
       {'microbatches': 1},
       [Piece(1, 1), Piece(4, 3, 'aligned', 1), Piece(7, 3, 'rolling', 2)],
+      False,
       id='lion, one microbatch, a window of one, and another mode',
     ),
     pytest.param(
       'sgd',
       {'stages': 2, 'microbatches': 3},
       [Piece(1, 7, 'aligned', 1)],
+      False,
       id='sgd, two stages, an aligned window of seven',
     ),
   ],
 )
 def test_every_valid_start_gives_the_undisturbed_state(
-  optimizer, train, pieces
+  optimizer, train, pieces, is_packed
 ):
   config = conversions.run_config(
     model=_MODEL, optimizer={**_CLIP, 'optimizer': optimizer}, **train
   )
-  assert check_all_starts(config, pieces) > 0
+  assert check_all_starts(config, pieces, is_packed) > 0
 
 
 @st.composite
@@ -147,8 +158,10 @@ def test_every_valid_start_of_any_run():
     phases=[hypothesis.Phase.generate],  # shrinking would take hours
     suppress_health_check=list(hypothesis.HealthCheck),
   )
-  @hypothesis.given(_configs(), st.lists(_pieces(), min_size=2, max_size=2))
-  def check(config, runs):
+  @hypothesis.given(
+    _configs(), st.lists(_pieces(), min_size=2, max_size=2), st.booleans()
+  )
+  def check(config, runs, is_packed):
     # Simple ones are drawn again and again.
     if config in seen or len(seen) >= _CONFIGURATIONS:
       return
@@ -156,7 +169,7 @@ def test_every_valid_start_of_any_run():
     for pieces in runs:
       # None, where each piece ends before its window is full.
       counts.append(
-        check_all_starts(config, pieces, until_end=conversions.ITERATIONS)
+        check_all_starts(config, pieces, is_packed, conversions.ITERATIONS)
       )
     seen.add(config)
     seconds = time.monotonic() - begin
@@ -319,8 +332,7 @@ def test_a_planted_bit_of_training_state_is_found(two_stages, leaf, iteration):
     run.load(index, iteration)  # its checksums are right
     with pytest.raises(conversion.DivergedError) as caught:
       run.convert(index, start)
-  _, group, expert, _ = name.split('|')
-  operator = base.OperatorId(group, int(expert))
+  operator = snapshot_blocks.parse(name).operators[0]
   assert caught.value.operator == operator
   assert caught.value.iteration == iteration
   assert caught.value.suspects == (iteration,)

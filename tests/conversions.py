@@ -117,12 +117,14 @@ class Compiled:
 
 
 @functools.lru_cache(maxsize=2)
-def compiled(config: settings.RunConfig) -> tuple[Compiled, ...]:
+def compiled(
+  config: settings.RunConfig, is_packed: bool = False
+) -> tuple[Compiled, ...]:
   """All stages; compiling them takes longer than everything else."""
   made = []
   for index in range(config.train.stages):
     stage = local.build_stage(config, index)
-    captures = capture.CapturePrograms(layout.of_stage(stage))
+    captures = capture.CapturePrograms(layout.of_stage(stage), is_packed)
     captures.compile()
     made.append(Compiled(stage, stage.compile(), captures))
   return tuple(made)
@@ -319,13 +321,15 @@ def _assert_same(ours: report_lib.Report, theirs: report_lib.Report) -> None:
 
 @contextlib.contextmanager
 def recorded(
-  config: settings.RunConfig, pieces: Sequence[Piece]
+  config: settings.RunConfig,
+  pieces: Sequence[Piece],
+  is_packed: bool = False,
 ) -> Iterator[Run]:
   """Trains a run to its end; what it left is gone afterwards."""
   folder = pathlib.Path(tempfile.mkdtemp(dir='/dev/shm', prefix='conversion-'))
   run = Run(
     config=config,
-    stages=compiled(config),
+    stages=compiled(config, is_packed),
     folder=folder,
     states=[],
     reports=[[] for _ in range(config.train.stages)],

@@ -387,11 +387,11 @@ def _taken(member, state, slot, captures):
   )
   digests = member.program('digest')(state)
   groups = member.stage.partition.groups
-  buffers = snapshot_lib.to_buffers(
-    captures.layout,
+  captured = dataclasses.replace(
     captured,
-    {snapshot_lib.DIGESTS: [digests[group] for group in groups]},
+    extras={snapshot_lib.DIGESTS: [digests[group] for group in groups]},
   )
+  buffers = snapshot_lib.to_buffers(captures.layout, captured)
   metadata = snapshot_lib.metadata_of(
     captured, iteration=1, digests=base.operators_to_json(own)
   )
@@ -404,15 +404,17 @@ def _taken(member, state, slot, captures):
   return snapshot_lib.from_arrays(whole, metadata, arrays)
 
 
+@pytest.mark.parametrize('is_packed', [False, True])
 @pytest.mark.parametrize('devices', [1, 2])
-def test_shares_of_a_snapshot_make_states_of_any_team(devices):
+def test_shares_of_a_snapshot_make_states_of_any_team(devices, is_packed):
   members, whole = _world(devices=devices)
   host = _host_state(whole.stage)
   operators = whole.stage.partition.operators
   slot = frozenset(operators[::3])
   captures = []
   for member in (*members, whole):
-    programs = capture.CapturePrograms(layout_lib.of_stage(member.stage))
+    of = layout_lib.of_stage(member.stage)
+    programs = capture.CapturePrograms(of, is_packed)
     programs.compile()
     captures.append(programs)
   shares = [

@@ -53,6 +53,7 @@ LIBRARY_ORDER = (
   'joined_log',
   'verdict',
   'layout',
+  'snapshot_blocks',
   'snapshot_manifest',
   'snapshot_file',
   'snapshot_handler',

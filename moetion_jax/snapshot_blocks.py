@@ -1,0 +1,161 @@
+"""Blocks: what the buffers of a snapshot's operators are called and hold.
+
+A block has the rows of some operators of one group, one row each. Its rows are
+those of one leaf, or, packed, of all the group's leaves of one dtype, side by
+side in the order of the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from moetion_jax import base, layout as layout_lib, operators
+
+STATE, COMPUTE = 'state', 'compute'
+KINDS = (STATE, COMPUTE)
+_SEPARATOR = '|'
+_PACKED = '*'  # then a dtype; no path begins like that
+_RUN = re.compile(r'([0-9]+)(?:-([0-9]+))?', re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """A block's name, taken apart.
+
+  Attributes:
+    kind: STATE: training state; COMPUTE: compute weights, by the paths of their
+      masters.
+    operators: of its rows, in their order; all of one group.
+    column: path of a leaf, or as `columns` has it of several.
+  """
+
+  kind: str
+  operators: tuple[base.OperatorId, ...]
+  column: str
+
+  @property
+  def group(self) -> str:
+    """Of its operators."""
+    return self.operators[0].group
+
+  @property
+  def name(self) -> str:
+    """Of the buffer; `parse` is the inverse."""
+    experts = [o.expert for o in self.operators]
+    which = ','.join(
+      f'{first}-{last}' if last > first else str(first)
+      for first, last in _ranges(experts)
+      if first >= 0
+    )
+    return _SEPARATOR.join((self.kind, self.group, which, self.column))
+
+
+def parse(name: str) -> Block | None:
+  """The block of this name; None for another buffer.
+
+  Raises:
+    StoreError: it begins as the name of a block, but is none.
+  """
+  kind, *rest = name.split(_SEPARATOR, 3)
+  if kind not in KINDS:
+    return None
+  if len(rest) == 3:
+    group, which, column = rest
+    if not which:
+      return Block(kind, (base.OperatorId(group),), column)
+    runs = [_RUN.fullmatch(run) for run in which.split(',')]
+    experts = [
+      expert
+      for run in runs
+      if run
+      for expert in range(int(run[1]), int(run[2] or run[1]) + 1)
+    ]
+    if all(runs) and experts:
+      named = tuple(base.OperatorId(group, e) for e in experts)
+      return Block(kind, named, column)
+  raise base.StoreError(f'{name!r} does not name operators')
+
+
+def check_group(group: str) -> None:
+  """Raises ValueError for the name of a group that no block can have."""
+  if _SEPARATOR in group:
+    raise ValueError(f'group {group!r}: its name may not have {_SEPARATOR!r}')
+
+
+def leaves_of(
+  layout: layout_lib.Layout, kind: str, group: str
+) -> list[tuple[operators.Leaf, np.dtype]]:
+  """The leaves of a group that have a kind of value, and its dtypes."""
+  leaves = [leaf for _, leaf in layout.leaves_of(group)]
+  if kind == STATE:
+    return [(leaf, leaf.dtype) for leaf in leaves]
+  return [
+    (leaf, layout.compute_dtypes[layout.compute[leaf.path]])
+    for leaf in leaves
+    if leaf.path in layout.compute
+  ]
+
+
+def columns(
+  leaves: Iterable[tuple[operators.Leaf, np.dtype]], is_packed: bool
+) -> tuple[str, ...]:
+  """What the blocks of these leaves are called: one a leaf, or one a dtype."""
+  if not is_packed:
+    return tuple(leaf.path for leaf, _ in leaves)
+  return tuple(dict.fromkeys(_PACKED + dtype.name for _, dtype in leaves))
+
+
+def rows_by_leaf(
+  layout: layout_lib.Layout, block: Block, array: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The rows of a block's leaves by path, views of its array.
+
+  Raises:
+    StoreError: the array is not what a block of this name has.
+  """
+  found = {}
+  if block.group in layout.partition.groups:
+    for leaf, dtype in leaves_of(layout, block.kind, block.group):
+      if block.column in (leaf.path, _PACKED + dtype.name):
+        stacked = leaf.group.stacked
+        found[leaf.path] = leaf.shape[1:] if stacked else leaf.shape, dtype
+  if not found:
+    raise base.StoreError(f'{block.name} is not in it')
+  count = len(block.operators)
+  if block.column in found:
+    shape, dtype = found[block.column]
+    _check(block, array, (count, *shape), dtype)
+    return {block.column: array}
+  widths = [math.prod(shape) for shape, _ in found.values()]
+  _check(block, array, (count, sum(widths)), next(iter(found.values()))[1])
+  # Of a single row every part is contiguous; of more, its rows are.
+  parts = np.split(array, np.cumsum(widths)[:-1], axis=1)
+  return {
+    path: part.reshape(count, *shape)
+    for (path, (shape, _)), part in zip(found.items(), parts, strict=True)
+  }
+
+
+def _check(
+  block: Block, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
+) -> None:
+  if array.shape != shape or array.dtype != dtype:
+    raise base.StoreError(
+      f'{block.name} is {array.dtype}{array.shape}, not {dtype}{shape}'
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+  """Numbers as (first, last) of ascending runs, in their order."""
+  runs: list[tuple[int, int]] = []
+  for number in numbers:
+    if runs and runs[-1][1] + 1 == number:
+      runs[-1] = runs[-1][0], number
+    else:
+      runs.append((number, number))
+  return runs
