@@ -61,6 +61,19 @@ _QUICK = flags.DEFINE_bool(
 _WINDOW_MODE = flags.DEFINE_string(
   'window_mode', '', 'Of the sparse snapshots of `snapshot`; empty to choose.'
 )
+_SUBJECTS = flags.DEFINE_multi_enum(
+  'subject',
+  None,
+  ['often', 'window', 'again', 'nothing'],
+  'Of `snapshot`, beside no snapshots and sparse ones: Orbax as often as it '
+  'can, once a window (both by default), no snapshots once more, nothing.',
+)
+_MICROBATCH_SIZE = flags.DEFINE_integer(
+  'microbatch_size', None, "For `snapshot`; the preset's own by default."
+)
+_PROFILE_DIR = flags.DEFINE_string(
+  'profile_dir', '', 'Where `snapshot` leaves a JAX profile; empty for none.'
+)
 _OUT = flags.DEFINE_string('out', '', 'Folder for tables as JSON.')
 
 
@@ -134,13 +147,19 @@ def snapshot(preset: str, rounds: int) -> dict[str, Any]:
   """What snapshots cost beside training; bytes for every preset."""
   from launch import benchmark_snapshot
 
+  chosen = _SUBJECTS.value or benchmark_snapshot.SUBJECTS
   load_before = os.getloadavg()
   measured = benchmark_snapshot.rows(
     preset,
     rounds,
     _HOSTMEM_DIR.value,
-    microbatches=_MICROBATCHES.value,
+    subjects=[x for x in chosen if x != 'nothing'],
+    train={
+      'microbatches': _MICROBATCHES.value,
+      'microbatch_size': _MICROBATCH_SIZE.value,
+    },
     window_mode=_WINDOW_MODE.value,
+    profile_dir=_PROFILE_DIR.value,
   )
   measured += benchmark_snapshot.bytes_table()
   return _result('snapshot', preset, measured, load_before)
@@ -345,10 +364,13 @@ def main(argv: Sequence[str]) -> int:
     )
   if argv[1] == 'all':
     return _run_all()
-  from launch import runtime
+  from launch import runtime, scratch
 
-  runtime.configure(local_devices=1, compilation_cache_dir='')
-  show(_SUBCOMMANDS[argv[1]](_PRESET.value, _ROUNDS.value))
+  # Of its own: a subcommand that compiles a program twice loads it the second
+  # time, and never what an earlier one has left.
+  with scratch.folder() as cache:
+    runtime.configure(local_devices=1, compilation_cache_dir=str(cache))
+    show(_SUBCOMMANDS[argv[1]](_PRESET.value, _ROUNDS.value))
   return 0
 
 

@@ -1,8 +1,9 @@
 """Blocks: what the buffers of a snapshot's operators are called and hold.
 
 A block has the rows of some operators of one group, one row each. Its rows are
-those of one leaf, or, packed, of all the group's leaves of one dtype, side by
-side in the order of the layout.
+those of one leaf, or, packed, of all the group's leaves whose numbers are of
+one size, side by side in the order of the layout: their bits, as unsigned
+numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ STATE, COMPUTE = 'state', 'compute'
 KINDS = (STATE, COMPUTE)
 _SEPARATOR = '|'
 _PACKED = '*'  # then a dtype; no path begins like that
+_WHOLE_KINDS = 'bc'  # of dtypes; their bits are no numbers to JAX
 _RUN = re.compile(r'([0-9]+)(?:-([0-9]+))?', re.ASCII)
 
 
@@ -101,13 +103,20 @@ def leaves_of(
   ]
 
 
+def packed_dtype(dtype: np.dtype) -> np.dtype:
+  """As what numbers of a dtype are packed."""
+  if dtype.kind in _WHOLE_KINDS:
+    return dtype
+  return np.dtype(f'uint{8 * dtype.itemsize}')
+
+
 def columns(
   leaves: Iterable[tuple[operators.Leaf, np.dtype]], is_packed: bool
 ) -> tuple[str, ...]:
-  """What the blocks of these leaves are called: one a leaf, or one a dtype."""
+  """What blocks of these leaves are called: one a leaf, or a packed dtype."""
   if not is_packed:
     return tuple(leaf.path for leaf, _ in leaves)
-  return tuple(dict.fromkeys(_PACKED + dtype.name for _, dtype in leaves))
+  return tuple(dict.fromkeys(_packed_column(dtype) for _, dtype in leaves))
 
 
 def rows_by_leaf(
@@ -121,7 +130,7 @@ def rows_by_leaf(
   found = {}
   if block.group in layout.partition.groups:
     for leaf, dtype in leaves_of(layout, block.kind, block.group):
-      if block.column in (leaf.path, _PACKED + dtype.name):
+      if block.column in (leaf.path, _packed_column(dtype)):
         stacked = leaf.group.stacked
         found[leaf.path] = leaf.shape[1:] if stacked else leaf.shape, dtype
   if not found:
@@ -132,13 +141,18 @@ def rows_by_leaf(
     _check(block, array, (count, *shape), dtype)
     return {block.column: array}
   widths = [math.prod(shape) for shape, _ in found.values()]
-  _check(block, array, (count, sum(widths)), next(iter(found.values()))[1])
-  # Of a single row every part is contiguous; of more, its rows are.
+  (packed,) = {packed_dtype(dtype) for _, dtype in found.values()}
+  _check(block, array, (count, sum(widths)), packed)
+  # Rows stay contiguous: what is read of them is a row of one leaf.
   parts = np.split(array, np.cumsum(widths)[:-1], axis=1)
   return {
-    path: part.reshape(count, *shape)
-    for (path, (shape, _)), part in zip(found.items(), parts, strict=True)
+    path: part.view(dtype).reshape(count, *shape)
+    for (path, (shape, dtype)), part in zip(found.items(), parts, strict=True)
   }
+
+
+def _packed_column(dtype: np.dtype) -> str:
+  return _PACKED + packed_dtype(dtype).name
 
 
 def _check(

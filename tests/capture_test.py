@@ -147,7 +147,7 @@ def test_compute_weights_are_held_by_reference():
 
 @pytest.mark.parametrize('devices', [1, 4])
 def test_packed_captures_are_few_arrays(devices):
-  """One a call and dtype; and nothing holds the other compute weights."""
+  """One a call and size; and nothing holds the other compute weights."""
   programs = _programs(devices, True)
   slot = captures.pick('a/experts:0', 'a/experts:1', 'head')
   others = captures.pick('b/experts:1', 'b/experts:6', 'router')
@@ -158,18 +158,18 @@ def test_packed_captures_are_few_arrays(devices):
     for r in captured.rows
     for o in r.picked.values()
   }
-  bf16 = ('*bfloat16',)
+  bf16 = ('*uint16',)
   assert found == {
     **{
-      ('state', captures.operator(f'a/experts:{e}')): (('*float32',), [(34,)])
+      ('state', captures.operator(f'a/experts:{e}')): (('*uint32',), [(34,)])
       for e in range(2)
     },
-    ('state', captures.operator('head')): (('*float32',), [(28,)]),
+    ('state', captures.operator('head')): (('*uint32',), [(28,)]),
     **{
       ('compute', captures.operator(f'b/experts:{e}')): (bf16, [(17,)])
       for e in (1, 6)
     },
-    ('compute', captures.operator('router')): (('*float32',), [(3,)]),
+    ('compute', captures.operator('router')): (('*uint32',), [(3,)]),
   }
 
 
