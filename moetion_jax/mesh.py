@@ -19,6 +19,7 @@ AXES = ('data', 'expert')
 # are those of a program's arguments and of `shard_map`, not of array types.
 _TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 OWN = PartitionSpec(AXES)  # a leading dim over all devices
+EXPERT = PartitionSpec('expert')  # a leading dim over a worker's devices
 SAME = PartitionSpec()  # the same on every device
 
 

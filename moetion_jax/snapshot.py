@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -50,21 +50,19 @@ class Snapshot:
   extras: Mapping[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """One call of a capture program.
+class Part(Protocol):
+  """Some of what was captured, in arrays on the device."""
 
-  Attributes:
-    kind: of `snapshot_blocks.KINDS`.
-    columns: of the outputs, as `snapshot_blocks` calls them.
-    picked: operators of one group, by row of the outputs, ascending.
-    outputs: arrays with a leading dim of rows; some may be nobody's.
-  """
+  @property
+  def outputs(self) -> tuple[jax.Array, ...]:
+    """The arrays."""
+    ...
 
-  kind: str
-  columns: tuple[str, ...]
-  picked: Mapping[int, base.OperatorId]
-  outputs: tuple[jax.Array, ...]
+  def blocks(
+    self, hosts: Sequence[np.ndarray]
+  ) -> Iterable[tuple[snapshot_blocks.Block, list[np.ndarray]]]:
+    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,18 +70,16 @@ class Captured:
   """A snapshot on the device, in buffers that nobody donates.
 
   Attributes:
-    rows: of the slot, and compute weights where these are captured.
+    parts: of the slot, and compute weights.
     state_operators: those of the slot.
     compute_operators: those whose compute weights belong to the snapshot.
-    compute: compute weights of all, by name, where they are not captured.
     shared: copies, by path.
     extras: further arrays by name, in parts along their first dim.
   """
 
-  rows: tuple[Rows, ...]
+  parts: tuple[Any, ...]  # each a Part, and a dataclass
   state_operators: frozenset[base.OperatorId]
   compute_operators: frozenset[base.OperatorId]
-  compute: Mapping[str, jax.Array]
   shared: Mapping[str, jax.Array]
   extras: Mapping[str, Sequence[jax.Array | np.ndarray]] = dataclasses.field(
     default_factory=dict
@@ -93,58 +89,43 @@ class Captured:
     """Starts the copies that `to_buffers` waits for.
 
     Returns:
-      The same, its arrays in pinned host memory where devices can write to it:
-      8 to 15 times as fast as by way of JAX's own staging, which moreover
-      keeps the GIL.
+      The same, the arrays of its parts in pinned host memory where devices can
+      write to it: 8 to 15 times as fast as by way of JAX's own staging, which
+      moreover keeps the GIL. Small arrays go that way: they are as fast, and
+      others that read them find them read.
     """
-    arrays, structure = jax.tree.flatten(
-      (
-        [rows.outputs for rows in self.rows],
-        self.compute,
-        self.shared,
-        self.extras,
-      )
-    )
-    outputs, compute, shared, extras = jax.tree.unflatten(
-      structure, _to_host(arrays)
-    )
+    for array in (
+      *self.shared.values(),
+      *(part for parts in self.extras.values() for part in parts),
+    ):
+      if isinstance(array, jax.Array):
+        array.copy_to_host_async()
+    moved = iter(_to_host([x for part in self.parts for x in part.outputs]))
     return dataclasses.replace(
       self,
-      rows=tuple(
-        dataclasses.replace(rows, outputs=own)
-        for rows, own in zip(self.rows, outputs, strict=True)
+      parts=tuple(
+        dataclasses.replace(
+          part, outputs=tuple(next(moved) for _ in part.outputs)
+        )
+        for part in self.parts
       ),
-      compute=compute,
-      shared=shared,
-      extras=extras,
     )
 
 
-def to_buffers(
-  layout: layout_lib.Layout, captured: Captured
-) -> list[snapshot_file.Buffer]:
-  """The buffers of a snapshot; waits until their contents are on the host.
-
-  Args:
-    layout: of the state.
-    captured: the operators.
-  """
+def to_buffers(captured: Captured) -> list[snapshot_file.Buffer]:
+  """The buffers of a snapshot; waits until their contents are on the host."""
   buffers = []
-  for rows in captured.rows:
-    for column, output in zip(rows.columns, rows.outputs, strict=True):
-      host = np.asarray(output)
-      buffers.append(_block(rows.kind, column, rows.picked, host))
-  for leaf in layout.leaves if captured.compute else ():
-    if leaf.path not in layout.compute:
-      continue
-    held = layout.experts_in(leaf, captured.compute_operators)
-    if not held:
-      continue
-    host = np.asarray(captured.compute[layout.compute[leaf.path]])
-    picked = {e: base.OperatorId(leaf.group.name, e) for e in held}
-    if not leaf.group.stacked:
-      host, picked = host[None], {0: base.OperatorId(leaf.group.name)}
-    buffers.append(_block(COMPUTE, leaf.path, picked, host))
+  for part in captured.parts:
+    hosts = [np.asarray(output) for output in part.outputs]
+    for block, pieces in part.blocks(hosts):
+      buffers.append(
+        snapshot_file.Buffer(
+          name=block.name,
+          dtype=pieces[0].dtype,
+          shape=(len(block.operators), *pieces[0].shape[1:]),
+          pieces=[np.ascontiguousarray(piece) for piece in pieces],
+        )
+      )
   for path, value in captured.shared.items():
     buffers.append(_buffer(_SHARED + path, np.asarray(value)))
   for name, parts in captured.extras.items():
@@ -331,34 +312,6 @@ def _row(
   )
 
 
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-  """Ascending indices as [start, end) runs."""
-  runs: list[tuple[int, int]] = []
-  for index in indices:
-    if runs and runs[-1][1] == index:
-      runs[-1] = (runs[-1][0], index + 1)
-    else:
-      runs.append((index, index + 1))
-  return runs
-
-
-def _block(
-  kind: str,
-  column: str,
-  picked: Mapping[int, base.OperatorId],
-  host: np.ndarray,
-) -> snapshot_file.Buffer:
-  """The rows of `host` that are somebody's."""
-  return snapshot_file.Buffer(
-    name=snapshot_blocks.Block(kind, tuple(picked.values()), column).name,
-    dtype=host.dtype,
-    shape=(len(picked), *host.shape[1:]),
-    pieces=[
-      np.ascontiguousarray(host[start:end]) for start, end in _runs([*picked])
-    ],
-  )
-
-
 def _buffer(name: str, host: np.ndarray) -> snapshot_file.Buffer:
   return snapshot_file.Buffer(
     name=name,
@@ -368,21 +321,14 @@ def _buffer(name: str, host: np.ndarray) -> snapshot_file.Buffer:
   )
 
 
-def _to_host(arrays: Sequence[jax.Array | np.ndarray]) -> list[Any]:
+def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
   """Starts copies; the arrays from which to read them."""
-  out: list[Any] = list(arrays)
-  pinned = {}
-  for place, array in enumerate(arrays):
-    if not isinstance(array, jax.Array):
-      continue
-    if _has_pinned_host(next(iter(array.sharding.device_set))):
-      pinned[place] = array.sharding.with_memory_kind(_PINNED)
-    else:
-      array.copy_to_host_async()
-  moved = jax.device_put([arrays[i] for i in pinned], list(pinned.values()))
-  for place, array in zip(pinned, moved, strict=True):
-    out[place] = array
-  return out
+  if arrays and _has_pinned_host(next(iter(arrays[0].sharding.device_set))):
+    pinned = [x.sharding.with_memory_kind(_PINNED) for x in arrays]
+    return jax.device_put(list(arrays), pinned)
+  for array in arrays:
+    array.copy_to_host_async()
+  return arrays
 
 
 @functools.cache

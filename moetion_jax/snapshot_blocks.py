@@ -33,7 +33,7 @@ class Block:
     kind: STATE: training state; COMPUTE: compute weights, by the paths of their
       masters.
     operators: of its rows, in their order; all of one group.
-    column: path of a leaf, or as `columns` has it of several.
+    column: path of a leaf, or `packed_column` of several.
   """
 
   kind: str
@@ -111,12 +111,15 @@ def packed_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def columns(
-  leaves: Iterable[tuple[operators.Leaf, np.dtype]], is_packed: bool
+  leaves: Iterable[tuple[operators.Leaf, np.dtype]],
 ) -> tuple[str, ...]:
-  """What blocks of these leaves are called: one a leaf, or a packed dtype."""
-  if not is_packed:
-    return tuple(leaf.path for leaf, _ in leaves)
-  return tuple(dict.fromkeys(_packed_column(dtype) for _, dtype in leaves))
+  """What the blocks of these leaves are called, one of each."""
+  return tuple(leaf.path for leaf, _ in leaves)
+
+
+def packed_column(dtype: np.dtype) -> str:
+  """What the block of all leaves that are packed like a dtype is called."""
+  return _PACKED + packed_dtype(dtype).name
 
 
 def rows_by_leaf(
@@ -130,7 +133,7 @@ def rows_by_leaf(
   found = {}
   if block.group in layout.partition.groups:
     for leaf, dtype in leaves_of(layout, block.kind, block.group):
-      if block.column in (leaf.path, _packed_column(dtype)):
+      if block.column in (leaf.path, packed_column(dtype)):
         stacked = leaf.group.stacked
         found[leaf.path] = leaf.shape[1:] if stacked else leaf.shape, dtype
   if not found:
@@ -149,10 +152,6 @@ def rows_by_leaf(
     path: part.view(dtype).reshape(count, *shape)
     for (path, (shape, dtype)), part in zip(found.items(), parts, strict=True)
   }
-
-
-def _packed_column(dtype: np.dtype) -> str:
-  return _PACKED + packed_dtype(dtype).name
 
 
 def _check(

@@ -299,7 +299,7 @@ class Snapshotter:
       self._reads_state = False
       self._changed.notify_all()
     captured = dataclasses.replace(captured, extras=job.extras).to_host()
-    buffers = snapshot_lib.to_buffers(self._programs.layout, captured)
+    buffers = snapshot_lib.to_buffers(captured)
     if self._log:
       self._log.flush(count=job.published_count)
     metadata = snapshot_lib.metadata_of(

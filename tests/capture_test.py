@@ -46,7 +46,7 @@ def _capture(programs, host, slot, others, placed=None):
 def _stored(programs, captured, **fields):
   """A snapshot as it comes back from a file."""
   of = programs.layout
-  buffers = snapshot.to_buffers(of, captured)
+  buffers = snapshot.to_buffers(captured)
   arrays = {
     b.name: np.concatenate([np.ravel(p) for p in b.pieces]).reshape(b.shape)
     for b in buffers
@@ -119,7 +119,7 @@ def test_captured_buffers_outlive_a_donated_state(devices, is_packed):
   programs, host = _programs(devices, is_packed), captures.make_state(2)
   slot = _SLOTS[4]
   state, captured = _capture(programs, host, slot, frozenset())
-  outputs = [rows.outputs for rows in captured.rows], captured.shared
+  outputs = [part.outputs for part in captured.parts], captured.shared
   before = captures.pointers(state)
   assert not captures.pointers(outputs) & before
   step = jax.jit(
@@ -141,36 +141,50 @@ def test_compute_weights_are_held_by_reference():
   programs, host = _programs(), captures.make_state()
   state = captures.place(programs.layout, host)
   compute = captures.compute_of(programs.layout, state)
-  captured = programs.capture(state, compute, _SLOTS[1], frozenset())
-  assert captured.compute is compute
+  some = captures.pick('b/experts:4', 'head')
+  captured = programs.capture(state, compute, _SLOTS[1], some)
+  held = [x for p in captured.parts if p.kind == 'compute' for x in p.outputs]
+  names = [n for n in compute if 'b/experts' in n or 'head' in n]
+  assert len(held) == 3
+  assert {id(x) for x in held} == {id(compute[n]) for n in names}
 
 
 @pytest.mark.parametrize('devices', [1, 4])
-def test_packed_captures_are_few_arrays(devices):
-  """One a call and size; and nothing holds the other compute weights."""
+def test_packed_captures_are_few_calls_and_arrays(devices):
+  """One for groups that are alike, and one array for numbers of a size."""
   programs = _programs(devices, True)
-  slot = captures.pick('a/experts:0', 'a/experts:1', 'head')
-  others = captures.pick('b/experts:1', 'b/experts:6', 'router')
-  _, captured = _capture(programs, captures.make_state(), slot, others)
-  assert not captured.compute
-  found = {
-    (r.kind, o): (r.columns, [x.shape[1:] for x in r.outputs])
-    for r in captured.rows
-    for o in r.picked.values()
-  }
-  bf16 = ('*uint16',)
-  assert found == {
-    **{
-      ('state', captures.operator(f'a/experts:{e}')): (('*uint32',), [(34,)])
-      for e in range(2)
-    },
-    ('state', captures.operator('head')): (('*uint32',), [(28,)]),
-    **{
-      ('compute', captures.operator(f'b/experts:{e}')): (bf16, [(17,)])
-      for e in (1, 6)
-    },
-    ('compute', captures.operator('router')): (('*uint32',), [(3,)]),
-  }
+  everything = frozenset(programs.layout.operators)
+  slot = captures.pick(
+    *(f'{g}/experts:{i}' for g in 'abc' for i in (0, 2, 4, 6)), 'head'
+  )
+  host = captures.make_state()
+  _, captured = _capture(programs, host, slot, everything - slot)
+  found = [
+    (
+      {(s.kind, s.column) for s in part.segments},
+      sorted({o.group for o in part.picked.values()}),
+      [(x.dtype.name, x.shape) for x in part.outputs],
+    )
+    for part in captured.parts
+  ]
+  rows = {1: 4, 4: 1}[devices]  # of each group and device
+  state, compute = {('state', '*uint32')}, {('compute', '*uint16')}
+  alike, alone = ['a/experts', 'b/experts'], ['c/experts']
+  assert sorted(found, key=str) == sorted(
+    [
+      (state, alike, [('uint32', (devices, 2 * rows * 2 * 17))]),
+      (state, alone, [('uint32', (devices, rows * 2 * 2))]),
+      (
+        state,
+        ['head'],
+        [('uint32', (1, 28))],
+      ),
+      (compute, alike, [('uint16', (devices, 2 * rows * 17))]),
+      (compute, alone, [('uint16', (devices, rows * 2))]),
+      ({('compute', '*uint32')}, ['router'], [('uint32', (1, 3))]),
+    ],
+    key=str,
+  )
 
 
 @_packed
@@ -187,21 +201,17 @@ def test_a_snapshot_comes_by_way_of_pinned_memory(
   extras = {'digests': (jax.numpy.arange(3), np.arange(3, 5))}
   captured = dataclasses.replace(captured, extras=extras)
   there = captured.to_host()
-  assert there.rows[0].outputs[0] is captured.rows[0].outputs[0]
+  assert there.parts[0].outputs[0] is captured.parts[0].outputs[0]
   monkeypatch.setattr(snapshot, '_HOSTS', frozenset())
   snapshot._has_pinned_host.cache_clear()
   try:
     there = captured.to_host()
   finally:
     snapshot._has_pinned_host.cache_clear()
-  moved = [x for rows in there.rows for x in rows.outputs]
-  moved += [*there.compute.values(), *there.shared.values()]
-  moved.append(there.extras['digests'][0])
+  moved = [x for part in there.parts for x in part.outputs]
   assert {x.sharding.memory_kind for x in moved} == {'pinned_host'}
-  buffers = snapshot.to_buffers(of, captured)
-  for expected, found in zip(
-    buffers, snapshot.to_buffers(of, there), strict=True
-  ):
+  buffers = snapshot.to_buffers(captured)
+  for expected, found in zip(buffers, snapshot.to_buffers(there), strict=True):
     assert expected.identity == found.identity
     assert expected.checksum() == found.checksum()
   assert buffers[-1].name == 'digests'
@@ -258,14 +268,14 @@ def test_one_call_captures_operators_of_every_device():
   programs = _programs(4)
   slot = captures.pick('a/experts:0', 'a/experts:3', 'a/experts:7')
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
-  (rows,) = captured.rows
+  (rows,) = captured.parts
   assert {d: o.expert for d, o in rows.picked.items()} == {0: 0, 1: 3, 3: 7}
   slot |= captures.pick('a/experts:1', 'a/experts:6')
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
-  (rows,) = captured.rows  # two rows of each device, as many as some have
+  (rows,) = captured.parts  # two rows of each device, as many as some have
   found = {row: o.expert for row, o in rows.picked.items()}
   assert found == {0: 0, 1: 1, 2: 3, 6: 6, 7: 7}
-  for rows in captured.rows:  # each device has its row
+  for rows in captured.parts:  # each device has its row
     for output in rows.outputs:
       assert len({s.device for s in output.addressable_shards}) == 4
       assert not output.is_fully_replicated
@@ -331,7 +341,7 @@ def test_a_fold_owns_its_memory(tmp_path):
   _, captured = _capture(programs, host, everything, frozenset())
   snapshot_file.write(
     tmp_path,
-    snapshot.to_buffers(of, captured),
+    snapshot.to_buffers(captured),
     snapshot.metadata_of(captured),
   )
   stored = snapshot_file.open_snapshot(tmp_path)
@@ -373,7 +383,7 @@ def test_a_snapshot_of_another_model_is_refused(change, words):
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
   arrays = {
     b.name: np.reshape(b.pieces[0], b.shape)
-    for b in snapshot.to_buffers(of, captured)
+    for b in snapshot.to_buffers(captured)
   }
   name = 'state|a/experts|1|params/a/experts/w'
   changed = change(arrays[name])
@@ -399,7 +409,7 @@ def test_bytes_are_those_of_the_buffers(devices, slot, is_packed):
   of = programs.layout
   others = frozenset(of.operators) - slot
   _, captured = _capture(programs, captures.make_state(), slot, others)
-  buffers = snapshot.to_buffers(of, captured)
+  buffers = snapshot.to_buffers(captured)
   written = sum(b.nbytes for b in buffers if not b.name.startswith('shared'))
   assert snapshot.snapshot_bytes(of, slot, others) == written
 

@@ -391,7 +391,7 @@ def _taken(member, state, slot, captures):
     captured,
     extras={snapshot_lib.DIGESTS: [digests[group] for group in groups]},
   )
-  buffers = snapshot_lib.to_buffers(captures.layout, captured)
+  buffers = snapshot_lib.to_buffers(captured)
   metadata = snapshot_lib.metadata_of(
     captured, iteration=1, digests=base.operators_to_json(own)
   )

@@ -84,7 +84,8 @@ def _layout(stacked):
 def test_packed_rows_are_taken_apart(stacked):
   of = _layout(stacked)
   leaves = snapshot_blocks.leaves_of(of, 'state', 'x')
-  columns = snapshot_blocks.columns(leaves, is_packed=True)
+  columns = [snapshot_blocks.packed_column(dtype) for _, dtype in leaves]
+  columns = tuple(dict.fromkeys(columns))
   assert columns == ('*uint32', '*uint16', '*bool', '*complex64', '*uint8')
   picked = _of('x', 1, 3) if stacked else _of('x')
   random = np.random.default_rng(0)
@@ -121,7 +122,7 @@ def test_packed_rows_are_taken_apart(stacked):
 
 def test_columns_by_leaf():
   leaves = snapshot_blocks.leaves_of(_layout(True), 'state', 'x')
-  assert snapshot_blocks.columns(leaves, is_packed=False) == tuple(_DTYPES)
+  assert snapshot_blocks.columns(leaves) == tuple(_DTYPES)
   assert not snapshot_blocks.leaves_of(_layout(True), 'compute', 'x')
 
 
