@@ -8,8 +8,9 @@ times as long as by leaf, and nothing is transferred: `capture_rows` is for it.
 
 Groups that are alike are a family: stacked ones with arrays of equal shapes and
 dtypes, of which a call captures as many rows of each; or all that are not
-stacked. Rows that nobody asked for are in the arrays and in no block; a call of
-a whole family is made only if half of it is asked for.
+stacked. Rows that nobody asked for may be in the arrays, and are in no block. A
+call is made if half of it is asked for: where slots are balanced over devices,
+a snapshot takes at most twice its bytes of their memory.
 """
 
 from __future__ import annotations

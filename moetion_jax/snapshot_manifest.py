@@ -19,7 +19,7 @@ import xxhash
 
 from moetion_jax import base, entry, segment
 
-_FORMAT = 1
+_FORMAT = 2
 # Copy and checksum alternate on pieces that stay in the caches; smaller ones
 # are no faster and ask for the GIL more often.
 _PIECE_BYTES = 1 << 20
