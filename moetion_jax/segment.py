@@ -36,9 +36,11 @@ import xxhash
 from moetion_jax import base, entry, hostmem, room
 
 ALIGNMENT_BYTES = 64  # what XLA needs to alias host memory
-# Copy and checksum alternate on pieces that stay in the second-level cache
-# (18 GB/s; one after the other 14 GB/s).
-_PIECE_BYTES = 1 << 18
+# Copy and checksum alternate on pieces that are still near a cache. Each asks
+# for the GIL four times: beside a thread that holds it most of the time, 8 MiB
+# take 8 to 15 ms in pieces of 256 KiB, which the second-level cache would hold,
+# and 1.5 ms in these (alone 0.5 and 0.6 ms).
+_PIECE_BYTES = 1 << 22
 
 _MAGIC = b'MoEtion1'
 _FILE = struct.Struct('<8sIiiIQQQ')

@@ -22,7 +22,7 @@ from moetion_jax import base, entry, segment
 _FORMAT = 2
 # Copy and checksum alternate on pieces that are still in a cache, or near it.
 # Each asks for the GIL four times: beside a thread that holds it most of the
-# time, 160 MB take 125 ms in pieces of 1 MiB, 21 ms in such; alone 12 and 13 ms.
+# time, 160 MB take 125 ms in pieces of 1 MiB, 21 ms in these (alone 12, 13).
 _PIECE_BYTES = 1 << 24
 _DTYPES = {dtype.name: dtype for dtype in entry.DTYPES}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # .name is slow
