@@ -21,6 +21,7 @@ from moetion_jax import (
   capture_packed,
   capture_rows,
   capture_sources,
+  captured as captured_lib,
   layout as layout_lib,
   mesh as mesh_lib,
   programs as programs_lib,
@@ -144,7 +145,7 @@ class CapturePrograms:
     compute: Mapping[str, jax.Array],
     state_operators: frozenset[base.OperatorId],
     compute_operators: frozenset[base.OperatorId],
-  ) -> snapshot_lib.Captured:
+  ) -> captured_lib.Captured:
     """Copies operators on the device; returns when the copies are dispatched.
 
     Args:
@@ -163,7 +164,7 @@ class CapturePrograms:
         snapshot_blocks.COMPUTE: compute_operators,
       },
     )
-    return snapshot_lib.Captured(
+    return captured_lib.Captured(
       parts=tuple(parts),
       state_operators=state_operators,
       compute_operators=compute_operators,

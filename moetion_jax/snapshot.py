@@ -1,4 +1,4 @@
-"""A snapshot in host memory: its parts, its form in a file, its use in a fold.
+"""A snapshot in host memory: out of what is stored, and its use in a fold.
 
 During replay a frozen operator runs on placeholders: masters are its compute
 weights upcast (the cast back gives the same bits), everything else is zero
@@ -8,24 +8,14 @@ weights upcast (the cast back gives the same bits), everything else is zero
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-from moetion_jax import (
-  base,
-  layout as layout_lib,
-  operators,
-  snapshot_blocks,
-  snapshot_file,
-)
+from moetion_jax import base, layout as layout_lib, operators, snapshot_blocks
 
 STATE, COMPUTE = snapshot_blocks.STATE, snapshot_blocks.COMPUTE
-_SHARED = 'shared|'  # then a path
-_HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
 # Digests among the extras; where replicas share the training state, and each
 # snapshot has those of some operators, metadata of the same name says of which.
 DIGESTS = 'digests'
@@ -36,7 +26,7 @@ class Snapshot:
   """A snapshot in host memory.
 
   Attributes:
-    metadata: what `Captured` was given.
+    metadata: as of `captured.Captured`.
     state: training state of the slot's operators, rows by path.
     compute: compute weights of others, rows by the path of their master.
     shared: leaves that belong to no operator, by path.
@@ -48,99 +38,6 @@ class Snapshot:
   compute: Mapping[base.OperatorId, Mapping[str, np.ndarray]]
   shared: Mapping[str, np.ndarray]
   extras: Mapping[str, np.ndarray]
-
-
-class Part(Protocol):
-  """Some of what was captured, in arrays on the device."""
-
-  @property
-  def outputs(self) -> tuple[jax.Array, ...]:
-    """The arrays."""
-    ...
-
-  def blocks(
-    self, hosts: Sequence[np.ndarray]
-  ) -> Iterable[tuple[snapshot_blocks.Block, list[np.ndarray]]]:
-    """Blocks, and the pieces of their rows, from the outputs on the host."""
-    ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Captured:
-  """A snapshot on the device, in buffers that nobody donates.
-
-  Attributes:
-    parts: of the slot, and compute weights.
-    state_operators: those of the slot.
-    compute_operators: those whose compute weights belong to the snapshot.
-    shared: copies, by path.
-    extras: further arrays by name, in parts along their first dim.
-  """
-
-  parts: tuple[Any, ...]  # each a Part, and a dataclass
-  state_operators: frozenset[base.OperatorId]
-  compute_operators: frozenset[base.OperatorId]
-  shared: Mapping[str, jax.Array]
-  extras: Mapping[str, Sequence[jax.Array | np.ndarray]] = dataclasses.field(
-    default_factory=dict
-  )
-
-  def to_host(self) -> Captured:
-    """Starts the copies that `to_buffers` waits for.
-
-    Returns:
-      The same, the arrays of its parts in pinned host memory where devices can
-      write to it: 8 to 15 times as fast as by way of JAX's own staging, which
-      moreover keeps the GIL. Small arrays go that way: they are as fast, and
-      others that read them find them read.
-    """
-    for array in (
-      *self.shared.values(),
-      *(part for parts in self.extras.values() for part in parts),
-    ):
-      if isinstance(array, jax.Array):
-        array.copy_to_host_async()
-    moved = iter(_to_host([x for part in self.parts for x in part.outputs]))
-    return dataclasses.replace(
-      self,
-      parts=tuple(
-        dataclasses.replace(
-          part, outputs=tuple(next(moved) for _ in part.outputs)
-        )
-        for part in self.parts
-      ),
-    )
-
-
-def to_buffers(captured: Captured) -> list[snapshot_file.Buffer]:
-  """The buffers of a snapshot; waits until their contents are on the host."""
-  buffers = []
-  for part in captured.parts:
-    hosts = [np.asarray(output) for output in part.outputs]
-    for block, pieces in part.blocks(hosts):
-      buffers.append(
-        snapshot_file.Buffer(
-          name=block.name,
-          dtype=pieces[0].dtype,
-          shape=(len(block.operators), *pieces[0].shape[1:]),
-          pieces=[np.ascontiguousarray(piece) for piece in pieces],
-        )
-      )
-  for path, value in captured.shared.items():
-    buffers.append(_buffer(_SHARED + path, np.asarray(value)))
-  for name, parts in captured.extras.items():
-    host = np.concatenate([np.asarray(part) for part in parts])
-    buffers.append(_buffer(name, host))
-  return buffers
-
-
-def metadata_of(captured: Captured, **fields: Any) -> dict[str, Any]:
-  """What a snapshot says of itself in JSON."""
-  return {
-    **fields,
-    'state': base.operators_to_json(captured.state_operators),
-    'compute': base.operators_to_json(captured.compute_operators),
-  }
 
 
 def snapshot_bytes(
@@ -184,14 +81,14 @@ def from_arrays(
             found[block.kind][operator].update(
               {path: of_leaf[row] for path, of_leaf in rows.items()}
             )
-      elif name.startswith(_SHARED):
-        leaf = paths.get(name.removeprefix(_SHARED))
+      elif name.startswith(snapshot_blocks.SHARED):
+        leaf = paths.get(name.removeprefix(snapshot_blocks.SHARED))
         if leaf and (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
           raise base.StoreError(
             f'{name} is {array.dtype}{array.shape}, '
             f'not {leaf.dtype}{leaf.shape}'
           )
-        shared[name.removeprefix(_SHARED)] = array
+        shared[name.removeprefix(snapshot_blocks.SHARED)] = array
       else:
         extras[name] = array
     _check_complete(layout, found, shared)
@@ -226,7 +123,7 @@ def _check_complete(
           f'{kind} of {operator}, {min(missing)}, is missing'
         )
   if missing := layout.shared - shared.keys():
-    raise base.StoreError(f'{_SHARED}{min(missing)} is missing')
+    raise base.StoreError(f'{snapshot_blocks.SHARED}{min(missing)} is missing')
 
 
 def merge(shares: Sequence[Snapshot]) -> Snapshot:
@@ -309,31 +206,4 @@ def _row(
     return snapshot.compute[operator][leaf.path].astype(leaf.dtype)
   return np.zeros(
     leaf.shape[1:] if leaf.group.stacked else leaf.shape, leaf.dtype
-  )
-
-
-def _buffer(name: str, host: np.ndarray) -> snapshot_file.Buffer:
-  return snapshot_file.Buffer(
-    name=name,
-    dtype=host.dtype,
-    shape=host.shape,
-    pieces=[np.ascontiguousarray(host)],
-  )
-
-
-def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-  """Starts copies; the arrays from which to read them."""
-  if arrays and _has_pinned_host(next(iter(arrays[0].sharding.device_set))):
-    pinned = [x.sharding.with_memory_kind(_PINNED) for x in arrays]
-    return jax.device_put(list(arrays), pinned)
-  for array in arrays:
-    array.copy_to_host_async()
-  return arrays
-
-
-@functools.cache
-def _has_pinned_host(device: jax.Device) -> bool:
-  """Whether a device writes to pinned memory of a host that is not its own."""
-  return device.platform not in _HOSTS and any(
-    memory.kind == _PINNED for memory in device.addressable_memories()
   )

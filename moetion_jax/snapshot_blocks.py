@@ -19,6 +19,7 @@ from moetion_jax import base, layout as layout_lib, operators
 
 STATE, COMPUTE = 'state', 'compute'
 KINDS = (STATE, COMPUTE)
+SHARED = 'shared|'  # before the path of a leaf that belongs to no operator
 _SEPARATOR = '|'
 _PACKED = '*'  # then a dtype; no path begins like that
 _WHOLE_KINDS = 'bc'  # of dtypes; their bits are no numbers to JAX

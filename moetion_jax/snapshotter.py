@@ -299,11 +299,11 @@ class Snapshotter:
       self._reads_state = False
       self._changed.notify_all()
     captured = dataclasses.replace(captured, extras=job.extras).to_host()
-    buffers = snapshot_lib.to_buffers(captured)
+    buffers = captured.buffers()
     if self._log:
       self._log.flush(count=job.published_count)
-    metadata = snapshot_lib.metadata_of(
-      captured, iteration=job.iteration, **self._fields, **job.fields
+    metadata = captured.metadata(
+      iteration=job.iteration, **self._fields, **job.fields
     )
     begin = time.monotonic()
     size = self._store_one(job, metadata, buffers)

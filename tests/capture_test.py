@@ -16,6 +16,7 @@ from launch import local
 from moetion_jax import (
   base,
   capture,
+  captured as captured_lib,
   layout,
   slots,
   snapshot,
@@ -46,12 +47,12 @@ def _capture(programs, host, slot, others, placed=None):
 def _stored(programs, captured, **fields):
   """A snapshot as it comes back from a file."""
   of = programs.layout
-  buffers = snapshot.to_buffers(captured)
+  buffers = captured.buffers()
   arrays = {
     b.name: np.concatenate([np.ravel(p) for p in b.pieces]).reshape(b.shape)
     for b in buffers
   }
-  metadata = snapshot.metadata_of(captured, **fields)
+  metadata = captured.metadata(**fields)
   return snapshot.from_arrays(of, metadata, arrays)
 
 
@@ -202,16 +203,16 @@ def test_a_snapshot_comes_by_way_of_pinned_memory(
   captured = dataclasses.replace(captured, extras=extras)
   there = captured.to_host()
   assert there.parts[0].outputs[0] is captured.parts[0].outputs[0]
-  monkeypatch.setattr(snapshot, '_HOSTS', frozenset())
-  snapshot._has_pinned_host.cache_clear()
+  monkeypatch.setattr(captured_lib, '_HOSTS', frozenset())
+  captured_lib._has_pinned_host.cache_clear()
   try:
     there = captured.to_host()
   finally:
-    snapshot._has_pinned_host.cache_clear()
+    captured_lib._has_pinned_host.cache_clear()
   moved = [x for part in there.parts for x in part.outputs]
   assert {x.sharding.memory_kind for x in moved} == {'pinned_host'}
-  buffers = snapshot.to_buffers(captured)
-  for expected, found in zip(buffers, snapshot.to_buffers(there), strict=True):
+  buffers = captured.buffers()
+  for expected, found in zip(buffers, there.buffers(), strict=True):
     assert expected.identity == found.identity
     assert expected.checksum() == found.checksum()
   assert buffers[-1].name == 'digests'
@@ -341,8 +342,8 @@ def test_a_fold_owns_its_memory(tmp_path):
   _, captured = _capture(programs, host, everything, frozenset())
   snapshot_file.write(
     tmp_path,
-    snapshot.to_buffers(captured),
-    snapshot.metadata_of(captured),
+    captured.buffers(),
+    captured.metadata(),
   )
   stored = snapshot_file.open_snapshot(tmp_path)
   found = snapshot.from_arrays(of, stored.metadata, stored.arrays)
@@ -382,8 +383,7 @@ def test_a_snapshot_of_another_model_is_refused(change, words):
   slot = captures.pick('a/experts:1')
   _, captured = _capture(programs, captures.make_state(), slot, frozenset())
   arrays = {
-    b.name: np.reshape(b.pieces[0], b.shape)
-    for b in snapshot.to_buffers(captured)
+    b.name: np.reshape(b.pieces[0], b.shape) for b in captured.buffers()
   }
   name = 'state|a/experts|1|params/a/experts/w'
   changed = change(arrays[name])
@@ -391,7 +391,7 @@ def test_a_snapshot_of_another_model_is_refused(change, words):
     del arrays[name]
   else:
     arrays[name] = changed
-  metadata = snapshot.metadata_of(captured, iteration=3)
+  metadata = captured.metadata(iteration=3)
   with pytest.raises(base.StoreError, match=words) as caught:
     snapshot.from_arrays(of, metadata, arrays)
   assert str(caught.value).startswith('snapshot 3: ')
@@ -409,7 +409,7 @@ def test_bytes_are_those_of_the_buffers(devices, slot, is_packed):
   of = programs.layout
   others = frozenset(of.operators) - slot
   _, captured = _capture(programs, captures.make_state(), slot, others)
-  buffers = snapshot.to_buffers(captured)
+  buffers = captured.buffers()
   written = sum(b.nbytes for b in buffers if not b.name.startswith('shared'))
   assert snapshot.snapshot_bytes(of, slot, others) == written
 

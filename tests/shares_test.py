@@ -391,10 +391,8 @@ def _taken(member, state, slot, captures):
     captured,
     extras={snapshot_lib.DIGESTS: [digests[group] for group in groups]},
   )
-  buffers = snapshot_lib.to_buffers(captured)
-  metadata = snapshot_lib.metadata_of(
-    captured, iteration=1, digests=base.operators_to_json(own)
-  )
+  buffers = captured.buffers()
+  metadata = captured.metadata(iteration=1, digests=base.operators_to_json(own))
   arrays = {
     b.name: np.concatenate([np.ravel(p) for p in b.pieces])
     .view(b.dtype)

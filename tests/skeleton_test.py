@@ -63,6 +63,7 @@ LIBRARY_ORDER = (
   'snapshot_store',
   'durable_store',
   'faults',
+  'captured',
   'snapshot',
   'capture',
   'slots',

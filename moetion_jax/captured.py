@@ -1,0 +1,131 @@
+"""A snapshot on its way: from the device to the host, and into buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from moetion_jax import base, snapshot_blocks, snapshot_file
+
+_HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
+
+
+class Part(Protocol):
+  """Some of what was captured, in arrays on the device."""
+
+  @property
+  def outputs(self) -> tuple[jax.Array, ...]:
+    """The arrays."""
+    ...
+
+  def blocks(
+    self, hosts: Sequence[np.ndarray]
+  ) -> Iterable[tuple[snapshot_blocks.Block, list[np.ndarray]]]:
+    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Captured:
+  """A snapshot on the device, in buffers that nobody donates.
+
+  Attributes:
+    parts: of the slot, and compute weights.
+    state_operators: those of the slot.
+    compute_operators: those whose compute weights belong to the snapshot.
+    shared: copies, by path.
+    extras: further arrays by name, in parts along their first dim.
+  """
+
+  parts: tuple[Any, ...]  # each a Part, and a dataclass
+  state_operators: frozenset[base.OperatorId]
+  compute_operators: frozenset[base.OperatorId]
+  shared: Mapping[str, jax.Array]
+  extras: Mapping[str, Sequence[jax.Array | np.ndarray]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def to_host(self) -> Captured:
+    """Starts the copies that `buffers` waits for.
+
+    Returns:
+      The same, the arrays of its parts in pinned host memory where devices can
+      write to it: at 37 GB/s on an H100, for 64 MiB, and not at 3 by way of
+      JAX's own staging, which moreover keeps the GIL. Others go that way: they
+      are small, and who reads them next finds them read.
+    """
+    for array in (
+      *self.shared.values(),
+      *(part for parts in self.extras.values() for part in parts),
+    ):
+      if isinstance(array, jax.Array):
+        array.copy_to_host_async()
+    moved = iter(_to_host([x for part in self.parts for x in part.outputs]))
+    return dataclasses.replace(
+      self,
+      parts=tuple(
+        dataclasses.replace(
+          part, outputs=tuple(next(moved) for _ in part.outputs)
+        )
+        for part in self.parts
+      ),
+    )
+
+  def buffers(self) -> list[snapshot_file.Buffer]:
+    """What is stored; waits until the contents are on the host."""
+    return list(self._buffers())
+
+  def metadata(self, **fields: Any) -> dict[str, Any]:
+    """What a snapshot says of itself in JSON: fields, and its operators."""
+    return {
+      **fields,
+      'state': base.operators_to_json(self.state_operators),
+      'compute': base.operators_to_json(self.compute_operators),
+    }
+
+  def _buffers(self) -> Iterator[snapshot_file.Buffer]:
+    for part in self.parts:
+      hosts = [np.asarray(output) for output in part.outputs]
+      for block, pieces in part.blocks(hosts):
+        yield snapshot_file.Buffer(
+          name=block.name,
+          dtype=pieces[0].dtype,
+          shape=(len(block.operators), *pieces[0].shape[1:]),
+          pieces=[np.ascontiguousarray(piece) for piece in pieces],
+        )
+    for path, value in self.shared.items():
+      yield _buffer(snapshot_blocks.SHARED + path, np.asarray(value))
+    for name, parts in self.extras.items():
+      yield _buffer(name, np.concatenate([np.asarray(part) for part in parts]))
+
+
+def _buffer(name: str, host: np.ndarray) -> snapshot_file.Buffer:
+  return snapshot_file.Buffer(
+    name=name,
+    dtype=host.dtype,
+    shape=host.shape,
+    pieces=[np.ascontiguousarray(host)],
+  )
+
+
+def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+  """Starts copies; the arrays from which to read them."""
+  if arrays and _has_pinned_host(next(iter(arrays[0].sharding.device_set))):
+    pinned = [x.sharding.with_memory_kind(_PINNED) for x in arrays]
+    return jax.device_put(list(arrays), pinned)
+  for array in arrays:
+    array.copy_to_host_async()
+  return arrays
+
+
+@functools.cache
+def _has_pinned_host(device: jax.Device) -> bool:
+  """Whether a device writes to pinned memory of a host that is not its own."""
+  return device.platform not in _HOSTS and any(
+    memory.kind == _PINNED for memory in device.addressable_memories()
+  )
