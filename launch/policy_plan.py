@@ -208,10 +208,10 @@ class WholePlanner:
         f'a copy takes {copy_seconds:.3g} s and may take {self._target:g} of '
         f'iterations of {seconds:.3g} s'
       )
-      if self._has_chosen and interval > capture_plan.SHORTER * self.interval:
-        return None
-      self._has_chosen = True
-      return self._change(iteration, interval, reason)
+      is_shorter = interval <= capture_plan.SHORTER * self.interval
+      if is_shorter or not self._has_chosen:
+        self._has_chosen = True
+        return self._change(iteration, interval, reason)
     if sum(self._late) < _LATE:
       return None
     self._has_grown = True

@@ -135,6 +135,15 @@ def test_dense_takes_more_time_when_copies_are_late():
   assert (second['interval'], second['reason']) == (12, 'copies ran late')
 
 
+def test_dense_sees_late_copies_when_it_looks_again_too():
+  run = _Run(_planner('dense'))
+  run.report(30, copy_bytes_per_second=100.0)
+  late = {'blocked_seconds': lambda is_taken: 0.1 * is_taken}
+  run.report(24, copy_bytes_per_second=100.0, **late)  # 36, 45 and 54 = 18 + 36
+  assert list(run.changes) == [12, 54]
+  assert run.changes[54]['reason'] == 'copies ran late'
+
+
 def test_an_interval_that_is_pinned_stays():
   for policy in ('dense', 'two_phase', 'partial'):
     run = _Run(_planner(policy, interval=5))
