@@ -176,17 +176,19 @@ def test_every_damage_of_a_manifest_is_found(folder):
       snapshot_file.read_manifest(path)
 
 
-def test_a_manifest_of_a_later_format_is_refused(folder):
+@pytest.mark.parametrize('number', [1, 3])
+def test_a_manifest_of_another_format_is_refused(folder, number):
   path, _ = _write(folder)
   manifest = path / 'manifest.json'
   body = manifest.read_bytes()[13:].split(b', "xxh3_64"')[0]
-  body = body.replace(b'"format": 1', b'"format": 2')
+  assert b'"format": 2' in body
+  body = body.replace(b'"format": 2', b'"format": %d' % number)
   checksum = entry.checksum(np.frombuffer(body, np.uint8))
   manifest.write_bytes(
     b'{"manifest": %b, "xxh3_64": "%016x"}\n' % (body, checksum)
   )
   with pytest.raises(
-    snapshot_file.SnapshotCorruptError, match='format 2 is not known'
+    snapshot_file.SnapshotCorruptError, match=f'format {number} is not known'
   ):
     snapshot_file.read_manifest(path)
 
