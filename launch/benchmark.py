@@ -145,7 +145,7 @@ def promotion(preset: str, rounds: int) -> dict[str, Any]:
 
 def snapshot(preset: str, rounds: int) -> dict[str, Any]:
   """What snapshots cost beside training; bytes for every preset."""
-  from launch import benchmark_snapshot
+  from launch import benchmark_bytes, benchmark_snapshot
 
   chosen = _SUBJECTS.value or benchmark_snapshot.SUBJECTS
   load_before = os.getloadavg()
@@ -161,7 +161,7 @@ def snapshot(preset: str, rounds: int) -> dict[str, Any]:
     window_mode=_WINDOW_MODE.value,
     profile_dir=_PROFILE_DIR.value,
   )
-  measured += benchmark_snapshot.bytes_table()
+  measured += benchmark_bytes.rows()
   return _result('snapshot', preset, measured, load_before)
 
 

@@ -33,11 +33,9 @@ from launch import (
   summary,
 )
 from launch.benchmark_pipeline import Row, interleave
-from models import presets
 from moetion_jax import (
   capture,
   layout as layout_lib,
-  slots,
   snapshot_store,
   snapshotter,
   worker as worker_lib,
@@ -50,10 +48,6 @@ _ORBAX_EVERY = 4
 _WARM_UP_ITERATIONS = 7
 _PADDING_BYTES = 1 << 20
 _POOL_FILES = 4
-_TABLE_WINDOWS = (1, 2, 4, 8, 16)
-_TABLE_REPLICAS, _TABLE_REPLICAS_WINDOW = (1, 2, 4, 8), 4
-
-
 SUBJECTS = ('often', 'window')  # beside `none` and `sparse`, by default
 
 
@@ -413,50 +407,3 @@ def _memory(sparse: _Sparse) -> list[Row]:
       ('device memory beyond training: one compute tree', compute),
     )
   ]
-
-
-def bytes_table() -> list[Row]:
-  """Bytes per iteration of a window against the whole state, every preset."""
-  out: list[Row] = []
-  for preset in presets.PRESETS:
-    sizes = _preset_sizes(preset)
-    whole = sum(sizes.state_bytes.values())
-    for mode in slots.MODES:
-      for length in _TABLE_WINDOWS:
-        if length > len(sizes.state_bytes):
-          continue
-        each = sizes.in_order('static', {}).snapshot_bytes(length, mode)
-        out.append(
-          (
-            f'bytes / dense, {preset}, {mode}, window {length}: '
-            f'largest {max(each) / whole:.3f}, mean',
-            summary.summarize([sum(each) / len(each) / whole]),
-            '',
-          )
-        )
-    for replicas in _TABLE_REPLICAS:
-      parts = sizes.in_order('static', {}, replicas)
-      each = parts.snapshot_bytes(_TABLE_REPLICAS_WINDOW, 'rolling')
-      out.append(
-        (
-          f'bytes / dense, {preset}, rolling, window '
-          f'{_TABLE_REPLICAS_WINDOW}, largest share of {replicas} replica(s)',
-          summary.summarize([max(each) / whole]),
-          '',
-        )
-      )
-  return out
-
-
-def _preset_sizes(preset: str) -> capture_plan.StageSizes:
-  """Operators of a whole model with AdamW, from shapes alone."""
-  config = settings.make(
-    preset,
-    model_overrides=[],
-    train_overrides={'stages': 1},
-    optimizer_overrides={},
-  )
-  layout = layout_lib.of_stage(
-    local.declare_stage(config, 0), has_devices=False
-  )
-  return local.stage_sizes(layout, 1)

@@ -91,16 +91,6 @@ class Layout:
           total[operator] += scaled * self.compute_dtypes[name].itemsize
     return total
 
-  def experts_in(
-    self, leaf: operators.Leaf, picked: frozenset[base.OperatorId]
-  ) -> list[int]:
-    """Indices of the leaf's operators that are picked, ascending."""
-    return [
-      o.expert
-      for o in self.partition.operators_of(leaf.group.name)
-      if o in picked
-    ]
-
 
 def of_stage(
   stage: stage_lib.Stage, *, has_devices: bool = True, whole: bool = False

@@ -23,6 +23,7 @@ import numpy as np
 from moetion_jax import (
   base,
   capture,
+  captured as captured_lib,
   logs,
   slots,
   snapshot as snapshot_lib,
@@ -276,40 +277,54 @@ class Snapshotter:
       while True:
         with self._changed:
           self._changed.wait_for(lambda: self._job or self._closing)
-          job, first_iteration = self._job, self._first_iteration
-        if job is None:
-          return
+          first_iteration = self._first_iteration
+          if self._job is None:
+            return
         self._store.retain(first_iteration)
-        self._save(job)
+        iteration = self._save()
         with self._changed:
           self._known = {i for i in self._known if i >= first_iteration}
-          self._known.add(job.iteration)
-          self.newest = max(self.newest, job.iteration)
+          self._known.add(iteration)
+          self.newest = max(self.newest, iteration)
           self._job = None
           self._changed.notify_all()
-        del job
     except BaseException as error:  # raised by the next call
       with self._changed:
         self._error = error
         self._changed.notify_all()
 
-  def _save(self, job: _Job) -> None:
-    captured = self._programs.capture(job.state, job.compute, *job.operators)
-    with self._changed:
-      self._reads_state = False
-      self._changed.notify_all()
-    captured = dataclasses.replace(captured, extras=job.extras).to_host()
-    buffers = captured.buffers()
+  def _save(self) -> int:
+    """Does the job; returns its iteration."""
+    captured, job = self._capture()
+    on_host = captured.to_host()
+    buffers = on_host.buffers()
     if self._log:
       self._log.flush(count=job.published_count)
-    metadata = captured.metadata(
+    metadata = on_host.metadata(
       iteration=job.iteration, **self._fields, **job.fields
     )
+    del captured, on_host  # what is on the device
     begin = time.monotonic()
     size = self._store_one(job, metadata, buffers)
     with self._changed:
       self._copies.append((size, time.monotonic() - begin))
     self._on_stored(metadata)
+    return job.iteration
+
+  def _capture(self) -> tuple[captured_lib.Captured, _Job]:
+    """What was captured, and what is left of the job."""
+    with self._changed:
+      job = self._job
+    assert job is not None
+    captured = self._programs.capture(job.state, job.compute, *job.operators)
+    captured = dataclasses.replace(captured, extras=job.extras)
+    # Nobody here keeps memory of the device that training gives back.
+    job = dataclasses.replace(job, state=None, compute={}, extras={})
+    with self._changed:
+      self._job = job
+      self._reads_state = False
+      self._changed.notify_all()
+    return captured, job
 
   def _store_one(
     self,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 
 import chex
 import hypothesis
@@ -136,6 +137,27 @@ def test_captured_buffers_outlive_a_donated_state(devices, is_packed):
     chex.assert_trees_all_equal(
       dict(found.state[operator]), _rows_of(programs.layout, host, operator)
     )
+
+
+@_packed
+def test_buffers_hold_what_they_are_of(is_packed):
+  """The arrays of a snapshot may be gone when it is written."""
+  programs, host = _programs(1, is_packed), captures.make_state(6)
+  of = programs.layout
+  slot = _SLOTS[2]
+  others = frozenset(of.operators) - slot
+  state, captured = _capture(programs, host, slot, others)
+  metadata, buffers = captured.metadata(), captured.buffers()
+  expected = [buffer.checksum() for buffer in buffers]
+  del captured, state
+  gc.collect()
+  later = [
+    _capture(programs, captures.make_state(i), slot, others)[1]
+    for i in range(20)
+  ]  # memory that was given back is taken again
+  jax.block_until_ready([part.outputs for c in later for part in c.parts])
+  assert [buffer.checksum() for buffer in buffers] == expected
+  assert len(metadata['state']) == len(slot)
 
 
 def test_compute_weights_are_held_by_reference():

@@ -1,9 +1,11 @@
 """The snapshot thread: one copy at a time, none skipped, errors are raised."""
 
 import errno
+import gc
 import os
 import threading
 import time
+import weakref
 from typing import Any
 
 import chex
@@ -253,6 +255,27 @@ def test_the_state_is_released_when_its_copies_are_dispatched(training):
   assert found.state
   for operator, leaves in found.state.items():
     chex.assert_trees_all_equal(dict(leaves), rows[operator])
+
+
+def test_what_training_gives_back_is_not_kept(training):
+  """Memory of a device: copies are of their own, and gone when all is here."""
+  programs = capture.CapturePrograms(training.of, is_packed=True)
+  programs.compile()
+  store = training.store(kind=_HeldStore)
+  taker = snapshotter.Snapshotter(programs, store, training.decision(), {})
+  taker.start()
+  state = captures.place(training.of, training.host(1))
+  compute = captures.compute_of(training.of, state)
+  kept = [weakref.ref(x) for x in (*jax.tree.leaves(state), *compute.values())]
+  taker.take(1, state, compute, {'digests': (next(iter(compute.values())),)})
+  taker.release()
+  _wait_until(lambda: store.begun == [1])
+  del state, compute
+  gc.collect()
+  assert len(kept) > 10 and not any(array() is not None for array in kept)
+  store.may_go_on.release()
+  taker.close()
+  assert training.on_disk() == [1]
 
 
 def test_flush_waits_for_the_copy_on_its_way(training):
