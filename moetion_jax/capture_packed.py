@@ -147,7 +147,8 @@ def deal(
   return calls
 
 
-class _Planned(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Planned:
   """A call that can be made.
 
   Attributes:
@@ -190,7 +191,7 @@ class Family:
 
   def programs(self) -> Iterator[Program]:
     """What `capture` calls."""
-    chosen = {(first,) for first in self._first.values()}
+    chosen: set[tuple[int, ...]] = {(i,) for i in self._first.values()}
     chosen.add(tuple(range(len(self._sources))))
     for sources in sorted(chosen):
       for rows in self._sizes:

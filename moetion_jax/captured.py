@@ -124,7 +124,7 @@ def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
 
 
 @functools.cache
-def _has_pinned_host(device: jax.Device) -> bool:
+def _has_pinned_host(device: Any) -> bool:
   """Whether a device writes to pinned memory of a host that is not its own."""
   return device.platform not in _HOSTS and any(
     memory.kind == _PINNED for memory in device.addressable_memories()
