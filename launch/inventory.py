@@ -62,6 +62,18 @@ def read_shares(
   return shares
 
 
+def unreadable(folder: str | os.PathLike[str], stage: int) -> list[str]:
+  """What is wrong with each of the shares that `read_shares` leaves out."""
+  wrong = []
+  for of_replica in snapshots_folders(folder, stage):
+    for _, path in sorted(snapshot_file.list_snapshots(of_replica).items()):
+      try:
+        share_from_json(snapshot_file.read_manifest(path).metadata)
+      except base.StoreError as error:
+        wrong.append(str(error))
+  return wrong
+
+
 def find_shares(
   folder: str | os.PathLike[str], stage: int, iteration: int
 ) -> list[pathlib.Path]:

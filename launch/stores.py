@@ -70,6 +70,14 @@ class Stores:
       if not all(path.exists() for path in self.log_paths(stage))
     )
 
+  def unreadable(self) -> list[str]:
+    """What is wrong with snapshots that no run can go on from."""
+    return [
+      wrong
+      for stage in self._stages
+      for wrong in inventory.unreadable(self._snapshots_of(stage), stage)
+    ]
+
   def too_small(self) -> frozenset[int]:
     """The stages that have a log, but for less than this run needs."""
     small = set()

@@ -247,6 +247,11 @@ class Agent:
 
   def _begin(self) -> None:
     """Lets everybody train: from what an earlier run left, if it did."""
+    if wrong := self._stores.unreadable():
+      self._leader.view.note(
+        f'{len(wrong)} snapshot(s) cannot be read and will be written again, '
+        f'the first of them: {wrong[0]}'
+      )
     # A log that is too small now is not needed: everybody goes back alike.
     lost = self._stores.rescan() | self._stores.too_small()
     plan = self._recoverer.first_plan(

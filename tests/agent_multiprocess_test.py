@@ -186,7 +186,13 @@ def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   }
   assert runs.kinds(workdir)[-1] == 'stopped'
   assert host.has_ended()
+  # As if another version had written it, or the memory were damaged.
+  manifests = host.path.glob('moetion-*/stage-1.*.snapshots/*/manifest.json')
+  damaged = max(manifests, key=lambda path: int(path.parent.name))
+  damaged.write_bytes(damaged.read_bytes()[:-5])
   out, _ = runs.end(host.train(workdir))
+  assert '1 snapshot(s) cannot be read and will be written again' in out
+  assert f'{damaged}: torn' in out.replace('\n', '')
   first = runs.resumptions(workdir)
   assert len(first) == 2 and min(first) > 1
   assert f'Going on with iteration {first[1]}' in out

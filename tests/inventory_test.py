@@ -217,6 +217,9 @@ def test_shares_are_read_from_manifests(shm_folder):
   wanted = [_share(10), _share(12)]
   assert inventory.read_shares(shm_folder, 1) == wanted
   assert inventory.read_shares(shm_folder, 0) == []
+  (wrong,) = inventory.unreadable(shm_folder, 1)
+  assert wrong.startswith(f'{torn}: torn')
+  assert inventory.unreadable(shm_folder, 0) == []
 
 
 def test_shares_in_json():
