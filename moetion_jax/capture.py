@@ -52,10 +52,10 @@ class CapturePrograms:
     self._programs: dict[str, Callable[..., Any]] = {}
     self._copy: Callable[..., Any] | None = None
     self._is_packed = is_packed
-    sources = list(capture_sources.sources(layout))
-    devices = layout.expert_devices
-    self._by_leaf = capture_rows.RowCaptures(sources, devices)
-    self._packed = capture_packed.PackedCaptures(sources, devices)
+    self._sources = list(capture_sources.sources(layout))
+    self._captures: (
+      capture_rows.RowCaptures | capture_packed.PackedCaptures | None
+    ) = None  # once the platform is known
 
   # ---- compilation ---------------------------------------------------------
 
@@ -69,7 +69,9 @@ class CapturePrograms:
       platform: that it will be compiled for, as JAX calls it.
     """
     traced = {}
-    for program in self._captures(platform).programs():
+    # The layout may have no devices yet.
+    captures = self._choose(platform, mesh.shape['expert'])
+    for program in captures.programs():
       traced[program.name], _ = programs_lib.trace(
         mesh,
         program.function,
@@ -114,7 +116,7 @@ class CapturePrograms:
     """
     mesh = self.layout.mesh
     if mesh is None:  # the caller's own state: wherever it lies
-      captures = self._captures(jax.default_backend())
+      captures = self._choose(jax.default_backend(), 1)
       functions: dict[Callable[..., Any], Callable[..., Any]] = {}
       for program in captures.programs():
         self._programs[program.name] = functions.setdefault(
@@ -127,15 +129,26 @@ class CapturePrograms:
     if lowered is None:
       traced = self.trace(mesh.abstract_mesh, platform)
       lowered = traced.lower(platform, on_program)
-    self._captures(platform)
+    self._choose(platform, self.layout.expert_devices)
     self._programs = lowered.compile_each(mesh, on_program)
 
-  def _captures(
-    self, platform: str
+  def _choose(
+    self, platform: str, devices: int
   ) -> capture_rows.RowCaptures | capture_packed.PackedCaptures:
-    if self._is_packed is None:
-      self._is_packed = platform != 'cpu'
-    return self._packed if self._is_packed else self._by_leaf
+    """How the state is captured.
+
+    Args:
+      platform: as JAX calls it.
+      devices: of the axis 'expert'.
+    """
+    is_packed = self._is_packed
+    if is_packed is None:
+      is_packed = platform != 'cpu'
+    make = (
+      capture_packed.PackedCaptures if is_packed else capture_rows.RowCaptures
+    )
+    self._captures = make(self._sources, devices)
+    return self._captures
 
   # ---- capture -------------------------------------------------------------
 
@@ -155,8 +168,8 @@ class CapturePrograms:
       compute_operators: those whose compute weights belong to the snapshot.
     """
     values = jax.tree.leaves(state)
-    captures = self._packed if self._is_packed else self._by_leaf
-    parts = captures.capture(
+    assert self._captures is not None, 'compile() was not called'
+    parts = self._captures.capture(
       self._programs,
       {snapshot_blocks.STATE: values, snapshot_blocks.COMPUTE: compute},
       {
