@@ -287,6 +287,31 @@ def test_one_compilation_for_groups_of_equal_shapes(devices):
     assert not compiled  # which operators it is, is a value
 
 
+@_packed
+def test_programs_that_a_standby_lowered_are_those_of_its_devices(is_packed):
+  """It has none when it does, and its layout says so."""
+  config = helpers.micro_run(local_devices=4)
+  declared = local.declare_stage(config, 0)
+  ahead = capture.CapturePrograms(
+    layout.of_stage(declared, has_devices=False), is_packed
+  )
+  lowered = ahead.trace(declared.abstract_mesh, 'cpu').lower('cpu')
+  stage = local.bind(config, declared)
+  of, named = layout.of_stage(stage), []
+  programs = capture.CapturePrograms(of, is_packed)
+  programs.compile(lowered=lowered)
+  capture.CapturePrograms(of, is_packed).compile(named.append)
+  assert lowered.lowered.keys() == set(named)
+  everything = frozenset(of.operators)
+  state = stage.initial_state()
+  captured = programs.capture(state, {}, everything, frozenset())
+  found = _stored(programs, captured)
+  expected = of.partition.split(jax.tree.map(np.array, state))
+  for operator, rows in found.state.items():
+    chex.assert_trees_all_equal(dict(rows), expected[operator])
+  assert found.state.keys() == everything
+
+
 def test_one_call_captures_operators_of_every_device():
   programs = _programs(4)
   slot = captures.pick('a/experts:0', 'a/experts:3', 'a/experts:7')
