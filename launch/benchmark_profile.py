@@ -51,22 +51,20 @@ def read(folder: str) -> Overlap:
 def overlap(events: Iterable[Mapping[str, Any]]) -> Overlap:
   """Of the events of a trace, in its format."""
   events = list(events)
-  names = {
-    (
-      e['name'],
-      e['pid'],
-      e.get('tid') if e['name'] == 'thread_name' else None,
-    ): e['args']['name']
-    for e in events
-    if e.get('ph') == 'M' and e['name'] in ('process_name', 'thread_name')
-  }
+  processes: dict[int, str] = {}
+  threads: dict[tuple[int, int], str] = {}
+  for event in events:
+    if event.get('ph') == 'M' and event['name'] == 'process_name':
+      processes[event['pid']] = event['args']['name']
+    if event.get('ph') == 'M' and event['name'] == 'thread_name':
+      threads[event['pid'], event['tid']] = event['args']['name']
   busy: list[_Span] = []
   copies: list[_Span] = []
   for event in events:
     if event.get('ph') != 'X':
       continue
-    process = names.get(('process_name', event['pid'], None), '')
-    thread = names.get(('thread_name', event['pid'], event['tid']), '')
+    process = processes.get(event['pid'], '')
+    thread = threads.get((event['pid'], event['tid']), '')
     if not process.startswith(_DEVICE) or not thread.startswith(_STREAM):
       continue
     is_copy = event['name'].startswith(_TO_HOST)

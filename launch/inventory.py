@@ -8,11 +8,10 @@ No JAX here: the agent uses this module and never creates a JAX backend.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moetion_jax import base, coverage, recovery, snapshot_file
@@ -49,29 +48,27 @@ def snapshots_folders(
 
 
 def read_shares(
-  folder: str | os.PathLike[str], stage: int
+  folder: str | os.PathLike[str],
+  stage: int,
+  on_unreadable: Callable[[str], None] = lambda reason: None,
 ) -> list[coverage.Share]:
-  """A stage's shares whose manifests are whole, by replica and iteration."""
+  """A stage's shares whose manifests are whole, by replica and iteration.
+
+  Args:
+    folder: of the run's stores.
+    stage: whose.
+    on_unreadable: told of each of the others what is wrong.
+  """
   shares = []
   for of_replica in snapshots_folders(folder, stage):
     found = snapshot_file.list_snapshots(of_replica)
     for _, path in sorted(found.items()):
-      with contextlib.suppress(base.StoreError):
+      try:
         metadata = snapshot_file.read_manifest(path).metadata
         shares.append(share_from_json(metadata))
-  return shares
-
-
-def unreadable(folder: str | os.PathLike[str], stage: int) -> list[str]:
-  """What is wrong with each of the shares that `read_shares` leaves out."""
-  wrong = []
-  for of_replica in snapshots_folders(folder, stage):
-    for _, path in sorted(snapshot_file.list_snapshots(of_replica).items()):
-      try:
-        share_from_json(snapshot_file.read_manifest(path).metadata)
       except base.StoreError as error:
-        wrong.append(str(error))
-  return wrong
+        on_unreadable(str(error))
+  return shares
 
 
 def find_shares(

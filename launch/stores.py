@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from launch import hosts as hosts_lib, inventory, leader, recoverer
 from moetion_jax import segment, snapshot_file
@@ -55,28 +55,29 @@ class Stores:
       return pathlib.Path(self._durable_folder)
     return self._hosts.store_of(stage)
 
-  def rescan(self, stages: Iterable[int] | None = None) -> frozenset[int]:
-    """Looks what the stores hold of stages (None: of all).
+  def rescan(
+    self,
+    stages: Iterable[int] | None = None,
+    on_unreadable: Callable[[str], None] = lambda reason: None,
+  ) -> frozenset[int]:
+    """Looks what the stores hold of stages.
+
+    Args:
+      stages: None: all.
+      on_unreadable: as of `inventory.read_shares`.
 
     Returns:
       The stages, of all, of which a log is gone.
     """
     for stage in self._stages if stages is None else stages:
       folder = self._snapshots_of(stage)
-      self._recoverer.rescan(stage, inventory.read_shares(folder, stage))
+      shares = inventory.read_shares(folder, stage, on_unreadable)
+      self._recoverer.rescan(stage, shares)
     return frozenset(
       stage
       for stage in self._stages
       if not all(path.exists() for path in self.log_paths(stage))
     )
-
-  def unreadable(self) -> list[str]:
-    """What is wrong with snapshots that no run can go on from."""
-    return [
-      wrong
-      for stage in self._stages
-      for wrong in inventory.unreadable(self._snapshots_of(stage), stage)
-    ]
 
   def too_small(self) -> frozenset[int]:
     """The stages that have a log, but for less than this run needs."""

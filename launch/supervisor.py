@@ -247,13 +247,15 @@ class Agent:
 
   def _begin(self) -> None:
     """Lets everybody train: from what an earlier run left, if it did."""
-    if wrong := self._stores.unreadable():
+    wrong: list[str] = []
+    # A log that is too small now is not needed: everybody goes back alike.
+    lost = self._stores.rescan(on_unreadable=wrong.append)
+    lost |= self._stores.too_small()
+    if wrong:
       self._leader.view.note(
         f'{len(wrong)} snapshot(s) cannot be read and will be written again, '
         f'the first of them: {wrong[0]}'
       )
-    # A log that is too small now is not needed: everybody goes back alike.
-    lost = self._stores.rescan() | self._stores.too_small()
     plan = self._recoverer.first_plan(
       self._leader.last_line, self._stores.newest_entry()
     )

@@ -215,11 +215,12 @@ def test_shares_are_read_from_manifests(shm_folder):
   torn = shm_folder / 'stage-1.replica-0.snapshots' / '11' / 'manifest.json'
   torn.write_bytes(torn.read_bytes()[:-5])
   wanted = [_share(10), _share(12)]
-  assert inventory.read_shares(shm_folder, 1) == wanted
-  assert inventory.read_shares(shm_folder, 0) == []
-  (wrong,) = inventory.unreadable(shm_folder, 1)
-  assert wrong.startswith(f'{torn}: torn')
-  assert inventory.unreadable(shm_folder, 0) == []
+  wrong = []
+  assert inventory.read_shares(shm_folder, 1, wrong.append) == wanted
+  assert len(wrong) == 1 and wrong[0].startswith(f'{torn}: torn')
+  wrong.clear()
+  assert inventory.read_shares(shm_folder, 0, wrong.append) == []
+  assert wrong == []
 
 
 def test_shares_in_json():
