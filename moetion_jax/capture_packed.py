@@ -79,21 +79,32 @@ class Packed:
     self, hosts: Sequence[np.ndarray]
   ) -> Iterator[tuple[snapshot_blocks.Block, list[np.ndarray]]]:
     """Blocks, and the pieces of their rows, from the outputs on the host."""
-    by_source: dict[int, list[tuple[int, int]]] = {}
+    places: dict[int, dict[int, list[int]]] = {}  # rows by source and device
     for source, device, row in sorted(self.picked):
-      by_source.setdefault(source, []).append((device, row))
+      places.setdefault(source, {}).setdefault(device, []).append(row)
     for segment in self.segments:
-      places = by_source.get(segment.source)
-      if not places:
+      by_device = places.get(segment.source)
+      if by_device is None:
         continue
       host = hosts[segment.output]
       end = segment.offset + segment.rows * segment.width
       rows = host[:, segment.offset : end].reshape(
         host.shape[0], segment.rows, segment.width
       )
-      named = tuple(self.picked[segment.source, d, row] for d, row in places)
+      named = tuple(
+        self.picked[segment.source, device, row]
+        for device, its in by_device.items()
+        for row in its
+      )
       block = snapshot_blocks.Block(segment.kind, named, segment.column)
-      yield block, [rows[d, a:b] for d, a, b in _runs(places)]
+      yield (
+        block,
+        [
+          rows[device, start:end]
+          for device, its in by_device.items()
+          for start, end in snapshot_blocks.runs(its)
+        ],
+      )
 
 
 class Call(NamedTuple):
@@ -177,10 +188,9 @@ class Family:
       devices: over which stacked ones are spread.
     """
     self._sources = tuple(sources)
-    self._devices = devices if sources[0].shapes.stacked else 1
     self._is_stacked = sources[0].shapes.stacked
-    local = sources[0].stack // devices if self._is_stacked else 1
-    self._local = max(local, 1)
+    self._devices = devices if self._is_stacked else 1
+    self._local = sources[0].local_rows(devices) if self._is_stacked else 1
     self._sizes = tuple(s for s in _SIZES if s <= self._local)
     # Slots come again in every window; to plan one takes a millisecond.
     self._planned = functools.lru_cache(maxsize=128)(self._plan)
@@ -387,14 +397,3 @@ def _row_bytes(source: Source) -> int:
   return sum(
     math.prod(shape) * dtype.itemsize for shape, dtype in source.shapes.arrays
   )
-
-
-def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-  """Ascending (device, row) as (device, first row, last row + 1)."""
-  runs: list[tuple[int, int, int]] = []
-  for device, row in places:
-    if runs and runs[-1][0] == device and runs[-1][2] == row:
-      runs[-1] = device, runs[-1][1], row + 1
-    else:
-      runs.append((device, row, row + 1))
-  return runs

@@ -54,7 +54,7 @@ class Rows:
     for column, host in zip(self.columns, hosts, strict=True):
       rows = host[None] if self.is_single else host
       block = snapshot_blocks.Block(self.kind, operators, column)
-      yield block, [rows[a:b] for a, b in _runs([*self.picked])]
+      yield block, [rows[a:b] for a, b in snapshot_blocks.runs(self.picked)]
 
 
 class RowCaptures:
@@ -137,7 +137,7 @@ class RowCaptures:
       outputs = programs[f'capture {first}'](*arrays)
       yield Rows(source.kind, columns, {0: operators[0]}, outputs)
       return
-    local = source.stack // self._devices
+    local = source.local_rows(self._devices)
     for size, call in _calls(
       operators, source.rows, local, self._sizes(source)
     ):
@@ -149,8 +149,8 @@ class RowCaptures:
 
   def _sizes(self, source: Source) -> tuple[int, ...]:
     """How many of a stack's operators a call may take, falling."""
-    local = source.stack // self._devices
-    return tuple(size for size in _SIZES if size <= max(local, 1))
+    local = source.local_rows(self._devices)
+    return tuple(size for size in _SIZES if size <= local)
 
 
 def _referred(
@@ -214,14 +214,3 @@ def _calls(
       del queue[:number]
     calls.append((number, call))
   return calls
-
-
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-  """Ascending indices as [start, end) runs."""
-  runs: list[tuple[int, int]] = []
-  for index in indices:
-    if runs and runs[-1][1] == index:
-      runs[-1] = (runs[-1][0], index + 1)
-    else:
-      runs.append((index, index + 1))
-  return runs

@@ -69,10 +69,9 @@ class Source(NamedTuple):
     is_state = self.kind == snapshot_blocks.STATE
     return self.group if is_state else f'{self.kind} {self.group}'
 
-  @property
-  def stack(self) -> int:
-    """How many rows a stacked group's arrays have."""
-    return self.shapes.arrays[0][0][0]
+  def local_rows(self, devices: int) -> int:
+    """How many rows a device has of a stacked group's arrays."""
+    return max(self.shapes.arrays[0][0][0] // devices, 1)
 
 
 def sources(layout: layout_lib.Layout) -> Iterator[Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -54,9 +54,9 @@ class Layout:
     """In the order in which the state flattens."""
     return self.partition.leaves
 
-  def leaves_of(self, group: str) -> list[tuple[int, operators.Leaf]]:
-    """The leaves of a group, with their places in the flattened state."""
-    return [(i, x) for i, x in enumerate(self.leaves) if x.group.name == group]
+  def leaves_of(self, group: str) -> list[operators.Leaf]:
+    """The leaves of a group."""
+    return list(self._by_group[group])
 
   def state_bytes(self) -> dict[base.OperatorId, int]:
     """Training state of each operator."""
@@ -74,6 +74,14 @@ class Layout:
     """What each replica captures; see `division.divide`."""
     devices = self.partition.devices(self.expert_devices)
     return division.divide(self._state_bytes, replicas, devices.get)
+
+  # Asked for by every block of a snapshot.
+  @functools.cached_property
+  def _by_group(self) -> Mapping[str, Sequence[operators.Leaf]]:
+    found: dict[str, list[operators.Leaf]] = {}
+    for leaf in self.leaves:
+      found.setdefault(leaf.group.name, []).append(leaf)
+    return found
 
   # Asked for in every iteration.
   @functools.cached_property

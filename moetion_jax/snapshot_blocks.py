@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -49,11 +49,10 @@ class Block:
   @property
   def name(self) -> str:
     """Of the buffer; `parse` is the inverse."""
-    experts = [o.expert for o in self.operators]
     which = ','.join(
-      f'{first}-{last}' if last > first else str(first)
-      for first, last in _ranges(experts)
-      if first >= 0
+      f'{start}-{end - 1}' if end - start > 1 else str(start)
+      for start, end in runs(o.expert for o in self.operators)
+      if start >= 0
     )
     return _SEPARATOR.join((self.kind, self.group, which, self.column))
 
@@ -71,14 +70,14 @@ def parse(name: str) -> Block | None:
     group, which, column = rest
     if not which:
       return Block(kind, (base.OperatorId(group),), column)
-    runs = [_RUN.fullmatch(run) for run in which.split(',')]
+    matches = [_RUN.fullmatch(run) for run in which.split(',')]
     experts = [
       expert
-      for run in runs
+      for run in matches
       if run
       for expert in range(int(run[1]), int(run[2] or run[1]) + 1)
     ]
-    if all(runs) and experts:
+    if all(matches) and experts:
       named = tuple(base.OperatorId(group, e) for e in experts)
       return Block(kind, named, column)
   raise base.StoreError(f'{name!r} does not name operators')
@@ -94,7 +93,7 @@ def leaves_of(
   layout: layout_lib.Layout, kind: str, group: str
 ) -> list[tuple[operators.Leaf, np.dtype]]:
   """The leaves of a group that have a kind of value, and its dtypes."""
-  leaves = [leaf for _, leaf in layout.leaves_of(group)]
+  leaves = layout.leaves_of(group)
   if kind == STATE:
     return [(leaf, leaf.dtype) for leaf in leaves]
   return [
@@ -131,16 +130,21 @@ def rows_by_leaf(
   Raises:
     StoreError: the array is not what a block of this name has.
   """
-  found = {}
-  if block.group in layout.partition.groups:
-    for leaf, dtype in leaves_of(layout, block.kind, block.group):
-      if block.column in (leaf.path, packed_column(dtype)):
-        stacked = leaf.group.stacked
-        found[leaf.path] = leaf.shape[1:] if stacked else leaf.shape, dtype
+  leaves = (
+    leaves_of(layout, block.kind, block.group)
+    if block.group in layout.partition.groups
+    else []
+  )
+  is_packed = block.column.startswith(_PACKED)
+  found = {
+    leaf.path: (leaf.shape[1:] if leaf.group.stacked else leaf.shape, dtype)
+    for leaf, dtype in leaves
+    if block.column == (packed_column(dtype) if is_packed else leaf.path)
+  }
   if not found:
     raise base.StoreError(f'{block.name} is not in it')
   count = len(block.operators)
-  if block.column in found:
+  if not is_packed:
     shape, dtype = found[block.column]
     _check(block, array, (count, *shape), dtype)
     return {block.column: array}
@@ -164,12 +168,12 @@ def _check(
     )
 
 
-def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
-  """Numbers as (first, last) of ascending runs, in their order."""
-  runs: list[tuple[int, int]] = []
+def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+  """Numbers as [start, end) of ascending runs, in their order."""
+  found: list[tuple[int, int]] = []
   for number in numbers:
-    if runs and runs[-1][1] + 1 == number:
-      runs[-1] = runs[-1][0], number
+    if found and found[-1][1] == number:
+      found[-1] = found[-1][0], number + 1
     else:
-      runs.append((number, number))
-  return runs
+      found.append((number, number + 1))
+  return found
