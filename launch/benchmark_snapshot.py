@@ -74,6 +74,8 @@ class _Subject:
     self.blocked_seconds: list[float] = []
     self.cpu_seconds: list[float] = []
     self.late_seconds: list[float] = []
+    # Of every block: what the training thread was at work.
+    self.training_seconds: list[float] = []
     self.iteration = 0
 
   def run(self, number: int) -> float:
@@ -82,13 +84,13 @@ class _Subject:
     first = self.iteration + 1  # not measured
     last = first + self.block.iterations
     self.worker.iteration = self.iteration
-    begin = 0.0
+    begin = cpu = 0.0
 
     def stop() -> bool:
-      nonlocal begin
+      nonlocal begin, cpu
       if self.worker.iteration == first:
         jax.block_until_ready(self.worker.state)
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.thread_time()
       return self.worker.iteration >= last
 
     self.worker.train(
@@ -100,6 +102,7 @@ class _Subject:
     )
     jax.block_until_ready(self.worker.state)
     seconds = time.perf_counter() - begin
+    self.training_seconds.append(time.thread_time() - cpu)
     self.iteration = last
     self.flush()
     return seconds
@@ -323,7 +326,7 @@ def rows(
     seconds = interleave({n: s.run for n, s in found.items()}, rounds)
     profiled = _profile(sparse, profile_dir) if profile_dir else []
   goal = '<= 1.03' if jax.default_backend() == 'cpu' else '<= 1.01'
-  out: list[Row] = []
+  out: list[Row] = _paces('none', found['none'], seconds['none'])
   for name, subject in found.items():
     if name == 'none':
       continue
@@ -338,6 +341,7 @@ def rows(
         goal if is_ours else '',
       )
     )
+    out += _paces(label, subject, seconds[name])
     blocked = [s * 1e3 for s in subject.blocked_seconds]
     if not blocked:
       continue
@@ -366,6 +370,29 @@ def rows(
         )
       ]
   return out + profiled + _memory(sparse)
+
+
+def _paces(
+  label: str, subject: _Subject, seconds: Sequence[float]
+) -> list[Row]:
+  """How long an iteration is, and how long its thread works in it.
+
+  What makes the first longer and not the second, training waits for: a copy,
+  the GIL, the device.
+  """
+  iterations = subject.block.iterations
+  at_work = subject.training_seconds[-len(seconds) :]  # warm-ups come before
+  return [
+    (
+      f'{what}, {label}, ms',
+      summary.summarize([s / iterations * 1e3 for s in values]),
+      '',
+    )
+    for what, values in (
+      ('iteration', seconds),
+      ('of that the training thread is at work', at_work),
+    )
+  ]
 
 
 def _profile(sparse: _Sparse, folder: str) -> list[Row]:
