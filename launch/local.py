@@ -47,7 +47,7 @@ def load_data(config: settings.RunConfig) -> data_lib.Dataset:
 def declare_stage(
   config: settings.RunConfig,
   index: int,
-  workers: int | None = None,
+  team: tuple[int, ...] | None = None,
   position: int | None = None,
   max_capacity_factor: float | None = None,
 ) -> stage_lib.Stage:
@@ -56,7 +56,7 @@ def declare_stage(
   Args:
     config: of the run.
     index: of the stage.
-    workers: that it has, if fewer than replicas.
+    team: the replicas that have a worker; None: all.
     position: of a worker in its stage world: with --shard_optimizer it has its
       share only; None: the whole stage.
     max_capacity_factor: see `stages.build_stage`.
@@ -82,7 +82,7 @@ def declare_stage(
       sequence_length=config.model.sequence_length,
       microbatches=train.microbatches,
       replicas=train.replicas,
-      workers=workers,
+      team=team,
     ),
   )
   if position is None or not train.shard_optimizer:
@@ -93,11 +93,11 @@ def declare_stage(
 def build_stage(
   config: settings.RunConfig,
   index: int,
-  workers: int | None = None,
+  team: tuple[int, ...] | None = None,
   position: int | None = None,
 ) -> stage_lib.Stage:
   """As `declare_stage`, on this process's devices; compiles nothing."""
-  return bind(config, declare_stage(config, index, workers, position))
+  return bind(config, declare_stage(config, index, team, position))
 
 
 def bind(

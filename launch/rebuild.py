@@ -90,7 +90,7 @@ class Rebuilder:
     """Compiles."""
     # One worker that does what all replicas did.
     self.stage: stage_lib.Stage = local.build_stage(
-      self._config, self.index, workers=1
+      self._config, self.index, team=(0,)
     )
     self.programs = self.stage.compile()
     self.captures = capture.CapturePrograms(layout_lib.of_stage(self.stage))

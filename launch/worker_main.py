@@ -155,7 +155,7 @@ def _work(
   elif lowered:
     stage = local.bind(config, lowered.declared)
   else:
-    stage = local.build_stage(config, spec.stage, len(spec.team), position)
+    stage = local.build_stage(config, spec.stage, spec.team, position)
   run = stage_run.StageRun(spec, link, stage, data, injector)
   run.check_initial()
   if not spec.is_replacement:  # of one the agent knows all that

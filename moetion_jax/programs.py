@@ -34,19 +34,20 @@ class ProgramShape:
     sequence_length: tokens T.
     microbatches: M per replica and iteration.
     replicas: of the stage, each with M microbatches of an iteration.
-    workers: of the stage world, which do what the replicas do; None: as many.
+    team: the replicas that have a worker in the stage world, ascending; they do
+      what the others would do. None: all.
   """
 
   microbatch_size: int
   sequence_length: int
   microbatches: int
   replicas: int = 1
-  workers: int | None = None
+  team: tuple[int, ...] | None = None
 
   @property
   def world_size(self) -> int:
     """How many workers there are."""
-    return self.replicas if self.workers is None else self.workers
+    return self.replicas if self.team is None else len(self.team)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,8 @@ class Programs:
     forward: (compute, inputs, position) -> (y, residuals, counts).
     backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
       acc. dy is () in the last stage, dx is () in the first.
-    combine: (acc, counts of all M, the same of another replica) -> (acc,
-      counts), their sums; donates both acc. None where every worker is one
-      replica.
-    reduce: (acc, counts of all M) -> (gradients, scalars); fp32, over the mesh.
+    reduce: (acc, counts of all M), a tuple of each by `sums.Order.slots` ->
+      (gradients, scalars); fp32, over the mesh.
     update: (state, gradients, clip_factor, slot) -> (state, compute,
       selection); donates state. `slot` and `selection` are bool masks by group.
       `compute` is () where replicas share the state.
@@ -84,7 +83,6 @@ class Programs:
   update: Callable[..., Any]
   digest: Callable[..., Any]
   evaluate: Callable[..., Any]
-  combine: Callable[..., Any] | None = None
   gather: Callable[..., Any] | None = None
 
 

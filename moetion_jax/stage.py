@@ -34,6 +34,7 @@ from moetion_jax import (
   residuals as residuals_lib,
   shares as shares_lib,
   stage_model,
+  sums,
 )
 
 make_mesh = mesh_lib.make_mesh
@@ -54,6 +55,7 @@ class Stage:
   Attributes:
     model: its functions.
     shape: that its programs are compiled for.
+    order: in which what replicas have is added.
     shares: of its replicas, where they share the training state; None: each has
       all of it.
     state_shapes: of the training state that this worker has.
@@ -77,6 +79,8 @@ class Stage:
     self.abstract_world = mesh_lib.abstract_mesh(
       expert_devices, shape.world_size
     )
+    team = range(shape.replicas) if shape.team is None else shape.team
+    self.order = sums.Order.of_team(shape.replicas, team, expert_devices)
     self._mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else None
     self._world = self._mesh
     self._optimizer = optimizer
@@ -294,31 +298,23 @@ class Stage:
     devices = self.abstract_mesh.size * self.shape.replicas
     return devices * self.shape.microbatches
 
-  def _combine(self, acc, counts, more_acc, more_counts):
-    acc = jax.tree.map(jnp.add, acc, more_acc)
-    if len(counts) == 1:
-      return acc, jax.tree.map(jnp.add, counts, more_counts)
-    # `reduce` adds first each worker's microbatches, then the workers: so that
-    # it comes to the same bits here, each replica becomes one microbatch.
-    sums = [
-      jax.tree.map(lambda *c: sum(c), *one) for one in (counts, more_counts)
-    ]
-    nothing = jax.tree.map(jnp.zeros_like, sums[0])
-    return acc, (*sums, *[nothing] * (len(counts) - len(sums)))
-
-  def _reduce(self, acc, counts):
+  def _reduce(self, accs, counts):
     gradients, squares = {}, {True: [], False: []}
     for group, names in self._groups.items():
       for name in names:
         if name in self.model.buffers:
           continue
-        axes = 'data' if group.stacked else mesh_lib.AXES
-        gradients[name] = jax.lax.psum(acc[name][0], axes)
+        gradients[name] = self.order.sum(
+          [acc[name][0] for acc in accs], over_devices=not group.stacked
+        )
         squares[group.stacked].append(jnp.sum(gradients[name] ** 2))
     norm = sum(squares[False], jnp.float32(0))
-    norm += jax.lax.psum(sum(squares[True], jnp.float32(0)), 'expert')
-    total = jax.tree.map(lambda *c: sum(x[0] for x in c), *counts)
-    total = jax.lax.psum(total, mesh_lib.AXES)
+    norm += self.order.sum_over_devices(sum(squares[True], jnp.float32(0)))
+    by_slot = [
+      jax.tree.map(lambda *c: sum(x[0] for x in c), *of_slot)
+      for of_slot in counts
+    ]
+    total = jax.tree.map(lambda *c: self.order.sum(c), *by_slot)
     gradients |= self.model.buffer_steps(total)
     scalars = {
       'squared_norm': norm,
@@ -426,18 +422,27 @@ class Stage:
     )
 
   def reduce(
-    self, programs: Programs, acc: Tree, counts: Sequence[Tree]
+    self, programs: Programs, accumulated: Sequence[tuple[Tree, Sequence[Tree]]]
   ) -> tuple[Tree, Tree]:
     """`programs.reduce` of this worker's share; waits for nobody yet.
+
+    Args:
+      programs: of the stage.
+      accumulated: acc and all M counts, of each replica that the worker does:
+        first its own, the others ascending.
 
     Returns:
       (gradients, scalars), the same in all workers, on this worker's devices.
     """
+    # Slots without a replica are not read.
+    missing = self.order.slots - len(accumulated)
+    filled = [*accumulated, *[accumulated[0]] * missing]
+    accs = tuple(acc for acc, _ in filled)
+    counts = tuple(tuple(c) for _, c in filled)
     if self.shape.world_size == 1:
-      return programs.reduce(acc, tuple(counts))
-    acc = mesh_lib.widen(acc, self.world)
-    counts = tuple(mesh_lib.widen(c, self.world) for c in counts)
-    return mesh_lib.narrow(programs.reduce(acc, counts), self.mesh)
+      return programs.reduce(accs, counts)
+    accs, counts = mesh_lib.widen((accs, counts), self.world)
+    return mesh_lib.narrow(programs.reduce(accs, counts), self.mesh)
 
   def compute_of(self, programs: Programs, state: operators.State) -> Compute:
     """All compute weights; waits for nobody yet.
@@ -519,22 +524,12 @@ class Stage:
       donate=(1, 3),
     )
     all_counts = (counts,) * self.shape.microbatches
-    if self.shape.world_size < self.shape.replicas:
-      program(
-        'combine',
-        (self._acc_specs, _OWN, self._acc_specs, _OWN),
-        (self._acc_specs, _OWN),
-        (acc, all_counts, acc, all_counts),
-        donate=(0, 2),
-      )
+    slots = self.order.slots
     program(
       'reduce',
-      (self._acc_specs, _OWN),
+      ((self._acc_specs,) * slots, _OWN),
       (self.compute_specs, _SAME),
-      (
-        self._shapes_in_world(acc),
-        self._shapes_in_world(all_counts),
-      ),
+      self._shapes_in_world(((acc,) * slots, (all_counts,) * slots)),
     )
     program(
       'evaluate',

@@ -275,13 +275,11 @@ class Worker:
 
   def _gradients(self, iteration: int, config: config_lib.TrainConfig):
     """All microbatches of an iteration: (gradients, own SCALARS entry)."""
-    acc, counts = self._accumulate(iteration, config, self._replicas[0])
-    for replica in self._replicas[1:]:
-      more = self._accumulate(iteration, config, replica)
-      assert self.programs.combine is not None
-      acc, counts = self.programs.combine(acc, counts, *more)
+    accumulated = [
+      self._accumulate(iteration, config, replica) for replica in self._replicas
+    ]
     self._begin('reduce')
-    return self.stage.reduce(self.programs, acc, counts)
+    return self.stage.reduce(self.programs, accumulated)
 
   def _accumulate(
     self, iteration: int, config: config_lib.TrainConfig, replica: int

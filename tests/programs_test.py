@@ -61,7 +61,7 @@ for m in range(train.microbatches):
   y, residuals, count = programs.forward(compute, inputs, position)
   dx, acc = programs.backward(compute, residuals, y, acc)
   counts.append(count)
-gradients, scalars = programs.reduce(acc, tuple(counts))
+gradients, scalars = programs.reduce((acc,), (tuple(counts),))
 slot = {
   g: np.zeros(len(stage.partition.operators_of(g)), bool)
   for g in stage.partition.groups

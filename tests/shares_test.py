@@ -69,7 +69,7 @@ _MODEL = stage_model.StageModel(
 
 
 def _declare(
-  position=None, *, optimizer='adamw', replicas=2, devices=1, workers=None
+  position=None, *, optimizer='adamw', replicas=2, devices=1, team=None
 ):
   stage = stage_lib.Stage(
     _MODEL,
@@ -82,7 +82,7 @@ def _declare(
       sequence_length=4,
       microbatches=1,
       replicas=replicas,
-      workers=workers,
+      team=team,
     ),
   )
   return stage if position is None else stage.sharded(position)
@@ -320,7 +320,7 @@ def test_there_is_nothing_for_a_replica():
 def test_a_worker_alone_has_everything():
   config = helpers.micro_run(replicas=2, shard_optimizer=True)
   assert local.declare_stage(config, 0, None, 0).shares is not None
-  stage = local.declare_stage(config, 0, 1, 0)
+  stage = local.declare_stage(config, 0, (0,), 0)
   assert stage.shares is None
   assert stage.partition is stage.whole_partition
 

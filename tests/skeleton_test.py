@@ -34,6 +34,7 @@ LIBRARY_ORDER = (
   'programs',
   'residuals',
   'division',
+  'sums',
   'shares',
   'stage',
   'room',

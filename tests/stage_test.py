@@ -156,7 +156,9 @@ def test_selection_is_the_mask_of_the_slot(one_stage):
   programs = worker.programs
   y, residuals, counts = programs.forward(worker.compute, inputs, _position())
   _, acc = programs.backward(worker.compute, residuals, y, programs.zeros())
-  gradients, _ = programs.reduce(acc, (counts,) * config.train.microbatches)
+  gradients, _ = programs.reduce(
+    (acc,), ((counts,) * config.train.microbatches,)
+  )
   slot = {
     g: np.arange(len(worker.stage.partition.operators_of(g))) % 2 == 1
     for g in worker.stage.partition.groups

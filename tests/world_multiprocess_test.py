@@ -209,7 +209,7 @@ def test_they_shrink_and_grow_and_leave_one_checkpoint(
   config = checkpoint.load_config(path, 'init_from')
   digests = {}
   for index in range(STAGES):
-    stage = local.build_stage(config, index, workers=1)
+    stage = local.build_stage(config, index, team=(0,))
     checkpoint.check(stage, tree, path, weights_only=False)
     state = checkpoint.state_of(stage, tree, weights_only=False)
     rows = jax.jit(stage._digest)(state)
