@@ -140,10 +140,7 @@ def test_a_share_of_a_snapshot_is_damaged(host, workdir, undisturbed):
 
 
 def test_a_replica_that_cannot_be_replaced(host, workdir, undisturbed):
-  """The other one does its microbatches, until it comes back.
-
-  Of two, the sum of gradients has the same bits whoever computes the terms.
-  """
+  """The other one does its microbatches, until it comes back."""
   faults = [
     f'kill:stage=1,replica=0,iteration=4,phase={phase}'
     for phase in ('forward', 'backward')
@@ -156,6 +153,28 @@ def test_a_replica_that_cannot_be_replaced(host, workdir, undisturbed):
   (grown,) = runs.of_kind(workdir, 'grown')
   assert (grown['stage'], grown['team']) == (1, [0, 1])
   assert _generations(workdir) == {(0, 0): 1, (0, 1): 1, (1, 0): 4, (1, 1): 4}
+
+
+def test_three_become_two_and_one_and_three_again(host, tmp_path):
+  """Sums are in the order of the replicas, whoever has their terms."""
+  workdir = tmp_path / 'undisturbed'
+  runs.end(_train(host, workdir, replicas=3), seconds=SECONDS)
+  undisturbed = runs.bits(runs.metrics(workdir))
+  assert len(undisturbed) == ITERATIONS
+  faults = [
+    f'kill:stage=1,replica={replica},iteration={iteration},phase={phase}'
+    for replica, iteration in ((1, 3), (0, 5))
+    for phase in ('forward', 'backward')
+  ]
+  flags = ['--shard_optimizer', '--on_failure=shrink', '--max_failures=1']
+  flags.append('--grow_after=3')
+  workdir = tmp_path / 'shrinks'
+  run = _train(host, workdir, *faults, replicas=3, flags=flags)
+  runs.end(run, seconds=SECONDS)
+  runs.check_finished(host, workdir, undisturbed)
+  teams = [e['team'] for e in runs.of_kind(workdir, 'shrunk')]
+  assert teams == [[0, 2], [2]]
+  assert runs.of_kind(workdir, 'grown')[-1]['team'] == [0, 1, 2]
 
 
 def test_no_more_processes_than_there_may_be(host, tmp_path, undisturbed):
