@@ -98,7 +98,7 @@ def _rebuild(run, stage):
 
 
 def test_one_process_does_what_all_replicas_did(left):
-  """Of two, the sum of gradients has the same bits whoever adds them up."""
+  """Sums are in the order of the replicas, whoever adds them up."""
   run = _scan(*left)
   states = [_rebuild(run, stage)[0] for stage in range(STAGES)]
   for done in states:
