@@ -40,7 +40,7 @@ def compile_programs(
   declared = local.declare_stage(
     spec.config,
     spec.stage,
-    len(spec.team),
+    spec.team,
     spec.team.index(spec.replica),
     policies.MAX_CAPACITY_FACTOR,
   )

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from launch import local, settings, stored, stored_log
@@ -211,7 +210,7 @@ class _Attempt:
       iteration=goal,
       state=state,
       digests=self._tools.stage.partition.by_operator(
-        jax.device_get(self._tools.programs.digest(state))
+        self._tools.programs.digest(state)
       ),
       start=self._start.iteration,
       complete_at=self._start.complete_at,

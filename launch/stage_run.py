@@ -287,8 +287,10 @@ class StageRun:
       # The one before: everybody has read what it has of that.
       faults.flip_bit_in_log(path, iteration - 1)
 
-    acts = dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot)
-    acts['corrupt_log'] = damage_log
+    acts = {
+      **dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot),
+      'corrupt_log': damage_log,
+    }
     self._injector.acts |= acts
     for kind in acts:  # they would keep alive whatever was trained
       self._closing.callback(self._injector.acts.pop, kind)

@@ -39,14 +39,14 @@ class Captured:
     state_operators: those of the slot.
     compute_operators: those whose compute weights belong to the snapshot.
     shared: copies, by path.
-    extras: further arrays by name, in parts along their first dim.
+    extras: further arrays by name.
   """
 
   parts: tuple[Any, ...]  # each a Part, and a dataclass
   state_operators: frozenset[base.OperatorId]
   compute_operators: frozenset[base.OperatorId]
   shared: Mapping[str, jax.Array]
-  extras: Mapping[str, Sequence[jax.Array | np.ndarray]] = dataclasses.field(
+  extras: Mapping[str, jax.Array | np.ndarray] = dataclasses.field(
     default_factory=dict
   )
 
@@ -59,10 +59,7 @@ class Captured:
       JAX's own staging, which moreover keeps the GIL. Others go that way: they
       are small, and who reads them next finds them read.
     """
-    for array in (
-      *self.shared.values(),
-      *(part for parts in self.extras.values() for part in parts),
-    ):
+    for array in (*self.shared.values(), *self.extras.values()):
       if isinstance(array, jax.Array):
         array.copy_to_host_async()
     moved = iter(_to_host([x for part in self.parts for x in part.outputs]))
@@ -100,8 +97,8 @@ class Captured:
         )
     for path, value in self.shared.items():
       yield _buffer(snapshot_blocks.SHARED + path, np.asarray(value))
-    for name, parts in self.extras.items():
-      yield _buffer(name, np.concatenate([np.asarray(part) for part in parts]))
+    for name, value in self.extras.items():
+      yield _buffer(name, np.asarray(value))
 
 
 def _buffer(name: str, host: np.ndarray) -> snapshot_file.Buffer:

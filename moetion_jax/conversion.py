@@ -90,7 +90,7 @@ class Conversion:
   def __init__(
     self,
     programs: capture.CapturePrograms,
-    digest: Callable[[Any], Mapping[str, jax.Array]],
+    digest: Callable[[Any], jax.Array],
     initial: Callable[[], operators.State],
     load: Callable[[int], snapshot_lib.Snapshot],
     start: coverage.Start,
@@ -196,7 +196,7 @@ class Conversion:
       for operator, row in zip(names, np.array(recorded), strict=True)
       if operator in self._own
     }
-    found = layout.partition.by_operator(jax.device_get(self._digest(state)))
+    found = layout.partition.by_operator(self._digest(state))
     for operator in sorted(self.active):
       if not np.array_equal(found[operator], self._expected[operator]):
         first = iteration if operator in folded else self.start.iteration

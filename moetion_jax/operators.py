@@ -180,16 +180,10 @@ class Partition:
     return jax.tree.unflatten(self._structure, values)
 
   def by_operator(
-    self, rows: Mapping[str, np.ndarray]
+    self, rows: jax.typing.ArrayLike
   ) -> dict[base.OperatorId, np.ndarray]:
-    """Names the rows of per-group arrays [operators, ...]."""
-    return {
-      operator: np.asarray(row)
-      for group in self.groups
-      for operator, row in zip(
-        self.operators_of(group), rows[group], strict=True
-      )
-    }
+    """Names the rows of an array [operators, ...]."""
+    return dict(zip(self.operators, np.asarray(rows), strict=True))
 
   def _checked(self, tree: Any) -> list[Any]:
     values, structure = jax.tree.flatten(tree)

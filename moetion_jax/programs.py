@@ -70,7 +70,7 @@ class Programs:
     update: (state, gradients, clip_factor, slot) -> (state, compute,
       selection); donates state. `slot` and `selection` are bool masks by group.
       `compute` is () where replicas share the state.
-    digest: state -> u32[operators, 2] by group.
+    digest: state -> u32[operators, 2], in the order of the partition's.
     evaluate: (compute, inputs) -> y, or the mean loss f32[] in the last stage.
   """
 

@@ -57,7 +57,7 @@ class _Job:
   state: Any
   compute: Mapping[str, jax.Array]
   operators: tuple[frozenset[base.OperatorId], frozenset[base.OperatorId]]
-  extras: Mapping[str, Sequence[jax.Array | np.ndarray]]
+  extras: Mapping[str, jax.Array | np.ndarray]
   fields: Mapping[str, Any]
   replace: bool
   published_count: int
@@ -191,7 +191,7 @@ class Snapshotter:
     iteration: int,
     state: Any,
     compute: Mapping[str, jax.Array],
-    extras: Mapping[str, Sequence[jax.Array | np.ndarray]],
+    extras: Mapping[str, jax.Array | np.ndarray],
     **fields: Any,
   ) -> Taken:
     """Takes the snapshot of the state after `iteration`, if it has one.
@@ -200,8 +200,7 @@ class Snapshotter:
       iteration: its number.
       state: may be donated when `release` returned.
       compute: may not be donated by anybody.
-      extras: further arrays by name, in parts along their first dim; not
-        donated either.
+      extras: further arrays by name; not donated either.
       **fields: metadata of this snapshot.
 
     Raises:

@@ -256,7 +256,7 @@ class Worker:
     self,
     snapshots: snapshotter_lib.Snapshotter,
     iteration: int,
-    digests: Mapping[str, jax.Array],
+    digests: jax.Array,
     verdict: verdict_lib.Verdict,
   ) -> snapshotter_lib.Taken:
     return snapshots.take(
@@ -264,10 +264,8 @@ class Worker:
       self.state,
       self.compute,
       {
-        conversion_lib.DIGESTS: tuple(
-          digests[g] for g in self.stage.partition.groups
-        ),
-        conversion_lib.PARTIALS: (verdict.partials,),
+        conversion_lib.DIGESTS: digests,
+        conversion_lib.PARTIALS: verdict.partials,
       },
       clip_factor=float(verdict.clip_factor).hex(),
       updated=verdict.bad_stage is None,
@@ -387,12 +385,12 @@ class Worker:
   def _report(
     self,
     verdict: verdict_lib.Verdict,
-    digests: Mapping[str, jax.Array],
+    digests: jax.Array,
     frozen: Mapping[base.OperatorId, np.ndarray],
     load: jax.Array,
     **fields: Any,
   ) -> Report:
-    found = self.stage.partition.by_operator(jax.device_get(digests))
+    found = self.stage.partition.by_operator(digests)
     loads = np.asarray(load)  # [L, E]
     return Report(
       stage=self.index,

@@ -221,7 +221,7 @@ def test_a_snapshot_comes_by_way_of_pinned_memory(
   slot = _SLOTS[2]
   others = frozenset(of.operators) - slot
   _, captured = _capture(programs, host, slot, others)
-  extras = {'digests': (jax.numpy.arange(3), np.arange(3, 5))}
+  extras = {'digests': jax.numpy.arange(3), 'partials': np.arange(3, 5)}
   captured = dataclasses.replace(captured, extras=extras)
   there = captured.to_host()
   assert there.parts[0].outputs[0] is captured.parts[0].outputs[0]
@@ -237,8 +237,9 @@ def test_a_snapshot_comes_by_way_of_pinned_memory(
   for expected, found in zip(buffers, there.buffers(), strict=True):
     assert expected.identity == found.identity
     assert expected.checksum() == found.checksum()
-  assert buffers[-1].name == 'digests'
-  np.testing.assert_array_equal(buffers[-1].pieces[0], np.arange(5))
+  for buffer, (name, value) in zip(buffers[-2:], extras.items(), strict=True):
+    assert buffer.name == name
+    np.testing.assert_array_equal(buffer.pieces[0], value)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,19 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import numpy as np
+
 from launch import chaos_draw, local, protocol, settings
 from models import config as model_config
-from moetion_jax import config as config_lib, report
+from moetion_jax import (
+  base,
+  config as config_lib,
+  mesh as mesh_lib,
+  operators,
+  report,
+  stage as stage_lib,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Shared by all tests and kept between sessions: compiling is most of the time.
@@ -94,6 +104,20 @@ def train_locally(config: settings.RunConfig):
   reports: list[list] = []
   local.train(config, workers, lambda r: reports.append(list(r)))
   return reports, workers
+
+
+def digests_of(
+  stage: stage_lib.Stage, state: operators.State
+) -> dict[base.OperatorId, np.ndarray]:
+  """Of a worker's training state, without compiling all of its programs."""
+  digest = jax.shard_map(
+    stage._digest,
+    mesh=stage.mesh,
+    in_specs=(stage.state_specs,),
+    out_specs=mesh_lib.SAME,
+    check_vma=False,
+  )
+  return stage.partition.by_operator(jax.jit(digest)(state))
 
 
 def launch(module: str, *arguments: str, timeout_seconds: float = 120):

@@ -67,7 +67,7 @@ slot = {
   for g in stage.partition.groups
 }
 state, compute, _ = programs.update(state, gradients, np.float32(1), slot)
-rows = stage.partition.by_operator(jax.device_get(programs.digest(state)))
+rows = stage.partition.by_operator(programs.digest(state))
 print(json.dumps({
   'has_backend': has_backend, 'hits': hits, 'misses': misses,
   'digests': {str(o): row.tolist() for o, row in rows.items()},

@@ -23,8 +23,7 @@ def _initial_digests(config):
   merged = {}
   for index in range(config.train.stages):
     stage = local.build_stage(config, index)
-    rows = jax.jit(stage._digest)(stage.initial_state())
-    merged |= stage.partition.by_operator(jax.device_get(rows))
+    merged |= helpers.digests_of(stage, stage.initial_state())
   return merged
 
 
