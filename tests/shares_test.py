@@ -232,8 +232,9 @@ def test_the_same_with_other_worlds(replicas, devices):
   )
 
 
-def test_digests_are_those_of_one_who_has_everything():
-  members, whole = _world()
+@pytest.mark.parametrize('devices', [1, 2])
+def test_digests_are_those_of_one_who_has_everything(devices):
+  members, whole = _world(devices=devices)
   host = _host_state(whole.stage)
 
   def digests(member):
