@@ -445,8 +445,11 @@ class Recoverer:
     return self._failures[stage] >= self._max_failures
 
   def forgive(self, stage: int) -> None:
-    """Counts a stage's failures anew: something was done about them."""
-    del self._failures[stage]
+    """Counts a stage's failures anew: something was done about them.
+
+    About the one at hand as well, which is yet to be counted.
+    """
+    self._failures[stage] = -1
 
   def goes_back(self, plan: recovery.RecoveryPlan) -> bool:
     """Whether a plan starts before the line: then all logs begin empty.

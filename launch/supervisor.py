@@ -368,7 +368,6 @@ class Agent:
       first, *_ = self._crew.of_stage(stage)
       why = 'its replicas return'
       self._comeback.after(first, why, frozenset(), everybody)
-      self._recoverer.forgive(stage)  # it was no failure
 
   # ---- what workers say ------------------------------------------------------
 

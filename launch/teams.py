@@ -89,7 +89,7 @@ class Teams:
       if is_time and self._may_start(len(self._everybody)):
         del self._shrunk_at[stage]
         self._stores.orphan(stage, self._everybody)
-        self._recoverer.forgive(stage)
+        self._recoverer.forgive(stage)  # that it begins again is no failure
         self._leader.event('grown', stage=stage, team=self._everybody)
         return [stage]  # one at a time
     return []

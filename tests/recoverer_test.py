@@ -340,6 +340,23 @@ def test_failures_are_forgotten_when_the_line_moves_on():
   assert len(run.of_kind('recovered')) == 3
 
 
+@pytest.mark.parametrize('max_failures', [0, 1])
+def test_a_failure_that_something_was_done_about_is_not_counted(max_failures):
+  run = _Run(max_failures=max_failures)
+  run.first_plan()
+  run.train(10)
+  for _ in range(2):
+    for _ in range(max_failures):
+      run.one.fail({1: 'it died'}, run.begun)
+    assert run.one.is_crash_loop(1)
+    run.one.forgive(1)
+    run.one.fail({1: 'it died'}, run.begun)
+  for _ in range(max_failures):
+    run.one.fail({1: 'it died'}, run.begun)
+  with pytest.raises(base.MoetionError, match='max_failures'):
+    run.one.fail({1: 'it died'}, run.begun)
+
+
 def test_a_damaged_snapshot_means_an_older_start():
   run = _Run()
   run.first_plan()
