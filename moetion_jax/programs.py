@@ -45,9 +45,14 @@ class ProgramShape:
   team: tuple[int, ...] | None = None
 
   @property
+  def workers(self) -> tuple[int, ...]:
+    """The replicas that have a worker."""
+    return tuple(range(self.replicas)) if self.team is None else self.team
+
+  @property
   def world_size(self) -> int:
     """How many workers there are."""
-    return self.replicas if self.team is None else len(self.team)
+    return len(self.workers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,8 +79,9 @@ class Stage:
     self.abstract_world = mesh_lib.abstract_mesh(
       expert_devices, shape.world_size
     )
-    team = range(shape.replicas) if shape.team is None else shape.team
-    self.order = sums.Order.of_team(shape.replicas, team, expert_devices)
+    self.order = sums.Order.of_team(
+      shape.replicas, shape.workers, expert_devices
+    )
     self._mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else None
     self._world = self._mesh
     self._optimizer = optimizer

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import jax
 from jax import numpy as jnp
 
-from moetion_jax import division
+from moetion_jax import division, mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Order:
       over_devices: whether it is also that of what a worker's devices have.
     """
     if len(self.places) == 1:  # the usual collective: nothing to stand in for
-      axes = ('data', 'expert') if over_devices else 'data'
-      return jax.lax.psum(slots[0], axes)
+      return jax.lax.psum(slots[0], mesh_lib.AXES if over_devices else 'data')
     shape = slots[0].shape
     x = jnp.stack([s.reshape(-1) for s in slots])  # [slots, numbers]
     if not over_devices or self.devices == 1:
@@ -86,7 +85,7 @@ class Order:
 
   def sum_over_devices(self, x: jax.Array) -> jax.Array:
     """The sum of what a worker's devices have; all workers have the same."""
-    if len(self.places) == 1 or self.devices <= 2:
+    if len(self.places) == 1 or self.devices <= 2:  # of two: in any order
       return jax.lax.psum(x, 'expert')
     parts = _exchange(x.reshape(1, -1), 'expert', self.devices)
     return _gathered(_left_to_right(list(parts))[0], 'expert', x.shape)
@@ -95,7 +94,7 @@ class Order:
     """[slots, numbers] of this worker -> [numbers] of all replicas."""
     if self.workers == 1:
       return _left_to_right([x[slot] for _, slot in self.places])
-    if len(self.places) == self.workers == 2:  # the order does not matter
+    if len(self.places) == self.workers == 2:  # of two: in any order
       return jax.lax.psum(x[0], 'data')
     parts = _exchange(x, 'data', self.workers)
     part = _left_to_right([parts[w, slot] for w, slot in self.places])

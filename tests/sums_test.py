@@ -136,8 +136,9 @@ def _reduced(config, team):
       for slot in range(order.slots)
     )
 
-  one = programs_lib.TracedPrograms({'reduce': traced}).lower('cpu')
-  reduce = one.compile_each(own, world=world)['reduce']
+  one = programs_lib.TracedPrograms({'reduce': traced})
+  lowered = one.lower(programs_lib.platform_of(own))
+  reduce = lowered.compile_each(own, world=world)['reduce']
   return jax.device_get(reduce(*map(slots, traced.args_info[0])))
 
 
