@@ -143,11 +143,13 @@ class CapturePrograms:
     """
     is_packed = self._is_packed
     if is_packed is None:
-      is_packed = platform != 'cpu'
-    make = (
-      capture_packed.PackedCaptures if is_packed else capture_rows.RowCaptures
-    )
-    self._captures = make(self._sources, devices)
+      is_packed = platform != 'cpu' and not self.layout.is_spread
+    if is_packed:
+      self._captures = capture_packed.PackedCaptures(self._sources, devices)
+    else:
+      self._captures = capture_rows.RowCaptures(
+        self._sources, devices, self.layout.is_spread
+      )
     return self._captures
 
   # ---- capture -------------------------------------------------------------
@@ -219,6 +221,8 @@ class CapturePrograms:
       StoreError: an operator is neither active nor in the snapshot.
     """
     values, masks = snapshot_lib.assemble(self.layout, snapshot, active)
+    if self.layout.placements:
+      return self._fold_on_host(state, values, masks)
     # Both programs copy: an argument may alias the mapped snapshot (FACTS).
     if state is None:
       new = self._programs[_PLACE](tuple(values))
@@ -226,6 +230,28 @@ class CapturePrograms:
       flat = tuple(jax.tree.leaves(state))
       new = self._programs[_FOLD](flat, tuple(values), tuple(masks))
     return self.layout.partition.unflatten(jax.block_until_ready(new))
+
+  def _fold_on_host(
+    self,
+    state: Any,
+    values: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+  ) -> Any:
+    """`fold` of leaves that lie where somebody put them, and stay there."""
+    old = [None] * len(values) if state is None else jax.tree.leaves(state)
+    folded = []
+    for leaf, before, value, mask in zip(
+      self.layout.leaves, old, values, masks, strict=True
+    ):
+      where = self.layout.placements.get(leaf.path)
+      if before is None:
+        new = np.array(value)  # an argument may alias the mapped snapshot
+      else:
+        where = before.sharding if before.committed else None
+        wide = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+        new = np.where(wide, value, np.asarray(before))
+      folded.append(jax.device_put(new, where))
+    return self.layout.partition.unflatten(jax.block_until_ready(folded))
 
 
 def _copied(leaves):

@@ -60,14 +60,18 @@ class Rows:
 class RowCaptures:
   """How a state is captured by leaf; see the module."""
 
-  def __init__(self, sources: Sequence[Source], devices: int):
+  def __init__(
+    self, sources: Sequence[Source], devices: int, is_spread: bool = False
+  ):
     """Stores.
 
     Args:
       sources: all.
-      devices: over which stacked ones are spread.
+      devices: over which stacked ones are spread, each a share.
+      is_spread: over several in another way, which XLA knows.
     """
     self._devices = devices
+    self._pick = _rows_of_all if is_spread else _rows_of_each
     self._sources = {(s.kind, s.group): s for s in sources}
     # Programs are named after the first source of equal shapes.
     self._first: dict[capture_sources.Shapes, str] = {}
@@ -92,7 +96,7 @@ class RowCaptures:
         index = jax.ShapeDtypeStruct((self._devices, size), np.int32)
         name = f'capture {size} of {source.name}'
         yield Program(
-          name, _rows_of_each, specs, mesh_lib.EXPERT, (index, *arrays)
+          name, self._pick, specs, mesh_lib.EXPERT, (index, *arrays)
         )
 
   def capture(
@@ -176,6 +180,27 @@ def _rows_of_each(index, *leaves):
     ]
 
   return tuple(jnp.concatenate(rows(x)) for x in leaves)
+
+
+def _rows_of_all(index, *leaves):
+  """The rows of leaves that are spread over devices in any way.
+
+  XLA gathers on each device what it has and adds that up. In bits: the sum of
+  -0.0 and the zeros of the others would be 0.0.
+  """
+
+  def rows(x):
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      return jax.lax.complex(rows(x.real), rows(x.imag))
+    if x.dtype == jnp.bool_:
+      return rows(x.astype(jnp.uint8)).astype(jnp.bool_)
+    bits = jax.lax.bitcast_convert_type(
+      x, snapshot_blocks.packed_dtype(np.dtype(x.dtype))
+    )
+    taken = jnp.take(bits, index[0], axis=0, mode='clip')
+    return jax.lax.bitcast_convert_type(taken, x.dtype)
+
+  return tuple(rows(x) for x in leaves)
 
 
 def _whole(*leaves):

@@ -43,7 +43,7 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
 
   Args:
     leaves: by name; with `stacked` all share the leading dim, one operator
-      each. Any dtype of 1, 2 or 4 bytes.
+      each. Any dtype whose numbers are whole bytes.
     stacked: see `stage_model.Group`.
 
   Returns:
@@ -55,9 +55,12 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
   columns = []
   for name in names:
     count = leaves[name].shape[0] if stacked else 1
-    columns.append(_columns(_words(leaves[name]).reshape(count, -1)))
+    words = _words(leaves[name])
+    columns.append(_columns(words.reshape(count, words.size // max(count, 1))))
   u = jnp.concatenate(columns, axis=1)  # u32[operators, columns]
-  u = jnp.pad(u, ((0, 0), (0, -u.shape[1] % _SUM_ROWS)))
+  width = max(u.shape[1], 1)  # leaves may be empty
+  padded = width + -width % _SUM_ROWS
+  u = jnp.pad(u, ((0, 0), (0, padded - u.shape[1])))
   position = jnp.arange(u.shape[1], dtype=jnp.uint32)
   salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
   mixed = _mix(u + position * np.uint32(_STEP) + salt)
@@ -65,19 +68,21 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
 
 
 def _words(leaf: jax.Array) -> jax.Array:
-  """The bits of `leaf` as uint32, one word an element."""
+  """The bits of `leaf` as uint32, a word an element, two if it is larger."""
   if leaf.dtype == jnp.bool_:
     return leaf.astype(jnp.uint32)
+  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+    return _words(jnp.stack([leaf.real, leaf.imag], axis=-1))
   width = leaf.dtype.itemsize
-  if width > 4:
-    raise ValueError(f'no digest of {leaf.dtype}: 64-bit state is not used')
-  unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)
   return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 
 def _columns(words: jax.Array) -> jax.Array:
   """Folds u32[operators, n] into u32[operators, n / rows]."""
   count, n = words.shape
+  if not n:
+    return words
   rows = math.gcd(n, _ROWS)
   powers = np.array([pow(_ODD, i, 1 << 32) for i in range(rows)], np.uint32)
   return jnp.sum(

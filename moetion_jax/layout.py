@@ -25,8 +25,10 @@ class Layout:
       experts, where replicas share the training state.
     shared: paths of leaves that belong to no operator (step counts, random
       keys): they are part of every snapshot.
-    mesh: over whose axis 'expert' the stacked leaves are spread; None for a
-      state on one device.
+    mesh: over whose axis 'expert' the stacked leaves are spread; None for the
+      state of a loop that is not ours.
+    placements: without a mesh, where leaves lie that were put somewhere, by
+      path.
   """
 
   partition: operators.Partition
@@ -37,6 +39,14 @@ class Layout:
   )
   shared: frozenset[str] = frozenset()
   mesh: jax.sharding.Mesh | None = None
+  placements: Mapping[str, jax.sharding.Sharding] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def is_spread(self) -> bool:
+    """Whether leaves lie on several devices, in ways that are not ours."""
+    return any(len(x.device_set) > 1 for x in self.placements.values())
 
   @property
   def expert_devices(self) -> int:

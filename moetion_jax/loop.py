@@ -11,13 +11,17 @@ The step is the user's own: pure, `(state, batch) -> (state, ...)`. After a
 crash the same program restores what was captured by replaying that very step
 on placeholders (DESIGN section 4); gradients of all operators are computed in
 a replay too, so that clipping by the global norm inside the user's optax chain
-gives the same factor, and every bit comes back.
+gives the same factor, and every bit comes back. Every snapshot has the digests
+of the whole state, with which what comes back is compared: a step that is not
+what `Settings` say of it is found out, and by `rehearse` before it matters.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +32,12 @@ from jax import numpy as jnp
 from moetion_jax import (
   base,
   capture,
+  conversion,
   coverage,
+  digest,
   hostmem,
   layout as layout_lib,
+  loop_state,
   operators,
   segment,
   slots,
@@ -47,9 +54,12 @@ Batch = Callable[[int], Any]
 # The group of a leaf by its path; None: it belongs to no operator (a count, a
 # random key) and is part of every snapshot.
 Rule = Callable[[str], stage_model.Group | None]
-_SHARED = stage_model.Group('shared', False)
+_SHARED = stage_model.Group('(shared)', False)
 _KEPT_WINDOWS = 2
 _SLACK = 3  # a snapshot on its way, the next one, one that a reader holds
+_WEAK = 'weak'  # in a snapshot's metadata: paths of weakly typed leaves
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +75,8 @@ class Settings:
       through a cast to `compute_dtype`), by path. Of an operator that is not
       restored yet, those are known and everything else is zero.
     compute_dtype_of: for masters that are read in another dtype, by path.
+    must_be_exact: whether to refuse a restored state that has other bits than
+      the one that was captured; False: it is taken, and that is logged.
   """
 
   folder: str | os.PathLike[str]
@@ -72,6 +84,32 @@ class Settings:
   window_length: int = 4
   is_master: Callable[[str], bool] = lambda path: path.startswith('params/')
   compute_dtype_of: Callable[[str], Any] | None = None
+  must_be_exact: bool = True
+
+
+class NotExactError(base.MoetionError):
+  """What was captured does not come back with the same bits.
+
+  Attributes:
+    operator: the first that does not.
+    iteration: of its state.
+  """
+
+  def __init__(self, found: conversion.DivergedError, folder: pathlib.Path):
+    super().__init__(
+      f'{folder}: {found.operator} of iteration {found.iteration}, restored '
+      f'from snapshots {found.suspects[0]} to {found.suspects[-1]}, has other '
+      'bits than it had. They are as they were written, so the step is not '
+      'what it is said to be: a master is read in another dtype than '
+      'compute_dtype, or is not named by is_master; an update couples the '
+      'rows of a stacked group; the batch is not a function of the iteration; '
+      'or the program, its software or its kind of device is another than '
+      'then. Mend that and start again: nothing was removed. '
+      'must_be_exact=False takes the state as it is, window_length=1 captures '
+      'it whole, without replay, from then on.'
+    )
+    self.operator = found.operator
+    self.iteration = found.iteration
 
 
 class SparseCheckpointer:
@@ -93,11 +131,16 @@ class SparseCheckpointer:
     Args:
       step: pure; returns a tuple whose first item is the next state. It may
         donate its state.
-      state: the initial one, a pytree of arrays. The rows of a leaf of a
-        stacked group must not depend on one another in the update.
+      state: the initial one, a pytree of arrays, random keys and numbers. Where
+        its leaves lie, a restored one's will. The rows of a leaf of a stacked
+        group must not depend on one another in the update (`jax.vmap` an
+        optimizer for which they do).
       batch: what `step` gets in an iteration, from 1; a pure function.
       rule: the group of every leaf.
       settings: see there.
+
+    Raises:
+      ValueError: the state is none of that, or the rule does not fit it.
     """
     self.state = state
     self.iteration = 0
@@ -105,8 +148,11 @@ class SparseCheckpointer:
     self._step = step
     self._batch = batch
     self._settings = settings
-    self._layout = _layout(state, rule, settings)
+    self._folder = pathlib.Path(settings.folder)
+    self._template = loop_state.Template(state)
+    self._layout = _layout(self._template, state, rule, settings)
     self._programs = capture.CapturePrograms(self._layout)
+    self._digest = jax.jit(self._digests)
     dtypes = self._layout.compute_dtypes
     self._compute_of = jax.jit(
       # A copy, also where the dtype is the same: the step may donate.
@@ -123,6 +169,7 @@ class SparseCheckpointer:
     Raises:
       StoreError: the folder cannot be used, or holds snapshots of another
         state.
+      NotExactError: what comes back is not what was captured.
     """
     window_length = min(
       self._settings.window_length, len(self._layout.operators)
@@ -135,17 +182,21 @@ class SparseCheckpointer:
       keep_order=False,
     )
     largest = max(slots.snapshot_bytes(made, *sizes, 'rolling'))
-    parts = len(self._layout.leaves) * len(self._layout.operators)
+    parts = 1 + len(self._layout.leaves) * len(self._layout.operators)
     store = snapshot_store.SnapshotStore(
-      self._settings.folder,
-      largest + self._shared_bytes() + parts * segment.ALIGNMENT_BYTES,
+      self._folder,
+      largest
+      + self._shared_bytes()
+      + 8 * len(self._layout.partition.operators)  # digests
+      + parts * segment.ALIGNMENT_BYTES,
       window_length * _KEPT_WINDOWS + _SLACK,
     )
     self._programs.compile()
     self._kept_iterations = window_length * _KEPT_WINDOWS
-    if os.path.isdir(self._settings.folder):
-      hostmem.check_private(self._settings.folder)
-      self._restore()
+    if self._folder.is_dir():
+      hostmem.check_private(self._folder)
+      if restored := self._restored():
+        self.state, self.iteration, self.replayed_iterations = restored
     self._snapshots = snapshotter.Snapshotter(
       self._programs,
       store,
@@ -186,21 +237,49 @@ class SparseCheckpointer:
 
     Raises:
       StoreError: an earlier snapshot could not be stored.
-      ValueError: an iteration was left out.
+      ValueError: an iteration was left out, or the state is not one like the
+        initial one.
     """
     assert self._snapshots is not None, 'start() was not called'
     if iteration != self.iteration + 1:
       raise ValueError(f'iteration {iteration} follows {self.iteration}')
-    leaves = jax.tree.leaves(state)
-    masters = {
-      leaf.path: value
-      for leaf, value in zip(self._layout.leaves, leaves, strict=True)
-      if leaf.path in self._layout.compute
-    }
+    arrays = self._template.plain(state)
+    weak = self._template.weak(arrays)
+    plain = self._layout.partition.unflatten(list(map(loop_state.auto, arrays)))
     self._snapshots.retain(iteration - self._kept_iterations)
-    self._snapshots.take(iteration, state, self._compute_of(masters), {})
+    self._snapshots.take(
+      iteration,
+      plain,
+      self._compute_of(self._masters(plain)),
+      {conversion.DIGESTS: self._digest(plain)},
+      **{_WEAK: weak},
+    )
     self._snapshots.release()  # the next thing done to it may be a donation
     self.state, self.iteration = state, iteration
+
+  def rehearse(self) -> int:
+    """Restores what was captured so far, beside the state, and forgets it.
+
+    Call it once, when `window_length` iterations have been captured: what would
+    keep a state from coming back shows then, and not after a crash. It takes
+    the memory of a second state, and the time of a window.
+
+    Returns:
+      The iteration whose state came back, with all its bits.
+
+    Raises:
+      NotExactError: some of them are others.
+      StoreError: a snapshot could not be stored, or there is no whole window.
+    """
+    assert self._snapshots is not None, 'start() was not called'
+    self._snapshots.flush()
+    restored = self._restored()
+    if restored is None:
+      raise base.StoreError(
+        f'{self._folder}: no whole window of snapshots after iteration '
+        f'{self.iteration}'
+      )
+    return restored[1]
 
   def _shared_bytes(self) -> int:
     return sum(
@@ -209,29 +288,84 @@ class SparseCheckpointer:
       if leaf.path in self._layout.shared
     )
 
-  def _restore(self) -> None:
-    """Goes to the newest state that the snapshots lead to."""
-    broken: set[int] = set()
-    while True:
-      records = self._records(broken)
-      starts = coverage.valid_starts(records, self._layout.operators)
-      if not starts:
-        return
-      start = starts[-1]
-      try:
-        self._convert(start)
-        return
-      except _BrokenError as error:
-        broken.add(error.iteration)
+  def _masters(self, plain: Any) -> dict[str, jax.Array]:
+    leaves = zip(self._layout.leaves, jax.tree.leaves(plain), strict=True)
+    return {
+      leaf.path: value
+      for leaf, value in leaves
+      if leaf.path in self._layout.compute
+    }
 
-  def _records(self, broken: set[int]) -> list[coverage.SnapshotRecord]:
+  def _digests(self, plain: Any) -> jax.Array:
+    """u32[operators, 2] in the order of the partition's; traceable."""
+    groups: dict[str, dict[str, jax.Array]] = {}
+    for leaf, value in zip(
+      self._layout.leaves, jax.tree.leaves(plain), strict=True
+    ):
+      groups.setdefault(leaf.group.name, {})[leaf.path] = value
+    return jnp.concatenate(
+      [
+        digest.digest_leaves(groups[name], group.stacked)
+        for name, group in self._layout.partition.groups.items()
+      ]
+    )
+
+  # ---- restoration ---------------------------------------------------------
+
+  def _restored(self) -> tuple[Any, int, int] | None:
+    """The newest state that the snapshots lead to.
+
+    Returns:
+      It, its iteration and how many were replayed; None if there is none.
+
+    Raises:
+      NotExactError: whichever is taken, it has other bits than it had.
+    """
+    lost: set[int] = set()
+    diverged: list[tuple[coverage.Start, conversion.DivergedError]] = []
+    while True:
+      records = self._records(lost)
+      starts = [
+        start
+        for start in coverage.valid_starts(records, self._layout.operators)
+        if start not in [tried for tried, _ in diverged]
+      ]
+      if not starts:
+        break
+      newest = max(record.iteration for record in records)
+      try:
+        return self._converted(starts[-1], newest)
+      except conversion.SnapshotLostError as error:
+        _log.warning('%s', error)
+        lost.update(error.suspects)
+      except conversion.DivergedError as error:
+        diverged.append((starts[-1], error))
+    if not diverged:
+      if paths := self._paths():
+        _log.warning(
+          '%s: the state does not come back, it begins anew: there are '
+          'snapshots of iterations %s, but no whole window that can be read',
+          self._folder,
+          ', '.join(map(str, paths)),
+        )
+      return None
+    start, error = diverged[0]
+    if self._settings.must_be_exact:
+      raise NotExactError(error, self._folder) from error
+    _log.warning('%s', NotExactError(error, self._folder))
+    return self._converted(start, start.complete_at, is_compared=False)
+
+  def _records(self, lost: set[int]) -> list[coverage.SnapshotRecord]:
+    """Of what can be read; names what turns out to be damaged."""
     records = []
     for iteration, path in self._paths().items():
-      if iteration in broken:
+      if iteration in lost:
         continue
       try:
         metadata = snapshot_file.read_manifest(path).metadata
-      except snapshot_manifest.SnapshotCorruptError:
+      except snapshot_manifest.SnapshotCorruptError as error:
+        _log.warning('%s', error)
+        lost.add(iteration)
         continue
       records.append(
         coverage.SnapshotRecord(
@@ -242,44 +376,61 @@ class SparseCheckpointer:
       )
     return records
 
-  def _paths(self):
-    return snapshot_file.list_snapshots(self._settings.folder)
+  def _paths(self) -> dict[int, pathlib.Path]:
+    return snapshot_file.list_snapshots(self._folder)
 
-  def _convert(self, start: coverage.Start) -> None:
-    """Folds and replays; ends with the state of `start.complete_at`."""
-    active: frozenset[base.OperatorId] = frozenset()
-    state = None
-    for iteration in range(start.iteration, start.complete_at + 1):
-      if state is not None:
-        state = self._step(state, self._batch(iteration))[0]
-      snapshot = self._load(iteration)
-      state = self._programs.fold(state, snapshot, active)
-      active |= frozenset(snapshot.state)
-    self.state, self.iteration = state, start.complete_at
-    self.replayed_iterations = start.complete_at - start.iteration
+  def _converted(
+    self, start: coverage.Start, newest: int, *, is_compared: bool = True
+  ) -> tuple[Any, int, int]:
+    """Folds and replays up to `start.complete_at`.
 
-  def _load(self, iteration: int) -> snapshot_lib.Snapshot:
-    try:
+    Raises:
+      SnapshotLostError: a snapshot is damaged.
+      DivergedError: bits are not what they were.
+    """
+    weak: dict[int, list[str]] = {}
+
+    def load(iteration: int) -> snapshot_lib.Snapshot:
       stored = snapshot_file.open_snapshot(
         self._paths()[iteration], verify=True
       )
-    except snapshot_manifest.SnapshotCorruptError as error:
-      raise _BrokenError(iteration) from error
-    return snapshot_lib.from_arrays(
-      self._layout, stored.metadata, stored.arrays
+      weak[iteration] = stored.metadata.get(_WEAK, [])
+      snapshot = snapshot_lib.from_arrays(
+        self._layout, stored.metadata, stored.arrays
+      )
+      return (
+        snapshot if is_compared else dataclasses.replace(snapshot, extras={})
+      )
+
+    going = conversion.Conversion(
+      self._programs,
+      lambda plain: self._digest(jax.tree.map(loop_state.auto, plain)),
+      dict,  # no start is iteration 0
+      load,
+      start,
+      newest,
     )
+    plain = going.begin()
+    for iteration in range(start.iteration + 1, start.complete_at + 1):
+      state = self._state(plain, weak[iteration - 1])
+      state = self._step(state, self._batch(iteration))[0]
+      arrays = self._template.plain(state)
+      plain = going.advance(iteration, self._layout.partition.unflatten(arrays))
+    state = self._state(plain, weak[start.complete_at])
+    return state, start.complete_at, start.complete_at - start.iteration
+
+  def _state(self, plain: Any, weak: list[str]) -> Any:
+    return self._template.state(jax.tree.leaves(plain), weak)
 
 
-class _BrokenError(base.StoreError):
-  """A snapshot turned out to be damaged."""
-
-  def __init__(self, iteration: int):
-    super().__init__(f'snapshot {iteration} is damaged')
-    self.iteration = iteration
-
-
-def _layout(state: Any, rule: Rule, settings: Settings) -> layout_lib.Layout:
-  partition = operators.Partition(state, lambda path: rule(path) or _SHARED)
+def _layout(
+  template: loop_state.Template, state: Any, rule: Rule, settings: Settings
+) -> layout_lib.Layout:
+  """What the leaves of a loop's state are; raises ValueError."""
+  plain = jax.tree.unflatten(jax.tree.structure(state), template.plain(state))
+  partition = operators.Partition(plain, lambda path: rule(path) or _SHARED)
+  if all(group == _SHARED for group in partition.groups.values()):
+    raise ValueError('the rule gives no leaf a group: nothing is an operator')
   of = settings.compute_dtype_of or (lambda path: settings.compute_dtype)
   shared = {x.path for x in partition.leaves if x.group == _SHARED}
   masters = [
@@ -292,4 +443,5 @@ def _layout(state: Any, rule: Rule, settings: Settings) -> layout_lib.Layout:
     compute={path: path for path in masters},
     compute_dtypes={path: np.dtype(of(path)) for path in masters},
     shared=frozenset(shared),
+    placements=template.placements,
   )

@@ -166,8 +166,9 @@ def assemble(
   values, masks = [], []
   for leaf in layout.leaves:
     if leaf.path in layout.shared:
+      # Every snapshot has it as it was; a replay on placeholders may not.
       values.append(snapshot.shared[leaf.path])
-      masks.append(np.asarray(not active))
+      masks.append(np.asarray(True))
       continue
     if not leaf.group.stacked:
       operator = base.OperatorId(leaf.group.name)

@@ -340,7 +340,7 @@ def _expected_fold(of, old, snap_of, slot, active):
   out = {}
   for operator, rows in new_rows.items():
     if operator not in of.operators:  # shared leaves
-      out[operator] = old_rows[operator] if active else rows
+      out[operator] = rows
     elif operator in active:
       out[operator] = old_rows[operator]
     elif operator in slot:

@@ -116,10 +116,19 @@ def test_digest_is_of_bits_and_not_of_values():
   assert list(_alone({'w': nan})) != list(_alone({'w': _flip(nan, 1, 0)}))
 
 
-def test_64_bit_state_is_refused():
-  shape = jax.ShapeDtypeStruct((3,), np.dtype('complex64'))
-  with pytest.raises(ValueError, match='complex64'):
-    jax.eval_shape(lambda x: digest.digest_leaves({'w': x}, False), shape)
+@pytest.mark.parametrize('dtype', ['float64', 'int64', 'complex64'])
+def test_numbers_of_64_bits_are_two_words(dtype):
+  leaf = _random(3, (5, 7), dtype)
+  with jax.enable_x64(True):
+    found = list(_alone({'w': leaf}))
+  assert found == _by_definition({'w': leaf.view(np.uint32)})
+
+
+def test_leaves_without_numbers_have_a_digest():
+  leaves = {'a': np.zeros((0, 3), np.float32), 'w': _random(0, (5,))}
+  assert list(_alone(leaves)) == _by_definition(leaves)
+  nothing = {'a': np.zeros((0,), np.float32)}
+  assert list(_alone(nothing)) != list(_alone({'b': nothing['a']}))
 
 
 def test_a_group_without_leaves_is_refused():

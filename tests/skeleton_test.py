@@ -76,6 +76,7 @@ LIBRARY_ORDER = (
   'conversion',
   'idle',
   'worker',
+  'loop_state',
   'loop',
 )
 
