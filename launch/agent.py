@@ -34,7 +34,9 @@ def run(config: settings.RunConfig, where: agent_settings.AgentSettings) -> int:
     base.ConfigError: the run cannot begin; nothing was written.
   """
   log_size.check_shape(config)
-  placement.host_of_stages(config.train.stages, where.local_hosts)
+  placement.host_of_stages(
+    config.train.stages, where.local_hosts, config.train.replicas
+  )
   folder = workdir.Workdir(where.workdir, fresh=where.fresh)
   folder.lock()
   try:
@@ -56,12 +58,15 @@ def run(config: settings.RunConfig, where: agent_settings.AgentSettings) -> int:
       durable.remove(on_disk)
     left = left or durable.has_left(on_disk)
     store = host_store.open_store(where.hostmem_dir, run_id)
-    agent = supervisor.Agent(config, where, folder, store, keeps_store=left)
     try:
-      return agent.run()
+      agent = supervisor.Agent(config, where, folder, store, keeps_store=left)
+      try:
+        return agent.run()
+      finally:
+        left = agent.keeps_store
     finally:
-      host_store.close_store(store, keep=agent.keeps_store)
-      if not agent.keeps_store:
+      host_store.close_store(store, keep=left)
+      if not left:
         host_store.remove_leftovers(where.hostmem_dir, run_id)
         durable.remove(on_disk)
   finally:

@@ -47,7 +47,9 @@ def show(
   replicas = config.train.replicas
   pools = policy_plan.make(captures, sizes, '', replicas=replicas).pools()
   plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
-  hosts = placement.host_of_stages(config.train.stages, local_hosts)
+  hosts = placement.host_of_stages(
+    config.train.stages, local_hosts, config.train.replicas
+  )
   totals = [0] * local_hosts
   for index, size, pool in zip(stages, sizes, pools, strict=True):
     state_bytes = sum(size.state_bytes.values())

@@ -307,15 +307,11 @@ class Hosts:
       replicas: of each stage.
 
     Raises:
-      base.ConfigError: there are more hosts than stages.
+      base.ConfigError: there are more hosts than stages, or replicas.
     """
-    if replicas > 1 and local_hosts > 1:
-      raise base.ConfigError(
-        'local_hosts', local_hosts, 'must be 1 with --replicas, for now'
-      )
     self._replicas = replicas
     here = socket.gethostname()
-    self._of_stage = placement.host_of_stages(stages, local_hosts)
+    self._of_stage = placement.host_of_stages(stages, local_hosts, replicas)
     names = [here, *(f'{here}-host{h}' for h in range(1, local_hosts))]
     self.names = [names[host] for host in self._of_stage]
     self.secret = secrets.token_hex(_SECRET_BYTES) if local_hosts > 1 else ''

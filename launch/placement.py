@@ -102,12 +102,18 @@ def memory_variables(environment: Mapping[str, str]) -> dict[str, str]:
   return {'GLIBC_TUNABLES': ':'.join(parts)}
 
 
-def host_of_stages(stages: int, hosts: int) -> tuple[int, ...]:
+def host_of_stages(
+  stages: int, hosts: int, replicas: int = 1
+) -> tuple[int, ...]:
   """The host of each stage: neighbours together, none without a stage.
 
   Raises:
-    base.ConfigError: there are fewer stages than hosts.
+    base.ConfigError: there are fewer stages than hosts, or replicas.
   """
+  if replicas > 1 and hosts > 1:
+    raise base.ConfigError(
+      'local_hosts', hosts, 'must be 1 with --replicas, for now'
+    )
   if not 1 <= hosts <= stages:
     raise base.ConfigError(
       'local_hosts', hosts, f'must be 1 to {stages} (--stages)'

@@ -258,9 +258,11 @@ def test_a_run_that_compiles(host, tmp_path):
     (['--log_iterations=100000000'], '--log_iterations'),
     (['--log_iterations=5'], '--log_iterations=5'),
     (['--hostmem_dir=/no/such/folder'], '--hostmem_dir=/no/such/folder'),
+    (['--local_hosts=2', '--replicas=2'], '--local_hosts=2'),
+    (['--local_hosts=2', '--policy=partial'], '--local_hosts=2'),
   ],
 )
-def test_host_memory_that_is_not_there(host, tmp_path, flags, words):
+def test_what_is_refused_leaves_nothing(host, tmp_path, flags, words):
   _, err = runs.end(host.train(tmp_path / 'run', *flags), 2)
   assert words in err and len(err.strip().splitlines()) == 1
   assert not (tmp_path / 'run').exists()

@@ -56,6 +56,12 @@ def test_hosts_without_a_stage(hosts):
     placement.host_of_stages(2, hosts)
 
 
+def test_hosts_with_replicas():
+  assert placement.host_of_stages(2, 1, replicas=2) == (0, 0)
+  with pytest.raises(base.ConfigError, match='--local_hosts=2.*--replicas'):
+    placement.host_of_stages(2, 2, replicas=2)
+
+
 def test_only_cores_that_the_agent_may_use():
   places = placement.place(
     2, local_devices=1, cores=(3, 7, 9, 11, 14), gpus=(), environment={}

@@ -267,7 +267,7 @@ def test_what_training_gives_back_is_not_kept(training):
   state = captures.place(training.of, training.host(1))
   compute = captures.compute_of(training.of, state)
   kept = [weakref.ref(x) for x in (*jax.tree.leaves(state), *compute.values())]
-  taker.take(1, state, compute, {'digests': (next(iter(compute.values())),)})
+  taker.take(1, state, compute, {'digests': next(iter(compute.values()))})
   taker.release()
   _wait_until(lambda: store.begun == [1])
   del state, compute
