@@ -27,6 +27,7 @@ from moetion_jax import (
 REPLICA = 0  # the one that evaluates, and whose scalars are read
 # As of `conversion`, which imports JAX.
 DIGESTS, PARTIALS = 'digests', 'partials'
+_UNKNOWN = '?'  # group of operators whose names are not known
 
 
 class UnreachableError(base.MoetionError):
@@ -170,7 +171,7 @@ class StoredStage:
     known = frozenset().union(*(s.covered for s in infos))
     number = max((s.digests for s in infos), default=0)
     unknown = range(len(known), number)
-    return known | {base.OperatorId('?', i) for i in unknown}
+    return known | {base.OperatorId(_UNKNOWN, i) for i in unknown}
 
   @functools.cached_property
   def starts(self) -> tuple[coverage.Start, ...]:
@@ -185,10 +186,14 @@ class StoredStage:
     )
 
   def digests(self, iteration: int) -> dict[base.OperatorId, np.ndarray] | None:
-    """Digests of all operators as its snapshot has them; None without."""
+    """Digests of all operators as its snapshot has them.
+
+    None if it has not, or it is not known whose they are: snapshots of a part
+    (`--policy=partial`) do not name all operators.
+    """
     info = self.snapshots.get(iteration)
-    if info is None:
-      return None
+    if info is None or any(o.group == _UNKNOWN for o in self.operators):
+      return None  # whose they are follows from the names of all
     found: dict[base.OperatorId, np.ndarray] = {}
     for one in info.shares:
       # In the order of `operators.Partition.operators`.

@@ -104,7 +104,9 @@ class NotExactError(base.MoetionError):
       'compute_dtype, or is not named by is_master; an update couples the '
       'rows of a stacked group; the batch is not a function of the iteration; '
       'or the program, its software or its kind of device is another than '
-      'then. Mend that and start again: nothing was removed. '
+      'then (on GPUs a step that is compiled anew may be: keep '
+      "JAX's compilation cache, set --xla_gpu_deterministic_ops). Mend that "
+      'and start again: nothing was removed. '
       'must_be_exact=False takes the state as it is, window_length=1 captures '
       'it whole, without replay, from then on.'
     )

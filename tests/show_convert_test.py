@@ -380,6 +380,21 @@ def test_the_digests_are_those_of_the_metrics(left, rebuilders):
   assert report.combine(digests) == line['digest']
 
 
+def test_digests_are_not_of_operators_that_nobody_names(left):
+  """Snapshots of a part do not say which operators there are."""
+  stage = left.run.stages[0]
+  newest = max(stage.snapshots)
+  assert stage.digests(newest).keys() == stage.operators
+  (one,) = stage.snapshots[newest].shares
+  part = dataclasses.replace(one.share, compute=frozenset())
+  found = (dataclasses.replace(one, share=part),)
+  stage = dataclasses.replace(
+    stage, snapshots={newest: stored.SnapshotInfo(found=found)}
+  )
+  assert len(stage.operators) == one.digests
+  assert stage.digests(newest) is None
+
+
 def test_all_killed(left, undisturbed, rebuilders, tmp_path):
   """In the middle of something: the stages were not equally far."""
   with runs.host() as host:
