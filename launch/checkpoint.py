@@ -28,6 +28,10 @@ from moetion_jax import (
 )
 
 _MASTER = 'master/'
+_OTHER_OPTIMIZER = (
+  ': it is of a run with another optimizer; --init_weights_only begins with a '
+  'new state of this one'
+)
 
 
 def save(
@@ -119,7 +123,7 @@ def check(
 
   Raises:
     base.ConfigError: a leaf that the stage needs is missing or has another
-      shape or dtype.
+      shape or dtype, or there is one of another optimizer.
   """
   wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {
     ('parameters', n): s for n, s in stage.model.shapes.items()
@@ -129,13 +133,21 @@ def check(
       for leaf, shape in leaves.items():
         if not leaf.startswith(_MASTER):
           wanted['optimizer', group, leaf] = shape
+      for leaf in tree['optimizer'].get(group, {}):
+        if leaf not in leaves:
+          raise base.ConfigError(
+            'init_from', path, f'has {leaf} of {group}{_OTHER_OPTIMIZER}'
+          )
   for keys, shape in wanted.items():
     found = tree
     for key in keys:
       found = found.get(key) if isinstance(found, Mapping) else None
     name = ' of '.join(reversed(keys[1:]))
     if found is None:
-      raise base.ConfigError('init_from', path, f'has no {name}')
+      reason = f'has no {name}'
+      if keys[0] == 'optimizer':
+        reason += _OTHER_OPTIMIZER
+      raise base.ConfigError('init_from', path, reason)
     found = np.asarray(found)
     if found.shape != shape.shape or found.dtype != shape.dtype:
       raise base.ConfigError(

@@ -1,5 +1,6 @@
 """The real program, as a user runs it."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -110,6 +111,25 @@ def test_init_from_is_bitwise(finished, tmp_path):
   )
   counts = [v for k, v in fresh['head'].items() if k.endswith('count')]
   assert counts and not any(np.any(np.asarray(c)) for c in counts)
+
+
+@pytest.mark.parametrize('optimizer', ['lion', 'sgd', 'muon'])
+def test_init_from_with_another_optimizer(finished, optimizer):
+  """Also where its state is a part of the other's, as lion's of adamw's."""
+  from launch import checkpoint, local
+  from moetion_jax import base
+
+  path = str(finished / 'checkpoint')
+  config = checkpoint.load_config(path, 'init_from')
+  assert config.train.optimizer.optimizer == 'adamw'
+  tree = checkpoint.load(path, 'init_from')
+  checkpoint.check(local.build_stage(config, 0), tree, path, weights_only=False)
+  other = dataclasses.replace(config.train.optimizer, optimizer=optimizer)
+  train = dataclasses.replace(config.train, optimizer=other)
+  stage = local.build_stage(dataclasses.replace(config, train=train), 0)
+  with pytest.raises(base.ConfigError, match='--init_weights_only'):
+    checkpoint.check(stage, tree, path, weights_only=False)
+  checkpoint.check(stage, tree, path, weights_only=True)
 
 
 def test_a_finished_run_says_so(finished):
