@@ -53,8 +53,12 @@ class DurableStore:
     Raises:
       StoreError: memory or folder cannot be used.
     """
+    missing = [self.folder, *self.folder.parents]
+    missing = [path for path in missing if not path.exists()]
     try:
       self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      for path in missing:  # else what is in it is on disk, and it is not
+        _sync_folder(path.parent)
     except OSError as error:
       raise base.StoreError(f'{self.folder}: {error.strerror}') from error
     for path in self.folder.iterdir():

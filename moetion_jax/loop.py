@@ -68,7 +68,8 @@ class Settings:
 
   Attributes:
     folder: where snapshots lie: a new folder, or that of the run to go on
-      with, in tmpfs ('/dev/shm/my-run'). It is made with mode 0700.
+      with, in tmpfs ('/dev/shm/my-run'). It is made with mode 0700, and stays
+      when the loop ends.
     compute_dtype: in which the step reads its masters.
     window_length: iterations that together capture everything.
     is_master: which leaves are masters (fp32 parameters that the step reads

@@ -67,6 +67,35 @@ def test_both_phases_and_what_is_let_go(stores):
   again.close()
 
 
+def test_what_is_on_disk_when_a_save_returns(stores, tmp_path, monkeypatch):
+  """All of it, before its name is; and every folder that was made for it."""
+  _, disk, make = stores
+  synced = []
+  sync = os.fsync
+
+  def record(fd):
+    synced.append(os.path.relpath(os.readlink(f'/proc/self/fd/{fd}'), tmp_path))
+    sync(fd)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  store = make()
+  store.start()
+  assert set(synced) == {'.', 'disk'}  # which have 'disk' and 'worker'
+  synced.clear()
+  store.save(1, {}, _buffers(1))
+  store.close()
+  files = [f'1.tmp/{path.name}' for path in (disk / '1').iterdir()]
+  assert len(files) == 2
+  *found, folder, last = synced
+  assert sorted(found) == sorted(f'disk/worker/{name}' for name in files)
+  assert (folder, last) == ('disk/worker/1.tmp', 'disk/worker')
+  synced.clear()
+  store = make()
+  store.start()
+  store.close()
+  assert not synced
+
+
 def test_one_that_was_not_finished_is_none(stores):
   _, disk, make = stores
   store = make()
