@@ -115,6 +115,10 @@ class NotExactError(base.MoetionError):
     self.iteration = found.iteration
 
 
+class _OtherStateError(base.MoetionError):
+  """A snapshot is of a state with other operators or leaves."""
+
+
 class SparseCheckpointer:
   """Captures a part of the state after every iteration, and restores all of it.
 
@@ -323,6 +327,7 @@ class SparseCheckpointer:
 
     Raises:
       NotExactError: whichever is taken, it has other bits than it had.
+      StoreError: they are of another state.
     """
     lost: set[int] = set()
     diverged: list[tuple[coverage.Start, conversion.DivergedError]] = []
@@ -337,7 +342,16 @@ class SparseCheckpointer:
         break
       newest = max(record.iteration for record in records)
       try:
-        return self._converted(starts[-1], newest)
+        restored = self._converted(starts[-1], newest)
+        if diverged:
+          _log.warning(
+            '%s: goes on from an older state: %s', self._folder, diverged[0][1]
+          )
+        return restored
+      except _OtherStateError as error:
+        raise base.StoreError(
+          f'{self._folder}: {error}; name another folder, or remove this one'
+        ) from error
       except conversion.SnapshotLostError as error:
         _log.warning('%s', error)
         lost.update(error.suspects)
@@ -359,8 +373,13 @@ class SparseCheckpointer:
     return self._converted(start, start.complete_at, is_compared=False)
 
   def _records(self, lost: set[int]) -> list[coverage.SnapshotRecord]:
-    """Of what can be read; names what turns out to be damaged."""
+    """Of what can be read; names what turns out to be damaged.
+
+    Raises:
+      StoreError: one is of another state.
+    """
     records = []
+    operators = frozenset(self._layout.operators)
     for iteration, path in self._paths().items():
       if iteration in lost:
         continue
@@ -370,13 +389,17 @@ class SparseCheckpointer:
         _log.warning('%s', error)
         lost.add(iteration)
         continue
-      records.append(
-        coverage.SnapshotRecord(
-          iteration=iteration,
-          state=base.operators_from_json(metadata['state']),
-          compute=base.operators_from_json(metadata['compute']),
-        )
+      record = coverage.SnapshotRecord(
+        iteration=iteration,
+        state=base.operators_from_json(metadata['state']),
+        compute=base.operators_from_json(metadata['compute']),
       )
+      for operator in sorted((record.state | record.compute) ^ operators):
+        raise base.StoreError(
+          f'{path}: only it or the state has {operator}: it is of another one; '
+          'name another folder, or remove this one'
+        )
+      records.append(record)
     return records
 
   def _paths(self) -> dict[int, pathlib.Path]:
@@ -390,6 +413,7 @@ class SparseCheckpointer:
     Raises:
       SnapshotLostError: a snapshot is damaged.
       DivergedError: bits are not what they were.
+      _OtherStateError: it is not one of this state.
     """
     weak: dict[int, list[str]] = {}
 
@@ -398,9 +422,12 @@ class SparseCheckpointer:
         self._paths()[iteration], verify=True
       )
       weak[iteration] = stored.metadata.get(_WEAK, [])
-      snapshot = snapshot_lib.from_arrays(
-        self._layout, stored.metadata, stored.arrays
-      )
+      try:
+        snapshot = snapshot_lib.from_arrays(
+          self._layout, stored.metadata, stored.arrays
+        )
+      except base.StoreError as error:
+        raise _OtherStateError(str(error)) from error
       return (
         snapshot if is_compared else dataclasses.replace(snapshot, extras={})
       )

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from moetion_jax import base, loop, snapshot_file
+from moetion_jax import base, loop, snapshot_file, snapshot_manifest
 from tests import loops
 
 pytestmark = [pytest.mark.fast, pytest.mark.timeout(120)]
@@ -137,6 +138,32 @@ def test_a_damaged_snapshot_is_named_and_not_used(damage, shm_folder, caplog):
     assert checkpointer.iteration == 10  # it was taken again
 
 
+def test_a_snapshot_that_lies_is_not_used(shm_folder, caplog):
+  """Right checksums and wrong contents: digests tell."""
+  case, folder = loops.plain(), shm_folder / 'run'
+  with case.checkpointer(folder) as checkpointer:
+    expected, _ = loops.train(case, checkpointer, 10)
+  path = snapshot_file.list_snapshots(folder)[10]
+  with snapshot_file.open_snapshot(path) as old:
+    arrays = {name: np.array(a) for name, a in old.arrays.items()}
+    metadata = old.metadata
+  name = next(n for n in arrays if n.startswith('state|') and 'params' in n)
+  arrays[name].reshape(-1)[0] += 1
+  shutil.rmtree(path)
+  path.mkdir()
+  buffers = [
+    snapshot_manifest.Buffer(n, a.dtype, a.shape, [a])
+    for n, a in arrays.items()
+  ]
+  snapshot_file.write(path, buffers, metadata)
+  with case.checkpointer(folder) as checkpointer:
+    assert checkpointer.iteration == 9
+    found, _ = loops.train(case, checkpointer, 10)
+  assert found == {10: expected[10]}
+  (record,) = caplog.records
+  assert 'an older state' in record.getMessage()
+
+
 def test_that_nothing_is_left_to_come_back_is_said(shm_folder, caplog):
   case, folder = loops.plain(), shm_folder / 'run'
   with case.checkpointer(folder) as checkpointer:
@@ -160,6 +187,46 @@ def test_a_rehearsal_needs_a_window(shm_folder):
       checkpointer.rehearse()
     loops.train(case, checkpointer, 4)
     assert checkpointer.rehearse() == 4
+
+
+def _of_other_experts(state):
+  return jax.tree.map(
+    lambda x: x[:4] if x.shape[:1] == (loops.EXPERTS,) else x, state
+  )
+
+
+def _of_other_width(state):
+  wide = {**state['params'], 'router': jnp.zeros((16, 9))}
+  return {**state, 'params': wide}
+
+
+def _with_a_new_leaf(state):
+  return {**state, 'experts': {'bias': jnp.zeros((loops.EXPERTS, 2))}}
+
+
+def _with_a_new_number(state):
+  return {**state, 'number': jnp.zeros(())}
+
+
+@pytest.mark.parametrize(
+  'change',
+  [_of_other_experts, _of_other_width, _with_a_new_leaf, _with_a_new_number],
+)
+def test_a_folder_of_another_state_is_refused(change, shm_folder):
+  case, folder = loops.plain(), shm_folder / 'run'
+  with case.checkpointer(folder) as checkpointer:
+    loops.train(case, checkpointer, 6)
+  other = loop.SparseCheckpointer(
+    case.step,
+    change(case.state),
+    case.batch,
+    loops.rule,
+    loop.Settings(folder=folder),
+  )
+  with pytest.raises(base.StoreError, match='name another folder'):
+    other.start()
+  with case.checkpointer(folder) as checkpointer:  # nothing was done to it
+    assert checkpointer.iteration == 6
 
 
 # ---- what is refused ---------------------------------------------------------
