@@ -248,8 +248,7 @@ class CapturePrograms:
         new = np.array(value)  # an argument may alias the mapped snapshot
       else:
         where = before.sharding if before.committed else None
-        wide = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
-        new = np.where(wide, value, np.asarray(before))
+        new = np.where(_wide(mask, value), value, np.asarray(before))
       folded.append(jax.device_put(new, where))
     return self.layout.partition.unflatten(jax.block_until_ready(folded))
 
@@ -258,10 +257,13 @@ def _copied(leaves):
   return tuple(jnp.copy(x) for x in leaves)
 
 
+def _wide(mask, leaf):
+  """The mask of a leaf's rows, or of all of it, with as many dims."""
+  return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+
+
 def _where(state, values, masks):
   return tuple(
-    jnp.where(
-      mask.reshape(mask.shape + (1,) * (old.ndim - mask.ndim)), new, old
-    )
+    jnp.where(_wide(mask, old), new, old)
     for old, new, mask in zip(state, values, masks, strict=True)
   )

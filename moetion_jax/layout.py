@@ -46,7 +46,7 @@ class Layout:
   @property
   def is_spread(self) -> bool:
     """Whether leaves lie on several devices, in ways that are not ours."""
-    return any(len(x.device_set) > 1 for x in self.placements.values())
+    return is_spread(self.placements)
 
   @property
   def expert_devices(self) -> int:
@@ -108,6 +108,11 @@ class Layout:
         for operator in self.partition.operators_of(leaf.group.name):
           total[operator] += scaled * self.compute_dtypes[name].itemsize
     return total
+
+
+def is_spread(placements: Mapping[str, jax.sharding.Sharding]) -> bool:
+  """Whether one of them is on several devices."""
+  return any(len(x.device_set) > 1 for x in placements.values())
 
 
 def of_stage(

@@ -275,7 +275,8 @@ class SparseCheckpointer:
       The iteration whose state came back, with all its bits.
 
     Raises:
-      NotExactError: some of them are others.
+      NotExactError: some of them are others; with must_be_exact=False that is
+        logged.
       StoreError: a snapshot could not be stored, or there is no whole window.
     """
     assert self._snapshots is not None, 'start() was not called'

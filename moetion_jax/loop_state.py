@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from moetion_jax import layout, operators
+
 
 class Template:
   """What the leaves of a state are, from the initial one.
@@ -32,7 +34,7 @@ class Template:
       ValueError: a leaf is none of these, or is spread over processes.
     """
     leaves, self._structure = jax.tree.flatten(state)
-    self._paths = _paths(state)
+    self._paths = operators.leaf_paths(state)
     self._keys: dict[int, Any] = {}  # their kinds, by place
     self._avals: list[tuple[tuple[int, ...], Any]] = []
     self.placements: dict[str, jax.sharding.Sharding] = {}
@@ -53,9 +55,7 @@ class Template:
       self._avals.append((array.shape, array.dtype))
       if array.committed:
         self.placements[self._paths[place]] = array.sharding
-    self._is_spread = any(
-      len(sharding.device_set) > 1 for sharding in self.placements.values()
-    )
+    self._is_spread = layout.is_spread(self.placements)
 
   def plain(self, state: Any) -> list[jax.Array]:
     """A state's leaves as arrays of numbers, no copies.
@@ -108,7 +108,7 @@ class Template:
 
   def _difference(self, state: Any) -> str:
     """How its structure differs from that of the initial one."""
-    paths = _paths(state)
+    paths = operators.leaf_paths(state)
     for about, ours, theirs in (
       ('is missing', self._paths, paths),
       ('is new', paths, self._paths),
@@ -150,13 +150,6 @@ def auto(array: jax.Array) -> jax.Array:
     ),
     [shard.data for shard in array.addressable_shards],
   )
-
-
-def _paths(state: Any) -> list[str]:
-  flat, _ = jax.tree_util.tree_flatten_with_path(state)
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in flat
-  ]
 
 
 def _is_key(leaf: Any) -> bool:

@@ -73,10 +73,9 @@ class Partition:
     Raises:
       ValueError: leaves of a stacked group have unequal leading dims.
     """
-    flat, self._structure = jax.tree_util.tree_flatten_with_path(tree)
+    flat, self._structure = jax.tree.flatten(tree)
     leaves, counts, groups, paths = [], {}, {}, set()
-    for key_path, leaf in flat:
-      path = jax.tree_util.keystr(key_path, simple=True, separator='/')
+    for path, leaf in zip(leaf_paths(tree), flat, strict=True):
       if path in paths:
         raise ValueError(f'two leaves have the path {path}')
       paths.add(path)
@@ -197,6 +196,14 @@ class Partition:
     return values
 
 
+def leaf_paths(tree: Any) -> list[str]:
+  """The paths of a tree's leaves, their keys joined with '/'."""
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+  ]
+
+
 def group_parameters(
   names: Sequence[str], rule: Rule
 ) -> dict[stage_model.Group, tuple[str, ...]]:
@@ -292,10 +299,7 @@ def masters_of(state: State) -> dict[str, jax.Array]:
 
 
 def _optimizer_paths(tree: Any) -> list[str]:
-  return [
-    'optimizer/' + jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-  ]
+  return ['optimizer/' + path for path in leaf_paths(tree)]
 
 
 def _flatten_optimizer_state(tree: Any) -> dict[str, jax.Array]:

@@ -40,20 +40,18 @@ class Case:
   Attributes:
     step: jitted, donates its state.
     state: the initial one.
-    settings: of `loop.Settings`, beside the folder.
     batch: of an iteration.
   """
 
   step: loop.Step
   state: Any
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   batch: Callable[[int], jax.Array] = batch
 
   def checkpointer(
     self, folder: pathlib.Path, **settings: Any
   ) -> loop.SparseCheckpointer:
     """One for this loop, not started; it may be used once."""
-    made = loop.Settings(folder=folder, **{**self.settings, **settings})
+    made = loop.Settings(folder=folder, **settings)
     # The step donates what it is given.
     state = jax.tree.map(
       lambda x: x.copy() if isinstance(x, jax.Array) else x, self.state
