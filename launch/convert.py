@@ -18,15 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from launch import (
-  command,
-  host_store,
-  settings,
-  store_flags,
-  store_scan,
-  stored,
-)
-from moetion_jax import base
+from launch.lm import command_line, settings as run_settings
+from launch.offline import run_flags, scan, stored_run
+from moetion_jax import errors
+from moetion_jax.hostmem import run_store
 
 _STAGE = flags.DEFINE_integer('stage', None, 'Which one.', required=True)
 _ITERATION = flags.DEFINE_integer(
@@ -47,8 +42,8 @@ _CACHE = flags.DEFINE_string(
 
 
 def load_data(
-  run: stored.StoredRun, stage: int, path: str
-) -> tuple[stored.StoredRun, Any]:
+  run: stored_run.StoredRun, stage: int, path: str
+) -> tuple[stored_run.StoredRun, Any]:
   """The run's text, if the stage reads any.
 
   Args:
@@ -62,17 +57,17 @@ def load_data(
   Raises:
     base.ConfigError: it is not there, or another one.
   """
-  from launch import local
+  from launch.lm import transformer_job
 
   if path:
     config = dataclasses.replace(run.config, data=os.path.abspath(path))
     run = dataclasses.replace(run, config=config)
   if 0 < stage < run.config.train.stages - 1:
     return run, None
-  data = local.load_data(run.config)
+  data = transformer_job.load_data(run.config)
   known, here = dict(run.found_out['data_fingerprint']), data.fingerprint()
-  if changed := settings.differences(known, here):
-    raise base.ConfigError(
+  if changed := run_settings.differences(known, here):
+    raise errors.ConfigError(
       'data',
       run.config.data,
       f'is not the text of the run: {", ".join(changed)} differ(s) from '
@@ -81,14 +76,14 @@ def load_data(
   return run, data
 
 
-def software_differences(run: stored.StoredRun) -> list[str]:
+def software_differences(run: stored_run.StoredRun) -> list[str]:
   """What is another version here than where the run trained."""
-  from launch import runtime
+  from moetion_jax.runtime import xla_setup
 
-  known, here = dict(run.found_out['software']), runtime.software()
+  known, here = dict(run.found_out['software']), xla_setup.software()
   return [
     f'{name} {known.get(name)} there, {here.get(name)} here'
-    for name in settings.differences(known, here)
+    for name in run_settings.differences(known, here)
   ]
 
 
@@ -97,19 +92,20 @@ def _warn(text: str) -> None:
 
 
 def _ranges(iterations: Sequence[int]) -> str:
-  return stored.format_runs(stored.runs_of(iterations))
+  return stored_run.format_runs(stored_run.runs_of(iterations))
 
 
-def _convert(run: stored.StoredRun) -> None:
-  from launch import runtime
+def _convert(run: stored_run.StoredRun) -> None:
+  from moetion_jax.runtime import xla_setup
 
   cores = run.found_out['software'].get('cores')
-  runtime.use_cores(None if cores is None else str(cores))
-  runtime.configure(
+  xla_setup.use_cores(None if cores is None else str(cores))
+  xla_setup.configure(
     local_devices=run.config.train.local_devices,
     compilation_cache_dir=_CACHE.value,
   )
-  from launch import checkpoint, rebuild
+  from launch.lm import checkpoint
+  from launch.offline import rebuild
   from moetion_jax import report
 
   stage = _STAGE.value
@@ -148,30 +144,32 @@ def _convert(run: stored.StoredRun) -> None:
 
 def main(argv: list[str]) -> int:
   """Converts as the flags say; returns the exit code."""
-  run = store_flags.find_run(argv)
+  run = run_flags.find_run(argv)
   stages = run.config.train.stages
   if not 0 <= _STAGE.value < stages:
-    raise base.ConfigError('stage', _STAGE.value, f'must be 0 to {stages - 1}')
+    raise errors.ConfigError(
+      'stage', _STAGE.value, f'must be 0 to {stages - 1}'
+    )
   if _OUT.value and os.path.exists(_OUT.value):
-    raise base.ConfigError('out', _OUT.value, 'exists')
+    raise errors.ConfigError('out', _OUT.value, 'exists')
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(host_store.hold(run.folders))
-    except base.StoreError as error:
-      raise base.ConfigError(
+      stack.enter_context(run_store.hold(run.folders))
+    except errors.StoreError as error:
+      raise errors.ConfigError(
         'workdir',
         str(run.workdir),
         f'{error}; only what a stopped run left can be converted',
       ) from error
     try:
-      _convert(store_scan.scan(run, in_use=False))
-    except base.ConfigError:
+      _convert(scan.scan(run, in_use=False))
+    except errors.ConfigError:
       raise
-    except base.MoetionError as error:
+    except errors.MoetionError as error:
       _warn(str(error))
       return 1
   return 0
 
 
 if __name__ == '__main__':
-  command.run_main(main)
+  command_line.run_main('launch.convert', main)

@@ -12,8 +12,8 @@ from typing import Any
 
 from absl import flags
 
-from launch import command
-from moetion_jax import base
+from launch.lm import command_line
+from moetion_jax import errors
 
 _CHECKPOINT = flags.DEFINE_string(
   'checkpoint',
@@ -33,28 +33,28 @@ def main(argv: list[str]) -> int:
   """Prints the prompt and what the model adds."""
   del argv
   if _TOKENS.value < 1:
-    raise base.ConfigError('tokens', _TOKENS.value, 'must be at least 1')
+    raise errors.ConfigError('tokens', _TOKENS.value, 'must be at least 1')
   if _TEMPERATURE.value < 0:
-    raise base.ConfigError(
+    raise errors.ConfigError(
       'temperature', _TEMPERATURE.value, 'must not be negative'
     )
   if not _PROMPT.value:
-    raise base.ConfigError('prompt', '', 'must not be empty')
-  from launch import runtime
+    raise errors.ConfigError('prompt', '', 'must not be empty')
+  from moetion_jax.runtime import xla_setup
 
-  runtime.configure(local_devices=1, compilation_cache_dir='')
+  xla_setup.configure(local_devices=1, compilation_cache_dir='')
   import jax
   import numpy as np
   from jax import numpy as jnp
 
-  from launch import checkpoint
+  from launch.lm import checkpoint
   from models import stages
-  from moetion_jax import stage_model
+  from moetion_jax.state import model as model_lib
 
   path = _CHECKPOINT.value
   config = checkpoint.load_config(path, 'checkpoint')
   if config.model.vocab_size < 256 or config.data.endswith('.bin'):
-    raise base.ConfigError(
+    raise errors.ConfigError(
       'checkpoint', path, 'was not trained on bytes: its tokens are no text'
     )
   # Dropless: a byte's future must not depend on who else wants its expert.
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
   tree = checkpoint.load(path, 'checkpoint')
   missing = model.shapes.keys() - tree['parameters'].keys()
   if missing:
-    raise base.ConfigError('checkpoint', path, f'has no {min(missing)}')
+    raise errors.ConfigError('checkpoint', path, f'has no {min(missing)}')
   weights = {
     n: jnp.asarray(tree['parameters'][n], model.compute_dtypes[n])
     for n in model.shapes
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
   @jax.jit
   def next_byte(weights, window, last, key):
     # Bytes after `last` are padding; attention is causal, they reach nothing.
-    inputs = stage_model.Inputs(window[None], None)
+    inputs = model_lib.Inputs(window[None], None)
     out: Any = model.forward(weights, inputs, None).y  # f32[1, T, V]
     logits = out[0, last, :256]
     if _TEMPERATURE.value == 0:
@@ -98,4 +98,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  command.run_main(main)
+  command_line.run_main('launch.generate', main)

@@ -11,8 +11,10 @@ from typing import Any
 
 from absl import flags
 
-from launch import command, host_store, store_flags, store_scan, stored
-from moetion_jax import base, room
+from launch.lm import command_line
+from launch.offline import run_flags, scan, stored_run
+from moetion_jax import errors
+from moetion_jax.hostmem import memory_limits, run_store
 
 _VERIFY = flags.DEFINE_bool(
   'verify', False, 'Read everything and compare the checksums.'
@@ -21,8 +23,8 @@ _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 
 def describe(
-  run: stored.StoredRun,
-  damaged: Sequence[stored.Damage],
+  run: stored_run.StoredRun,
+  damaged: Sequence[stored_run.Damage],
   *,
   in_use: bool,
   verified: bool,
@@ -50,9 +52,9 @@ def describe(
 
 
 def _describe_stage(
-  run: stored.StoredRun, one: stored.StoredStage
+  run: stored_run.StoredRun, one: stored_run.StoredStage
 ) -> dict[str, Any]:
-  whole = stored.whole_iterations(run.config.train, one)
+  whole = stored_run.whole_iterations(run.config.train, one)
   return {
     'stage': one.stage,
     'store': str(one.folder),
@@ -89,7 +91,7 @@ def _describe_stage(
   }
 
 
-def _describe_share(one: stored.ShareInfo) -> dict[str, Any]:
+def _describe_share(one: stored_run.ShareInfo) -> dict[str, Any]:
   return {
     'path': str(one.path),
     'replica': one.share.replica,
@@ -138,7 +140,7 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
     rows.append(
       (
         str(s['iteration']),
-        room.format_bytes(s['bytes']),
+        memory_limits.format_bytes(s['bytes']),
         _shares(s),
         f'{s["slot_operators"]} of {operators}',
         f'{s["covered_operators"]} of {operators}',
@@ -156,14 +158,14 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
     )
     for row in rows
   ]
-  whole = stored.format_runs(log['whole_iterations'])
+  whole = stored_run.format_runs(log['whole_iterations'])
   return [
     f'stage {stage["stage"]}, generation {stage["generation"]}, {operators} '
     f'operators, {stage["store"]}',
     *table,
     f'  log: iterations {whole or "none"} whole; {log["entries"]} entries, '
-    f'{room.format_bytes(log["bytes"])} of '
-    f'{room.format_bytes(log["segment_bytes"])}',
+    f'{memory_limits.format_bytes(log["bytes"])} of '
+    f'{memory_limits.format_bytes(log["segment_bytes"])}',
   ]
 
 
@@ -182,16 +184,16 @@ def _start(start: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
   """Shows what the flags name; returns the exit code."""
-  run = store_flags.find_run(argv)
+  run = run_flags.find_run(argv)
   try:
-    with host_store.hold(run.folders, wait_seconds=0):
+    with run_store.hold(run.folders, wait_seconds=0):
       in_use = False
-  except base.StoreError:
+  except errors.StoreError:
     in_use = True
-  run = store_scan.scan(run, in_use=in_use)
+  run = scan.scan(run, in_use=in_use)
   damaged = [d for one in run.stages for d in one.damage]
   if _VERIFY.value:
-    found = list(store_scan.verify(run))
+    found = list(scan.verify(run))
     damaged += found
     run = run.without(
       {(d.stage, d.iteration) for d in found if d.kind == 'snapshot'},
@@ -203,4 +205,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  command.run_main(main)
+  command_line.run_main('launch.show', main)

@@ -10,8 +10,21 @@ import json
 
 from absl import flags
 
-from launch import agent, agent_settings, capture_plan, command, settings
-from moetion_jax import base, faults, policies, slots
+from launch.lm import command_line, progress, settings as run_settings
+from moetion_jax import errors
+from moetion_jax.policies import (
+  decision,
+  intervals,
+  partial,
+  popularity,
+  rules,
+  settings as capture_settings,
+)
+from moetion_jax.runtime import faults
+from moetion_jax.runtime.agent import (
+  run as agent_run,
+  settings as agent_settings,
+)
 
 _PRESET = flags.DEFINE_string('preset', 'tiny', 'Shape of the model.')
 _MODEL = flags.DEFINE_multi_string(
@@ -84,7 +97,7 @@ _HOSTMEM_DIR = flags.DEFINE_string(
   'hostmem_dir', '/dev/shm', 'Folder in tmpfs for logs and snapshots.'
 )
 _POLICY = flags.DEFINE_enum(
-  'policy', 'sparse', capture_plan.POLICIES, 'What is captured; none: nothing.'
+  'policy', 'sparse', rules.POLICIES, 'What is captured; none: nothing.'
 )
 _INTERVAL = flags.DEFINE_integer(
   'interval', 0, 'Iterations between whole snapshots; 0: as measured.'
@@ -93,16 +106,16 @@ _DURABLE_DIR = flags.DEFINE_string(
   'durable_dir', '', "For snapshots on disk (two_phase); '': in the workdir."
 )
 _OVERHEAD_BUDGET = flags.DEFINE_float(
-  'overhead_budget', policies.OVERHEAD_BUDGET, 'Of two_phase, share of time.'
+  'overhead_budget', intervals.OVERHEAD_BUDGET, 'Of two_phase, share of time.'
 )
 _PARTIAL_EXPERTS = flags.DEFINE_integer(
   'partial_experts', 1, 'Of each layer that a snapshot of partial holds.'
 )
 _PARTIAL_SELECT = flags.DEFINE_enum(
-  'partial_select', policies.SELECTIONS[0], policies.SELECTIONS, 'Which ones.'
+  'partial_select', partial.SELECTIONS[0], partial.SELECTIONS, 'Which ones.'
 )
 _PLT_BUDGET = flags.DEFINE_float(
-  'plt_budget', policies.PLT_BUDGET, 'Of lost tokens, until more are held.'
+  'plt_budget', partial.PLT_BUDGET, 'Of lost tokens, until more are held.'
 )
 _WINDOW_LENGTH = flags.DEFINE_integer(
   'window_length', 0, 'Iterations that capture everything; 0: as measured.'
@@ -111,10 +124,10 @@ _MAX_WINDOW_LENGTH = flags.DEFINE_integer(
   'max_window_length', 8, 'Of windows that may be chosen.'
 )
 _WINDOW_MODE = flags.DEFINE_enum(
-  'window_mode', '', ('', *slots.MODES), "'': rolling, if that fits."
+  'window_mode', '', ('', *decision.MODES), "'': rolling, if that fits."
 )
 _ORDER = flags.DEFINE_enum(
-  'order', 'static', slots.ORDERS, 'Of operators in a window.'
+  'order', 'static', popularity.ORDERS, 'Of operators in a window.'
 )
 _OVERLAP_TARGET = flags.DEFINE_float(
   'overlap_target', 0.0, 'Share of an iteration for a copy; 0: by platform.'
@@ -164,13 +177,13 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 )
 
 
-def run_config() -> settings.RunConfig:
+def run_config() -> run_settings.RunConfig:
   """The configuration that the flags describe; raises base.ConfigError."""
   overrides = list(_MODEL.value)
   for flag, field in ((_REMAT, 'remat'), (_DROPOUT, 'dropout_rate')):
     if flag.value is not None:
       overrides.append(f'{field}={flag.value}')
-  return settings.make(
+  return run_settings.make(
     _PRESET.value,
     model_overrides=overrides,
     train_overrides={
@@ -207,12 +220,12 @@ def run_config() -> settings.RunConfig:
 def main(argv: list[str]) -> int:
   """Trains as the flags say; returns the exit code."""
   if len(argv) > 1:
-    raise base.ConfigError('', argv[1], 'is no flag; flags begin with --')
+    raise errors.ConfigError('', argv[1], 'is no flag; flags begin with --')
   config = run_config()
   if _PRINT_CONFIG.value:
     print(json.dumps(config.to_json(), indent=2))
     return 0
-  captures = capture_plan.CaptureSettings(
+  captures = capture_settings.CaptureSettings(
     policy=_POLICY.value,
     window_length=_WINDOW_LENGTH.value,
     window_mode=_WINDOW_MODE.value,
@@ -228,7 +241,7 @@ def main(argv: list[str]) -> int:
     plt_budget=_PLT_BUDGET.value,
   )
   if _DRY_RUN.value:
-    from launch import dry_run  # imports JAX, which an agent must not
+    from launch.lm import dry_run
 
     dry_run.show(
       config,
@@ -237,7 +250,7 @@ def main(argv: list[str]) -> int:
       local_hosts=_LOCAL_HOSTS.value,
     )
     return 0
-  return agent.run(
+  return agent_run.run(
     config,
     agent_settings.AgentSettings(
       workdir=_WORKDIR.value,
@@ -258,8 +271,9 @@ def main(argv: list[str]) -> int:
         _FAIL.value, config.train.stages, config.train.replicas
       ),
     ),
+    progress.Progress(config.train.iterations, config.tokens_per_iteration),
   )
 
 
 if __name__ == '__main__':
-  command.run_main(main)
+  command_line.run_main('launch.train', main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moetion_jax import base
+from moetion_jax import errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class ModelConfig:
     moe_every: of the layers after those, every moe_every-th is a MoE layer, the
       others are dense (MoE-LLaVa: 2).
     normalize_gates: whether a token's k gates are scaled to sum to 1.
-    capacity_factor: slots of an expert as a multiple of its even share of a
+    capacity_factor: seats of an expert as a multiple of its even share of a
       device's tokens; tokens beyond are dropped (and counted). 0 is dropless:
-      every expert gets a slot for every token of the device, which makes the
+      every expert gets a seat for every token of the device, which makes the
       dispatch buffers num_experts / (experts_per_token * factor) times as
       large as with a factor: two of [num_experts, tokens, model_dim] and three
       of [num_experts, tokens, expert_dim] in compute dtype a layer.
@@ -88,7 +88,7 @@ class ModelConfig:
       if getattr(self, name) < 1:
         self._refuse(name, 'must be at least 1')
     for name in ('shared_dim', 'first_dense_layers', 'capacity_factor',
-                 'balance_rate', 'z_loss_weight'):  # fmt: skip
+                     'balance_rate', 'z_loss_weight'):  # fmt: skip
       if not getattr(self, name) >= 0:
         self._refuse(name, 'must not be negative')
     if not self.rope_base > 0:
@@ -121,4 +121,4 @@ class ModelConfig:
     return min(tokens, max(1, -int(-share * self.capacity_factor // 1)))
 
   def _refuse(self, name: str, reason: str) -> None:
-    raise base.ConfigError(name, getattr(self, name), reason)
+    raise errors.ConfigError(name, getattr(self, name), reason)

@@ -1,7 +1,7 @@
 """Mixture-of-Experts feed-forward: route, dispatch by sort, combine.
 
-A token's copies go to slots: every expert has `capacity` of them. The two maps
-between (token, choice) and slot are integer permutations found by one stable
+A token's copies go to seats: every expert has `capacity` of them. The two maps
+between (token, choice) and seat are integer permutations found by one stable
 sort, so that both directions of both passes are gathers; no floating-point
 number is ever scattered. Earlier tokens have priority when an expert is full.
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 from jax import numpy as jnp
 
-from models import config as config_lib, layers
+from models import config as model_config, layers
 
 
 class Routing(NamedTuple):
@@ -30,16 +30,16 @@ class Routing(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-  """Both maps between choices (token, k) and slots (expert, position)."""
+  """Both maps between choices (token, k) and seats (expert, position)."""
 
-  slot_of_choice: jax.Array  # i32[N, K]; E * C where the choice was dropped
-  choice_of_slot: jax.Array  # i32[E * C]; N * K where the slot is empty
+  seat_of_choice: jax.Array  # i32[N, K]; E * C where the choice was dropped
+  choice_of_seat: jax.Array  # i32[E * C]; N * K where the seat is empty
   load: jax.Array  # i32[E]: choices of each expert before dropping
   dropped: jax.Array  # i32[]
 
 
 def route(
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   x: jax.Array,
   w_router: jax.Array,
   bias: jax.Array | None,
@@ -68,7 +68,7 @@ class Capacity(NamedTuple):
   """How much more than usual the experts of a layer take."""
 
   factors: jax.Array  # f32[E], of the usual capacity
-  max_factor: float  # that none exceeds: slots are there for so much
+  max_factor: float  # that none exceeds: seats are there for so much
 
 
 def plan_dispatch(
@@ -77,12 +77,12 @@ def plan_dispatch(
   capacity: int,
   limits: jax.Array | None = None,
 ) -> Dispatch:
-  """Assigns slots to choices `experts` i32[N, K], first come first served.
+  """Assigns seats to choices `experts` i32[N, K], first come first served.
 
   Args:
     experts: that the choices went to.
     num_experts: E.
-    capacity: C, slots that there are for each expert.
+    capacity: C, seats that there are for each expert.
     limits: i32[E], how many of them each expert may use; None: all.
   """
   flat = experts.reshape(-1)
@@ -94,17 +94,17 @@ def plan_dispatch(
   position = jnp.arange(n) - start[by_expert]
   empty = num_experts * capacity
   limit = capacity if limits is None else limits[by_expert]
-  slots = jnp.where(position < limit, by_expert * capacity + position, empty)
-  slot_of_choice = (
-    jnp.zeros_like(flat).at[order].set(slots, unique_indices=True)
+  seats = jnp.where(position < limit, by_expert * capacity + position, empty)
+  seat_of_choice = (
+    jnp.zeros_like(flat).at[order].set(seats, unique_indices=True)
   )
   within = jnp.arange(capacity)
   source = jnp.minimum(start[:, None] + within, n - 1)  # [E, C]
   used = jnp.minimum(load, capacity if limits is None else limits)
-  choice_of_slot = jnp.where(within < used[:, None], order[source], n)
+  choice_of_seat = jnp.where(within < used[:, None], order[source], n)
   return Dispatch(
-    slot_of_choice=slot_of_choice.reshape(experts.shape),
-    choice_of_slot=choice_of_slot.reshape(-1),
+    seat_of_choice=seat_of_choice.reshape(experts.shape),
+    choice_of_seat=choice_of_seat.reshape(-1),
     load=load,
     dropped=jnp.sum(load - used),
   )
@@ -116,45 +116,45 @@ def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def to_slots(x: jax.Array, dispatch: Dispatch) -> jax.Array:
-  """Copies tokens [N, D] into slots [E * C, D]; empty slots are zero."""
-  k = dispatch.slot_of_choice.shape[1]
-  return _rows(x, dispatch.choice_of_slot // k)
+def to_seats(x: jax.Array, dispatch: Dispatch) -> jax.Array:
+  """Copies tokens [N, D] into seats [E * C, D]; empty seats are zero."""
+  k = dispatch.seat_of_choice.shape[1]
+  return _rows(x, dispatch.choice_of_seat // k)
 
 
-def _to_slots_forward(x, dispatch):
-  return to_slots(x, dispatch), dispatch
+def _to_seats_forward(x, dispatch):
+  return to_seats(x, dispatch), dispatch
 
 
-def _to_slots_backward(dispatch, dslots):
-  copies = _rows(dslots, dispatch.slot_of_choice)  # [N, K, D]
-  dx = jnp.sum(copies.astype(jnp.float32), axis=1).astype(dslots.dtype)
+def _to_seats_backward(dispatch, dseats):
+  copies = _rows(dseats, dispatch.seat_of_choice)  # [N, K, D]
+  dx = jnp.sum(copies.astype(jnp.float32), axis=1).astype(dseats.dtype)
   return dx, None
 
 
-to_slots.defvjp(_to_slots_forward, _to_slots_backward)
+to_seats.defvjp(_to_seats_forward, _to_seats_backward)
 
 
 @jax.custom_vjp
-def from_slots(slots: jax.Array, dispatch: Dispatch) -> jax.Array:
-  """Reads slots [E * C, D] back per choice [N, K, D]; zero where dropped."""
-  return _rows(slots, dispatch.slot_of_choice)
+def from_seats(seats: jax.Array, dispatch: Dispatch) -> jax.Array:
+  """Reads seats [E * C, D] back per choice [N, K, D]; zero where dropped."""
+  return _rows(seats, dispatch.seat_of_choice)
 
 
-def _from_slots_forward(slots, dispatch):
-  return from_slots(slots, dispatch), dispatch
+def _from_seats_forward(seats, dispatch):
+  return from_seats(seats, dispatch), dispatch
 
 
-def _from_slots_backward(dispatch, dchoices):
+def _from_seats_backward(dispatch, dchoices):
   flat = dchoices.reshape(-1, dchoices.shape[-1])
-  return _rows(flat, dispatch.choice_of_slot), None
+  return _rows(flat, dispatch.choice_of_seat), None
 
 
-from_slots.defvjp(_from_slots_forward, _from_slots_backward)
+from_seats.defvjp(_from_seats_forward, _from_seats_backward)
 
 
 def experts_forward(
-  config: config_lib.ModelConfig,
+  config: model_config.ModelConfig,
   x: jax.Array,
   routing: Routing,
   weights: dict[str, jax.Array],
@@ -169,7 +169,7 @@ def experts_forward(
     routing: of these tokens, over all E experts.
     weights: w_gate, w_up [E/A, D, F] and w_down [E/A, F, D] of this device.
     expert_devices: A; above 1 the call stands inside a `shard_map` with an axis
-      'expert' of that size, and slots travel by `all_to_all`.
+      'expert' of that size, and seats travel by `all_to_all`.
     capacity: of each expert; None: what the model's shape gives it.
 
   Returns:
@@ -183,15 +183,15 @@ def experts_forward(
     wanted = (usual * capacity.factors).astype(jnp.int32)  # rounded down
     limits = jnp.minimum(wanted, each)
   dispatch = plan_dispatch(routing.experts, config.num_experts, each, limits)
-  slots = to_slots(x, dispatch).reshape(config.num_experts, each, d)
+  seats = to_seats(x, dispatch).reshape(config.num_experts, each, d)
   if expert_devices > 1:
-    slots = jax.lax.all_to_all(slots, 'expert', 0, 1, tiled=True)
-  slots = layers.swiglu(
-    slots, weights['w_gate'], weights['w_up'], weights['w_down']
+    seats = jax.lax.all_to_all(seats, 'expert', 0, 1, tiled=True)
+  seats = layers.swiglu(
+    seats, weights['w_gate'], weights['w_up'], weights['w_down']
   )
   if expert_devices > 1:
-    slots = jax.lax.all_to_all(slots, 'expert', 1, 0, tiled=True)
-  choices = from_slots(slots.reshape(-1, d), dispatch)  # [N, K, D]
+    seats = jax.lax.all_to_all(seats, 'expert', 1, 0, tiled=True)
+  choices = from_seats(seats.reshape(-1, d), dispatch)  # [N, K, D]
   gated = routing.gates[..., None] * choices.astype(jnp.float32)
   return jnp.sum(gated, axis=1).astype(x.dtype), dispatch
 

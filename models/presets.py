@@ -7,16 +7,14 @@ clusters and cost models.
 
 from __future__ import annotations
 
-from models import config as config_lib
-from moetion_jax import base
+from models import config as model_config
+from moetion_jax import errors
 
-ModelConfig = config_lib.ModelConfig
-
-PRESETS: dict[str, ModelConfig] = {
+PRESETS: dict[str, model_config.ModelConfig] = {
   # About a minute on 2 cores.
-  'tiny': ModelConfig(),
+  'tiny': model_config.ModelConfig(),
   # Tens of millions of parameters, sparse enough to train in minutes.
-  'small': ModelConfig(
+  'small': model_config.ModelConfig(
     sequence_length=256,
     num_layers=6,
     model_dim=256,
@@ -31,7 +29,7 @@ PRESETS: dict[str, ModelConfig] = {
   ),
   # MoE-LLaVa-1.6B x 4 experts, top-2, on StableLM-2-1.6B: the language model,
   # 2.9B parameters (arXiv 2401.15947, table 1).
-  'paper_moe_llava': ModelConfig(
+  'paper_moe_llava': model_config.ModelConfig(
     vocab_size=100352,
     sequence_length=2048,
     num_layers=24,
@@ -50,7 +48,7 @@ PRESETS: dict[str, ModelConfig] = {
   ),
   # GPT-MoE with 32 experts. The paper names no widths: these are ours, chosen
   # so that the count comes to its 7.3B.
-  'paper_gpt_moe': ModelConfig(
+  'paper_gpt_moe': model_config.ModelConfig(
     vocab_size=50304,
     sequence_length=2048,
     num_layers=12,
@@ -67,7 +65,7 @@ PRESETS: dict[str, ModelConfig] = {
     remat=True,
   ),
   # Qwen1.5-MoE-A2.7B: 14.3B parameters.
-  'paper_qwen_moe': ModelConfig(
+  'paper_qwen_moe': model_config.ModelConfig(
     vocab_size=151936,
     sequence_length=2048,
     num_layers=24,
@@ -85,7 +83,7 @@ PRESETS: dict[str, ModelConfig] = {
     remat=True,
   ),
   # DeepSeek-MoE 16.4B (arXiv 2401.06066): 2 shared experts of 1408.
-  'paper_deepseek_moe': ModelConfig(
+  'paper_deepseek_moe': model_config.ModelConfig(
     vocab_size=102400,
     sequence_length=4096,
     num_layers=28,
@@ -105,14 +103,14 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def get(name: str) -> ModelConfig:
+def get(name: str) -> model_config.ModelConfig:
   """Returns the preset called `name`.
 
   Raises:
     base.ConfigError: there is none.
   """
   if name not in PRESETS:
-    raise base.ConfigError(
+    raise errors.ConfigError(
       'preset', name, f'unknown; known are {", ".join(PRESETS)}'
     )
   return PRESETS[name]

@@ -18,38 +18,38 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from models import config as config_lib, moe, transformer
-from moetion_jax import base, stage_model
-
-ModelConfig = config_lib.ModelConfig
-StageSpec = transformer.StageSpec
+from models import config as model_config, moe, transformer
+from moetion_jax import errors
+from moetion_jax.state import model
 
 
-def layer_cost(config: ModelConfig, layer: int) -> float:
+def layer_cost(config: model_config.ModelConfig, layer: int) -> float:
   """Multiplications per token and forward pass of one layer."""
   d, hd = config.model_dim, config.head_dim
   cost = 2 * d * hd * (config.num_heads + config.num_kv_heads)
   cost += hd * config.num_heads * config.sequence_length  # causal: half of 2
   if not config.is_moe(layer):
     return cost + 3 * d * config.dense_dim
-  slots = config.experts_per_token * max(1.0, config.capacity_factor)
+  seats = config.experts_per_token * max(1.0, config.capacity_factor)
   if config.capacity_factor == 0:
-    slots = config.num_experts
+    seats = config.num_experts
   return (
     cost
     + d * config.num_experts
-    + 3 * d * (config.shared_dim + slots * config.expert_dim)
+    + 3 * d * (config.shared_dim + seats * config.expert_dim)
   )
 
 
-def cut(config: ModelConfig, num_stages: int) -> tuple[StageSpec, ...]:
+def cut(
+  config: model_config.ModelConfig, num_stages: int
+) -> tuple[transformer.StageSpec, ...]:
   """Cuts the model into stages so that the costliest stage is cheapest.
 
   Raises:
     base.ConfigError: there are more stages than layers.
   """
   if not 1 <= num_stages <= config.num_layers:
-    raise base.ConfigError(
+    raise errors.ConfigError(
       'stages', num_stages, f'must be 1 to {config.num_layers} (the layers)'
     )
   costs = [layer_cost(config, i) for i in range(config.num_layers)]
@@ -69,7 +69,7 @@ def cut(config: ModelConfig, num_stages: int) -> tuple[StageSpec, ...]:
 
   ends = best(0, num_stages)[1]
   return tuple(
-    StageSpec(
+    transformer.StageSpec(
       first_layer=first,
       last_layer=last,
       has_embedding=first == 0,
@@ -79,20 +79,20 @@ def cut(config: ModelConfig, num_stages: int) -> tuple[StageSpec, ...]:
   )
 
 
-def partition(name: str) -> stage_model.Group:
+def partition(name: str) -> model.Group:
   """The operator group of a parameter (DESIGN section 2).
 
   One expert of one layer; the rest of a layer; the embedding; the head.
   """
   parts = name.split('/')
   if parts[0] != 'layers':
-    return stage_model.Group(name=parts[0], stacked=False)
+    return model.Group(name=parts[0], stacked=False)
   if parts[2] == 'experts':
-    return stage_model.Group(name='/'.join(parts[:3]), stacked=True)
-  return stage_model.Group(name='/'.join(parts[:2]), stacked=False)
+    return model.Group(name='/'.join(parts[:3]), stacked=True)
+  return model.Group(name='/'.join(parts[:2]), stacked=False)
 
 
-def compute_dtype(config: ModelConfig, name: str) -> jnp.dtype:
+def compute_dtype(config: model_config.ModelConfig, name: str) -> jnp.dtype:
   """The dtype forward reads a parameter in: fp32 for everything of routers."""
   last = name.rsplit('/', 1)[-1]
   fp32 = last in ('w_router', 'router_bias')
@@ -124,13 +124,13 @@ def initialize(
 
 
 def build_stage(
-  config: ModelConfig,
-  spec: StageSpec,
+  config: model_config.ModelConfig,
+  spec: transformer.StageSpec,
   *,
   seed: int,
   expert_devices: int = 1,
   max_capacity_factor: float | None = None,
-) -> stage_model.StageModel:
+) -> model.StageModel:
   """Declares one stage and returns it as pure functions.
 
   Args:
@@ -145,7 +145,7 @@ def build_stage(
     base.ConfigError: the experts do not divide among the devices.
   """
   if config.num_experts % expert_devices:
-    raise base.ConfigError(
+    raise errors.ConfigError(
       'local_devices',
       expert_devices,
       f'must divide num_experts={config.num_experts}',
@@ -162,9 +162,9 @@ def build_stage(
 
   def forward(
     params: dict[str, jax.Array],
-    inputs: stage_model.Inputs,
-    position: stage_model.Position | None,
-  ) -> stage_model.Outputs:
+    inputs: model.Inputs,
+    position: model.Position | None,
+  ) -> model.Outputs:
     module = nnx.merge(
       graph, jax.tree.unflatten(structure, [params[n] for n in names])
     )
@@ -190,7 +190,7 @@ def build_stage(
     step = jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
     return {n: config.balance_rate * step[i] for i, n in enumerate(biases)}
 
-  return stage_model.StageModel(
+  return model.StageModel(
     shapes={
       n: jax.ShapeDtypeStruct(p.shape, jnp.float32) for n, p in declared.items()
     },
@@ -210,7 +210,9 @@ def build_stage(
   )
 
 
-def num_parameters(config: ModelConfig, *, active: bool = False) -> int:
+def num_parameters(
+  config: model_config.ModelConfig, *, active: bool = False
+) -> int:
   """Parameters of the whole model, or those that one token meets."""
   (spec,) = cut(config, 1)
   total = 0

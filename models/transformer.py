@@ -17,10 +17,8 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 
-from models import config as config_lib, layers, moe
-from moetion_jax import stage_model
-
-ModelConfig = config_lib.ModelConfig
+from models import config as model_config, layers, moe
+from moetion_jax.state import model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ class Call:
 class Attention(nnx.Module):
   """Causal grouped-query attention with rotary positions."""
 
-  def __init__(self, config: ModelConfig, scope: Scope):
+  def __init__(self, config: model_config.ModelConfig, scope: Scope):
     d, hd = config.model_dim, config.head_dim
     self.config = config
     self.norm = scope.constant('norm', d, fill=1.0)
@@ -118,7 +116,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
   """A SwiGLU, of one width or stacked over experts."""
 
-  def __init__(self, config: ModelConfig, scope: Scope, dim: int, *stack: int):
+  def __init__(
+    self, config: model_config.ModelConfig, scope: Scope, dim: int, *stack: int
+  ):
     d = config.model_dim
     self.w_gate = scope.matrix('w_gate', *stack, d, dim)
     self.w_up = scope.matrix('w_up', *stack, d, dim)
@@ -142,7 +142,9 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
   """One layer: attention, then a dense SwiGLU or shared and routed experts."""
 
-  def __init__(self, config: ModelConfig, layer: int, scope: Scope):
+  def __init__(
+    self, config: model_config.ModelConfig, layer: int, scope: Scope
+  ):
     self.config = config
     self.layer = layer
     self.attention = Attention(config, scope.child('attention'))
@@ -209,7 +211,9 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
   """A stage's modules, under the names they have in the whole model."""
 
-  def __init__(self, config: ModelConfig, spec: StageSpec, scope: Scope):
+  def __init__(
+    self, config: model_config.ModelConfig, spec: StageSpec, scope: Scope
+  ):
     d, v = config.model_dim, config.vocab_size
     self.config = config
     if spec.has_embedding:
@@ -224,9 +228,7 @@ class Stage(nnx.Module):
       self.head_norm = scope.constant('head/norm', d, fill=1.0)
       self.head = scope.matrix('head/table', d, v)
 
-  def __call__(
-    self, inputs: stage_model.Inputs, call: Call
-  ) -> stage_model.Outputs:
+  def __call__(self, inputs: model.Inputs, call: Call) -> model.Outputs:
     """See `stage_model.StageModel.forward`; logits when there are no labels."""
     x = inputs.x
     if hasattr(self, 'embedding'):
@@ -247,15 +249,13 @@ class Stage(nnx.Module):
       'dropped': jnp.asarray(drops, jnp.int32).reshape(-1),
     }
     if not hasattr(self, 'head'):
-      return stage_model.Outputs(y=x, objective=objective, counts=counts)
+      return model.Outputs(y=x, objective=objective, counts=counts)
     logits = self.logits(x)
     if inputs.labels is None:
-      return stage_model.Outputs(y=logits, objective=objective, counts=counts)
+      return model.Outputs(y=logits, objective=objective, counts=counts)
     loss = jnp.mean(layers.cross_entropy(logits, inputs.labels))
     counts['loss'] = loss
-    return stage_model.Outputs(
-      y=None, objective=objective + loss, counts=counts
-    )
+    return model.Outputs(y=None, objective=objective + loss, counts=counts)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """f32[B, T, V] of the residual stream [B, T, D]."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from moetion_jax import base
+from moetion_jax import errors
 
 OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
 
 
 def _require(config: object, name: str, ok: bool, reason: str) -> None:
   if not ok:
-    raise base.ConfigError(name, getattr(config, name), reason)
+    raise errors.ConfigError(name, getattr(config, name), reason)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moetion_jax import base
+from moetion_jax import keys
 
 _FLOATS = ('loss', 'auxiliary_loss', 'grad_norm', 'eval_loss')
 
@@ -52,7 +52,7 @@ class Report:
   grad_norm: float
   dropped: int
   updated: bool
-  digests: dict[base.OperatorId, np.ndarray]
+  digests: dict[keys.OperatorId, np.ndarray]
   eval_loss: float | None
   seconds: float
   waited_seconds: float
@@ -60,8 +60,13 @@ class Report:
   snapshot_bytes: int = 0
   blocked_seconds: float = 0.0
   copy_bytes_per_second: float = 0.0
-  load: Mapping[base.OperatorId, int] = dataclasses.field(default_factory=dict)
+  load: Mapping[keys.OperatorId, int] = dataclasses.field(default_factory=dict)
   replica: int = 0
+
+  @property
+  def busy_share(self) -> float:
+    """Share of the iteration in which the stage did not wait for entries."""
+    return max(0.0, 1 - self.waited_seconds / max(self.seconds, 1e-9))
 
   def to_json(self) -> dict[str, Any]:
     """Plain JSON without rounding: floats in hex. `from_json` inverts it."""
@@ -84,19 +89,19 @@ class Report:
       if fields[name] is not None:
         fields[name] = float.fromhex(fields[name])
     fields['digests'] = {
-      base.OperatorId(group, expert): np.array(
+      keys.OperatorId(group, expert): np.array(
         [int(lane, 16) for lane in lanes], np.uint32
       )
       for group, expert, *lanes in fields['digests']
     }
     fields['load'] = {
-      base.OperatorId(group, expert): count
+      keys.OperatorId(group, expert): count
       for group, expert, count in fields['load']
     }
     return cls(**fields)
 
 
-def combine(digests: Mapping[base.OperatorId, np.ndarray]) -> str:
+def combine(digests: Mapping[keys.OperatorId, np.ndarray]) -> str:
   """Digest of a whole state: 16 hex digits, whatever the operators' order."""
   lanes = np.zeros(2, np.uint32)
   for operator, digest in digests.items():

@@ -8,7 +8,7 @@ import tempfile
 import jax
 import pytest
 
-from tests import runs
+from tests.support import runs
 
 jax.config.update('jax_num_cpu_devices', 4)
 # Programs of earlier sessions: compiling them is most of the tests' time.

@@ -266,9 +266,9 @@ def test_wheel_holds_the_library_alone(tmp_path):
   )
   (wheel,) = tmp_path.glob('*.whl')
   names = subprocess.run(
-    [sys.executable, '-m', 'zipfile', '-l', str(wheel)],
-    capture_output=True, text=True, check=True,
-  ).stdout  # fmt: skip
+      [sys.executable, '-m', 'zipfile', '-l', str(wheel)],
+      capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
   assert 'moetion_jax/stage.py' in names
   for other in ('models/', 'launch/', 'tests/'):
     assert other not in names

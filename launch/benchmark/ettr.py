@@ -1,0 +1,353 @@
+"""Effective training time under failures: `launch.benchmark ettr`.
+
+Real runs of `launch.train` under each policy, whose workers are killed at the
+same moments: a Poisson process in iterations, drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.benchmark.harness import (
+  predict as benchmark_predict,
+  runs as benchmark_runs,
+  summary,
+)
+from launch.simulate import predict as simulate_predict
+from moetion_jax.policies import rules
+
+POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
+MTBF_ITERATIONS = (100, 50, 25)
+_BASE = 'none'
+# Before they end nothing counts: programs and standbys are warm, intervals are
+# chosen.
+_WARM_UP_ITERATIONS = 30
+_MAX_FAILURES = 10_000
+_GOAL = 'the highest of all exact policies'
+_PREDICTION_GOAL = '<= 2'
+
+# By (policy, MTBF in iterations; 0 for no failures), of every round.
+Outcomes = Mapping[tuple[str, int], Sequence[benchmark_runs.RunOutcome]]
+
+
+def effective_training_time_ratio(
+  undisturbed_seconds: float, seconds: float
+) -> float:
+  """ETTR: the definition that all our figures have.
+
+  Args:
+    undisturbed_seconds: that a run without checkpoints and failures takes for
+      some iterations.
+    seconds: that the measured run takes until it has done the same iterations,
+      with everything: checkpoints, failures, recoveries, work done again.
+  """
+  return undisturbed_seconds / seconds
+
+
+def measure(
+  flags: Sequence[str],
+  *,
+  iterations: int,
+  mtbfs: Sequence[int],
+  policies: Sequence[str],
+  rounds: int,
+  seed: int,
+  stages: int,
+  hostmem_dir: str,
+) -> dict[tuple[str, int], list[benchmark_runs.RunOutcome]]:
+  """Runs all: in every round each policy after the other (A B A B).
+
+  Args:
+    flags: of every run.
+    iterations: of every run.
+    mtbfs: mean iterations between failures.
+    policies: to compare.
+    rounds: each with other moments of failure.
+    seed: of those moments.
+    stages: of every run.
+    hostmem_dir: in tmpfs.
+  """
+  outcomes: dict[tuple[str, int], list[benchmark_runs.RunOutcome]] = {}
+  common = [
+    *flags,
+    f'--stages={stages}',
+    f'--iterations={iterations}',
+    '--eval_every=0',
+    f'--max_failures={_MAX_FAILURES}',
+  ]
+  for number in range(rounds):
+    cases = [(_BASE, 0), *itertools.product(policies, (0, *mtbfs))]
+    for policy, mtbf in cases:
+      script = []
+      if mtbf:
+        script = benchmark_runs.draw_failures(
+          seed + number, mtbf, _WARM_UP_ITERATIONS, iterations - 1, stages
+        )
+      print(
+        f'round {number + 1}: {policy}, {len(script)} failure(s)', flush=True
+      )
+      outcome = benchmark_runs.train(
+        [*common, f'--policy={policy}'], hostmem_dir, script
+      )
+      outcomes.setdefault((policy, mtbf), []).append(outcome)
+  return outcomes
+
+
+def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
+  """The table.
+
+  Args:
+    outcomes: of all runs.
+    stages: of each run.
+  """
+  bases = outcomes[_BASE, 0]
+  found: list[summary.Row] = []
+  for (policy, mtbf), runs in outcomes.items():
+    if policy == _BASE:
+      continue
+    ratios = [_ratio(base, run) for base, run in zip(bases, runs, strict=True)]
+    overheads = _overheads(outcomes, policy)
+    if not mtbf:
+      found.append((f'{policy}, overhead, %', summary.summarize(overheads), ''))
+      continue
+    name = f'MTBF {mtbf}, {policy}'
+    goal = _GOAL if policy == 'sparse' else ''
+    found.append((f'{name}, ETTR', summary.summarize(ratios), goal))
+    together = _together(outcomes, policy, mtbf)
+    failures = sum(len(run.of_kind('failure')) for run in runs)
+    found += [
+      (
+        f'{name}, lost to failures, % of its own pace',
+        summary.summarize([100 * _lost(run) / _quiet(run) for run in runs]),
+        '',
+      ),
+      (
+        f'{name}, lost by a failure, s',
+        summary.summarize([sum(map(_lost, runs)) / max(1, failures)]),
+        '',
+      ),
+      (
+        f'{name}, ETTR of all rounds together',
+        summary.summarize([together]),
+        goal,
+      ),
+    ]
+    if policy != 'sparse' and ('sparse', mtbf) in outcomes:
+      ours = _together(outcomes, 'sparse', mtbf)
+      found.append(
+        (
+          f'MTBF {mtbf}, sparse / {policy}, ETTR of all rounds together',
+          summary.summarize([ours / together]),
+          '> 1' if rules.of_name(policy).is_exact else '',
+        )
+      )
+    samples = _samples(bases, runs)
+    found += [
+      (f'{name}, {what}', summary.summarize(values), '')
+      for what, values in samples.items()
+      if values
+    ]
+    for pace, errors in _prediction_errors(
+      outcomes, policy, mtbf, stages
+    ).items():
+      found.append(
+        (
+          f'{name}, simulated from {pace}, off by, %',
+          summary.summarize(errors),
+          _PREDICTION_GOAL,
+        )
+      )
+  return found
+
+
+def _prediction_errors(
+  outcomes: Outcomes, policy: str, mtbf: int, stages: int
+) -> dict[str, list[float]]:
+  """By how much the simulator is off, by whose pace it was given."""
+  runs = outcomes[policy, mtbf]
+  costs = benchmark_predict.costs(runs, _WARM_UP_ITERATIONS)
+  beside = zip(outcomes[_BASE, 0], outcomes[policy, 0], runs, strict=True)
+  found: dict[str, list[float]] = {}
+  for base, quiet, run in beside:
+    seconds = run.seconds(_WARM_UP_ITERATIONS, run.lines[-1]['iteration'])
+    paces = {
+      'its own pace': benchmark_predict.own_pace(run, _WARM_UP_ITERATIONS),
+      'the pace of other runs': benchmark_predict.pace_beside(
+        base, quiet, _WARM_UP_ITERATIONS
+      ),
+    }
+    for name, pace in paces.items():
+      predicted = benchmark_predict.predicted_seconds(
+        run,
+        policy=policy,
+        stages=stages,
+        first=_WARM_UP_ITERATIONS,
+        pace=pace,
+        costs=costs,
+      )
+      error = 100 * simulate_predict.error(predicted, seconds)
+      found.setdefault(name, []).append(error)
+  return found
+
+
+def _samples(
+  bases: Sequence[benchmark_runs.RunOutcome],
+  runs: Sequence[benchmark_runs.RunOutcome],
+) -> dict[str, list[float]]:
+  """What the runs of one policy came to, by name."""
+  found: dict[str, list[float]] = {}
+  for base, run in zip(bases, runs, strict=True):
+    recovered = benchmark_runs.recoveries(run.events)
+    one = {
+      'failures': [float(len(run.of_kind('failure')))],
+      'recovery, s': [r.seconds for r in recovered],
+      'iterations done again': [
+        float(r.replayed_iterations) for r in recovered
+      ],
+      'lost tokens, %': [
+        100 * event['plt'] for event in run.of_kind('rolled_back')[-1:]
+      ],
+      'final loss against undisturbed': [
+        run.lines[-1]['loss'] - base.lines[-1]['loss']
+      ],
+    }
+    for name, values in one.items():
+      found.setdefault(name, []).extend(values)
+  return found
+
+
+def _together(outcomes: Outcomes, policy: str, mtbf: int) -> float:
+  """ETTR of all rounds, but for most of the noise between runs.
+
+  What failures cost is measured by the quiet iterations of the run itself; and
+  how long those take, in all runs of the policy against all without one.
+  """
+  runs = outcomes[policy, mtbf]
+  ours = [
+    r for (name, _), all_ in outcomes.items() if name == policy for r in all_
+  ]
+  overhead = statistics.fmean(map(_pace, ours)) / statistics.fmean(
+    map(_pace, outcomes[_BASE, 0])
+  )
+  quiet = sum(map(_quiet, runs))
+  return quiet / (quiet + sum(map(_lost, runs))) / overhead
+
+
+def _overheads(outcomes: Outcomes, policy: str) -> list[float]:
+  """By how many percent quiet iterations take longer, of all runs of a policy.
+
+  Compared with the undisturbed run of the same round.
+  """
+  return [
+    100 * (_pace(run) / _pace(base) - 1)
+    for (name, _), runs in outcomes.items()
+    if name == policy
+    for base, run in zip(outcomes[_BASE, 0], runs, strict=True)
+  ]
+
+
+def _pace(run: benchmark_runs.RunOutcome) -> float:
+  return benchmark_predict.own_pace(run, _WARM_UP_ITERATIONS).iteration_seconds
+
+
+def _quiet(run: benchmark_runs.RunOutcome) -> float:
+  """Seconds that a run's iterations would take if all were quiet."""
+  return (run.lines[-1]['iteration'] - _WARM_UP_ITERATIONS) * _pace(run)
+
+
+def _lost(run: benchmark_runs.RunOutcome) -> float:
+  """Seconds by which failures made a run longer, whatever its pace is."""
+  last = run.lines[-1]['iteration']
+  return run.seconds(_WARM_UP_ITERATIONS, last) - _quiet(run)
+
+
+def _ratio(
+  base: benchmark_runs.RunOutcome, run: benchmark_runs.RunOutcome
+) -> float:
+  last = base.lines[-1]['iteration']
+  return effective_training_time_ratio(
+    base.seconds(_WARM_UP_ITERATIONS, last),
+    run.seconds(_WARM_UP_ITERATIONS, last),
+  )
+
+
+def details(outcomes: Outcomes) -> list[dict[str, Any]]:
+  """Every run, for the JSON file."""
+  bases = outcomes[_BASE, 0]
+  found = []
+  for (policy, mtbf), runs in outcomes.items():
+    for number, run in enumerate(runs):
+      base = bases[number]
+      rolled_back = run.of_kind('rolled_back')
+      found.append(
+        {
+          'policy': policy,
+          'mtbf_iterations': mtbf,
+          'round': number,
+          'ettr': _ratio(base, run),
+          'lost_seconds': _lost(run),
+          'quiet_iteration_seconds': _pace(run),
+          'standby_seconds': [e['seconds'] for e in run.of_kind('standby')],
+          'failures': len(run.of_kind('failure')),
+          'recoveries': [
+            vars(r) for r in benchmark_runs.recoveries(run.events)
+          ],
+          'recovered': [
+            {k: e[k] for k in ('stage', 'seconds', 'replayed_iterations')}
+            for e in run.of_kind('recovered')
+          ],
+          'lost_tokens': sum(e['lost_tokens'] for e in rolled_back),
+          'plt': rolled_back[-1]['plt'] if rolled_back else 0.0,
+          'intervals': [
+            {
+              k: e.get(k)
+              for k in ('kind', 'interval', 'window_length', 'every')
+            }
+            for e in run.events
+            if e['kind'] in ('interval', 'window')
+          ],
+          'is_bit_equal': [x['digest'] for x in run.lines]
+          == [x['digest'] for x in base.lines],
+          'loss': run.lines[-1]['loss'],
+          'snapshot_bytes': sum(x['snapshot_bytes'] for x in run.lines),
+          'blocked_seconds': sum(x['blocked_seconds'] for x in run.lines),
+          'iteration_seconds': statistics.median(
+            x['seconds'] for x in run.lines
+          ),
+          'progress': run.progress,
+        }
+      )
+  return found
+
+
+def plot(outcomes: Outcomes, path: str | os.PathLike[str]) -> None:
+  """Iterations done over time, one panel an MTBF, of the first round."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  mtbfs = sorted({mtbf for _, mtbf in outcomes if mtbf}, reverse=True)
+  figure, axes = pyplot.subplots(
+    1, len(mtbfs), figsize=(5 * len(mtbfs), 4), squeeze=False, sharey=True
+  )
+  for axis, mtbf in zip(axes[0], mtbfs, strict=True):
+    for (policy, of_mtbf), runs in outcomes.items():
+      if of_mtbf != mtbf and policy != _BASE:
+        continue
+      progress = runs[0].progress
+      begin = next(s for s, i in progress if i >= _WARM_UP_ITERATIONS)
+      points = [(s - begin, i) for s, i in progress if s >= begin]
+      label = 'undisturbed' if policy == _BASE else policy
+      axis.step(*zip(*points, strict=True), where='post', label=label)
+    axis.set_title(f'MTBF {mtbf} iterations')
+    axis.set_xlabel('seconds')
+  axes[0][0].set_ylabel('iterations done')
+  axes[0][0].legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""What benchmarks share: runs, baselines, summaries, profiles."""

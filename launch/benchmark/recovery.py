@@ -1,0 +1,235 @@
+"""What a failure costs: `launch.benchmark recovery`.
+
+Real runs of `launch.train`, whose workers are killed with SIGKILL one after
+another; the phases are those of events.jsonl. Beside them the whole job
+restarted from dense Orbax checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launch.benchmark.harness import runs as benchmark_runs, scratch, summary
+from moetion_jax.runtime import linux_process
+
+_WINDOW = 4
+_KEPT_WINDOWS = 2
+# Iterations without a fault before each kill: the window is full again.
+_QUIET_ITERATIONS = 10
+_DENSE_EVERY = 10  # iterations, of what is compared with
+
+
+def _kills(
+  run: benchmark_runs.WatchedRun,
+  kills: int,
+  stages: int,
+  replicas: int,
+  *,
+  standby: bool,
+) -> Iterator[dict[str, float]]:
+  """Kills workers in turn; yields what each recovery took, in seconds."""
+
+  def is_ready() -> bool:
+    warm = [w for w in run.workers() if w['state'] == 'standby']
+    return len(warm) == (replicas if standby else 0)
+
+  for number in range(kills):
+    begin = run.newest()
+    run.wait_for(lambda begin=begin: run.newest() >= begin + _QUIET_ITERATIONS)
+    run.wait_for(is_ready)
+    victim = number % stages, number // stages % replicas
+    (worker,) = [
+      w for w in run.workers() if (w['stage'], w['replica']) == victim
+    ]
+    known = len(run.lines('events.jsonl'))
+    killed_at = time.time()
+    os.kill(worker['pid'], signal.SIGKILL)
+    recovered = run.wait_for(
+      lambda known=known: [
+        e for e in run.lines('events.jsonl')[known:] if e['kind'] == 'recovered'
+      ]
+    )[0]
+    (failure,) = [
+      e for e in run.lines('events.jsonl')[known:] if e['kind'] == 'failure'
+    ]
+    training = statistics.median(
+      x['seconds'] for x in run.lines('metrics.jsonl')[2:]
+    )
+    seconds = recovered['seconds']
+    replayed = recovered['replayed_iterations']
+    yield {
+      'total': recovered['time'] - killed_at,
+      'detect': failure['time'] - killed_at,
+      'start': seconds['start'],
+      'fetch': seconds['fetch'],
+      'replay': seconds['replay'],
+      'replayed iterations': replayed,
+      'replay per iteration / training': seconds['replay']
+      / max(replayed, 1)
+      / training,
+    }
+
+
+class _DenseJob:
+  """The whole job as one process that is killed and started again."""
+
+  def __init__(self, arguments: dict[str, Any]):
+    self.process = subprocess.Popen(
+      [
+        sys.executable,
+        '-m',
+        'launch.benchmark.harness.dense_job',
+        json.dumps(arguments),
+      ],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      preexec_fn=functools.partial(linux_process.die_with, os.getpid()),
+    )
+
+  def read(self) -> tuple[int, str]:
+    """The next iteration that is done, and the digest of its state."""
+    assert self.process.stdout is not None
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f'the job ended with {self.process.wait()}')
+    iteration, digest = line.split()
+    return int(iteration), digest
+
+  def kill(self) -> None:
+    """SIGKILL."""
+    self.process.kill()
+    self.process.communicate()
+
+
+def _restarts(
+  preset: str,
+  kills: int,
+  hostmem_dir: str,
+  cache_dir: str,
+  microbatches: int | None,
+) -> Iterator[dict[str, float]]:
+  """Kills the whole job; what it takes until it is where it was, in seconds.
+
+  Kills are spread evenly over the iterations between two checkpoints.
+
+  Raises:
+    RuntimeError: an iteration that was done again had other bits.
+  """
+  with scratch.folder(hostmem_dir) as folder:
+    arguments = {
+      'preset': preset,
+      'folder': str(folder),
+      'every': _DENSE_EVERY,
+      'cache_dir': cache_dir,
+      'microbatches': microbatches,
+    }
+    job = _DenseJob(arguments)
+    try:
+      iteration, digests = 0, {}
+      for number in range(kills):
+        first = iteration + _DENSE_EVERY + _QUIET_ITERATIONS
+        phase = (number * 3) % _DENSE_EVERY
+        while iteration < first or iteration % _DENSE_EVERY != phase:
+          iteration, digest = job.read()
+          digests[iteration] = digest
+        begin = time.monotonic()
+        job.kill()
+        job = _DenseJob(arguments)
+        again, digest = job.read()
+        started, first_again = time.monotonic(), again
+        # The one that was interrupted is caught up with as well.
+        while again <= iteration:
+          if digests.get(again) != digest:
+            raise RuntimeError(f'iteration {again} came out differently')
+          again, digest = job.read()
+        iteration = again
+        digests[iteration] = digest
+        yield {
+          'total': time.monotonic() - begin,
+          'until the first iteration is done': started - begin,
+          'replayed iterations': again - first_again + 1,
+        }
+    finally:
+      job.kill()
+
+
+def rows(
+  preset: str,
+  kills: int,
+  hostmem_dir: str,
+  cache_dir: str,
+  replicas: int = 1,
+  microbatches: int | None = None,
+) -> list[summary.Row]:
+  """Measures; see the module.
+
+  Args:
+    preset: shape of the model.
+    kills: of workers, with and without a standby.
+    hostmem_dir: in tmpfs.
+    cache_dir: of compiled programs.
+    replicas: of each stage; with several the whole job is not restarted.
+    microbatches: of a replica's iteration; None: as the preset has it.
+  """
+  stages = 2
+  flags = [
+    f'--preset={preset}',
+    f'--stages={stages}',
+    f'--replicas={replicas}',
+    '--iterations=100000',
+    f'--window_length={_WINDOW}',
+    f'--keep_windows={_KEPT_WINDOWS}',
+    '--eval_every=0',
+    f'--compilation_cache_dir={cache_dir}',
+    f'--max_failures={kills + 1}',
+    *([f'--microbatches={microbatches}'] if microbatches else []),
+  ]
+  out: list[summary.Row] = []
+  goals = {
+    'standby, total': '<= 1.0' if replicas == 1 else '<= 2.0',
+    'standby, detect': '<= 0.1',
+    'standby, replay per iteration / training': '<= 1',
+    'no standby, total': '<= 2.5',
+  }
+  for name, standby in (('standby', True), ('no standby', False)):
+    samples: dict[str, list[float]] = {}
+    more = [] if standby else ['--nostandby']
+    with benchmark_runs.running([*flags, *more], hostmem_dir) as run:
+      for one in _kills(run, kills, stages, replicas, standby=standby):
+        _tell(name, one)
+        for phase, value in one.items():
+          samples.setdefault(phase, []).append(value)
+    for phase, values in samples.items():
+      label = f'{name}, {phase}'
+      unit = '' if 'iteration' in phase else ', s'
+      out.append(
+        (label + unit, summary.summarize(values), goals.get(label, ''))
+      )
+  if replicas > 1:
+    return out
+  restarts = []
+  for one in _restarts(preset, kills, hostmem_dir, cache_dir, microbatches):
+    _tell('whole job', one)
+    restarts.append(one)
+  for phase in restarts[0]:
+    unit = '' if 'iterations' in phase else ', s'
+    values = [one[phase] for one in restarts]
+    label = f'whole job, Orbax every {_DENSE_EVERY} iterations, {phase}{unit}'
+    out.append((label, summary.summarize(values), ''))
+  return out
+
+
+def _tell(name: str, phases: Mapping[str, float]) -> None:
+  """Prints one recovery: all of them take long."""
+  text = ', '.join(f'{phase} {value:.2f}' for phase, value in phases.items())
+  print(f'{name}: {text}', flush=True)

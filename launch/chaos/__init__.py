@@ -1,0 +1,1 @@
+"""Random faults against the running program: `python -m launch.chaos`."""

@@ -1,0 +1,296 @@
+"""Random faults against the running program: `python -m launch.chaos`.
+
+Runs of the real command, with scripted faults (`--fail`) and signals from
+outside; when the agent dies the same command is started again. Then the same
+run undisturbed. Exit code 0 only if every run finished with the same losses
+and digests in every iteration, and left neither processes nor files. Flags of
+`launch.train` follow after `--`:
+
+  python -m launch.chaos --seed=1 --faults=200 -- --stages=3 --window_length=4
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from launch.chaos import draw
+from launch.lm import command_line
+from moetion_jax import errors
+from moetion_jax.runtime.hosts import child_process
+
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the faults.')
+_FAULTS = flags.DEFINE_integer('faults', 0, 'How many at least; 0: no limit.')
+_MINUTES = flags.DEFINE_float('minutes', 0.0, 'How long; 0: as --faults says.')
+_PRESET = flags.DEFINE_string(
+  'preset', 'micro', "Shape of the model: 'micro', or one of launch.train."
+)
+_STAGES = flags.DEFINE_integer('stages', 3, 'Pipeline stages.')
+_REPLICAS = flags.DEFINE_integer('replicas', 1, 'Workers of each stage.')
+_ITERATIONS = flags.DEFINE_integer('iterations', 40, 'Of one run.')
+_SCRIPTED = flags.DEFINE_integer('scripted', 12, 'Scripted faults of one run.')
+_OUTSIDE = flags.DEFINE_integer(
+  'outside', 4, 'Signals from outside in one run.'
+)
+_EVERY = flags.DEFINE_float('every', 5.0, 'Mean seconds between those.')
+_STUCK = flags.DEFINE_float(
+  'stuck_seconds', 300.0, 'A run that says nothing for so long hangs.'
+)
+_HOSTMEM_DIR = flags.DEFINE_string('hostmem_dir', '/dev/shm', 'In tmpfs.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', "Kept for each run that went wrong; '': a temporary folder."
+)
+
+_MARK = 'MOETION_CHAOS'
+_POLL_SECONDS = 0.02
+_DYING_SECONDS = 10.0
+_MICRO_FLAGS = (
+  *(f'--model={name}={value}' for name, value in draw.MICRO_FIELDS.items()),
+  '--microbatches=4',
+  '--microbatch_size=8',
+  '--eval_every=5',
+  '--eval_microbatches=2',
+  '--dropout_rate=0.1',
+  '--window_length=3',
+)
+
+
+def train_flags(more: Sequence[str]) -> list[str]:
+  """Flags of the run that all faults are drawn for."""
+  is_micro = _PRESET.value == 'micro'
+  return [
+    f'--preset={"tiny" if is_micro else _PRESET.value}',
+    *(_MICRO_FLAGS if is_micro else ()),
+    f'--stages={_STAGES.value}',
+    f'--replicas={_REPLICAS.value}',
+    f'--iterations={_ITERATIONS.value}',
+    '--max_failures=1000',
+    *more,
+  ]
+
+
+class ChaosRun:
+  """One run in folders of its own, however often it is started.
+
+  Attributes:
+    workdir: of the run.
+    outside: what was done to it from outside, as events.
+  """
+
+  def __init__(self, workdir: pathlib.Path, arguments: Sequence[str]):
+    """Stores where it runs, and the flags; `finish` does the work."""
+    self.workdir = workdir
+    self.outside: list[dict[str, Any]] = []
+    self._mark = uuid.uuid4().hex
+    self._hostmem = pathlib.Path(_HOSTMEM_DIR.value, f'chaos-{self._mark}')
+    self._arguments = [
+      *arguments,
+      f'--workdir={workdir}',
+      f'--hostmem_dir={self._hostmem}',
+    ]
+    self._process: subprocess.Popen[bytes] | None = None
+
+  def finish(self, coming: Sequence[draw.OutsideFault]) -> str:
+    """Runs to the end, whatever dies; what must not be, or ''."""
+    self.workdir.mkdir(parents=True)
+    self._hostmem.mkdir(mode=0o700)
+    try:
+      return self._finish(list(coming)) or self._left()
+    finally:
+      for pid in self._living():
+        os.kill(pid, signal.SIGKILL)
+      if self._process is not None:
+        self._process.wait()
+      shutil.rmtree(self._hostmem, ignore_errors=True)
+
+  def _finish(self, coming: list[draw.OutsideFault]) -> str:
+    while True:
+      code = self._once(coming)
+      if code is None:
+        return f'said nothing for {_STUCK.value:g} s'
+      if code == 0:
+        return ''
+      if code != -signal.SIGKILL:
+        return f'ended with exit code {code}'
+      if not self._are_gone():
+        return 'workers outlived their agent'
+
+  def _once(self, coming: list[draw.OutsideFault]) -> int | None:
+    """Starts the command; its exit code, None if it hangs."""
+    with open(self.workdir / 'output', 'ab') as output:
+      self._process = subprocess.Popen(
+        [sys.executable, '-m', 'launch.train', *self._arguments],
+        stdout=output,
+        stderr=output,
+        env=os.environ | {_MARK: self._mark},
+      )
+    heard, heard_at, due_at = None, time.monotonic(), 0.0
+    while self._process.poll() is None:
+      time.sleep(_POLL_SECONDS)
+      now = time.monotonic()
+      size = (self.workdir / 'output').stat().st_size
+      if size != heard:
+        heard, heard_at = size, now
+      if now - heard_at > _STUCK.value:
+        return None
+      if coming and self._trains():
+        due_at = due_at or now + coming[0].after_seconds
+        if now >= due_at:
+          due_at = 0.0
+          self._do(coming.pop(0))
+    return self._process.returncode
+
+  def _trains(self) -> bool:
+    """Whether workers.json is of the processes that run now."""
+    assert self._process is not None
+    agents = self._workers().get('agents', [])
+    return any(agent['pid'] == self._process.pid for agent in agents)
+
+  def _workers(self) -> dict[str, Any]:
+    try:
+      return json.loads((self.workdir / 'workers.json').read_text())
+    except FileNotFoundError:
+      return {}
+
+  def _do(self, fault: draw.OutsideFault) -> None:
+    """Sends a signal, if there is somebody to get it."""
+    assert self._process is not None
+    pid, stage, number = self._process.pid, None, signal.SIGKILL
+    if fault.kind != 'kill the agent':
+      stage = None if fault.kind == 'kill the standby' else fault.stage
+      replica = None if stage is None else fault.replica
+      found = [
+        w
+        for w in self._workers()['workers']
+        if (w['stage'], w['replica']) == (stage, replica)
+      ]
+      pid = found[0]['pid'] if found else 0
+      if fault.kind == 'stop a worker':
+        number = signal.SIGSTOP
+    if pid not in self._living():
+      return
+    event = {'time': time.time(), 'kind': 'outside', 'fault': fault.kind}
+    os.kill(pid, number)
+    self.outside.append(event | {'stage': stage})
+
+  def events(self) -> list[dict[str, Any]]:
+    """Everything that happened, in order."""
+    written = read_lines(self.workdir / 'events.jsonl')
+    return sorted([*written, *self.outside], key=lambda event: event['time'])
+
+  def metrics(self) -> list[dict[str, Any]]:
+    """One line an iteration."""
+    return read_lines(self.workdir / 'metrics.jsonl')
+
+  def _living(self) -> list[int]:
+    """Processes of this run, zombies not among them."""
+    return child_process.marked(_MARK, self._mark)
+
+  def _are_gone(self) -> bool:
+    deadline = time.monotonic() + _DYING_SECONDS
+    while living := self._living():
+      if time.monotonic() > deadline:
+        return not living
+      time.sleep(_POLL_SECONDS)
+    return True
+
+  def _left(self) -> str:
+    if not self._are_gone():
+      return 'left processes'
+    files = os.listdir(self._hostmem)
+    return f'left {", ".join(files)} in host memory' if files else ''
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Of a .jsonl file; [] if there is none."""
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _is_over(tally: draw.Tally, begin: float) -> bool:
+  if tally.problems:
+    return True
+  if _MINUTES.value and time.monotonic() - begin > 60 * _MINUTES.value:
+    return True
+  return bool(_FAULTS.value) and tally.count >= _FAULTS.value
+
+
+def _disturb(folder: pathlib.Path, more: Sequence[str]):
+  """Runs with faults until there were enough: the tally, and all metrics."""
+  source = random.Random(_SEED.value)
+  tally, begin, results = draw.Tally(), time.monotonic(), []
+  while not _is_over(tally, begin):
+    number = len(results) + 1
+    script = draw.draw_script(
+      source,
+      _SCRIPTED.value,
+      _STAGES.value,
+      _ITERATIONS.value,
+      _REPLICAS.value,
+    )
+    outside = draw.draw_outside(
+      source, _OUTSIDE.value, _STAGES.value, _EVERY.value, _REPLICAS.value
+    )
+    run = ChaosRun(
+      folder / f'run-{number}',
+      [*train_flags(more), *(f'--fail={fault}' for fault in script)],
+    )
+    problem = run.finish(outside)
+    tally.add(run.events())
+    results.append((run.workdir, run.metrics()))
+    print(
+      f'run {number}: {problem or "finished"}; {tally.count} faults so far, '
+      f'{time.monotonic() - begin:.0f} s',
+      flush=True,
+    )
+    if problem:
+      tally.problems.append(f'{run.workdir}: {problem}')
+  return tally, results
+
+
+def main(argv: list[str]) -> int:
+  """Breaks runs until there were enough faults, then prints the verdict."""
+  if not _FAULTS.value and not _MINUTES.value:
+    raise errors.ConfigError('faults', 0, 'say how many, or --minutes')
+  made = None if _WORKDIR.value else tempfile.mkdtemp(prefix='chaos-')
+  folder = pathlib.Path(_WORKDIR.value or str(made)).absolute()
+  tally, results = _disturb(folder, argv[1:])
+  run = ChaosRun(folder / 'undisturbed', train_flags(argv[1:]))
+  if problem := run.finish(()):
+    tally.problems.append(f'undisturbed: {problem}')
+  expected, equal = run.metrics(), 0
+  if len(expected) != _ITERATIONS.value:
+    tally.problems.append(f'undisturbed: {len(expected)} iterations')
+  for workdir, lines in results:
+    found = draw.differences(lines, expected)
+    equal += not found
+    tally.problems += [f'{workdir}: {text}' for text in found[:5]]
+  print(tally.table())
+  print(
+    f'seed {_SEED.value}: {equal} of {len(results)} runs equal to the '
+    f'undisturbed one in every bit of {len(expected)} losses and digests'
+  )
+  if tally.problems:
+    print(f'What they left is in {folder}')
+    return 1
+  shutil.rmtree(folder)
+  print('Left over: nothing.')
+  return 0
+
+
+if __name__ == '__main__':
+  command_line.run_main('launch.chaos', main)

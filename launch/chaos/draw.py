@@ -1,0 +1,233 @@
+"""Random faults from a seed, and the tally of what became of them: pure.
+
+No JAX here: chaos only starts and watches processes.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moetion_jax.runtime import faults
+
+# How often each kind is drawn.
+_WEIGHTS = {
+  'kill': 10,
+  'stop': 2,
+  'exit': 2,
+  'exception': 2,
+  'oom': 1,
+  'corrupt_snapshot': 1,
+  'corrupt_weights': 1,
+  'torn_snapshot': 1,
+  'corrupt_log': 1,
+  'kill_agent': 2,
+  'kill_all': 1,
+}
+_OUTSIDE_WEIGHTS = {
+  'kill a worker': 6,
+  'stop a worker': 2,
+  'kill the standby': 2,
+  'kill the agent': 1,
+}
+OUTSIDE = tuple(_OUTSIDE_WEIGHTS)
+# A damaged entry shows only if a neighbour reads it again, soon.
+_AFTER_DAMAGE = 1
+
+
+# Of `tiny`: a model that compiles in a second.
+MICRO_FIELDS = {
+  'sequence_length': 16,
+  'num_layers': 4,
+  'model_dim': 32,
+  'num_heads': 2,
+  'num_kv_heads': 1,
+  'head_dim': 16,
+  'num_experts': 4,
+  'experts_per_token': 2,
+  'expert_dim': 32,
+  'shared_dim': 32,
+  'dense_dim': 64,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutsideFault:
+  """Something that is done to a process from outside.
+
+  Attributes:
+    kind: one of OUTSIDE.
+    stage: of the worker, where it is one.
+    replica: of the worker.
+    after_seconds: since the one before, or since the run trains.
+  """
+
+  kind: str
+  stage: int
+  after_seconds: float
+  replica: int = 0
+
+
+def draw_script(
+  source: random.Random,
+  count: int,
+  stages: int,
+  iterations: int,
+  replicas: int = 1,
+) -> list[str]:
+  """Faults for `--fail`, at most one of an agent in an iteration.
+
+  Args:
+    source: of randomness.
+    count: how many.
+    stages: of the run.
+    iterations: of the run.
+    replicas: of each stage.
+  """
+  script: list[str] = []
+  kinds, weights = zip(*_WEIGHTS.items(), strict=True)
+  while len(script) < count:
+    kind = source.choices(kinds, weights)[0]
+    phase = source.choice(faults.PHASES)
+    stage = source.randrange(stages)
+    iteration = source.randint(1, iterations)
+    if phase in faults.START_PHASES and kind not in _START_KINDS:
+      phase = 'forward'
+    elif phase == faults.REPLAY:
+      iteration = source.choice((0, iteration))
+    if kind == 'corrupt_log':
+      phase, iteration = 'forward', source.randint(2, max(2, iterations - 1))
+    of = f'replica={_replica(source, replicas)},'
+    script.append(
+      f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'
+    )
+    if kind == 'corrupt_log' and stages > 1:
+      reader = stage + 1 if stage + 1 < stages else stage - 1
+      script.append(
+        f'kill:stage={reader},{of}iteration={iteration + _AFTER_DAMAGE}'
+      )
+  return script[:count]
+
+
+_START_KINDS = ('kill', 'stop', 'exit', 'exception', 'oom')
+
+
+def _replica(source: random.Random, replicas: int) -> int:
+  """One of them; where there is only one, nothing is drawn."""
+  return source.randrange(replicas) if replicas > 1 else 0
+
+
+def draw_outside(
+  source: random.Random,
+  count: int,
+  stages: int,
+  mean_seconds: float,
+  replicas: int = 1,
+) -> list[OutsideFault]:
+  """Faults from outside, one after the other."""
+  kinds, weights = zip(*_OUTSIDE_WEIGHTS.items(), strict=True)
+  return [
+    OutsideFault(
+      kind=source.choices(kinds, weights)[0],
+      stage=source.randrange(stages),
+      after_seconds=source.expovariate(1 / mean_seconds),
+      replica=_replica(source, replicas),
+    )
+    for _ in range(count)
+  ]
+
+
+@dataclasses.dataclass
+class Tally:
+  """What happened in all runs so far.
+
+  Attributes:
+    happened: faults by kind and phase.
+    recovered: those of them after which the stage, or the run, came back.
+    seconds: of every recovery of a stage, from the failure to caught up.
+    resumed: how often a run was gone on with by the same command.
+    problems: everything that must not be.
+  """
+
+  happened: collections.Counter[tuple[str, str]] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  recovered: collections.Counter[tuple[str, str]] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  resumed: int = 0
+  problems: list[str] = dataclasses.field(default_factory=list)
+
+  def add(self, events: Sequence[Mapping[str, Any]]) -> None:
+    """Takes in the events of a run, those of `outside` among them.
+
+    Args:
+      events: in order. Of kind 'outside' are `fault` and `stage` (null if it
+        was no worker).
+    """
+    for number, event in enumerate(events):
+      if event['kind'] == 'recovered':
+        self.seconds.append(sum(event['seconds'].values()))
+      self.resumed += event['kind'] == 'resumed'
+      if event['kind'] not in ('fault', 'outside'):
+        continue
+      name = event['fault'], event.get('phase', 'outside')
+      self.happened[name] += 1
+      if any(
+        later['kind'] in ('resumed', 'finished')
+        or (later['kind'] == 'recovered' and later['stage'] == event['stage'])
+        for later in events[number + 1 :]
+      ):
+        self.recovered[name] += 1
+
+  @property
+  def count(self) -> int:
+    """Of all faults that happened."""
+    return self.happened.total()
+
+  def table(self) -> str:
+    """For people."""
+    rows = [('fault', 'phase', 'happened', 'recovered')]
+    for name in sorted(self.happened):
+      counts = str(self.happened[name]), str(self.recovered[name])
+      rows.append((*name, *counts))
+    rows.append(('all', '', str(self.count), str(self.recovered.total())))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+      '  '.join(
+        cell.ljust(width) if index < 2 else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+      ).rstrip()
+      for row in rows
+    ]
+    if self.seconds:
+      lines.append(
+        f'recoveries of one stage: {len(self.seconds)}, median '
+        f'{statistics.median(self.seconds):.2f} s, longest '
+        f'{max(self.seconds):.2f} s; whole runs gone on with: {self.resumed}'
+      )
+    lines += self.problems
+    return '\n'.join(lines)
+
+
+def differences(
+  found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
+) -> list[str]:
+  """In what two runs' lines differ; nothing else may."""
+  names = ('iteration', 'loss_hex', 'digest', 'eval_loss_hex')
+  problems = []
+  if len(found) != len(expected):
+    problems.append(f'{len(found)} iterations, not {len(expected)}')
+  for line, wanted in zip(found, expected, strict=False):
+    for name in names:
+      if line.get(name) != wanted.get(name):
+        problems.append(
+          f'iteration {wanted["iteration"]}: {name} is {line.get(name)}, not '
+          f'{wanted.get(name)}'
+        )
+  return problems

@@ -1,0 +1,1 @@
+"""The language-model job, shared by all commands."""

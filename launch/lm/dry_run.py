@@ -1,0 +1,123 @@
+"""How much host memory a run would take: `launch.train --dry_run`.
+
+Nothing is started and no backend is created; sizes come from shapes alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from launch.lm import settings as run_settings, transformer_job
+from moetion_jax.hostmem import memory_limits
+from moetion_jax.policies import (
+  planner,
+  rules as rules_lib,
+  settings as capture_settings,
+  whole_planner,
+)
+from moetion_jax.programs import stage
+from moetion_jax.recovery import recoverer
+from moetion_jax.runtime import placement
+
+
+def show(
+  config: run_settings.RunConfig,
+  captures: capture_settings.CaptureSettings,
+  *,
+  hostmem_dir: str,
+  local_hosts: int,
+) -> None:
+  """Prints what every stage and every host needs, and what there is.
+
+  Args:
+    config: of the run.
+    captures: how snapshots are taken.
+    hostmem_dir: in tmpfs.
+    local_hosts: over how many hosts the stages are spread.
+
+  Raises:
+    base.ConfigError: the run could not begin.
+  """
+  stages = range(config.train.stages)
+  sizes = []
+  for index in stages:
+    parts = stage.layout_of(
+      transformer_job.declare_stage(config, index), has_devices=False
+    )
+    sizes.append(transformer_job.stage_sizes(parts, config.train.local_devices))
+  replicas = config.train.replicas
+  pools = whole_planner.make(captures, sizes, '', replicas=replicas).pools()
+  plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
+  hosts = placement.host_of_stages(
+    config.train.stages, local_hosts, config.train.replicas
+  )
+  totals = [0] * local_hosts
+  for index, size, pool in zip(stages, sizes, pools, strict=True):
+    state_bytes = sum(size.state_bytes.values())
+    log_bytes = plans.log_size(index).file_bytes
+    snapshot_bytes = pool.files * pool.size_bytes
+    totals[hosts[index]] += (
+      replicas * (log_bytes + snapshot_bytes) + state_bytes
+    )
+    print(
+      f'stage {index}: {len(size.state_bytes)} operators, '
+      f'{memory_limits.format_bytes(state_bytes)} training state; in host memory '
+      f'{memory_limits.format_bytes(log_bytes)} of logs '
+      f'({captures.kept_iterations} iterations), '
+      f'{memory_limits.format_bytes(snapshot_bytes)} of snapshots ({pool.files} of at '
+      f'most {memory_limits.format_bytes(pool.size_bytes)})'
+      + (f', for each of {replicas} replicas' if replicas > 1 else '')
+    )
+  for line in by_policy(captures, sizes, replicas):
+    print(line)
+  there = memory_limits.read_room(hostmem_dir)
+  for host, total in enumerate(totals):
+    print(
+      f'host {host}: {memory_limits.format_bytes(total)} with the final state, which is '
+      'put there in the end'
+    )
+  free = [there.tmpfs_free_bytes, there.memory_available_bytes]
+  free.append(there.cgroup_available_bytes)
+  least = min(n for n in free if n is not None)
+  print(f'{hostmem_dir}: {memory_limits.format_bytes(least)} are free')
+
+
+def by_policy(
+  captures: capture_settings.CaptureSettings,
+  sizes: Sequence[planner.StageSizes],
+  replicas: int = 1,
+) -> list[str]:
+  """For each policy, what a snapshot takes, and all that are kept.
+
+  Args:
+    captures: settings; of another policy its own are the defaults.
+    sizes: of each stage.
+    replicas: of each stage.
+  """
+  lines = []
+  for name in rules_lib.POLICIES:
+    rules = rules_lib.of_name(name)
+    if not rules.takes_snapshots:
+      continue
+    is_sparse = name == 'sparse'
+    one = dataclasses.replace(
+      captures,
+      policy=name,
+      window_length=captures.window_length if is_sparse else 0,
+      interval=0 if is_sparse else captures.interval,
+    )
+    pools = whole_planner.make(one, sizes, '', replicas=replicas).pools()
+    largest = max(pool.size_bytes for pool in pools)
+    total = replicas * sum(pool.files * pool.size_bytes for pool in pools)
+    text = (
+      f'--policy={name}: a snapshot of a worker takes at most '
+      f'{memory_limits.format_bytes(largest)}; all in host memory '
+      f'{memory_limits.format_bytes(total)}'
+    )
+    if rules.is_durable:
+      kept = captures.keep_windows + 1  # and the one that is written
+      on_disk = replicas * kept * sum(pool.size_bytes for pool in pools)
+      text += f', on disk {memory_limits.format_bytes(on_disk)}'
+    lines.append(text)
+  return lines

@@ -1,0 +1,182 @@
+"""Everything a run is told, as one frozen value, and its JSON form.
+
+`train.py` makes it from flags; workers and tools read it from `config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from models import config as model_config, presets
+from moetion_jax import config, errors
+
+# What a preset trains with unless flags say otherwise. Iterations of the
+# `paper_*` presets are nominal: those are for clusters and cost models.
+_TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+  'tiny': {'iterations': 150, 'microbatches': 4, 'microbatch_size': 16},
+  'small': {'iterations': 140, 'microbatches': 8, 'microbatch_size': 8},
+  'paper': {'iterations': 100_000, 'microbatches': 64, 'microbatch_size': 4},
+}
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+  'tiny': {'learning_rate': 6e-3},
+  'small': {'learning_rate': 3e-3},
+  'paper': {'learning_rate': 4.2e-4, 'warmup_iterations': 2000},
+}
+# Scales a preset's rate: their steps differ in size by nature.
+_RATE_FACTOR = {
+  'adamw': 1.0,
+  'lion': 0.1,
+  'sgd': 30.0,
+  'adafactor': 3.0,
+  'muon': 1.0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """A run, whole.
+
+  Attributes:
+    preset: name of the model's shape before overrides.
+    model: the model's shape.
+    train: how it is trained and spread.
+    data: path, folder, glob or .bin; '' for the standard library's sources.
+    data_dtype: of a .bin.
+    init_from: final checkpoint of another run to start from; '' for none.
+    init_weights_only: take its weights and fresh optimizer state.
+  """
+
+  preset: str
+  model: model_config.ModelConfig
+  train: config.TrainConfig
+  data: str = ''
+  data_dtype: str = 'uint16'
+  init_from: str = ''
+  init_weights_only: bool = False
+
+  @property
+  def tokens_per_iteration(self) -> int:
+    """Tokens that all stages train on in one iteration."""
+    train = self.train
+    sequences = train.global_microbatches * train.microbatch_size
+    return sequences * self.model.sequence_length
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain dicts; `from_json` is the inverse."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, value: dict[str, Any]) -> RunConfig:
+    """The inverse of `to_json`.
+
+    Raises:
+      base.ConfigError: a field has a value that is not allowed.
+      TypeError: a field is unknown or missing.
+    """
+    train = dict(value['train'])
+    train['optimizer'] = config.OptimizerConfig(**train['optimizer'])
+    return cls(
+      **{
+        **value,
+        'model': model_config.ModelConfig(**value['model']),
+        'train': config.TrainConfig(**train),
+      }
+    )
+
+
+def override_model(
+  model: model_config.ModelConfig, overrides: list[str]
+) -> model_config.ModelConfig:
+  """Applies 'field=value' settings to a model's shape.
+
+  Raises:
+    base.ConfigError: naming the flag `model` and the setting.
+  """
+  fields = {f.name: f for f in dataclasses.fields(model)}
+  changed: dict[str, Any] = {}
+  for setting in overrides:
+    name, equals, text = setting.partition('=')
+    if not equals or name not in fields:
+      raise errors.ConfigError(
+        'model',
+        setting,
+        f'must be FIELD=VALUE with a field of {", ".join(fields)}',
+      )
+    kind = type(getattr(model, name))
+    try:
+      changed[name] = _parse(kind, text)
+    except ValueError:
+      raise errors.ConfigError(
+        'model', setting, f'the value must be of type {kind.__name__}'
+      ) from None
+  try:
+    return dataclasses.replace(model, **changed)
+  except errors.ConfigError as e:
+    raise errors.ConfigError('model', f'{e.flag}={e.value}', e.reason) from None
+
+
+def make(
+  preset: str,
+  *,
+  model_overrides: list[str],
+  train_overrides: dict[str, Any],
+  optimizer_overrides: dict[str, Any],
+  **fields: Any,
+) -> RunConfig:
+  """The configuration of a preset with what the user set on top.
+
+  Args:
+    preset: a name of `models.presets`.
+    model_overrides: 'field=value' settings of the model's shape.
+    train_overrides: fields of TrainConfig; None means not set.
+    optimizer_overrides: fields of OptimizerConfig; None means not set.
+    **fields: the other fields of RunConfig.
+
+  Raises:
+    base.ConfigError: naming flag and value.
+  """
+  model = override_model(presets.get(preset), model_overrides)
+  kind = preset if preset in _TRAIN_DEFAULTS else 'paper'
+  train = _TRAIN_DEFAULTS[kind] | _given(train_overrides)
+  given = _given(optimizer_overrides)
+  optimizer = _OPTIMIZER_DEFAULTS[kind] | {
+    'decay_iterations': max(1, train['iterations']),
+    **given,
+  }
+  if 'learning_rate' not in given:
+    factor = _RATE_FACTOR.get(given.get('optimizer', 'adamw'), 1.0)
+    optimizer['learning_rate'] *= factor
+  return RunConfig(
+    preset=preset,
+    model=model,
+    train=config.TrainConfig(
+      **train, optimizer=config.OptimizerConfig(**optimizer)
+    ),
+    **fields,
+  )
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+  """Dotted names of the fields in which two JSON configurations differ."""
+  out = []
+  for name in sorted(ours.keys() | theirs.keys()):
+    a, b = ours.get(name), theirs.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out += [f'{name}.{inner}' for inner in differences(a, b)]
+    elif json.dumps(a) != json.dumps(b):
+      out.append(name)
+  return out
+
+
+def _given(overrides: dict[str, Any]) -> dict[str, Any]:
+  return {k: v for k, v in overrides.items() if v is not None}
+
+
+def _parse(kind: type, text: str) -> Any:
+  if kind is bool:
+    if text.lower() not in ('true', 'false'):
+      raise ValueError(text)
+    return text.lower() == 'true'
+  return kind(text)

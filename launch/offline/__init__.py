@@ -1,0 +1,1 @@
+"""What a stopped run left in host memory, read without its agent."""

@@ -1,0 +1,272 @@
+"""A stage's dense state out of what a stopped run left in its stores."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from launch.lm import settings as run_settings, transformer_job
+from launch.offline import stored_log, stored_run
+from moetion_jax import errors, keys, report
+from moetion_jax.capture import conversion, programs as capture_programs
+from moetion_jax.programs import stage as stage_lib
+from moetion_jax.snapshots import (
+  coverage,
+  file as snapshot_file,
+  snapshot as snapshot_lib,
+)
+from moetion_jax.state import partition
+from moetion_jax.training import worker
+
+# No worker that published has it: nothing is published here.
+_GENERATION = 0
+
+
+class DifferentError(errors.MoetionError):
+  """A replayed iteration is not the one that metrics.jsonl tells of."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+  """A stage's state, and what it was held against.
+
+  Attributes:
+    stage: whose.
+    iteration: of the state.
+    state: whole.
+    digests: of its operators.
+    start: where the conversion started.
+    complete_at: where it was complete.
+    snapshots: iterations whose recorded digests are those that came out.
+    losses: iterations whose loss is that of metrics.jsonl.
+    whole_digests: iterations whose digest of all stages' state, with those of
+      the other stages' snapshots, is that of metrics.jsonl.
+    entries: how many published entries came out as they were published.
+  """
+
+  stage: int
+  iteration: int
+  state: partition.State
+  digests: Mapping[keys.OperatorId, np.ndarray]
+  start: int
+  complete_at: int
+  snapshots: tuple[int, ...]
+  losses: tuple[int, ...]
+  whole_digests: tuple[int, ...]
+  entries: int
+
+  @property
+  def is_verified(self) -> bool:
+    """Whether the digest of this very state was recorded, and is the same."""
+    return self.iteration in {*self.snapshots, *self.whole_digests}
+
+
+class Rebuilder:
+  """Rebuilds states of one stage; compiles its programs once, in `start`."""
+
+  def __init__(
+    self, config: run_settings.RunConfig, stage: int, data: worker.Data | None
+  ):
+    """Stores the arguments.
+
+    Args:
+      config: of the run.
+      stage: its number.
+      data: of the run; only the first and the last stage read any.
+    """
+    self.index = stage
+    self.data: Any = data
+    self._config = config
+
+  def start(self) -> None:
+    """Compiles."""
+    # One worker that does what all replicas did.
+    self.stage: stage_lib.Stage = transformer_job.build_stage(
+      self._config, self.index, team=(0,)
+    )
+    self.programs = self.stage.compile()
+    self.captures = capture_programs.CapturePrograms(
+      stage_lib.layout_of(self.stage)
+    )
+    self.captures.compile()
+
+  def rebuild(
+    self,
+    run: stored_run.StoredRun,
+    say: Callable[[str], None],
+    iteration: int | None = None,
+    start: int | None = None,
+  ) -> Rebuilt:
+    """The stage's state, from the newest start from which it can be made.
+
+    Args:
+      run: as scanned; its stores are not in use.
+      say: told what is damaged, and why an older start is taken.
+      iteration: whose state; None for the newest that can be made.
+      start: the snapshot to start from; then no other is tried.
+
+    Raises:
+      stored.UnreachableError: there is no such start (any more).
+      base.ConfigError: the initial state is needed and --init_from is not what
+        it was.
+      base.MoetionError: `start` is given, and leads to something else.
+    """
+    for one in run.stages:
+      for damage in one.damage:
+        if one.stage == self.index or damage.kind == 'log':
+          say(damage.message)
+    excluded: set[int] = set()
+    while True:
+      candidate, goal = stored_run.choose(
+        run.candidates(self.index), iteration, start, excluded
+      )
+      attempt = _Attempt(self, run, candidate.start)
+      suspects: set[int] = set()
+      key: keys.EntryKey | None = None
+      done = None
+      try:
+        done = attempt.run(goal)
+      except errors.ConfigError:
+        raise
+      except errors.MoetionError as error:
+        if start is not None:
+          raise
+        say(f'Not from snapshot {candidate.start.iteration}: {error}')
+        suspects = set(getattr(error, 'suspects', ()))
+        key = getattr(error, 'key', None)
+        if key is None and not attempt.damaged:
+          excluded.add(candidate.start.iteration)
+      for damaged, message in sorted(attempt.damaged.items()):
+        if damaged not in suspects:  # else the error told of it
+          say(f'Snapshot {damaged} is not used: {message}')
+      if done:
+        return done
+      run = run.without(
+        {(self.index, i) for i in suspects | attempt.damaged.keys()},
+        [key] if key else [],
+      )
+
+
+class _Attempt:
+  """One conversion from one start.
+
+  Attributes:
+    damaged: what is wrong with snapshots that could not be read, by iteration.
+  """
+
+  def __init__(
+    self, tools: Rebuilder, run: stored_run.StoredRun, start: coverage.Start
+  ):
+    self.damaged: dict[int, str] = {}
+    self._tools = tools
+    self._run = run
+    self._start = start
+    self._read: set[int] = set()
+    self._losses: list[int] = []
+    self._whole_digests: list[int] = []
+
+  def run(self, goal: int) -> Rebuilt:
+    """Trains from the start to `goal`, as a recovering worker does."""
+    one = self._run.stages[self._tools.index]
+    log = stored_log.StoredLog(
+      keys.WorkerId(self._tools.index, 0, _GENERATION), self._run.stages
+    )
+    restoring = conversion.Conversion(
+      self._tools.captures,
+      self._tools.programs.digest,
+      self._initial_state,
+      self._load,
+      self._start,
+      newest=max(one.snapshots, default=0),
+    )
+    with contextlib.closing(log):
+      log.start()
+      stage_worker = worker.Worker(
+        self._tools.index,
+        self._tools.stage,
+        self._tools.programs,
+        restoring.begin(),
+        log,
+        self._tools.data,
+        range(self._run.config.train.replicas),
+      )
+      stage_worker.iteration = self._start.iteration
+      stage_worker.train(
+        # An evaluation changes no state.
+        dataclasses.replace(self._run.config.train, eval_every=0),
+        self._compare,
+        lambda: stage_worker.iteration >= goal,
+        first_iteration=self._start.iteration + 1,
+        conversion=restoring,
+      )
+    state = stage_worker.state
+    return Rebuilt(
+      stage=self._tools.index,
+      iteration=goal,
+      state=state,
+      digests=self._tools.stage.partition.by_operator(
+        self._tools.programs.digest(state)
+      ),
+      start=self._start.iteration,
+      complete_at=self._start.complete_at,
+      snapshots=tuple(sorted(self._read)),
+      losses=tuple(self._losses),
+      whole_digests=tuple(self._whole_digests),
+      entries=log.compared,
+    )
+
+  def _initial_state(self) -> partition.State:
+    config = self._run.config
+    initial = transformer_job.load_initial(config, self._tools.stage)
+    return transformer_job.initial_state(config, self._tools.stage, initial)
+
+  def _load(self, iteration: int) -> snapshot_lib.Snapshot:
+    """A snapshot, verified. Conversions compare the digests of each."""
+    info = self._run.stages[self._tools.index].snapshots.get(iteration)
+    if info is None or not info.shares:
+      raise errors.StoreError('there is none, or it was damaged')
+    try:
+      shares = []
+      for share in info.shares:
+        found = snapshot_file.open_snapshot(share.path, verify=True)
+        shares.append(
+          snapshot_lib.from_arrays(
+            self._tools.captures.layout, found.metadata, found.arrays
+          )
+        )
+      snapshot = snapshot_lib.merge(shares)
+    except errors.StoreError as error:
+      self.damaged[iteration] = str(error)
+      raise
+    if conversion.DIGESTS in snapshot.extras:
+      self._read.add(iteration)
+    return snapshot
+
+  def _compare(self, one: report.Report) -> None:
+    """Holds a replayed iteration against its line, if there is one."""
+    line = self._run.metrics.get(one.iteration)
+    if line is None:
+      return
+    self._equal(one.iteration, 'loss', float(one.loss).hex(), line['loss_hex'])
+    self._losses.append(one.iteration)
+    digests = dict(one.digests)
+    for other in self._run.stages:
+      if other.stage != self._tools.index:
+        theirs = other.digests(one.iteration)
+        if theirs is None:
+          return
+        digests |= theirs
+    found = report.combine(digests)
+    self._equal(one.iteration, 'digest of the state', found, line['digest'])
+    self._whole_digests.append(one.iteration)
+
+  def _equal(self, iteration: int, what: str, found: str, was: object) -> None:
+    if found != was:
+      raise DifferentError(
+        f'the {what} of iteration {iteration} is {found}, but metrics.jsonl '
+        f'has {was}'
+      )

@@ -1,0 +1,287 @@
+"""Reads what a run left in its host stores, for tools that look at it.
+
+Knows nothing but files, and changes none: a run may live meanwhile. No JAX
+here: looking must be fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Collection, Iterator
+
+from launch.offline import stored_run
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import (
+  entry,
+  run_store,
+  segment,
+  segment_reader,
+  store_folder,
+)
+from moetion_jax.runtime.records import workdir
+from moetion_jax.snapshots import file as snapshot_file, folders as folders_lib
+
+
+def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
+  """The run of a workdir and its stores, which are not looked into yet.
+
+  Raises:
+    base.ConfigError: there is no run, or it left no store.
+  """
+  # As the agent does: symbolic links are not followed.
+  absolute = os.path.abspath(path)
+  config, found_out = workdir.read_run(absolute)
+  run_store.check_hostmem_dir(hostmem_dir)
+  folders = run_store.folders(hostmem_dir, absolute)
+  if not folders:
+    run_id = run_store.run_id(absolute)
+    where = f'no {store_folder.StoreFolder(hostmem_dir, run_id).path}'
+    checkpoint = pathlib.Path(absolute, 'checkpoint')
+    if checkpoint.is_dir():
+      what = f'the run is finished, its state is {checkpoint}'
+    else:
+      what = (
+        'name the --hostmem_dir of the run; a host that was started anew has '
+        'lost it, and --policy=none leaves none'
+      )
+    raise errors.ConfigError(
+      'hostmem_dir',
+      hostmem_dir,
+      f'has no store of {absolute} ({where}): {what}',
+    )
+  return stored_run.StoredRun(
+    workdir=pathlib.Path(absolute),
+    config=config,
+    found_out=found_out,
+    folders=tuple(folders),
+  )
+
+
+def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
+  """Looks into the stores; `in_use`: by the run, which lives.
+
+  Raises:
+    base.ConfigError: a store is not private.
+  """
+  try:
+    for folder in run.folders:
+      store_folder.check_private(folder)
+  except errors.StoreError as error:
+    hostmem_dir = str(run.folders[0].parent)
+    raise errors.ConfigError('hostmem_dir', hostmem_dir, str(error)) from error
+  stages, replicas = range(run.config.train.stages), run.config.train.replicas
+  return dataclasses.replace(
+    run,
+    stages=tuple(
+      _scan_stage(run.folders, stage, replicas, in_use) for stage in stages
+    ),
+  )
+
+
+def _scan_stage(
+  folders: Collection[pathlib.Path], stage: int, replicas: int, in_use: bool
+) -> stored_run.StoredStage:
+  """The stage where its newest workers were: hosts may have changed."""
+  found = [
+    [_scan_log(folder, stage, replica) for replica in range(replicas)]
+    for folder in folders
+  ]
+  logs = max(
+    found,
+    key=lambda logs: (
+      max(one.generation for one in logs),
+      bool(folders_lib.snapshots_folders(logs[0].folder, stage)),
+    ),
+  )
+  snapshots, damage = _scan_snapshots(logs[0].folder, stage, in_use)
+  for replica, one in enumerate(logs):
+    damage += one.damage
+    if snapshots and not one.generation and not one.damage:
+      damage.append(
+        stored_run.Damage(
+          stage=stage,
+          kind='log',
+          iteration=None,
+          message=f'{one.segment_path(replica)}: No such file or directory',
+        )
+      )
+  return dataclasses.replace(
+    logs[0],
+    generation=max(one.generation for one in logs),
+    segment_bytes=sum(one.segment_bytes for one in logs),
+    entries={k: header for one in logs for k, header in one.entries.items()},
+    snapshots=snapshots,
+    damage=tuple(damage),
+  )
+
+
+def _scan_log(
+  folder: pathlib.Path, stage: int, replica: int
+) -> stored_run.StoredStage:
+  path = segment.segment_path(folder, stage, replica)
+  nothing = stored_run.StoredStage(
+    stage=stage, folder=folder, snapshots={}, entries={}
+  )
+  reader = segment_reader.SegmentReader(path)
+  try:
+    reader.start()
+    return dataclasses.replace(
+      nothing,
+      generation=reader.generation,
+      segment_bytes=path.stat().st_size,
+      entries={header.key: header for header in reader.entries()},
+      damage=tuple(
+        stored_run.Damage(
+          stage=stage,
+          kind='log',
+          iteration=None,
+          message=f'{path}: what cell {cell} says of its entry is damaged',
+        )
+        for cell in reader.damaged_cells()
+      ),
+    )
+  except FileNotFoundError:
+    return nothing
+  except (OSError, errors.StoreError) as error:
+    reason = str(error)
+  finally:
+    reader.close()
+  lost = stored_run.Damage(
+    stage=stage, kind='log', iteration=None, message=reason
+  )
+  return dataclasses.replace(nothing, damage=(lost,))
+
+
+def _scan_snapshots(
+  store: pathlib.Path, stage: int, in_use: bool
+) -> tuple[dict[int, stored_run.SnapshotInfo], list[stored_run.Damage]]:
+  shares: dict[int, list[stored_run.ShareInfo]] = {}
+  damage: list[stored_run.Damage] = []
+  missing: dict[int, list[str]] = {}
+  for folder in folders_lib.snapshots_folders(store, stage):
+    found, broken = _scan_shares(folder, in_use)
+    for iteration, share in found.items():
+      shares.setdefault(iteration, []).append(share)
+    for iteration, message in broken.items():
+      damage.append(_broken(stage, iteration, message))
+    if not in_use:
+      for iteration, message in _gaps(folder, found.keys() | broken.keys()):
+        missing.setdefault(iteration, []).append(message)
+  snapshots = {
+    iteration: stored_run.SnapshotInfo(found=tuple(of_iteration))
+    for iteration, of_iteration in sorted(shares.items())
+  }
+  for iteration, messages in missing.items():
+    # A replica that had no worker for a while took none, and others all.
+    if iteration not in snapshots or not snapshots[iteration].shares:
+      damage += [_broken(stage, iteration, message) for message in messages]
+  return snapshots, sorted(damage, key=lambda d: (d.iteration, d.message))
+
+
+def _broken(stage: int, iteration: int, message: str) -> stored_run.Damage:
+  return stored_run.Damage(
+    stage=stage, kind='snapshot', iteration=iteration, message=message
+  )
+
+
+def _scan_shares(
+  folder: pathlib.Path, in_use: bool
+) -> tuple[dict[int, stored_run.ShareInfo], dict[int, str]]:
+  """One worker's snapshots: those that are whole, and what ails others."""
+  found: dict[int, stored_run.ShareInfo] = {}
+  broken: dict[int, str] = {}
+  for iteration, path in snapshot_file.list_snapshots(folder).items():
+    try:
+      manifest = snapshot_file.read_manifest(path)
+      share = folders_lib.share_from_json(manifest.metadata)
+      names = keys.operators_from_json(
+        manifest.metadata.get(stored_run.DIGESTS, ())
+      )
+    except errors.StoreError as error:
+      if not in_use or is_there(path):
+        broken[iteration] = str(error)
+      continue
+    except (KeyError, TypeError, ValueError) as error:
+      broken[iteration] = f'{path}: no snapshot of a stage: {error!r}'
+      continue
+    if share.iteration != iteration:
+      broken[iteration] = f'{path}: is one of iteration {share.iteration}'
+      continue
+    digests = manifest.buffers.get(stored_run.DIGESTS)
+    found[iteration] = stored_run.ShareInfo(
+      path=path,
+      size_bytes=sum(b.nbytes for b in manifest.buffers.values()),
+      share=share,
+      digests=digests.shape[0] if digests else 0,
+      digest_names=tuple(sorted(names)),
+      has_partials=stored_run.PARTIALS in manifest.buffers,
+    )
+  return found, broken
+
+
+def _gaps(
+  folder: pathlib.Path, known: Collection[int]
+) -> Iterator[tuple[int, str]]:
+  """Snapshots that were there, of a run that ended.
+
+  Older ones than the oldest may be on their way out; one between two neighbours
+  was there.
+  """
+  for iteration in range(min(known, default=0), max(known, default=0)):
+    path = folder / str(iteration)
+    if iteration in known:
+      continue
+    if path.is_dir():
+      name = path / snapshot_file.MANIFEST_NAME
+      yield iteration, f'{name}: No such file or directory'
+    elif {iteration - 1, iteration + 1} <= set(known):
+      yield iteration, f'{path}: No such file or directory'
+
+
+def is_there(path: pathlib.Path) -> bool:
+  """Whether a snapshot is still one: a living run retires them."""
+  return (path / snapshot_file.MANIFEST_NAME).is_file()
+
+
+def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
+  """Reads everything; what has another checksum than it was written with."""
+  for one in run.stages:
+    for iteration, info in one.snapshots.items():
+      for share in info.found:
+        try:
+          snapshot_file.open_snapshot(share.path, verify=True).close()
+        except errors.StoreError as error:
+          if is_there(share.path):
+            yield _broken(one.stage, iteration, str(error))
+    for replica in range(run.config.train.replicas):
+      yield from _verify_log(one, replica)
+
+
+def _verify_log(
+  one: stored_run.StoredStage, replica: int
+) -> Iterator[stored_run.Damage]:
+  entries = {k: h for k, h in one.entries.items() if k.replica == replica}
+  if not entries:
+    return
+  path = one.segment_path(replica)
+  reader = segment_reader.SegmentReader(path)
+  try:
+    reader.start()
+    for key, header in entries.items():
+      array = reader.view(header)
+      if array is None:  # a living run let go of it
+        continue
+      try:
+        entry.verify(header, array)
+      except errors.StoreError as error:
+        yield stored_run.Damage(
+          stage=one.stage,
+          kind='entry',
+          iteration=key.iteration,
+          message=f'{path}: {error}',
+          key=key,
+        )
+  finally:
+    reader.close()

@@ -1,0 +1,450 @@
+"""What a run left in its host stores, and what can be made of it.
+
+Values, made by `store_scan`, and functions of them. No JAX here: looking must
+be fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from launch.lm import settings as run_settings
+from moetion_jax import config as config_lib, errors, keys
+from moetion_jax.hostmem import entry, raw_bytes, segment
+from moetion_jax.runtime.records import files as record_files
+from moetion_jax.snapshots import coverage, file as snapshot_file
+
+REPLICA = 0  # the one that evaluates, and whose scalars are read
+# As of `conversion`, which imports JAX.
+DIGESTS, PARTIALS = 'digests', 'partials'
+_UNKNOWN = '?'  # group of operators whose names are not known
+
+
+class UnreachableError(errors.MoetionError):
+  """What is asked for cannot be made of what is there."""
+
+
+# --- What there is -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Damage:
+  """Something that is not as it was written.
+
+  Attributes:
+    stage: whose.
+    kind: 'snapshot', 'entry' or 'log'.
+    iteration: of it; None for a whole log.
+    message: names file and damage.
+    key: of an entry.
+  """
+
+  stage: int
+  kind: str
+  iteration: int | None
+  message: str
+  key: keys.EntryKey | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShareInfo:
+  """One worker's snapshot of an iteration, whose manifest is whole.
+
+  Attributes:
+    path: its directory.
+    size_bytes: of all its buffers.
+    share: the operators that it holds.
+    digests: of how many operators it holds digests; 0 for none.
+    digest_names: of which; (): of all of the stage.
+    has_partials: whether it holds all stages' scalars.
+  """
+
+  path: pathlib.Path
+  size_bytes: int
+  share: coverage.Share
+  digests: int
+  digest_names: tuple[keys.OperatorId, ...] = ()
+  has_partials: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnapshotInfo:
+  """What there is of a stage's snapshot of one iteration.
+
+  Attributes:
+    found: all shares, also of teams of another size.
+  """
+
+  found: tuple[ShareInfo, ...]
+
+  @functools.cached_property
+  def shares(self) -> tuple[ShareInfo, ...]:
+    """Those that make the snapshot, by replica; () while one is missing."""
+    of_team: dict[int, dict[int, ShareInfo]] = {}
+    for one in self.found:
+      team = of_team.setdefault(one.share.replicas, {})
+      team.setdefault(one.share.replica, one)
+    for replicas, team in sorted(of_team.items()):
+      if len(team) == replicas:
+        return tuple(one for _, one in sorted(team.items()))
+    return ()
+
+  @property
+  def path(self) -> pathlib.Path:
+    """The directory of its first share."""
+    return (self.shares or self.found)[0].path
+
+  @property
+  def size_bytes(self) -> int:
+    """Of what makes it."""
+    return sum(one.size_bytes for one in self.shares or self.found)
+
+  @property
+  def state(self) -> frozenset[keys.OperatorId]:
+    """Operators of which it holds the training state."""
+    every = (one.share.state for one in self.shares or self.found)
+    return frozenset().union(*every)
+
+  @property
+  def compute(self) -> frozenset[keys.OperatorId]:
+    """Operators of which it holds the compute weights."""
+    every = (one.share.compute for one in self.shares or self.found)
+    return frozenset().union(*every)
+
+  @property
+  def covered(self) -> frozenset[keys.OperatorId]:
+    """Operators of which it holds anything."""
+    return self.state | self.compute
+
+  @property
+  def digests(self) -> int:
+    """Of how many operators it holds digests; 0 for none."""
+    named = [one.digests for one in self.shares if one.digest_names]
+    return sum(named) if named else max(s.digests for s in self.found)
+
+  @property
+  def has_partials(self) -> bool:
+    """Whether it holds all stages' scalars."""
+    return any(one.has_partials for one in self.shares)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredStage:
+  """What a store holds of one stage, all its replicas together.
+
+  Attributes:
+    stage: its number.
+    folder: the store of its host.
+    generation: of the newest workers that wrote its logs; 0: none did.
+    segment_bytes: of the files of its logs.
+    snapshots: by iteration, ascending; of some a share may be missing.
+    entries: of its logs.
+    damage: what was seen without reading any data.
+  """
+
+  stage: int
+  folder: pathlib.Path
+  generation: int = 0
+  segment_bytes: int = 0
+  snapshots: Mapping[int, SnapshotInfo]
+  entries: Mapping[keys.EntryKey, entry.EntryHeader]
+  damage: tuple[Damage, ...] = ()
+
+  def segment_path(self, replica: int) -> pathlib.Path:
+    """The file of the log of a replica."""
+    return segment.segment_path(self.folder, self.stage, replica)
+
+  @functools.cached_property
+  def operators(self) -> frozenset[keys.OperatorId]:
+    """Of the stage; such that no snapshot holds anything of are '?'."""
+    infos = self.snapshots.values()
+    known = frozenset().union(*(s.covered for s in infos))
+    number = max((s.digests for s in infos), default=0)
+    unknown = range(len(known), number)
+    return known | {keys.OperatorId(_UNKNOWN, i) for i in unknown}
+
+  @functools.cached_property
+  def starts(self) -> tuple[coverage.Start, ...]:
+    """Where a conversion can start, the initial state included."""
+    shares = [x.share for s in self.snapshots.values() for x in s.shares]
+    return coverage.valid_starts(
+      (
+        coverage.initial_record(self.operators),
+        *coverage.complete_records(shares),
+      ),
+      self.operators,
+    )
+
+  def digests(self, iteration: int) -> dict[keys.OperatorId, np.ndarray] | None:
+    """Digests of all operators as its snapshot has them.
+
+    None if it has not, or it is not known whose they are: snapshots of a part
+    (`--policy=partial`) do not name all operators.
+    """
+    info = self.snapshots.get(iteration)
+    if info is None or any(o.group == _UNKNOWN for o in self.operators):
+      return None  # whose they are follows from the names of all
+    found: dict[keys.OperatorId, np.ndarray] = {}
+    for one in info.shares:
+      # In the order of `operators.Partition.operators`.
+      names = one.digest_names or tuple(sorted(self.operators))
+      if not one.digests or one.digests != len(names):
+        return None
+      with contextlib.suppress(errors.StoreError):
+        with snapshot_file.open_snapshot(one.path) as stored:
+          rows = np.array(stored.arrays[DIGESTS])
+          if (
+            raw_bytes.checksum(rows)
+            == stored.manifest.buffers[DIGESTS].checksum
+          ):
+            found |= dict(zip(names, rows, strict=True))
+    return found if found.keys() == self.operators else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """A valid start, and how far the entries that are there lead from it.
+
+  Attributes:
+    start: where the conversion starts, and where it is complete.
+    reaches: newest iteration that can be replayed.
+    missing: the entry that keeps it from the next one; None: that is the last
+      of the run.
+  """
+
+  start: coverage.Start
+  reaches: int
+  missing: keys.EntryKey | None
+
+  @property
+  def is_usable(self) -> bool:
+    """Whether it leads to a whole state."""
+    return self.reaches >= self.start.complete_at
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRun:
+  """A run, and what its stores hold.
+
+  Attributes:
+    workdir: absolute.
+    config: of the run.
+    found_out: see `workdir.read_run`.
+    folders: its stores.
+    stages: what they hold, by stage.
+  """
+
+  workdir: pathlib.Path
+  config: run_settings.RunConfig
+  found_out: Mapping[str, Mapping[str, object]]
+  folders: tuple[pathlib.Path, ...]
+  stages: tuple[StoredStage, ...] = ()
+
+  @property
+  def newest_common_start(self) -> int | None:
+    """The newest valid start of all stages."""
+    starts = [{s.iteration for s in one.starts} for one in self.stages]
+    return max(set.intersection(*starts), default=None)
+
+  @functools.cached_property
+  def metrics(self) -> Mapping[int, Mapping[str, object]]:
+    """Lines of metrics.jsonl by iteration."""
+    return record_files.read_lines(self.workdir / 'metrics.jsonl')
+
+  def candidates(self, stage: int) -> tuple[Candidate, ...]:
+    """The valid starts of a stage, ascending, as far as each leads."""
+    train, snapshots = self.config.train, self.stages[stage].snapshots
+    found: list[Candidate] = []
+    for start in reversed(self.stages[stage].starts):
+      reaches, missing = start.iteration, None
+      while reaches < train.iterations and missing is None:
+        if found and reaches == found[-1].start.iteration:
+          reaches, missing = found[-1].reaches, found[-1].missing
+          break
+        info = snapshots.get(reaches + 1)
+        missing = next(
+          (
+            key
+            for key in needed_entries(
+              train,
+              stage,
+              reaches + 1,
+              scalars=not (info and info.has_partials),
+            )
+            if key not in self.stages[key.stage].entries
+          ),
+          None,
+        )
+        reaches += missing is None
+      found.append(Candidate(start=start, reaches=reaches, missing=missing))
+    return tuple(reversed(found))
+
+  def without(
+    self,
+    snapshots: Collection[tuple[int, int | None]] = (),
+    entries: Collection[keys.EntryKey] = (),
+  ) -> StoredRun:
+    """The same run, as if that were not there.
+
+    Args:
+      snapshots: stage and iteration of each.
+      entries: keys.
+    """
+    gone = frozenset(entries)
+    stages = tuple(
+      dataclasses.replace(
+        one,
+        snapshots={
+          i: info
+          for i, info in one.snapshots.items()
+          if (one.stage, i) not in snapshots
+        },
+        entries={k: h for k, h in one.entries.items() if k not in gone},
+      )
+      for one in self.stages
+    )
+    return dataclasses.replace(self, stages=stages)
+
+
+# --- What a conversion needs -------------------------------------------------
+
+
+def published_entries(
+  train: config_lib.TrainConfig, stage: int, iteration: int
+) -> Iterator[keys.EntryKey]:
+  """The entries that a stage's replicas publish in an iteration."""
+  for replica in range(train.replicas):
+    kinds = [(keys.EntryKind.SCALARS, 1)]
+    if stage < train.stages - 1:
+      kinds.append((keys.EntryKind.ACTIVATION, train.microbatches))
+      if train.evaluates(iteration) and replica == REPLICA:
+        kinds.append((keys.EntryKind.EVALUATION, train.eval_microbatches))
+    if stage:
+      kinds.append((keys.EntryKind.GRADIENT, train.microbatches))
+    for kind, number in kinds:
+      for m in range(number):
+        yield keys.EntryKey(iteration, stage, replica, kind, m)
+
+
+def needed_entries(
+  train: config_lib.TrainConfig, stage: int, iteration: int, *, scalars: bool
+) -> Iterator[keys.EntryKey]:
+  """The entries that a stage needs to do an iteration of all replicas again.
+
+  Args:
+    train: of the run.
+    stage: its number.
+    iteration: to do again, without an evaluation.
+    scalars: whether other stages' scalars are needed: no snapshot has them.
+  """
+  for other in range(train.stages):
+    wanted = set()
+    if other == stage - 1:
+      wanted.add(keys.EntryKind.ACTIVATION)
+    if other == stage + 1:
+      wanted.add(keys.EntryKind.GRADIENT)
+    if scalars and other != stage:
+      wanted.add(keys.EntryKind.SCALARS)
+    for key in published_entries(train, other, iteration):
+      # All replicas have the same scalars.
+      is_copy = key.kind is keys.EntryKind.SCALARS and key.replica != REPLICA
+      if key.kind in wanted and not is_copy:
+        yield key
+
+
+def whole_iterations(
+  train: config_lib.TrainConfig, one: StoredStage
+) -> list[tuple[int, int]]:
+  """Runs [first, last] of iterations of which a log has every entry."""
+  return runs_of(
+    [
+      iteration
+      for iteration in {key.iteration for key in one.entries}
+      if all(
+        key in one.entries
+        for key in published_entries(train, one.stage, iteration)
+      )
+    ]
+  )
+
+
+def runs_of(iterations: Collection[int]) -> list[tuple[int, int]]:
+  """Iterations as runs [first, last], ascending."""
+  runs: list[tuple[int, int]] = []
+  for iteration in sorted(iterations):
+    if runs and runs[-1][1] == iteration - 1:
+      runs[-1] = runs[-1][0], iteration
+    else:
+      runs.append((iteration, iteration))
+  return runs
+
+
+def format_runs(runs: Collection[Sequence[int]]) -> str:
+  """Runs for people: '3 to 5, 7'."""
+  return ', '.join(
+    f'{run[0]}' if run[0] == run[1] else f'{run[0]} to {run[1]}' for run in runs
+  )
+
+
+def choose(
+  candidates: Collection[Candidate],
+  iteration: int | None = None,
+  start: int | None = None,
+  excluded: Collection[int] = (),
+) -> tuple[Candidate, int]:
+  """Which start to take, and to which iteration to go from it.
+
+  Args:
+    candidates: the valid starts of a stage.
+    iteration: to reach; None for the newest that can be.
+    start: to take; None for the newest that leads there.
+    excluded: iterations of starts that turned out to be no good.
+
+  Raises:
+    UnreachableError: there is no such start; it says what there is.
+  """
+  usable = [
+    c for c in candidates if c.is_usable and c.start.iteration not in excluded
+  ]
+  if start is not None:
+    named = [c for c in usable if c.start.iteration == start]
+    if not named:
+      raise UnreachableError(
+        f'snapshot {start} is no start that leads to a whole state; '
+        f'{_describe(candidates)}'
+      )
+    usable = named
+  goal = iteration
+  if goal is None:
+    goal = max((c.reaches for c in usable), default=0)
+    if not goal and start is None:
+      raise UnreachableError(
+        'nothing is left but the initial state (--iteration=0); '
+        + _describe(candidates)
+      )
+  reaching = [c for c in usable if c.start.complete_at <= goal <= c.reaches]
+  if not reaching:
+    raise UnreachableError(
+      f'iteration {goal} cannot be reached; {_describe(candidates)}'
+    )
+  return max(reaching, key=lambda c: c.start.iteration), goal
+
+
+def _describe(candidates: Collection[Candidate]) -> str:
+  """What there is, for who asked for something else."""
+  texts = []
+  for one in candidates:
+    if one.is_usable:
+      runs = [(one.start.complete_at, one.reaches)]
+      texts.append(f'{one.start.iteration} leads to {format_runs(runs)}')
+  text = 'starts: ' + ('; '.join(texts) or 'none')
+  newest = max(candidates, key=lambda c: c.reaches, default=None)
+  if newest and newest.missing:
+    text += f'. Beyond {newest.reaches} the logs have no {newest.missing}'
+  return text

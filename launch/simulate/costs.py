@@ -1,0 +1,352 @@
+"""What a job moves and computes on a cluster, from the system's own functions.
+
+Bytes come from the shapes of a stage's training state (no arrays are made and
+no backend), slots and windows from `moetion_jax`. Nothing here knows of a
+policy's results.
+
+Letters: A activations between two stages, of one replica's iteration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Mapping
+
+from launch.lm import settings as run_settings, transformer_job
+from launch.simulate import cluster as cluster_lib
+from models import config as model_config, stages as stages_lib, transformer
+from moetion_jax import config, keys
+from moetion_jax.policies import planner, popularity, rules, window
+from moetion_jax.programs import stage as stage_lib
+
+_FLOPS_PER_MULTIPLICATION = 2
+# Forward once, backward twice: for inputs and for weights.
+_PASSES = 3
+_ACTIVATION_BYTES = 2  # bfloat16
+_GRADIENT_BYTES = 4  # `reduce` sums in fp32 (DESIGN section 4)
+_STATE_BYTES = 12  # a parameter: fp32 weight and Adam's two moments
+# Of a link that training fills by itself, what copies get nevertheless.
+_LEAST_FREE = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkLink:
+  """Something that copies share with training.
+
+  Attributes:
+    bytes_per_second: that it moves.
+    busy_bytes: that training moves over it in an iteration.
+    copies: how often a snapshot passes it.
+  """
+
+  bytes_per_second: float
+  busy_bytes: float = 0.0
+  copies: int = 1
+
+  def free_bytes_per_second(self, iteration_seconds: float) -> float:
+    """At which snapshots pass beside training, which is not slowed down."""
+    free = self.bytes_per_second - self.busy_bytes / iteration_seconds
+    return max(free, _LEAST_FREE * self.bytes_per_second) / self.copies
+
+  def seconds(
+    self, copied_bytes: float, iterations: int, iteration_seconds: float
+  ) -> float:
+    """Of iterations beside which one snapshot is copied, no matter how late.
+
+    Copies fill what training leaves; what is left of them then, training
+    waits for.
+    """
+    moved = iterations * self.busy_bytes + copied_bytes * self.copies
+    return max(iterations * iteration_seconds, moved / self.bytes_per_second)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+  """Of a job on a cluster.
+
+  Attributes:
+    cluster: the machines.
+    job: what they train.
+    iteration_seconds: without snapshots and failures.
+    tokens: of an iteration.
+    stages: operators of each stage.
+    compute: of each stage, multiplications a token of each operator, on
+      average over tokens.
+    network_bytes: that training sends in an iteration from the busiest host.
+    log_bytes: what a worker's log takes of an iteration.
+  """
+
+  cluster: cluster_lib.Cluster
+  job: cluster_lib.TrainingJob
+  iteration_seconds: float
+  tokens: int
+  stages: tuple[planner.StageSizes, ...]
+  compute: tuple[Mapping[keys.OperatorId, float], ...]
+  network_bytes: float
+  log_bytes: float
+
+  @property
+  def workers_per_host(self) -> float:
+    """Less than 1 if a worker has several hosts."""
+    return self.cluster.gpus_per_host / self.job.expert_devices
+
+  @functools.cached_property
+  def state_bytes(self) -> int:
+    """Training state of the whole model."""
+    return sum(sum(s.state_bytes.values()) for s in self.stages)
+
+  @functools.cached_property
+  def largest(self) -> int:
+    """The stage with most training state."""
+    sizes = [sum(s.state_bytes.values()) for s in self.stages]
+    return sizes.index(max(sizes))
+
+  def operators(
+    self, order: str, stage: int | None = None
+  ) -> window.StageOperators:
+    """Those of a stage (the largest), as its replicas capture them."""
+    sizes = self.stages[self.largest if stage is None else stage]
+    count = self.job.config().num_experts
+    rates = {
+      o: expert_share(o.expert, count, self.job.popularity_skew)
+      for o in sizes.state_bytes
+      if o.expert >= 0
+    }
+    return sizes.in_order(order, rates, self.job.replicas)
+
+  def host_link(self, *, logs: bool) -> NetworkLink:
+    """To host memory, of one worker."""
+    rate = self.cluster.host_link_bytes_per_second * self.job.expert_devices
+    return NetworkLink(
+      bytes_per_second=rate, busy_bytes=self.log_bytes if logs else 0.0
+    )
+
+  def network(self, *, peers: int, replicated_logs: bool) -> NetworkLink:
+    """To other hosts, one worker's part of it."""
+    workers = self.workers_per_host
+    sent = self.network_bytes / workers
+    if replicated_logs:
+      sent += self.log_bytes * peers
+    return NetworkLink(
+      bytes_per_second=self.cluster.network_bytes_per_second / workers,
+      busy_bytes=sent,
+      copies=peers,
+    )
+
+  def links(
+    self, *, peers: int, logs: bool, replicated_logs: bool = False
+  ) -> tuple[NetworkLink, ...]:
+    """All that a snapshot passes."""
+    links = [self.host_link(logs=logs)]
+    if peers:
+      links.append(self.network(peers=peers, replicated_logs=replicated_logs))
+    return tuple(links)
+
+  def budget(
+    self, links: tuple[NetworkLink, ...], overlap_target: float
+  ) -> window.CopyBudget:
+    """What is copied beside training."""
+    seconds = self.iteration_seconds
+    return window.CopyBudget(
+      iteration_seconds=seconds,
+      bandwidth_bytes_per_second=min(
+        link.free_bytes_per_second(seconds) for link in links
+      ),
+      overlap_target=overlap_target,
+    )
+
+  def own_seconds(self, stage_bytes: float) -> float:
+    """Until every worker of a stage read that much of the stage's snapshots.
+
+    A worker needs the shares of all replicas: those of its own host from
+    memory, the others over the network.
+    """
+    return self._read_seconds(
+      stage_bytes, min(1.0, self.workers_per_host / self.job.replicas)
+    )
+
+  def peer_seconds(self, stage_bytes: float) -> float:
+    """The same on a host that came new: all of it over the network."""
+    return self._read_seconds(stage_bytes, 0.0)
+
+  def _read_seconds(self, stage_bytes: float, local_share: float) -> float:
+    cluster = self.cluster
+    rate = cluster.host_link_bytes_per_second * self.job.expert_devices
+    # Of a worker with several hosts each reads its part.
+    hosts = max(1.0, 1 / self.workers_per_host)
+    # A host with workers of several stages reads for each of them.
+    stages = max(1.0, self.workers_per_host / self.job.replicas)
+    remote = stage_bytes * (1 - local_share) * stages / hosts
+    return stage_bytes / rate + remote / cluster.network_bytes_per_second
+
+  @property
+  def storage_seconds(self) -> float:
+    """Until the whole state passed to or from the durable store."""
+    return self.state_bytes / self.cluster.storage_bytes_per_second
+
+
+@functools.cache
+def _shares(experts: int, skew: float) -> tuple[float, ...]:
+  weights = [1 / rank**skew for rank in range(1, experts + 1)]
+  random.Random(experts).shuffle(weights)  # popular ones may be anywhere
+  return tuple(w / sum(weights) for w in weights)
+
+
+def expert_share(expert: int, experts: int, skew: float) -> float:
+  """Of all choices of tokens, those of an expert; see `Job`."""
+  return _shares(experts, skew)[expert]
+
+
+def of(cluster: cluster_lib.Cluster, job: cluster_lib.TrainingJob) -> Costs:
+  """What a job costs on a cluster.
+
+  Raises:
+    base.ConfigError: the model cannot be cut so.
+  """
+  model = job.config()
+  specs = stages_lib.cut(model, job.stages)
+  run = run_settings.RunConfig(
+    preset='',
+    model=model,
+    train=config.TrainConfig(
+      stages=job.stages,
+      replicas=job.replicas,
+      local_devices=job.expert_devices,
+      microbatches=job.microbatches,
+      # Sizes do not depend on it, but it must divide.
+      microbatch_size=job.expert_devices,
+    ),
+  )
+  known: dict[tuple[bool, ...], planner.StageSizes] = {}
+  sizes = []
+  for index, spec in enumerate(specs):
+    kinds = tuple(
+      model.is_moe(i) for i in range(spec.first_layer, spec.last_layer)
+    )
+    key = (*kinds, spec.has_embedding, spec.has_head)
+    if key not in known:
+      parts = stage_lib.layout_of(
+        transformer_job.declare_stage(run, index), has_devices=False
+      )
+      known[key] = transformer_job.stage_sizes(parts, job.expert_devices)
+    sizes.append(known[key])
+  tokens = job.sequences * model.sequence_length
+  activations = tokens // job.replicas * model.model_dim * _ACTIVATION_BYTES
+  parameters = max(sum(s.state_bytes.values()) for s in sizes) / _STATE_BYTES
+  network = network_bytes(cluster, job, activations, parameters)
+  network += _exchange_bytes(cluster, job, model, specs, tokens)
+  flops = _multiplications(model) * _FLOPS_PER_MULTIPLICATION * _PASSES * tokens
+  seconds = flops / (job.gpus * cluster.flops_per_second * cluster.utilization)
+  inner = min(job.stages - 1, 2)
+  return Costs(
+    cluster=cluster,
+    job=job,
+    iteration_seconds=job.iteration_seconds
+    or max(seconds, network / cluster.network_bytes_per_second),
+    tokens=tokens,
+    stages=tuple(sizes),
+    compute=tuple(
+      {o: _operator_compute(o, n, model, job) for o, n in s.state_bytes.items()}
+      for s in sizes
+    ),
+    network_bytes=network,
+    log_bytes=inner * activations,
+  )
+
+
+def network_bytes(
+  cluster: cluster_lib.Cluster,
+  job: cluster_lib.TrainingJob,
+  activations: float,
+  stage_parameters: float,
+) -> float:
+  """What the busiest host sends in an iteration: pipeline and gradients.
+
+  Activations and gradients between stages go to another host where the worker
+  of the next or the previous stage is on one. Gradients are summed within hosts
+  first, then in a ring of the hosts that a stage is on.
+  """
+  per_host, devices = cluster.gpus_per_host, job.expert_devices
+  sent: dict[int, float] = {}
+  for worker in range(job.stages * job.replicas):
+    host = worker * devices // per_host
+    for other in (worker - job.replicas, worker + job.replicas):
+      if 0 <= other < job.stages * job.replicas:
+        if other * devices // per_host != host:
+          sent[host] = sent.get(host, 0.0) + activations
+  hosts = job.replicas * devices / per_host
+  ring = 0.0
+  if job.replicas > 1 and hosts > 1:
+    part = min(1.0, per_host / devices)
+    ring = 2 * (hosts - 1) / hosts * stage_parameters * _GRADIENT_BYTES * part
+  several = max(1.0, devices / per_host)
+  return max(sent.values(), default=0.0) / several + ring
+
+
+def _exchange_bytes(
+  cluster: cluster_lib.Cluster,
+  job: cluster_lib.TrainingJob,
+  model: model_config.ModelConfig,
+  specs: tuple[transformer.StageSpec, ...],
+  tokens: int,
+) -> float:
+  """What tokens sent to experts of other hosts take of a host's network."""
+  hosts = job.expert_devices / cluster.gpus_per_host
+  if hosts <= 1:
+    return 0.0
+  layers = max(
+    sum(model.is_moe(i) for i in range(s.first_layer, s.last_layer))
+    for s in specs
+  )
+  # There and back, forward and backward.
+  routed = tokens / job.replicas * model.experts_per_token * model.model_dim
+  moved = 4 * routed * _ACTIVATION_BYTES * layers
+  return moved * (1 - 1 / hosts) / hosts
+
+
+def _multiplications(model: model_config.ModelConfig) -> float:
+  """Per token and forward pass, without what a capacity leaves empty."""
+  full = dataclasses.replace(model, capacity_factor=1.0)
+  layers = sum(stages_lib.layer_cost(full, i) for i in range(model.num_layers))
+  return layers + model.model_dim * model.vocab_size
+
+
+def _operator_compute(
+  operator: keys.OperatorId,
+  state_bytes: int,
+  model: model_config.ModelConfig,
+  job: cluster_lib.TrainingJob,
+) -> float:
+  """Multiplications of an operator's weights, a token of the job."""
+  parameters = state_bytes / _STATE_BYTES
+  if operator.group == 'embedding':
+    return 0.0  # a lookup
+  if operator.expert < 0:
+    return parameters
+  share = expert_share(operator.expert, model.num_experts, job.popularity_skew)
+  return parameters * model.experts_per_token * share
+
+
+def slot_choice(
+  costs: Costs,
+  order: str,
+  budget: window.CopyBudget,
+  *,
+  pinned_length: int | None = None,
+  pinned_mode: str | None = None,
+) -> window.WindowChoice:
+  """The window of a job: the longest that one of its stages wants."""
+  rules.check_known('order', order, popularity.ORDERS)
+  distinct = {id(s): i for i, s in enumerate(costs.stages)}.values()
+  choices = []
+  for stage in distinct:
+    operators = costs.operators(order, stage)
+    length = min(pinned_length or 0, len(operators.order)) or None
+    choices.append(
+      window.choose_window(
+        operators, budget, pinned_length=length, pinned_mode=pinned_mode
+      )
+    )
+  return window.longest(choices)

@@ -1,0 +1,366 @@
+"""From a job's costs and a policy's settings to a simulation's method.
+
+Intervals and windows are chosen by the rules that the system chooses by
+(`moetion_jax.policies`, `moetion_jax.window`), fed with bytes and bandwidths
+instead of measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from launch.simulate import (
+  cluster as cluster_lib,
+  costs as costs_lib,
+  methods,
+  partial as partial_method,
+  world as world_lib,
+)
+from moetion_jax import errors
+from moetion_jax.policies import (
+  decision as decision_lib,
+  intervals,
+  partial,
+  popularity,
+  rules,
+  window,
+)
+
+# Of an iteration, that it may wait for a copy: as `capture_plan` has it.
+_LATE_SHARE = 0.02
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+  """A policy as it is asked for.
+
+  Attributes:
+    policy: one of `policies.POLICIES`.
+    peers: hosts that a host's snapshots are copied to; two_phase: none.
+    overlap_target: share of an iteration that a copy may take.
+    interval: of dense, two_phase and partial; 0 to choose it.
+    window_length: of sparse; 0 to choose it.
+    window_mode: of sparse, one of `slots.MODES`; '' to choose.
+    order: of sparse, one of `slots.ORDERS`.
+    keep_windows: of sparse.
+    logs: of sparse: upstream logging.
+    replicated_logs: of sparse: logs at the peers as well.
+    skip_frozen: of sparse: a replay leaves out the weight gradients of frozen
+      operators.
+    overhead_budget: of two_phase.
+    partial_experts: k of partial at first.
+    plt_budget: of partial.
+    durable_seconds: about so often the whole state is written to the durable
+      store as well; 0 for never.
+  """
+
+  policy: str = 'sparse'
+  peers: int = 1
+  overlap_target: float = 1.0
+  interval: int = 0
+  window_length: int = 0
+  window_mode: str = ''
+  order: str = 'static'
+  keep_windows: int = 2
+  logs: bool = True
+  replicated_logs: bool = False
+  skip_frozen: bool = False
+  overhead_budget: float = intervals.OVERHEAD_BUDGET
+  partial_experts: int = 1
+  plt_budget: float = partial.PLT_BUDGET
+  durable_seconds: float = 0.0
+
+  def __post_init__(self) -> None:
+    rules.of_name(self.policy)
+    rules.check_known('order', self.order, popularity.ORDERS)
+    if self.window_mode:
+      rules.check_known('window_mode', self.window_mode, decision_lib.MODES)
+    for name, least in (
+      ('peers', 0),
+      ('interval', 0),
+      ('window_length', 0),
+      ('keep_windows', 1),
+      ('partial_experts', 1),
+    ):
+      if getattr(self, name) < least:
+        raise errors.ConfigError(
+          name, getattr(self, name), f'must be at least {least}'
+        )
+
+
+def world(
+  cluster: cluster_lib.Cluster,
+  job: cluster_lib.TrainingJob,
+  settings: PolicySettings,
+  *,
+  on_no_spare: str = world_lib.WAIT,
+) -> world_lib.World:
+  """Where a job runs.
+
+  Raises:
+    base.ConfigError: it has fewer hosts than copies are to be on.
+  """
+  made = world_lib.World(
+    stages=job.stages,
+    replicas=job.replicas,
+    expert_devices=job.expert_devices,
+    gpus_per_host=cluster.gpus_per_host,
+    peers=settings.peers,
+    spare_hosts=cluster.spare_hosts,
+    repair_seconds=cluster.repair_seconds,
+    on_no_spare=on_no_spare,
+  )
+  if settings.peers >= made.hosts > 1:
+    raise errors.ConfigError('peers', settings.peers, f'of {made.hosts} hosts')
+  return made if made.hosts > 1 else dataclasses.replace(made, peers=0)
+
+
+def make(costs: costs_lib.Costs, settings: PolicySettings) -> world_lib.Method:
+  """The method of a policy, with its costs on a cluster.
+
+  Raises:
+    base.ConfigError: a setting does not fit the model.
+  """
+  if settings.policy == 'none':
+    return methods.Nothing(
+      **_timed(costs, settings, _pace(costs), _whole_reads(costs))
+    )
+  if settings.policy == 'two_phase':
+    return _two_phase(costs, settings)
+  if settings.policy == 'sparse':
+    return _sparse(costs, settings)
+  return _in_memory(costs, settings)
+
+
+def _timed(
+  costs: costs_lib.Costs,
+  settings: PolicySettings,
+  pace: world_lib.Pace,
+  reads: methods.Reads,
+) -> dict:
+  """What all methods have."""
+  every = 0
+  if settings.durable_seconds:
+    seconds = max(settings.durable_seconds, costs.storage_seconds)
+    every = math.ceil(seconds / pace.iteration_seconds)
+  return {
+    'name': settings.policy,
+    'pace': pace,
+    'detect_seconds': costs.cluster.detect_seconds,
+    'start_seconds': costs.cluster.start_seconds,
+    'reads': reads,
+    'durable': methods.Durable(
+      every=every, landing_seconds=costs.storage_seconds
+    ),
+  }
+
+
+def _pace(
+  costs: costs_lib.Costs, extra_seconds: tuple[float, ...] = (0.0,)
+) -> world_lib.Pace:
+  return world_lib.Pace(
+    iteration_seconds=costs.iteration_seconds, extra_seconds=extra_seconds
+  )
+
+
+def _every(interval: int, seconds: float) -> tuple[float, ...]:
+  """Extra seconds of one iteration of an interval, the last."""
+  return (0.0,) * (interval - 1) + (seconds,)
+
+
+def _whole_reads(
+  costs: costs_lib.Costs, count: int | None = None
+) -> methods.Reads:
+  """Of snapshots that are whole, or have `count` experts a layer."""
+  state = costs.stages[costs.largest].state_bytes
+  size = (
+    sum(state.values())
+    if count is None
+    else (partial.partial_bytes(state, count))
+  )
+  return methods.Reads(
+    own_seconds=costs.own_seconds(size),
+    peer_seconds=costs.peer_seconds(size),
+    durable_seconds=costs.storage_seconds,
+  )
+
+
+def _copy(
+  costs: costs_lib.Costs,
+  links: tuple[costs_lib.NetworkLink, ...],
+  copied_bytes: float,
+  iterations: int,
+) -> tuple[float, float]:
+  """By how much one copy makes iterations longer, and when it has landed."""
+  seconds = costs.iteration_seconds
+  longer = max(x.seconds(copied_bytes, iterations, seconds) for x in links)
+  landing = max(copied_bytes / x.free_bytes_per_second(seconds) for x in links)
+  return longer - iterations * seconds, min(landing, longer)
+
+
+def _in_memory(
+  costs: costs_lib.Costs, settings: PolicySettings
+) -> methods.Whole:
+  """Dense and partial: snapshots in host memory, some at peers."""
+  links = costs.links(peers=settings.peers, logs=False)
+  budget = costs.budget(links, settings.overlap_target)
+  state = costs.operators('static')
+  whole = sum(state.state_bytes.values())
+
+  def share(count: int | None) -> float:
+    """Of the largest stage's state, what one of its replicas copies."""
+    size = (
+      whole
+      if count is None
+      else (partial.partial_bytes(state.state_bytes, count))
+    )
+    return size / costs.job.replicas
+
+  count = None
+  if settings.policy == 'partial':
+    count = min(settings.partial_experts, costs.job.config().num_experts)
+  interval = settings.interval or intervals.dense_interval(
+    state_bytes=share(count),
+    bandwidth_bytes_per_second=budget.bandwidth_bytes_per_second,
+    iteration_seconds=costs.iteration_seconds,
+    overlap_target=settings.overlap_target,
+  )
+
+  def pace_and_landing(count: int | None) -> tuple[world_lib.Pace, float]:
+    extra, landing = _copy(costs, links, share(count), interval)
+    return _pace(costs, _every(interval, extra)), landing
+
+  pace, landing = pace_and_landing(count)
+  timed = _timed(costs, settings, pace, _whole_reads(costs))
+  if count is None:
+    return methods.Whole(**timed, interval=interval, landing_seconds=landing)
+  experts = costs.job.config().num_experts
+  counts = [count]
+  while counts[-1] < experts:
+    counts.append(min(experts, counts[-1] * 2))
+  made = {k: pace_and_landing(k) for k in counts}
+  return partial_method.Partial(
+    **timed,
+    interval=interval,
+    landing_seconds=landing,
+    experts=experts,
+    count=count,
+    tokens=costs.tokens,
+    choices_per_token=costs.job.config().experts_per_token,
+    plt_budget=settings.plt_budget,
+    paces={k: p for k, (p, _) in made.items()},
+    landings={k: x for k, (_, x) in made.items()},
+  )
+
+
+def _two_phase(
+  costs: costs_lib.Costs, settings: PolicySettings
+) -> methods.Whole:
+  """Phase one must be done before the next update, phase two takes as long."""
+  link = costs.host_link(logs=False)
+  stage = costs.stages[costs.largest].state_bytes
+  copied = sum(stage.values()) / costs.job.replicas
+  stall, copy_seconds = _copy(costs, (link,), copied, 1)
+  landing = copy_seconds + costs.storage_seconds
+  interval = settings.interval or intervals.two_phase_interval(
+    intervals.TwoPhaseCosts(
+      iteration_seconds=costs.iteration_seconds,
+      overhead_seconds=stall,
+      durable_seconds=landing,
+    ),
+    settings.overhead_budget,
+  )
+  # A shorter interval than storage allows makes training wait for it.
+  late = landing - interval * costs.iteration_seconds
+  pace = _pace(costs, _every(interval, max(stall, late)))
+  return methods.Whole(
+    **_timed(costs, settings, pace, _whole_reads(costs)),
+    interval=interval,
+    landing_seconds=landing,
+    in_storage=True,
+  )
+
+
+def _sparse(costs: costs_lib.Costs, settings: PolicySettings) -> methods.Sparse:
+  job = costs.job
+  links = costs.links(
+    peers=settings.peers,
+    logs=settings.logs,
+    replicated_logs=settings.replicated_logs and settings.logs,
+  )
+  choice = costs_lib.slot_choice(
+    costs,
+    settings.order,
+    costs.budget(links, settings.overlap_target),
+    pinned_length=settings.window_length or None,
+    pinned_mode=settings.window_mode or None,
+  )
+  operators = costs.operators(settings.order)
+  choice = _until_not_late(costs, links, choice, operators)
+  decision = decision_lib.CaptureDecision(
+    first_iteration=1,
+    window_length=choice.window_length,
+    mode=choice.mode,
+    every=choice.every,
+    slots=operators.slots(choice.window_length),
+  )
+  copies = _copies(costs, links, choice, operators)
+  extra = [x for e, _ in copies for x in _every(choice.every, e)]
+  alone = dataclasses.replace(operators, shares=())
+  read = sum(alone.snapshot_bytes(choice.window_length, choice.mode))
+  compute = costs.compute[costs.largest]
+  frozen = {}
+  if settings.skip_frozen:
+    total = sum(compute.values())
+    # Of three passes one is for weight gradients.
+    frozen = {o: c / total / 3 for o, c in compute.items()}
+  # Microbatches wait for nobody but those that replay as well.
+  unit = costs.iteration_seconds / (job.microbatches + job.stages - 1)
+  reads = methods.Reads(
+    own_seconds=costs.own_seconds(read),
+    peer_seconds=costs.peer_seconds(read),
+    durable_seconds=costs.storage_seconds,
+  )
+  return methods.Sparse(
+    **_timed(costs, settings, _pace(costs, tuple(extra)), reads),
+    decision=decision,
+    landing_seconds=tuple(x for _, x in copies),
+    replay_seconds=unit * job.microbatches,
+    pipeline_seconds=unit,
+    frozen_share=frozen,
+    logs=settings.logs,
+    replicated_logs=settings.replicated_logs,
+    keep_windows=settings.keep_windows,
+  )
+
+
+def _copies(
+  costs: costs_lib.Costs,
+  links: tuple[costs_lib.NetworkLink, ...],
+  choice: window.WindowChoice,
+  operators: window.StageOperators,
+) -> list[tuple[float, float]]:
+  """`_copy` of each snapshot of a window, of the replica with most of it."""
+  copied = operators.snapshot_bytes(choice.window_length, choice.mode)
+  return [_copy(costs, links, n, choice.every) for n in copied]
+
+
+def _until_not_late(
+  costs: costs_lib.Costs,
+  links: tuple[costs_lib.NetworkLink, ...],
+  choice: window.WindowChoice,
+  operators: window.StageOperators,
+) -> window.WindowChoice:
+  """The window that the leader comes to: it grows while copies run late.
+
+  The stages' first choices may differ, and the one taken be too short for the
+  largest of them.
+  """
+  while True:
+    latest = max(e for e, _ in _copies(costs, links, choice, operators))
+    if latest <= _LATE_SHARE * choice.every * costs.iteration_seconds:
+      return choice
+    if (longer := window.enlarge(choice, operators)) == choice:
+      return choice
+    choice = longer

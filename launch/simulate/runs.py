@@ -1,0 +1,233 @@
+"""Runs of a job under a policy with random or given failures, and their table.
+
+A run with seed n meets the same failures under every policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from launch.simulate import (
+  cluster as cluster_lib,
+  core,
+  costs as costs_lib,
+  methods,
+  policies,
+  world as world_lib,
+)
+from moetion_jax import errors
+
+_INTERVAL = 1.96  # standard errors to either side hold 95 %
+COLUMNS = (
+  ('ettr', 'ETTR', '{:.4f}'),
+  ('overhead', 'overhead', '{:.2%}'),
+  ('recovery_seconds', 'recovery s', '{:,.0f}'),
+  ('failures', 'failures', '{:.1f}'),
+  ('replayed_iterations', 'replayed', '{:,.0f}'),
+  ('waited_for_repair_seconds', 'no spare s', '{:,.0f}'),
+  ('lost_tokens', 'lost tokens', '{:.3g}'),
+  ('iterations', 'iterations', '{:,.0f}'),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+  """Runs of one policy.
+
+  Attributes:
+    settings: of the policy.
+    method: what was made of them.
+    results: one a seed.
+  """
+
+  settings: policies.PolicySettings
+  method: world_lib.Method
+  results: tuple[core.Result, ...]
+
+  def mean(self, name: str) -> float:
+    """Of a figure of the results, over the seeds."""
+    return float(np.mean([getattr(r, name) for r in self.results]))
+
+  def error(self, name: str) -> float:
+    """Half the 95 % interval of that mean; 0 with one seed."""
+    values = [getattr(r, name) for r in self.results]
+    if len(values) < 2:
+      return 0.0
+    return _INTERVAL * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+  @property
+  def label(self) -> str:
+    """The policy and what it chose."""
+    method = self.method
+    if isinstance(method, methods.Sparse):
+      choice = method.decision
+      text = f'sparse, window {choice.window_length} {choice.mode}'
+      if choice.every > 1:
+        text += f' every {choice.every}'
+      return text + ('' if method.logs else ', no logs')
+    if isinstance(method, methods.Whole):
+      return f'{method.name}, every {method.interval}'
+    return method.name
+
+  def to_json(self) -> dict[str, Any]:
+    """Settings, means with intervals, and the first run's curve."""
+    return {
+      'label': self.label,
+      'settings': dataclasses.asdict(self.settings),
+      'seeds': len(self.results),
+      'figures': {
+        name: {'mean': self.mean(name), 'interval': self.error(name)}
+        for name, _, _ in COLUMNS
+      },
+      'curve': self.results[0].curve,
+    }
+
+
+def study(
+  costs: costs_lib.Costs,
+  settings: policies.PolicySettings,
+  *,
+  horizon_seconds: float,
+  seeds: int = 1,
+  count: int | None = None,
+  trace: Sequence[tuple[float, world_lib.Failure]] | None = None,
+  on_no_spare: str = world_lib.WAIT,
+  method: world_lib.Method | None = None,
+) -> Study:
+  """Simulates a policy on a cluster.
+
+  Args:
+    costs: of the job on the cluster.
+    settings: of the policy.
+    horizon_seconds: of every run.
+    seeds: runs, with failures of their own each.
+    count: of failures in every run, at random moments; None for a Poisson
+      process of the cluster's MTBF.
+    trace: the failures instead; every seed meets the same.
+    on_no_spare: see `simulate_world.World`.
+    method: another than that of the settings.
+  """
+  cluster = costs.cluster
+  world = policies.world(cluster, costs.job, settings, on_no_spare=on_no_spare)
+  method = method or policies.make(costs, settings)
+  results = []
+  for seed in range(seeds):
+    source = np.random.default_rng(seed)
+    if trace is not None:
+      failures: world_lib.Failures = trace
+    elif count is not None:
+      failures = _counted(source, world, cluster, count, horizon_seconds)
+    else:
+      failures = world_lib.poisson(
+        source,
+        world,
+        mtbf_seconds=cluster.mtbf_seconds,
+        host_share=cluster.host_failure_share,
+        hardware_share=cluster.hardware_failure_share,
+      )
+    results.append(
+      core.simulate(method, world, failures, horizon_seconds=horizon_seconds)
+    )
+  return Study(settings=settings, method=method, results=tuple(results))
+
+
+def _counted(
+  source: np.random.Generator,
+  world: world_lib.World,
+  cluster: cluster_lib.Cluster,
+  count: int,
+  horizon_seconds: float,
+) -> Iterator[tuple[float, world_lib.Failure]]:
+  """So many failures at moments that are all alike likely."""
+  for seconds in np.sort(source.uniform(0, horizon_seconds, count)):
+    yield (
+      float(seconds),
+      world_lib.draw(
+        source,
+        world,
+        cluster.host_failure_share,
+        cluster.hardware_failure_share,
+      ),
+    )
+
+
+def read_trace(path: str, gpus: int) -> list[tuple[float, world_lib.Failure]]:
+  """Failures from a file.
+
+  Args:
+    path: of a JSON array; an element is the seconds since the run began, or an
+      object with `seconds` and, if they differ, `gpu` (0), `whole_host` (false)
+      and `needs_spare` (false).
+    gpus: of the job.
+
+  Raises:
+    base.ConfigError: it is not there or not as it should be.
+  """
+  try:
+    value = json.loads(pathlib.Path(path).read_text())
+    out = []
+    for entry in value:
+      fields = dict(entry) if isinstance(entry, dict) else {'seconds': entry}
+      seconds = float(fields.pop('seconds'))
+      failure = world_lib.Failure(**{'gpu': 0, **fields})
+      if seconds < 0 or not 0 <= failure.gpu < gpus:
+        raise ValueError(f'out of range: {entry}')
+      out.append((seconds, failure))
+  except (OSError, ValueError, TypeError, KeyError) as e:
+    raise errors.ConfigError('trace', path, str(e)) from None
+  return sorted(out, key=lambda x: x[0])
+
+
+def table(title: str, studies: Sequence[Study]) -> Any:
+  """For people."""
+  import rich.table
+
+  made = rich.table.Table(title=title)
+  made.add_column('policy')
+  for _, label, _ in COLUMNS:
+    made.add_column(label, justify='right')
+  for one in studies:
+    cells = [text.format(one.mean(name)) for name, _, text in COLUMNS]
+    if error := one.error('ettr'):
+      cells[0] += f' ± {error:.4f}'
+    made.add_row(one.label, *cells)
+  return made
+
+
+def plot(path: pathlib.Path, studies: Sequence[Study]) -> None:
+  """Iterations over time of every policy's first run, as PNG."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(8, 5))
+  for one in studies:
+    seconds, iterations = zip(*one.results[0].curve, strict=True)
+    axes.plot([s / 3600 for s in seconds], iterations, label=one.label)
+  axes.set_xlabel('hours')
+  axes.set_ylabel('iterations done')
+  axes.legend()
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def inputs(table: cluster_lib.Table, job: str) -> Mapping[str, Any]:
+  """All numbers that went in, each with its source."""
+  values = {
+    **{f'cluster/{n}': v for n, v in vars(table.cluster).items()},
+    **{f'jobs/{job}/{n}': v for n, v in vars(table.jobs[job]).items()},
+  }
+  return {
+    name: {'value': value, 'source': table.sources[name]}
+    for name, value in values.items()
+    if name in table.sources
+  }

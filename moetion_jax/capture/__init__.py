@@ -1,0 +1,1 @@
+"""From the device into a snapshot, and from snapshots back into a state."""

@@ -1,0 +1,216 @@
+"""From sparse snapshots to dense state: fold, replay, fold, ... (DESIGN 4, 6).
+
+The replay between two folds is the worker's ordinary iteration; a conversion
+only says where it begins and what is folded after each update, and holds what
+came out against the digests that the snapshots carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from moetion_jax import errors, keys
+from moetion_jax.capture import programs as capture_programs
+from moetion_jax.snapshots import coverage, snapshot as snapshot_lib
+from moetion_jax.state import partition
+
+# Names of the arrays that a stage's snapshot carries beside its operators.
+DIGESTS, PARTIALS = snapshot_lib.DIGESTS, 'partials'
+
+
+class DivergedError(errors.MoetionError):
+  """A rebuilt operator has other bits than the one that was lost.
+
+  Attributes:
+    operator: which one.
+    iteration: of the state.
+    suspects: iterations of the snapshots that may be the cause.
+  """
+
+  def __init__(
+    self, operator: keys.OperatorId, iteration: int, suspects: range
+  ):
+    super().__init__(
+      f'{operator} of state {iteration}, rebuilt from snapshot(s) '
+      f'{suspects[0]} to {suspects[-1]}, has another digest than before the '
+      'failure: a snapshot or a log entry is damaged in a way that its '
+      'checksum does not show'
+    )
+    self.operator = operator
+    self.iteration = iteration
+    self.suspects = tuple(suspects)
+
+
+class ReplayMismatchError(errors.MoetionError):
+  """A replay published an entry with other bits than before the failure.
+
+  Attributes:
+    suspects: iterations of the snapshots that may be the cause.
+  """
+
+  def __init__(self, error: errors.EntryMismatchError, suspects: range):
+    super().__init__(
+      f'{error}: snapshot(s) {suspects[0]} to {suspects[-1]} may be damaged in '
+      'a way that their checksums do not show'
+    )
+    self.suspects = tuple(suspects)
+
+
+class SnapshotLostError(errors.StoreError):
+  """A snapshot that a conversion needs cannot be had.
+
+  Attributes:
+    suspects: its iteration.
+  """
+
+  def __init__(self, iteration: int, reason: errors.StoreError):
+    super().__init__(f'snapshot {iteration} is needed and lost: {reason}')
+    self.suspects = (iteration,)
+
+
+class Conversion:
+  """One conversion of one stage.
+
+  `begin` gives the state of the start; then, for every following iteration,
+  `advance` after its update.
+
+  Attributes:
+    start: from which snapshot.
+    active: operators whose training state is restored so far.
+    damaged: iterations whose snapshots could not be read and were not needed.
+  """
+
+  def __init__(
+    self,
+    programs: capture_programs.CapturePrograms,
+    digest: Callable[[Any], jax.Array],
+    initial: Callable[[], partition.State],
+    load: Callable[[int], snapshot_lib.Snapshot],
+    start: coverage.Start,
+    newest: int,
+  ):
+    """Stores the arguments.
+
+    Args:
+      programs: of the stage, for the operators that this worker has.
+      digest: the stage's digest program.
+      initial: makes state 0, which is complete by definition.
+      load: reads the snapshot of an iteration, verified.
+      start: a valid one.
+      newest: iteration of the newest snapshot that `load` can give.
+    """
+    self.start = start
+    self.active: frozenset[keys.OperatorId] = frozenset()
+    self.damaged: set[int] = set()
+    self._programs = programs
+    self._digest = digest
+    self._initial = initial
+    self._load = load
+    self._newest = newest
+    self._own = frozenset(programs.layout.operators)
+    self._expected: dict[keys.OperatorId, np.ndarray] = {}
+    self._loaded: tuple[int, snapshot_lib.Snapshot] | None = None
+
+  @property
+  def is_complete(self) -> bool:
+    """Whether every operator is active."""
+    return len(self.active) == len(self._own)
+
+  def begin(self) -> partition.State:
+    """The partial state of the start.
+
+    Raises:
+      SnapshotLostError: a snapshot is damaged.
+      DivergedError: its bits are not what they were.
+    """
+    if not self.start.iteration:
+      self.active = self._own
+      return self._initial()
+    return self._fold(self.start.iteration, None)
+
+  def partials(self, iteration: int) -> np.ndarray | None:
+    """All stages' scalars of an iteration, f32[stages, 4], where recorded."""
+    snapshot = self._snapshot(iteration)
+    return snapshot.extras.get(PARTIALS) if snapshot else None
+
+  def advance(self, iteration: int, state: partition.State) -> partition.State:
+    """Folds the snapshot of `iteration` in, if anything is still frozen.
+
+    Args:
+      iteration: of `state`.
+      state: after the update; donated when something is folded.
+
+    Raises:
+      SnapshotLostError: a snapshot is damaged.
+      DivergedError: an active operator has other bits than it had.
+    """
+    self._verify(iteration, state)
+    return state if self.is_complete else self._fold(iteration, state)
+
+  def frozen_digests(self) -> Mapping[keys.OperatorId, np.ndarray]:
+    """Digests, as recorded, of the operators that are still frozen."""
+    return {o: d for o, d in self._expected.items() if o not in self.active}
+
+  def _fold(
+    self, iteration: int, state: partition.State | None
+  ) -> partition.State:
+    snapshot = self._snapshot(iteration)
+    assert snapshot is not None, 'no snapshot, or a start that was not valid'
+    folded = self._programs.fold(state, snapshot, self.active)
+    # The snapshot may hold what other replicas of the stage have.
+    restored = self._own.intersection(snapshot.state)
+    self.active |= restored
+    self._verify(iteration, folded, restored)
+    return folded
+
+  def _verify(
+    self,
+    iteration: int,
+    state: partition.State,
+    folded: frozenset[keys.OperatorId] = frozenset(),
+  ) -> None:
+    """Compares the digests of active operators with the recorded ones.
+
+    Args:
+      iteration: of the state.
+      state: to look at.
+      folded: operators that this iteration's snapshot was just folded into.
+    """
+    layout = self._programs.layout
+    snapshot = self._snapshot(iteration)
+    recorded = snapshot.extras.get(DIGESTS) if snapshot else None
+    if snapshot is None or recorded is None:
+      return
+    names = layout.partition.operators
+    if DIGESTS in snapshot.metadata:
+      names = snapshot_lib.names_of_digests(snapshot.metadata[DIGESTS])
+    self._expected = {
+      operator: row
+      for operator, row in zip(names, np.array(recorded), strict=True)
+      if operator in self._own
+    }
+    found = layout.partition.by_operator(self._digest(state))
+    for operator in sorted(self.active):
+      if not np.array_equal(found[operator], self._expected[operator]):
+        first = iteration if operator in folded else self.start.iteration
+        raise DivergedError(operator, iteration, range(first, iteration + 1))
+
+  def _snapshot(self, iteration: int) -> snapshot_lib.Snapshot | None:
+    """The snapshot of an iteration; None where there is none."""
+    if iteration > self._newest:  # what was loaded is not needed any more
+      self._loaded = None
+    if not 0 < iteration <= self._newest or iteration in self.damaged:
+      return None
+    if self._loaded is None or self._loaded[0] != iteration:
+      try:
+        self._loaded = (iteration, self._load(iteration))
+      except errors.StoreError as error:
+        if not self.is_complete:
+          raise SnapshotLostError(iteration, error) from error
+        self.damaged.add(iteration)
+        return None
+    return self._loaded[1]

@@ -1,0 +1,89 @@
+"""A state put together from checkpoints of which none holds everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from moetion_jax import errors, keys
+from moetion_jax.snapshots import file as snapshot_file, folders, snapshot
+from moetion_jax.state import layout as layout_lib, partition
+
+
+def load(
+  root: str | os.PathLike[str],
+  stage: int,
+  start: int,
+  layout: layout_lib.Layout,
+  initial: Callable[[], partition.State],
+) -> snapshot.Snapshot:
+  """The newest version of every operator up to the start (PEC's restore).
+
+  Args:
+    root: folder of the stage's snapshots.
+    stage: whose.
+    start: iteration of the snapshot that everything but experts is from.
+    layout: of the state.
+    initial: makes state 0, for experts that were never saved.
+
+  Returns:
+    As if it were a whole snapshot of the start; without digests and scalars,
+    which are of a state that nobody has any more.
+
+  Raises:
+    StoreError: a snapshot is missing or damaged.
+  """
+  iterations = {
+    iteration
+    for folder in folders.snapshots_folders(root, stage)
+    for iteration in snapshot_file.list_snapshots(folder)
+  }
+  state: dict[keys.OperatorId, Any] = {}
+  newest: snapshot.Snapshot | None = None
+  for iteration in sorted(iterations, reverse=True):
+    if iteration > start or len(state) == len(layout.operators):
+      continue
+    shares = []
+    for path in folders.find_shares(root, stage, iteration):
+      stored = snapshot_file.open_snapshot(path, verify=True)
+      shares.append(
+        snapshot.from_arrays(layout, stored.metadata, stored.arrays)
+      )
+    if not shares:
+      continue
+    merged = snapshot.merge(shares)
+    newest = newest or merged
+    if newest.metadata['iteration'] != start:
+      raise errors.StoreError(f'{root}: stage {stage} has no snapshot {start}')
+    for operator, rows in merged.state.items():
+      if merged is newest or operator.expert >= 0:
+        state.setdefault(operator, rows)
+  if newest is None:
+    raise errors.StoreError(f'{root}: stage {stage} has no snapshot {start}')
+  if missing := frozenset(layout.operators) - frozenset(state):
+    state |= _rows(layout, initial(), missing)
+  return dataclasses.replace(newest, state=state, compute={}, extras={})
+
+
+def _rows(
+  layout: layout_lib.Layout,
+  state: partition.State,
+  wanted: frozenset[keys.OperatorId],
+) -> dict[keys.OperatorId, dict[str, np.ndarray]]:
+  """Operators of a state, as a snapshot has them."""
+  found: dict[keys.OperatorId, dict[str, np.ndarray]] = {o: {} for o in wanted}
+  for leaf, value in zip(layout.leaves, jax.tree.leaves(state), strict=True):
+    of_group = wanted & frozenset(
+      layout.partition.operators_of(leaf.group.name)
+    )
+    if of_group:
+      host = np.array(value)
+      for operator in of_group:
+        row = host[operator.expert] if leaf.group.stacked else host
+        found[operator][leaf.path] = row
+  return found

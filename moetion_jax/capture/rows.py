@@ -1,0 +1,240 @@
+"""Captures by leaf, for devices whose memory is the host's.
+
+A call captures rows of one group, each leaf into an array of its own. Compute
+weights are not captured: nobody donates them, so the snapshot refers to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from moetion_jax import keys
+from moetion_jax.capture import sources as sources_lib
+from moetion_jax.programs import mesh
+from moetion_jax.snapshots import blocks as blocks_lib
+
+# How many operators of a stacked group one call may capture. XLA's CPU client
+# lets 32 calls be under way: one more waits, and training with it.
+_SIZES = (8, 2, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Rows of one group, by leaf.
+
+  Attributes:
+    kind: of `snapshot_blocks.KINDS`.
+    columns: of the outputs, as `snapshot_blocks` calls them.
+    picked: operators, by row of the outputs, ascending.
+    outputs: arrays with a leading dim of rows; some may be nobody's.
+    is_single: they lack that dim: all is one operator's.
+  """
+
+  kind: str
+  columns: tuple[str, ...]
+  picked: Mapping[int, keys.OperatorId]
+  outputs: tuple[jax.Array, ...]
+  is_single: bool = False
+
+  def blocks(
+    self, hosts: Sequence[np.ndarray]
+  ) -> Iterator[tuple[blocks_lib.Block, list[np.ndarray]]]:
+    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    operators = tuple(self.picked.values())
+    for column, host in zip(self.columns, hosts, strict=True):
+      rows = host[None] if self.is_single else host
+      block = blocks_lib.Block(self.kind, operators, column)
+      yield block, [rows[a:b] for a, b in blocks_lib.runs(self.picked)]
+
+
+class RowCaptures:
+  """How a state is captured by leaf; see the module."""
+
+  def __init__(
+    self,
+    sources: Sequence[sources_lib.Source],
+    devices: int,
+    is_spread: bool = False,
+  ):
+    """Stores.
+
+    Args:
+      sources: all.
+      devices: over which stacked ones are spread, each a share.
+      is_spread: over several in another way, which XLA knows.
+    """
+    self._devices = devices
+    self._pick = _rows_of_all if is_spread else _rows_of_each
+    self._sources = {(s.kind, s.group): s for s in sources}
+    # Programs are named after the first source of equal shapes.
+    self._first: dict[sources_lib.Shapes, str] = {}
+    for source in sources:
+      self._first.setdefault(source.shapes, source.name)
+
+  def programs(self) -> Iterator[sources_lib.Program]:
+    """What `capture` calls."""
+    for source in self._sources.values():
+      shapes = source.shapes
+      is_first = self._first[shapes] == source.name
+      if source.kind != blocks_lib.STATE or not is_first:
+        continue
+      arrays = tuple(jax.ShapeDtypeStruct(*x) for x in shapes.arrays)
+      if not shapes.stacked:
+        specs = (mesh.SAME,) * len(arrays)
+        name = f'capture {source.name}'
+        yield sources_lib.Program(name, _whole, specs, mesh.SAME, arrays)
+        continue
+      specs = (mesh.EXPERT,) * (1 + len(arrays))
+      for size in self._sizes(source):
+        index = jax.ShapeDtypeStruct((self._devices, size), np.int32)
+        name = f'capture {size} of {source.name}'
+        yield sources_lib.Program(
+          name, self._pick, specs, mesh.EXPERT, (index, *arrays)
+        )
+
+  def capture(
+    self,
+    programs: Mapping[str, Callable[..., Any]],
+    values: Mapping[str, Any],
+    picked: Mapping[str, frozenset[keys.OperatorId]],
+  ) -> list[Rows]:
+    """Dispatches copies.
+
+    Args:
+      programs: compiled, by name.
+      values: by kind, the arrays by the keys of their sources.
+      picked: operators, by kind.
+    """
+    captured = []
+    for kind, operators in picked.items():
+      by_group: dict[str, list[keys.OperatorId]] = {}
+      for operator in sorted(operators):
+        by_group.setdefault(operator.group, []).append(operator)
+      for group, its in by_group.items():
+        source = self._sources.get((kind, group))
+        if source is None:
+          continue  # no compute weights
+        arrays = tuple(values[kind][key] for key in source.keys)
+        if kind == blocks_lib.COMPUTE:
+          captured.append(_referred(source, its, arrays))
+        else:
+          captured += self._captured(programs, source, its, arrays)
+    return captured
+
+  def _captured(
+    self,
+    programs: Mapping[str, Callable[..., Any]],
+    source: sources_lib.Source,
+    operators: Sequence[keys.OperatorId],
+    arrays: Sequence[jax.Array],
+  ) -> Iterator[Rows]:
+    columns = blocks_lib.columns(source.leaves)
+    first = self._first[source.shapes]
+    if not source.shapes.stacked:
+      outputs = programs[f'capture {first}'](*arrays)
+      yield Rows(source.kind, columns, {0: operators[0]}, outputs)
+      return
+    local = source.local_rows(self._devices)
+    for size, call in _calls(
+      operators, source.rows, local, self._sizes(source)
+    ):
+      index = np.zeros((self._devices, size), np.int32)
+      for row, operator in call.items():
+        index[row // size, row % size] = source.rows[operator] % local
+      outputs = programs[f'capture {size} of {first}'](index, *arrays)
+      yield Rows(source.kind, columns, call, outputs)
+
+  def _sizes(self, source: sources_lib.Source) -> tuple[int, ...]:
+    """How many of a stack's operators a call may take, falling."""
+    local = source.local_rows(self._devices)
+    return tuple(size for size in _SIZES if size <= local)
+
+
+def _referred(
+  source: sources_lib.Source,
+  operators: Sequence[keys.OperatorId],
+  arrays: tuple[jax.Array, ...],
+) -> Rows:
+  is_single = not source.shapes.stacked
+  picked = {source.rows[o]: o for o in operators}
+  columns = blocks_lib.columns(source.leaves)
+  return Rows(
+    source.kind, columns, dict(sorted(picked.items())), arrays, is_single
+  )
+
+
+def _rows_of_each(index, *leaves):
+  """Of each device's share of the leaves, the rows that it is told."""
+
+  def rows(x):
+    return [
+      jax.lax.dynamic_index_in_dim(x, index[0, k], 0, keepdims=True)
+      for k in range(index.shape[1])
+    ]
+
+  return tuple(jnp.concatenate(rows(x)) for x in leaves)
+
+
+def _rows_of_all(index, *leaves):
+  """The rows of leaves that are spread over devices in any way.
+
+  XLA gathers on each device what it has and adds that up. In bits: the sum of
+  -0.0 and the zeros of the others would be 0.0.
+  """
+
+  def rows(x):
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      return jax.lax.complex(rows(x.real), rows(x.imag))
+    if x.dtype == jnp.bool_:
+      return rows(x.astype(jnp.uint8)).astype(jnp.bool_)
+    bits = jax.lax.bitcast_convert_type(
+      x, blocks_lib.packed_dtype(np.dtype(x.dtype))
+    )
+    taken = jnp.take(bits, index[0], axis=0, mode='clip')
+    return jax.lax.bitcast_convert_type(taken, x.dtype)
+
+  return tuple(rows(x) for x in leaves)
+
+
+def _whole(*leaves):
+  """The leaves, with a leading dim of one row."""
+  return tuple(jnp.copy(x)[None] for x in leaves)
+
+
+def _calls(
+  picked: Sequence[keys.OperatorId],
+  places: Mapping[keys.OperatorId, int],
+  local: int,
+  sizes: Sequence[int],
+) -> list[tuple[int, dict[int, keys.OperatorId]]]:
+  """Deals operators of a group to as few calls as possible.
+
+  Args:
+    picked: them.
+    places: row of each operator of the group.
+    local: how many of the group a device has.
+    sizes: how many a call may take of every device, falling to 1.
+
+  Returns:
+    (rows of every device, operators by row) of each call; a device's rows are
+    neighbours.
+  """
+  queues: dict[int, list[keys.OperatorId]] = {}
+  for operator in picked:
+    queues.setdefault(places[operator] // local, []).append(operator)
+  calls = []
+  while most := max(map(len, queues.values())):
+    number = next(size for size in sizes if size <= most)
+    call = {}
+    for device, queue in sorted(queues.items()):
+      for place, operator in enumerate(queue[:number]):
+        call[device * number + place] = operator
+      del queue[:number]
+    calls.append((number, call))
+  return calls

@@ -1,0 +1,367 @@
+"""Takes the snapshots of a worker, one an iteration, in a thread of its own.
+
+The training thread hands the state over and goes on; the snapshot thread
+dispatches the copies on the device, waits for them and stores them. The state
+may be donated once the copies are dispatched, which `release` waits for. At
+most one snapshot is on its way, so no capture is ever skipped: when the last
+one is late, training waits, visibly (DESIGN section 5).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import errno
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from moetion_jax import errors, keys
+from moetion_jax.capture import programs as capture_programs, transfer
+from moetion_jax.logs import interface as log_interface
+from moetion_jax.policies import decision as decision_lib
+from moetion_jax.recovery import hang_detection
+from moetion_jax.snapshots import manifest, memory_store, snapshot
+
+_MEASURED_COPIES = 4
+_FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TakenSnapshot:
+  """What taking a snapshot meant for the training thread.
+
+  Attributes:
+    snapshot_bytes: of its operators; 0 when the iteration has none.
+    blocked_seconds: spent waiting for the last copy.
+  """
+
+  snapshot_bytes: int = 0
+  blocked_seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CaptureJob:
+  """A snapshot on its way."""
+
+  iteration: int
+  state: Any
+  compute: Mapping[str, jax.Array]
+  operators: tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]]
+  extras: Mapping[str, jax.Array | np.ndarray]
+  fields: Mapping[str, Any]
+  replace: bool
+  published_count: int
+  is_whole: bool
+
+
+class Snapshotter:
+  """Takes snapshots between `start` and `close`.
+
+  The training thread calls `take` after every update, and `release` before it
+  donates the state that was taken.
+
+  Attributes:
+    newest: iteration of the newest snapshot that counts; -1 for none.
+  """
+
+  def __init__(
+    self,
+    programs: capture_programs.CapturePrograms,
+    store: memory_store.SnapshotStore,
+    decision: decision_lib.CaptureDecision,
+    fields: Mapping[str, Any],
+    log: log_interface.Log | None = None,
+    on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
+    full_seconds: float = 60.0,
+    on_block: Callable[[str], None] = lambda reason: None,
+    share: frozenset[keys.OperatorId] | None = None,
+  ):
+    """Stores the arguments.
+
+    Args:
+      programs: compiled.
+      store: not started; it is used by this object alone.
+      decision: what is captured when.
+      fields: metadata of every snapshot.
+      log: a snapshot counts only when everything that was published before it
+        was taken can be read, since it will never be published again.
+      on_stored: called with the metadata of each snapshot once it counts, in
+        the snapshot thread.
+      full_seconds: how long to wait for host memory when there is none.
+      on_block: called with the reason when a wait for room begins, with ''
+        when it ends; in the snapshot thread.
+      share: operators that this worker captures, its replicas the others; None:
+        all.
+    """
+    self.newest = -1
+    self._programs = programs
+    self._store = store
+    self._fields = dict(fields)
+    self._log = log
+    self._on_stored = on_stored
+    self._full_seconds = full_seconds
+    self._on_block = on_block
+    self._share = share
+    self._decisions = [decision]
+    self._changed = threading.Condition()  # guards what follows
+    self._copies: collections.deque[tuple[int, float]] = collections.deque(
+      maxlen=_MEASURED_COPIES  # bytes and seconds
+    )
+    self._job: _CaptureJob | None = None
+    self._reads_state = False  # that of the job
+    self._first_iteration = 0
+    self._closing = False
+    self._error: BaseException | None = None
+    self._known: set[int] = set()
+    self._broken: set[int] = set()
+    self._thread: threading.Thread | None = None
+
+  def start(self) -> None:
+    """Opens the store and starts the thread; raises StoreError."""
+    self._store.start()
+    self._known = set(self._store.iterations())
+    self.newest = max(self._known, default=-1)
+    self._thread = threading.Thread(
+      target=self._run, name='snapshots', daemon=True
+    )
+    self._thread.start()
+
+  @property
+  def bandwidth(self) -> float:
+    """Bytes per second at which the last snapshots were stored; 0: none was.
+
+    From the moment when their contents were there.
+    """
+    with self._changed:
+      copied_bytes = sum(size for size, _ in self._copies)
+      seconds = sum(seconds for _, seconds in self._copies)
+    return copied_bytes / seconds if seconds else 0.0
+
+  def close(self) -> None:
+    """Waits for the copy on its way, then ends the thread. Idempotent."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify_all()
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+      self._store.close()
+
+  def decide(self, decision: decision_lib.CaptureDecision) -> None:
+    """From `decision.first_iteration` on, that is captured. Any thread."""
+    with self._changed:
+      self._decisions = [
+        d
+        for d in self._decisions
+        if d.first_iteration < decision.first_iteration
+      ] + [decision]
+
+  def retain(self, first_iteration: int) -> None:
+    """Lets go of snapshots of earlier iterations. Any thread."""
+    with self._changed:
+      self._first_iteration = max(self._first_iteration, first_iteration)
+      held = [d for d in self._decisions if d.first_iteration < first_iteration]
+      self._decisions = self._decisions[max(0, len(held) - 1) :]
+      self._changed.notify_all()
+
+  def distrust(self, iteration: int) -> None:
+    """Has a damaged snapshot taken again when its iteration comes."""
+    with self._changed:
+      self._broken.add(iteration)
+
+  def slot(self, iteration: int) -> frozenset[keys.OperatorId]:
+    """The operators whose training state iteration's snapshot holds."""
+    with self._changed:
+      decision = decision_lib.active(self._decisions, iteration)
+    captured = decision.captured(iteration)
+    return captured[0] if captured else frozenset()
+
+  def take(
+    self,
+    iteration: int,
+    state: Any,
+    compute: Mapping[str, jax.Array],
+    extras: Mapping[str, jax.Array | np.ndarray],
+    **fields: Any,
+  ) -> TakenSnapshot:
+    """Takes the snapshot of the state after `iteration`, if it has one.
+
+    Args:
+      iteration: its number.
+      state: may be donated when `release` returned.
+      compute: may not be donated by anybody.
+      extras: further arrays by name; not donated either.
+      **fields: metadata of this snapshot.
+
+    Raises:
+      StoreError, EntryMismatchError: an earlier snapshot could not be stored.
+    """
+    with self._changed:
+      self._check()
+      decision = decision_lib.active(self._decisions, iteration)
+      captured = decision.captured(iteration)
+      if captured is None:
+        return TakenSnapshot()
+      if self._share is not None:
+        captured = captured[0] & self._share, captured[1] & self._share
+      is_broken = iteration in self._broken
+      if iteration in self._known and not is_broken:
+        return TakenSnapshot()  # a replay came by
+      begin = time.monotonic()
+      self._changed.wait_for(lambda: not self._job or self._error)
+      blocked_seconds = time.monotonic() - begin
+      self._check()
+      self._broken.discard(iteration)
+      self._reads_state = True
+      self._job = _CaptureJob(
+        iteration=iteration,
+        state=state,
+        compute=compute,
+        operators=captured,
+        extras=extras,
+        fields=fields,
+        replace=is_broken,
+        published_count=self._log.published_count if self._log else 0,
+        is_whole=decision.is_whole,
+      )
+      self._changed.notify_all()
+    return TakenSnapshot(
+      snapshot_bytes=snapshot.snapshot_bytes(self._programs.layout, *captured),
+      blocked_seconds=blocked_seconds,
+    )
+
+  def release(self) -> float:
+    """Waits until the state that was taken last may be donated.
+
+    That is when the copies of it are dispatched: milliseconds after `take`, so
+    nobody waits who trains an iteration in between.
+
+    Returns:
+      Seconds that this took.
+
+    Raises:
+      StoreError, EntryMismatchError: as `take`.
+    """
+    with self._changed:
+      begin = time.monotonic()
+      self._changed.wait_for(lambda: not self._reads_state or self._error)
+      self._check()
+      return time.monotonic() - begin
+
+  def flush(self) -> None:
+    """Waits until every snapshot that was taken counts."""
+    with self._changed:
+      self._changed.wait_for(lambda: not self._job or self._error)
+      self._check()
+
+  def _check(self) -> None:
+    if self._error is not None:
+      raise self._error
+
+  def _run(self) -> None:
+    """The snapshot thread."""
+    try:
+      while True:
+        with self._changed:
+          self._changed.wait_for(lambda: self._job or self._closing)
+          first_iteration = self._first_iteration
+          if self._job is None:
+            return
+        self._store.retain(first_iteration)
+        iteration = self._save()
+        with self._changed:
+          self._known = {i for i in self._known if i >= first_iteration}
+          self._known.add(iteration)
+          self.newest = max(self.newest, iteration)
+          self._job = None
+          self._changed.notify_all()
+    except BaseException as error:  # raised by the next call
+      with self._changed:
+        self._error = error
+        self._changed.notify_all()
+
+  def _save(self) -> int:
+    """Does the job; returns its iteration."""
+    captured, job = self._capture()
+    on_host = captured.to_host()
+    buffers = on_host.buffers()
+    if self._log:
+      self._log.flush(count=job.published_count)
+    metadata = on_host.metadata(
+      iteration=job.iteration, **self._fields, **job.fields
+    )
+    del captured, on_host  # what is on the device
+    begin = time.monotonic()
+    size = self._store_one(job, metadata, buffers)
+    with self._changed:
+      self._copies.append((size, time.monotonic() - begin))
+    self._on_stored(metadata)
+    return job.iteration
+
+  def _capture(self) -> tuple[transfer.Captured, _CaptureJob]:
+    """What was captured, and what is left of the job."""
+    with self._changed:
+      job = self._job
+    assert job is not None
+    captured = self._programs.capture(job.state, job.compute, *job.operators)
+    captured = dataclasses.replace(captured, extras=job.extras)
+    # Nobody here keeps memory of the device that training gives back.
+    job = dataclasses.replace(job, state=None, compute={}, extras={})
+    with self._changed:
+      self._job = job
+      self._reads_state = False
+      self._changed.notify_all()
+    return captured, job
+
+  def _store_one(
+    self,
+    job: _CaptureJob,
+    metadata: dict[str, Any],
+    buffers: Sequence[manifest.Buffer],
+  ) -> int:
+    """Stores a snapshot; waits, as training then does, while all are kept.
+
+    Raises:
+      NoRoomError: there is no host memory for a manifest, and none came.
+    """
+    full_at: float | None = None
+    is_blocked = False
+    if job.is_whole:  # a window may have been chosen that has room for a part
+      self._store.enlarge(
+        manifest.data_bytes(buffer.nbytes for buffer in buffers)
+      )
+    try:
+      while True:
+        try:
+          return self._store.save(
+            job.iteration, metadata, buffers, replace=job.replace
+          )
+        except (memory_store.SnapshotFullError, OSError) as error:
+          if isinstance(error, OSError):
+            if error.errno != errno.ENOSPC:
+              raise
+            if full_at is None:
+              full_at, is_blocked = time.monotonic(), True
+              self._on_block(f'no room for snapshot {job.iteration}')
+            if time.monotonic() > full_at + self._full_seconds:
+              raise errors.NoRoomError(
+                f'snapshot {job.iteration}: no room for '
+                f'{self._full_seconds:g} s: {error.strerror}; free host '
+                'memory, or name a larger tmpfs with --hostmem_dir'
+              ) from error
+          elif not is_blocked:
+            is_blocked = True
+            self._on_block(hang_detection.SNAPSHOTS_FULL)
+          with self._changed:
+            if self._closing:
+              raise
+            self._changed.wait(_FULL_POLL_SECONDS)
+            self._store.retain(self._first_iteration)
+    finally:
+      if is_blocked:
+        self._on_block('')

@@ -1,0 +1,129 @@
+"""A snapshot on its way: from the device to the host, and into buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from moetion_jax import keys
+from moetion_jax.snapshots import blocks as blocks_lib, manifest
+
+_HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
+
+
+class Part(Protocol):
+  """Some of what was captured, in arrays on the device."""
+
+  @property
+  def outputs(self) -> tuple[jax.Array, ...]:
+    """The arrays."""
+    ...
+
+  def blocks(
+    self, hosts: Sequence[np.ndarray]
+  ) -> Iterable[tuple[blocks_lib.Block, list[np.ndarray]]]:
+    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Captured:
+  """A snapshot on the device, in buffers that nobody donates.
+
+  Attributes:
+    parts: of the slot, and compute weights.
+    state_operators: those of the slot.
+    compute_operators: those whose compute weights belong to the snapshot.
+    shared: copies, by path.
+    extras: further arrays by name.
+  """
+
+  parts: tuple[Any, ...]  # each a Part, and a dataclass
+  state_operators: frozenset[keys.OperatorId]
+  compute_operators: frozenset[keys.OperatorId]
+  shared: Mapping[str, jax.Array]
+  extras: Mapping[str, jax.Array | np.ndarray] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def to_host(self) -> Captured:
+    """Starts the copies that `buffers` waits for.
+
+    Returns:
+      The same, the arrays of its parts in pinned host memory where devices can
+      write to it: at 37 GB/s on an H100, for 64 MiB, and not at 3 by way of
+      JAX's own staging, which moreover keeps the GIL. Others go that way: they
+      are small, and who reads them next finds them read.
+    """
+    for array in (*self.shared.values(), *self.extras.values()):
+      if isinstance(array, jax.Array):
+        array.copy_to_host_async()
+    moved = iter(_to_host([x for part in self.parts for x in part.outputs]))
+    return dataclasses.replace(
+      self,
+      parts=tuple(
+        dataclasses.replace(
+          part, outputs=tuple(next(moved) for _ in part.outputs)
+        )
+        for part in self.parts
+      ),
+    )
+
+  def buffers(self) -> list[manifest.Buffer]:
+    """What is stored; waits until the contents are on the host."""
+    return list(self._buffers())
+
+  def metadata(self, **fields: Any) -> dict[str, Any]:
+    """What a snapshot says of itself in JSON: fields, and its operators."""
+    return {
+      **fields,
+      'state': keys.operators_to_json(self.state_operators),
+      'compute': keys.operators_to_json(self.compute_operators),
+    }
+
+  def _buffers(self) -> Iterator[manifest.Buffer]:
+    for part in self.parts:
+      hosts = [np.asarray(output) for output in part.outputs]
+      for block, pieces in part.blocks(hosts):
+        yield manifest.Buffer(
+          name=block.name,
+          dtype=pieces[0].dtype,
+          shape=(len(block.operators), *pieces[0].shape[1:]),
+          pieces=[np.ascontiguousarray(piece) for piece in pieces],
+        )
+    for path, value in self.shared.items():
+      yield _buffer(blocks_lib.SHARED + path, np.asarray(value))
+    for name, value in self.extras.items():
+      yield _buffer(name, np.asarray(value))
+
+
+def _buffer(name: str, host: np.ndarray) -> manifest.Buffer:
+  return manifest.Buffer(
+    name=name,
+    dtype=host.dtype,
+    shape=host.shape,
+    pieces=[np.ascontiguousarray(host)],
+  )
+
+
+def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+  """Starts copies; the arrays from which to read them."""
+  if arrays and _has_pinned_host(next(iter(arrays[0].sharding.device_set))):
+    pinned = [x.sharding.with_memory_kind(_PINNED) for x in arrays]
+    return jax.device_put(list(arrays), pinned)
+  for array in arrays:
+    array.copy_to_host_async()
+  return arrays
+
+
+@functools.cache
+def _has_pinned_host(device: Any) -> bool:
+  """Whether a device writes to pinned memory of a host that is not its own."""
+  return device.platform not in _HOSTS and any(
+    memory.kind == _PINNED for memory in device.addressable_memories()
+  )

@@ -1,0 +1,41 @@
+"""Every error that this project raises on purpose."""
+
+from __future__ import annotations
+
+
+class MoetionError(Exception):
+  """Base of every error this project raises on purpose."""
+
+
+class ConfigError(MoetionError):
+  """A setting is unknown, out of range or contradicts another one.
+
+  `launch` turns it into one line on stderr and exit code 2.
+
+  Attributes:
+    flag: name of the setting as the user writes it, without dashes.
+    value: what it was set to.
+    reason: what is wrong and what would be right.
+  """
+
+  def __init__(self, flag: str, value: object, reason: str):
+    super().__init__(f'--{flag}={value}: {reason}')
+    self.flag = flag
+    self.value = value
+    self.reason = reason
+
+
+class NonFiniteError(MoetionError):
+  """The loss or the gradient norm of an iteration is NaN or infinite."""
+
+
+class EntryMismatchError(MoetionError):
+  """An entry was published twice with unequal contents: bits diverged."""
+
+
+class StoreError(MoetionError):
+  """The host store is full, damaged or not usable here."""
+
+
+class NoRoomError(StoreError):
+  """Host memory stayed full for as long as there was to wait for room."""

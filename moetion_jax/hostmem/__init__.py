@@ -1,0 +1,1 @@
+"""What lies in host memory (tmpfs), shared by the processes of a host."""

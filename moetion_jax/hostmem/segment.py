@@ -1,0 +1,443 @@
+"""Segments: the entries of one producer in a preallocated, shared file.
+
+```
+file    header | cell 0 | cell 1 | ... | payload ring
+cell    256 bytes: what the entry is, then the commit word, written last
+ring    payloads at multiples of 64 bytes, so that JAX can alias them
+```
+
+Entry number n (the sequence) lies in cell n % cells; cells and payloads are
+reused in order, so pages are touched once and then rewritten. A writer killed
+at any point leaves either a committed entry or none, and the index is rebuilt
+by reading the cells.
+
+Leases are locks of open file descriptions (fcntl(2), F_OFD_SETLK) on one byte
+of the cell. They end with the descriptor, so also with a kill -9 of the
+reader. A writer retires an entry by marking the cell and then taking its lock;
+a reader takes the lock and then looks at the mark: one of them sees the other.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import collections
+import fcntl
+import mmap
+import os
+import pathlib
+import struct
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import (
+  entry,
+  locks,
+  memory_limits,
+  raw_bytes,
+  store_folder,
+)
+
+_MAGIC = b'MoEtion1'
+_FILE = struct.Struct('<8sIiiIQQQ')
+_GENERATION = struct.Struct('<Q')
+_GENERATION_OFFSET = 24
+_CELLS_OFFSET = mmap.PAGESIZE
+_CELL_BYTES = 256
+
+
+class SegmentFullError(errors.StoreError):
+  """No room now: what is retained or leased fills the segment."""
+
+
+def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
+  """Ring size that keeps whole iterations while the next one is written.
+
+  Args:
+    iteration_entry_bytes: payload size of each entry of one iteration.
+    iterations: how many finished iterations are retained.
+  """
+  sizes = [raw_bytes.padded(nbytes) for nbytes in iteration_entry_bytes]
+  # An entry is never split at the ring's end: up to the largest one is lost.
+  return sum(sizes) * (iterations + 1) + max(sizes, default=0)
+
+
+def file_bytes(size_bytes: int, cells: int) -> int:
+  """Host memory that a segment takes, its cells included."""
+  return raw_bytes.whole_pages(cell_offset(cells)) + raw_bytes.whole_pages(
+    size_bytes
+  )
+
+
+def segment_path(
+  folder: str | os.PathLike[str], stage: int, replica: int
+) -> pathlib.Path:
+  """Where the segment of one producer lies in a store folder."""
+  return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.segment'
+
+
+def cell_offset(cell: int) -> int:
+  """Where a cell lies in the file; a lease locks its first byte."""
+  return _CELLS_OFFSET + cell * _CELL_BYTES
+
+
+class SegmentLayout:
+  """A mapped segment file, seen as header, cells and ring."""
+
+  def __init__(self, fd: int, writable: bool):
+    """Maps the file; StoreError if it is no segment or a damaged one."""
+    size_bytes = os.fstat(fd).st_size
+    if size_bytes < _CELLS_OFFSET:
+      raise errors.StoreError('not a segment: too short')
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    # Never closed by hand: it is unmapped when the last view of it is gone.
+    self.map = mmap.mmap(
+      fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection
+    )
+    magic, cells, stage, replica, _, _, ring_offset, size = _FILE.unpack_from(
+      self.map
+    )
+    if (
+      magic != _MAGIC
+      or not cells
+      or ring_offset < cell_offset(cells)
+      or ring_offset % mmap.PAGESIZE
+      or ring_offset + size != size_bytes
+    ):
+      raise errors.StoreError('not a segment, or its header is damaged')
+    self.cells, self.stage, self.replica = cells, stage, replica
+    self.ring = np.frombuffer(self.map, np.uint8, size, ring_offset)
+    words = np.frombuffer(
+      self.map, np.uint64, cells * _CELL_BYTES // 8, _CELLS_OFFSET
+    ).reshape(cells, -1)
+    # Aligned words of their own: a store or a load of one is never torn.
+    self.commits = words[:, entry.COMMIT_OFFSET // 8]
+    self.retired = words[:, entry.HEADER_BYTES // 8]
+    self._words = words
+
+  @property
+  def generation(self) -> int:
+    """Of the newest writer."""
+    return _GENERATION.unpack_from(self.map, _GENERATION_OFFSET)[0]
+
+  def header(self, cell: int) -> entry.EntryHeader | None:
+    """The committed entry of a cell, retired or not; None if there is none."""
+    start = cell_offset(cell)
+    header = entry.EntryHeader.unpack(
+      self.map[start : start + entry.HEADER_BYTES]
+    )
+    if (
+      header is None
+      or header.sequence % self.cells != cell
+      or (header.key.stage, header.key.replica) != (self.stage, self.replica)
+      or header.offset % raw_bytes.ALIGNMENT_BYTES
+      or header.offset + header.nbytes > len(self.ring)
+    ):
+      return None
+    return header
+
+  @property
+  def newest_iteration(self) -> int:
+    """Of the committed entries; 0 when there are none."""
+    iterations = self._words[:, entry.ITERATION_OFFSET // 8]
+    return int(np.max(iterations, initial=0, where=self.commits != 0))
+
+  def headers(self) -> list[entry.EntryHeader]:
+    """The committed entries, retired ones included, oldest first."""
+    found = map(self.header, np.flatnonzero(self.commits).tolist())
+    return sorted(filter(None, found), key=lambda header: header.sequence)
+
+
+def newest_iteration(path: str | os.PathLike[str]) -> int:
+  """Of a segment's entries; 0 if there are none, or no readable segment."""
+  try:
+    with open(path, 'rb') as file:
+      return SegmentLayout(file.fileno(), writable=False).newest_iteration
+  except (OSError, errors.StoreError):
+    return 0
+
+
+def drop_damaged(
+  path: str | os.PathLike[str], first_iteration: int
+) -> list[keys.EntryKey]:
+  """Retires entries without their checksum, so that they are written again.
+
+  Only while nobody writes the segment.
+
+  Args:
+    path: of the segment.
+    first_iteration: older entries are not looked at.
+
+  Returns:
+    Their names.
+
+  Raises:
+    StoreError: it is no segment; its writer lives.
+    OSError: it cannot be opened.
+  """
+  dropped = []
+  with open(path, 'r+b') as file:
+    if not locks.try_lock(file.fileno(), fcntl.F_WRLCK, 0):
+      raise errors.StoreError(f'{path}: its writer lives')
+    layout = SegmentLayout(file.fileno(), writable=True)
+    for header in layout.headers():
+      cell = header.sequence % layout.cells
+      if header.key.iteration < first_iteration or layout.retired[cell]:
+        continue
+      data = layout.ring[header.offset : header.offset + header.nbytes]
+      if raw_bytes.checksum(data) != header.checksum:
+        layout.retired[cell] = 1
+        dropped.append(header.key)
+    # The mapping holds the open file, and so the lock, beyond the close.
+    locks.try_lock(file.fileno(), fcntl.F_UNLCK, 0)
+  return dropped
+
+
+class SegmentWriter:
+  """The one writer of a segment. Not thread-safe, except `retain`.
+
+  `start`, then `put` and `retain` in any order, then `close`. The file stays.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    worker: keys.WorkerId,
+    size_bytes: int,
+    cells: int = 4096,
+  ):
+    """Stores the settings.
+
+    Args:
+      folder: the store folder.
+      worker: who writes.
+      size_bytes: of the ring, see `ring_bytes`.
+      cells: how many entries the segment can hold, whatever their size.
+    """
+    self.path = segment_path(folder, worker.stage, worker.replica)
+    self._worker = worker
+    self._size_bytes = raw_bytes.whole_pages(size_bytes)
+    self._cells = cells
+    self._fd = -1
+    self._first_iteration = 0
+    self._live: collections.deque[entry.EntryHeader] = collections.deque()
+    self._by_key: dict[keys.EntryKey, entry.EntryHeader] = {}
+    self._next_sequence = 0
+    self._head = 0  # ring offset of the next payload
+
+  def start(self, fresh: bool = False) -> None:
+    """Adopts the segment a predecessor left, or creates one.
+
+    With `fresh` it is replaced.
+
+    Raises:
+      StoreError: no room; the predecessor lives; the segment belongs to a newer
+        generation, is damaged, or is smaller than asked for.
+    """
+    try:
+      if self.path.exists():
+        self._open()
+      if fresh or self._fd < 0:
+        self._create()
+        self._open()
+      self._adopt()
+    except errors.StoreError as error:
+      self.close()
+      raise errors.StoreError(f'{self.path}: {error}') from None
+
+  def _open(self) -> None:
+    """Opens the file for this process alone."""
+    self.close()
+    self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if not locks.try_lock(self._fd, fcntl.F_WRLCK, 0):
+      raise errors.StoreError('another living process writes it')
+
+  def _create(self) -> None:
+    ring_offset = raw_bytes.whole_pages(cell_offset(self._cells))
+    temporary = self.path.with_suffix('.new')
+    temporary.unlink(missing_ok=True)
+    fd = store_folder.reserve(temporary, ring_offset + self._size_bytes)
+    header = _FILE.pack(
+      _MAGIC,
+      self._cells,
+      self._worker.stage,
+      self._worker.replica,
+      0,
+      self._worker.generation,
+      ring_offset,
+      self._size_bytes,
+    )
+    os.pwrite(fd, header, 0)
+    os.close(fd)
+    temporary.rename(self.path)
+
+  def _adopt(self) -> None:
+    """Takes over what is committed, and the right to write."""
+    self._layout = SegmentLayout(self._fd, writable=True)
+    generation, mine = self._layout.generation, self._worker.generation
+    if generation > mine:
+      raise errors.StoreError(f'generation {generation} fences off {mine}')
+    if (
+      len(self._layout.ring) < self._size_bytes
+      or self._layout.cells < self._cells
+    ):
+      raise errors.StoreError(
+        'smaller than this run needs: the settings changed; start over with '
+        '--fresh'
+      )
+    _GENERATION.pack_into(self._layout.map, _GENERATION_OFFSET, mine)
+    headers = self._layout.headers()
+    if headers:
+      self._next_sequence = headers[-1].sequence + 1
+      self._head = headers[-1].offset + raw_bytes.padded(headers[-1].nbytes)
+    for header in headers:
+      cell = header.sequence % self._layout.cells
+      if not self._layout.retired[cell]:
+        self._by_key[header.key] = header
+      elif self._is_free(cell):
+        continue
+      self._live.append(header)  # or retired, and a reader still has it
+
+  def close(self) -> None:
+    """Gives the segment up; its entries stay. May be called twice."""
+    if self._fd >= 0:
+      # The mapping holds the open file, and so the lock, beyond the close.
+      locks.try_lock(self._fd, fcntl.F_UNLCK, 0)
+      os.close(self._fd)
+      self._fd = -1
+
+  def retain(self, first_iteration: int) -> None:
+    """Allows the space of entries of earlier iterations to be reused."""
+    self._first_iteration = max(self._first_iteration, first_iteration)
+
+  def put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
+    """Writes an entry; it is there for every reader when this returns.
+
+    A damaged payload of an entry that exists is rewritten when `array` has the
+    checksum that the entry was written with.
+
+    Returns:
+      True; False if an equal entry existed.
+
+    Raises:
+      EntryMismatchError: an unequal entry of this name exists.
+      SegmentFullError: no room until `retain` advances or a lease ends.
+      StoreError: the entry is larger than the segment, or not of a dtype of
+        `entry.DTYPES`.
+    """
+    data = raw_bytes.as_bytes(array)
+    if raw_bytes.padded(len(data)) > len(self._layout.ring):
+      raise errors.StoreError(
+        f'{key}: {memory_limits.format_bytes(len(data))} do not fit into a segment '
+        f'of {memory_limits.format_bytes(len(self._layout.ring))}'
+      )
+    if array.dtype not in raw_bytes.DTYPES:
+      raise errors.StoreError(f'{key}: dtype {array.dtype} cannot be stored')
+    if known := self._by_key.get(key):
+      self._compare(known, array, data)
+      return False
+    offset = self._allocate(raw_bytes.padded(len(data)))
+    cell = self._next_sequence % self._layout.cells
+    self._layout.commits[cell] = 0
+    self._layout.retired[cell] = 0
+    header = entry.EntryHeader(
+      key=key,
+      generation=self._worker.generation,
+      sequence=self._next_sequence,
+      dtype=array.dtype,
+      shape=array.shape,
+      offset=offset,
+      nbytes=len(data),
+      checksum=raw_bytes.copy_with_checksum(
+        data, self._layout.ring[offset : offset + len(data)]
+      ),
+      committed_nanoseconds=time.monotonic_ns(),
+    )
+    self._commit(cell, header)
+    self._next_sequence += 1
+    self._head = offset + raw_bytes.padded(len(data))
+    self._live.append(header)
+    self._by_key[key] = header
+    return True
+
+  def _compare(
+    self, known: entry.EntryHeader, array: np.ndarray, data: np.ndarray
+  ) -> None:
+    stored = self._layout.ring[known.offset : known.offset + known.nbytes]
+    if known.dtype == array.dtype and known.shape == array.shape:
+      if np.array_equal(stored, data):
+        return
+      if known.checksum == raw_bytes.checksum(data):
+        stored[:] = data
+        return
+    raise errors.EntryMismatchError(
+      f'{known.key}: published again with other contents: was '
+      f'{known.dtype}{list(known.shape)} checksum {known.checksum:016x}, now '
+      f'{array.dtype}{list(array.shape)} checksum {raw_bytes.checksum(data):016x}'
+    )
+
+  def _commit(self, cell: int, header: entry.EntryHeader) -> None:
+    packed = header.pack()
+    start = cell_offset(cell)
+    self._layout.map[start : start + entry.COMMIT_OFFSET] = packed[
+      : entry.COMMIT_OFFSET
+    ]
+    # A barrier on machines that reorder stores: whoever sees the commit word
+    # and then takes the lease passes the same lock of the kernel after us.
+    locks.try_lock(self._fd, fcntl.F_UNLCK, start)
+    self._layout.commits[cell] = int.from_bytes(
+      packed[entry.COMMIT_OFFSET :], 'little'
+    )
+
+  def _allocate(self, size: int) -> int:
+    """Ring offset of `size` free bytes, retiring old entries as needed."""
+    while True:
+      if self._has_cell():
+        offset = self._gap(size)
+        if offset is not None:
+          return offset
+      self._retire_oldest()
+
+  def _has_cell(self) -> bool:
+    if not self._live:
+      return True
+    used_cells = self._next_sequence - self._live[0].sequence
+    return used_cells < self._layout.cells
+
+  def _gap(self, size: int) -> int | None:
+    """Where `size` bytes are free after the newest entry, if anywhere."""
+    if not self._live:
+      return 0
+    tail = self._live[0].offset
+    if self._head <= tail:  # wrapped around; equal: full
+      return self._head if self._head + size <= tail else None
+    if self._head + size <= len(self._layout.ring):
+      return self._head
+    return 0 if size <= tail else None
+
+  def _retire_oldest(self) -> None:
+    oldest = self._live[0]
+    if oldest.key.iteration >= self._first_iteration:
+      raise SegmentFullError(
+        f'{self.path.name}: full of entries since iteration '
+        f'{oldest.key.iteration}, which must be kept; give more host memory or '
+        'keep less with --log_iterations'
+      )
+    cell = oldest.sequence % self._layout.cells
+    self._layout.retired[cell] = 1
+    if not self._is_free(cell):
+      raise SegmentFullError(f'{oldest.key}: a reader holds its memory')
+    self._live.popleft()
+    if self._by_key.get(oldest.key) is oldest:
+      del self._by_key[oldest.key]
+
+  def _is_free(self, cell: int) -> bool:
+    """Whether no reader holds an entry that is retired."""
+    start = cell_offset(cell)
+    if not locks.try_lock(self._fd, fcntl.F_WRLCK, start):
+      return False
+    locks.try_lock(self._fd, fcntl.F_UNLCK, start)
+    return True

@@ -1,0 +1,243 @@
+"""Reading the segments of a store folder: find, lease, map.
+
+A reader looks into the mapped cells, so an entry that is committed is found
+without asking anybody, whether its producer lives or not.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import re
+import threading
+import weakref
+
+import numpy as np
+
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import entry, locks, segment
+
+_SEGMENT_NAME = re.compile(r'stage-(\d+)\.replica-(\d+)\.segment')
+
+
+class _Payload:
+  """A leased payload as NumPy sees it; the lease ends with this object.
+
+  Every view and every JAX array that aliases the memory holds it, so the lease
+  lasts exactly as long as anything, a running program included, can read.
+  """
+
+  def __init__(
+    self,
+    layout: segment.SegmentLayout,
+    header: entry.EntryHeader,
+    lease_fd: int,
+  ):
+    ring, _ = layout.ring.__array_interface__['data']
+    self._map = layout.map
+    self.__array_interface__ = {
+      'data': (ring + header.offset, True),
+      'shape': (header.nbytes,),
+      'typestr': '|u1',
+      'version': 3,
+    }
+    weakref.finalize(self, os.close, lease_fd).atexit = False
+
+
+class SegmentReader:
+  """One producer's entries, seen from any process of the host.
+
+  Not thread-safe. Views outlive `close`.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Stores the path of an existing segment."""
+    self.path = pathlib.Path(path)
+    self._fd = -1
+    self._entries: dict[keys.EntryKey, entry.EntryHeader] = {}
+    self._by_cell: dict[int, entry.EntryHeader] = {}
+    self._next_sequence = 0
+
+  def start(self) -> None:
+    """Maps the file.
+
+    Raises:
+      FileNotFoundError: there is none yet.
+      StoreError: it is no segment, or a damaged one.
+    """
+    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+      self._layout = segment.SegmentLayout(self._fd, writable=False)
+    except errors.StoreError as error:
+      self.close()
+      raise errors.StoreError(f'{self.path}: {error}') from None
+
+  def close(self) -> None:
+    """Forgets the file. May be called twice."""
+    if self._fd >= 0:
+      os.close(self._fd)
+      self._fd = -1
+
+  @property
+  def generation(self) -> int:
+    """Of the newest writer."""
+    return self._layout.generation
+
+  def is_current(self) -> bool:
+    """Whether the path still names the file that is mapped."""
+    with contextlib.suppress(FileNotFoundError):
+      return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+    return False
+
+  def find(self, key: keys.EntryKey) -> entry.EntryHeader | None:
+    """The header of a committed entry that is still there, else None."""
+    header = self._entries.get(key)
+    if header is None or not self._is_live(header):
+      self._advance()
+      header = self._entries.get(key)
+      if header is None or not self._is_live(header):
+        return None
+    return header
+
+  def entries(self) -> list[entry.EntryHeader]:
+    """Every entry that is there, oldest first, by reading the cells."""
+    self._rescan()
+    return list(self._entries.values())
+
+  def damaged_cells(self) -> list[int]:
+    """Cells with a commit word that is not of what they say."""
+
+    def is_damaged(cell: int) -> bool:
+      return bool(self._layout.commits[cell]) and not self._layout.header(cell)
+
+    # Twice: a living writer may have been between two words.
+    return [
+      s
+      for s in range(self._layout.cells)
+      if all(is_damaged(s) for _ in range(2))
+    ]
+
+  def view(self, header: entry.EntryHeader) -> np.ndarray | None:
+    """An entry's memory, read-only; None if it vanished meanwhile.
+
+    The entry stays while the array, or anything that aliases it, exists.
+    """
+    if not header.nbytes:
+      return np.empty(header.shape, header.dtype)
+    # A descriptor of its own, so that the lease has an owner of its own.
+    lease_fd = os.open(f'/proc/self/fd/{self._fd}', os.O_RDONLY | os.O_CLOEXEC)
+    start = segment.cell_offset(self._cell(header))
+    if not locks.try_lock(lease_fd, fcntl.F_RDLCK, start) or not self._is_live(
+      header
+    ):
+      os.close(lease_fd)
+      return None
+    data = np.asarray(_Payload(self._layout, header, lease_fd))
+    return entry.from_bytes(data, header)
+
+  def _cell(self, header: entry.EntryHeader) -> int:
+    return header.sequence % self._layout.cells
+
+  def _is_live(self, header: entry.EntryHeader) -> bool:
+    cell = self._cell(header)
+    return (
+      not self._layout.retired[cell] and self._layout.header(cell) == header
+    )
+
+  def _advance(self) -> None:
+    """Indexes what was committed since the last look."""
+    while self._layout.commits[self._next_sequence % self._layout.cells]:
+      header = self._layout.header(self._next_sequence % self._layout.cells)
+      if header is None or header.sequence < self._next_sequence:
+        return
+      if header.sequence > self._next_sequence:  # overtaken by a whole round
+        self._rescan()
+        return
+      cell = self._cell(header)
+      old = self._by_cell.get(cell)
+      if old is not None and self._entries.get(old.key) is old:
+        del self._entries[old.key]
+      self._by_cell[cell] = self._entries[header.key] = header
+      self._next_sequence += 1
+
+  def _rescan(self) -> None:
+    headers = self._layout.headers()
+    self._entries = {
+      header.key: header for header in headers if self._is_live(header)
+    }
+    self._by_cell = {self._cell(header): header for header in headers}
+    if headers:
+      self._next_sequence = headers[-1].sequence + 1
+
+
+class StoreIndex:
+  """The entries of every segment in a store folder. Thread-safe.
+
+  `start` is not needed: segments are opened when they are first asked for.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str]):
+    """Stores the folder's path."""
+    self._folder = pathlib.Path(folder)
+    self._lock = threading.Lock()
+    self._readers: dict[tuple[int, int], SegmentReader] = {}
+
+  def close(self) -> None:
+    """Forgets all segments; arrays that were taken stay valid."""
+    with self._lock:
+      for reader in self._readers.values():
+        reader.close()
+      self._readers.clear()
+
+  def take(
+    self, key: keys.EntryKey
+  ) -> tuple[entry.EntryHeader, np.ndarray] | None:
+    """An entry's header and memory, leased; None if it is not there.
+
+    Raises:
+      StoreError: the segment is damaged.
+    """
+    with self._lock:
+      reader = self._reader(key.stage, key.replica)
+      if reader is None or (header := reader.find(key)) is None:
+        return None
+      array = reader.view(header)
+      return None if array is None else (header, array)
+
+  def refresh(self) -> None:
+    """Lets go of segments whose file was replaced or removed."""
+    with self._lock:
+      for name, reader in list(self._readers.items()):
+        if not reader.is_current():
+          reader.close()
+          del self._readers[name]
+
+  def entries(self) -> list[entry.EntryHeader]:
+    """Every committed entry of the folder, segment by segment.
+
+    Raises:
+      StoreError: a segment is damaged.
+    """
+    self.refresh()
+    with self._lock:
+      headers = []
+      for path in sorted(self._folder.glob('*.segment')):
+        name = _SEGMENT_NAME.fullmatch(path.name)
+        if name and (reader := self._reader(int(name[1]), int(name[2]))):
+          headers.extend(reader.entries())
+      return headers
+
+  def _reader(self, stage: int, replica: int) -> SegmentReader | None:
+    reader = self._readers.get((stage, replica))
+    if reader is None:
+      reader = SegmentReader(segment.segment_path(self._folder, stage, replica))
+      try:
+        reader.start()
+      except FileNotFoundError:
+        return None
+      self._readers[stage, replica] = reader
+    return reader

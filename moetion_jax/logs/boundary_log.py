@@ -1,0 +1,451 @@
+"""Boundary logs: what workers publish for one another, by name.
+
+The loop publishes and reads entries and knows nothing of where they lie. Two
+implementations: `BoundaryLog` between processes and hosts, and, for stages cut
+in one process, `memory_log.MemoryLog`.
+
+A publisher thread waits for the copy to the host and writes it into this
+worker's segment; a reader thread looks for the entries that are waited for
+whenever a doorbell rings, and puts them on the device. On the same host nobody
+is asked: the entry is found in mapped memory, and on CPU the device array is
+that memory (a copy would need fresh pages, at 2.4 GB/s against 20, measured).
+Its lease ends when the last program that reads it has.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import zmq
+
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import (
+  doorbell,
+  entry,
+  segment,
+  segment_reader,
+  store_folder,
+)
+from moetion_jax.logs import interface as log_interface, remote, zmq_client
+
+# A lease that keeps a full segment full ends without notice.
+_LEASE_POLL_SECONDS = 0.01
+_COLLECT_SECONDS = 0.05
+
+
+class BoundaryLog:
+  """A worker's log in host memory (see `logs.Log`).
+
+  Publish, read and prefetch from one thread; everything else from any.
+  """
+
+  def __init__(
+    self,
+    worker: keys.WorkerId,
+    settings: log_interface.LogSettings,
+    on_wait: Callable[[keys.EntryKey | None], None] | None = None,
+    on_block: Callable[[keys.EntryKey | None], None] | None = None,
+  ):
+    """Stores the arguments.
+
+    Args:
+      worker: who publishes and reads.
+      settings: of the log.
+      on_wait: called with an entry when `read` begins to wait for it, with
+        None when it has come; in the reading thread.
+      on_block: the same for an entry that waits for room; in the publisher
+        thread.
+    """
+    self._worker = worker
+    self._settings = settings
+    self._on_wait = on_wait or (lambda key: None)
+    self._on_block = on_block or (lambda key: None)
+    self._writer = segment.SegmentWriter(
+      settings.folder, worker, settings.size_bytes, settings.cells
+    )
+    self._index = segment_reader.StoreIndex(settings.folder)
+    self._bell = doorbell.Doorbell(
+      settings.folder, f'stage-{worker.stage}.replica-{worker.replica}'
+    )
+    self._threads: list[threading.Thread] = []
+    self._changed = threading.Condition()  # guards what follows
+    self._queue: collections.deque[
+      tuple[keys.EntryKey, jax.Array | np.ndarray]
+    ] = collections.deque()
+    self._reads: dict[keys.EntryKey, Read] = {}
+    self._locations: dict[tuple[int, int], remote.Location] = {}
+    self._published_count = 0
+    self._error: BaseException | None = None
+    self._closing = False
+    self._waiting_for: keys.EntryKey | None = None
+    self._blocked_seconds = 0.0
+    self._blocked_since: float | None = None
+    self._blocked_for: keys.EntryKey | None = None
+    self._late_nanoseconds = 0
+
+  def start(self) -> None:
+    """Creates or adopts the segment and starts the threads.
+
+    Raises:
+      StoreError: see `SegmentWriter.start`; or the folder is not private.
+    """
+    store_folder.check_private(self._settings.folder)
+    self._writer.start(self._settings.fresh)
+    try:
+      self._bell.start()
+    except errors.StoreError:
+      self._writer.close()
+      raise
+    for target in (self._publish_all, self._read_all):
+      thread = threading.Thread(
+        target=target, name=f'log {target.__name__}', daemon=True
+      )
+      self._threads.append(thread)
+      thread.start()
+
+  def close(self) -> None:
+    """Ends the threads and removes the bell; the segment stays."""
+    self._fail(errors.StoreError('the log is closed'))
+    with self._changed:
+      self._closing = True
+      self._queue.clear()
+      self._changed.notify_all()
+    if self._threads:
+      self._bell.ring()
+    for thread in self._threads:
+      thread.join()
+    self._threads.clear()
+    self._writer.close()
+    self._index.close()
+    self._bell.close()
+
+  def interrupt(self, error: errors.MoetionError) -> None:
+    """See `logs.Log`."""
+    self._fail(error)
+
+  @property
+  def waiting_for(self) -> keys.EntryKey | None:
+    """The entry that `read` waits for at this moment, or None."""
+    return self._waiting_for
+
+  @property
+  def blocked_seconds(self) -> float:
+    """How long publishing has waited for room so far."""
+    since = self._blocked_since
+    now_seconds = 0.0 if since is None else time.monotonic() - since
+    return self._blocked_seconds + now_seconds
+
+  @property
+  def blocked_for(self) -> keys.EntryKey | None:
+    """See `logs.Log`."""
+    return self._blocked_for
+
+  @property
+  def late_seconds(self) -> float:
+    """See `logs.Log`."""
+    return self._late_nanoseconds / 1e9
+
+  def update_locations(
+    self, locations: Mapping[tuple[int, int], remote.Location]
+  ) -> None:
+    """Replaces the location map, by (stage, replica).
+
+    A location of an older generation than the known one is ignored. Producers
+    that it does not name are looked for on this host. Reads that wait go on at
+    the new places.
+    """
+    with self._changed:
+      known = self._locations
+      self._locations = {
+        producer: known[producer]
+        if producer in known
+        and known[producer].generation > location.generation
+        else location
+        for producer, location in locations.items()
+      }
+    self._bell.ring()
+
+  def retain(self, first_iteration: int) -> None:
+    """See `logs.Log`."""
+    with self._changed:
+      self._writer.retain(first_iteration)
+      self._changed.notify_all()
+
+  # --- Publishing ------------------------------------------------------------
+
+  def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
+    """See `logs.Log`; waits only while `pending_entries` wait to be copied."""
+    if (key.stage, key.replica) != (self._worker.stage, self._worker.replica):
+      raise ValueError(f'{self._worker} does not publish: {key}')
+    if isinstance(array, jax.Array):
+      array.copy_to_host_async()
+    with self._changed:
+      self._changed.wait_for(
+        lambda: (
+          self._error is not None
+          or len(self._queue) < self._settings.pending_entries
+        )
+      )
+      self._check()
+      self._queue.append((key, array))
+      self._published_count += 1
+      self._changed.notify_all()
+
+  @property
+  def published_count(self) -> int:
+    """See `logs.Log`."""
+    return self._published_count
+
+  def flush(
+    self, timeout_seconds: float | None = None, count: int | None = None
+  ) -> None:
+    """See `logs.Log`."""
+    with self._changed:
+      if count is None:
+        count = self._published_count
+      done = self._changed.wait_for(
+        lambda: (
+          self._error is not None
+          or self._published_count - len(self._queue) >= count
+        ),
+        timeout_seconds,
+      )
+      self._check()
+    if not done:
+      raise TimeoutError(f'not published within {timeout_seconds} s')
+
+  def _publish_all(self) -> None:
+    """The publisher thread."""
+    try:
+      while True:
+        with self._changed:
+          self._changed.wait_for(lambda: self._queue or self._closing)
+          if self._closing:
+            return
+          key, array = self._queue[0]
+        written = self._put(key, np.asarray(array))
+        del array
+        if written:
+          self._bell.ring_others()
+        with self._changed:
+          if self._queue:  # empty: being closed
+            self._queue.popleft()
+          if key in self._reads:
+            self._bell.ring()
+          self._changed.notify_all()
+    except BaseException as error:  # reported by every later call
+      self._fail(error)
+
+  def _put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
+    """Writes an entry, waiting for room as long as the settings allow."""
+    try:
+      while not self._closing:
+        try:
+          return self._writer.put(key, array)
+        except segment.SegmentFullError as error:
+          now = time.monotonic()
+          if self._blocked_since is None:
+            self._blocked_since, self._blocked_for = now, key
+            self._on_block(key)
+          elif now - self._blocked_since > self._settings.full_seconds:
+            raise errors.NoRoomError(
+              f'{key}: no room for {self._settings.full_seconds:g} s: {error}'
+            ) from error
+          self._bell.ring_others()  # lets them drop what they need no more
+          with self._changed:
+            self._changed.wait(_LEASE_POLL_SECONDS)
+      return False
+    finally:
+      if self._blocked_since is not None:
+        self._blocked_seconds += time.monotonic() - self._blocked_since
+        self._blocked_since = self._blocked_for = None
+        self._on_block(None)
+
+  # --- Reading ---------------------------------------------------------------
+
+  def read(
+    self,
+    key: keys.EntryKey,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    verify: bool = False,
+    timeout_seconds: float | None = None,
+  ) -> jax.Array:
+    """See `logs.Log`."""
+    begin = time.monotonic_ns()
+    with self._changed:
+      self._check()
+      read = self._reads.get(key)
+    if read is None:
+      read = Read(sharding, verify)
+      if self._address(key) is None and (taken := self._index.take(key)):
+        array = read.put(*taken)
+        self._note_late(begin, taken[0].committed_nanoseconds)
+        return array
+      read = self._start_read(key, read)
+    waits = not read.future.done()
+    if waits:
+      self._waiting_for = key
+      self._on_wait(key)
+    try:
+      return read.future.result(timeout_seconds)
+    except concurrent.futures.TimeoutError:
+      raise TimeoutError(f'no {key} within {timeout_seconds} s') from None
+    finally:
+      if waits:
+        self._waiting_for = None
+        self._on_wait(None)
+      with self._changed:
+        if read.future.done():
+          self._reads.pop(key, None)
+          self._note_late(begin, read.committed_nanoseconds)
+
+  def _note_late(self, begin: int, committed: int) -> None:
+    """Counts the end of a read that was asked for at `begin`."""
+    if committed:
+      late = time.monotonic_ns() - max(begin, committed)
+      self._late_nanoseconds += max(0, late)
+
+  def prefetch(
+    self,
+    key: keys.EntryKey,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    verify: bool = False,
+  ) -> None:
+    """See `logs.Log`."""
+    self._start_read(key, Read(sharding, verify))
+
+  def _start_read(self, key: keys.EntryKey, read: Read) -> Read:
+    with self._changed:
+      self._check()
+      if key in self._reads:
+        return self._reads[key]
+      self._reads[key] = read
+    self._bell.ring()
+    return read
+
+  def _address(self, key: keys.EntryKey) -> str | None:
+    """The store server to ask for an entry; None: it is on this host."""
+    location = self._locations.get((key.stage, key.replica))
+    if location is None or location.host == self._settings.host:
+      return None
+    return location.address
+
+  def _read_all(self) -> None:
+    """The reader thread."""
+    poller = zmq.Poller()
+    poller.register(self._bell.fileno(), zmq.POLLIN)
+    client = zmq_client.StoreClient(
+      self._worker, poller, self._settings.secret, self._settings.resend_seconds
+    )
+    tick_milliseconds = int(self._settings.resend_seconds * 500)
+    refresh_at = collect_at = 0.0
+    try:
+      while not self._closing:
+        poller.poll(tick_milliseconds)
+        self._bell.drain()
+        self._look(client)
+        if time.monotonic() > refresh_at:
+          refresh_at = time.monotonic() + self._settings.resend_seconds
+          self._index.refresh()
+        if time.monotonic() > collect_at:
+          # JAX lets go of host memory in a call or in a garbage collection; a
+          # loop that waits makes no calls, and its neighbour may need the room.
+          collect_at = time.monotonic() + _COLLECT_SECONDS
+          gc.collect(0)
+    except BaseException as error:  # reported by every later call
+      self._fail(error)
+    finally:
+      client.close()
+
+  def _look(self, client: zmq_client.StoreClient) -> None:
+    """Completes the reads whose entries can be had now."""
+    with self._changed:
+      waiting = {k: r for k, r in self._reads.items() if not r.future.done()}
+      client.keep({place.address for place in self._locations.values()})
+    for key, read in waiting.items():
+      address = self._address(key)
+      if address is not None:
+        client.want(key, address)
+        continue
+      client.forget(key)
+      if taken := self._index.take(key):
+        read.complete(*taken)
+    for key, header, result in client.collect():
+      if key in waiting:
+        waiting[key].complete(header, result)
+
+  # --- Failing ---------------------------------------------------------------
+
+  def _check(self) -> None:
+    if self._error is not None:
+      raise self._error
+
+  def _fail(self, error: BaseException) -> None:
+    """Lets every call, also those that wait, raise `error`: the first one."""
+    with self._changed:
+      if self._error is None:
+        self._error = error
+      started = list(self._reads.values())
+      self._changed.notify_all()
+    for read in started:
+      with contextlib.suppress(concurrent.futures.InvalidStateError):
+        read.future.set_exception(self._error)
+
+
+@dataclasses.dataclass
+class Read:
+  """A read of one entry.
+
+  Attributes:
+    sharding: where to put it; None for the default device.
+    verify: whether to check the checksum of an entry in shared memory.
+    committed_nanoseconds: see `entry.EntryHeader`; 0 until it is done.
+    future: of the array on the device.
+  """
+
+  sharding: jax.sharding.Sharding | None
+  verify: bool
+  committed_nanoseconds: int = 0
+  future: concurrent.futures.Future[jax.Array] = dataclasses.field(
+    default_factory=concurrent.futures.Future
+  )
+
+  def put(self, header: entry.EntryHeader, array: np.ndarray) -> jax.Array:
+    """The entry on the device.
+
+    Raises:
+      EntryCorruptError: it is damaged.
+    """
+    if self.verify:
+      entry.verify(header, array)
+    self.committed_nanoseconds = header.committed_nanoseconds
+    return jax.device_put(array, self.sharding)
+
+  def complete(
+    self,
+    header: entry.EntryHeader | None,
+    result: np.ndarray | errors.StoreError,
+  ) -> None:
+    """Ends the read with an entry, header included, or with an error."""
+    # Closing may have ended it meanwhile.
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+      try:
+        if isinstance(result, errors.StoreError):
+          raise result
+        assert header is not None
+        array = self.put(header, result)
+      except Exception as error:
+        self.future.set_exception(error)
+      else:
+        self.future.set_result(array)

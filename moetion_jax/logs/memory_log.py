@@ -1,0 +1,150 @@
+"""Boundary logs of stages that are cut in one process.
+
+The device arrays themselves are handed on, by reference.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import raw_bytes
+
+
+class MemoryStore:
+  """The entries that the logs of one process share."""
+
+  def __init__(self):
+    """An empty store."""
+    self.changed = threading.Condition()  # guards `entries`
+    self.entries: dict[keys.EntryKey, jax.Array | np.ndarray] = {}
+
+
+class MemoryLog:
+  """One worker's log in a `MemoryStore` (see `logs.Log`)."""
+
+  blocked_seconds = late_seconds = 0.0
+  blocked_for = None
+
+  def __init__(
+    self,
+    worker: keys.WorkerId,
+    store: MemoryStore,
+    compare: bool = True,
+    on_wait: Callable[[keys.EntryKey | None], None] | None = None,
+  ):
+    """Stores the arguments.
+
+    Args:
+      worker: who publishes and reads.
+      store: shared with the other workers' logs.
+      compare: whether publishing again compares the contents, on the host;
+        otherwise the first ones stay.
+      on_wait: see `boundary_log.BoundaryLog`.
+    """
+    self._worker = worker
+    self._store = store
+    self._compare = compare
+    self._on_wait = on_wait or (lambda key: None)
+    self._waiting_for: keys.EntryKey | None = None
+    self._error: errors.MoetionError | None = None
+
+  @property
+  def waiting_for(self) -> keys.EntryKey | None:
+    """The entry that `read` waits for at this moment, or None."""
+    return self._waiting_for
+
+  def start(self) -> None:
+    """Nothing to do."""
+
+  def close(self) -> None:
+    """Lets reads that wait raise; the entries stay in the store."""
+    self.interrupt(errors.StoreError('the log is closed'))
+
+  def interrupt(self, error: errors.MoetionError) -> None:
+    """See `logs.Log`."""
+    with self._store.changed:
+      self._error = self._error or error
+      self._store.changed.notify_all()
+
+  def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
+    """See `logs.Log`; the entry is there when this returns."""
+    if (key.stage, key.replica) != (self._worker.stage, self._worker.replica):
+      raise ValueError(f'{self._worker} does not publish: {key}')
+    self._check()
+    with self._store.changed:
+      known = self._store.entries.setdefault(key, array)
+      self._store.changed.notify_all()
+    if known is not array and self._compare:
+      old, new = np.asarray(known), np.asarray(array)
+      if (old.dtype, old.shape) != (new.dtype, new.shape) or not np.array_equal(
+        raw_bytes.as_bytes(old), raw_bytes.as_bytes(new)
+      ):
+        raise errors.EntryMismatchError(
+          f'{key}: published again with other contents'
+        )
+
+  def read(
+    self,
+    key: keys.EntryKey,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    verify: bool = False,
+    timeout_seconds: float | None = None,
+  ) -> jax.Array:
+    """See `logs.Log`."""
+    del verify  # nothing is copied, so there is nothing to compare with
+    self._check()
+    with self._store.changed:
+      if key not in self._store.entries:
+        self._waiting_for = key
+        self._on_wait(key)
+        try:
+          self._store.changed.wait_for(
+            lambda: key in self._store.entries or self._error, timeout_seconds
+          )
+        finally:
+          self._waiting_for = None
+          self._on_wait(None)
+      self._check()
+      if key not in self._store.entries:
+        raise TimeoutError(f'no {key} within {timeout_seconds} s')
+      array = self._store.entries[key]
+    if sharding is None and isinstance(array, jax.Array):
+      return array
+    return jax.device_put(array, sharding)
+
+  def prefetch(
+    self,
+    key: keys.EntryKey,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    verify: bool = False,
+  ) -> None:
+    """Nothing to do: entries are on the device when they are published."""
+
+  def retain(self, first_iteration: int) -> None:
+    """See `logs.Log`."""
+    me = self._worker.stage, self._worker.replica
+    with self._store.changed:
+      for key in list(self._store.entries):
+        if (key.stage, key.replica) == me and key.iteration < first_iteration:
+          del self._store.entries[key]
+
+  @property
+  def published_count(self) -> int:
+    """Of entries that are on their way or there: none is on its way."""
+    return 0
+
+  def flush(
+    self, timeout_seconds: float | None = None, count: int | None = None
+  ) -> None:
+    """Nothing to do: entries are there when `publish` returns."""
+
+  def _check(self) -> None:
+    if self._error:
+      raise self._error

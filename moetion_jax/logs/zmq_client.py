@@ -1,0 +1,213 @@
+"""Reads from other hosts over ZeroMQ: where entries are, and the client.
+
+The client sends READ to the store server of the producer's host and repeats it
+every second until the entry is complete: a request that is parked in a server
+dies with it, and only the reader knows that it still waits.
+
+No JAX here: the agent may use this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+import zmq
+
+from moetion_jax import errors, keys as keys_lib
+from moetion_jax.hostmem import entry
+from moetion_jax.logs import receive_buffers, remote, wire_format
+
+_MAX_ENTRY_BYTES = 1 << 36
+
+
+class Arrival(NamedTuple):
+  """How a read ended.
+
+  Attributes:
+    key: of the entry.
+    header: of the entry, if it has one.
+    result: the entry, complete and correct, or why it cannot be had.
+  """
+
+  key: keys_lib.EntryKey
+  header: entry.EntryHeader | None
+  result: np.ndarray | errors.StoreError
+
+
+@dataclasses.dataclass
+class _Want:
+  """A read of an entry on another host, and how far it is."""
+
+  address: str
+  resend_at: float
+  header: entry.EntryHeader | None = None
+  buffer: np.ndarray | None = None  # u8[nbytes], writable
+  array: np.ndarray | None = None  # the entry, once complete
+  received_bytes: int = 0
+  digest: xxhash.xxh3_64 = dataclasses.field(default_factory=xxhash.xxh3_64)
+
+
+class StoreClient:
+  """Reads entries from the store servers of other hosts.
+
+  Used by one thread: `want`, poll, `collect`, again and again; `collect` at
+  least once a second repeats what got no answer.
+
+  Attributes:
+    malformed_count: messages that were not ours and were ignored.
+  """
+
+  def __init__(
+    self,
+    worker: keys_lib.WorkerId,
+    poller: zmq.Poller,
+    secret: bytes | None = None,
+    resend_seconds: float = 1.0,
+  ):
+    """Stores the settings.
+
+    Args:
+      worker: who reads.
+      poller: where connections are registered as they come and go.
+      secret: of the job.
+      resend_seconds: after how long without an answer a read is sent again.
+    """
+    self.malformed_count = 0
+    self._worker = worker
+    self._poller = poller
+    self._secret = secret
+    self._resend_seconds = resend_seconds
+    self._context: zmq.Context | None = None
+    self._sockets: dict[str, zmq.Socket] = {}
+    self._wants: dict[keys_lib.EntryKey, _Want] = {}
+    self._pool = receive_buffers.BufferPool()
+
+  def close(self) -> None:
+    """Drops all connections and reads. May be called twice."""
+    for address in list(self._sockets):
+      self._disconnect(address)
+    self._wants.clear()
+    if self._context is not None:
+      self._context.term()
+      self._context = None
+
+  def want(self, key: keys_lib.EntryKey, address: str) -> None:
+    """Asks for an entry, unless it is being asked for at that address.
+
+    Raises:
+      StoreError: the address is not loopback and there is no secret.
+    """
+    want = self._wants.get(key)
+    if want is None or want.address != address:
+      self._wants[key] = _Want(address, 0.0)
+      self._send_due()
+
+  def forget(self, key: keys_lib.EntryKey) -> None:
+    """Stops asking for an entry."""
+    self._wants.pop(key, None)
+
+  def keep(self, addresses: set[str]) -> None:
+    """Disconnects from every address but these."""
+    for address in set(self._sockets) - addresses:
+      self._disconnect(address)
+
+  def collect(self) -> list[Arrival]:
+    """What came since the last call."""
+    arrived = []
+    for address, connection in list(self._sockets.items()):
+      while connection.poll(0):
+        result = self._receive(address, connection)
+        # What was not expected of this message must not begin the next one.
+        while connection.rcvmore:
+          connection.recv()
+        if result is not None:
+          self._wants.pop(result.key)
+          arrived.append(result)
+    self._send_due()
+    return arrived
+
+  def _receive(self, address: str, connection: zmq.Socket) -> Arrival | None:
+    """Takes a message in; the result if it completes a read."""
+    head = connection.recv()
+    reply = wire_format.unpack(head[: wire_format.MESSAGE_BYTES])
+    header = entry.EntryHeader.unpack(head[wire_format.MESSAGE_BYTES :])
+    if reply is None or reply[0] == wire_format.MessageType.READ:
+      self.malformed_count += 1
+      return None
+    kind, _, key, offset = reply
+    want = self._wants.get(key)
+    if want is None or want.address != address:
+      return None  # answered before, or by a server we no longer ask
+    if kind == wire_format.MessageType.FENCED:
+      return Arrival(
+        key, header, remote.FencedError(f'{self._worker} was replaced')
+      )
+    if (
+      header is None
+      or header.key != key
+      or header.nbytes > _MAX_ENTRY_BYTES
+      or not connection.rcvmore
+    ):
+      self.malformed_count += 1
+      return None
+    if offset == 0:  # the first piece, also of a repetition
+      want.buffer, want.array = self._pool.take(header)
+      want.header, want.received_bytes = header, 0
+      want.digest = xxhash.xxh3_64()
+    if want.buffer is None or want.array is None or want.header != header:
+      return None
+    if offset != want.received_bytes:
+      return None  # the rest of a stream whose beginning was lost
+    rest = want.buffer[offset:]
+    nbytes = connection.recv_into(rest.data)
+    if nbytes > len(rest):
+      self.malformed_count += 1
+      return None
+    want.digest.update(rest[:nbytes].data)
+    want.received_bytes += nbytes
+    want.resend_at = time.monotonic() + self._resend_seconds
+    if want.received_bytes < header.nbytes:
+      return None
+    if want.digest.intdigest() != header.checksum:
+      damaged = entry.EntryCorruptError(key, f'damaged at {address}')
+      return Arrival(key, header, damaged)
+    return Arrival(key, header, want.array)
+
+  def _send_due(self) -> None:
+    now = time.monotonic()
+    for key, want in self._wants.items():
+      if now >= want.resend_at:
+        want.resend_at = now + self._resend_seconds
+        request = wire_format.pack(
+          wire_format.MessageType.READ, self._worker, key
+        )
+        with contextlib.suppress(zmq.Again):  # its queue is full: next time
+          self._connection(want.address).send(request, zmq.NOBLOCK)
+
+  def _connection(self, address: str) -> zmq.Socket:
+    if address not in self._sockets:
+      wire_format.check_address(address, self._secret)
+      if self._context is None:
+        self._context = zmq.Context()
+      connection = self._context.socket(zmq.DEALER)
+      connection.linger = 0
+      connection.rcvhwm = 0
+      if self._secret is not None:
+        keys = wire_format.CurveKeys.from_secret(self._secret)
+        connection.curve_serverkey = keys.server_public
+        connection.curve_publickey = keys.client_public
+        connection.curve_secretkey = keys.client_secret
+      connection.connect(address)
+      self._poller.register(connection, zmq.POLLIN)
+      self._sockets[address] = connection
+    return self._sockets[address]
+
+  def _disconnect(self, address: str) -> None:
+    connection = self._sockets.pop(address)
+    self._poller.unregister(connection)
+    connection.close()

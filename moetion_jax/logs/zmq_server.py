@@ -1,0 +1,265 @@
+"""The store server: a host's committed entries, for readers elsewhere.
+
+A request is answered when its entry exists: at once, or when the doorbell
+rings. Nothing is lost with a server that dies: all it knows is repeated by its
+readers or lies in tmpfs.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+
+import numpy as np
+import zmq
+import zmq.auth.thread
+import zmq.utils.monitor
+
+from moetion_jax import errors, keys as keys_lib
+from moetion_jax.hostmem import doorbell, entry, raw_bytes, segment_reader
+from moetion_jax.logs import wire_format
+
+PIECE_BYTES = 1 << 20
+_MAX_REQUEST_BYTES = 1024
+_MAX_PARKED = 1 << 16
+_PARKED_SECONDS = 5.0  # readers repeat themselves every second
+_COMPLAINT_SECONDS = 60.0
+_UNREACHABLE_MILLISECONDS = 10_000
+
+_log = logging.getLogger(__name__)
+
+
+class StoreServer:
+  """Serves the committed entries of a store folder to other hosts.
+
+  Runs in the host's agent, so it outlives the workers whose entries it serves.
+
+  Attributes:
+    address: what readers connect to, known after `start`.
+    malformed_count: messages that were not ours, or about damaged segments.
+    fenced_count: requests from generations that were replaced.
+    refused_count: connections that ended before they proved to be ours.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    address: str = 'tcp://127.0.0.1:*',
+    secret: bytes | None = None,
+  ):
+    """Stores the settings.
+
+    Args:
+      folder: the store folder.
+      address: to bind, '*' for any free port.
+      secret: of the job; needed unless `address` is loopback.
+    """
+    self.address = address
+    self.malformed_count = 0
+    self.fenced_count = 0
+    self.refused_count = 0
+    self._secret = secret
+    self._index = segment_reader.StoreIndex(folder)
+    self._bell = doorbell.Doorbell(folder, 'store-server')
+    self._closing = threading.Event()
+    self._thread: threading.Thread | None = None
+    self._context: zmq.Context | None = None
+    self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
+    self._generations: dict[tuple[int, int], int] = {}
+    # By key and connection: when the reader counts as gone.
+    self._parked: dict[tuple[keys_lib.EntryKey, bytes], float] = {}
+    self._sending: dict[tuple[keys_lib.EntryKey, bytes], weakref.ref] = {}
+    self._complain_at = 0.0
+    # Connections by descriptor, oldest first, that proved nothing yet.
+    self._strangers: dict[int, None] = {}
+
+  def start(self) -> None:
+    """Binds the address and starts to serve.
+
+    Raises:
+      StoreError: the address is taken, or not loopback and without a secret.
+    """
+    wire_format.check_address(self.address, self._secret)
+    self._bell.start()
+    self._context = zmq.Context()
+    self._router = self._context.socket(zmq.ROUTER)
+    self._router.linger = 0
+    self._router.maxmsgsize = _MAX_REQUEST_BYTES
+    # What waits to be sent is mapped memory and small headers: no limit, since
+    # at a limit a ROUTER drops.
+    self._router.sndhwm = 0
+    # A host that vanished may not hold leases for the kernel's 15 minutes.
+    self._router.tcp_maxrt = _UNREACHABLE_MILLISECONDS
+    if self._secret is not None:
+      keys = wire_format.CurveKeys.from_secret(self._secret)
+      self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
+      self._authenticator.start()
+      self._authenticator.configure_curve_callback(
+        domain='*', credentials_provider=keys
+      )
+      self._router.curve_server = True
+      self._router.curve_secretkey = keys.server_secret
+    self._monitor = self._router.get_monitor_socket(
+      zmq.EVENT_ACCEPTED
+      | zmq.EVENT_HANDSHAKE_SUCCEEDED
+      | zmq.EVENT_DISCONNECTED
+    )
+    try:
+      self._router.bind(self.address)
+    except zmq.ZMQError as error:
+      self.close()
+      raise errors.StoreError(f'{self.address}: {error.strerror}') from error
+    self.address = self._router.last_endpoint.decode().rstrip('\0')
+    self._thread = threading.Thread(
+      target=self._serve, name='store-server', daemon=True
+    )
+    self._thread.start()
+
+  def close(self) -> None:
+    """Stops serving; readers go on asking. May be called twice."""
+    self._closing.set()
+    if self._thread is not None:
+      self._bell.ring()
+      self._thread.join()
+      self._thread = None
+    if self._context is not None:
+      self._router.disable_monitor()
+      self._monitor.close()
+      self._router.close()
+      if self._authenticator is not None:
+        self._authenticator.stop()
+        self._authenticator = None
+      self._context.term()
+      self._context = None
+    self._index.close()
+    self._bell.close()
+
+  def fence(self, stage: int, replica: int, generation: int) -> None:
+    """Refuses requests of that worker from generations before this one."""
+    self._generations[stage, replica] = generation
+
+  def _serve(self) -> None:
+    poller = zmq.Poller()
+    poller.register(self._router, zmq.POLLIN)
+    poller.register(self._monitor, zmq.POLLIN)
+    poller.register(self._bell.fileno(), zmq.POLLIN)
+    tidy_at = 0.0
+    while not self._closing.is_set():
+      poller.poll(1000 if self._parked else None)
+      self._bell.drain()
+      self._receive()
+      self._watch()
+      for key in {key for key, _ in self._parked}:
+        self._answer(key)
+      if time.monotonic() > tidy_at:
+        tidy_at = time.monotonic() + 1
+        self._tidy()
+
+  def _receive(self) -> None:
+    """Handles every request that has arrived."""
+    while True:
+      try:
+        frames = self._router.recv_multipart(zmq.NOBLOCK)
+      except zmq.Again:
+        return
+      request = wire_format.unpack(frames[1]) if len(frames) == 2 else None
+      if request is None or request[0] != wire_format.MessageType.READ:
+        self.malformed_count += 1
+        self._complain(f'a message that is not ours ({len(frames)} frames)')
+        continue
+      _, worker, key, _ = request
+      if worker.generation < self._generations.get(
+        (worker.stage, worker.replica), 0
+      ):
+        self.fenced_count += 1
+        fenced = wire_format.pack(wire_format.MessageType.FENCED, worker, key)
+        self._router.send_multipart([frames[0], fenced])
+      elif len(self._parked) < _MAX_PARKED:
+        self._parked[key, frames[0]] = time.monotonic() + _PARKED_SECONDS
+        self._answer(key)
+
+  def _watch(self) -> None:
+    """Counts connections that were not ours; ZeroMQ itself hangs up."""
+    while self._monitor.poll(0):
+      event = zmq.utils.monitor.recv_monitor_message(self._monitor)
+      if event['event'] == zmq.EVENT_ACCEPTED:
+        self._strangers[event['value']] = None
+      elif event['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        # It does not say whose: in the order in which they came.
+        if self._strangers:
+          del self._strangers[next(iter(self._strangers))]
+      elif event['value'] in self._strangers:
+        del self._strangers[event['value']]
+        self.refused_count += 1
+        self._complain('a connection that is not ours')
+
+  def _answer(self, key: keys_lib.EntryKey) -> None:
+    """Sends an entry to all who wait for it, if it exists."""
+    try:
+      taken = self._index.take(key)
+    except (errors.StoreError, OSError) as error:
+      self.malformed_count += 1
+      self._complain(str(error))
+      return
+    if taken is None:
+      return
+    for parked in [parked for parked in self._parked if parked[0] == key]:
+      del self._parked[parked]
+      sending = self._sending.get(parked)
+      # A reader that repeats itself before the last byte is out has patience.
+      if sending is None or sending() is None:
+        self._send(parked, *taken)
+
+  def _send(
+    self,
+    parked: tuple[keys_lib.EntryKey, bytes],
+    header: entry.EntryHeader,
+    array: np.ndarray,
+  ) -> None:
+    key, identity = parked
+    # Frames hold slices of this view, and so the lease, until they are out.
+    data = raw_bytes.as_bytes(array).view()
+    self._sending[parked] = weakref.ref(data)
+    memory, packed = memoryview(data.data), header.pack()
+    me = keys_lib.WorkerId(key.stage, key.replica, header.generation)
+    for offset in range(0, max(1, header.nbytes), PIECE_BYTES):
+      self._router.send_multipart(
+        [
+          identity,
+          wire_format.pack(wire_format.MessageType.PIECE, me, key, offset)
+          + packed,
+          memory[offset : offset + PIECE_BYTES],
+        ],
+        copy=False,
+      )
+
+  def _tidy(self) -> None:
+    now = time.monotonic()
+    self._parked = {
+      parked: gone_at
+      for parked, gone_at in self._parked.items()
+      if now < gone_at
+    }
+    self._sending = {
+      parked: sending
+      for parked, sending in self._sending.items()
+      if sending() is not None
+    }
+    self._index.refresh()
+
+  def _complain(self, what: str) -> None:
+    """Logs what was ignored, once in a while."""
+    if time.monotonic() >= self._complain_at:
+      self._complain_at = time.monotonic() + _COMPLAINT_SECONDS
+      _log.warning(
+        '%s: ignored %s; %d messages and %d connections so far',
+        self.address,
+        what,
+        self.malformed_count,
+        self.refused_count,
+      )

@@ -1,0 +1,124 @@
+"""What snapshots hold from some iteration on, as the leader decided it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moetion_jax import keys
+from moetion_jax.policies import rules
+
+MODES = ('rolling', 'aligned')
+# Snapshots without compute weights: what is missing is taken from older ones.
+PARTIAL = 'partial'
+Slots = tuple[frozenset[keys.OperatorId], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureDecision:
+  """What snapshots hold from one iteration on, as the leader published it.
+
+  Attributes:
+    first_iteration: from which it holds; its snapshot is that of slot 0.
+    window_length: number of slots.
+    mode: one of MODES, or PARTIAL.
+    every: a snapshot each so many iterations. More than 1 only with a window
+      of 1: a frozen operator needs its compute weights of *every* replayed
+      iteration, so snapshots with gaps must each be whole.
+    slots: disjoint, together all operators of the stage; in a PARTIAL one
+      those that the next snapshots hold beside what `always` names.
+    always: operators whose training state every snapshot holds.
+  """
+
+  first_iteration: int
+  window_length: int
+  mode: str
+  every: int = 1
+  slots: Slots
+  always: frozenset[keys.OperatorId] = frozenset()
+
+  def __post_init__(self) -> None:
+    rules.check_known('window_mode', self.mode, (*MODES, PARTIAL))
+    if self.first_iteration < 0:
+      raise ValueError(f'first_iteration={self.first_iteration} is negative')
+    if self.window_length < 1 or self.window_length != len(self.slots):
+      raise ValueError(f'{len(self.slots)} slots, not {self.window_length}')
+    check_distinct(list(itertools.chain.from_iterable(self.slots)))
+    if self.every < 1 or (self.every > 1 and self.window_length > 1):
+      raise ValueError(
+        f'every={self.every} with window_length={self.window_length}: no '
+        'replay gets across iterations without a snapshot unless each is whole'
+      )
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether every snapshot holds the training state of all operators."""
+    return self.window_length == 1 and self.mode != PARTIAL
+
+  def slot_index(self, iteration: int) -> int | None:
+    """Position in the window; None when the iteration has no snapshot.
+
+    Raises:
+      ValueError: the decision does not hold yet.
+    """
+    passed = iteration - self.first_iteration
+    if passed < 0:
+      raise ValueError(f'iteration {iteration} < {self.first_iteration=}')
+    snapshots, skipped = divmod(passed, self.every)
+    return None if skipped else snapshots % self.window_length
+
+  def captured(
+    self, iteration: int
+  ) -> tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]] | None:
+    """Operators of which the snapshot holds training state, compute weights."""
+    index = self.slot_index(iteration)
+    if index is None:
+      return None
+    if self.mode == PARTIAL:
+      return self.slots[index] | self.always, frozenset()
+    others = list(self.slots[index + 1 :])
+    if self.mode == 'rolling':
+      others += self.slots[:index]
+    return self.slots[index], frozenset().union(*others)
+
+  def to_json(self) -> dict[str, Any]:
+    """The decision in plain JSON values; `from_json` is the exact inverse."""
+    slots = [keys.operators_to_json(s) for s in self.slots]
+    always = keys.operators_to_json(self.always)
+    return vars(self) | {'slots': slots, 'always': always}
+
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> CaptureDecision:
+    """The inverse of `to_json`; ValueError when it has not those fields."""
+    if value.keys() != {f.name for f in dataclasses.fields(cls)}:
+      raise ValueError(f'no decision has the fields {sorted(value)}')
+    slots = tuple(keys.operators_from_json(s) for s in value['slots'])
+    always = keys.operators_from_json(value['always'])
+    return cls(**{**value, 'slots': slots, 'always': always})
+
+
+def active(
+  decisions: Iterable[CaptureDecision], iteration: int
+) -> CaptureDecision:
+  """The decision that holds at an iteration: the last one begun by then.
+
+  Raises:
+    ValueError: none holds yet, or two different ones begin together.
+  """
+  begun = [d for d in decisions if d.first_iteration <= iteration]
+  if not begun:
+    raise ValueError(f'no decision holds at iteration {iteration}')
+  newest = max(d.first_iteration for d in begun)
+  last, *others = (d for d in begun if d.first_iteration == newest)
+  if any(other != last for other in others):
+    raise ValueError(f'two decisions begin with iteration {newest}')
+  return last
+
+
+def check_distinct(operators: Sequence[keys.OperatorId]) -> None:
+  if len(set(operators)) < len(operators):
+    twice = [o for o, n in collections.Counter(operators).items() if n > 1]
+    raise ValueError(f'operators come twice: {", ".join(map(str, twice))}')

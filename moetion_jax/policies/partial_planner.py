@@ -1,0 +1,306 @@
+"""Which experts each checkpoint of `--policy=partial` saves (PEC), and when.
+
+One decision a checkpoint, published before anybody begins its iteration. Pure,
+but for what it remembers. No JAX here: the agent uses this module and never
+creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+from moetion_jax import keys, report
+from moetion_jax.policies import (
+  decision,
+  intervals,
+  partial,
+  planner,
+  settings as capture_settings,
+  sparse_planner,
+)
+from moetion_jax.state import division
+
+_NOTICE = sparse_planner.NOTICE_ITERATIONS
+# Iterations between checkpoints until something is measured.
+_FIRST_INTERVAL = 6
+_WARM_UP_ITERATIONS = 12
+_MEASURED_ITERATIONS = 9
+_POPULARITY_ITERATIONS = 20  # that are looked back on
+# An expert that was not saved for so many rounds (checkpoints in which all
+# experts could be saved) is due, however few tokens choose it.
+_MAX_ROUNDS = 2
+# Data files beyond the snapshots that are kept.
+_SPARE_FILES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+  """What a restore loses.
+
+  Attributes:
+    lost_tokens: that trained an expert and are forgotten; a token counts once
+      for each expert that it went to.
+    plt: of all restores so far, see `policies.proportion_of_lost_tokens`.
+    experts: of each layer that a checkpoint saves from now on.
+    capacity_until: iteration up to which experts take more tokens, to make up
+      for what they lost; 0: they do not.
+  """
+
+  lost_tokens: float
+  plt: float
+  experts: int
+  capacity_until: int = 0
+
+
+class PartialPlanner:
+  """A `policy_plan.Planner`.
+
+  Attributes:
+    interval: iterations between checkpoints, in force or soon to be.
+    experts: of each layer that a checkpoint saves.
+    capacity_factors: of experts, after the last restore; empty if none grow.
+  """
+
+  def __init__(
+    self,
+    settings: capture_settings.CaptureSettings,
+    stages: Sequence[planner.StageSizes],
+    platform: str,
+    replicas: int = 1,
+  ):
+    """Stores the arguments; see `policy_plan.make`."""
+    self._settings = settings
+    self._stages = stages
+    self._replicas = replicas
+    self._target = planner.overlap_target(settings, platform)
+    self._layers: dict[str, list[keys.OperatorId]] = {}
+    for stage in stages:
+      for operator in stage.state_bytes:
+        if operator.expert >= 0:
+          self._layers.setdefault(operator.group, []).append(operator)
+    self._largest_layer = max(map(len, self._layers.values()), default=1)
+    self.interval = settings.interval or _FIRST_INTERVAL
+    self.experts = min(settings.partial_experts, self._largest_layer)
+    self._longest_round = self._round  # it gets shorter with more experts
+    self._first_iteration = 0  # of the last decision
+    self._number = 0  # of the next checkpoint
+    self._versions: dict[keys.OperatorId, int] = dict.fromkeys(
+      (e for layer in self._layers.values() for e in layer), 0
+    )
+    self._loads: dict[int, Mapping[keys.OperatorId, float]] = {}
+    self._processed_before = 0.0  # tokens of iterations that `_loads` lacks
+    self._lost = 0.0
+    self.capacity_factors: dict[keys.OperatorId, float] = {}
+    self._seconds: collections.deque[float] = collections.deque(
+      maxlen=_MEASURED_ITERATIONS
+    )
+    self._measured_iterations = 0
+    self._has_chosen = bool(settings.interval)
+
+  @property
+  def lag_iterations(self) -> int:
+    """See `policy_plan.Planner`."""
+    return self.interval * (self._settings.keep_windows - 1)
+
+  @property
+  def _round(self) -> int:
+    """Checkpoints in which all experts can be saved."""
+    return -(-self._largest_layer // self.experts)
+
+  def decisions(
+    self, first_iteration: int
+  ) -> tuple[decision.CaptureDecision, ...]:
+    """See `policy_plan.Planner`: for what nobody can be told of in time."""
+    soon = _NOTICE // self.interval * self.interval
+    return self._decide(first_iteration, first_iteration + soon, bool(soon))
+
+  def _decide(
+    self, first_iteration: int, saved_at: int, is_certain: bool = True
+  ) -> tuple[decision.CaptureDecision, ...]:
+    """Selects experts for checkpoints from an iteration on.
+
+    Args:
+      first_iteration: of the decision.
+      saved_at: the last checkpoint that certainly follows it.
+      is_certain: whether there is one.
+    """
+    self._first_iteration = first_iteration
+    selected = self._select(first_iteration)
+    if is_certain:
+      self._number += 1
+      self._versions |= dict.fromkeys(selected, saved_at)
+    return tuple(
+      decision.CaptureDecision(
+        first_iteration=first_iteration,
+        window_length=1,
+        mode=decision.PARTIAL,
+        every=self.interval,
+        slots=(selected & frozenset(stage.state_bytes),),
+        always=frozenset(o for o in stage.state_bytes if o.expert < 0),
+      )
+      for stage in self._stages
+    )
+
+  def _select(self, first_iteration: int) -> frozenset[keys.OperatorId]:
+    """The experts of the checkpoint of that iteration, or the next one."""
+    unsaved = partial.lost_tokens(
+      self._loads, self._versions, max(self._loads, default=0)
+    )
+    popularity = self._popularity()
+    ages = {
+      expert: (first_iteration - version) // self.interval
+      for expert, version in self._versions.items()
+    }
+    selected: frozenset[keys.OperatorId] = frozenset()
+    for layer in self._layers.values():
+      selected |= partial.select_experts(
+        self._settings.partial_select,
+        layer,
+        self.experts,
+        number=self._number,
+        unsaved_tokens=unsaved,
+        popularity=popularity,
+        ages=ages,
+        max_age=_MAX_ROUNDS * self._round,
+      )
+    return selected
+
+  def _popularity(self) -> dict[keys.OperatorId, float]:
+    total = dict.fromkeys(self._versions, 0.0)
+    for iteration in sorted(self._loads)[-_POPULARITY_ITERATIONS:]:
+      for expert, tokens in self._loads[iteration].items():
+        total[expert] += tokens
+    return total
+
+  def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
+    """See `policy_plan.Planner`: as old as the oldest expert may be."""
+    rounds = 1 + _MAX_ROUNDS * (self._settings.partial_select != 'sequential')
+    files = rounds * self._longest_round + self._settings.keep_windows
+    files += _SPARE_FILES
+    return [
+      planner.PoolSize(files=files, size_bytes=size)
+      for size in self._worker_bytes(workers or self._replicas)
+    ]
+
+  def _worker_bytes(self, workers: int) -> list[int]:
+    """By stage, what the largest checkpoint of a worker holds."""
+    return [
+      max(
+        partial.partial_bytes(
+          {o: stage.state_bytes[o] for o in share}, self.experts
+        )
+        for share in division.divide(stage.state_bytes, workers)
+      )
+      for stage in self._stages
+    ]
+
+  def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
+    """See `policy_plan.Planner`."""
+    iteration = reports[0].iteration
+    loads = {o: float(n) for one in reports for o, n in one.load.items()}
+    self._loads[iteration] = loads
+    self._forget()
+    self._seconds.append(max(r.seconds for r in reports))
+    self._measured_iterations += 1
+    following = iteration + _NOTICE
+    passed = following - self._first_iteration
+    if passed <= 0 or passed % self.interval:
+      return None
+    reason = self._choose(reports)
+    decisions = self._decide(following, following)
+    if not reason:
+      return planner.Change(kind='', fields={}, decisions=decisions)
+    fields = {
+      'first_iteration': following,
+      'interval': self.interval,
+      'reason': reason,
+    }
+    return planner.Change(kind='interval', fields=fields, decisions=decisions)
+
+  def _choose(self, reports: Sequence[report.Report]) -> str:
+    """Sets the interval, once, from what is measured; why, if it did."""
+    if (
+      self._has_chosen
+      or self._measured_iterations < _WARM_UP_ITERATIONS
+      or not all(r.copy_bytes_per_second for r in reports)
+    ):
+      return ''
+    self._has_chosen = True
+    seconds = statistics.median(self._seconds)
+    bandwidths = [r.copy_bytes_per_second for r in reports]
+    self.interval = intervals.common_dense_interval(
+      zip(self._worker_bytes(self._replicas), bandwidths, strict=True),
+      iteration_seconds=seconds,
+      overlap_target=self._target,
+    )
+    return (
+      f'{self.experts} expert(s) a layer; a copy may take {self._target:g} of '
+      f'iterations of {seconds:.3g} s'
+    )
+
+  def _forget(self) -> None:
+    """Lets go of loads that nothing can ask for any more."""
+    keep = _POPULARITY_ITERATIONS + (1 + _MAX_ROUNDS) * self._round * (
+      self.interval * (1 + self._settings.keep_windows)
+    )
+    while len(self._loads) > keep:
+      oldest = min(self._loads)
+      self._processed_before += sum(self._loads.pop(oldest).values())
+
+  def capacity(self, stage: int) -> tuple[tuple[str, int, float], ...]:
+    """Of experts of a stage that take more tokens; see `protocol.Go`."""
+    return tuple(
+      (operator.group, operator.expert, factor)
+      for operator, factor in self.capacity_factors.items()
+      if operator in self._stages[stage].state_bytes
+    )
+
+  def restart_from(
+    self, start: int, versions: Mapping[keys.OperatorId, int]
+  ) -> Loss:
+    """All stages go back to a checkpoint, with experts as old as they are.
+
+    Args:
+      start: its iteration.
+      versions: of which iteration each expert is then.
+    """
+    self._loads = {i: x for i, x in self._loads.items() if i <= start}
+    lost_tokens = partial.lost_tokens(self._loads, versions, start)
+    lost = sum(lost_tokens.values())
+    self._lost += lost
+    processed = self._processed_before + sum(
+      sum(load.values()) for load in self._loads.values()
+    )
+    plt = partial.proportion_of_lost_tokens(self._lost, processed)
+    self.experts = partial.raised_experts(
+      self.experts, self._largest_layer, plt, self._settings.plt_budget
+    )
+    self._versions = dict(versions)
+    return Loss(
+      lost_tokens=lost,
+      plt=plt,
+      experts=self.experts,
+      capacity_until=self._grow(start, lost_tokens),
+    )
+
+  def _grow(
+    self, start: int, lost_tokens: Mapping[keys.OperatorId, float]
+  ) -> int:
+    """Lets experts that lost tokens take more of them; until when, or 0.
+
+    For as long as the oldest of them was not saved.
+    """
+    self.capacity_factors = {}
+    lost = [self._versions[o] for o, tokens in lost_tokens.items() if tokens]
+    oldest = min(lost, default=start)
+    if not self._settings.grows_capacity or oldest == start:
+      return 0
+    measured = sorted(self._loads)[-_POPULARITY_ITERATIONS:]
+    rates = {o: n / len(measured) for o, n in self._popularity().items()}
+    self.capacity_factors = partial.capacity_factors(
+      lost_tokens, rates, start - oldest
+    )
+    return start + (start - oldest)

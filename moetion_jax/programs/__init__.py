@@ -1,0 +1,1 @@
+"""A stage as compiled programs over the mesh of its devices."""

@@ -1,0 +1,273 @@
+"""Tracing, lowering and compiling a stage's programs, one step at a time.
+
+Only the last step needs devices. A warm standby has no backend (it would take
+accelerator memory from the workers) and does the first two: what is left when
+it is promoted is a read of the persistent compilation cache. Every worker goes
+through the same steps, so cache key and executable are the same either way.
+
+Programs are mapped over an abstract mesh; `compile` says which devices it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import jax
+from jax._src import distributed, xla_bridge
+
+from moetion_jax.programs import mesh as mesh_lib
+
+Tree: TypeAlias = Any
+OnProgram: TypeAlias = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramShape:
+  """The sizes that a stage's programs are compiled for.
+
+  Attributes:
+    microbatch_size: sequences B of one microbatch.
+    sequence_length: tokens T.
+    microbatches: M per replica and iteration.
+    replicas: of the stage, each with M microbatches of an iteration.
+    team: the replicas that have a worker in the stage world, ascending; they do
+      what the others would do. None: all.
+  """
+
+  microbatch_size: int
+  sequence_length: int
+  microbatches: int
+  replicas: int = 1
+  team: tuple[int, ...] | None = None
+
+  @property
+  def workers(self) -> tuple[int, ...]:
+    """The replicas that have a worker."""
+    return tuple(range(self.replicas)) if self.team is None else self.team
+
+  @property
+  def world_size(self) -> int:
+    """How many workers there are."""
+    return len(self.workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled programs of one stage (DESIGN section 4).
+
+  In the order of their first use, which is the order they are compiled in.
+
+  Attributes:
+    place: state -> state; a copy in buffers of its own.
+    compute_of: state -> compute; the same casts as in `update`. Where replicas
+      share the state: -> words, the bits of its own (`zero1.Ownership.pack`).
+    gather: words -> compute, of all replicas. None where each has all.
+    zeros: () -> acc.
+    forward: (compute, inputs, position) -> (y, residuals, counts).
+    backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
+      acc. dy is () in the last stage, dx is () in the first.
+    reduce: (acc, counts of all M), a tuple of each by `ordered_sum.Order.lanes` ->
+      (gradients, scalars); fp32, over the mesh.
+    update: (state, gradients, clip_factor, slot) -> (state, compute,
+      selection); donates state. `slot` and `selection` are bool masks by group.
+      `compute` is () where replicas share the state.
+    digest: state -> u32[operators, 2], in the order of the partition's.
+    evaluate: (compute, inputs) -> y, or the mean loss f32[] in the last stage.
+  """
+
+  place: Callable[..., Any]
+  compute_of: Callable[..., Any]
+  zeros: Callable[..., Any]
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  reduce: Callable[..., Any]
+  update: Callable[..., Any]
+  digest: Callable[..., Any]
+  evaluate: Callable[..., Any]
+  gather: Callable[..., Any] | None = None
+
+
+ORDER = tuple(f.name for f in dataclasses.fields(Programs))
+# Those that run over the devices of all replicas.
+IN_WORLD = frozenset({'reduce', 'gather'})
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoweringClient:
+  """As much of a backend's client as lowering asks for."""
+
+  platform: str
+  runtime_type: str = ''
+
+
+# `jax.default_device` lets types pass that have 'Device' in their name.
+@dataclasses.dataclass(frozen=True)
+class _LoweringDevice:
+  """Stands in for the default device, of which lowering wants the platform."""
+
+  client: _LoweringClient
+
+  @property
+  def platform(self) -> str:
+    return self.client.platform
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredPrograms:
+  """Programs as StableHLO for one platform; see `TracedPrograms.lower`."""
+
+  lowered: Mapping[str, jax.stages.Lowered]
+
+  def compile(
+    self,
+    mesh: jax.sharding.Mesh,
+    on_program: OnProgram = lambda _: None,
+    world: jax.sharding.Mesh | None = None,
+  ) -> Programs:
+    """As `compile_each`, all the programs of a stage."""
+    return Programs(**self.compile_each(mesh, on_program, world))
+
+  def compile_each(
+    self,
+    mesh: jax.sharding.Mesh,
+    on_program: OnProgram = lambda _: None,
+    world: jax.sharding.Mesh | None = None,
+  ) -> dict[str, Callable[..., Any]]:
+    """Compiles for `mesh`, or loads from the persistent compilation cache.
+
+    Args:
+      mesh: of the abstract mesh's shape, its devices of the platform that the
+        programs were lowered for.
+      on_program: called with each program's name before it is compiled.
+      world: of the programs IN_WORLD; None: `mesh` is all the world.
+    """
+    compiled = {}
+    for name, lowered in self.lowered.items():
+      on_program(name)
+      in_world = world is not None and name in IN_WORLD
+      where = world if world is not None and in_world else mesh
+      devices = tuple(where.devices.flat)
+      # Lowered without a backend: it compiles with the one there is now.
+      lowered._lowering.compile_args['backend'] = devices[0].client
+      with _first_writes() if in_world else contextlib.nullcontext():
+        compiled[name] = lowered.compile(device_assignment=devices)
+    return compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedPrograms:
+  """Programs as jaxprs over an abstract mesh; made without any backend."""
+
+  traced: Mapping[str, jax.stages.Traced]
+
+  def lower(
+    self, platform: str, on_program: OnProgram = lambda _: None
+  ) -> LoweredPrograms:
+    """Lowers for a platform ('cpu', 'cuda', ...); needs no backend.
+
+    JAX lowers for an abstract mesh and a named platform, but asks the default
+    device for its client on the way, which would create the backend.
+
+    Args:
+      platform: as of `platform_of`.
+      on_program: called with each program's name before it is lowered.
+    """
+    device: Any = _LoweringDevice(_LoweringClient(platform))
+    lowered = {}
+    with jax.default_device(device), warnings.catch_warnings():
+      # Residuals are donated so that they are freed early, though few of them
+      # have an output of their shape: JAX warns of that.
+      warnings.filterwarnings('ignore', 'Some donated buffers')
+      for name, traced in self.traced.items():
+        on_program(name)
+        lowered[name] = traced.lower(lowering_platforms=(platform,))
+    return LoweredPrograms(lowered)
+
+  def compile(
+    self,
+    mesh: jax.sharding.Mesh,
+    on_program: OnProgram = lambda _: None,
+    world: jax.sharding.Mesh | None = None,
+  ) -> Programs:
+    """Lowers for the mesh's platform and compiles; see `LoweredPrograms`."""
+    lowered = self.lower(platform_of(mesh), on_program)
+    return lowered.compile(mesh, on_program, world)
+
+
+def let_all_write_cache() -> None:
+  """Lets this process write the compilation cache whatever its number is.
+
+  JAX leaves that to process 0 of a world. But the key of a program on a
+  process's own devices has their numbers in it (on CPU), so process 0 never
+  writes it, and the others would compile again in every generation. Call when
+  there is a backend, which needs to know the number.
+  """
+  assert has_backend()
+  distributed.global_state.process_id = 0
+
+
+@contextlib.contextmanager
+def _first_writes() -> Iterator[None]:
+  """All processes have this program's key: one of them writes it."""
+  state = distributed.global_state
+  process_id, state.process_id = state.process_id, jax.process_index()
+  try:
+    yield
+  finally:
+    state.process_id = process_id
+
+
+def has_backend() -> bool:
+  """Whether this process has created a backend; creates none."""
+  return xla_bridge.backends_are_initialized()
+
+
+def platform_of(mesh: jax.sharding.Mesh) -> str:
+  """The platform that programs of `mesh` are lowered for."""
+  client = mesh.devices.flat[0].client
+  # As JAX does: a client of platform 'gpu' has 'cuda' or 'rocm' there.
+  return getattr(client, '_raw_platform', client.platform)
+
+
+def trace(
+  mesh: jax.sharding.AbstractMesh,
+  function: Callable[..., Any],
+  in_specs: tuple[Tree, ...],
+  out_specs: Tree,
+  shapes: tuple[Tree, ...],
+  donate: tuple[int, ...] = (),
+) -> tuple[jax.stages.Traced, Tree]:
+  """Traces a function of one device's share over the mesh.
+
+  Args:
+    mesh: over whose axes the function may communicate.
+    function: on one device's share of each argument.
+    in_specs: mesh axes of the arguments.
+    out_specs: mesh axes of what it returns.
+    shapes: ShapeDtypeStructs of the arguments, over the whole mesh.
+    donate: positions of arguments whose buffers are given away.
+
+  Returns:
+    (traced, ShapeDtypeStructs of what it returns).
+  """
+  mapped = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=False,
+  )
+  traced = jax.jit(
+    mapped,
+    in_shardings=mesh_lib.shardings(mesh, in_specs),
+    out_shardings=mesh_lib.shardings(mesh, out_specs),
+    donate_argnums=donate,
+  ).trace(*shapes)
+  results = jax.tree.map(
+    lambda r: jax.ShapeDtypeStruct(r.shape, r.dtype), traced.out_info
+  )
+  return traced, results

@@ -1,0 +1,1 @@
+"""Who goes back to where after a failure."""

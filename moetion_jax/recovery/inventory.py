@@ -1,0 +1,156 @@
+"""What every stage's host store holds, as the leader knows it.
+
+Workers tell of each snapshot once it counts; after a death the manifests are
+read instead, since a snapshot may have been committed and never told of.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from moetion_jax import keys
+from moetion_jax.recovery import plan as recovery_plan
+from moetion_jax.snapshots import coverage
+
+
+class Inventory:
+  """All stages' snapshots, and the recovery line that follows from them.
+
+  Attributes:
+    line: see `recovery.recovery_line`.
+  """
+
+  def __init__(
+    self, operators: Sequence[Collection[keys.OperatorId]], lag_iterations: int
+  ):
+    """Knows of no snapshot but the initial state.
+
+    Args:
+      operators: of each stage.
+      lag_iterations: by how much the line lags behind, see `recovery_line`.
+    """
+    self.line = 0
+    self.lag_iterations = lag_iterations
+    self._operators = [frozenset(o) for o in operators]
+    self._shares: list[dict[tuple[int, int, int], coverage.Share]] = [
+      {} for _ in operators
+    ]
+    self._excluded: set[tuple[int, int]] = set()
+    self._corrupt: set[tuple[int, int]] = set()
+
+  def stored(self, stage: int, share: coverage.Share) -> None:
+    """Takes in a snapshot that counts from now on."""
+    self._shares[stage][_name(share)] = share
+    self._excluded.discard((stage, share.iteration))
+
+  def rescan(self, stage: int, shares: Iterable[coverage.Share]) -> None:
+    """Replaces what is known of a stage by what its store says."""
+    self._shares[stage] = {_name(share): share for share in shares}
+
+  def lose(self, stage: int, iteration: int) -> None:
+    """A snapshot is damaged: it counts no longer."""
+    self._excluded.add((stage, iteration))
+
+  def excluded(self, stage: int) -> tuple[int, ...]:
+    """Iterations of a stage's snapshots that are damaged, ascending."""
+    return tuple(sorted(i for s, i in self._excluded if s == stage))
+
+  def lose_entry(self, stage: int, iteration: int) -> None:
+    """An entry of a stage's log is damaged."""
+    self._corrupt.add((stage, iteration))
+
+  def published_again(self, stage: int) -> None:
+    """A stage recovered: it has written again what was damaged of its log."""
+    self._corrupt = {x for x in self._corrupt if x[0] != stage}
+
+  def newest(self, stage: int) -> int:
+    """Iteration of a stage's newest snapshot; 0 for the initial state."""
+    return max((name[0] for name in self._shares[stage]), default=0)
+
+  def starts(self, stage: int) -> tuple[coverage.Start, ...]:
+    """The valid starts of a stage, the initial state included."""
+    shares = [
+      share
+      for (iteration, *_), share in self._shares[stage].items()
+      if (stage, iteration) not in self._excluded
+    ]
+    operators = self._operators[stage]
+    return coverage.valid_starts(
+      (
+        coverage.initial_record(operators),
+        *coverage.complete_records(shares),
+      ),
+      operators,
+    )
+
+  def begin_at(self, iteration: int) -> None:
+    """All stages begin with a start: it is the line."""
+    self.line = iteration
+
+  def go_back(self, iteration: int) -> None:
+    """All stages go back to a state before the line, with empty logs.
+
+    Args:
+      iteration: of the state; 0: the initial one, without any snapshot.
+    """
+    self.line = iteration
+    self._corrupt.clear()
+    if not iteration:
+      self._excluded.clear()
+      for shares in self._shares:
+        shares.clear()
+
+  def advance(
+    self, reported: int, *, frozen: bool, keeps_older: bool = True
+  ) -> bool:
+    """Moves the line on; whether it moved.
+
+    Args:
+      reported: iteration that is written down: what comes before the line is
+        never done again, and nobody needs entries of it.
+      frozen: see `recovery.recovery_line`.
+      keeps_older: whether the line lags behind, in case that the newest
+        snapshots are damaged.
+    """
+    lag_iterations = self.lag_iterations if keeps_older else 0
+    starts = [
+      [s.iteration for s in self.starts(stage) if s.iteration <= reported]
+      for stage in range(len(self._operators))
+    ]
+    line = recovery_plan.recovery_line(
+      starts, self.line, lag_iterations, frozen=frozen
+    )
+    moved = line > self.line
+    self.line = line
+    if moved:
+      for shares in self._shares:
+        for name in [n for n in shares if n[0] < line]:
+          del shares[name]
+    return moved
+
+  def stage_inventories(
+    self, newest: Sequence[int], lost: Collection[int] = ()
+  ) -> list[recovery_plan.StageInventory]:
+    """The input of `recovery.plan`.
+
+    Args:
+      newest: iteration that each stage has begun.
+      lost: stages whose logs are gone.
+    """
+    return [
+      recovery_plan.StageInventory(
+        stage=stage,
+        starts=self.starts(stage),
+        log_first=self.line + 1,
+        log_lost=stage in lost,
+        corrupt=frozenset(i for s, i in self._corrupt if s == stage),
+        newest=begun,
+      )
+      for stage, begun in enumerate(newest)
+    ]
+
+
+def _name(share: coverage.Share) -> tuple[int, int, int]:
+  return share.iteration, share.replicas, share.replica

@@ -1,0 +1,392 @@
+"""What to do when something was lost: the recovery line and the plan.
+
+Pure functions of what the stores hold, with names and numbers only (DESIGN
+section 6). A plan is executed by the workers' ordinary loop, from the plan's
+start with a partial state.
+
+Pure Python without JAX: the agent, which plans, uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from moetion_jax import errors
+from moetion_jax.snapshots import coverage
+
+OWN = 'own'
+DURABLE = 'durable'
+INITIAL = 'initial'
+
+_INITIAL_START = coverage.Start(iteration=0, complete_at=0)
+
+
+class UnrecoverableError(errors.MoetionError):
+  """There is no state from which the run could go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageInventory:
+  """What the stores hold of one stage, all its replicas together.
+
+  Attributes:
+    stage: from 0.
+    starts: where a conversion can start, ascending, counted from verified
+      copies in the places that are required. Contains iteration 0 where the
+      initial state can be made again (from the seed or `--init_from`).
+    log_first: first iteration of which the stage's log has all entries, up to
+      those of the iteration that it works on.
+    log_lost: its log is gone or damaged as a whole: it has no entries.
+    corrupt: iterations of which an entry of its log is known to be corrupt.
+    newest: newest iteration that it has begun; 0 before the first. A stage that
+      replays has begun what it replays. One that has finished may say one more
+      than the last: it needs nothing of the last any more.
+    sources: by start iteration, the names of places that have its snapshots,
+      best first. Where there are none it is the initial state for iteration 0
+      and the own store for others.
+    durable_starts: where a conversion can start from the durable tier.
+  """
+
+  stage: int
+  starts: tuple[coverage.Start, ...] = (_INITIAL_START,)
+  log_first: int = 1
+  log_lost: bool = False
+  corrupt: frozenset[int] = frozenset()
+  newest: int
+  sources: Mapping[int, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  durable_starts: tuple[coverage.Start, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecoveryPlan:
+  """Who goes back, and from where.
+
+  The members restart from snapshots of `start`, all of one iteration, replay
+  and publish again all that they published since. Nobody else does anything.
+
+  Attributes:
+    stages: the recovering set, ascending; empty if nobody needs anything.
+    start: the iteration from whose snapshots all members start.
+    complete_at: by member, the last snapshot of its conversion.
+    sources: by member, the name of the place to read the snapshots from.
+    is_job_wide: everybody goes back together to a job-wide durable iteration: the
+      logs and snapshots of later ones no longer count.
+    reasons: by member, why it is one.
+  """
+
+  stages: tuple[int, ...]
+  start: int
+  complete_at: Mapping[int, int]
+  sources: Mapping[int, str]
+  is_job_wide: bool = False
+  reasons: Mapping[int, str]
+
+  @property
+  def first_iteration(self) -> int:
+    """The first one that is replayed."""
+    return self.start + 1
+
+
+class Retention(NamedTuple):
+  """What everyone keeps: from these iterations on."""
+
+  first_snapshot: int
+  first_entry: int
+
+
+def retention(line: int) -> Retention:
+  """What a recovery that starts at the line or later may read.
+
+  Snapshots of the line and later; entries of later iterations than the line,
+  since the first iteration that is replayed is the one after it.
+  """
+  return Retention(first_snapshot=line, first_entry=line + 1)
+
+
+def recovery_line(
+  starts_by_stage: Sequence[Sequence[int]],
+  previous: int,
+  lag_iterations: int,
+  *,
+  frozen: bool = False,
+) -> int:
+  """The iteration from which a recovery will always be able to start.
+
+  The largest one that is a valid start of every stage and at least
+  `lag_iterations` older than the newest such: if its successors turn out to be
+  corrupt it is still there.
+
+  Args:
+    starts_by_stage: valid starts of each stage, in any order.
+    previous: the line so far; the result is never below it.
+    lag_iterations: normally one window.
+    frozen: whether a recovery is under way, which leaves the line as it is.
+  """
+  if frozen or not starts_by_stage:
+    return previous
+  common = set(starts_by_stage[0]).intersection(*starts_by_stage[1:])
+  newest = max(common, default=previous)
+  return max(
+    (s for s in common if previous < s <= newest - lag_iterations),
+    default=previous,
+  )
+
+
+def replayed_iterations(plan: RecoveryPlan, newest: int) -> int:
+  """How many iterations a member does again.
+
+  Args:
+    plan: in which the stage is a member.
+    newest: iteration that it had begun, which is replayed as well.
+  """
+  return max(newest - plan.start, 0)
+
+
+def plan(
+  inventories: Sequence[StageInventory],
+  failed: Collection[int],
+  excluded: Collection[tuple[int, int]] = frozenset(),
+) -> RecoveryPlan:
+  """Decides who recovers from where, so that every needed entry will exist.
+
+  Entries are needed by members, which read those of their neighbours from
+  start + 1 on and the scalars of all others from the iteration on that follows
+  their conversion (a snapshot holds the scalars of its own iteration); and by
+  all other stages, which read everybody's from the iteration on that they work
+  on. A member publishes again what it published since the start. So the
+  recovering set is, for a given start, the smallest one that
+    - contains every stage that failed,
+    - contains every stage whose entries are needed by another, and are lost,
+      dropped or corrupt,
+    - contains every stage that works on an iteration, up to the start, whose
+      entries a member lost and would not publish again.
+  A start is possible if it is valid for each member of its set. Of the possible
+  ones that with the smallest set is taken, then the newest.
+
+  If there is none, or if everybody would go back anyway and the durable tier is
+  newer, everybody goes back to the newest durable iteration of the whole job.
+
+  A failure during a recovery is a new plan: call it again, with both failures
+  and new inventories.
+
+  Args:
+    inventories: one a stage, of all stages.
+    failed: stages of which a worker died, or is to be restarted.
+    excluded: (stage, start iteration) of conversions that failed because what
+      they read was corrupt; they are not tried again from any place. (If it is
+      known which snapshot it was, an inventory without it says more.)
+
+  Raises:
+    UnrecoverableError: nothing is left to start from.
+    ValueError: an inventory is missing.
+  """
+  by_stage = sorted(inventories, key=lambda i: i.stage)
+  if [i.stage for i in by_stage] != list(range(len(by_stage))):
+    raise ValueError(f'inventories of stages {[i.stage for i in by_stage]}')
+  if not set(failed) <= set(range(len(by_stage))):
+    raise ValueError(f'failed: {sorted(failed)} of {len(by_stage)} stages')
+  case = _Case(
+    inventories=by_stage,
+    starts=[_usable(i.stage, i.starts, excluded) for i in by_stage],
+    durable_starts=[
+      _usable(i.stage, i.durable_starts, excluded) for i in by_stage
+    ],
+  )
+  initial = case.initial_members(failed)
+  if not initial:
+    return RecoveryPlan(
+      stages=(), start=0, complete_at={}, sources={}, reasons={}
+    )
+  candidates = _common([case.starts[stage] for stage in initial])
+  best: tuple[int, dict[int, str]] | None = None
+  for start in sorted(candidates, reverse=True):
+    members = case.closed_members(initial, start)
+    if all(start in case.starts[stage] for stage in members):
+      if best is None or len(members) < len(best[1]):
+        best = start, members
+      if len(members) == len(initial):
+        break  # no other start has a smaller set
+  durable = max(_common(case.durable_starts), default=None)
+  if best is None or len(best[1]) == len(by_stage):
+    if durable is not None and (best is None or durable > best[0]):
+      return case.job_wide_plan(durable, initial)
+  if best is None:
+    raise UnrecoverableError(case.explain(candidates, initial))
+  return case.local_plan(*best)
+
+
+# Start iteration -> complete_at.
+_Starts = dict[int, int]
+
+
+def _usable(
+  stage: int,
+  starts: Sequence[coverage.Start],
+  excluded: Collection[tuple[int, int]],
+) -> _Starts:
+  return {
+    s.iteration: s.complete_at
+    for s in starts
+    if (stage, s.iteration) not in excluded
+  }
+
+
+def _common(starts: Sequence[_Starts]) -> set[int]:
+  return set(starts[0]).intersection(*starts[1:])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Case:
+  """What `plan` plans for; sequences are by stage."""
+
+  inventories: Sequence[StageInventory]
+  starts: Sequence[_Starts]
+  durable_starts: Sequence[_Starts]
+
+  def initial_members(self, failed: Collection[int]) -> dict[int, str]:
+    """Who recovers whatever the start is, and why."""
+    members = {stage: 'died' for stage in sorted(failed)}
+    live = [i for i in self.inventories if i.stage not in members]
+    for producer in live:
+      for reader in live:
+        if producer is not reader and (
+          lack := _lack(producer, _working_on(reader), reader.stage)
+        ):
+          members.setdefault(producer.stage, lack)
+    return members
+
+  def closed_members(
+    self, initial: Mapping[int, str], start: int
+  ) -> dict[int, str]:
+    """The recovering set for a start, with the reasons."""
+    members = dict(initial)
+    queue = list(initial)
+    for member in queue:  # which grows meanwhile
+      for other in range(len(self.inventories)):
+        if other not in members and (
+          reason := self._join_reason(other, member, start)
+        ):
+          members[other] = reason
+          queue.append(other)
+    return members
+
+  def _join_reason(self, other: int, member: int, start: int) -> str | None:
+    """Why `other` has to join because `member` is one; None if it has not."""
+    needed_from = start + 1
+    if abs(other - member) > 1:  # scalars: conversion has those it needs
+      needed_from = self.starts[member].get(start, start) + 1
+    if lack := _lack(self.inventories[other], needed_from, member):
+      return lack
+    gap = _gap(
+      self.inventories[member], _working_on(self.inventories[other]), start
+    )
+    if gap is None:
+      return None
+    return (
+      f'it needs entries of iteration {gap}, which stage {member} has not and '
+      f'does not publish again from iteration {start}'
+    )
+
+  def local_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
+    """The members start from their own or their peers' snapshots."""
+    default = (INITIAL if start == 0 else OWN,)
+    return RecoveryPlan(
+      stages=tuple(sorted(members)),
+      start=start,
+      complete_at={m: self.starts[m][start] for m in sorted(members)},
+      sources={
+        m: (self.inventories[m].sources.get(start) or default)[0]
+        for m in sorted(members)
+      },
+      reasons={m: members[m] for m in sorted(members)},
+    )
+
+  def job_wide_plan(
+    self, start: int, initial: Mapping[int, str]
+  ) -> RecoveryPlan:
+    """Everybody starts from the durable tier."""
+    stages = range(len(self.inventories))
+    together = f'everybody goes back to durable iteration {start}'
+    return RecoveryPlan(
+      stages=tuple(stages),
+      start=start,
+      complete_at={s: self.durable_starts[s][start] for s in stages},
+      sources={s: DURABLE for s in stages},
+      is_job_wide=True,
+      reasons={s: initial.get(s, together) for s in stages},
+    )
+
+  def explain(
+    self, candidates: Collection[int], initial: Mapping[int, str]
+  ) -> str:
+    """The message for a case without a plan."""
+    members, blamed, where = initial, sorted(initial), 'to recover'
+    if candidates:
+      start = max(candidates)
+      members = self.closed_members(initial, start)
+      blamed = [m for m in sorted(members) if start not in self.starts[m]]
+      where = f'to recover with the others from iteration {start}'
+    stages = '; '.join(
+      f'stage {m} ({members[m]}) has {where}: '
+      f'{_listing(self.starts[m])}, durable: {_listing(self.durable_starts[m])}'
+      for m in blamed
+    )
+    return (
+      f'no common start is left. Valid starts that {stages}. Start over with '
+      '--fresh; --replication or --durable_dir would have kept more copies'
+    )
+
+
+def _working_on(inventory: StageInventory) -> int:
+  """The first iteration of which it still needs others' entries."""
+  return max(inventory.newest, 1)
+
+
+def _lack(
+  producer: StageInventory, needed_from: int, reader: int
+) -> str | None:
+  """What a stage that goes on as it is lacks of what a reader needs of it.
+
+  What it has not begun it will publish, so that is not lacking.
+  """
+  if producer.log_lost:
+    if needed_from <= producer.newest:
+      return f'its log is lost and stage {reader} needs it'
+    return None
+  if needed_from < producer.log_first:
+    return (
+      f'its entries before iteration {producer.log_first} are gone and stage '
+      f'{reader} needs them'
+    )
+  corrupt = min((i for i in producer.corrupt if i >= needed_from), default=None)
+  if corrupt is not None:
+    return (
+      f'an entry of iteration {corrupt} is corrupt and stage {reader} needs it'
+    )
+  return None
+
+
+def _gap(member: StageInventory, first: int, last: int) -> int | None:
+  """The first of these iterations of which a member lacks entries.
+
+  Of the newest one that it had begun it may not have published all.
+  """
+  if first > last:
+    return None
+  if member.log_lost or first < member.log_first or first >= member.newest:
+    return first
+  gaps = {i for i in member.corrupt if first <= i <= last}
+  if member.newest <= last:
+    gaps.add(member.newest)
+  return min(gaps, default=None)
+
+
+def _listing(iterations: Collection[int]) -> str:
+  """The newest few, as text."""
+  newest = sorted(iterations)[-5:]
+  more = '..., ' if len(iterations) > len(newest) else ''
+  return more + (', '.join(map(str, newest)) or 'none')

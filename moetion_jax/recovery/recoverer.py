@@ -1,0 +1,516 @@
+"""What the leader knows and decides about snapshots and recoveries.
+
+It starts no process and sends nothing: the agent asks it, and does what it
+says. No JAX here: the agent never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from launch.lm import settings as run_settings
+from moetion_jax import report
+from moetion_jax.logs import size
+from moetion_jax.policies import (
+  decision as decision_lib,
+  partial_planner,
+  planner,
+  settings as capture_settings,
+  whole_planner,
+)
+from moetion_jax.recovery import (
+  failures as failures_lib,
+  inventory,
+  orders,
+  partial_inventory,
+  plan as recovery_plan,
+)
+from moetion_jax.snapshots import coverage
+
+Event = Callable[..., None]  # kind, fields
+_TOGETHER = 'all stages go back together'
+
+
+@dataclasses.dataclass(kw_only=True)
+class _OngoingRecovery:
+  """One stage on its way back.
+
+  Attributes:
+    plan: that it follows.
+    target: iteration in which its predecessor died.
+    reason: why it died or joined.
+    failed_at: when that was noticed, `time.monotonic`.
+    detect_seconds: between the failure and its notice, where known.
+    resumed: what its worker said when it began to train.
+    resumed_at: when.
+    goes_back: whether the plan starts before the line.
+  """
+
+  plan: recovery_plan.RecoveryPlan
+  target: int
+  reason: str
+  failed_at: float
+  detect_seconds: float
+  resumed: Mapping[str, Any] | None = None
+  resumed_at: float = 0.0
+  goes_back: bool = False
+
+
+class Recoverer:
+  """Snapshots of all stages, the line, plans; `begin` first.
+
+  Attributes:
+    line: the recovery line.
+    failures: how often each stage has failed.
+    is_resumed: whether an earlier run's store is gone on with.
+  """
+
+  def __init__(
+    self,
+    config: run_settings.RunConfig,
+    captures: capture_settings.CaptureSettings,
+    max_failures: int,
+    event: Event,
+  ):
+    """Stores the arguments.
+
+    Args:
+      config: of the run.
+      captures: how snapshots are taken.
+      max_failures: of one stage, without progress of the line, before the run
+        ends.
+      event: writes one.
+    """
+    self.is_resumed = False
+    self._config = config
+    self._settings = captures
+    self._event = event
+    self._recoveries: dict[int, _OngoingRecovery] = {}
+    self.failures = failures_lib.Failures(max_failures)
+    self._verify_until = 0
+    self._gone_back: recovery_plan.RecoveryPlan | None = None
+    self._decisions: list[list[decision_lib.CaptureDecision]] = []
+    self._loss: partial_planner.Loss | None = None  # of the last recovery
+
+  @property
+  def line(self) -> int:
+    """The recovery line."""
+    return self._inventory.line
+
+  @property
+  def recovering(self) -> Collection[int]:
+    """Stages on their way back."""
+    return self._recoveries.keys()
+
+  def log_size(self, stage: int) -> size.LogSize:
+    """Of a stage's log: what the line keeps, and some more."""
+    return size.log_size(self._config, stage, self._settings.kept_iterations)
+
+  def begin(self, ready: Mapping[int, Mapping[str, Any]]) -> None:
+    """Takes in what all stages consist of.
+
+    Raises:
+      base.ConfigError: the window is longer than a stage can have.
+    """
+    sizes = [
+      planner.StageSizes.from_json(ready[stage]['operators'])
+      for stage in range(self._config.train.stages)
+    ]
+    self._planner = whole_planner.make(
+      self._settings,
+      sizes,
+      ready[0]['platform'],
+      self._capacity(),
+      self._config.train.replicas,
+    )
+    is_whole = self._settings.rules.is_exact
+    kind = (
+      inventory.Inventory if is_whole else partial_inventory.PartialInventory
+    )
+    self._inventory = kind(
+      [s.state_bytes for s in sizes], self._planner.lag_iterations
+    )
+    self._pools = self._planner.pools()
+
+  def room_bytes(self) -> int:
+    """Host memory that logs and snapshots of all stages take."""
+    return self._config.train.replicas * sum(
+      self.log_size(stage).file_bytes + pool.files * pool.size_bytes
+      for stage, pool in enumerate(self._pools)
+    )
+
+  def rescan(self, stage: int, shares: Collection[coverage.Share]) -> None:
+    """Takes in what a stage's store holds."""
+    self._inventory.rescan(stage, shares)
+    self.is_resumed = self.is_resumed or bool(shares)
+
+  def newest_snapshot(self, stage: int) -> int:
+    """Iteration of a stage's newest snapshot; 0: the initial state."""
+    return self._inventory.newest(stage)
+
+  def first_plan(
+    self, reported: int, newest: int
+  ) -> recovery_plan.RecoveryPlan:
+    """From where all stages begin: the initial state, or what was left.
+
+    Args:
+      reported: iteration that is written down: a later one is done again.
+      newest: iteration of which there is something in the logs.
+    """
+    stages = range(self._config.train.stages)
+    self._verify_until = newest
+    plan = recovery_plan.plan(
+      self._inventory.stage_inventories([0] * len(stages)),
+      stages,
+      excluded=self._unreported(reported),
+    )
+    self._inventory.begin_at(plan.start)
+    self._decisions = [
+      [decision] for decision in self._planner.decisions(plan.start)
+    ]
+    return plan
+
+  def _unreported(
+    self, reported: int, *, whole_only: bool = False
+  ) -> set[tuple[int, int]]:
+    """Starts after which an iteration would never be written down.
+
+    Args:
+      reported: iteration that all stages reported.
+      whole_only: starts with whole snapshots only: before others there is an
+        iteration after them that the stage has done, so that it had reported
+        them; reports are one iteration late.
+    """
+    return {
+      (stage, start.iteration)
+      for stage in range(self._config.train.stages)
+      for start in self._inventory.starts(stage)
+      if start.iteration > reported
+      and (not whole_only or start.complete_at == start.iteration)
+    }
+
+  def go(
+    self,
+    stage: int,
+    plan: recovery_plan.RecoveryPlan,
+    *,
+    is_fresh: bool,
+    workers: int = 1,
+    generation: int = 0,
+  ) -> orders.Go:
+    """What the workers of a member of `plan` are told.
+
+    Args:
+      stage: a member.
+      plan: that is carried out.
+      is_fresh: whether its logs begin empty.
+      workers: of the stage, which share its snapshots.
+      generation: of the workers.
+    """
+    log, pool = self.log_size(stage), self._planner.pools(workers)[stage]
+    held = decision_lib.active(
+      self._decisions[stage],
+      max(plan.start, self._decisions[stage][0].first_iteration),
+    )
+    later = [
+      d
+      for d in self._decisions[stage]
+      if d.first_iteration > held.first_iteration
+    ]
+    target = self._recoveries[stage].target if stage in self._recoveries else 0
+    capacity: tuple[tuple[str, int, float], ...] = ()
+    if isinstance(self._planner, partial_planner.PartialPlanner):
+      capacity = self._planner.capacity(stage)
+    return orders.Go(
+      start=plan.start,
+      complete_at=plan.complete_at[stage],
+      newest=self._inventory.newest(stage),
+      excluded=self._inventory.excluded(stage),
+      target=target,
+      verify_until=max(target, self._verify_until),
+      line=self.line,
+      is_fresh=is_fresh,
+      ring_bytes=log.ring_bytes,
+      cells=log.cells,
+      pool_files=pool.files,
+      pool_bytes=pool.size_bytes,
+      decisions=tuple(d.to_json() for d in (held, *later)),
+      generation=generation,
+      keeps_entries=self._settings.rules.is_local,
+      merges=bool(plan.start) and not self._settings.rules.is_exact,
+      capacity=capacity,
+      capacity_until=self._loss.capacity_until if self._loss else 0,
+    )
+
+  # ---- while it runs --------------------------------------------------------
+
+  def stored(self, stage: int, share: coverage.Share) -> None:
+    """Takes in a snapshot that counts."""
+    self._inventory.stored(stage, share)
+
+  def advance(self, reported: int, *, keeps_older: bool = True) -> bool:
+    """Moves the line on; whether it moved.
+
+    Args:
+      reported: iteration that all stages reported.
+      keeps_older: see `Inventory.advance`.
+    """
+    # Who goes back before the line has a long way: it fills stores and logs.
+    frozen = any(not one.goes_back for one in self._recoveries.values())
+    moved = self._inventory.advance(
+      reported, frozen=frozen, keeps_older=keeps_older
+    )
+    if moved:
+      self.failures.line_moved()
+    return moved
+
+  def add(
+    self, reports: Sequence[report.Report]
+  ) -> list[decision_lib.CaptureDecision] | None:
+    """Takes in an iteration that all stages reported, in order.
+
+    Returns:
+      What each stage captures from some iteration on, when that changes.
+    """
+    change = self._planner.add(reports)
+    self._inventory.lag_iterations = self._planner.lag_iterations
+    if change is None:
+      return None
+    if change.kind:
+      self._event(change.kind, **change.fields)
+    for known, decision in zip(self._decisions, change.decisions, strict=True):
+      if not self._settings.rules.is_exact:  # nobody replays with older ones
+        known.clear()
+      known.append(decision)
+    return list(change.decisions)
+
+  def _capacity(self) -> float:
+    """Tokens that an expert takes in an iteration at most."""
+    model, train = self._config.model, self._config.train
+    tokens = train.microbatch_size * model.sequence_length
+    per_device = model.capacity(tokens // train.local_devices)
+    return per_device * train.local_devices * train.global_microbatches
+
+  # ---- failures -------------------------------------------------------------
+
+  def count(
+    self,
+    failed: Mapping[int, str],
+    *,
+    suspects: Sequence[int] = (),
+    corrupt: tuple[int, int] | None = None,
+  ) -> None:
+    """Takes failures in.
+
+    Args:
+      failed: why, by stage.
+      suspects: iterations of snapshots of those stages that are damaged.
+      corrupt: stage and iteration of a log entry that is damaged.
+
+    Raises:
+      base.MoetionError: there were too many.
+    """
+    self.failures.add(failed, self.line)
+    if corrupt:
+      self._inventory.lose_entry(*corrupt)
+    if suspects:
+      self.failures.add_divergence(failed, len(self._pools))
+      for stage in failed:
+        for iteration in suspects:
+          self._inventory.lose(stage, iteration)
+
+  def fail(
+    self,
+    failed: Mapping[int, str],
+    newest: Sequence[int],
+    *,
+    lost: Collection[int] = (),
+    suspects: Sequence[int] = (),
+    corrupt: tuple[int, int] | None = None,
+    detect_seconds: float = 0.0,
+    reported: int | None = None,
+  ) -> recovery_plan.RecoveryPlan:
+    """Plans the recovery of stages whose workers are dead.
+
+    Args:
+      failed: why, by stage.
+      newest: iteration that each stage had begun.
+      lost: stages whose logs are gone.
+      suspects: see `count`.
+      corrupt: see `count`.
+      detect_seconds: between failure and notice, where known.
+      reported: iteration that all stages reported; None: they reported all.
+
+    Raises:
+      base.MoetionError: too many failures; nothing is left to start from.
+    """
+    self.count(failed, suspects=suspects, corrupt=corrupt)
+    plan = recovery_plan.plan(
+      self._inventory.stage_inventories(newest, lost),
+      failed.keys(),
+      excluded=set()
+      if reported is None
+      else self._unreported(reported, whole_only=True),
+    )
+    self._follow(plan, failed, newest, time.monotonic(), detect_seconds)
+    return plan
+
+  def roll_back(
+    self,
+    failed: Mapping[int, str],
+    newest: Sequence[int],
+    reported: int,
+    *,
+    failed_at: float,
+    detect_seconds: float = 0.0,
+  ) -> recovery_plan.RecoveryPlan:
+    """Plans that all stages go back together; nobody works any more.
+
+    Args:
+      failed: why, by stage; counted already.
+      newest: iteration that each stage had begun.
+      reported: iteration that is written down: a later one is done again.
+      failed_at: when that was noticed, `time.monotonic`.
+      detect_seconds: between failure and notice, where known.
+
+    Raises:
+      base.MoetionError: nothing is left to start from.
+    """
+    stages = range(len(newest))
+    plan = recovery_plan.plan(
+      self._inventory.stage_inventories(newest, stages),
+      stages,
+      excluded=self._unreported(reported),
+    )
+    reasons = dict.fromkeys(stages, _TOGETHER) | dict(failed)
+    self._follow(plan, reasons, newest, failed_at, detect_seconds)
+    return plan
+
+  def lose(self, plan: recovery_plan.RecoveryPlan) -> partial_planner.Loss:
+    """What a plan loses, of a policy that is not exact; it is followed now.
+
+    What comes after its start is forgotten, here and in the stores.
+    """
+    assert isinstance(self._planner, partial_planner.PartialPlanner)
+    assert isinstance(self._inventory, partial_inventory.PartialInventory)
+    versions = self._inventory.versions(plan.start)
+    self._loss = self._planner.restart_from(plan.start, versions)
+    self._decisions = [
+      [decision] for decision in self._planner.decisions(plan.start)
+    ]
+    self._event(
+      'rolled_back', iteration=plan.start, **dataclasses.asdict(self._loss)
+    )
+    return self._loss
+
+  def _follow(
+    self,
+    plan: recovery_plan.RecoveryPlan,
+    reasons: Mapping[int, str],
+    newest: Sequence[int],
+    now: float,
+    detect_seconds: float,
+  ) -> None:
+    """From now on the members of a plan are on their way back."""
+    goes_back = plan.start < self.line
+    if goes_back:
+      self._go_back(plan)
+    for stage in plan.stages:
+      before = self._recoveries.get(stage)
+      self._recoveries[stage] = _OngoingRecovery(
+        plan=plan,
+        target=max(newest[stage], before.target if before else 0),
+        reason=reasons.get(stage) or plan.reasons[stage],
+        failed_at=before.failed_at if before else now,
+        detect_seconds=detect_seconds,
+        goes_back=goes_back or bool(before and before.goes_back),
+      )
+      self._event(
+        'recovery_started',
+        stage=stage,
+        replica=0,
+        reason=self._recoveries[stage].reason,
+        first_iteration=plan.first_iteration,
+        target=self._recoveries[stage].target,
+      )
+
+  def goes_back(self, plan: recovery_plan.RecoveryPlan) -> bool:
+    """Whether a plan starts before the line: then all logs begin empty.
+
+    What its stages need is in nobody's log; everybody is one of them.
+    """
+    return plan is self._gone_back
+
+  def _go_back(self, plan: recovery_plan.RecoveryPlan) -> None:
+    self._gone_back = plan
+    self._inventory.go_back(plan.start)
+    self._decisions = [
+      [
+        dataclasses.replace(
+          first, first_iteration=min(first.first_iteration, plan.start)
+        ),
+        *later,
+      ]
+      for first, *later in self._decisions
+    ]
+
+  def resumed(self, stage: int, message: Mapping[str, Any]) -> None:
+    """A recovering worker has its state and begins to replay."""
+    if one := self._recoveries.get(stage):
+      one.resumed, one.resumed_at = message, time.monotonic()
+
+  def caught_up(self, stage: int) -> str:
+    """A recovering worker has done what its predecessor had begun.
+
+    Returns:
+      What to tell a person; '' for a worker that did not recover.
+    """
+    one = self._recoveries.pop(stage, None)
+    if one is None or one.resumed is None:
+      return ''
+    self._inventory.published_again(stage)
+    now = time.monotonic()
+    fetch = one.resumed['fetch_seconds']
+    replayed = recovery_plan.replayed_iterations(one.plan, one.target)
+    self._event(
+      'recovered',
+      stage=stage,
+      replica=0,
+      source=self._source(one.plan, stage),
+      first_iteration=one.plan.first_iteration,
+      replayed_iterations=replayed,
+      seconds={
+        'detect': one.detect_seconds,
+        'start': one.resumed_at - one.failed_at - fetch,
+        'fetch': fetch,
+        'replay': now - one.resumed_at,
+      },
+      # A worker that finds another digest ends instead of catching up.
+      digest_verified=self._settings.rules.is_exact,
+      **self._lost_fields(),
+    )
+    if not self._recoveries:
+      self.failures.all_caught_up()
+    return (
+      f'stage {stage} recovered in {now - one.failed_at:.1f} s: {replayed} '
+      'iteration(s) done again, '
+      + (
+        'with the same digests'
+        if self._settings.rules.is_exact
+        else 'from experts of different age'
+      )
+    )
+
+  def _lost_fields(self) -> dict[str, float]:
+    if self._loss is None:
+      return {}
+    return {'lost_tokens': self._loss.lost_tokens, 'plt': self._loss.plt}
+
+  def _source(self, plan: recovery_plan.RecoveryPlan, stage: int) -> str:
+    """From where a stage got its state."""
+    if plan.start and self._settings.rules.is_durable:
+      return recovery_plan.DURABLE
+    return plan.sources.get(stage, recovery_plan.OWN)

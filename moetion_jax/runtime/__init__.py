@@ -1,0 +1,1 @@
+"""The multi-process system: agents, hosts, workers, and what a run leaves."""

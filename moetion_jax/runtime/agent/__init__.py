@@ -1,0 +1,1 @@
+"""The agent of a run: it starts workers, decides on failures, writes the files."""

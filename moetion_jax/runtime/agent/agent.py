@@ -1,0 +1,528 @@
+"""The agent at work: it runs the workers and writes the files.
+
+One thread, one loop: it waits for what workers say and print, for their ends
+and for signals (DESIGN section 3). It computes nothing and imports no JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import selectors
+import signal
+import time
+
+from launch.lm import settings as run_settings
+from moetion_jax import errors, report
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.recovery import hang_detection, recoverer
+from moetion_jax.runtime import faults, linux_process, messages
+from moetion_jax.runtime.agent import (
+  beginning,
+  comeback,
+  ending,
+  final_checkpoint,
+  settings as agent_settings,
+  stopper,
+  teams,
+  watcher,
+)
+from moetion_jax.runtime.hosts import child_process, crew, hosts, stores
+from moetion_jax.runtime.records import recorder, workdir
+from moetion_jax.snapshots import folders
+
+# So long a worker may wait until the line has freed a snapshot.
+_FULL_SECONDS = 1.0
+# What a worker says of what it did before it stopped, to go back.
+_PAST = ('report', 'stored', 'resumed', 'caught_up', 'done', 'handed_over')
+
+
+class Agent:
+  """One run's workers, from their start to their end.
+
+  Attributes:
+    has_begun: whether the workers were told to train.
+  """
+
+  def __init__(
+    self,
+    config: run_settings.RunConfig,
+    where: agent_settings.AgentSettings,
+    folder: workdir.Workdir,
+    store: store_folder.StoreFolder,
+    view: recorder.View,
+    *,
+    keeps_store: bool,
+  ):
+    """Stores; `run` does the work.
+
+    Args:
+      config: of the run.
+      where: it runs.
+      folder: locked.
+      store: of this host, started.
+      view: what a person sees.
+      keeps_store: whether an earlier run left something in the host stores.
+    """
+    self.has_begun = False
+    self._config = config
+    self._where = where
+    self._folder = folder
+    self._store = store
+    self._leader = recorder.Recorder(config, folder, view)
+    self._recoverer = recoverer.Recoverer(
+      config, where.captures, where.max_failures, self._leader.event
+    )
+    self._hosts = hosts.Hosts(
+      config.train.stages,
+      where.local_hosts,
+      store,
+      str(folder.path),
+      config.train.replicas,
+    )
+    self._early_deaths = 0
+    self._trained: set[int] = set()  # stages of which somebody began to
+    self._selector = selectors.DefaultSelector()
+    self._book = faults.FaultBook(where.faults)
+    self._crew = crew.Crew(
+      config,
+      self._hosts,
+      self._selector,
+      self,
+      beginning.worker_spec(config, where, folder, store, self._hosts.secret),
+      self._book,
+    )
+    self._ending = ending.Ending(
+      self._leader, self._hosts, self._crew, keeps_store=keeps_store
+    )
+    self._ready: dict[tuple[int, int], messages.Message] = {}
+    self._stores = stores.Stores(
+      config.train.stages,
+      config.train.replicas,
+      self._hosts,
+      self._recoverer,
+      self._leader,
+      where.durable_folder(str(folder.path)),
+    )
+    self._stopper = stopper.Stopper(
+      config.train.iterations, lambda: self._crew.workers
+    )
+    self._watcher = watcher.Watcher(where.hang_timeout_seconds)
+    self._teams = teams.Teams(
+      config.train.replicas,
+      where,
+      self._crew,
+      self._recoverer,
+      self._stores,
+      self._leader,
+    )
+    self._final = final_checkpoint.FinalState(folder.checkpoint)
+    self._comeback = comeback.Comeback(
+      config.train.stages,
+      where.captures.rules,
+      self._crew,
+      self._hosts,
+      self._recoverer,
+      self._stores,
+      self._leader,
+      self._final,
+      self._stopper,
+      lambda new: new.open_log(self._log_file(new)),
+    )
+    self._signal_pipe = linux_process.SignalPipe()
+    self._signals = 0
+
+  @property
+  def keeps_store(self) -> bool:
+    """Whether what is in the host stores will be gone on with."""
+    return self._ending.keeps_store
+
+  def run(self) -> int:
+    """Runs the workers; when it returns they are gone."""
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._selector.close)
+      stack.enter_context(self._signal_pipe.open())
+      stack.enter_context(self._leader)
+      stack.callback(self._crew.close)
+      self._selector.register(
+        self._signal_pipe.fd, selectors.EVENT_READ, self._on_signal
+      )
+      try:
+        self._start()
+        self._loop()
+      except errors.ConfigError:
+        raise
+      except errors.MoetionError as error:
+        self._failed(error)
+      except OSError as error:  # a full disk, most likely
+        self._failed(
+          errors.StoreError(
+            f'{error.filename or self._folder.path}: {error.strerror}; make '
+            'that possible, then start again'
+          )
+        )
+    assert self._ending.result is not None
+    code, state = self._ending.result
+    with contextlib.suppress(OSError):
+      self._write_workers(state)
+    return code
+
+  def _loop(self) -> None:
+    """Reacts to what happens until all workers ended, or must."""
+    while any(w.exit_code is None for w in self._crew.workers):
+      timeout = watcher.WATCH_SECONDS
+      if (due_seconds := self._leader.workers_due_seconds) is not None:
+        if due_seconds <= 0:
+          self._write_workers()
+          continue
+        timeout = min(timeout, due_seconds)
+      if self._ending.kill_at is not None:
+        left_seconds = self._ending.kill_at - time.monotonic()
+        if left_seconds <= 0:
+          return
+        timeout = min(timeout, left_seconds)
+      for key, _ in self._selector.select(timeout):
+        key.data()
+      if self.has_begun:
+        self._watcher.look(
+          self._crew.workers, excused=self._ending.result is not None
+        )
+
+  # ---- the beginning ---------------------------------------------------------
+
+  def _start(self) -> None:
+    stages, replicas = self._config.train.stages, self._config.train.replicas
+    if not self._where.fresh:
+      self._book.read(self._folder.path / 'events.jsonl')
+    sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
+    self._check_room(sum(sizes) * replicas)
+    each = f' of {replicas} replicas' if replicas > 1 else ''
+    self._leader.view.note(f'Starting {stages} stage(s){each} ...')
+    newest = max(
+      run_store.newest_generation(self._hosts.store_of(s))
+      for s in range(stages)
+    )
+    self._crew.start((self._folder.lock_fd, self._store.lock_fd), newest + 1)
+
+  def _check_room(self, needed_bytes: int) -> None:
+    """Raises ConfigError if host memory is too small for so much in all."""
+    used_bytes = store_folder.used_bytes(self._store.path)
+    run_store.check_room(self._where.hostmem_dir, needed_bytes - used_bytes)
+
+  def _on_ready(self, worker, message: messages.Message) -> None:
+    if self.has_begun:
+      return
+    self._ready[worker.stage, worker.replica] = message
+    if len(self._ready) < len(self._crew.workers):
+      return
+    by_stage = {s: m for (s, replica), m in self._ready.items() if not replica}
+    self._recoverer.begin(by_stage)
+    # In the end the logs and everyone's state are in it (`final_state`).
+    states = sum(m['state_bytes'] for m in by_stage.values())
+    self._check_room(self._recoverer.room_bytes() + states)
+    self._leader.accept(by_stage)
+    self._begin()
+
+  def _begin(self) -> None:
+    """Lets everybody train: from what an earlier run left, if it did."""
+    wrong: list[str] = []
+    # A log that is too small now is not needed: everybody goes back alike.
+    lost = self._stores.rescan(on_unreadable=wrong.append)
+    lost |= self._stores.too_small()
+    if wrong:
+      self._leader.view.note(
+        f'{len(wrong)} snapshot(s) cannot be read and will be written again, '
+        f'the first of them: {wrong[0]}'
+      )
+    plan = self._recoverer.first_plan(
+      self._leader.last_recorded, self._stores.newest_entry()
+    )
+    self._leader.iteration = plan.start
+    self.has_begun = True
+    self._ending.keep(bool(plan.start))
+    if plan.start:
+      self._leader.event('resumed', first_iteration=plan.first_iteration)
+      self._leader.view.note(
+        f'Going on with iteration {plan.first_iteration}, from the snapshots '
+        f'in {self._ending.store_names()}.'
+      )
+    elif self._leader.last_recorded:
+      self._leader.view.note(
+        f'{self._folder.path} has {self._leader.last_recorded} iterations of this '
+        'run; they are done again and compared.'
+      )
+    for worker in self._crew.workers:
+      worker.open_log(self._log_file(worker))
+    self._comeback.begin(plan, lost, self._leader.last_recorded)
+    self._write_workers()
+
+  def _log_file(self, worker: child_process.WorkerProcess) -> pathlib.Path:
+    """Where the file is that what a worker prints is kept in."""
+    name = worker.name.replace(' ', '-').replace('-replica', '.replica')
+    return self._folder.path / 'logs' / f'{name}.log'
+
+  # ---- failures --------------------------------------------------------------
+
+  def on_exit(self, worker: child_process.WorkerProcess) -> None:
+    """A worker is dead: only its stage goes back."""
+    if self._ending.result is not None:
+      return
+    lost: frozenset[int] = frozenset()
+    if self.has_begun:
+      # A stage that never trained in this run may not have made its log yet.
+      lost = self._stores.rescan([worker.stage]) & self._trained
+      self._find_iteration(worker)
+    what = worker.describe_death()
+    if self._config.train.replicas > 1:
+      what = f'replica {worker.replica}: {what}'
+    error = child_process.WorkerError(worker.stage, worker.iteration, what)
+    if not self.has_begun:
+      self._start_again(error)
+      return
+    self._leader.event(
+      'failure',
+      stage=worker.stage,
+      replica=worker.replica,
+      iteration=worker.iteration,
+      generation=worker.generation,
+      error=str(error),
+    )
+    if self._where.captures.policy == 'none':
+      what += '; with --policy=none there is nothing to recover from'
+      raise child_process.WorkerError(worker.stage, worker.iteration, what)
+    try:
+      team = self._teams.without(worker, what)
+      if not self._where.captures.rules.is_local:
+        self._leader.view.note(f'{error}; all stages go back together.')
+      plan = self._comeback.after(worker, what, lost, team)
+    except errors.MoetionError as why:
+      raise child_process.WorkerError(
+        worker.stage, worker.iteration, str(why)
+      ) from why
+    self._write_workers()
+    if plan is None:
+      return
+    stages = ', '.join(map(str, plan.stages))
+    self._leader.view.note(
+      f'{error}; stage(s) {stages} recover(s) from iteration '
+      f'{plan.first_iteration} on, the others wait.'
+    )
+
+  def _start_again(self, error: child_process.WorkerError) -> None:
+    """Replaces a worker that died before there was anything to recover."""
+    self._early_deaths += 1
+    if self._early_deaths > self._where.max_failures:
+      raise error
+    self._leader.view.note(f'{error}; it is started again.')
+    for new in self._crew.replace(error.stage, has_begun=False):
+      self._ready.pop((new.stage, new.replica), None)
+
+  def _find_iteration(self, worker: child_process.WorkerProcess) -> None:
+    """A dead worker may have come further than it could say."""
+    if worker.stage in self._recoverer.recovering:
+      return  # what is there is of its predecessor
+    worker.iteration = max(
+      worker.iteration,
+      self._stores.newest_entry([worker.stage]),
+      self._recoverer.newest_snapshot(worker.stage),
+    )
+
+  def _on_rolled_back(self, worker, message: messages.Message) -> None:
+    del message
+    worker.rolled_back()
+    if self._ending.result is None:
+      self._comeback.together()
+      self._write_workers()
+
+  def _grow(self) -> None:
+    """Gives shrunk stages their workers back, when it is time."""
+    everybody = tuple(range(self._config.train.replicas))
+    for stage in self._teams.grow() if not self._signals else ():
+      first, *_ = self._crew.of_stage(stage)
+      why = 'its replicas return'
+      self._comeback.after(first, why, frozenset(), everybody)
+
+  # ---- what workers say ------------------------------------------------------
+
+  def on_message(
+    self, worker: child_process.WorkerProcess, message: messages.Message
+  ) -> None:
+    """Reacts to one message of a worker or the standby."""
+    worker.heard_at = time.monotonic()
+    if worker.is_going_back and message['kind'] in _PAST:
+      return
+    getattr(self, f'_on_{message["kind"]}')(worker, message)
+
+  def _on_warm(self, worker, message: messages.Message) -> None:
+    del message
+    seconds = time.monotonic() - worker.state_since
+    self._crew.warmed(worker)
+    self._leader.event('standby', replica=worker.replica, seconds=seconds)
+    self._write_workers()
+
+  def _on_state(self, worker, message: messages.Message) -> None:
+    if worker.stage == messages.STANDBY:
+      return
+    if message['detail'] == hang_detection.SNAPSHOTS_FULL:
+      # With gaps in the stores the line may stay behind, and nothing would free
+      # them: to go on is worth more than an older start.
+      if time.monotonic() - worker.state_since > _FULL_SECONDS:
+        self._advance(keeps_older=False)
+    elif message['state'] == 'blocked' != worker.state:
+      self._leader.view.note(
+        f'{worker.name} is blocked: {message["detail"]}; the run ends '
+        f'if that lasts {self._where.full_seconds:g} s'
+      )
+    worker.says(
+      message['state'],
+      message['detail'],
+      max(worker.iteration, message['iteration']),
+      message['steps'],
+    )
+    workers = self._crew.workers
+    self._leader.view.stages([f'{w.state} {w.detail}' for w in workers])
+    self._write_workers()
+
+  def _on_resumed(self, worker, message: messages.Message) -> None:
+    self._trained.add(worker.stage)
+    worker.iteration = message['first_iteration']
+    self._recoverer.resumed(worker.stage, message)
+
+  def _on_caught_up(self, worker, message: messages.Message) -> None:
+    del message
+    worker.has_caught_up = True
+    if not all(w.has_caught_up for w in self._crew.of_stage(worker.stage)):
+      return
+    if note := self._recoverer.caught_up(worker.stage):
+      self._leader.view.note(note)
+    self._advance()
+
+  def _on_stored(self, worker, message: messages.Message) -> None:
+    share = folders.share_from_json(message['share'])
+    worker.iteration = max(worker.iteration, share.iteration)
+    self._recoverer.stored(worker.stage, share)
+    if not self._ending.keeps_store and self._ending.result is None:
+      self._ending.keep(True)  # now there is something to go on with
+    self._advance()
+
+  def _advance(self, *, keeps_older: bool = True) -> None:
+    """Moves the recovery line on, if it can."""
+    if self._recoverer.advance(self._leader.iteration, keeps_older=keeps_older):
+      for each in self._crew.workers:
+        each.send('line', iteration=self._recoverer.line)
+      self._stores.retain_orphans(self._recoverer.line)
+
+  def _on_report(self, worker, message: messages.Message) -> None:
+    one = report.Report.from_json(message['report'])
+    worker.iteration = max(worker.iteration, one.iteration)
+    stages = range(self._config.train.stages)
+    reports = self._leader.add(one, [self._crew.team(s) for s in stages])
+    if reports:
+      self._advance()
+      self._warm_standby()
+    decisions = self._recoverer.add(reports) if reports else None
+    if decisions:
+      for each in self._crew.workers:
+        each.send('decide', decision=decisions[each.stage].to_json())
+    if reports:
+      self._grow()
+    self._write_workers()
+
+  def _warm_standby(self) -> None:
+    """Between iterations only: starts and recoveries need the cores."""
+    if (
+      self._where.standby
+      and not self._hosts.others
+      and not self._signals
+      and not self._recoverer.recovering
+    ):
+      self._crew.warm_standbys(self._ready[0, 0]['lowering_platform'])
+
+  def _on_done(self, worker, message: messages.Message) -> None:
+    if not self._final.done(worker, len(self._crew.workers)):
+      return
+    if message['iteration'] < self._config.train.iterations:
+      self._ending.stopped(has_begun=self.has_begun)
+      return
+    self._final.hand_over(self._givers())
+
+  def _on_handed_over(self, worker, message: messages.Message) -> None:
+    del message
+    self._final.handed_over(worker, self._givers(), self._leader.iteration)
+
+  def _givers(self) -> list[child_process.WorkerProcess]:
+    """Of every stage as many workers as it takes to have all of its state."""
+    if self._config.train.shard_optimizer:
+      return self._crew.workers
+    stages = range(self._config.train.stages)
+    return [self._crew.of_stage(stage)[0] for stage in stages]
+
+  def _on_saved(self, worker, message: messages.Message) -> None:
+    del worker, message
+    self._ending.finished(self._folder.checkpoint)
+
+  def _on_refused(self, worker, message: messages.Message) -> None:
+    error = errors.ConfigError(
+      message['flag'], message['value'], message['reason']
+    )
+    if self._leader.accepted:
+      raise child_process.WorkerError(
+        worker.stage, worker.iteration, str(error)
+      )
+    raise error
+
+  def _on_failed(self, worker, message: messages.Message) -> None:
+    if self._ending.result is not None:
+      return
+    if message['final'] or not self.has_begun:
+      raise child_process.WorkerError(
+        worker.stage, message['iteration'], message['error']
+      )
+    worker.reason = f'failed: {message["error"]}'
+    worker.iteration = max(worker.iteration, message['iteration'])
+    worker.suspects = tuple(message['suspects'])
+    if message['corrupt']:
+      worker.corrupt = message['corrupt'][0], message['corrupt'][1]
+    worker.kill()  # that is quicker than its own end, and cannot hang
+
+  def _on_fault(self, worker, message: messages.Message) -> None:
+    fault = self._book.happens(message['number'])
+    self._leader.event(faults.EVENT, **faults.event_fields(fault))
+    worker.fault_at = message['at']
+    if fault.phase not in faults.START_PHASES:
+      worker.iteration = max(worker.iteration, fault.iteration)
+    if fault.kind == 'kill_all':
+      for each in self._crew.everyone():
+        each.kill()
+    if fault.kind in faults.AGENT_KINDS:
+      os.kill(os.getpid(), signal.SIGKILL)
+
+  # ---- ends ------------------------------------------------------------------
+
+  def _on_signal(self) -> None:
+    self._signals += self._signal_pipe.take()
+    if self._ending.result is not None:
+      self._ending.end_now()
+      return
+    if self._signals > 1 or len(self._trained) < self._config.train.stages:
+      self._ending.stopped(has_begun=self.has_begun)
+      self._ending.end_now()
+      return
+    self._leader.view.note(
+      'Stopping after this iteration; again to stop at once.'
+    )
+    self._stopper.begin()
+
+  def _on_answer(self, worker, message: messages.Message) -> None:
+    self._stopper.answer(worker, message['limit'], message['begun'])
+
+  def _failed(self, error: errors.MoetionError) -> None:
+    logs = []
+    if self._leader.accepted and isinstance(error, child_process.WorkerError):
+      logs = [self._log_file(w) for w in self._crew.of_stage(error.stage)]
+    self._ending.failed(error, logs, has_begun=self.has_begun)
+
+  def _write_workers(self, state: str | None = None) -> None:
+    everyone = self._crew.everyone() if state is None else self._crew.workers
+    self._leader.write_workers(everyone, self._hosts.agents(), state)

@@ -1,0 +1,49 @@
+"""What every worker of a run is told when it starts."""
+
+from __future__ import annotations
+
+import os
+
+from launch.lm import settings as run_settings
+from moetion_jax.hostmem import store_folder
+from moetion_jax.runtime import messages
+from moetion_jax.runtime.agent import settings as agent_settings
+from moetion_jax.runtime.records import workdir
+
+
+def worker_spec(
+  config: run_settings.RunConfig,
+  where: agent_settings.AgentSettings,
+  folder: workdir.Workdir,
+  store: store_folder.StoreFolder,
+  secret: str,
+) -> messages.Spec:
+  """The spec of every worker, but for what the crew fills in.
+
+  Args:
+    config: of the run.
+    where: it runs.
+    folder: the workdir.
+    store: of the leader's host.
+    secret: of the job, in hex; '' on one host.
+  """
+  return messages.Spec(
+    config=config,
+    stage=messages.STANDBY,
+    generation=0,
+    agent_pid=os.getpid(),
+    cores=(),
+    compilation_cache_dir=where.compilation_cache_dir,
+    folder=str(store.path),
+    durable_folder=where.durable_folder(str(folder.path)),
+    handover_folder=str(store.path),
+    host='',
+    secret=secret,
+    platform='',
+    full_seconds=where.full_seconds,
+    # Where nothing limits them they take all that come.
+    grows_capacity=where.captures.grows_capacity
+    and config.model.capacity_factor > 0,
+    status_fd=-1,
+    control_fd=-1,
+  )

@@ -1,0 +1,203 @@
+"""How workers begin, and begin again: of one stage, or of all together.
+
+Whoever goes back is told from where (`Recoverer`), and gets what it needs for
+it: other workers' addresses, logs without what is damaged, stores without what
+counts no more. No JAX here: the agent uses this module.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from moetion_jax.policies import rules as rules_lib
+from moetion_jax.recovery import (
+  plan as recovery_plan,
+  recoverer as recoverer_lib,
+)
+from moetion_jax.runtime.agent import (
+  final_checkpoint,
+  rollback,
+  stopper as stopper_lib,
+)
+from moetion_jax.runtime.hosts import (
+  child_process,
+  crew as crew_lib,
+  hosts as hosts_lib,
+  stores as stores_lib,
+)
+from moetion_jax.runtime.records import recorder
+
+
+class Comeback:
+  """Has workers go back and begin again, by the rules of the run's policy."""
+
+  def __init__(
+    self,
+    stages: int,
+    rules: rules_lib.Policy,
+    crew: crew_lib.Crew,
+    hosts: hosts_lib.Hosts,
+    recoverer: recoverer_lib.Recoverer,
+    stores: stores_lib.Stores,
+    leader: recorder.Recorder,
+    final: final_checkpoint.FinalState,
+    stopper: stopper_lib.Stopper,
+    on_replaced: Callable[[child_process.WorkerProcess], None],
+  ):
+    """Stores the arguments.
+
+    Args:
+      stages: of the run.
+      rules: who goes back after a failure.
+      crew: whose workers do.
+      hosts: that know their addresses.
+      recoverer: who plans.
+      stores: with logs and snapshots.
+      leader: who knows what was reported.
+      final: who is done; those who go back are not.
+      stopper: who tells them when to stop.
+      on_replaced: called with each new worker.
+    """
+    self._stages = range(stages)
+    self._rules = rules
+    self._crew = crew
+    self._hosts = hosts
+    self._recoverer = recoverer
+    self._stores = stores
+    self._leader = leader
+    self._final = final
+    self._stopper = stopper
+    self._on_replaced = on_replaced
+    self._rollback = rollback.Rollback(
+      stages, crew, recoverer, stores, on_replaced
+    )
+
+  def begin(
+    self,
+    plan: recovery_plan.RecoveryPlan,
+    lost: frozenset[int],
+    last_recorded: int,
+  ) -> None:
+    """Lets everybody train for the first time.
+
+    Args:
+      plan: from where.
+      lost: stages whose logs are of no use.
+      last_recorded: iteration that an earlier run wrote down; 0 for none.
+    """
+    if not plan.start:
+      lost = frozenset(plan.stages)
+      self._stores.forget_snapshots(plan.stages)
+    if not self._rules.is_local:
+      lost = frozenset(plan.stages)
+      self._stores.drop_logs()
+    if not self._rules.is_exact and last_recorded:
+      self._forget_after(plan)
+    for worker in self._crew.workers:
+      self._let_go(worker, plan, is_fresh=worker.stage in lost)
+
+  def after(
+    self,
+    worker: child_process.WorkerProcess,
+    reason: str,
+    lost: frozenset[int],
+    team: tuple[int, ...],
+  ) -> recovery_plan.RecoveryPlan | None:
+    """Has go back whoever has to after the death of a worker.
+
+    Args:
+      worker: that is dead.
+      reason: why.
+      lost: stages whose logs are gone.
+      team: the replicas of its stage that have a worker from now on.
+
+    Returns:
+      The plan, if only stages that lost something go back.
+
+    Raises:
+      base.MoetionError: too many failures; nothing is left to start from.
+    """
+    if not self._rules.is_local:
+      self._rollback.begin(worker, reason, team)
+      self.together()
+      return None
+    plan = self._recoverer.fail(
+      {worker.stage: reason},
+      [
+        max(w.iteration for w in self._crew.of_stage(stage))
+        for stage in self._stages
+      ],
+      lost=lost,
+      suspects=worker.suspects,
+      corrupt=worker.corrupt,
+      detect_seconds=0.0
+      if worker.fault_at is None
+      else time.monotonic() - worker.fault_at,
+      reported=self._leader.iteration,
+    )
+    for stage in plan.stages:
+      self._final.forget(stage)
+      new_team = team if stage == worker.stage else None
+      for new in self._crew.replace(stage, team=new_team):
+        self._on_replaced(new)
+    if worker.corrupt and worker.corrupt[0] in plan.stages:
+      self._stores.drop_damaged(worker.corrupt[0], plan.first_iteration)
+    # Everybody goes back: what they need is no longer in anybody's log.
+    goes_back = self._recoverer.goes_back(plan)
+    if goes_back and not plan.start:
+      self._stores.forget_snapshots(plan.stages)
+    for stage in plan.stages:
+      for new in self._crew.of_stage(stage):
+        self._let_go(new, plan, is_fresh=goes_back or stage in lost)
+        self._stopper.tell([new])
+    if self._hosts.others:
+      locations = self._hosts.locations(self._crew.workers)
+      for other in self._crew.workers:
+        other.send('locations', locations=locations)
+    return plan
+
+  def together(self) -> None:
+    """Lets all stages begin again, if they are to and everybody has stopped.
+
+    Raises:
+      base.MoetionError: nothing is left to start from.
+    """
+    plan = self._rollback.finish(self._leader.iteration)
+    if plan is None:
+      return
+    for stage in plan.stages:
+      self._final.forget(stage)
+    if not self._rules.is_exact:
+      self._forget_after(plan)
+    for worker in self._crew.workers:
+      self._let_go(worker, plan, is_fresh=True)
+      self._stopper.tell([worker])
+
+  def _forget_after(self, plan: recovery_plan.RecoveryPlan) -> None:
+    """What comes after a plan's start will not be what it was."""
+    self._stores.forget_newer(plan.start)
+    self._recoverer.lose(plan)
+    self._leader.forget_after(plan.start)
+
+  def _let_go(
+    self,
+    worker: child_process.WorkerProcess,
+    plan: recovery_plan.RecoveryPlan,
+    *,
+    is_fresh: bool,
+  ) -> None:
+    """Has a worker carry out its part of a plan."""
+    if self._hosts.others:
+      locations = self._hosts.locations(self._crew.workers)
+      worker.send('locations', locations=locations)
+    # From here on it is one that replays, though it has not said so.
+    worker.iteration, worker.is_idle = plan.first_iteration, False
+    go = self._recoverer.go(
+      worker.stage,
+      plan,
+      is_fresh=is_fresh,
+      workers=len(self._crew.team(worker.stage)),
+      generation=worker.generation,
+    )
+    worker.send('go', go=go.to_json())

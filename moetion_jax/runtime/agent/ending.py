@@ -1,0 +1,123 @@
+"""How a run ends: with which code and words, and whether its stores stay."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+import time
+
+from moetion_jax import errors
+from moetion_jax.runtime.hosts import child_process, crew as crew_lib, hosts
+from moetion_jax.runtime.records import recorder as recorder_lib
+
+# A worker that was told to end may take so long, then it is killed.
+_GRACE_SECONDS = 10.0
+
+
+class Ending:
+  """The end of one run, once there is one.
+
+  Attributes:
+    result: exit code, and the state for `workers.json`; None while the run goes
+      on.
+    kill_at: when workers that live on are killed, `time.monotonic`.
+    keeps_store: whether what is in the host stores will be gone on with.
+  """
+
+  def __init__(
+    self,
+    recorder: recorder_lib.Recorder,
+    hosts: hosts.Hosts,
+    crew: crew_lib.Crew,
+    *,
+    keeps_store: bool,
+  ):
+    """Stores the arguments.
+
+    Args:
+      recorder: writes the event.
+      hosts: whose stores stay or go.
+      crew: whose workers are told.
+      keeps_store: whether an earlier run left something in the host stores.
+    """
+    self.result: tuple[int, str] | None = None
+    self.kill_at: float | None = None
+    self._recorder = recorder
+    self._hosts = hosts
+    self._crew = crew
+    self.keep(keeps_store)
+
+  def keep(self, keep: bool) -> None:
+    """Whether the host stores stay, whatever ends the run from now on."""
+    self.keeps_store = keep
+    self._hosts.keep(keep)
+
+  def end(self, code: int, state: str) -> None:
+    """Ends the run: workers are told, later killed."""
+    self.result = code, state
+    self.kill_at = time.monotonic() + _GRACE_SECONDS
+    for worker in self._crew.everyone():
+      worker.send('exit')
+
+  def end_now(self) -> None:
+    """Lets no worker finish what it does."""
+    self.kill_at = time.monotonic()
+
+  def stopped(self, *, has_begun: bool) -> None:
+    """Ends a run that was told to stop, and says how to go on with it."""
+    iteration = self._recorder.iteration
+    self._recorder.event('stopped', iteration=iteration)
+    self.end(0, 'stopped')
+    note = 'Stopped before training began.'
+    if has_begun:
+      note = f'Stopped after iteration {iteration}.'
+    how = self._how_to_go_on(has_begun=has_begun)
+    self._recorder.view.note(f'{note} {how}'.rstrip())
+
+  def finished(self, checkpoint: pathlib.Path) -> None:
+    """Ends a run whose final checkpoint is written."""
+    self._recorder.event('finished', iteration=self._recorder.iteration)
+    self.end(0, 'finished')
+    self.keep(False)
+    self._recorder.view.note(f'Finished: {checkpoint}')
+
+  def failed(
+    self,
+    error: errors.MoetionError,
+    logs: list[pathlib.Path],
+    *,
+    has_begun: bool,
+  ) -> None:
+    """Ends a run that cannot go on, and says why and what can be done.
+
+    Args:
+      error: the reason.
+      logs: what the workers of the failed stage printed, if one failed.
+      has_begun: whether the workers were told to train.
+    """
+    self._crew.close()  # and pass on what they still had to print
+    self.result = 1, 'failed'
+    fields = {'error': str(error)}
+    if isinstance(error, child_process.WorkerError):
+      fields |= {'stage': error.stage, 'iteration': error.iteration}
+    with contextlib.suppress(OSError):  # that may be why it failed
+      self._recorder.event('failed', **fields)
+    print(f'The run ended: {error}', file=sys.stderr)
+    if logs:
+      names = ' and '.join(map(str, logs))
+      print(f'What it printed is in {names}', file=sys.stderr)
+    if how := self._how_to_go_on(has_begun=has_begun):
+      print(how, file=sys.stderr)
+
+  def _how_to_go_on(self, *, has_begun: bool) -> str:
+    if self.keeps_store:
+      return (
+        'The same command goes on from the snapshots in '
+        f'{self.store_names()}; --fresh, or removing them, starts over.'
+      )
+    return 'The same command starts over.' if has_begun else ''
+
+  def store_names(self) -> str:
+    """The host stores' folders, for people."""
+    return ' and '.join(map(str, self._hosts.stores()))

@@ -1,0 +1,116 @@
+"""All stages go back together: the recovery of every policy but 'sparse'.
+
+A dead worker is replaced. All others stop where they are and keep their
+process and their programs; with replicas they are replaced as well, since they
+may hang in a collective. When nobody works any more, all begin again from the
+newest snapshot that all have, with empty logs.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from moetion_jax.recovery import (
+  plan as recovery_plan,
+  recoverer as recoverer_lib,
+)
+from moetion_jax.runtime.hosts import (
+  child_process,
+  crew as crew_lib,
+  stores as stores_lib,
+)
+
+
+class Rollback:
+  """`begin` at a failure; `finish` whenever somebody has stopped."""
+
+  def __init__(
+    self,
+    stages: int,
+    crew: crew_lib.Crew,
+    recoverer: recoverer_lib.Recoverer,
+    stores: stores_lib.Stores,
+    on_replaced: Callable[[child_process.WorkerProcess], None],
+  ):
+    """Stores the arguments.
+
+    Args:
+      stages: of the run.
+      crew: whose workers stop, or are replaced.
+      recoverer: who plans.
+      stores: that nobody writes meanwhile.
+      on_replaced: called with each new worker.
+    """
+    self._stages = range(stages)
+    self._crew = crew
+    self._recoverer = recoverer
+    self._stores = stores
+    self._on_replaced = on_replaced
+    self._failed: dict[int, str] = {}
+    self._newest = [0] * stages
+    self._failed_at = 0.0
+    self._detect_seconds = 0.0
+
+  def begin(
+    self,
+    worker: child_process.WorkerProcess,
+    reason: str,
+    team: tuple[int, ...],
+  ) -> None:
+    """Has everybody stop, because a worker is dead; again for each.
+
+    Args:
+      worker: that is dead.
+      reason: why.
+      team: the replicas of its stage that have a worker from now on.
+
+    Raises:
+      base.MoetionError: there were too many failures.
+    """
+    now = time.monotonic()
+    if not self._failed:
+      self._failed_at = now
+      self._detect_seconds = now - (worker.fault_at or now)
+    self._failed[worker.stage] = reason
+    self._recoverer.count(
+      {worker.stage: reason}, suspects=worker.suspects, corrupt=None
+    )
+    for stage in self._stages:
+      members = self._crew.of_stage(stage)
+      begun = max(w.iteration for w in members)
+      self._newest[stage] = max(self._newest[stage], begun)
+      if stage == worker.stage or len(members) > 1:
+        new_team = team if stage == worker.stage else None
+        for new in self._crew.replace(stage, team=new_team):
+          self._on_replaced(new)
+        continue
+      for member in members:
+        member.roll_back()
+
+  def finish(self, reported: int) -> recovery_plan.RecoveryPlan | None:
+    """What all do now, if a roll back is under way and everybody has stopped.
+
+    Args:
+      reported: iteration that all reported and that is written down.
+
+    Raises:
+      base.MoetionError: nothing is left to start from.
+    """
+    if not self._failed or not all(w.is_idle for w in self._crew.workers):
+      return None
+    self._stores.rescan()
+    plan = self._recoverer.roll_back(
+      self._failed,
+      self._newest,
+      reported,
+      failed_at=self._failed_at,
+      detect_seconds=self._detect_seconds,
+    )
+    self._failed, self._newest = {}, [0] * len(self._stages)
+    self._stores.drop_logs()
+    if not plan.start:
+      self._stores.forget_snapshots(plan.stages)
+    return plan

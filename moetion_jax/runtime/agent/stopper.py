@@ -1,0 +1,62 @@
+"""How the agent has all stages end after the same iteration (`stopping`).
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from moetion_jax.recovery import stopping
+from moetion_jax.runtime.hosts import child_process
+
+
+class Stopper:
+  """The proposals and answers of one run's end."""
+
+  def __init__(
+    self,
+    iterations: int,
+    workers: Callable[[], Sequence[child_process.WorkerProcess]],
+  ):
+    """Stores the arguments.
+
+    Args:
+      iterations: of the run.
+      workers: those of the moment.
+    """
+    self._iterations = iterations
+    self._workers = workers
+    self._answers: dict[tuple[int, int], int] = {}
+    self._decision: stopping.StopDecision | None = None
+
+  def begin(self) -> None:
+    """Proposes to stop soon."""
+    newest = max(w.iteration for w in self._workers())
+    self._decide(stopping.first_proposal(newest, self._iterations))
+
+  def answer(
+    self, worker: child_process.WorkerProcess, limit: int, begun: int
+  ) -> None:
+    """Takes in the answer of a worker."""
+    if self._decision is None or limit != self._decision.limit:
+      return  # to an earlier proposal
+    self._answers[worker.stage, worker.replica] = begun
+    decision = stopping.decide(
+      limit, self._answers, len(self._workers()), self._iterations
+    )
+    if decision:
+      self._decide(decision)
+
+  def tell(self, workers: Sequence[child_process.WorkerProcess]) -> None:
+    """Tells workers, such as new ones, what is decided, if anything is."""
+    if self._decision is None:
+      return
+    kind = 'commit' if self._decision.commit else 'propose'
+    for worker in workers:
+      worker.send(kind, limit=self._decision.limit)
+
+  def _decide(self, decision: stopping.StopDecision) -> None:
+    self._decision = decision
+    self._answers.clear()
+    self.tell(self._workers())

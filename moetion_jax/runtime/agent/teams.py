@@ -1,0 +1,103 @@
+"""Which replicas of a stage have a worker, when some cannot have one.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+from moetion_jax import errors
+from moetion_jax.recovery import recoverer as recoverer_lib
+from moetion_jax.runtime.agent import settings as agent_settings
+from moetion_jax.runtime.hosts import (
+  child_process,
+  crew as crew_lib,
+  stores as stores_lib,
+)
+from moetion_jax.runtime.records import recorder
+
+
+class Teams:
+  """Shrinks stages whose workers cannot be replaced, and grows them again."""
+
+  def __init__(
+    self,
+    replicas: int,
+    where: agent_settings.AgentSettings,
+    crew: crew_lib.Crew,
+    recoverer: recoverer_lib.Recoverer,
+    stores: stores_lib.Stores,
+    leader: recorder.Recorder,
+  ):
+    """Stores the arguments.
+
+    Args:
+      replicas: of each stage.
+      where: what may be done.
+      crew: whose teams they are.
+      recoverer: who counts failures.
+      stores: in which snapshots lose and get their writer.
+      leader: who is told.
+    """
+    self._everybody = tuple(range(replicas))
+    self._where = where
+    self._crew = crew
+    self._recoverer = recoverer
+    self._stores = stores
+    self._leader = leader
+    self._shrunk_at: dict[int, int] = {}  # iteration, by stage
+
+  def without(
+    self, worker: child_process.WorkerProcess, what: str
+  ) -> tuple[int, ...]:
+    """The team of a stage after the death of a worker: without it, if need be.
+
+    Args:
+      worker: that is dead.
+      what: happened to it.
+
+    Raises:
+      base.MoetionError: it cannot be replaced, and nobody may stand in for it.
+    """
+    team = self._crew.team(worker.stage)
+    has_none = not self._may_start(len(team))
+    is_hopeless = has_none or self._recoverer.failures.is_crash_loop(
+      worker.stage
+    )
+    if is_hopeless and self._where.on_failure == 'shrink' and len(team) > 1:
+      team = tuple(r for r in team if r != worker.replica)
+      self._recoverer.failures.forgive(worker.stage)
+      self._shrunk_at[worker.stage] = self._leader.iteration
+      self._stores.orphan(worker.stage, team)
+      self._leader.event(
+        'shrunk', stage=worker.stage, replica=worker.replica, team=team
+      )
+      self._leader.view.note(
+        f'stage {worker.stage} goes on without replica {worker.replica}: the '
+        'others do its microbatches'
+      )
+    elif has_none:
+      raise errors.MoetionError(
+        f'{what}; --max_workers={self._where.max_workers} processes were '
+        'started, and nobody can take its place'
+      )
+    return team
+
+  def grow(self) -> list[int]:
+    """The stages that get all their workers back now."""
+    if not self._where.grow_after or self._recoverer.recovering:
+      return []
+    for stage, iteration in self._shrunk_at.items():
+      is_time = self._leader.iteration >= iteration + self._where.grow_after
+      if is_time and self._may_start(len(self._everybody)):
+        del self._shrunk_at[stage]
+        self._stores.orphan(stage, self._everybody)
+        self._recoverer.failures.forgive(
+          stage
+        )  # that it begins again is no failure
+        self._leader.event('grown', stage=stage, team=self._everybody)
+        return [stage]  # one at a time
+    return []
+
+  def _may_start(self, count: int) -> bool:
+    limit = self._where.max_workers
+    return not limit or self._crew.started + count <= limit

@@ -1,0 +1,68 @@
+"""Looks after workers that hang: kills them, which is then a death like others.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from moetion_jax import errors
+from moetion_jax.recovery import hang_detection
+from moetion_jax.runtime.hosts import child_process
+
+WATCH_SECONDS = 0.25  # between two looks
+# The agent itself was stopped, or starved: what it did not hear says nothing.
+_ASLEEP_SECONDS = 2.0
+
+
+class Watcher:
+  """Called often, looks now and then."""
+
+  def __init__(self, hang_timeout_seconds: float):
+    """Stores after how long a program hangs."""
+    self._hang_timeout_seconds = hang_timeout_seconds
+    self._looked_at = time.monotonic()
+
+  def look(
+    self, workers: Sequence[child_process.WorkerProcess], *, excused: bool
+  ) -> None:
+    """Kills one that hangs, and says in its `reason` why.
+
+    Args:
+      workers: of the run.
+      excused: whether nobody is to blame now, whatever it does.
+
+    Raises:
+      base.MoetionError: everybody waits for somebody.
+    """
+    now = time.monotonic()
+    if now - self._looked_at < WATCH_SECONDS:
+      return
+    was_asleep = now - self._looked_at > _ASLEEP_SECONDS
+    self._looked_at = now
+    everyone = [w for w in workers if w.exit_code is None]
+    if was_asleep or excused:
+      for worker in everyone:
+        worker.heard_at = worker.state_since = now
+      return
+    seen = [
+      hang_detection.Seen(
+        stage=worker.stage,
+        replica=worker.replica,
+        state=worker.state,
+        detail=worker.detail,
+        state_seconds=now - worker.state_since,
+        silent_seconds=now - worker.heard_at,
+        is_stopped=hang_detection.is_stopped(worker.pid),
+      )
+      for worker in everyone
+    ]
+    for worker, one in zip(everyone, seen, strict=True):
+      if why := hang_detection.hanging(one, self._hang_timeout_seconds, seen):
+        worker.reason = why
+        worker.kill()
+        return
+    if why := hang_detection.deadlock(seen):
+      raise errors.MoetionError(f'{why}; this is a defect of the program')

@@ -1,0 +1,1 @@
+"""The processes and the stores of a run on all its hosts, as its agent has them."""

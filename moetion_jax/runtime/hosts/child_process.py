@@ -1,0 +1,342 @@
+"""A worker as its agent sees it: a process, its pipes, what it said last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from moetion_jax import errors
+from moetion_jax.runtime import messages
+
+_READ_BYTES = 1 << 16
+_KEPT_LINES = 1000  # of output, until there is a log to write them to
+
+
+class WorkerError(errors.MoetionError):
+  """A worker ended, or cannot go on."""
+
+  def __init__(self, stage: int, iteration: int, what: str):
+    super().__init__(f'stage {stage}, iteration {iteration}: {what}')
+    self.stage = stage
+    self.iteration = iteration
+
+
+class Transcript:
+  """What a process printed: shown with its name, and kept in a log.
+
+  `close` last.
+
+  Attributes:
+    name: of who prints.
+  """
+
+  def __init__(self, name: str):
+    """Stores who prints."""
+    self.name = name
+    self._log = None
+    self._unlogged: list[bytes] = []
+
+  def add(self, line: bytes) -> None:
+    """Takes a line, without its end."""
+    if self._log:
+      self._log.write(line + b'\n')
+    elif len(self._unlogged) < _KEPT_LINES:
+      self._unlogged.append(line)
+    print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
+
+  def open_log(self, path: pathlib.Path) -> None:
+    """From now on lines go to a file as well; what has come, too."""
+    self._log = open(path, 'ab', buffering=0)
+    for line in self._unlogged:
+      self._log.write(line + b'\n')
+    self._unlogged.clear()
+
+  def close(self) -> None:
+    """Closes the log. May be called twice."""
+    if self._log:
+      self._log.close()
+      self._log = None
+
+
+class ChildProcess:
+  """A process of ours and its pipes. `start` first; `kill`, `close` last.
+
+  Nothing here waits, except `close`: whoever started it polls `status_fd`,
+  `output_fd` and `pid_fd`, and calls what is named after the one that is
+  readable.
+
+  Attributes:
+    exit_code: negative for a signal; None while it runs.
+    is_closed: whether nothing more can be heard of it.
+  """
+
+  def __init__(self, module: str, on_line: Callable[[bytes], None]):
+    """Stores what it runs, and who gets the lines that it prints."""
+    self.exit_code: int | None = None
+    self.is_closed = False
+    self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
+    self._module = module
+    self._on_line = on_line
+    self._process: subprocess.Popen[bytes] | None = None
+    self._status_lines = messages.Lines()
+    self._output_lines = messages.Lines()
+
+  def start(
+    self,
+    spec: Mapping[str, object],
+    environment: Mapping[str, str],
+    lock_fds: tuple[int, ...],
+  ) -> None:
+    """Starts the process.
+
+    Args:
+      spec: JSON of a `protocol.Spec` or `HostSpec` but for the pipes.
+      environment: variables on top of those of this process.
+      lock_fds: that it inherits, and with them the locks.
+    """
+    self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
+    their_control, self._control_fd = os.pipe2(os.O_CLOEXEC)
+    self.output_fd, their_output = os.pipe2(os.O_CLOEXEC)
+    try:
+      self._process = subprocess.Popen(
+        [sys.executable, '-m', self._module],
+        stdin=subprocess.PIPE,
+        stdout=their_output,
+        stderr=their_output,
+        pass_fds=(their_status, their_control, *lock_fds),
+        env={**os.environ, **_import_path(), **environment},
+        process_group=0,  # a Ctrl-C on the terminal is the agent's to handle
+      )
+    finally:
+      for fd in (their_status, their_control, their_output):
+        os.close(fd)
+    self.pid_fd = os.pidfd_open(self._process.pid)
+    os.set_blocking(self.status_fd, False)
+    os.set_blocking(self.output_fd, False)
+    full = {**spec, 'status_fd': their_status, 'control_fd': their_control}
+    assert self._process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died: its pid_fd says so
+      self._process.stdin.write(json.dumps(full).encode())
+      self._process.stdin.close()
+
+  @property
+  def pid(self) -> int:
+    """Of the process."""
+    assert self._process is not None
+    return self._process.pid
+
+  def send(self, kind: str, **fields: object) -> None:
+    """Sends a message; one that a dead process does not get is lost."""
+    with contextlib.suppress(BrokenPipeError):
+      messages.write(self._control_fd, messages.encode(kind, **fields))
+
+  def read_status(self) -> tuple[list[messages.Message], bool]:
+    """The messages that have come, and whether no more can."""
+    data, ended = _read(self.status_fd)
+    lines = self._status_lines.feed(data)
+    return [json.loads(line) for line in lines], ended
+
+  def read_output(self) -> bool:
+    """Passes on what the process printed; whether no more can come."""
+    data, ended = _read(self.output_fd)
+    lines = self._output_lines.feed(data)
+    if ended:
+      lines += self._output_lines.flush()
+    for line in lines:
+      self._on_line(line)
+    return ended
+
+  def reap(self) -> None:
+    """Collects the exit code of a process that ended."""
+    assert self._process is not None
+    self.exit_code = self._process.wait()
+
+  def kill(self) -> None:
+    """Ends the process at once (JAX swallows SIGTERM)."""
+    if self._process is not None and self._process.poll() is None:
+      self._process.kill()
+
+  def close(self) -> None:
+    """Waits for the end of the process, then closes what belongs to it."""
+    self.is_closed = True
+    if self._process is not None:
+      self.exit_code = self._process.wait()
+    if self.output_fd >= 0:
+      self.read_output()
+    for fd in (self.status_fd, self.output_fd, self.pid_fd, self._control_fd):
+      if fd >= 0:
+        os.close(fd)
+    self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
+
+  def describe_exit(self) -> str:
+    """How it ended, for people."""
+    return describe_exit(self.exit_code)
+
+
+class WorkerProcess(ChildProcess):
+  """One worker process.
+
+  Attributes:
+    stage: that it trains.
+    replica: of the stage.
+    generation: of the worker.
+    host: name of the host that it runs on.
+    state: what it does, for people and `workers.json`.
+    detail: more about that; '' for nothing.
+    iteration: that it works on.
+    is_warm: a standby that is prepared.
+    heard_at: when it said something last, `time.monotonic`.
+    state_since: since when it has been doing what it does.
+    reason: why it has to be killed; '' for nothing.
+    suspects: iterations of snapshots that it found to be damaged.
+    corrupt: stage and iteration of a log entry that it found to be damaged.
+    has_caught_up: with its predecessor, or it has none.
+    is_idle: whether it has nothing to do until it is told `go`.
+    is_going_back: whether it was told to stop, and has not said that it did.
+    fault_at: when it had a scripted fault, `time.monotonic`; None: it had none.
+  """
+
+  def __init__(
+    self,
+    stage: int,
+    generation: int = 1,
+    host: str = '',
+    on_line: Callable[[bytes], None] | None = None,
+    replica: int = 0,
+    is_alone: bool = True,
+  ):
+    """Stores who it is; nothing runs before `start`.
+
+    Args:
+      stage: that it trains.
+      generation: of the worker.
+      host: name of the host that it runs on.
+      on_line: who gets the lines that it prints; None: this process's stderr.
+      replica: of the stage.
+      is_alone: whether the stage has one worker.
+    """
+    self._is_alone = is_alone
+    self._transcript = Transcript(self._name_of(stage, replica))
+    super().__init__(
+      'moetion_jax.runtime.worker.main', on_line or self._transcript.add
+    )
+    self.stage = stage
+    self.replica = replica
+    self.generation = generation
+    self.host = host
+    self.state, self.detail, self.iteration = 'starting', '', 0
+    self.is_warm = False
+    self.heard_at = self.state_since = time.monotonic()
+    self.reason = ''
+    self.suspects: tuple[int, ...] = ()
+    self.corrupt: tuple[int, int] | None = None
+    self.has_caught_up = False
+    self.is_idle, self.is_going_back = True, False
+    self.fault_at: float | None = None
+    self._steps = 0
+
+  def become(self, stage: int, replica: int, generation: int) -> None:
+    """From a standby to the worker of a stage."""
+    self.stage, self.replica = stage, replica
+    self.generation, self.is_warm = generation, False
+    self.state, self.detail = 'starting', ''
+    self._transcript.name = self.name
+
+  def describe_death(self) -> str:
+    """How the worker died, and what it was doing."""
+    what = f'the worker (pid {self.pid}) {self.reason or self.describe_exit()}'
+    if self.reason:
+      return what
+    doing = 'waiting for' if self.state == 'waiting' else self.state
+    return f'{what} while {doing} {self.detail}'.rstrip()
+
+  def roll_back(self) -> None:
+    """Has it stop, without ending the process; it answers `rolled_back`."""
+    if not self.is_idle and not self.is_going_back:
+      self.is_going_back = True
+      self.send('roll_back')
+
+  def rolled_back(self) -> None:
+    """It has stopped, and becomes the next generation."""
+    self.is_idle, self.is_going_back = True, False
+    self.has_caught_up = False
+    self.reason, self.suspects, self.corrupt = '', (), None
+    self.generation += 1
+
+  @property
+  def name(self) -> str:
+    """For people: 'stage 1', or 'stage 1 replica 0' where there are several."""
+    return self._name_of(self.stage, self.replica)
+
+  def _name_of(self, stage: int, replica: int) -> str:
+    if stage < 0:
+      return 'standby'
+    return f'stage {stage}' + ('' if self._is_alone else f' replica {replica}')
+
+  def says(self, state: str, detail: str, iteration: int, steps: int) -> None:
+    """Takes in what it says that it does."""
+    if (state, detail, iteration, steps) != (
+      self.state,
+      self.detail,
+      self.iteration,
+      self._steps,
+    ):
+      self.state_since = time.monotonic()
+    self.state, self.detail, self._steps = state, detail, steps
+    self.iteration = iteration
+
+  def open_log(self, path: pathlib.Path) -> None:
+    """See `Transcript.open_log`."""
+    self._transcript.open_log(path)
+
+  def close(self) -> None:
+    """See `ChildProcess.close`."""
+    super().close()
+    self._transcript.close()
+
+
+def marked(variable: str, value: str) -> list[int]:
+  """Pids of living processes that were started with a variable set so."""
+  wanted = f'{variable}={value}'.encode()
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
+    try:
+      if wanted in path.read_bytes().split(b'\0'):
+        found.append(int(path.parent.name))
+    except OSError:
+      continue
+  return found
+
+
+def describe_exit(exit_code: int | None) -> str:
+  """How a process ended, for people."""
+  if exit_code is not None and exit_code < 0:
+    return f'was killed by {signal.Signals(-exit_code).name}'
+  return f'exited with code {exit_code}'
+
+
+def _import_path() -> dict[str, str]:
+  """Lets a child import what this process was imported from."""
+  root = str(pathlib.Path(__file__).resolve().parents[3])
+  paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+  return {'PYTHONPATH': os.pathsep.join(paths)}
+
+
+def _read(fd: int) -> tuple[bytes, bool]:
+  """All that a non-blocking pipe holds, and whether its writers are gone."""
+  pieces = []
+  while True:
+    try:
+      piece = os.read(fd, _READ_BYTES)
+    except BlockingIOError:
+      return b''.join(pieces), False
+    if not piece:
+      return b''.join(pieces), True
+    pieces.append(piece)

@@ -1,0 +1,312 @@
+"""The worker processes of a run: started, replaced, kept warm, ended.
+
+The workers of a stage are its world: they are replaced together, since the
+others may hang in a collective with the one that died, and each generation of
+a world is a `jax.distributed` job of its own on a fresh port.
+
+No JAX here: the agent never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import selectors
+import socket
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from launch.lm import settings as run_settings
+from moetion_jax.runtime import faults, messages as messages_lib, placement
+from moetion_jax.runtime.hosts import (
+  child_process,
+  hosts as hosts_lib,
+  standbys,
+)
+from moetion_jax.state import division
+
+
+class Listener(Protocol):
+  """Who hears of what processes do."""
+
+  def on_message(
+    self, worker: child_process.WorkerProcess, message: messages_lib.Message
+  ) -> None:
+    """It said something."""
+    ...
+
+  def on_exit(self, worker: child_process.WorkerProcess) -> None:
+    """It ended; everything that it said was heard."""
+    ...
+
+
+class Crew:
+  """A process for every replica of every stage, and standbys.
+
+  `start` first, `close` last.
+
+  Attributes:
+    started: how many processes were started for good, standbys not counted.
+  """
+
+  def __init__(
+    self,
+    config: run_settings.RunConfig,
+    hosts: hosts_lib.Hosts,
+    selector: selectors.BaseSelector,
+    listener: Listener,
+    spec: messages_lib.Spec,
+    book: faults.FaultBook,
+  ):
+    """Stores the arguments.
+
+    Args:
+      config: of the run.
+      hosts: on which the processes run.
+      selector: that the caller polls; its keys' data are called.
+      listener: see there.
+      spec: of a worker, but for what differs between workers.
+      book: of scripted faults.
+    """
+    self._book = book
+    self.started = 0
+    self._of_stage: list[list[child_process.WorkerProcess]] = []
+    self._replicas = config.train.replicas
+    self._config = config
+    self._hosts = hosts
+    self._selector = selector
+    self._listener = listener
+    self._spec = spec
+    self._lock_fds: tuple[int, ...] = ()
+    self._standbys = standbys.Standbys(
+      self._replicas, hosts.standby, self._start, self.end
+    )
+    self._places = placement.place(
+      config.train.stages * self._replicas,
+      local_devices=config.train.local_devices,
+      cores=placement.usable_cores(),
+      gpus=placement.visible_gpus(os.environ),
+      environment=os.environ,
+    )
+
+  def start(self, lock_fds: tuple[int, ...], generation: int) -> None:
+    """Starts a worker for every stage.
+
+    Args:
+      lock_fds: that all inherit.
+      generation: of the workers.
+    """
+    self._lock_fds = lock_fds
+    self._hosts.start(lock_fds[:1])
+    self._hosts.register(self._selector, self._on_news)
+    everybody = tuple(range(self._replicas))
+    for stage in range(self._config.train.stages):
+      world = self._new_world(everybody)
+      self._of_stage.append([])
+      for replica in everybody:
+        worker = self._hosts.worker(stage, replica, generation)
+        self._of_stage[stage].append(worker)
+        self._begin(worker, self._spec_of(worker, world, everybody))
+
+  @property
+  def workers(self) -> list[child_process.WorkerProcess]:
+    """By stage, then replica."""
+    return [worker for team in self._of_stage for worker in team]
+
+  def of_stage(self, stage: int) -> list[child_process.WorkerProcess]:
+    """The workers of a stage, by replica."""
+    return list(self._of_stage[stage])
+
+  def team(self, stage: int) -> tuple[int, ...]:
+    """The replicas of a stage that have a worker."""
+    return tuple(worker.replica for worker in self._of_stage[stage])
+
+  def replace(
+    self,
+    stage: int,
+    *,
+    has_begun: bool = True,
+    team: tuple[int, ...] | None = None,
+  ) -> list[child_process.WorkerProcess]:
+    """Ends a stage's workers that live, and starts the next generation.
+
+    Standbys take their places, if they are warm; a process that is not is
+    faster from the beginning.
+
+    Args:
+      stage: whose.
+      has_begun: whether the run goes on already.
+      team: the replicas that have a worker from now on; None: as before.
+    """
+    old = self._of_stage[stage]
+    team = self.team(stage) if team is None else team
+    for worker in old:
+      worker.kill()
+    for worker in old:
+      self.end(worker)
+    begun = max(worker.iteration for worker in old)
+    generation = old[0].generation + 1
+    taken = self._standbys.take(stage, team, generation, old[0].host)
+    world = taken.world or self._new_world(team)
+    self._of_stage[stage] = []
+    for replica in team:
+      standby = taken.workers.get(replica)
+      worker = standby or self._hosts.worker(stage, replica, generation)
+      self._of_stage[stage].append(worker)
+      spec = dataclasses.replace(
+        self._spec_of(worker, world, team, begun), is_replacement=has_begun
+      )
+      if not standby:
+        self._begin(worker, spec)
+        continue
+      place = self._place_of(worker)
+      assert place is not None
+      self.started += 1
+      worker.send('promote', spec=spec.to_json(), environment=place.environment)
+    return self.of_stage(stage)
+
+  def _begin(
+    self, worker: child_process.WorkerProcess, spec: messages_lib.Spec
+  ) -> None:
+    self.started += 1
+    self._start(worker, spec)
+
+  def _new_world(self, team: tuple[int, ...]) -> str:
+    """A coordinator's address that nobody uses; '' for a worker alone.
+
+    Somebody else may take the port before the world does: then its workers
+    fail, and the next generation has another one.
+    """
+    if len(team) == 1:
+      return ''
+    with socket.socket() as probe:
+      probe.bind(('127.0.0.1', 0))
+      return f'127.0.0.1:{probe.getsockname()[1]}'
+
+  def warm_standbys(self, platform: str) -> None:
+    """Has as many as a world has members, unless they keep dying.
+
+    Args:
+      platform: for which they lower their programs.
+    """
+    # As many cores as one will have, whichever stage it becomes.
+    cores = [place.cores for place in self._places]
+    same = len({len(one) for one in cores}) == 1
+    spec = dataclasses.replace(
+      self._spec,
+      platform=platform,
+      cores=cores[0] if same else (),
+    )
+    everybody = tuple(range(self._replicas))
+    self._standbys.warm(spec, lambda: self._new_world(everybody))
+
+  def warmed(self, worker: child_process.WorkerProcess) -> None:
+    """A standby is prepared."""
+    self._standbys.warmed(worker)
+
+  def end(self, worker: child_process.WorkerProcess) -> None:
+    """Kills a process and waits for its end; passes on its last words."""
+    worker.kill()
+    for fd in (worker.status_fd, worker.output_fd, worker.pid_fd):
+      self._forget(fd)
+    worker.close()
+
+  def close(self) -> None:
+    """Ends all processes, then the other hosts."""
+    everyone = self.everyone()
+    for worker in everyone:
+      worker.kill()
+    for worker in everyone:
+      self.end(worker)
+    self._hosts.close()
+
+  def everyone(self) -> Sequence[child_process.WorkerProcess]:
+    """All workers and standbys."""
+    return [*self.workers, *self._standbys.everyone]
+
+  # ---- processes -------------------------------------------------------------
+
+  def _spec_of(
+    self,
+    worker: child_process.WorkerProcess,
+    world: str,
+    team: tuple[int, ...],
+    begun: int = 0,
+  ) -> messages_lib.Spec:
+    """Of a worker whose predecessor had begun that iteration."""
+    place = self._place_of(worker)
+    stand_ins = division.stand_ins(self._replicas, team)
+    return dataclasses.replace(
+      self._spec,
+      stage=worker.stage,
+      replica=worker.replica,
+      generation=worker.generation,
+      world=world,
+      team=team,
+      stands_for=stand_ins[worker.replica],
+      host=worker.host,
+      cores=place.cores if place else (),
+      faults=self._book.of_worker(worker.stage, begun, worker.replica),
+    )
+
+  def _place_of(
+    self, worker: child_process.WorkerProcess
+  ) -> placement.Placement | None:
+    """Where it runs; None for a standby, which is told later."""
+    if worker.stage == messages_lib.STANDBY:
+      return None
+    return self._places[worker.stage * self._replicas + worker.replica]
+
+  def _start(
+    self, worker: child_process.WorkerProcess, spec: messages_lib.Spec
+  ) -> None:
+    place = self._place_of(worker)
+    environment = (
+      place.environment if place else placement.memory_variables(os.environ)
+    )
+    worker.start(spec.to_json(), environment, self._lock_fds)
+    for fd, react in (
+      (worker.status_fd, self._on_status),
+      (worker.output_fd, self._on_output),
+      (worker.pid_fd, self._on_exit),
+    ):
+      if fd >= 0:  # workers of other hosts have none
+        self._selector.register(
+          fd, selectors.EVENT_READ, functools.partial(react, worker)
+        )
+
+  def _on_status(self, worker: child_process.WorkerProcess) -> None:
+    if worker.is_closed:  # with something else that happened at the same time
+      return
+    messages, ended = worker.read_status()
+    if ended:
+      self._forget(worker.status_fd)
+    for message in messages:
+      self._listener.on_message(worker, message)
+
+  def _on_output(self, worker: child_process.WorkerProcess) -> None:
+    if worker.is_closed:
+      return
+    if worker.read_output():
+      self._forget(worker.output_fd)
+
+  def _on_exit(self, worker: child_process.WorkerProcess) -> None:
+    if worker.exit_code is not None:
+      return
+    worker.reap()
+    self._forget(worker.pid_fd)
+    self._on_status(worker)  # its last words say more than its exit code
+    if worker in self._standbys.everyone:
+      self._standbys.died(worker)
+      return
+    self._listener.on_exit(worker)
+
+  def _on_news(self, worker: Any) -> None:
+    self._on_status(worker)
+    if worker.ended and worker.exit_code is None:
+      self._on_exit(worker)
+
+  def _forget(self, fd: int) -> None:
+    if fd >= 0 and fd in self._selector.get_map():
+      self._selector.unregister(fd)

@@ -1,0 +1,177 @@
+"""The agent of a further host: `python -m launch.host_agent`.
+
+Started by the leader, by nobody else. It owns its host's store, serves it to
+the other hosts, starts its stages' workers as its children, and passes on what
+they and the leader tell each other (`protocol`). It decides nothing. It dies
+with the leader, and its workers with it.
+
+No JAX here: an agent never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import selectors
+import sys
+
+from moetion_jax import errors
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.logs import zmq_server
+from moetion_jax.runtime import linux_process, messages as messages_lib
+from moetion_jax.runtime.hosts import child_process
+
+
+class HostAgent:
+  """One host's workers, from their start to their end."""
+
+  def __init__(self, spec: messages_lib.HostSpec):
+    """Stores; `run` does the work."""
+    self._spec = spec
+    self._store: store_folder.StoreFolder | None = None
+    self._workers: dict[int, child_process.WorkerProcess] = {}
+    self._selector = selectors.DefaultSelector()
+    self._commands = messages_lib.Lines()
+    self._ended = False
+    # Without a leader that says otherwise: the same command goes on with it.
+    self._keeps_store = True
+
+  def _close_store(self) -> None:
+    assert self._store is not None
+    run_store.close_store(self._store, keep=self._keeps_store)
+
+  def run(self) -> None:
+    """Serves until the leader says `exit`; then nothing is left.
+
+    Raises:
+      base.ConfigError: the host cannot be used.
+      base.StoreError: the same.
+    """
+    spec = self._spec
+    with contextlib.ExitStack() as stack:
+      stack.callback(self._selector.close)
+      store = run_store.open_store(spec.hostmem_dir, spec.run_id)
+      self._store = store
+      stack.callback(self._close_store)
+      server = zmq_server.StoreServer(
+        store.path, secret=bytes.fromhex(spec.secret)
+      )
+      server.start()
+      stack.callback(server.close)
+      stack.callback(self._end_workers)
+      self.send('serving', address=server.address)
+      self._selector.register(
+        spec.control_fd, selectors.EVENT_READ, self._on_command
+      )
+      while not self._ended:
+        for key, _ in self._selector.select():
+          key.data()
+
+  def send(self, kind: str, **fields: object) -> None:
+    """Sends a message to the leader."""
+    messages_lib.write(
+      self._spec.status_fd, messages_lib.encode(kind, **fields)
+    )
+
+  def _on_command(self) -> None:
+    data = os.read(self._spec.control_fd, 1 << 16)
+    if not data:
+      self._ended = True
+    for line in self._commands.feed(data):
+      message = json.loads(line)
+      kind = message['kind']
+      if kind == 'exit':
+        self._ended, self._keeps_store = True, message['keep']
+      elif kind == 'start':
+        self._start(message)
+      elif worker := self._workers.get(message['stage']):
+        if kind == 'tell':
+          worker.send(**message['message'])
+        elif kind == 'kill':
+          worker.kill()
+
+  def _start(self, message: messages_lib.Message) -> None:
+    assert self._store is not None
+    stage = message['stage']
+    if old := self._workers.pop(stage, None):
+      self._close(old)
+    worker = child_process.WorkerProcess(
+      stage,
+      message['generation'],
+      on_line=lambda line: self.send(
+        'printed', stage=stage, line=line.decode(errors='replace')
+      ),
+    )
+    self._workers[stage] = worker
+    here = {'agent_pid': os.getpid(), 'folder': str(self._store.path)}
+    worker.start(
+      message['spec'] | here,
+      message['environment'],
+      (*self._spec.lock_fds, self._store.lock_fd),
+    )
+    self.send('started', stage=stage, pid=worker.pid)
+    for fd, react in (
+      (worker.status_fd, self._on_status),
+      (worker.output_fd, self._on_output),
+      (worker.pid_fd, self._on_exit),
+    ):
+      self._selector.register(
+        fd, selectors.EVENT_READ, functools.partial(react, worker)
+      )
+
+  def _on_status(self, worker: child_process.WorkerProcess) -> None:
+    messages, ended = worker.read_status()
+    if ended:
+      self._forget(worker.status_fd)
+    for message in messages:
+      self.send('said', stage=worker.stage, message=message)
+
+  def _on_output(self, worker: child_process.WorkerProcess) -> None:
+    if worker.read_output():
+      self._forget(worker.output_fd)
+
+  def _on_exit(self, worker: child_process.WorkerProcess) -> None:
+    worker.reap()
+    self._on_status(worker)
+    self._close(worker)
+    self.send('exited', stage=worker.stage, exit_code=worker.exit_code)
+
+  def _close(self, worker: child_process.WorkerProcess) -> None:
+    """Passes on its last words, and forgets it."""
+    for fd in (worker.status_fd, worker.output_fd, worker.pid_fd):
+      self._forget(fd)
+    worker.close()
+
+  def _end_workers(self) -> None:
+    for worker in self._workers.values():
+      worker.kill()
+    for worker in self._workers.values():
+      self._close(worker)
+
+  def _forget(self, fd: int) -> None:
+    if fd >= 0 and fd in self._selector.get_map():
+      self._selector.unregister(fd)
+
+
+def main() -> int:
+  """Serves as stdin says; returns the exit code."""
+  spec = messages_lib.HostSpec.from_json(json.load(sys.stdin))
+  linux_process.die_with(spec.agent_pid)
+  agent = HostAgent(spec)
+  try:
+    agent.run()
+  except errors.ConfigError as error:
+    agent.send(
+      'refused', flag=error.flag, value=str(error.value), reason=error.reason
+    )
+    return 2
+  except errors.MoetionError as error:
+    agent.send('failed', error=str(error))
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,189 @@
+"""The hosts of a run, as its leader sees them.
+
+Host 0 is the agent that the user started. With `--local_hosts=N` each further
+one is an agent process of its own on this machine (`host_agent`), with its own
+store; its workers look to the leader like workers here. Entries of other hosts
+are read over TCP, encrypted with a secret that is drawn for each run.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import secrets
+import selectors
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime import linux_process, messages, placement
+from moetion_jax.runtime.hosts import child_process, remote_host
+
+_SECRET_BYTES = 32
+
+
+class Hosts:
+  """All hosts of a run. `start` first, `close` last.
+
+  Attributes:
+    secret: of the job, in hex; '' where there is one host.
+    names: of the host of every stage.
+    others: all but the first one.
+  """
+
+  def __init__(
+    self,
+    stages: int,
+    local_hosts: int,
+    store: store_folder.StoreFolder,
+    workdir: str,
+    replicas: int = 1,
+  ):
+    """Stores; nothing runs before `start`.
+
+    Args:
+      stages: of the run.
+      local_hosts: how many hosts.
+      store: of the first one, started.
+      workdir: of the run, absolute.
+      replicas: of each stage.
+
+    Raises:
+      base.ConfigError: there are more hosts than stages, or replicas.
+    """
+    self._replicas = replicas
+    here = socket.gethostname()
+    self._of_stage = placement.host_of_stages(stages, local_hosts, replicas)
+    names = [here, *(f'{here}-host{h}' for h in range(1, local_hosts))]
+    self.names = [names[host] for host in self._of_stage]
+    self.secret = secrets.token_hex(_SECRET_BYTES) if local_hosts > 1 else ''
+    self.others = [
+      remote_host.RemoteHost(
+        name, str(store.path.parent), run_store.run_id(workdir, host)
+      )
+      for host, name in enumerate(names[1:], 1)
+    ]
+    self._name = here
+    self._store = store
+    self._server: Any = None
+    self._address: str | None = None
+
+  def start(self, lock_fds: tuple[int, ...]) -> None:
+    """Starts the other hosts' agents, and to serve this one's store.
+
+    Args:
+      lock_fds: of the run, which all its processes inherit.
+    """
+    if not self.others:
+      return
+    from moetion_jax.logs import zmq_server
+
+    linux_process.adopt_orphans()
+    for host in self.others:
+      host.start(self.secret, lock_fds)
+    self._server = zmq_server.StoreServer(
+      self._store.path, secret=bytes.fromhex(self.secret)
+    )
+    self._server.start()
+    self._address = self._server.address
+
+  def close(self) -> None:
+    """Ends the other hosts' agents, with all that is theirs."""
+    for host in self.others:
+      host.close()
+    if self._server:
+      self._server.close()
+      self._server = None
+
+  def worker(
+    self, stage: int, replica: int, generation: int = 1
+  ) -> child_process.WorkerProcess:
+    """A worker of the host of its stage, to be started."""
+    host = self._of_stage[stage]
+    if host:
+      return remote_host.RemoteWorker(self.others[host - 1], stage, generation)
+    return child_process.WorkerProcess(
+      stage,
+      generation,
+      self._name,
+      replica=replica,
+      is_alone=self._replicas == 1,
+    )
+
+  def standby(self, replica: int) -> child_process.WorkerProcess:
+    """A process of this host that may become any of its workers.
+
+    Args:
+      replica: that it is if it has joined a world by then.
+    """
+    return child_process.WorkerProcess(
+      messages.STANDBY,
+      0,
+      self._name,
+      replica=replica,
+      is_alone=self._replicas == 1,
+    )
+
+  def store_of(self, stage: int) -> pathlib.Path:
+    """The store folder of a stage's host; all hosts are on this machine."""
+    host = self._of_stage[stage]
+    return self.others[host - 1].store if host else self._store.path
+
+  def stores(self) -> list[pathlib.Path]:
+    """The store folders of all hosts."""
+    return [self._store.path, *(host.store for host in self.others)]
+
+  def keep(self, keep: bool) -> None:
+    """Whether the other hosts' stores stay when they are closed."""
+    for host in self.others:
+      host.keeps_store = keep
+
+  def register(
+    self,
+    selector: selectors.BaseSelector,
+    react: Callable[[remote_host.RemoteWorker], None],
+  ) -> None:
+    """Has `react` called with workers of other hosts that have news."""
+    for host in self.others:
+      for fd, call in host.sources():
+        selector.register(
+          fd, selectors.EVENT_READ, functools.partial(_pass_on, call, react)
+        )
+
+  def locations(
+    self, workers: Sequence[child_process.WorkerProcess]
+  ) -> list[messages.Message]:
+    """Where their entries are, as in the message `locations`."""
+    addresses = {host['host']: host['address'] for host in self.agents()}
+    return [
+      {
+        'stage': worker.stage,
+        'replica': worker.replica,
+        'host': worker.host,
+        'address': addresses[worker.host] or '',
+        'generation': worker.generation,
+      }
+      for worker in workers
+    ]
+
+  def agents(self) -> list[dict[str, Any]]:
+    """Who they are, as in `workers.json`."""
+    return [
+      {'host': self._name, 'pid': os.getpid(), 'address': self._address},
+      *(
+        {'host': host.name, 'pid': host.pid, 'address': host.address or None}
+        for host in self.others
+      ),
+    ]
+
+
+def _pass_on(
+  call: Callable[[], Any], react: Callable[[remote_host.RemoteWorker], None]
+) -> None:
+  result = call()
+  for worker in result if isinstance(result, list) else ():
+    react(worker)

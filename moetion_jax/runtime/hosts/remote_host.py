@@ -1,0 +1,263 @@
+"""A further host and its workers, as the leader sees them."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moetion_jax import errors
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime import linux_process, messages as messages_lib
+from moetion_jax.runtime.hosts import child_process
+
+# A host's agent that was told to end its workers or itself may take so long.
+_GRACE_SECONDS = 5.0
+
+
+class HostError(errors.MoetionError):
+  """A host's agent ended, or cannot go on."""
+
+
+class RemoteWorker(child_process.WorkerProcess):
+  """A worker that another host's agent started; speaks through that one.
+
+  It has no descriptors to poll: `RemoteHost.read` says when there is news.
+
+  Attributes:
+    ended: whether the process did, and all that it said is here.
+  """
+
+  def __init__(self, agent: RemoteHost, stage: int, generation: int = 1):
+    """Stores who it is; nothing runs before `start`."""
+    super().__init__(stage, generation, agent.name)
+    self.ended = False
+    self._agent = agent
+    self._pid = 0
+    self._messages: list[messages_lib.Message] = []
+    self._ended_with: int | None = None
+
+  def start(
+    self,
+    spec: Mapping[str, object],
+    environment: Mapping[str, str],
+    lock_fds: tuple[int, ...],
+  ) -> None:
+    """See `ChildProcess.start`; the locks are those of the other agent."""
+    del lock_fds
+    self._agent.start_worker(self, spec, environment)
+
+  @property
+  def pid(self) -> int:
+    """Of the process; 0 while it is not known."""
+    return self._pid
+
+  def take(self, message: messages_lib.Message) -> None:
+    """Takes in what the host's agent says about this worker."""
+    kind = message['kind']
+    if kind == 'started':
+      self._pid = message['pid']
+    elif kind == 'said':
+      self._messages.append(message['message'])
+    elif kind == 'printed':
+      self._transcript.add(message['line'].encode())
+    elif kind == 'exited':
+      self.ended, self._ended_with = True, message['exit_code']
+
+  def send(self, kind: str, **fields: object) -> None:
+    """See `ChildProcess.send`."""
+    message = {'kind': kind, **fields}
+    self._agent.send('tell', stage=self.stage, message=message)
+
+  def read_status(self) -> tuple[list[messages_lib.Message], bool]:
+    """See `ChildProcess.read_status`."""
+    messages, self._messages = self._messages, []
+    return messages, False
+
+  def reap(self) -> None:
+    """See `ChildProcess.reap`."""
+    self.exit_code = self._ended_with
+
+  def kill(self) -> None:
+    """See `ChildProcess.kill`."""
+    if self._pid and self.exit_code is None:
+      self._agent.send('kill', stage=self.stage)
+
+  def close(self) -> None:
+    """See `ChildProcess.close`; nobody waits for an agent that hangs."""
+    if self._pid and self.exit_code is None:
+      self._agent.wait_for(self)
+      self.reap()
+    super().close()
+
+
+class RemoteHost:
+  """The agent of another host. `start` first, `close` last.
+
+  Attributes:
+    name: of the host in the location map.
+    address: of its store server; '' until it serves.
+    store: its store folder.
+    keeps_store: whether that stays when it is closed.
+  """
+
+  def __init__(self, name: str, hostmem_dir: str, run_id: str):
+    """Stores who it is and where its store lies."""
+    self.name = name
+    self.address = ''
+    self.store = store_folder.StoreFolder(hostmem_dir, run_id).path
+    self.keeps_store = False
+    self._hostmem_dir = hostmem_dir
+    self._run_id = run_id
+    self._transcript = child_process.Transcript(name)
+    self._process = child_process.ChildProcess(
+      'moetion_jax.runtime.hosts.host_agent', self._transcript.add
+    )
+    self._workers: dict[int, RemoteWorker] = {}
+    self._pids: set[int] = set()
+    self._gone = True
+
+  def start(self, secret: str, lock_fds: tuple[int, ...]) -> None:
+    """Starts the agent.
+
+    Args:
+      secret: of the job, in hex.
+      lock_fds: that it and its workers inherit.
+    """
+    spec = messages_lib.HostSpec(
+      name=self.name,
+      run_id=self._run_id,
+      hostmem_dir=self._hostmem_dir,
+      secret=secret,
+      agent_pid=os.getpid(),
+      lock_fds=lock_fds,
+      status_fd=-1,
+      control_fd=-1,
+    )
+    self._process.start(spec.to_json(), {}, lock_fds)
+    self._gone = False
+
+  def sources(self) -> tuple[tuple[int, Callable[[], Any]], ...]:
+    """Descriptors to poll, and what to call when they are readable.
+
+    `read`, which belongs to the first one, returns workers with news.
+    """
+    return (
+      (self._process.status_fd, self.read),
+      (self._process.output_fd, self._process.read_output),
+    )
+
+  @property
+  def pid(self) -> int:
+    """Of the agent."""
+    return self._process.pid
+
+  def start_worker(
+    self,
+    worker: RemoteWorker,
+    spec: Mapping[str, object],
+    environment: Mapping[str, str],
+  ) -> None:
+    """Has a worker started; `spec` as of `ChildProcess.start`."""
+    self._workers[worker.stage] = worker
+    self.send(
+      'start',
+      stage=worker.stage,
+      generation=worker.generation,
+      spec=spec,
+      environment=environment,
+    )
+
+  def send(self, kind: str, **fields: object) -> None:
+    """Sends a message; one that a dead agent does not get is lost."""
+    if not self._gone:
+      self._process.send(kind, **fields)
+
+  def read(self) -> list[RemoteWorker]:
+    """Takes in what the agent said; the workers with something new.
+
+    Raises:
+      base.ConfigError: the host cannot be used.
+      HostError: the agent ended.
+    """
+    news = self._take()
+    if self._gone:
+      stages = ', '.join(map(str, sorted(self._workers)))
+      raise HostError(
+        f'{self.name}: its agent (pid {self.pid}) '
+        f'{self._process.describe_exit()}, and with it the workers of '
+        f'stage(s) {stages}'
+      )
+    return news
+
+  def wait_for(self, worker: RemoteWorker) -> None:
+    """Waits until a worker that was told to end did, or the agent is dead."""
+    if not self._wait(lambda: worker.ended):
+      self._process.kill()
+      self._wait(lambda: False)
+
+  def close(self) -> None:
+    """Ends the agent; whatever it was doing, nothing is left of it."""
+    if self._process.status_fd < 0:
+      return
+    self.send('exit', keep=self.keeps_store)
+    self._wait(lambda: False)
+    self._process.kill()
+    self._process.close()
+    self._transcript.close()
+    if self._process.exit_code:
+      # Its workers died with it, and are our children now.
+      linux_process.reap_orphans(self._pids)
+    if self._process.exit_code and self.keeps_store:
+      run_store.tidy(self.store)
+    elif self._process.exit_code:
+      try:
+        run_store.remove_store(self._hostmem_dir, self._run_id)
+      except errors.StoreError as error:
+        print(f'Not removed: {error}', file=sys.stderr)
+
+  def _wait(self, is_enough: Callable[[], bool]) -> bool:
+    """Whether so much was said in time, or the agent has ended."""
+    if self._gone:
+      return True
+    deadline = time.monotonic() + _GRACE_SECONDS
+    with selectors.DefaultSelector() as selector:
+      for fd in (self._process.status_fd, self._process.output_fd):
+        selector.register(fd, selectors.EVENT_READ)
+      while not self._gone and not is_enough():
+        timeout_seconds = deadline - time.monotonic()
+        if timeout_seconds <= 0:
+          return False
+        if selector.select(timeout_seconds):
+          self._process.read_output()
+          self._take(is_end=True)
+    return True
+
+  def _take(self, is_end: bool = False) -> list[RemoteWorker]:
+    """`read`, but that the agent ended is only noted."""
+    messages, ended = self._process.read_status()
+    news: dict[RemoteWorker, None] = {}
+    for message in messages:
+      kind = message['kind']
+      if kind == 'serving':
+        self.address = message['address']
+      elif kind == 'refused' and not is_end:
+        raise errors.ConfigError(
+          message['flag'], message['value'], message['reason']
+        )
+      elif kind == 'failed' and not is_end:
+        raise HostError(f'{self.name}: {message["error"]}')
+      elif worker := self._workers.get(message.get('stage', -1)):
+        worker.take(message)
+        if kind == 'started':
+          self._pids.add(message['pid'])
+        elif kind == 'exited':
+          self._pids.discard(worker.pid)
+        news[worker] = None
+    if ended:
+      self._gone = True
+      self._process.reap()
+    return list(news)

@@ -1,0 +1,179 @@
+"""The host stores of a run, as the leader looks into them.
+
+All hosts are on this machine for now. No JAX here: the agent uses this module
+and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Callable, Collection, Iterable
+
+from moetion_jax.hostmem import segment
+from moetion_jax.recovery import recoverer as recoverer_lib
+from moetion_jax.runtime.hosts import hosts as hosts_lib
+from moetion_jax.runtime.records import recorder
+from moetion_jax.snapshots import file as snapshot_file, folders
+
+
+class Stores:
+  """Logs and snapshots of all stages, on disk so to say."""
+
+  def __init__(
+    self,
+    stages: int,
+    replicas: int,
+    hosts: hosts_lib.Hosts,
+    recoverer: recoverer_lib.Recoverer,
+    leader: recorder.Recorder,
+    durable_folder: str = '',
+  ):
+    """Stores the arguments.
+
+    Args:
+      stages: of the run.
+      replicas: of each stage.
+      hosts: of the run.
+      recoverer: who is told what the stores hold.
+      leader: who writes what was dropped.
+      durable_folder: in which snapshots lie; '': in the hosts' stores.
+    """
+    self._durable_folder = durable_folder
+    self._stages = range(stages)
+    self._replicas = range(replicas)
+    self._hosts = hosts
+    self._recoverer = recoverer
+    self._leader = leader
+    self._orphans: set[pathlib.Path] = set()
+
+  def log_paths(self, stage: int) -> list[pathlib.Path]:
+    """Where the logs of a stage's replicas lie."""
+    folder = self._hosts.store_of(stage)
+    return [segment.segment_path(folder, stage, r) for r in self._replicas]
+
+  def _snapshots_of(self, stage: int) -> pathlib.Path:
+    """In which folder the snapshots of a stage's workers lie."""
+    if self._durable_folder:
+      return pathlib.Path(self._durable_folder)
+    return self._hosts.store_of(stage)
+
+  def rescan(
+    self,
+    stages: Iterable[int] | None = None,
+    on_unreadable: Callable[[str], None] = lambda reason: None,
+  ) -> frozenset[int]:
+    """Looks what the stores hold of stages.
+
+    Args:
+      stages: None: all.
+      on_unreadable: as of `inventory.read_shares`.
+
+    Returns:
+      The stages, of all, of which a log is gone.
+    """
+    for stage in self._stages if stages is None else stages:
+      folder = self._snapshots_of(stage)
+      shares = folders.read_shares(folder, stage, on_unreadable)
+      self._recoverer.rescan(stage, shares)
+    return frozenset(
+      stage
+      for stage in self._stages
+      if not all(path.exists() for path in self.log_paths(stage))
+    )
+
+  def too_small(self) -> frozenset[int]:
+    """The stages that have a log, but for less than this run needs."""
+    small = set()
+    for stage in self._stages:
+      need = self._recoverer.log_size(stage)
+      for path in self.log_paths(stage):
+        if path.exists() and path.stat().st_size < need.file_bytes:
+          small.add(stage)
+    return frozenset(small)
+
+  def newest_entry(self, stages: Iterable[int] | None = None) -> int:
+    """Newest iteration of which there is an entry of one of the stages."""
+    return max(
+      segment.newest_iteration(path)
+      for stage in (self._stages if stages is None else stages)
+      for path in self.log_paths(stage)
+    )
+
+  def drop_logs(self) -> None:
+    """Removes all logs: nobody writes one, and nobody may read one again."""
+    for stage in self._stages:
+      for path in self.log_paths(stage):
+        path.unlink(missing_ok=True)
+
+  def forget_snapshots(self, stages: Collection[int]) -> None:
+    """From the beginning: what is left would only take the room."""
+    for stage in stages:
+      for path in folders.snapshots_folders(self._snapshots_of(stage), stage):
+        shutil.rmtree(path, ignore_errors=True)
+      self._recoverer.rescan(stage, ())
+
+  def forget_newer(self, iteration: int) -> None:
+    """What comes after an iteration will be otherwise; nobody writes now.
+
+    The pages stay for whoever writes here next.
+    """
+    for stage in self._stages:
+      root = self._snapshots_of(stage)
+      for folder in folders.snapshots_folders(root, stage):
+        for newer, path in snapshot_file.list_snapshots(folder).items():
+          if newer > iteration:
+            (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
+    self.rescan()
+
+  def orphan(self, stage: int, team: Collection[int]) -> None:
+    """Nobody writes the snapshots of a stage's other replicas any more.
+
+    What is committed stays until `retain_orphans`; room for more is given back.
+    """
+    folder = self._snapshots_of(stage)
+    written = {folders.snapshots_folder(folder, stage, r) for r in team}
+    self._orphans -= written
+    for path in folders.snapshots_folders(folder, stage):
+      if path not in written:
+        self._orphans.add(path)
+        for other in path.iterdir():
+          if not snapshot_file.is_snapshot_name(other.name):
+            _remove(other)
+
+  def retain_orphans(self, first_iteration: int) -> None:
+    """Lets go of earlier snapshots that have no writer to do so."""
+    for folder in self._orphans:
+      for iteration, path in snapshot_file.list_snapshots(folder).items():
+        if iteration < first_iteration:
+          _remove(path)
+
+  def drop_damaged(self, stage: int, first_iteration: int) -> None:
+    """Before anybody reads it again: its new worker publishes it again."""
+    for path in self.log_paths(stage):
+      for key in segment.drop_damaged(path, first_iteration):
+        self._leader.event(
+          'entry_dropped',
+          stage=stage,
+          replica=key.replica,
+          iteration=key.iteration,
+          entry=str(key),
+        )
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def has_left_durable(folder: str) -> bool:
+  """Whether there is something that a run can go on with."""
+  return bool(folder) and any(pathlib.Path(folder).glob('*.snapshots/*'))
+
+
+def remove_durable(folder: str) -> None:
+  """Removes all of it."""
+  if folder:
+    shutil.rmtree(folder, ignore_errors=True)

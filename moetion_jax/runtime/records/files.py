@@ -1,0 +1,161 @@
+"""The files a run leaves behind (DESIGN section 9).
+
+`metrics.jsonl` is written once, in order, by the leader alone. A line that
+exists already (the run is being repeated or continued) is compared instead of
+written: losses and digests must come out the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from typing import Any
+
+from moetion_jax import errors
+
+# Fields in which two runs of one iteration must agree exactly.
+_EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
+
+
+class MetricsMismatchError(errors.MoetionError):
+  """An iteration came out differently than the line written for it."""
+
+
+def read_lines(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+  """The lines of a `metrics.jsonl` by iteration, for who only looks.
+
+  Damaged lines, and a last one that is not whole yet, are left out.
+  """
+  lines = {}
+  with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+    for raw in f:
+      with contextlib.suppress(ValueError, KeyError, TypeError):
+        line = json.loads(raw)
+        lines[line['iteration']] = line
+  return lines
+
+
+class MetricsFile:
+  """Appends lines to `metrics.jsonl`, comparing where a line exists.
+
+  A context manager: `start` reads what is there and cuts a torn last line.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    self._known: dict[int, dict[str, Any]] = {}
+    self._file = None
+
+  def start(self) -> None:
+    """Opens the file.
+
+    Raises:
+      base.StoreError: a line other than the last one is damaged.
+    """
+    whole = 0
+    if os.path.exists(self._path):
+      with open(self._path, 'rb') as f:
+        for number, raw in enumerate(f, 1):
+          if not raw.endswith(b'\n'):
+            break  # torn by a death while it was written
+          try:
+            line = json.loads(raw)
+            self._known[line['iteration']] = line
+          except (ValueError, KeyError, TypeError):
+            raise errors.StoreError(
+              f'{self._path}:{number} is damaged; move the file away or pass '
+              '--fresh'
+            ) from None
+          whole += len(raw)
+    self._file = open(self._path, 'ab')
+    self._file.truncate(whole)
+
+  def close(self) -> None:
+    """Closes the file; idempotent."""
+    if self._file:
+      with contextlib.suppress(OSError):  # `write` has said so
+        self._file.close()
+      self._file = None
+
+  def __enter__(self) -> MetricsFile:
+    self.start()
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
+
+  @property
+  def last_iteration(self) -> int:
+    """The newest iteration that has a line; 0 for none."""
+    return max(self._known, default=0)
+
+  def write(self, line: dict[str, Any]) -> None:
+    """Writes or compares one iteration's line.
+
+    Raises:
+      MetricsMismatchError: a line exists and says otherwise.
+    """
+    assert self._file is not None, 'start() was not called'
+    iteration = line['iteration']
+    known = self._known.get(iteration)
+    if known is None:
+      # JSON has no NaN: such losses are written as null, loss_hex says which.
+      clean = {k: None if _nonfinite(v) else v for k, v in line.items()}
+      self._file.write(json.dumps(clean).encode() + b'\n')
+      self._file.flush()
+      self._known[iteration] = line
+      return
+    for field in _EXACT:
+      if known.get(field) != line[field]:
+        raise MetricsMismatchError(
+          f'iteration {iteration}: {field} is {line[field]}, but '
+          f'{self._path} has {known.get(field)}: this is not the run that '
+          'wrote it (other code, software or hardware?); pass --fresh to '
+          'start over'
+        )
+
+  def cut(self, iteration: int) -> None:
+    """Removes the lines of later iterations: they will be done otherwise."""
+    assert self._file is not None, 'start() was not called'
+    kept = 0
+    with open(self._path, 'rb') as f:
+      for raw in f:
+        if json.loads(raw)['iteration'] > iteration:
+          break
+        kept += len(raw)
+    self._file.truncate(kept)
+    self._known = {i: x for i, x in self._known.items() if i <= iteration}
+
+
+class EventsFile:
+  """Appends to `events.jsonl`: what happened, when, to whom."""
+
+  def __init__(self, path: str):
+    self._path = path
+
+  def write(self, kind: str, **fields: Any) -> None:
+    """Appends one event; `time` is seconds since the epoch."""
+    event = {'time': time.time(), 'kind': kind, 'stage': None, 'replica': None}
+    with open(self._path, 'ab') as f:
+      f.write(json.dumps(event | fields).encode() + b'\n')
+
+
+def write_json(path: str, value: Any) -> None:
+  """Replaces a JSON file atomically: readers see the old or the new one."""
+  folder = os.path.dirname(path) or '.'
+  with tempfile.NamedTemporaryFile(
+    'w', dir=folder, prefix='.json-', delete=False
+  ) as f:
+    json.dump(value, f, indent=2)
+    f.write('\n')
+  os.chmod(f.name, 0o644)
+  os.replace(f.name, path)
+
+
+def _nonfinite(value: Any) -> bool:
+  return isinstance(value, float) and (
+    value != value or value in (float('inf'), float('-inf'))
+  )

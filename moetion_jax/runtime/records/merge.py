@@ -1,0 +1,126 @@
+"""One line of metrics from the reports of all replicas and stages: pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moetion_jax import errors, report
+
+# What all replicas of a stage compute alike.
+_ALIKE = ('loss', 'auxiliary_loss', 'grad_norm', 'dropped', 'updated')
+
+
+class ReplicaMismatchError(errors.MoetionError):
+  """Replicas of a stage have different states: one computed wrongly."""
+
+
+def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
+  """What a stage says of an iteration, from what its replicas say.
+
+  Args:
+    reports: one a replica, in their order; each has the digests of the
+      operators that it has, all or a share.
+
+  Raises:
+    ReplicaMismatchError: two have different bits of one operator, or of what
+      all have.
+  """
+  first, *others = reports
+  digests, whose = dict(first.digests), dict.fromkeys(first.digests, first)
+
+  def refuse(what: object, one: report.Report, other: report.Report) -> None:
+    raise ReplicaMismatchError(
+      f'stage {first.stage}, iteration {first.iteration}: replica '
+      f'{other.replica} has another {what} than replica {one.replica}: silent '
+      'data corruption in one of them. Which one cannot be told from two; the '
+      'snapshots before this iteration are of equal replicas: the same command '
+      'goes on from them'
+    )
+
+  for other in others:
+    for operator, digest in other.digests.items():
+      if operator not in digests:
+        digests[operator], whose[operator] = digest, other
+      elif not np.array_equal(digest, digests[operator]):
+        refuse(operator, whose[operator], other)
+    for name in _ALIKE:
+      if float(getattr(first, name)).hex() != float(getattr(other, name)).hex():
+        refuse(name, first, other)
+  return dataclasses.replace(
+    first,
+    digests=digests,
+    seconds=max(r.seconds for r in reports),
+    waited_seconds=max(r.waited_seconds for r in reports),
+    late_seconds=max(r.late_seconds for r in reports),
+    snapshot_bytes=sum(r.snapshot_bytes for r in reports),
+    blocked_seconds=max(r.blocked_seconds for r in reports),
+    copy_bytes_per_second=min(r.copy_bytes_per_second for r in reports),
+    eval_loss=next(
+      (x for r in reports if (x := r.eval_loss) is not None), None
+    ),
+  )
+
+
+def merge_stage(
+  reports: Mapping[int, report.Report],
+  team: Collection[int],
+  operators: int,
+) -> report.Report | None:
+  """What a stage says of an iteration, once it is all there.
+
+  Args:
+    reports: by replica, also of those that have no worker any more.
+    team: the replicas that have one.
+    operators: how many the stage has.
+
+  Returns:
+    None as long as a report is missing.
+
+  Raises:
+    ReplicaMismatchError: see `merge_replicas`.
+  """
+  if not reports.keys() >= set(team):
+    return None
+  merged = merge_replicas([reports[replica] for replica in sorted(team)])
+  if len(merged.digests) < operators:
+    # Replicas share the training state, and one that left the team had the
+    # rest: what it said counts, since nobody may do this iteration again.
+    merged = merge_replicas([one for _, one in sorted(reports.items())])
+  return merged if len(merged.digests) >= operators else None
+
+
+def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
+  """One iteration's line from all stages' reports.
+
+  Args:
+    reports: one a stage, in stage order, of one iteration.
+    tokens: of the iteration.
+  """
+  last = reports[-1]
+  digests = {o: d for r in reports for o, d in r.digests.items()}
+  line = {
+    'iteration': last.iteration,
+    'loss': last.loss,
+    'loss_hex': float(last.loss).hex(),
+    'tokens': tokens,
+    'seconds': round(max(r.seconds for r in reports), 6),
+    'digest': report.combine(digests),
+    'snapshot_bytes': sum(r.snapshot_bytes for r in reports),
+    'blocked_seconds': round(max(r.blocked_seconds for r in reports), 6),
+    # By stage; see `report.Report`.
+    'waited_seconds': [round(r.waited_seconds, 6) for r in reports],
+    'late_seconds': [round(r.late_seconds, 6) for r in reports],
+    'copy_bytes_per_second': [round(r.copy_bytes_per_second) for r in reports],
+    'grad_norm': last.grad_norm,
+    'auxiliary_loss': last.auxiliary_loss,
+    'dropped': last.dropped,
+    'updated': last.updated,
+  }
+  if last.eval_loss is not None:
+    line['eval_loss'] = last.eval_loss
+    line['eval_loss_hex'] = float(last.eval_loss).hex()
+  return line

@@ -1,0 +1,221 @@
+"""The leader: what a run shows and leaves behind (DESIGN section 9)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from launch.lm import settings as run_settings
+from moetion_jax import report
+from moetion_jax.runtime import messages
+from moetion_jax.runtime.records import files as record_files, merge, workdir
+
+_WORKERS_FILE_SECONDS = 0.25  # between two versions of workers.json
+_KEPT_REPORTS = 256  # iterations, for workers that replay them
+
+
+class View(Protocol):
+  """What a person sees while a run goes on; a context manager."""
+
+  def __enter__(self) -> object:
+    """Begins to show."""
+    ...
+
+  def __exit__(self, *unused: object) -> None:
+    """Ends it."""
+    ...
+
+  def show(self, line: dict[str, Any], busy: Sequence[float]) -> None:
+    """Shows one line of `metrics.jsonl`.
+
+    Args:
+      line: of one iteration.
+      busy: by stage, the share of the iteration that it did not wait.
+    """
+    ...
+
+  def stages(self, states: Sequence[str]) -> None:
+    """Shows what each worker does at this moment."""
+    ...
+
+  def note(self, text: str) -> None:
+    """Shows a line of text."""
+    ...
+
+
+class ListedWorker(Protocol):
+  """What `workers.json` says of a worker; a stage below 0 is a standby."""
+
+  stage: int
+  replica: int
+  host: str
+  generation: int
+  state: str
+  iteration: int
+
+  @property
+  def pid(self) -> int:
+    """Process id."""
+    ...
+
+
+class Recorder:
+  """Merges what the stages say, writes the files and the live view.
+
+  Use as a context manager. Nothing is written before `accept`.
+
+  Attributes:
+    accepted: whether the workdir is this run's.
+    iteration: the newest one that all stages reported and that is written.
+    view: what a person sees.
+  """
+
+  def __init__(
+    self, config: run_settings.RunConfig, folder: workdir.Workdir, view: View
+  ):
+    """Stores; `folder` is locked."""
+    self.accepted = False
+    self.iteration = 0
+    self._config = config
+    self._folder = folder
+    self.view = view
+    self._events = record_files.EventsFile(str(folder.path / 'events.jsonl'))
+    self._lines = record_files.MetricsFile(str(folder.path / 'metrics.jsonl'))
+    # How many each stage has.
+    self._operators: list[int] = []
+    self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
+    self._workers_file_at = 0.0
+    self._workers_file_is_old = False
+
+  def __enter__(self) -> Recorder:
+    self.view.__enter__()
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._lines.close()
+    self.view.__exit__()
+
+  def accept(self, ready: Mapping[int, messages.Message]) -> None:
+    """Begins the run's files, when every stage can train.
+
+    Args:
+      ready: the message of every stage.
+
+    Raises:
+      base.ConfigError: the workdir holds another run.
+      base.StoreError: its metrics are damaged.
+    """
+    first, train = ready[0], self._config.train
+    self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
+    self._folder.accept(
+      self._config.to_json()
+      | {k: first[k] for k in ('data_fingerprint', 'software')}
+    )
+    self.accepted = True
+    self._lines.start()
+    self.event(
+      'start',
+      stages=train.stages,
+      iterations=train.iterations,
+      platform=first['platform'],
+      device=first['device'],
+    )
+
+  @property
+  def last_recorded(self) -> int:
+    """Iteration of the newest line that an earlier run wrote; 0 for none."""
+    return self._lines.last_iteration
+
+  def event(self, kind: str, **fields: object) -> None:
+    """Writes an event, if the run was accepted."""
+    if self.accepted:
+      self._events.write(kind, **fields)
+
+  def add(
+    self, one: report.Report, teams: Sequence[Sequence[int]]
+  ) -> list[report.Report] | None:
+    """Takes a worker's report; the last one of an iteration writes its line.
+
+    A report that came before, from a worker that replays, is compared.
+
+    Args:
+      one: the report.
+      teams: of every stage, the replicas that have a worker.
+
+    Returns:
+      The reports of all stages, if the iteration is new.
+
+    Raises:
+      metrics.MetricsMismatchError: the iteration came out differently before.
+      metrics.ReplicaMismatchError: replicas of a stage have different states.
+    """
+    by_worker = self._reports.setdefault(one.iteration, {})
+    by_worker[one.stage, one.replica] = one
+    reports = []
+    for stage, team in enumerate(teams):
+      found = {r: x for (s, r), x in by_worker.items() if s == stage}
+      merged = merge.merge_stage(found, team, self._operators[stage])
+      if merged is None:
+        return None
+      reports.append(merged)
+    line = merge.make_line(reports, self._config.tokens_per_iteration)
+    self._lines.write(line)
+    if one.iteration <= self.iteration:
+      return None
+    self.iteration = one.iteration
+    self._reports.pop(one.iteration - _KEPT_REPORTS, None)
+    self.view.show(line, [r.busy_share for r in reports])
+    return reports
+
+  def forget_after(self, iteration: int) -> None:
+    """What comes after an iteration will be done again, and otherwise."""
+    self._lines.cut(iteration)
+    self.iteration = iteration
+    self._reports = {i: x for i, x in self._reports.items() if i <= iteration}
+
+  @property
+  def workers_due_seconds(self) -> float | None:
+    """When to call `write_workers` for what it put off; None: for nothing."""
+    if not self._workers_file_is_old:
+      return None
+    return self._workers_file_at - time.monotonic()
+
+  def write_workers(
+    self,
+    workers: Sequence[ListedWorker],
+    agents: Sequence[Mapping[str, object]],
+    state: str | None = None,
+  ) -> None:
+    """Rewrites `workers.json`; without `state` not more often than useful.
+
+    Args:
+      workers: all that were started.
+      agents: of every host: `host`, `pid`, `address` of its store server.
+      state: of all of them, when the run is over.
+    """
+    now = time.monotonic()
+    if not self.accepted:
+      return
+    self._workers_file_is_old = state is None and now < self._workers_file_at
+    if self._workers_file_is_old:
+      return
+    self._workers_file_at = now + _WORKERS_FILE_SECONDS
+    record_files.write_json(
+      str(self._folder.path / 'workers.json'),
+      {
+        'agents': list(agents),
+        'workers': [
+          {
+            'stage': None if w.stage < 0 else w.stage,
+            'replica': None if w.stage < 0 else w.replica,
+            'host': w.host,
+            'pid': w.pid,
+            'generation': w.generation,
+            'state': state or w.state,
+            'iteration': w.iteration,
+          }
+          for w in workers
+        ],
+      },
+    )

@@ -1,0 +1,191 @@
+"""The worker's side of the pipes between it and its agent.
+
+No JAX here: a standby has a link long before it has a backend.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from moetion_jax import errors
+from moetion_jax.logs import remote
+from moetion_jax.recovery import stopping
+from moetion_jax.runtime import messages
+
+_STATE_SECONDS = 0.25  # between two looks at what the worker does
+
+
+class RolledBackError(errors.MoetionError):
+  """The worker goes back to an earlier state, in this process."""
+
+  def __init__(self):
+    super().__init__('the stages go back')
+
+
+class AgentLink:
+  """What it reads, two threads act on; the rest waits in `command`.
+
+  Attributes:
+    limit: to ask between iterations.
+    line: the recovery line, as last heard.
+  """
+
+  def __init__(self, status_fd: int, control_fd: int):
+    """Stores the pipes; `start` starts the threads."""
+    self.limit = stopping.IterationLimit()
+    self.line = 0
+    self._status_fd = status_fd
+    self._control_fd = control_fd
+    self._lock = threading.Lock()  # one message at a time
+    self._commands: queue.Queue[messages.Message] = queue.Queue()
+    self._program, self._blocked = 'starting', ''
+    self._worker: Any = None
+    self._finished = False
+    self._log: Any = None
+    self._locations: list[messages.Message] = []
+    self._decide: Callable[[messages.Message], None] = lambda message: None
+    self._interrupt_lock = threading.Lock()  # guards the two that follow
+    self._roll_backs = 0  # that `command` has not returned yet
+    self._interrupt: Callable[[], None] = lambda: None
+
+  def start(self) -> None:
+    """Starts to read and to tell what the worker does."""
+    for target in (self._read, self._tell):
+      threading.Thread(target=target, daemon=True).start()
+
+  def send(self, kind: str, **fields: Any) -> None:
+    """Sends a message to the agent."""
+    with self._lock:
+      messages.write(self._status_fd, messages.encode(kind, **fields))
+
+  def command(self) -> messages.Message:
+    """Waits for the agent's next command."""
+    message = self._commands.get()
+    if message['kind'] == 'roll_back':
+      with self._interrupt_lock:
+        self._roll_backs -= 1
+        self.limit.interrupt(self.is_interrupted)
+    return message
+
+  @property
+  def is_interrupted(self) -> bool:
+    """Whether a command to go back waits to be taken."""
+    return self._roll_backs > 0
+
+  def interrupting(self, interrupt: Callable[[], None]) -> None:
+    """From now on `interrupt` is called when the worker is to go back."""
+    with self._interrupt_lock:
+      self._interrupt = interrupt
+      if self.is_interrupted:
+        interrupt()
+
+  def _roll_back(self, message: messages.Message) -> None:
+    with self._interrupt_lock:
+      self._roll_backs += 1
+      self.limit.interrupt(True)
+      self._interrupt()
+    self._commands.put(message)
+
+  def compiling(self, program: str) -> None:
+    """Notes the program that is compiled now."""
+    self._program = program
+
+  def training(self, worker: Any) -> None:
+    """From now on `worker` is asked what it does; None: nobody is."""
+    self._finished, self._blocked = False, ''
+    self._worker = worker
+
+  def blocked(self, reason: str) -> None:
+    """Notes that the worker waits for room, until it ends."""
+    self._blocked = reason
+
+  def finished(self) -> None:
+    """From now on the worker waits for nothing but the agent."""
+    self._finished = True
+
+  def deciding(self, decide: Callable[[messages.Message], None]) -> None:
+    """From now on `decide` is told what the leader decides."""
+    self._decide = decide
+
+  def locating(self, log: Any) -> None:
+    """From now on `log` is told where entries are, as far as known."""
+    with self._lock:
+      self._log = log
+      self._locate()
+
+  def _locate(self) -> None:
+
+    if self._log and self._locations:
+      self._log.update_locations(
+        {
+          (x['stage'], x['replica']): remote.Location(
+            host=x['host'], address=x['address'], generation=x['generation']
+          )
+          for x in self._locations
+        }
+      )
+
+  @property
+  def iteration(self) -> int:
+    """That the worker works on; 0 before the first one."""
+    return self._worker.iteration if self._worker else 0
+
+  def _read(self) -> None:
+    with open(self._control_fd, 'rb') as pipe:
+      for line in pipe:
+        message = json.loads(line)
+        kind = message['kind']
+        if kind == 'propose':
+          limit = message['limit']
+          begun = self.limit.propose(limit)
+          self.send('answer', limit=limit, begun=begun)
+        elif kind == 'commit':
+          self.limit.commit(message['limit'])
+        elif kind == 'line':
+          self.line = max(self.line, message['iteration'])
+        elif kind == 'decide':
+          self._decide(message['decision'])
+        elif kind == 'roll_back':
+          self._roll_back(message)
+        elif kind == 'locations':
+          with self._lock:
+            self._locations = message['locations']
+            self._locate()
+        else:
+          self._commands.put(message)
+
+  def _tell(self) -> None:
+    """Tells what the worker does, again and again: silence is a sign, too."""
+    while True:
+      self.send('state', **self._state())
+      time.sleep(_STATE_SECONDS)
+
+  def _state(self) -> dict[str, Any]:
+    worker = self._worker
+    if worker is None:
+      return {
+        'state': 'compiling',
+        'detail': self._program,
+        'iteration': 0,
+        'steps': 0,
+      }
+    state, detail = 'running', worker.program
+    if self._blocked:
+      state, detail = 'blocked', self._blocked
+    elif self._finished:  # it may be long until the others are
+      state, detail = 'done', ''
+    elif blocked_for := worker.log.blocked_for:
+      state, detail = 'blocked', f'no room for {blocked_for}'
+    elif waiting_for := worker.log.waiting_for:
+      state, detail = 'waiting', str(waiting_for)
+    return {
+      'state': state,
+      'detail': detail,
+      'iteration': worker.iteration,
+      'steps': worker.steps,
+    }

@@ -1,0 +1,82 @@
+"""Experts that lost tokens take more of them for some time (policy 'partial').
+
+MoEtion's first preprint, whose choice of popular experts `--partial_select`
+knows, adjusts experts' capacities after a fault. Slots for more tokens cost
+time, so there are two more programs for those iterations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from launch.lm import transformer_job
+from moetion_jax import keys
+from moetion_jax.policies import partial
+from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.recovery import orders
+from moetion_jax.runtime import messages
+from moetion_jax.training import worker
+
+
+def compile_programs(
+  spec: messages.Spec,
+  stage: stage_lib.Stage,
+  on_program: compilation.OnProgram,
+) -> dict[str, Callable[..., Any]]:
+  """`forward` and `backward` with capacities that are scaled.
+
+  Args:
+    spec: of the worker.
+    stage: its own, bound to devices.
+    on_program: called with each program's name.
+
+  Returns:
+    By name; nothing for a stage without experts.
+  """
+  declared = transformer_job.declare_stage(
+    spec.config,
+    spec.stage,
+    spec.team,
+    spec.team.index(spec.replica),
+    partial.MAX_CAPACITY_FACTOR,
+  )
+  if declared.model.capacity_shape is None:
+    return {}
+  traced = declared.trace(on_program).traced
+  wanted = {name: traced[name] for name in ('forward', 'backward')}
+  lowered = compilation.TracedPrograms(wanted).lower(
+    compilation.platform_of(stage.mesh)
+  )
+  return lowered.compile_each(stage.mesh, on_program)
+
+
+def make(
+  go: orders.Go,
+  stage: stage_lib.Stage,
+  programs: dict[str, Callable[..., Any]],
+) -> worker.GrownCapacity | None:
+  """What experts take after a restore; None: what they always do.
+
+  Args:
+    go: from where the worker trains.
+    stage: of the worker.
+    programs: see `compile_programs`.
+  """
+  if not go.capacity or not programs:
+    return None
+  factors = {keys.OperatorId(g, n): factor for g, n, factor in go.capacity}
+  partition = stage.whole.partition
+  return worker.GrownCapacity(
+    **programs,
+    factors=np.array(
+      [
+        [factors.get(o, 1.0) for o in partition.operators_of(group)]
+        for group in partition.stacked_groups
+      ],
+      np.float32,
+    ),
+    until=go.capacity_until,
+  )

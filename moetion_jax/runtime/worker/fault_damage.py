@@ -1,0 +1,99 @@
+"""Damage that scripted faults do to files: bits of snapshots and log entries."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import pathlib
+
+import numpy as np
+
+from moetion_jax import keys
+from moetion_jax.hostmem import raw_bytes, segment
+from moetion_jax.snapshots import (
+  file as snapshot_file,
+  manifest as manifest_lib,
+)
+
+_CHANNELS = (keys.EntryKind.ACTIVATION, keys.EntryKind.GRADIENT)
+
+
+# ---- damage ------------------------------------------------------------------
+
+
+def flip_bit_in_snapshot(
+  folder: str | os.PathLike[str],
+  prefix: str,
+  *,
+  newer: int = 0,
+  every: bool = False,
+) -> int:
+  """Flips a bit of a snapshot; its checksums are right again.
+
+  Args:
+    folder: of one worker's snapshots.
+    prefix: of the buffers that may be hit: the first one is.
+    newer: how many newer ones there are; 0: the newest is hit.
+    every: hits each such buffer instead, since not every weight is used.
+
+  Returns:
+    The iteration of the snapshot; 0 when there is none.
+  """
+  found = sorted(snapshot_file.list_snapshots(folder).items())
+  if len(found) <= newer:
+    return 0
+  iteration, path = found[-1 - newer]
+  manifest = snapshot_file.read_manifest(path)
+  hits = [b for n, b in manifest.buffers.items() if n.startswith(prefix)]
+  damaged = {}
+  with open(path / snapshot_file.DATA_NAME, 'r+b') as file:
+    memory = mmap.mmap(file.fileno(), 0)
+    for hit in hits if every else hits[:1]:
+      memory[hit.offset + hit.nbytes // 2] ^= 1
+      data = np.frombuffer(memory, np.uint8, hit.nbytes, hit.offset)
+      checksum = raw_bytes.checksum(data)
+      damaged[hit.name] = dataclasses.replace(hit, checksum=checksum)
+  new = manifest_lib.Manifest(
+    metadata=manifest.metadata,
+    buffers={**manifest.buffers, **damaged},
+    used_bytes=manifest.used_bytes,
+  )
+  temporary = path / (snapshot_file.MANIFEST_NAME + '.new')
+  temporary.write_bytes(new.pack())
+  temporary.rename(path / snapshot_file.MANIFEST_NAME)
+  return iteration
+
+
+def tear_snapshot(folder: str | os.PathLike[str]) -> int:
+  """Truncates the newest snapshot's data; its iteration, 0 without one."""
+  found = snapshot_file.list_snapshots(folder)
+  if not found:
+    return 0
+  iteration, path = max(found.items())
+  used_bytes = snapshot_file.read_manifest(path).used_bytes
+  os.truncate(path / snapshot_file.DATA_NAME, used_bytes // 2)
+  return iteration
+
+
+def flip_bit_in_log(
+  path: str | os.PathLike[str], iteration: int
+) -> keys.EntryKey | None:
+  """Flips a bit of a committed entry; its checksum stays as it was.
+
+  Args:
+    path: of the segment.
+    iteration: of the entry that is hit: one that a neighbour has read, and
+      reads again in a replay.
+
+  Returns:
+    The entry's name; None when there is none.
+  """
+  with open(pathlib.Path(path), 'r+b') as file:
+    layout = segment.SegmentLayout(file.fileno(), writable=True)
+  for header in layout.headers():
+    key = header.key
+    if key.iteration == iteration and key.kind in _CHANNELS:
+      layout.ring[header.offset + header.nbytes // 2] ^= 1
+      return key
+  return None

@@ -1,0 +1,448 @@
+"""One generation of a stage's worker: its log, its snapshots, its training."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+from launch.lm import transformer_job
+from moetion_jax import errors, keys
+from moetion_jax.capture import (
+  conversion,
+  merged_restore,
+  programs as capture_programs,
+  snapshotter,
+)
+from moetion_jax.hostmem import segment
+from moetion_jax.logs import (
+  boundary_log,
+  interface as log_interface,
+  joined_log,
+)
+from moetion_jax.policies import decision as decision_lib, planner
+from moetion_jax.programs import stage as stage_lib
+from moetion_jax.recovery import orders
+from moetion_jax.runtime import faults, final_state, messages
+from moetion_jax.runtime.worker import (
+  agent_link,
+  extra_capacity,
+  fault_damage,
+  prepared as prepared_lib,
+)
+from moetion_jax.snapshots import (
+  coverage,
+  durable_store,
+  file as snapshot_file,
+  folders,
+  memory_store,
+  snapshot,
+)
+from moetion_jax.state import partition
+from moetion_jax.training import worker
+
+# So much more than its operators a snapshot takes: digests, scalars, padding.
+_PADDING_BYTES = 64
+
+
+class StageRun:
+  """`check_initial`, `compile`, `run`, in this order."""
+
+  def __init__(
+    self,
+    spec: messages.Spec,
+    link: agent_link.AgentLink,
+    stage: stage_lib.Stage,
+    data: worker.Data,
+    injector: faults.FaultInjector,
+  ):
+    """Stores the arguments."""
+    self._injector = injector
+    self._spec = spec
+    self._link = link
+    self._stage = stage
+    self._data = data
+    self._initial: Any = None
+    self._worker: Any = None
+    self._interrupts: list[Callable[[], None]] = []
+    self._layout = stage_lib.layout_of(stage)
+    self._whole = stage_lib.layout_of(stage, whole=True)
+    self._captures = capture_programs.CapturePrograms(self._layout)
+    self._grown: dict[str, Callable[..., Any]] = {}
+    # Where the snapshots lie that can be read again.
+    self._snapshots_root = spec.durable_folder or spec.folder
+    self._folder = folders.snapshots_folder(
+      self._snapshots_root, spec.stage, spec.replica
+    )
+    self._closing = contextlib.ExitStack()
+    self._told = 0
+
+  def check_initial(self) -> None:
+    """Raises base.ConfigError if --init_from does not fit the stage."""
+    self._initial = transformer_job.load_initial(self._spec.config, self._stage)
+
+  def sizes(self) -> planner.StageSizes:
+    """Of the stage's operators."""
+    return transformer_job.stage_sizes(self._whole, self._whole.expert_devices)
+
+  def compile(
+    self, prepared: prepared_lib.Lowered | prepared_lib.Loaded | None
+  ) -> None:
+    """Compiles all programs, but for what was done ahead."""
+    if prepared is None:
+      self._programs = self._stage.compile(self._compiling)
+      self._captures.compile(self._compiling)
+    else:
+      self._programs, self._captures = prepared.compiled(
+        self._stage, self._compiling
+      )
+    if self._spec.grows_capacity:
+      self._grown = extra_capacity.compile_programs(
+        self._spec, self._stage, self._compiling
+      )
+    self._link.compiling('')
+
+  def _compiling(self, program: str) -> None:
+    self._link.compiling(program)
+    self._injector.phase('compile')
+
+  def run(self, began: float) -> None:
+    """Does what the agent says, from `go` to `exit`.
+
+    When all stages go back, this process stays: it ends what it does, wherever
+    it is, and begins again with another state. Its programs are still there.
+
+    Args:
+      began: when the process began to be this worker, `time.monotonic`.
+    """
+    while (command := self._link.command())['kind'] != 'exit':
+      assert command['kind'] == 'go', command
+      try:
+        self._train(orders.Go.from_json(command['go']), began)
+        if self._finish()['kind'] == 'exit':
+          break
+      except errors.MoetionError:
+        if not self._link.is_interrupted:
+          raise
+        self._link.command()
+      self._let_go()
+      self._link.send('rolled_back')
+      began = time.monotonic()
+    self._closing.close()
+
+  def _let_go(self) -> None:
+    """Ends the log, the snapshots and the state of what was trained."""
+    self._closing.close()
+    self._link.training(None)
+    self._link.compiling('nothing, until it is told from where to go on')
+    self._link.locating(None)
+    self._link.deciding(lambda value: None)
+    self._interrupts = []
+    self._worker = None
+    gc.collect()  # the state, before there is another one
+
+  def _interrupt(self) -> None:
+    """Lets whatever waits raise; in another thread."""
+    for interrupt in self._interrupts:
+      interrupt()
+
+  def _begin(self, phase: str, iteration: int) -> None:
+    """Called when the loop begins something."""
+    if self._link.is_interrupted:
+      raise agent_link.RolledBackError
+    self._injector.phase(phase, iteration)
+
+  def _train(self, go: orders.Go, began: float) -> None:
+    """Trains until the run ends or stops.
+
+    Args:
+      go: from where.
+      began: when the process began to be this worker, `time.monotonic`.
+
+    Raises:
+      base.MoetionError: any, once `link.is_interrupted`.
+    """
+    if go.generation:
+      self._spec = dataclasses.replace(self._spec, generation=go.generation)
+    spec, link = self._spec, self._link
+    link.line, self._told = go.line, 0
+    log = self._log(go)
+    log.start()
+    self._closing.callback(log.close)
+    link.locating(log)
+    self._interrupts = [lambda: log.interrupt(agent_link.RolledBackError())]
+    link.interrupting(self._interrupt)
+    started = time.monotonic()
+    restoring = self._conversion(go)
+    state = restoring.begin()
+    fetched = time.monotonic()
+    snapshots = self._snapshots(go, log)
+    self._worker = worker.Worker(
+      spec.stage,
+      self._stage,
+      self._programs,
+      state,
+      log,
+      self._data,
+      (spec.replica, *spec.stands_for),
+    )
+    self._worker.iteration = go.start
+    self._worker.verify_until = go.verify_until
+    self._worker.grown = extra_capacity.make(go, self._stage, self._grown)
+    self._worker.on_phase = self._begin
+    self._script(go, log, snapshots)
+    link.send(
+      'resumed',
+      first_iteration=go.start + 1,
+      start_seconds=started - began,
+      fetch_seconds=fetched - started,
+    )
+    link.training(self._worker)
+    try:
+      last = self._worker.train(
+        spec.config.train,
+        lambda report: link.send('report', report=report.to_json()),
+        lambda: self._between(go.target),
+        first_iteration=go.start + 1,
+        snapshots=snapshots,
+        conversion=restoring,
+        line=lambda iteration: link.line,
+        # Nobody goes back alone: neighbours need the newest entries only.
+        entries_line=None
+        if go.keeps_entries
+        else lambda iteration: iteration - 2,
+      )
+      if link.is_interrupted:
+        raise agent_link.RolledBackError
+    except errors.EntryMismatchError as error:
+      if self._worker.iteration > go.newest:
+        raise
+      # What was rebuilt comes to other bits than what was lost.
+      raise conversion.ReplayMismatchError(
+        error, range(go.start, self._worker.iteration)
+      ) from error
+    self._between(go.target)
+    log.flush()
+    if snapshots:
+      snapshots.flush()
+    link.finished()
+    link.send('done', iteration=last)
+
+  def _log(self, go: orders.Go) -> Any:
+    """Of this worker, with those of the replicas that it stands for."""
+    spec = self._spec
+    settings = log_interface.LogSettings(
+      folder=spec.folder,
+      size_bytes=go.ring_bytes,
+      cells=go.cells,
+      fresh=go.is_fresh,
+      host=spec.host,
+      secret=bytes.fromhex(spec.secret) or None,
+      full_seconds=spec.full_seconds,
+    )
+    of_replica = {
+      replica: boundary_log.BoundaryLog(
+        keys.WorkerId(spec.stage, replica, spec.generation), settings
+      )
+      for replica in (spec.replica, *spec.stands_for)
+    }
+    if spec.stands_for:
+      return joined_log.JoinedLog(of_replica)
+    return of_replica[spec.replica]
+
+  def _script(
+    self,
+    go: orders.Go,
+    log: log_interface.Log,
+    snapshots: snapshotter.Snapshotter | None,
+  ) -> None:
+    """Lets scripted faults damage what this worker stores."""
+    self._injector.replays_until = go.verify_until
+
+    def damage_snapshot(fault: faults.Fault, iteration: int) -> None:
+      del iteration
+      if snapshots:
+        snapshots.flush()
+      if fault.kind == 'torn_snapshot':
+        fault_damage.tear_snapshot(self._folder)
+      elif fault.kind == 'corrupt_weights':
+        # Those of the newest are overwritten before they are used.
+        fault_damage.flip_bit_in_snapshot(
+          self._folder, snapshot.COMPUTE, newer=1, every=True
+        )
+      else:
+        fault_damage.flip_bit_in_snapshot(self._folder, snapshot.STATE)
+      self._injector.acts['kill'](fault, 0)
+
+    def damage_log(fault: faults.Fault, iteration: int) -> None:
+      del fault
+      log.flush()
+      path = segment.segment_path(
+        self._spec.folder, self._spec.stage, self._spec.replica
+      )
+      # The one before: everybody has read what it has of that.
+      fault_damage.flip_bit_in_log(path, iteration - 1)
+
+    acts = {
+      **dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot),
+      'corrupt_log': damage_log,
+    }
+    self._injector.acts |= acts
+    for kind in acts:  # they would keep alive whatever was trained
+      self._closing.callback(self._injector.acts.pop, kind)
+
+  def _between(self, target: int) -> bool:
+    """Called between iterations: whether to stop."""
+    if self._worker.iteration == target != self._told:
+      self._told = target
+      self._link.send('caught_up', iteration=target)
+    return self._link.limit.stop(self._worker.iteration)
+
+  def _conversion(self, go: orders.Go) -> conversion.Conversion:
+    return conversion.Conversion(
+      self._captures,
+      self._programs.digest,
+      self._initial_state,
+      self._load_merged if go.merges else self._load,
+      coverage.Start(iteration=go.start, complete_at=go.complete_at),
+      go.newest,
+    )
+
+  def _initial_state(self) -> partition.State:
+    return transformer_job.initial_state(
+      self._spec.config, self._stage, self._initial
+    )
+
+  def _load(self, iteration: int) -> snapshot.Snapshot:
+    """A snapshot of this host's store, verified.
+
+    Of all replicas' shares; where they share the state like this worker's team,
+    of its own.
+    """
+    paths = folders.find_shares(
+      self._snapshots_root, self._spec.stage, iteration
+    )
+    if not paths:
+      raise errors.StoreError(f'{self._folder / str(iteration)}: there is none')
+    if self._stage.ownership and len(paths) == len(self._spec.team):
+      paths = [paths[self._stage.ownership.position]]
+    shares = []
+    for path in paths:
+      stored = snapshot_file.open_snapshot(path, verify=True)
+      shares.append(
+        snapshot.from_arrays(self._whole, stored.metadata, stored.arrays)
+      )
+    return snapshot.merge(shares)
+
+  def _load_merged(self, iteration: int) -> snapshot.Snapshot:
+    """Of all operators, each as new as there is."""
+    return merged_restore.load(
+      self._snapshots_root,
+      self._spec.stage,
+      iteration,
+      self._layout,
+      self._initial_state,
+    )
+
+  def _snapshots(
+    self, go: orders.Go, log: log_interface.Log
+  ) -> snapshotter.Snapshotter | None:
+    if not go.pool_files:
+      return None
+    spec, number = self._spec, len(self._spec.team)
+    position = spec.team.index(spec.replica)
+    share = self._whole.shares(number)[position]
+    leaves = len(self._layout.leaves) * len(self._layout.operators)
+    padding_bytes = leaves * _PADDING_BYTES
+    store: Any = memory_store.SnapshotStore(
+      folders.snapshots_folder(spec.folder, spec.stage, spec.replica),
+      go.pool_bytes + padding_bytes,
+      go.pool_files,
+    )
+    decisions = [
+      decision_lib.CaptureDecision.from_json(value) for value in go.decisions
+    ]
+    if any(decision.is_whole for decision in decisions):
+      # Before it starts: it would make files only to remove them.
+      whole_bytes = snapshot.snapshot_bytes(self._whole, share, frozenset())
+      store.enlarge(whole_bytes + padding_bytes)
+    if spec.durable_folder:
+      store = durable_store.DurableStore(store, self._folder)
+      self._interrupts.append(store.interrupt)
+    taker = snapshotter.Snapshotter(
+      self._captures,
+      store,
+      decisions[0],
+      {
+        'stage': spec.stage,
+        'replica': position,
+        'replicas': number,
+        **self._digest_names(),
+      },
+      log,
+      lambda metadata: self._link.send(
+        'stored', share={k: metadata[k] for k in folders.SHARE_FIELDS}
+      ),
+      spec.full_seconds,
+      self._link.blocked,
+      share,
+    )
+    for decision in decisions[1:]:
+      taker.decide(decision)
+    taker.start()
+    self._closing.callback(taker.close)
+    # A gap that a replay passes is closed: else no start could lead across it.
+    for iteration in go.excluded:
+      taker.distrust(iteration)
+    for iteration, path in snapshot_file.list_snapshots(self._folder).items():
+      try:
+        metadata = snapshot_file.read_manifest(path).metadata
+        is_ours = metadata['replicas'] == number
+      except errors.StoreError:
+        is_ours = False
+      if not is_ours:  # damaged, or the share of another team
+        taker.distrust(iteration)
+    self._link.deciding(
+      lambda value: taker.decide(decision_lib.CaptureDecision.from_json(value))
+    )
+    return taker
+
+  def _digest_names(self) -> dict[str, Any]:
+    """Of which operators the digests in this worker's snapshots are."""
+    if not self._spec.config.train.shard_optimizer:
+      return {}
+    return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
+
+  def _finish(self) -> messages.Message:
+    """Does what the agent asks for after the end, until it says otherwise."""
+    spec, link = self._spec, self._link
+    while True:
+      command = link.command()
+      if command['kind'] in ('exit', 'roll_back'):
+        return command
+      if command['kind'] == 'hand_over':
+        final_state.put(
+          spec.handover_folder,
+          spec.stage,
+          self._worker.state,
+          spec.full_seconds,
+          lambda: link.blocked('no room for the final state'),
+          replica=spec.replica,
+          partition=self._stage.partition,
+        )
+        link.blocked('')
+        link.send('handed_over')
+      elif command['kind'] == 'save':
+        from launch.lm import checkpoint
+
+        states = [
+          final_state.get(spec.handover_folder, stage, replicas)
+          for stage, replicas in enumerate(command['replicas'])
+        ]
+        checkpoint.save(
+          command['path'], states, command['iteration'], spec.config
+        )
+        link.send('saved')

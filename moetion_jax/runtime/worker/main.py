@@ -1,0 +1,230 @@
+"""A worker process: one stage of a run. Started by the agent, by nobody else.
+
+Reads a `messages.Spec` from stdin. A spec without a stage makes it a warm
+standby: it prepares for every stage, and waits until it gets one. Exit codes
+as of `launch.train`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from moetion_jax import errors
+from moetion_jax.hostmem import entry
+from moetion_jax.runtime import faults, linux_process, messages
+from moetion_jax.runtime.worker import agent_link
+
+if TYPE_CHECKING:  # it imports JAX, which a standby does at low priority
+  from moetion_jax.runtime.worker import prepared as prepared_lib
+
+# Done again, it would come to the same end, or wait for just as long.
+_FINAL = (errors.NonFiniteError, errors.EntryMismatchError, errors.NoRoomError)
+# A standby prepares beside workers that train: it must not take their time.
+# With 5 it was not warm after four minutes where two cores had much to do.
+_STANDBY_NICENESS = 2
+# For the others of a world that have less of the cores.
+_STANDBY_WORLD_SECONDS = 300
+
+
+def _stand_by(
+  spec: messages.Spec, link: agent_link.AgentLink
+) -> tuple[messages.Spec, prepared_lib.Prepared | None]:
+  """Prepares, then waits to be promoted: the spec of that worker."""
+  prepared: list[prepared_lib.Prepared] = []
+  is_wanted, is_made = threading.Event(), threading.Event()
+
+  def make_backend() -> None:
+    """The threads of a backend inherit the priority of who makes it."""
+    is_wanted.wait()
+    try:
+      import jax
+
+      from moetion_jax.runtime import xla_setup
+
+      if spec.world:
+        xla_setup.join_world(
+          spec.world, len(spec.team), spec.replica, _STANDBY_WORLD_SECONDS
+        )
+      else:
+        jax.devices()
+    finally:  # who waits goes on, and meets the error itself
+      is_made.set()
+
+  def ask_for_backend() -> None:
+    is_wanted.set()
+    is_made.wait()
+
+  def warm() -> None:
+    # Of this thread alone: the priority cannot be raised again.
+    os.setpriority(
+      os.PRIO_PROCESS, threading.get_native_id(), _STANDBY_NICENESS
+    )
+    try:
+      from moetion_jax.runtime.worker import standby
+
+      prepared.append(
+        standby.prepare(
+          spec.config,
+          spec.platform,
+          spec.compilation_cache_dir,
+          ask_for_backend if spec.loads_ahead else None,
+          spec.replica,
+        )
+      )
+      link.compiling('warm')
+      link.send('warm')
+    except BaseException:
+      traceback.print_exc()
+      if spec.world:
+        os._exit(1)  # the others of its world are of no use either
+      # Promoted, it prepares what is missing.
+
+  _run_on(spec.cores)
+  threading.Thread(target=make_backend, name='backend', daemon=True).start()
+  thread = threading.Thread(target=warm, name='warm up')
+  thread.start()
+  while (command := link.command())['kind'] != 'promote':
+    if command['kind'] == 'exit':
+      os._exit(0)  # nothing to close, and the thread may take its time
+  thread.join()
+  os.environ.update(command['environment'])
+  promoted = dataclasses.replace(
+    messages.Spec.from_json(command['spec']),
+    status_fd=spec.status_fd,
+    control_fd=spec.control_fd,
+  )
+  return promoted, prepared[0] if prepared else None
+
+
+def _run_on(cores: tuple[int, ...]) -> None:
+  """Keeps all threads that there are on these cores; () for wherever."""
+  for thread in os.listdir('/proc/self/task') if cores else ():
+    with contextlib.suppress(ProcessLookupError):
+      os.sched_setaffinity(int(thread), cores)
+
+
+def _injector(
+  spec: messages.Spec, link: agent_link.AgentLink
+) -> faults.FaultInjector:
+  """Does the worker's scripted faults; the agent does those of its own."""
+  injector = faults.FaultInjector(
+    spec.faults,
+    lambda fault: link.send('fault', number=fault.number, at=time.monotonic()),
+  )
+  for kind in faults.AGENT_KINDS:
+    injector.acts[kind] = lambda fault, iteration: signal.pause()
+  return injector
+
+
+def _work(
+  spec: messages.Spec,
+  link: agent_link.AgentLink,
+  prepared: prepared_lib.Prepared | None,
+) -> None:
+  """Everything from the backend to the end of the run."""
+  injector = _injector(spec, link)
+  injector.phase('start')
+  from moetion_jax.runtime import xla_setup
+
+  config, began = spec.config, time.monotonic()
+  xla_setup.configure(
+    local_devices=config.train.local_devices,
+    compilation_cache_dir=spec.compilation_cache_dir,
+  )
+  import jax
+
+  from launch.lm import transformer_job
+  from moetion_jax.programs import compilation
+  from moetion_jax.runtime.worker import generation
+
+  position = spec.team.index(spec.replica)
+  if spec.world and not (prepared and prepared.loaded):
+    xla_setup.join_world(spec.world, len(spec.team), position)
+  data = prepared.data if prepared else transformer_job.load_data(config)
+  lowered = prepared.of(spec.stage, position) if prepared else None
+  loaded = prepared.loaded.get(spec.stage) if prepared else None
+  if len(spec.team) < config.train.replicas:
+    lowered = None  # its programs are those of a whole team
+  if loaded:
+    stage = loaded.stage
+  elif lowered:
+    stage = transformer_job.bind(config, lowered.declared)
+  else:
+    stage = transformer_job.build_stage(config, spec.stage, spec.team, position)
+  run = generation.StageRun(spec, link, stage, data, injector)
+  run.check_initial()
+  if not spec.is_replacement:  # of one the agent knows all that
+    link.send(
+      'ready',
+      platform=jax.default_backend(),
+      lowering_platform=compilation.platform_of(stage.mesh),
+      device=jax.local_devices()[0].device_kind,
+      state_bytes=sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(stage.whole.state_shapes)
+      ),
+      operators=run.sizes().to_json(),
+      software=xla_setup.software(),
+      data_fingerprint=None
+      if spec.stage or spec.replica
+      else data.fingerprint(),
+    )
+  run.compile(loaded or lowered)
+  gc.freeze()  # what was made so far stays: the collector need not visit it
+  gc.enable()
+  run.run(began)
+
+
+def main() -> int:
+  """Works as stdin says; returns the exit code."""
+  # Importing, tracing and lowering make millions of objects, and nearly all
+  # stay (measured at `tiny`: an eighth of a start is spent looking at them).
+  gc.disable()
+  spec = messages.Spec.from_json(json.load(sys.stdin))
+  linux_process.die_with(spec.agent_pid)
+  link = agent_link.AgentLink(spec.status_fd, spec.control_fd)
+  link.start()
+  prepared = None
+  try:
+    if spec.stage == messages.STANDBY:
+      spec, prepared = _stand_by(spec, link)
+    _run_on(spec.cores)
+    _work(spec, link, prepared)
+  except errors.ConfigError as error:
+    link.send(
+      'refused', flag=error.flag, value=str(error.value), reason=error.reason
+    )
+    return 2
+  except Exception as error:
+    if not isinstance(error, errors.MoetionError):
+      traceback.print_exc()
+    name = (
+      '' if isinstance(error, errors.MoetionError) else type(error).__name__
+    )
+    text = ': '.join(x for x in (name, str(error)) if x)
+    link.send(
+      'failed',
+      error=text,
+      iteration=link.iteration,
+      final=isinstance(error, _FINAL),
+      suspects=list(getattr(error, 'suspects', ())),
+      corrupt=[error.key.stage, error.key.iteration]
+      if isinstance(error, entry.EntryCorruptError)
+      else None,
+    )
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

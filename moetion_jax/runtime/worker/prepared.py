@@ -1,0 +1,78 @@
+"""What a worker has prepared before it has a stage: programs, lowered or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from launch.lm import data as data_lib
+from moetion_jax.capture import programs as capture_programs
+from moetion_jax.programs import compilation, stage as stage_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+  """A stage without devices, and its programs for one platform.
+
+  Attributes:
+    declared: the stage.
+    programs: of training.
+    captures: of capture and fold.
+  """
+
+  declared: stage_lib.Stage
+  programs: compilation.LoweredPrograms
+  captures: compilation.LoweredPrograms
+
+  def compiled(
+    self, stage: stage_lib.Stage, on_program: compilation.OnProgram
+  ) -> tuple[compilation.Programs, capture_programs.CapturePrograms]:
+    """The programs on the devices of `stage`, which is `declared`, bound."""
+    programs = self.programs.compile(stage.mesh, on_program, stage.world)
+    captures = capture_programs.CapturePrograms(stage_lib.layout_of(stage))
+    captures.compile(on_program, self.captures)
+    return programs, captures
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A stage on this process's devices, compiled.
+
+  Attributes:
+    stage: bound.
+    programs: of training.
+    captures: of capture and fold.
+  """
+
+  stage: stage_lib.Stage
+  programs: compilation.Programs
+  captures: capture_programs.CapturePrograms
+
+  def compiled(
+    self, stage: stage_lib.Stage, on_program: compilation.OnProgram
+  ) -> tuple[compilation.Programs, capture_programs.CapturePrograms]:
+    """The programs, which are there."""
+    assert stage is self.stage
+    on_program('loaded ahead')
+    return self.programs, self.captures
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What a standby has ready.
+
+  Attributes:
+    data: of the run.
+    stages: all, by index; of each, the workers that differ, by position in
+      their world.
+    loaded: stages with compiled programs; empty without a backend.
+  """
+
+  data: data_lib.Dataset
+  stages: Mapping[int, Sequence[Lowered]]
+  loaded: Mapping[int, Loaded]
+
+  def of(self, stage: int, position: int) -> Lowered:
+    """Of a worker."""
+    lowered = self.stages[stage]
+    return lowered[position] if len(lowered) > 1 else lowered[0]

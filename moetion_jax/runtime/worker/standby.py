@@ -1,0 +1,98 @@
+"""What a worker can do before it has a stage, or a backend.
+
+A warm standby does all of it for every stage, at low priority, so that a
+promotion only binds devices and loads compiled programs. Any other worker does
+it for its own stage; it is the same code, and so the same programs.
+
+On an accelerator a standby has no backend: that would take memory from the
+workers. On CPU it takes nothing, so the programs are loaded ahead as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import moetion_jax.runtime.worker.generation  # noqa: F401  with all it imports
+from launch.lm import settings as run_settings, transformer_job
+from moetion_jax.capture import programs as capture_programs
+from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.runtime import xla_setup
+from moetion_jax.runtime.worker import prepared as prepared_lib
+
+# More than a first iteration of `tiny` takes; see `runtime.touch_memory`.
+_TOUCHED_BYTES = 256 << 20
+
+
+def lower(
+  config: run_settings.RunConfig, index: int, platform: str
+) -> list[prepared_lib.Lowered]:
+  """Traces and lowers a stage's programs; creates no backend.
+
+  Returns:
+    One for all of its workers, or where they share the training state one for
+    each, by position: those programs that they have in common are lowered once.
+  """
+  train = config.train
+  lowered: list[prepared_lib.Lowered] = []
+  for position in range(train.replicas if train.shard_optimizer else 1):
+    declared = transformer_job.declare_stage(config, index, None, position)
+    programs = declared.trace(state_only=bool(lowered)).lower(platform)
+    if lowered:
+      programs = compilation.LoweredPrograms(
+        {**lowered[0].programs.lowered, **programs.lowered}
+      )
+    captures = capture_programs.CapturePrograms(
+      stage_lib.layout_of(declared, has_devices=False)
+    )
+    captured = captures.trace(declared.abstract_mesh, platform).lower(platform)
+    lowered.append(prepared_lib.Lowered(declared, programs, captured))
+  return lowered
+
+
+def load(
+  config: run_settings.RunConfig, lowered: prepared_lib.Lowered
+) -> prepared_lib.Loaded:
+  """Binds a stage to this process's devices and compiles its programs.
+
+  Raises:
+    base.ConfigError: there are too few devices.
+  """
+  stage = transformer_job.bind(config, lowered.declared)
+  return prepared_lib.Loaded(stage, *lowered.compiled(stage, lambda _: None))
+
+
+def prepare(
+  config: run_settings.RunConfig,
+  platform: str,
+  cache_dir: str,
+  make_backend: Callable[[], None] | None = None,
+  position: int = 0,
+) -> prepared_lib.Prepared:
+  """Everything that can be done ahead, for all stages.
+
+  Args:
+    config: of the run.
+    platform: as of `programs.platform_of`.
+    cache_dir: see `runtime.configure`.
+    make_backend: makes one, if programs are to be loaded ahead; with replicas
+      in a world with the others.
+    position: in that world.
+  """
+  xla_setup.configure(
+    local_devices=config.train.local_devices, compilation_cache_dir=cache_dir
+  )
+  data = transformer_job.load_data(config)
+  stages = {
+    index: lower(config, index, platform)
+    for index in range(config.train.stages)
+  }
+  if platform == 'cpu':
+    xla_setup.touch_memory(_TOUCHED_BYTES)
+  assert not compilation.has_backend()
+  if make_backend is None:
+    return prepared_lib.Prepared(data, stages, {})
+  make_backend()
+  prepared = prepared_lib.Prepared(data, stages, {})
+  loaded = {i: load(config, prepared.of(i, position)) for i in stages}
+  return dataclasses.replace(prepared, loaded=loaded)

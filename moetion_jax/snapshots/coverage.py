@@ -1,0 +1,172 @@
+"""From which snapshots a dense state can be made (DESIGN section 5).
+
+A snapshot holds the training state of some operators and the compute weights of
+others. Folded one after the other, with an iteration replayed between two,
+they make a dense state. Which of them do is decided here, from names alone.
+
+Pure Python without JAX: the agent, which plans, uses it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable
+
+from moetion_jax import keys
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+  """What one worker's snapshot of one iteration holds.
+
+  Attributes:
+    iteration: whose state it is of.
+    replica: of the worker, from 0.
+    replicas: how many shares make the stage's snapshot.
+    state: operators of which it holds the training state.
+    compute: operators of which it holds the compute weights.
+  """
+
+  iteration: int
+  replica: int = 0
+  replicas: int = 1
+  state: frozenset[keys.OperatorId]
+  compute: frozenset[keys.OperatorId]
+
+  def __post_init__(self):
+    if self.iteration < 0 or not 0 <= self.replica < self.replicas:
+      raise ValueError(
+        f'share {self.replica} of {self.replicas} of iteration {self.iteration}'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnapshotRecord:
+  """What the snapshot of a whole stage holds: the union of its shares.
+
+  Attributes:
+    iteration: whose state it is of.
+    replicas: how many shares it is made of.
+    state: operators of which it holds the training state.
+    compute: operators of which it holds the compute weights.
+  """
+
+  iteration: int
+  replicas: int = 1
+  state: frozenset[keys.OperatorId]
+  compute: frozenset[keys.OperatorId]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Start:
+  """A snapshot from which a conversion can start, and where it ends.
+
+  Attributes:
+    iteration: of the first snapshot that is folded.
+    complete_at: of the last one: with it every operator is active. The
+      conversion replays iteration + 1 to complete_at.
+  """
+
+  iteration: int
+  complete_at: int
+
+
+def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
+  """The snapshots of a stage of which every share exists.
+
+  A stage that changed its number of replicas may have captured an iteration
+  twice, with the same bits in other shares. Shares of the two never make a
+  snapshot together; if both are complete, the one of fewer shares is taken.
+
+  Args:
+    shares: of one stage, in any order; copies of a share count once.
+
+  Returns:
+    Ascending by iteration, one an iteration.
+
+  Raises:
+    ValueError: two shares have the same name and hold different operators.
+  """
+  groups: dict[tuple[int, int], dict[int, Share]] = {}
+  for share in shares:
+    group = groups.setdefault((share.iteration, share.replicas), {})
+    if group.setdefault(share.replica, share) != share:
+      raise ValueError(
+        f'iteration {share.iteration} has two different shares '
+        f'{share.replica} of {share.replicas}'
+      )
+  records: dict[int, SnapshotRecord] = {}
+  for (iteration, replicas), group in sorted(groups.items()):
+    if len(group) == replicas and iteration not in records:
+      records[iteration] = SnapshotRecord(
+        iteration=iteration,
+        replicas=replicas,
+        state=frozenset().union(*(s.state for s in group.values())),
+        compute=frozenset().union(*(s.compute for s in group.values())),
+      )
+  return tuple(records.values())
+
+
+def initial_record(operators: Iterable[keys.OperatorId]) -> SnapshotRecord:
+  """Snapshot 0, the initial state: complete by definition."""
+  return SnapshotRecord(
+    iteration=0, state=frozenset(operators), compute=frozenset()
+  )
+
+
+def valid_starts(
+  records: Iterable[SnapshotRecord], operators: Iterable[keys.OperatorId]
+) -> tuple[Start, ...]:
+  """From which snapshots a conversion can start.
+
+  Snapshot s is a valid start when snapshots s, s + 1, ..., e exist without a
+  gap, each operator's training state is in one of them, and its compute
+  weights are in all before that one: until it is active, every replayed
+  iteration runs it on those. The first such e is `complete_at`.
+
+  That is all there is to rolling windows, aligned windows, an order or a length
+  that changes, and snapshots of every k-th iteration (of which, with k > 1,
+  only one that holds everything is a start).
+
+  Args:
+    records: in any order, one an iteration.
+    operators: all of the stage.
+
+  Returns:
+    Ascending by iteration.
+
+  Raises:
+    ValueError: two records are of the same iteration.
+  """
+  operators = frozenset(operators)
+  starts: list[Start] = []
+  # Going back in time, with s the record at hand: by operator, from which
+  # snapshot it would be active if s were the start. Operators that would never
+  # be are `lost` instead. An operator whose training state is in s moves to the
+  # end, so the first one is always the last to become active. Thus a record
+  # costs what it captures, and a few operations on whole sets.
+  active_from: collections.OrderedDict[keys.OperatorId, int] = (
+    collections.OrderedDict()
+  )
+  lost = set(operators)
+  newer = None
+  for record in sorted(records, key=lambda r: r.iteration, reverse=True):
+    s = record.iteration
+    if s == newer:
+      raise ValueError(f'two records of iteration {s}')
+    if newer != s + 1:
+      lost = set(operators)
+      active_from.clear()
+    for operator in operators - record.compute - record.state - lost:
+      del active_from[operator]
+      lost.add(operator)
+    for operator in operators & record.state:
+      active_from[operator] = s
+      active_from.move_to_end(operator)
+      lost.discard(operator)
+    newer = s
+    if not lost:
+      complete_at = next(iter(active_from.values()), s)
+      starts.append(Start(iteration=s, complete_at=complete_at))
+  return tuple(reversed(starts))

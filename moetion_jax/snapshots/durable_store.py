@@ -1,0 +1,167 @@
+"""Snapshots in two phases: into memory first, then into storage.
+
+The second phase is what counts: a snapshot exists when its files and their
+directory are on disk, committed by a rename. What is in memory is only on its
+way; nobody reads it again (CheckFreq, FAST 2021: snapshot and persist).
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from moetion_jax import errors
+from moetion_jax.snapshots import (
+  file as snapshot_file,
+  manifest as manifest_lib,
+  memory_store,
+)
+
+_TEMPORARY_SUFFIX = '.tmp'
+_OLD_SUFFIX = '.old'
+_PIECE_BYTES = 1 << 22
+_ALL = 1 << 62  # of what is in memory nothing is kept
+
+
+class InterruptedStoreError(errors.StoreError):
+  """A snapshot was given up on its way to storage."""
+
+
+class DurableStore:
+  """The snapshots of one worker on disk; used as a `SnapshotStore`.
+
+  One thread uses it; `retain` and `interrupt` any thread.
+  """
+
+  def __init__(
+    self,
+    memory: memory_store.SnapshotStore,
+    folder: str | os.PathLike[str],
+  ):
+    """Stores the arguments.
+
+    Args:
+      memory: into which snapshots go first, not started; of at least one file.
+      folder: of this worker alone, on disk; created if it does not exist.
+    """
+    self.folder = pathlib.Path(folder)
+    self._memory = memory
+    self._first_iteration = 0
+    self._is_interrupted = False
+
+  def start(self) -> None:
+    """Takes over what a predecessor committed.
+
+    Raises:
+      StoreError: memory or folder cannot be used.
+    """
+    missing = [self.folder, *self.folder.parents]
+    missing = [path for path in missing if not path.exists()]
+    try:
+      self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      for path in missing:  # else what is in it is on disk, and it is not
+        _sync_folder(path.parent)
+    except OSError as error:
+      raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
+    for path in self.folder.iterdir():
+      if path.suffix in (_TEMPORARY_SUFFIX, _OLD_SUFFIX):
+        shutil.rmtree(path, ignore_errors=True)
+    self._memory.start()
+    self._memory.retain(_ALL)
+
+  def close(self) -> None:
+    """Lets go of the memory; may be called twice."""
+    self._memory.close()
+
+  def interrupt(self) -> None:
+    """Gives up what is on its way; later saves fail at once."""
+    self._is_interrupted = True
+
+  def iterations(self) -> list[int]:
+    """Of the snapshots on disk, ascending."""
+    return sorted(snapshot_file.list_snapshots(self.folder))
+
+  def retain(self, first_iteration: int) -> None:
+    """Allows snapshots of earlier iterations to be removed."""
+    self._first_iteration = max(self._first_iteration, first_iteration)
+
+  def enlarge(self, size_bytes: int) -> None:
+    """Makes room for larger snapshots; see `SnapshotStore.enlarge`."""
+    self._memory.enlarge(size_bytes)
+
+  def save(
+    self,
+    iteration: int,
+    metadata: dict[str, Any],
+    buffers: Sequence[manifest_lib.Buffer],
+    *,
+    replace: bool = False,
+  ) -> int:
+    """Saves a snapshot; when this returns, it is on disk.
+
+    Returns:
+      Its bytes.
+
+    Raises:
+      EntryMismatchError: see `SnapshotStore.save`.
+      StoreError: it cannot be written.
+      InterruptedStoreError: `interrupt` was called.
+    """
+    self._memory.save(iteration, metadata, buffers, replace=replace)
+    try:
+      self._persist(iteration)
+    except OSError as error:
+      raise errors.StoreError(
+        f'{self.folder}: snapshot {iteration}: {error.strerror}; make room, or '
+        'name another --durable_dir'
+      ) from error
+    for old, path in snapshot_file.list_snapshots(self.folder).items():
+      if old < self._first_iteration:
+        shutil.rmtree(path, ignore_errors=True)
+    return sum(buffer.nbytes for buffer in buffers)
+
+  def _persist(self, iteration: int) -> None:
+    """The second phase."""
+    source = self._memory.folder / str(iteration)
+    final = self.folder / str(iteration)
+    temporary = final.with_name(final.name + _TEMPORARY_SUFFIX)
+    used_bytes = snapshot_file.read_manifest(source).used_bytes
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    self._copy(source, temporary, snapshot_file.DATA_NAME, used_bytes)
+    manifest = snapshot_file.MANIFEST_NAME
+    self._copy(source, temporary, manifest, (source / manifest).stat().st_size)
+    _sync_folder(temporary)
+    if final.exists():  # it is damaged, or taken again
+      old = final.with_name(final.name + _OLD_SUFFIX)
+      final.rename(old)
+      shutil.rmtree(old, ignore_errors=True)
+    temporary.rename(final)
+    _sync_folder(self.folder)
+
+  def _copy(
+    self,
+    source: pathlib.Path,
+    target: pathlib.Path,
+    name: str,
+    size_bytes: int,
+  ) -> None:
+    with open(source / name, 'rb') as old, open(target / name, 'wb') as new:
+      offset = 0
+      while offset < size_bytes:
+        if self._is_interrupted:
+          raise InterruptedStoreError(f'{target}: given up')
+        count = min(_PIECE_BYTES, size_bytes - offset)
+        offset += os.sendfile(new.fileno(), old.fileno(), offset, count)
+      os.fsync(new.fileno())
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+  fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)

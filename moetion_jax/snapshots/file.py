@@ -1,0 +1,394 @@
+"""Snapshots as files: raw buffers, and a manifest that says what they are.
+
+```
+<folder>/<iteration>/data           buffers at multiples of 64 bytes
+<folder>/<iteration>/manifest.json  metadata; names, shapes, checksums
+```
+
+`data` may be longer than what is used: its pages outlive the snapshot. A
+snapshot is committed when its directory has its final name (Orbax's rename)
+and a manifest; a directory whose manifest is gone is being retired.
+
+A reader holds a lease, a shared lock of an open file description on `data`
+(fcntl(2), F_OFD_SETLK), so it ends with a kill -9 of the reader as well. Who
+recycles `data` takes its exclusive lock, then removes the manifest, then moves
+the file; a reader takes the lock, then looks at the manifest: one of them sees
+the other. A snapshot that is being read therefore stays whole, and its file
+stays counted.
+
+No JAX here: the agent uses this module and never creates a JAX backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from moetion_jax import errors
+from moetion_jax.hostmem import locks, memory_limits, raw_bytes, store_folder
+from moetion_jax.snapshots import manifest as manifest_lib
+
+DATA_NAME = 'data'
+MANIFEST_NAME = 'manifest.json'
+# A snapshot that is being replaced: it counts until its successor is there.
+REPLACED_SUFFIX = '.replaced'
+
+_SNAPSHOT_NAME = re.compile(
+  rf'(0|[1-9][0-9]*)({re.escape(REPLACED_SUFFIX)})?', re.ASCII
+)
+
+# --- Writing -----------------------------------------------------------------
+
+
+class DataFile:
+  """A data file with all its pages, mapped for writing as long as it is open.
+
+  Re-writing mapped pages is what makes a snapshot cheap: 7.7 GB/s with the
+  checksum, against 4.5 GB/s when it is mapped anew and 0.7 GB/s in a new file.
+
+  Attributes:
+    path: where it lies now.
+    size_bytes: its size.
+    memory: u8[size_bytes].
+  """
+
+  def __init__(self, path: str | os.PathLike[str], fd: int):
+    """Takes over the descriptor of an existing file that is not empty."""
+    self.path = pathlib.Path(path)
+    self._fd = fd
+    self.size_bytes = os.fstat(fd).st_size
+    # Never unmapped by hand: that happens when the last view of it is gone.
+    mapped = mmap.mmap(fd, self.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    self.memory = np.frombuffer(mapped, np.uint8)
+
+  @classmethod
+  def create(cls, path: str | os.PathLike[str], size_bytes: int) -> DataFile:
+    """Reserves a new file of at least a page; StoreError without room."""
+    return cls(path, store_folder.reserve(path, max(size_bytes, mmap.PAGESIZE)))
+
+  @classmethod
+  def open(cls, path: str | os.PathLike[str]) -> DataFile:
+    """Opens an existing one; OSError or ValueError if that fails."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+      return cls(path, fd)
+    except BaseException:
+      os.close(fd)
+      raise
+
+  @property
+  def is_reserved(self) -> bool:
+    """Whether every page exists, so that no write can die of SIGBUS."""
+    return os.fstat(self._fd).st_blocks * 512 >= self.size_bytes
+
+  def move(self, path: str | os.PathLike[str]) -> None:
+    """Renames the file."""
+    os.rename(self.path, path)
+    self.path = pathlib.Path(path)
+
+  def try_lock(self) -> bool:
+    """Shuts readers out until `unlock`; False while one holds a lease."""
+    return locks.try_lock(self._fd, fcntl.F_WRLCK, 0)
+
+  def unlock(self) -> None:
+    """Lets readers in again."""
+    locks.try_lock(self._fd, fcntl.F_UNLCK, 0)
+
+  def close(self) -> None:
+    """Forgets the file, which stays. May be called twice."""
+    if self._fd >= 0:
+      self.unlock()  # the mapping may keep the open file description alive
+      os.close(self._fd)
+      self._fd = -1
+      self.memory = np.empty(0, np.uint8)
+
+  def remove(self) -> None:
+    """Closes the file and gives its memory back."""
+    self.path.unlink(missing_ok=True)
+    self.close()
+
+
+def write(
+  directory: str | os.PathLike[str],
+  buffers: Sequence[manifest_lib.Buffer],
+  metadata: dict[str, Any],
+  data_file: DataFile | None = None,
+) -> int:
+  """Writes a snapshot into an existing directory, its manifest last.
+
+  Args:
+    directory: where the two files shall be.
+    buffers: what to write.
+    metadata: any JSON object.
+    data_file: its pages are reused: it is moved into the directory, and stays
+      open. By default a new file of the right size is made.
+
+  Returns:
+    The bytes of all buffers.
+
+  Raises:
+    StoreError: buffers that cannot be written or do not fit; no room.
+  """
+  directory = pathlib.Path(directory)
+  manifest_lib.check(buffers)
+  used_bytes = manifest_lib.data_bytes(buffer.nbytes for buffer in buffers)
+  with contextlib.ExitStack() as stack:
+    if data_file is None:
+      data_file = DataFile.create(directory / DATA_NAME, used_bytes)
+      stack.callback(data_file.close)
+    elif used_bytes > data_file.size_bytes:
+      raise errors.StoreError(
+        f'{directory}: {memory_limits.format_bytes(used_bytes)} do not fit into a data '
+        f'file of {memory_limits.format_bytes(data_file.size_bytes)}'
+      )
+    else:
+      data_file.move(directory / DATA_NAME)
+    stored, offset = {}, 0
+    for buffer in buffers:
+      end = offset + buffer.nbytes
+      stored[buffer.name] = manifest_lib.StoredBuffer(
+        name=buffer.name,
+        dtype=np.dtype(buffer.dtype),
+        shape=tuple(buffer.shape),
+        offset=offset,
+        nbytes=end - offset,
+        checksum=buffer.checksum(data_file.memory[offset:end]),
+      )
+      offset = manifest_lib.padded(end)
+  manifest = manifest_lib.Manifest(
+    metadata=metadata, buffers=stored, used_bytes=used_bytes
+  )
+  temporary = directory / (MANIFEST_NAME + '.new')
+  temporary.write_bytes(manifest.pack())
+  temporary.rename(directory / MANIFEST_NAME)
+  return sum(buffer.nbytes for buffer in buffers)
+
+
+# --- Reading -----------------------------------------------------------------
+
+
+class StoredSnapshot:
+  """A snapshot in mapped memory; `open_snapshot` makes it.
+
+  The data file is not recycled before `close` (or the end of a with block) and
+  the end of every array taken from it, JAX arrays that alias it included.
+
+  Attributes:
+    path: its directory.
+    manifest: what it holds.
+    arrays: read-only views of the file, by buffer name.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    manifest: manifest_lib.Manifest,
+    memory: np.ndarray,
+  ):
+    """Cuts u8[used_bytes] into arrays."""
+    self.path = path
+    self.manifest = manifest
+    self.arrays: dict[str, np.ndarray] = {
+      buffer.name: memory[buffer.offset : buffer.offset + buffer.nbytes]
+      .view(buffer.dtype)
+      .reshape(buffer.shape)
+      for buffer in manifest.buffers.values()
+    }
+    self._memory: np.ndarray | None = memory  # the lease, without buffers too
+
+  @property
+  def metadata(self) -> dict[str, Any]:
+    """The JSON object it was written with."""
+    return self.manifest.metadata
+
+  def verify(self) -> None:
+    """Raises SnapshotCorruptError, naming the first damaged buffer."""
+    # The raising frame has no array: a kept traceback must not keep the lease.
+    damage = self._damage()
+    if damage:
+      raise manifest_lib.SnapshotCorruptError(damage)
+
+  def _damage(self) -> str:
+    for name, array in self.arrays.items():
+      found, buffer = raw_bytes.checksum(array), self.manifest.buffers[name]
+      if found != buffer.checksum:
+        return (
+          f'{self.path / DATA_NAME}: buffer {name} (bytes {buffer.offset} to '
+          f'{buffer.offset + buffer.nbytes}) has checksum {found:016x}, but '
+          f'{buffer.checksum:016x} was written'
+        )
+    return ''
+
+  def close(self) -> None:
+    """Gives the lease back once no array is used. May be called twice."""
+    self.arrays = {}
+    self._memory = None
+
+  def __enter__(self) -> StoredSnapshot:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def read_manifest(
+  directory: str | os.PathLike[str],
+) -> manifest_lib.Manifest:
+  """What a snapshot holds; its data is not read, only its size is looked at.
+
+  Raises:
+    SnapshotCorruptError: manifest or data file is missing, torn or damaged.
+  """
+  directory = pathlib.Path(directory)
+  with _open_fd(directory, os.O_DIRECTORY) as folder_fd:
+    with _open_fd(directory / DATA_NAME, 0, folder_fd) as data_fd:
+      return _read_manifest(directory, folder_fd, data_fd)
+
+
+def open_snapshot(
+  directory: str | os.PathLike[str], verify: bool = False
+) -> StoredSnapshot:
+  """Leases and maps a committed snapshot.
+
+  Args:
+    directory: of the snapshot.
+    verify: whether to check all checksums first.
+
+  Raises:
+    SnapshotCorruptError: as `read_manifest`; it was recycled meanwhile; with
+      `verify` also a damaged buffer.
+  """
+  directory = pathlib.Path(directory)
+  # Through descriptors: another snapshot may take the directory's name.
+  with _open_fd(directory, os.O_DIRECTORY) as folder_fd:
+    with _open_fd(directory / DATA_NAME, 0, folder_fd) as data_fd:
+      if not locks.try_lock(data_fd, fcntl.F_RDLCK, 0):
+        raise manifest_lib.SnapshotCorruptError(
+          f'{directory / DATA_NAME}: is being recycled'
+        )
+      manifest = _read_manifest(directory, folder_fd, data_fd)
+      # The mapping has a duplicate of the descriptor, and so the lease.
+      mapped = mmap.mmap(
+        data_fd,
+        max(manifest.used_bytes, 1),
+        mmap.MAP_SHARED | mmap.MAP_POPULATE,
+        mmap.PROT_READ,
+      )
+  snapshot = StoredSnapshot(
+    directory, manifest, np.frombuffer(mapped, np.uint8)
+  )
+  del mapped
+  if verify:
+    try:
+      snapshot.verify()
+    except manifest_lib.SnapshotCorruptError:
+      snapshot.close()
+      raise
+  return snapshot
+
+
+@contextlib.contextmanager
+def _open_fd(
+  path: pathlib.Path, flags: int, folder_fd: int | None = None
+) -> Iterator[int]:
+  """A descriptor for reading; with `folder_fd` of the name in that folder."""
+  flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+  name = path if folder_fd is None else path.name
+  try:
+    fd = os.open(name, flags, dir_fd=folder_fd)
+  except OSError as error:
+    raise manifest_lib.SnapshotCorruptError(
+      f'{path}: {error.strerror}'
+    ) from error
+  try:
+    yield fd
+  finally:
+    os.close(fd)
+
+
+def _read_manifest(
+  directory: pathlib.Path, folder_fd: int, data_fd: int
+) -> manifest_lib.Manifest:
+  path = directory / MANIFEST_NAME
+  with _open_fd(path, 0, folder_fd) as fd:
+    data = os.read(fd, os.fstat(fd).st_size)
+  try:
+    manifest = manifest_lib.Manifest.unpack(data)
+  except (ValueError, KeyError, TypeError) as error:
+    raise manifest_lib.SnapshotCorruptError(f'{path}: {error}') from error
+  size_bytes = os.fstat(data_fd).st_size
+  if size_bytes < max(manifest.used_bytes, 1):
+    raise manifest_lib.SnapshotCorruptError(
+      f'{directory / DATA_NAME}: truncated to {size_bytes} of '
+      f'{manifest.used_bytes} bytes'
+    )
+  return manifest
+
+
+# --- The folder --------------------------------------------------------------
+
+
+def list_snapshots(folder: str | os.PathLike[str]) -> dict[int, pathlib.Path]:
+  """Directories of the committed snapshots by iteration, ascending.
+
+  Orbax's temporary directories and snapshots that are being retired are not
+  among them. No snapshot is opened.
+  """
+  found: dict[int, pathlib.Path] = {}
+  # Sorted, a successor comes before the snapshot that it replaces.
+  with contextlib.suppress(FileNotFoundError):
+    for name in sorted(os.listdir(folder)):
+      path = pathlib.Path(folder, name)
+      match = _SNAPSHOT_NAME.fullmatch(name)
+      if match and (path / MANIFEST_NAME).is_file():
+        found.setdefault(int(match[1]), path)
+  return dict(sorted(found.items()))
+
+
+def is_snapshot_name(name: str) -> bool:
+  """Whether a directory of this name is a snapshot if it has a manifest."""
+  return _SNAPSHOT_NAME.fullmatch(name) is not None
+
+
+def try_recycle(
+  directory: str | os.PathLike[str],
+  target: str | os.PathLike[str],
+  data_file: DataFile | None = None,
+) -> DataFile | None:
+  """Retires a snapshot and moves its data file; not while it is being read.
+
+  Args:
+    directory: of the snapshot, committed or not; it is removed.
+    target: new path of the data file.
+    data_file: the data file, if it is open already.
+
+  Returns:
+    The data file, open; None if a reader holds a lease: then nothing changed.
+
+  Raises:
+    FileNotFoundError: the directory has no data file.
+    OSError: the data file cannot be opened.
+    ValueError: the data file is empty.
+  """
+  directory = pathlib.Path(directory)
+  data = data_file or DataFile.open(directory / DATA_NAME)
+  if not data.try_lock():
+    if data_file is None:
+      data.close()
+    return None
+  # From here on it is no snapshot any more, wherever we are killed.
+  (directory / MANIFEST_NAME).unlink(missing_ok=True)
+  data.path = directory / DATA_NAME
+  data.move(target)
+  data.unlock()
+  shutil.rmtree(directory)
+  return data

@@ -1,0 +1,88 @@
+"""The snapshot folders of a stage's replicas, and which shares lie in them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moetion_jax import errors, keys
+from moetion_jax.snapshots import coverage, file as snapshot_file
+
+# What of a snapshot's metadata describes a share.
+SHARE_FIELDS = ('iteration', 'replica', 'replicas', 'state', 'compute')
+
+
+def snapshots_folder(
+  folder: str | os.PathLike[str], stage: int, replica: int
+) -> pathlib.Path:
+  """Where the snapshots of one worker lie in a store folder."""
+  return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.snapshots'
+
+
+def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
+  """The share that snapshot metadata or a message describes."""
+  return coverage.Share(
+    iteration=value['iteration'],
+    replica=value['replica'],
+    replicas=value['replicas'],
+    state=keys.operators_from_json(value['state']),
+    compute=keys.operators_from_json(value['compute']),
+  )
+
+
+def snapshots_folders(
+  folder: str | os.PathLike[str], stage: int
+) -> list[pathlib.Path]:
+  """Those of all workers that a stage has, or had, by replica."""
+  pattern = f'stage-{stage}.replica-*.snapshots'
+  found = pathlib.Path(folder).glob(pattern)
+  return sorted(found, key=lambda path: int(re.findall(r'\d+', path.name)[1]))
+
+
+def read_shares(
+  folder: str | os.PathLike[str],
+  stage: int,
+  on_unreadable: Callable[[str], None] = lambda reason: None,
+) -> list[coverage.Share]:
+  """A stage's shares whose manifests are whole, by replica and iteration.
+
+  Args:
+    folder: of the run's stores.
+    stage: whose.
+    on_unreadable: told of each of the others what is wrong.
+  """
+  shares = []
+  for of_replica in snapshots_folders(folder, stage):
+    found = snapshot_file.list_snapshots(of_replica)
+    for _, path in sorted(found.items()):
+      try:
+        metadata = snapshot_file.read_manifest(path).metadata
+        shares.append(share_from_json(metadata))
+      except errors.StoreError as error:
+        on_unreadable(str(error))
+  return shares
+
+
+def find_shares(
+  folder: str | os.PathLike[str], stage: int, iteration: int
+) -> list[pathlib.Path]:
+  """The shares that make a stage's snapshot (`coverage.complete_records`).
+
+  Returns:
+    By replica; [] if there is no such snapshot.
+  """
+  of_number: dict[int, dict[int, pathlib.Path]] = {}
+  for of_replica in snapshots_folders(folder, stage):
+    path = snapshot_file.list_snapshots(of_replica).get(iteration)
+    if path is None:
+      continue
+    metadata = snapshot_file.read_manifest(path).metadata
+    group = of_number.setdefault(metadata['replicas'], {})
+    group[metadata['replica']] = path
+  for replicas, group in sorted(of_number.items()):
+    if len(group) == replicas:
+      return [group[replica] for replica in range(replicas)]
+  return []

@@ -1,0 +1,474 @@
+"""Saving snapshots into tmpfs through Orbax, in pages that are used again.
+
+Orbax drives (`AsyncCheckpointer`) and commits (a temporary directory, renamed);
+our `CheckpointHandler` writes the files of `snapshot_file`. Any Orbax
+`Checkpointer(SnapshotHandler())` reads them back.
+
+A store owns a fixed number of data files of one size. Each of them lies in a
+snapshot, in a temporary directory or in the pool, wherever the process is
+killed, so the host memory of a folder is what was reserved at its start. When
+snapshots become larger and fewer, the same memory is cut into other files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from moetion_jax import errors
+from moetion_jax.hostmem import memory_limits, store_folder
+from moetion_jax.snapshots import file as snapshot_file, manifest, orbax_handler
+
+_POOL_PREFIX = 'free-'
+_RETIRED_PREFIX = 'retired-'
+
+
+class SnapshotFullError(errors.StoreError):
+  """Every data file is in use: by what must be kept, or by readers."""
+
+
+class SnapshotStore:
+  """The snapshots of one worker. One thread uses it; `retain` any thread.
+
+  `start`, then `save` and `retain` in any order, then `close`; or a with block.
+  The files stay; `snapshot_file.list_snapshots(folder)` finds the snapshots.
+  """
+
+  def __init__(
+    self, folder: str | os.PathLike[str], size_bytes: int, files: int
+  ):
+    """Stores the settings.
+
+    Args:
+      folder: of this worker alone; created if it does not exist.
+      size_bytes: of a data file, see `snapshot_manifest.data_bytes`.
+      files: how many snapshots there can be, the one being written included.
+    """
+    self.folder = pathlib.Path(folder)
+    self._size_bytes = _whole_pages(size_bytes)
+    self._files = files
+    self._reserved_bytes = self._size_bytes * files
+    self._is_cut_anew = False
+    self._first_iteration = 0
+    self._lock_fd = -1
+    self._checkpointer: ocp.AsyncCheckpointer | None = None
+    self._quiet = orbax_handler.QuietOrbax()
+    self._names = 0
+    # Every data file of the folder is in one of these three; a value is None
+    # as long as the file is not mapped.
+    self._free: list[snapshot_file.DataFile] = []
+    self._snapshots: dict[int, snapshot_file.DataFile | None] = {}
+    self._leftovers: dict[pathlib.Path, snapshot_file.DataFile | None] = {}
+
+  def start(self) -> None:
+    """Adopts what a predecessor left, killed or not, and reserves the pool.
+
+    Committed snapshots stay. Of temporary directories the data files are kept,
+    if they have the size that is asked for now.
+
+    Raises:
+      StoreError: a living process uses the folder, it is not private, or there
+        is no room; what was reserved is given back then.
+    """
+    try:
+      self.folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+      raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
+    store_folder.check_private(self.folder)
+    self._lock_fd = os.open(
+      self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    )
+    try:
+      try:
+        fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        raise errors.StoreError(
+          f'{self.folder}: another living process writes snapshots here'
+        ) from error
+      self._adopt()
+      self._balance()
+      self._checkpointer = orbax_handler.checkpointer()
+    except BaseException:
+      self.close()
+      raise
+    logging.getLogger('absl').addFilter(self._quiet)
+
+  def close(self) -> None:
+    """Lets go of the folder; everything stays in it. May be called twice."""
+    if self._checkpointer is not None:
+      self._checkpointer.close()
+      self._checkpointer = None
+      logging.getLogger('absl').removeFilter(self._quiet)
+    for data in (
+      *self._free,
+      *self._snapshots.values(),
+      *self._leftovers.values(),
+    ):
+      if data is not None:
+        data.close()
+    self._free, self._snapshots, self._leftovers = [], {}, {}
+    if self._lock_fd >= 0:
+      os.close(self._lock_fd)
+      self._lock_fd = -1
+
+  def __enter__(self) -> SnapshotStore:
+    self.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def iterations(self) -> list[int]:
+    """Of the committed snapshots, ascending."""
+    return sorted(self._snapshots)
+
+  def retain(self, first_iteration: int) -> None:
+    """Allows snapshots of earlier iterations to be retired, when need be."""
+    self._first_iteration = max(self._first_iteration, first_iteration)
+
+  def enlarge(self, size_bytes: int) -> None:
+    """Cuts what was reserved into fewer and larger data files.
+
+    Snapshots keep the files that they have. Others make way; larger ones are
+    made one by one, when they are needed and the bytes for them are there. May
+    be called before `start`; nothing happens if files are large enough.
+
+    Args:
+      size_bytes: of a data file, see `snapshot_manifest.data_bytes`.
+
+    Raises:
+      StoreError: not even one would fit.
+    """
+    size_bytes = _whole_pages(size_bytes)
+    if size_bytes <= self._size_bytes:
+      return
+    if size_bytes > self._reserved_bytes:
+      raise errors.StoreError(
+        f'{self.folder}: a data file of {memory_limits.format_bytes(size_bytes)} does '
+        f'not fit into {memory_limits.format_bytes(self._reserved_bytes)}'
+      )
+    self._size_bytes = size_bytes
+    self._files = self._reserved_bytes // size_bytes
+    self._is_cut_anew = True
+    for data in self._free:
+      data.remove()
+    self._free = []
+
+  def save(
+    self,
+    iteration: int,
+    metadata: dict[str, Any],
+    buffers: Sequence[manifest.Buffer],
+    *,
+    replace: bool = False,
+  ) -> int:
+    """Saves a snapshot; when this returns, it is committed.
+
+    If the iteration has one that holds the same buffers, it must be equal, and
+    nothing is done. If it holds others (a replay has another slot), it is kept
+    unless `replace`. One that is damaged is replaced in any case.
+
+    Args:
+      iteration: from 0.
+      metadata: any JSON object.
+      buffers: pieces may be JAX arrays; they must stay undonated meanwhile.
+      replace: whether a snapshot of other operators, or with other bits, takes
+        the old one's place; the old one counts until then.
+
+    Returns:
+      The bytes written; 0 if the existing snapshot was kept.
+
+    Raises:
+      EntryMismatchError: bits diverged; names the buffer or the metadata.
+      SnapshotFullError: no data file until `retain` advances or a lease ends.
+      OSError: with ENOSPC, somebody else took memory that `enlarge` gave back.
+      StoreError: buffers that cannot be written, or larger than a data file.
+    """
+    if self._checkpointer is None:
+      raise errors.StoreError(f'{self.folder}: not started')
+    json.dumps(metadata)  # a TypeError should come before anything is done
+    manifest.check(buffers)
+    if iteration in self._snapshots and self._keeps(
+      iteration, metadata, buffers, replace
+    ):
+      return 0
+    need_bytes = manifest.data_bytes(b.nbytes for b in buffers)
+    if need_bytes > self._size_bytes:
+      raise errors.StoreError(
+        f'{self.folder}: snapshot {iteration} needs '
+        f'{memory_limits.format_bytes(need_bytes)}, but data files of '
+        f'{memory_limits.format_bytes(self._size_bytes)} were reserved'
+      )
+    data = self._take()
+    if self._path(iteration).exists():
+      self._path(iteration).rename(self._aside(iteration))
+    error = None
+    try:
+      self._quiet.is_on = True
+      self._checkpointer.save(
+        self._path(iteration),
+        args=orbax_handler.SnapshotSave(metadata, buffers, data),
+      )
+      self._checkpointer.wait_until_finished()
+    except Exception as caught:
+      error = caught
+    self._quiet.is_on = False
+    self._settle(iteration, data)
+    if error is not None:
+      raise error
+    return sum(buffer.nbytes for buffer in buffers)
+
+  def _keeps(
+    self,
+    iteration: int,
+    metadata: dict[str, Any],
+    buffers: Sequence[manifest.Buffer],
+    replace: bool,
+  ) -> bool:
+    """Whether the existing snapshot stays; EntryMismatchError if it differs."""
+    path = self._path(iteration)
+    try:
+      with snapshot_file.open_snapshot(path) as stored:
+        old = {b.identity: b.checksum for b in stored.manifest.buffers.values()}
+        if old.keys() == {b.identity for b in buffers}:
+          try:
+            _compare_buffers(iteration, old, buffers)
+            _compare_metadata(iteration, stored.metadata, metadata)
+          except errors.EntryMismatchError:
+            if replace:  # it is not trusted
+              return False
+            raise
+        elif replace:
+          return False
+        stored.verify()
+        return True
+    except manifest.SnapshotCorruptError:
+      return False
+
+  def _settle(self, iteration: int, data: snapshot_file.DataFile) -> None:
+    """After a save, failed or not: the folder decides what counts."""
+    final, aside = self._path(iteration), self._aside(iteration)
+    if final.exists():
+      data.path = final / snapshot_file.DATA_NAME
+      if iteration in self._snapshots:
+        self._leftovers[self._retire(aside)] = self._snapshots[iteration]
+      self._snapshots[iteration] = data
+      self._recycle_leftovers()
+      return
+    data.move(self._unused_path(_POOL_PREFIX))
+    self._free.append(data)
+    shutil.rmtree(
+      final.with_name(final.name + orbax_handler.TEMPORARY_SUFFIX),
+      ignore_errors=True,
+    )
+    if aside.exists():
+      aside.rename(final)
+
+  # --- Data files ---
+
+  def _path(self, iteration: int) -> pathlib.Path:
+    return self.folder / str(iteration)
+
+  def _aside(self, iteration: int) -> pathlib.Path:
+    """Where a snapshot waits, still committed, for the one replacing it."""
+    return self.folder / f'{iteration}{snapshot_file.REPLACED_SUFFIX}'
+
+  def _unused_path(self, prefix: str) -> pathlib.Path:
+    while True:
+      path = self.folder / f'{prefix}{self._names}'
+      self._names += 1
+      if not path.exists():
+        return path
+
+  def _retire(self, path: pathlib.Path) -> pathlib.Path:
+    """Frees the name of a directory that is no snapshot any more."""
+    target = self._unused_path(_RETIRED_PREFIX)
+    if path.exists():
+      path.rename(target)
+    return target
+
+  def _take(self) -> snapshot_file.DataFile:
+    """A data file to write to; retires the oldest snapshot that may go."""
+    self._recycle_leftovers()
+    for iteration in sorted(self._snapshots):
+      if self._free or iteration >= self._first_iteration:
+        break
+      if self._recycle(self._path(iteration), self._snapshots[iteration]):
+        del self._snapshots[iteration]
+        self._balance()
+    if self._is_cut_anew:
+      self._make_one()  # last: to reserve a file takes longer than to fill it
+    if self._free:
+      return self._free.pop()
+    oldest = min(self._snapshots, default=0)
+    if oldest >= self._first_iteration:
+      raise SnapshotFullError(
+        f'{self.folder}: all {self._files} data files hold snapshots since '
+        f'iteration {oldest}, which must be kept; give more host memory or '
+        'keep fewer windows'
+      )
+    raise SnapshotFullError(
+      f'{self.folder}: readers hold snapshots that could be retired'
+    )
+
+  def _recycle_leftovers(self) -> None:
+    for path, data in list(self._leftovers.items()):
+      if self._recycle(path, data):
+        del self._leftovers[path]
+        self._balance()
+
+  def _recycle(
+    self, path: pathlib.Path, data: snapshot_file.DataFile | None
+  ) -> bool:
+    """Removes a directory, its data file goes to the pool; False if leased."""
+    try:
+      found = snapshot_file.try_recycle(
+        path, self._unused_path(_POOL_PREFIX), data
+      )
+    except (OSError, ValueError):  # damaged from outside: nothing to reuse
+      if data is not None:
+        data.close()
+      shutil.rmtree(path, ignore_errors=True)
+      return True
+    if found is not None:
+      self._pool(found)
+    return found is not None
+
+  def _pool(self, data: snapshot_file.DataFile) -> None:
+    """Keeps a data file for the next save if it is as large as those are."""
+    if data.size_bytes == self._size_bytes and data.is_reserved:
+      self._free.append(data)
+    else:
+      data.remove()
+
+  def _adopt(self) -> None:
+    """Sorts what lies in the folder into free, committed and left over."""
+    found = snapshot_file.list_snapshots(self.folder)
+    for path in sorted(self.folder.iterdir()):
+      if path in found.values():
+        iteration = int(path.name.removesuffix(snapshot_file.REPLACED_SUFFIX))
+        if path != self._path(iteration):  # killed while it was replaced
+          shutil.rmtree(self._path(iteration), ignore_errors=True)
+          path.rename(self._path(iteration))
+        self._snapshots[iteration] = None
+      elif path.name.startswith(_POOL_PREFIX):
+        try:
+          self._pool(snapshot_file.DataFile.open(path))
+        except (OSError, ValueError):  # killed while it was reserved
+          path.unlink()
+      elif (
+        snapshot_file.is_snapshot_name(path.name)
+        or path.name.startswith(_RETIRED_PREFIX)
+        or orbax_handler.TEMPORARY_SUFFIX in path.name
+      ):
+        self._leftovers[self._retire(path)] = None
+    self._recycle_leftovers()
+
+  def _balance(self) -> None:
+    """Reserves or gives back data files until their number is right."""
+    if self._is_cut_anew:
+      self._make_one()
+      return
+    missing = self._files - sum(
+      map(len, (self._free, self._snapshots, self._leftovers))
+    )
+    for _ in range(min(-missing, len(self._free))):
+      self._free.pop().remove()
+    created: list[snapshot_file.DataFile] = []
+    try:
+      if missing > 0:
+        memory_limits.check_room(
+          missing * self._size_bytes, memory_limits.read_room(self.folder)
+        )
+      for _ in range(missing):
+        created.append(
+          snapshot_file.DataFile.create(
+            self._unused_path(_POOL_PREFIX), self._size_bytes
+          )
+        )
+    except errors.StoreError as error:
+      for data in created:
+        data.remove()
+      raise errors.StoreError(
+        f'{self._files} snapshot data files of '
+        f'{memory_limits.format_bytes(self._size_bytes)} each: {error} A longer window '
+        'or fewer kept windows need less.'
+      ) from error
+    self._free.extend(created)
+
+  def _make_one(self) -> None:
+    """Has a data file in the pool, if what was reserved is enough for it."""
+    left_bytes = self._reserved_bytes - self._held_bytes()
+    if self._free or left_bytes < self._size_bytes:
+      return
+    try:
+      memory_limits.check_room(
+        self._size_bytes, memory_limits.read_room(self.folder)
+      )
+      data = snapshot_file.DataFile.create(
+        self._unused_path(_POOL_PREFIX), self._size_bytes
+      )
+    except errors.StoreError as error:
+      raise OSError(errno.ENOSPC, str(error)) from error
+    self._free.append(data)
+
+  def _held_bytes(self) -> int:
+    """Of all data files, of whatever size."""
+    held = [data.size_bytes for data in self._free]
+    in_directories = [
+      *((self._path(i), data) for i, data in self._snapshots.items()),
+      *self._leftovers.items(),
+    ]
+    for path, data in in_directories:
+      if data is not None:
+        held.append(data.size_bytes)
+        continue
+      with contextlib.suppress(OSError):  # damaged from outside
+        held.append((path / snapshot_file.DATA_NAME).stat().st_size)
+    return sum(held)
+
+
+def _whole_pages(size_bytes: int) -> int:
+  page = os.sysconf('SC_PAGE_SIZE')
+  return max(1, -(-size_bytes // page)) * page
+
+
+def _compare_buffers(
+  iteration: int,
+  old: dict[tuple[Any, ...], int],
+  new: Sequence[manifest.Buffer],
+) -> None:
+  """Raises EntryMismatchError, naming the first buffer that differs."""
+  for buffer in new:
+    was, now = old[buffer.identity], buffer.checksum()
+    if was != now:
+      raise errors.EntryMismatchError(
+        f'snapshot {iteration}, buffer {buffer.name}: captured again with '
+        f'other contents: was checksum {was:016x}, now {now:016x}'
+      )
+
+
+def _compare_metadata(
+  iteration: int, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+  """Raises EntryMismatchError, naming the first key that differs."""
+  for key in sorted(old.keys() | new.keys()):
+    # As text: the file holds JSON, in which a NaN equals itself.
+    was, now = (
+      json.dumps(value.get(key), sort_keys=True) for value in (old, new)
+    )
+    if was != now:
+      raise errors.EntryMismatchError(
+        f'snapshot {iteration}, metadata {key}: captured again with other '
+        f'contents: was {was}, now {now}'
+      )

@@ -1,0 +1,1 @@
+"""What a training state is: its operators, digests, optimizers, layout."""

@@ -1,0 +1,119 @@
+"""Bit digests of operators (DESIGN section 2).
+
+An operator's digest is two uint32 lanes computed from every bit of its training
+state. It depends on the operator's own words, their leaf's name and their
+position inside the operator, and on nothing else: neither on how the model is
+cut nor on how its leaves are sharded over experts.
+
+A leaf of n words is laid out as `rows` x n / rows, each column is folded into
+one word with powers of an odd constant, and the columns of all leaves, in order
+of their names, stand in one row. Each column word is mixed with its position
+(and all leaves' names) by an invertible function; the lanes are the sum of the
+results and their sum weighted by position: integer sums, exact in any order.
+Any single changed bit changes a column word and thereby its mixed term; the
+lanes are about 32 bits strong against other changes, no more is claimed.
+
+Reductions run over a middle dim: XLA's CPU backend vectorizes those and none
+else (measured: 17 ms for 440 MB, against 110 ms for a plain sum of all words).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from moetion_jax import keys
+
+# From 64 rows on XLA leaves the vectorized path (measured: 8 times slower).
+_ROWS = 32
+_SUM_ROWS = 256
+_ODD = 0x9E3779B1
+_STEP = 0x243F6A89
+
+
+def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
+  """Digests of the operators of one group; pure, traceable.
+
+  Args:
+    leaves: by name; with `stacked` all share the leading dim, one operator
+      each. Any dtype whose numbers are whole bytes.
+    stacked: see `stage_model.Group`.
+
+  Returns:
+    u32[operators, 2].
+  """
+  if not leaves:
+    raise ValueError('a group without leaves has no digest')
+  names = sorted(leaves)
+  columns = []
+  for name in names:
+    count = leaves[name].shape[0] if stacked else 1
+    words = _words(leaves[name])
+    columns.append(_columns(words.reshape(count, words.size // max(count, 1))))
+  u = jnp.concatenate(columns, axis=1)  # u32[operators, columns]
+  width = max(u.shape[1], 1)  # leaves may be empty
+  padded = width + -width % _SUM_ROWS
+  u = jnp.pad(u, ((0, 0), (0, padded - u.shape[1])))
+  position = jnp.arange(u.shape[1], dtype=jnp.uint32)
+  salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
+  mixed = _mix(u + position * np.uint32(_STEP) + salt)
+  return jnp.stack([_sum(mixed), _sum(mixed * (2 * position + 1))], axis=-1)
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+  """The bits of `leaf` as uint32, a word an element, two if it is larger."""
+  if leaf.dtype == jnp.bool_:
+    return leaf.astype(jnp.uint32)
+  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+    return _words(jnp.stack([leaf.real, leaf.imag], axis=-1))
+  width = leaf.dtype.itemsize
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32)
+  return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+
+
+def _columns(words: jax.Array) -> jax.Array:
+  """Folds u32[operators, n] into u32[operators, n / rows]."""
+  count, n = words.shape
+  if not n:
+    return words
+  rows = math.gcd(n, _ROWS)
+  powers = np.array([pow(_ODD, i, 1 << 32) for i in range(rows)], np.uint32)
+  return jnp.sum(
+    (words ^ (words >> 15)).reshape(count, rows, -1) * powers[None, :, None],
+    axis=1,
+    dtype=jnp.uint32,
+  )
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """Sums u32[operators, n] over n, mostly along a middle dim."""
+  partial = jnp.sum(
+    x.reshape(x.shape[0], _SUM_ROWS, -1), axis=1, dtype=jnp.uint32
+  )
+  return jnp.sum(partial, axis=1, dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """An invertible mix of 32 bits (the finalizer of MurmurHash3)."""
+  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def first_difference(
+  ours: Mapping[keys.OperatorId, np.ndarray],
+  theirs: Mapping[keys.OperatorId, np.ndarray],
+) -> Iterable[keys.OperatorId]:
+  """Operators whose digests differ or are on one side only, in order."""
+  return sorted(
+    o
+    for o in ours.keys() | theirs.keys()
+    if o not in ours
+    or o not in theirs
+    or not np.array_equal(ours[o], theirs[o])
+  )

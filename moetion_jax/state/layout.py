@@ -1,0 +1,116 @@
+"""What the leaves of a training state are, for whoever captures or folds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from moetion_jax import keys
+from moetion_jax.state import division, partition as partition_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """What the leaves of a training state are.
+
+  Attributes:
+    partition: of the state.
+    compute: of each leaf that holds masters, by path, the name of its compute
+      weight.
+    compute_dtypes: by name of the compute weight.
+    compute_shapes: of those that have another shape than their master: of all
+      experts, where replicas share the training state.
+    shared: paths of leaves that belong to no operator (step counts, random
+      keys): they are part of every snapshot.
+    mesh: over whose axis 'expert' the stacked leaves are spread; None for the
+      state of a loop that is not ours.
+    placements: without a mesh, where leaves lie that were put somewhere, by
+      path.
+  """
+
+  partition: partition_lib.Partition
+  compute: Mapping[str, str]
+  compute_dtypes: Mapping[str, np.dtype]
+  compute_shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  shared: frozenset[str] = frozenset()
+  mesh: jax.sharding.Mesh | None = None
+  placements: Mapping[str, jax.sharding.Sharding] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def is_spread(self) -> bool:
+    """Whether leaves lie on several devices, in ways that are not ours."""
+    return is_spread(self.placements)
+
+  @property
+  def expert_devices(self) -> int:
+    """Over how many devices the operators of a stacked group are spread."""
+    return self.mesh.shape['expert'] if self.mesh is not None else 1
+
+  @property
+  def operators(self) -> tuple[keys.OperatorId, ...]:
+    """Those that are captured slot by slot; shared leaves are in none."""
+    shared = {x.group.name for x in self.leaves if x.path in self.shared}
+    return tuple(o for o in self.partition.operators if o.group not in shared)
+
+  @property
+  def leaves(self) -> tuple[partition_lib.Leaf, ...]:
+    """In the order in which the state flattens."""
+    return self.partition.leaves
+
+  def leaves_of(self, group: str) -> list[partition_lib.Leaf]:
+    """The leaves of a group."""
+    return list(self._by_group[group])
+
+  def state_bytes(self) -> dict[keys.OperatorId, int]:
+    """Training state of each operator."""
+    return dict(self._state_bytes)
+
+  def compute_bytes(self) -> dict[keys.OperatorId, int]:
+    """Compute weights of each operator."""
+    return dict(self._compute_bytes)
+
+  def compute_shape(self, leaf: partition_lib.Leaf) -> tuple[int, ...]:
+    """Of a master's compute weight."""
+    return self.compute_shapes.get(self.compute[leaf.path], leaf.shape)
+
+  def shares(self, replicas: int) -> tuple[frozenset[keys.OperatorId], ...]:
+    """What each replica captures; see `division.divide`."""
+    devices = self.partition.devices(self.expert_devices)
+    return division.divide(self._state_bytes, replicas, devices.get)
+
+  # Asked for by every block of a snapshot.
+  @functools.cached_property
+  def _by_group(self) -> Mapping[str, Sequence[partition_lib.Leaf]]:
+    found: dict[str, list[partition_lib.Leaf]] = {}
+    for leaf in self.leaves:
+      found.setdefault(leaf.group.name, []).append(leaf)
+    return found
+
+  # Asked for in every iteration.
+  @functools.cached_property
+  def _state_bytes(self) -> Mapping[keys.OperatorId, int]:
+    sizes = self.partition.operator_bytes
+    return {o: sizes[o] for o in self.operators}
+
+  @functools.cached_property
+  def _compute_bytes(self) -> Mapping[keys.OperatorId, int]:
+    total = dict.fromkeys(self.operators, 0)
+    for leaf in self.leaves:
+      if name := self.compute.get(leaf.path):
+        scaled = leaf.operator_bytes // leaf.dtype.itemsize
+        for operator in self.partition.operators_of(leaf.group.name):
+          total[operator] += scaled * self.compute_dtypes[name].itemsize
+    return total
+
+
+def is_spread(placements: Mapping[str, jax.sharding.Sharding]) -> bool:
+  """Whether one of them is on several devices."""
+  return any(len(x.device_set) > 1 for x in placements.values())

@@ -1,0 +1,158 @@
+"""The state of anyone's loop as plain arrays, and back.
+
+What is captured has a shape and a dtype of its own. Random keys with a type and
+Python's numbers have none, and where an array lies, or that it came of a
+Python number, is in none of its bits, but in what a step makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from moetion_jax.state import layout, partition
+
+
+class Template:
+  """What the leaves of a state are, from the initial one.
+
+  Attributes:
+    placements: where leaves lie that were put somewhere, by path; others are
+      wherever JAX puts them.
+  """
+
+  def __init__(self, state: Any):
+    """Reads it; keeps none of its arrays.
+
+    Args:
+      state: a pytree of arrays, random keys and numbers.
+
+    Raises:
+      ValueError: a leaf is none of these, or is spread over processes.
+    """
+    leaves, self._structure = jax.tree.flatten(state)
+    self._paths = partition.leaf_paths(state)
+    self._keys: dict[int, Any] = {}  # their kinds, by place
+    self._avals: list[tuple[tuple[int, ...], Any]] = []
+    self.placements: dict[str, jax.sharding.Sharding] = {}
+    for place, leaf in enumerate(leaves):
+      if _is_key(leaf):
+        self._keys[place] = jax.random.key_impl(leaf)
+      try:
+        array = self._array(place, leaf)
+      except TypeError as error:
+        raise ValueError(
+          f'{self._paths[place]} is {type(leaf).__name__}, not an array'
+        ) from error
+      if not array.is_fully_addressable:
+        raise ValueError(
+          f'{self._paths[place]} lies on devices of other processes: this is '
+          'for loops of one process'
+        )
+      self._avals.append((array.shape, array.dtype))
+      if array.committed:
+        self.placements[self._paths[place]] = array.sharding
+    self._is_spread = layout.is_spread(self.placements)
+
+  def plain(self, state: Any) -> list[jax.Array]:
+    """A state's leaves as arrays of numbers, no copies.
+
+    Raises:
+      ValueError: it is not a state like the initial one.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    if structure != self._structure:
+      raise ValueError(self._difference(state))
+    arrays = [self._array(place, leaf) for place, leaf in enumerate(leaves)]
+    for path, array, aval in zip(self._paths, arrays, self._avals, strict=True):
+      if (array.shape, array.dtype) != aval:
+        raise ValueError(
+          f'{path} is {array.dtype}{array.shape}, in the initial state it was '
+          f'{aval[1]}{aval[0]}'
+        )
+      if not self._is_spread and len(array.sharding.device_set) > 1:
+        raise ValueError(
+          f'{path} lies on {len(array.sharding.device_set)} devices, nothing '
+          'of the initial state on more than one: put that where the step '
+          'leaves it (jax.device_put), so that a restored one is put there too'
+        )
+    return arrays
+
+  def weak(self, arrays: Sequence[jax.Array]) -> list[str]:
+    """Paths of those whose dtype gives way to others, as a Python number's."""
+    return [
+      path
+      for path, array in zip(self._paths, arrays, strict=True)
+      if array.weak_type
+    ]
+
+  def state(self, arrays: Sequence[jax.Array], weak: Collection[str]) -> Any:
+    """Inverse of `plain` and `weak`, no copies.
+
+    Weakly typed is only what has no dims: nothing public makes other arrays so.
+    """
+    leaves = list(arrays)
+    for place, path in enumerate(self._paths):
+      if path in weak and not leaves[place].shape:
+        number = jnp.asarray(leaves[place].item())
+        if number.dtype == leaves[place].dtype:
+          leaves[place] = number
+      if place in self._keys:
+        leaves[place] = jax.random.wrap_key_data(
+          leaves[place], impl=self._keys[place]
+        )
+    return jax.tree.unflatten(self._structure, leaves)
+
+  def _difference(self, state: Any) -> str:
+    """How its structure differs from that of the initial one."""
+    paths = partition.leaf_paths(state)
+    for about, ours, theirs in (
+      ('is missing', self._paths, paths),
+      ('is new', paths, self._paths),
+    ):
+      for path in ours:
+        if path not in theirs:
+          return f'{path} {about}: the initial state was another tree'
+    return (
+      f'the state is {jax.tree.structure(state)}, the initial one was '
+      f'{self._structure}'
+    )
+
+  def _array(self, place: int, leaf: Any) -> jax.Array:
+    if place in self._keys and _is_key(leaf):
+      return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+
+
+def auto(array: jax.Array) -> jax.Array:
+  """The same array, on a mesh whose axes XLA may use as it likes; no copy.
+
+  On axes of type Explicit most operations that capture needs are refused.
+  """
+  sharding = array.sharding
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return array
+  mesh = sharding.mesh
+  kind = jax.sharding.AxisType.Auto
+  if all(axis_type == kind for axis_type in mesh.axis_types):
+    return array
+  assert isinstance(mesh, jax.sharding.Mesh)
+  free = jax.sharding.Mesh(
+    mesh.devices, mesh.axis_names, axis_types=(kind,) * len(mesh.axis_names)
+  )
+  return jax.make_array_from_single_device_arrays(
+    array.shape,
+    jax.sharding.NamedSharding(
+      free, sharding.spec, memory_kind=sharding.memory_kind
+    ),
+    [shard.data for shard in array.addressable_shards],
+  )
+
+
+def _is_key(leaf: Any) -> bool:
+  return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+    leaf.dtype, jax.dtypes.prng_key
+  )

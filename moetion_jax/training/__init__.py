@@ -1,0 +1,1 @@
+"""The worker's loop: the iterations of one stage."""

@@ -1,0 +1,482 @@
+"""The loop of one worker of a stage.
+
+A worker reads entries of its neighbours' boundary logs, runs its programs on
+them and publishes what comes out (DESIGN section 1). It never receives
+anything: what it needs is named, and reading waits until it exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from moetion_jax import config as config_lib, errors, keys, report as report_lib
+from moetion_jax.capture import conversion as conversion_lib, snapshotter
+from moetion_jax.logs import interface as log_interface
+from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.state import model as model_lib, partition
+from moetion_jax.training import idle_clock, scalars as scalars_lib, schedule
+
+_EVALUATOR = 0  # the replica that evaluates
+
+
+class Batch(Protocol):
+  """Tokens of one microbatch: i32[B, T] each."""
+
+  inputs: np.ndarray
+  labels: np.ndarray
+
+
+class Data(Protocol):
+  """Random access to training and held-out text."""
+
+  def batch(self, iteration: int, microbatch: int) -> Any:
+    """The Batch of a global microbatch; a pure function."""
+    ...
+
+  def held_out_batch(self, index: int) -> Any:
+    """A held-out Batch."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrownCapacity:
+  """For some iterations experts take more tokens than usual.
+
+  Attributes:
+    forward: the stage's, of a model that scales experts' capacities.
+    backward: the same.
+    factors: f32[L, E], of the usual capacity.
+    until: last iteration of which this holds.
+  """
+
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  factors: np.ndarray
+  until: int
+
+
+class Worker:
+  """One worker's training loop over its stage's compiled programs.
+
+  It reads from the same replica of its neighbours.
+
+  `state` and `compute` are always whole: they are swapped together when an
+  update was dispatched. Only this object donates `state`. `iteration` and
+  `program` say what is being done, `steps` count it, for any thread that asks.
+
+  Attributes:
+    replica: that it is.
+    on_phase: called when a program begins and when something was published,
+      with that and the iteration.
+    verify_until: entries up to this iteration are checked when they are read:
+      they were written some time ago.
+    grown: see `GrownCapacity`; None: capacities are what they are.
+  """
+
+  def __init__(
+    self,
+    index: int,
+    stage: stage_lib.Stage,
+    programs: compilation.Programs,
+    state: partition.State,
+    log: log_interface.Log,
+    data: Data,
+    replicas: Sequence[int] = (0,),
+  ):
+    """Stores; `train` does the work."""
+    self.index = index
+    self.replica = replicas[0]
+    self._replicas = tuple(replicas)
+    self.stage = stage
+    self.programs = programs
+    self.state = state
+    self.compute = stage.compute_of(programs, state)
+    self.log = log
+    self.iteration = 0
+    self.program = ''
+    self.steps = 0
+    self.on_phase: Callable[[str, int], None] = lambda phase, iteration: None
+    self.verify_until = 0
+    self.grown: GrownCapacity | None = None
+    self._data = data
+    self._waited = self._late = 0.0
+    self._idle = idle_clock.IdleClock()
+    self._outputs: Any = None  # of the program that was dispatched last
+    self._expert_groups = stage.whole.partition.stacked_groups
+
+  def train(
+    self,
+    config: config_lib.TrainConfig,
+    report: Callable[[report_lib.Report], None],
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    first_iteration: int = 1,
+    snapshots: snapshotter.Snapshotter | None = None,
+    conversion: conversion_lib.Conversion | None = None,
+    line: Callable[[int], int] = lambda iteration: iteration - 1,
+    entries_line: Callable[[int], int] | None = None,
+  ) -> int:
+    """Trains from `first_iteration` to the last one.
+
+    Args:
+      config: of the run.
+      report: called once for each iteration, in order, one iteration late: a
+        digest is read when the next iteration's work is already under way.
+      stop: asked between iterations; True ends the loop early. With several
+        stages all must stop after the same iteration.
+      first_iteration: the one after the current state's.
+      snapshots: takes one after every update; None for none.
+      conversion: that the current, partial state began; None: it is whole.
+      line: called after every iteration; what is older than the iteration it
+        returns may be let go of.
+      entries_line: the same for entries of the log, where those are let go of
+        earlier than snapshots.
+
+    Returns:
+      The last iteration that was done.
+
+    Raises:
+      NonFiniteError: without `skip_nonfinite`, at the first loss or gradient
+        norm that is NaN or infinite.
+      DivergedError: the conversion came to other bits.
+    """
+    self._idle.start()
+    try:
+      return self._train(
+        config,
+        report,
+        stop,
+        first_iteration,
+        snapshots,
+        conversion,
+        line,
+        entries_line or line,
+      )
+    finally:
+      self._idle.close()
+
+  def _train(
+    self,
+    config,
+    report,
+    stop,
+    first_iteration,
+    snapshots,
+    conversion,
+    line,
+    entries_line,
+  ) -> int:
+    pending: Callable[[], report_lib.Report] | None = None
+    iteration = first_iteration - 1
+    while iteration < config.iterations and not stop():
+      self.iteration = iteration = iteration + 1
+      begin, self._waited = time.monotonic(), 0.0
+      self._late = self.log.late_seconds
+      gradients, scalars = self._gradients(iteration, config)
+      if pending:
+        report(pending())
+      verdict = self._verdict(iteration, scalars, config, conversion)
+      slot = snapshots.slot(iteration) if snapshots else frozenset()
+      blocked_seconds = snapshots.release() if snapshots else 0.0
+      if verdict.bad_stage is None:
+        self._begin('update')
+        self.state, self.compute, _ = self.programs.update(
+          self.state, gradients, verdict.clip_factor, self._masks(slot)
+        )
+      is_partial = bool(conversion and not conversion.is_complete)
+      if is_partial:
+        self._begin('fold')
+      if conversion:
+        self.state = conversion.advance(iteration, self.state)
+      if is_partial or self.stage.ownership:
+        # One replica's operators may be complete before another's are, so all
+        # gather in every iteration.
+        self.compute = self.stage.compute_of(self.programs, self.state)
+      digests = self._outputs = self.programs.digest(self.state)
+      eval_loss = self._evaluate(iteration, config)
+      taken = snapshotter.TakenSnapshot()
+      if snapshots and not (conversion and not conversion.is_complete):
+        self._begin('capture')
+        if conversion and iteration in conversion.damaged:
+          snapshots.distrust(iteration)
+        taken = self._capture(snapshots, iteration, digests, verdict)
+      self.log.retain(entries_line(iteration) + 1)
+      if snapshots:
+        snapshots.retain(line(iteration))
+      pending = functools.partial(
+        self._report,
+        iteration=iteration,
+        verdict=verdict,
+        digests=digests,
+        frozen=conversion.frozen_digests() if conversion else {},
+        load=scalars['load'],
+        eval_loss=eval_loss,
+        seconds=time.monotonic() - begin,
+        waited_seconds=self._waited,
+        late_seconds=self.log.late_seconds - self._late,
+        snapshot_bytes=taken.snapshot_bytes,
+        blocked_seconds=blocked_seconds + taken.blocked_seconds,
+        copy_bytes_per_second=snapshots.bandwidth if snapshots else 0.0,
+      )
+    if pending:
+      report(pending())
+    return iteration
+
+  def _begin(self, program: str) -> None:
+    self.program = program
+    self.steps += 1
+    self.on_phase(program, self.iteration)
+
+  def _masks(self, slot: frozenset[keys.OperatorId]) -> dict[str, np.ndarray]:
+    return {
+      group: np.array(mask)
+      for group, mask in schedule.selection_by_group(
+        self.stage.partition.operators, slot
+      ).items()
+    }
+
+  def _capture(
+    self,
+    snapshots: snapshotter.Snapshotter,
+    iteration: int,
+    digests: jax.Array,
+    verdict: scalars_lib.Verdict,
+  ) -> snapshotter.TakenSnapshot:
+    return snapshots.take(
+      iteration,
+      self.state,
+      self.compute,
+      {
+        conversion_lib.DIGESTS: digests,
+        conversion_lib.PARTIALS: verdict.partials,
+      },
+      clip_factor=float(verdict.clip_factor).hex(),
+      updated=verdict.bad_stage is None,
+    )
+
+  def _gradients(self, iteration: int, config: config_lib.TrainConfig):
+    """All microbatches of an iteration: (gradients, own SCALARS entry)."""
+    accumulated = [
+      self._accumulate(iteration, config, replica) for replica in self._replicas
+    ]
+    self._begin('reduce')
+    return self.stage.reduce(self.programs, accumulated)
+
+  def _accumulate(
+    self, iteration: int, config: config_lib.TrainConfig, replica: int
+  ):
+    """The microbatches of one replica: (acc, counts of all of them)."""
+    acc, counts = self.programs.zeros(), []
+    programs: Any = self.programs
+    grown, factors = self.grown, None
+    if grown is not None and iteration <= grown.until:
+      programs, factors = grown, grown.factors
+    in_flight: dict[int, tuple[Any, Any]] = {}
+    tasks = schedule.one_forward_one_backward(
+      self.index, config.stages, config.microbatches
+    )
+    following_tasks = (*tasks[1:], None)
+    for (kind, m), following in zip(tasks, following_tasks, strict=True):
+      self._begin(kind.value)
+      self._prefetch(iteration, replica, following)
+      if kind is schedule.TaskKind.FORWARD:
+        inputs = self._inputs(keys.EntryKind.ACTIVATION, iteration, replica, m)
+        position = model_lib.Position(
+          np.uint32(iteration),
+          np.array([self._global(replica, m)], np.uint32),
+          factors,
+        )
+        y, residuals, count = programs.forward(self.compute, inputs, position)
+        self._outputs = y, count
+        self._send(keys.EntryKind.ACTIVATION, iteration, replica, m, y)
+        in_flight[m] = (y if self.stage.model.has_head else (), residuals)
+        counts.append(count)
+      else:
+        dy, residuals = in_flight.pop(m)
+        if not self.stage.model.has_head:
+          key = self._key(
+            keys.EntryKind.GRADIENT, iteration, replica, m, self.index + 1
+          )
+          dy = self._read(key)
+        dx, acc = programs.backward(self.compute, residuals, dy, acc)
+        del residuals
+        self._outputs = dx, acc
+        self._send(keys.EntryKind.GRADIENT, iteration, replica, m, dx)
+    return acc, tuple(counts)
+
+  def _verdict(
+    self,
+    iteration: int,
+    scalars: Mapping[str, jax.Array],
+    config: config_lib.TrainConfig,
+    conversion: conversion_lib.Conversion | None,
+  ) -> scalars_lib.Verdict:
+    """Publishes this stage's scalars, reads everyone's, decides.
+
+    Where a snapshot recorded everyone's, a conversion waits for nobody.
+
+    Waits for the device: `update` must be dispatched only when the gradients
+    are ready, since dispatching it deletes the old state at once.
+    """
+    host = jax.device_get({k: v for k, v in scalars.items() if k != 'load'})
+    self._outputs = None
+    mine = np.array([host[name] for name in scalars_lib.SCALARS], np.float32)
+    for replica in self._replicas:
+      self._publish(self._key(keys.EntryKind.SCALARS, iteration, replica), mine)
+    recorded = conversion.partials(iteration) if conversion else None
+    partials = [] if recorded is None else list(recorded)
+    for stage in range(len(partials), config.stages):
+      if stage == self.index:
+        partials.append(mine)
+      else:
+        key = self._key(
+          keys.EntryKind.SCALARS, iteration, self.replica, 0, stage
+        )
+        partials.append(np.asarray(self._read(key)))
+    verdict = scalars_lib.judge(partials, config.optimizer.clip_norm)
+    if verdict.bad_stage is not None and not config.skip_nonfinite:
+      raise errors.NonFiniteError(
+        f'iteration {iteration}: loss {verdict.loss} and gradient norm '
+        f'{verdict.grad_norm} are not finite, first in stage '
+        f'{verdict.bad_stage}; lower --learning_rate, or pass '
+        '--skip_nonfinite to leave such updates out'
+      )
+    return verdict
+
+  def _evaluate(
+    self, iteration: int, config: config_lib.TrainConfig
+  ) -> float | None:
+    """Held-out loss of the state after `iteration`; None where unknown.
+
+    All replicas have the same state: the first ones evaluate it.
+    """
+    if not config.evaluates(iteration) or _EVALUATOR not in self._replicas:
+      return None
+    self._begin('evaluate')
+    losses = []
+    for _, m in schedule.evaluation(config.eval_microbatches):
+      inputs = self._inputs(keys.EntryKind.EVALUATION, iteration, _EVALUATOR, m)
+      y = self._outputs = self.programs.evaluate(self.compute, inputs)
+      if self.stage.model.has_head:
+        losses.append(y)
+      else:
+        self._send(keys.EntryKind.EVALUATION, iteration, _EVALUATOR, m, y)
+    if not losses:
+      return None
+    return float(np.mean([np.float32(x) for x in losses], dtype=np.float32))
+
+  def _report(
+    self,
+    verdict: scalars_lib.Verdict,
+    digests: jax.Array,
+    frozen: Mapping[keys.OperatorId, np.ndarray],
+    load: jax.Array,
+    **fields: Any,
+  ) -> report_lib.Report:
+    found = self.stage.partition.by_operator(digests)
+    loads = np.asarray(load)  # [L, E]
+    return report_lib.Report(
+      stage=self.index,
+      replica=self.replica,
+      loss=float(verdict.loss),
+      auxiliary_loss=float(verdict.auxiliary_loss),
+      grad_norm=float(verdict.grad_norm),
+      dropped=verdict.dropped,
+      updated=verdict.bad_stage is None,
+      digests={**found, **frozen},
+      load={
+        operator: int(count)
+        for group, counts in zip(self._expert_groups, loads, strict=True)
+        for operator, count in zip(
+          self.stage.whole.partition.operators_of(group), counts, strict=True
+        )
+      },
+      **fields,
+    )
+
+  # ---- entries ---------------------------------------------------------------
+
+  def _global(self, replica: int, m: int) -> int:
+    """The number, among those of all replicas, of a replica's microbatch."""
+    return replica * self.stage.shape.microbatches + m
+
+  def _key(
+    self,
+    kind: keys.EntryKind,
+    iteration: int,
+    replica: int,
+    m: int = 0,
+    stage: int | None = None,
+  ) -> keys.EntryKey:
+    return keys.EntryKey(
+      iteration=iteration,
+      stage=self.index if stage is None else stage,
+      replica=replica,
+      kind=kind,
+      microbatch=m,
+    )
+
+  def _inputs(
+    self, kind: keys.EntryKind, iteration: int, replica: int, m: int
+  ) -> model_lib.Inputs:
+    """A microbatch's tokens or activations, and the last stage's labels."""
+    model = self.stage.model
+    batch: Any = None
+    if model.has_embedding or model.has_head:
+      batch = (
+        self._data.held_out_batch(m)
+        if kind is keys.EntryKind.EVALUATION
+        else self._data.batch(iteration, self._global(replica, m))
+      )
+    if model.has_embedding:
+      x = batch.inputs
+    else:
+      x = self._read(self._key(kind, iteration, replica, m, self.index - 1))
+    return model_lib.Inputs(x, batch.labels if model.has_head else None)
+
+  def _read(self, key: keys.EntryKey) -> jax.Array:
+    wait = self._idle.begin(self._outputs)
+    sharding = self.stage.rows_sharding
+    if key.kind is keys.EntryKind.SCALARS:
+      sharding = self.stage.same_sharding
+    value = self.log.read(
+      key, sharding, verify=key.iteration <= self.verify_until
+    )
+    self._waited += self._idle.idle_seconds(wait)
+    return value
+
+  def _prefetch(
+    self, iteration: int, replica: int, task: schedule.Task | None
+  ) -> None:
+    """Has the next task's input put on the device while this one runs."""
+    model = self.stage.model
+    if task and task.kind is schedule.TaskKind.FORWARD:
+      kind, producer = keys.EntryKind.ACTIVATION, self.index - 1
+      is_from_outside = not model.has_embedding
+    else:
+      kind, producer = keys.EntryKind.GRADIENT, self.index + 1
+      is_from_outside = not model.has_head
+    if task and is_from_outside:
+      self.log.prefetch(
+        self._key(kind, iteration, replica, task.microbatch, producer),
+        self.stage.rows_sharding,
+        verify=iteration <= self.verify_until,
+      )
+
+  def _send(
+    self, kind: keys.EntryKind, iteration: int, replica: int, m: int, value
+  ) -> None:
+    """Publishes `value` unless there is no neighbour in that direction."""
+    if not isinstance(value, tuple):
+      self._publish(self._key(kind, iteration, replica, m), value)
+
+  def _publish(self, key: keys.EntryKey, value) -> None:
+    self.log.publish(key, value)
+    self.on_phase('publish', key.iteration)

@@ -1,0 +1,40 @@
+import os
+import uuid
+
+import pytest
+
+from launch.benchmark import boundary
+from tests.support import helpers
+
+pytestmark = [pytest.mark.fast, pytest.mark.timeout(180)]
+
+_MORE = ('host', 'tcp', 'tcp, CURVE')
+
+
+def test_boundary_measures_every_subject_and_leaves_nothing():
+  folder = f'/dev/shm/test-{uuid.uuid4().hex}'
+  os.mkdir(folder)
+  try:
+    found = boundary.measure(folder, 1, (1000, 100_000))
+    assert not os.listdir(folder)
+  finally:
+    os.rmdir(folder)
+  assert set(found) == {1000, 100_000}
+  for seconds in found.values():
+    assert set(seconds) == {
+          'memcpy', 'socket', *_MORE, *(f'{name}, latency' for name in _MORE)
+        }  # fmt: skip
+    assert all(s > 0 for values in seconds.values() for s in values)
+
+
+def test_boundary_without_host_memory():
+  result = helpers.launch(
+    'benchmark', 'pipeline', '--part=boundary', '--hostmem_dir=/no/such'
+  )
+  assert result.returncode == 2
+  assert '--hostmem_dir=/no/such' in result.stderr
+
+
+def test_unknown_subcommand():
+  result = helpers.launch('benchmark', 'nonsense')
+  assert result.returncode == 2 and 'pipeline' in result.stderr

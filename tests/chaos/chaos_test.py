@@ -1,0 +1,132 @@
+"""Random faults: what is drawn, what is counted; and 200 of them (soak)."""
+
+import os
+import random
+
+import pytest
+
+from launch.chaos import draw
+from moetion_jax.runtime import faults as faults_lib
+from tests.support import helpers
+
+
+@pytest.mark.fast
+def test_a_drawn_script_is_a_script():
+  for seed in range(200):
+    source = random.Random(seed)
+    script = draw.draw_script(source, 12, stages=3, iterations=20)
+    assert len(script) == 12
+    assert faults_lib.parse_all(script, stages=3)
+    again = random.Random(seed)
+    assert draw.draw_script(again, 12, stages=3, iterations=20) == script
+
+
+@pytest.mark.fast
+def test_everything_is_drawn():
+  source = random.Random(0)
+  script = faults_lib.parse_all(
+    draw.draw_script(source, 3000, stages=3, iterations=20), stages=3
+  )
+  drawn = {(fault.kind, fault.phase) for fault in script}
+  assert {phase for kind, phase in drawn if kind == 'kill'} == set(
+    faults_lib.PHASES
+  )
+  assert {kind for kind, _ in drawn} == set(faults_lib.KINDS)
+  outside = draw.draw_outside(source, 300, stages=3, mean_seconds=2.0)
+  assert {fault.kind for fault in outside} == set(draw.OUTSIDE)
+  assert {fault.stage for fault in outside} == {0, 1, 2}
+  assert 1.5 < sum(f.after_seconds for f in outside) / len(outside) < 2.5
+
+
+def _fault(kind, stage, phase='forward'):
+  return {'kind': 'fault', 'fault': kind, 'stage': stage, 'phase': phase}
+
+
+def _recovered(stage, seconds):
+  return {'kind': 'recovered', 'stage': stage, 'seconds': {'replay': seconds}}
+
+
+@pytest.mark.fast
+def test_tally():
+  tally = draw.Tally()
+  tally.add(
+    [
+      _fault('kill', 1),
+      _fault('kill', 0),
+      _recovered(1, 2.0),
+      {'kind': 'outside', 'fault': 'kill the agent', 'stage': None},
+      {'kind': 'resumed', 'stage': None},
+      _fault('stop', 2, 'update'),
+      _recovered(0, 4.0),
+    ]
+  )
+  assert tally.count == 4
+  assert tally.recovered == {
+    ('kill', 'forward'): 2,
+    ('kill the agent', 'outside'): 1,
+  }
+  table = tally.table()
+  assert 'stop            update          1          0' in table
+  assert 'all                             4          3' in table
+  assert 'recoveries of one stage: 2, median 3.00 s, longest 4.00 s' in table
+  assert 'gone on with: 1' in table
+
+
+@pytest.mark.fast
+def test_differences():
+  line = {'iteration': 3, 'loss_hex': '0x1p+0', 'digest': 'ab', 'seconds': 1.0}
+  assert not draw.differences([line], [{**line, 'seconds': 2.0}])
+  assert draw.differences([line], [{**line, 'digest': 'ac'}]) == [
+    'iteration 3: digest is ab, not ac'
+  ]
+  assert draw.differences([], [line]) == ['0 iterations, not 1']
+
+
+@pytest.mark.fast
+def test_it_says_how_long():
+  result = helpers.launch('chaos')
+  assert result.returncode == 2 and '--minutes' in result.stderr
+
+
+@pytest.mark.fast
+@pytest.mark.timeout(600)
+def test_a_few(tmp_path):
+  result = helpers.launch(
+    'chaos',
+    '--seed=3',
+    '--faults=3',
+    '--scripted=3',
+    '--outside=1',
+    '--iterations=16',
+    f'--workdir={tmp_path}/chaos',
+    '--',
+    f'--compilation_cache_dir={helpers.CACHE}',
+    '--data=models',
+    timeout_seconds=500,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert 'equal to the undisturbed one in every bit' in result.stdout
+  assert not os.path.exists(tmp_path / 'chaos')
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize(
+  ('seed', 'faults', 'replicas', 'flags'),
+  [(1, 200, 1, []), (2, 100, 2, []), (3, 100, 2, ['--shard_optimizer'])],
+)
+def test_many_random_faults(tmp_path, seed, faults, replicas, flags):
+  result = helpers.launch(
+    'chaos',
+    f'--seed={seed}',
+    f'--faults={faults}',
+    f'--replicas={replicas}',
+    f'--workdir={tmp_path}/chaos',
+    '--',
+    f'--compilation_cache_dir={helpers.CACHE}',
+    '--data=models',
+    *flags,
+    timeout_seconds=4 * 3600,
+  )
+  print(result.stdout)
+  assert result.returncode == 0, result.stdout + result.stderr

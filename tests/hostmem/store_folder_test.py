@@ -1,0 +1,126 @@
+"""The store folder: owner, lock, leftovers, removal."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from moetion_jax import errors
+from moetion_jax.hostmem import memory_limits, store_folder
+
+pytestmark = pytest.mark.fast
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def store():
+  folder = store_folder.StoreFolder('/dev/shm', f'test-{uuid.uuid4().hex}')
+  folder.start()
+  yield folder
+  folder.remove()
+
+
+def test_folder_is_private_and_leaves_nothing(store):
+  assert store.path.stat().st_mode & 0o777 == 0o700
+  store_folder.check_private(store.path)
+  (store.path / 'x').write_bytes(b'1')
+  store.remove()
+  assert not store.path.exists()
+  assert store.lock_fd == -1
+  store.remove()  # twice is fine
+
+
+def test_living_run_keeps_others_out(store):
+  other = store_folder.StoreFolder(
+    '/dev/shm', store.path.name[len('moetion-') :]
+  )
+  with pytest.raises(errors.StoreError, match=f'pid {os.getpid()}'):
+    other.start()
+  with pytest.raises(errors.StoreError, match='in use'):
+    store_folder.remove_store(store.path)
+  found = store_folder.find_leftovers('/dev/shm')
+  assert store.path not in [leftover.path for leftover in found]
+  assert store.path.exists()
+
+
+def test_leftover_is_found_resumed_and_removed(store):
+  os.close(store_folder.reserve(store.path / 'data', 1 << 20))
+  store.close()
+  (leftover,) = [
+    leftover
+    for leftover in store_folder.find_leftovers('/dev/shm')
+    if leftover.path == store.path
+  ]
+  assert leftover.pid == os.getpid()
+  assert leftover.size_bytes >= 1 << 20
+  assert 'moetion-' + leftover.run_id == store.path.name
+  store.start()  # resume: what is in it stays
+  assert (store.path / 'data').stat().st_size == 1 << 20
+  store.close()
+  store_folder.remove_store(store.path)
+  assert not store.path.exists()
+  store_folder.remove_store(store.path)
+
+
+def test_lock_lives_as_long_as_a_worker_that_inherited_it(store):
+  worker = subprocess.Popen(
+    [sys.executable, '-c', 'input()'],
+    stdin=subprocess.PIPE,
+    pass_fds=[store.lock_fd],
+  )
+  store.close()  # the agent is gone, its worker is not
+  other = store_folder.StoreFolder(
+    '/dev/shm', store.path.name[len('moetion-') :]
+  )
+  with pytest.raises(errors.StoreError, match='in use'):
+    other.start()
+  worker.kill()
+  worker.communicate(timeout=20)
+  other.start()
+  other.close()
+
+
+@pytest.mark.parametrize('run_id', ['', '../x', 'a/b', '-x', 'x' * 65, 'a\n'])
+def test_bad_run_id(run_id):
+  with pytest.raises(errors.StoreError, match='run id'):
+    store_folder.StoreFolder('/dev/shm', run_id)
+
+
+def test_missing_directory_names_the_flag():
+  with pytest.raises(errors.StoreError, match='--hostmem_dir'):
+    store_folder.StoreFolder('/dev/shm/no/such', 'x').start()
+
+
+def test_folder_that_is_not_private(tmp_path):
+  (tmp_path / 'moetion-open').mkdir(mode=0o755)
+  (tmp_path / 'moetion-open').chmod(0o755)
+  with pytest.raises(errors.StoreError, match='0700'):
+    store_folder.StoreFolder(tmp_path, 'open').start()
+  (tmp_path / 'target').mkdir(mode=0o700)
+  (tmp_path / 'moetion-link').symlink_to(tmp_path / 'target')
+  with pytest.raises(errors.StoreError, match='not a directory'):
+    store_folder.StoreFolder(tmp_path, 'link').start()
+  with pytest.raises(errors.StoreError, match='not a store folder'):
+    store_folder.remove_store(tmp_path / 'target')
+
+
+def test_damaged_owner_file(store):
+  (store.path / 'owner').write_text('{"pid": ')
+  store.close()
+  (leftover,) = [
+    leftover
+    for leftover in store_folder.find_leftovers('/dev/shm')
+    if leftover.path == store.path
+  ]
+  assert leftover.pid == 0
+
+
+def test_reserve_beyond_tmpfs_leaves_no_file(store):
+  size_bytes = memory_limits.read_room(store.path).tmpfs_bytes + (1 << 30)
+  with pytest.raises(errors.StoreError, match='--shm-size'):
+    store_folder.reserve(store.path / 'data', size_bytes)
+  assert not (store.path / 'data').exists()

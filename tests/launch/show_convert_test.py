@@ -1,0 +1,711 @@
+"""`launch.show` and `launch.convert` on what real runs leave behind."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import types
+
+import chex
+import jax
+import numpy as np
+import pytest
+from orbax import checkpoint as ocp
+
+from launch.lm import one_process, transformer_job
+from launch.offline import rebuild, scan as offline_scan, stored_run
+from moetion_jax import (
+  config as config_lib,
+  keys as keys_lib,
+  report as report_lib,
+)
+from moetion_jax.capture import conversion
+from moetion_jax.snapshots import coverage
+from tests.support import helpers, runs
+
+pytestmark = [pytest.mark.fast, pytest.mark.timeout(300)]
+
+STAGES = 3
+ITERATIONS = 40
+REFERENCE = 24  # of them, in the undisturbed run
+FLAGS = (
+  f'--stages={STAGES}',
+  '--window_length=3',
+  '--clip_norm=0.5',
+  '--dropout_rate=0.1',
+  '--model=balance=bias',
+  '--standby=false',
+  f'--data={helpers.ROOT}/models',
+)
+CACHE = f'--compilation_cache_dir={helpers.CACHE}'
+
+
+def stop(host, workdir, *flags, at=12, kill=False):
+  """Starts a run, and ends it a while after iteration `at`."""
+  run = host.train(workdir, *FLAGS, f'--iterations={ITERATIONS}', *flags)
+  runs.until(run, f'iteration {at}/')
+  if not kill:
+    run.send_signal(signal.SIGINT)
+    runs.end(run)
+    return
+  for pid in host.processes():
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(pid, signal.SIGKILL)
+  run.communicate(timeout=runs.SECONDS)
+  runs.wait_for(lambda: not host.processes())
+
+
+def scanned(workdir, hostmem_dir):
+  return offline_scan.scan(
+    offline_scan.find(str(workdir), str(hostmem_dir)), in_use=False
+  )
+
+
+def host_tree(state):
+  return jax.tree.map(np.array, state)
+
+
+@pytest.fixture(scope='module')
+def left(tmp_path_factory):
+  """A run that was stopped: its workdir, hostmem_dir and scan."""
+  with runs.host() as host:
+    workdir = tmp_path_factory.mktemp('left') / 'run'
+    stop(host, workdir)
+    run = scanned(workdir, host.path)
+    last = runs.metrics(workdir)[-1]['iteration']
+    yield types.SimpleNamespace(
+      workdir=workdir,
+      hostmem_dir=host.path,
+      run=run,
+      last=last,
+      config=run.config,
+    )
+
+
+@pytest.fixture(scope='module')
+def undisturbed(left):
+  """States [stage][iteration] of a run in one process."""
+  config = left.config
+  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  states = [{} for _ in workers]
+
+  def looking(worker):
+    plain = worker.train
+
+    def train(train_config, report, stop, **options):
+      def look_and_stop():
+        states[worker.index][worker.iteration] = host_tree(worker.state)
+        return stop()
+
+      return plain(train_config, report, look_and_stop, **options)
+
+    worker.train = train
+
+  for worker in workers:
+    looking(worker)
+  one_process.train(
+    config,
+    workers,
+    lambda reports: None,
+    lambda: workers[0].iteration >= REFERENCE,
+    options=[{'line': lambda iteration: iteration - 2}] * len(workers),
+  )
+  return states
+
+
+@pytest.fixture(scope='module')
+def rebuilders(left):
+  """By run and stage, `Rebuilder.rebuild` and what it says; compiled once."""
+  data = transformer_job.load_data(left.config)
+  made = []
+  for stage in range(STAGES):
+    # A stage in the middle reads no text.
+    made.append(
+      rebuild.Rebuilder(left.config, stage, data if stage != 1 else None)
+    )
+    made[-1].start()
+
+  def of(run, stage):
+    said = []
+    return functools.partial(made[stage].rebuild, run, said.append), said
+
+  return of
+
+
+@pytest.fixture
+def copy(left):
+  """A copy of the store, to damage."""
+  with runs.host() as host:
+    shutil.copytree(left.run.folders[0], host.path / left.run.folders[0].name)
+    folder = host.path / left.run.folders[0].name
+
+    def scan():
+      return scanned(left.workdir, host.path)
+
+    yield types.SimpleNamespace(hostmem_dir=host.path, folder=folder, scan=scan)
+
+
+def show(workdir, hostmem_dir, *flags):
+  return helpers.launch(
+    'show', str(workdir), f'--hostmem_dir={hostmem_dir}', *flags
+  )
+
+
+def convert(workdir, hostmem_dir, *flags):
+  return helpers.launch(
+    'convert', str(workdir), f'--hostmem_dir={hostmem_dir}', CACHE, *flags
+  )
+
+
+def flip(path, offset=None):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2 if offset is None else offset] ^= 4
+  path.write_bytes(data)
+
+
+# --- show --------------------------------------------------------------------
+
+
+def test_show_says_what_there_is(left):
+  text = show(left.workdir, left.hostmem_dir, '--verify')
+  assert text.returncode == 0, text.stderr
+  result = show(left.workdir, left.hostmem_dir, '--json')
+  value = json.loads(result.stdout)
+  assert result.returncode == 0 and value['damaged'] == []
+  assert value['last_line'] == left.last and not value['in_use']
+  # Windows of three: the last two snapshots are not the first of a whole one.
+  assert value['newest_common_start'] == left.last - 2
+  assert f'newest common start: snapshot {left.last - 2}' in text.stdout
+  assert 'All checksums are right.' in text.stdout
+  config = transformer_job.build_stage
+  for stage, one in enumerate(value['stages']):
+    operators = config(left.config, stage).partition.operators
+    assert one['operators'] == len(operators) and one['generation'] == 1
+    iterations = [s['iteration'] for s in one['snapshots']]
+    assert iterations[-1] == left.last and len(iterations) >= 6
+    window = one['snapshots'][-3:]
+    assert sorted(o for s in window for o in s['slot']) == sorted(
+      map(str, operators)
+    )
+    for s in one['snapshots']:
+      assert s['covered_operators'] == len(operators) and s['bytes'] > 0
+      assert f'{s["slot_operators"]} of {len(operators)}' in text.stdout
+    for s in one['starts']:
+      if s['iteration']:
+        assert s['complete_at'] == s['iteration'] + 2
+        assert s['reaches'] == left.last and s['usable']
+    ((first, last),) = one['log']['whole_iterations']
+    assert first <= left.last - 6 and last == left.last
+    assert 0 < one['log']['bytes'] <= one['log']['segment_bytes']
+    assert f'iterations {first} to {last} whole' in text.stdout
+
+
+def test_show_imports_no_jax(left):
+  script = (
+    'import sys\n'
+    'from absl import flags\n'
+    'from launch import show\n'
+    'flags.FLAGS(["show", "--verify", *sys.argv[2:]])\n'
+    'assert show.main(["show", sys.argv[1]]) == 0\n'
+    'assert "jax" not in sys.modules\n'
+  )
+  with runs.host() as host:
+    flag = f'--hostmem_dir={left.hostmem_dir}'
+    runs.end(host.start('-c', script, str(left.workdir), flag))
+
+
+def _damage(copy, left, what):
+  """Damages something of stage 1; what `show` has to say of it."""
+  snapshots = copy.folder / 'stage-1.replica-0.snapshots'
+  one = snapshots / str(left.last - 1)
+  log = copy.folder / 'stage-1.replica-0.segment'
+  header = next(
+    h
+    for h in left.run.stages[1].entries.values()
+    if h.key.iteration == left.last
+    and h.key.kind == keys_lib.EntryKind.GRADIENT
+  )
+  if what == 'snapshot flipped':
+    flip(one / 'data', 100)
+    return str(one / 'data')
+  if what == 'snapshot truncated':
+    os.truncate(one / 'data', 4096)
+    return f'{one / "data"}: truncated'
+  if what == 'manifest flipped':
+    flip(one / 'manifest.json')
+    return str(one / 'manifest.json')
+  if what == 'manifest removed':
+    (one / 'manifest.json').unlink()
+    return str(one / 'manifest.json')
+  if what == 'data removed':
+    (one / 'data').unlink()
+    return str(one / 'data')
+  if what == 'snapshot removed':
+    shutil.rmtree(one)
+    return str(one)
+  if what == 'entry flipped':
+    data = log.read_bytes()
+    flip(log, len(data) - _ring_bytes(data) + header.offset)
+    return str(header.key)
+  if what == 'slot flipped':
+    flip(log, 4096 + 256 * (header.sequence % _slots(log.read_bytes())) + 8)
+    return f'{log}: what slot'
+  if what == 'log truncated':
+    os.truncate(log, 8192)
+    return str(log)
+  assert what == 'log removed'
+  log.unlink()
+  return str(log)
+
+
+def _slots(data):
+  return int.from_bytes(data[8:12], 'little')
+
+
+def _ring_bytes(data):
+  return int.from_bytes(data[40:48], 'little')
+
+
+SNAPSHOT_DAMAGE = (
+  'snapshot flipped',
+  'snapshot truncated',
+  'manifest flipped',
+  'manifest removed',
+  'data removed',
+  'snapshot removed',
+)
+LOG_DAMAGE = (
+  'entry flipped',
+  'slot flipped',
+  'log truncated',
+  'log removed',
+)
+
+
+@pytest.mark.parametrize('what', SNAPSHOT_DAMAGE + LOG_DAMAGE)
+def test_show_names_what_is_damaged(left, copy, what):
+  name = _damage(copy, left, what)
+  result = show(left.workdir, copy.hostmem_dir, '--verify', '--json')
+  assert result.returncode == 1, result.stderr
+  value = json.loads(result.stdout)
+  (damage,) = value['damaged']
+  assert name in damage['message'] and damage['stage'] == 1
+  if what in SNAPSHOT_DAMAGE:
+    assert damage['iteration'] == left.last - 1
+    # Without it, the newest whole window ends before.
+    assert value['newest_common_start'] == left.last - 4
+  text = show(left.workdir, copy.hostmem_dir, '--verify')
+  assert text.returncode == 1 and name in text.stdout
+
+
+# --- convert -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('stage', [0, STAGES - 1])
+def test_convert_writes_the_undisturbed_state(
+  left, undisturbed, tmp_path, stage
+):
+  out = tmp_path / 'out'
+  result = convert(
+    left.workdir, left.hostmem_dir, f'--stage={stage}', f'--out={out}'
+  )
+  assert result.returncode == 0, result.stderr
+  assert not result.stderr
+  last = left.last
+  assert f'state {last}' in result.stdout and f'snapshot {last - 2}' in (
+    result.stdout
+  )
+  for line in (
+    f'snapshots: equal, {last - 2} to {last}.',
+    f'metrics.jsonl: equal, {last - 1} to {last}.',
+    f'with it: equal, {last - 1} to {last}.',
+  ):
+    assert line in result.stdout
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore(out)
+  assert tree['iteration'] == last
+  expected = undisturbed[stage][last]
+  parameters, optimizer = {}, {}
+  for group, leaves in expected.items():
+    for name, value in leaves.items():
+      if name.startswith('master/'):
+        parameters[name.removeprefix('master/')] = value
+      else:
+        optimizer.setdefault(group, {})[name] = value
+  chex.assert_trees_all_equal(host_tree(tree['parameters']), parameters)
+  chex.assert_trees_all_equal(host_tree(tree['optimizer']), optimizer)
+
+
+@pytest.mark.parametrize('stage', range(STAGES))
+def test_every_reachable_state_from_the_newest_start(
+  left, undisturbed, rebuilders, stage
+):
+  rebuilt, said = rebuilders(left.run, stage)
+  candidates = left.run.candidates(stage)
+  first = min(c.start.complete_at for c in candidates if c.start.iteration)
+  for iteration in range(first, left.last + 1):
+    done = rebuilt(iteration)
+    assert (done.iteration, done.start) == (iteration, iteration - 2)
+    assert done.is_verified and done.entries > 0
+    assert done.losses == done.whole_digests == (iteration - 1, iteration)
+    chex.assert_trees_all_equal(
+      host_tree(done.state), undisturbed[stage][iteration]
+    )
+  done = rebuilt(start=first - 2)  # trains on
+  assert done.iteration == left.last and done.start == first - 2
+  chex.assert_trees_all_equal(
+    host_tree(done.state), undisturbed[stage][left.last]
+  )
+  assert not said
+  with pytest.raises(
+    stored_run.UnreachableError, match=f'{left.last + 1} cannot'
+  ):
+    rebuilt(left.last + 1)
+  with pytest.raises(stored_run.UnreachableError, match='no start'):
+    rebuilt(start=left.last - 1)
+
+
+def test_the_digests_are_those_of_the_metrics(left, rebuilders):
+  digests = {}
+  for stage in range(STAGES):
+    done = rebuilders(left.run, stage)[0](left.last - 1)
+    digests |= done.digests
+  line = runs.metrics(left.workdir)[left.last - 2]
+  assert report_lib.combine(digests) == line['digest']
+
+
+def test_digests_are_not_of_operators_that_nobody_names(left):
+  """Snapshots of a part do not say which operators there are."""
+  stage = left.run.stages[0]
+  newest = max(stage.snapshots)
+  assert stage.digests(newest).keys() == stage.operators
+  (one,) = stage.snapshots[newest].shares
+  part = dataclasses.replace(one.share, compute=frozenset())
+  found = (dataclasses.replace(one, share=part),)
+  stage = dataclasses.replace(
+    stage, snapshots={newest: stored_run.SnapshotInfo(found=found)}
+  )
+  assert len(stage.operators) == one.digests
+  assert stage.digests(newest) is None
+
+
+def test_all_killed(left, undisturbed, rebuilders, tmp_path):
+  """In the middle of something: the stages were not equally far."""
+  with runs.host() as host:
+    stop(host, tmp_path / 'run', at=10, kill=True)
+    result = show(tmp_path / 'run', host.path, '--verify')
+    assert result.returncode == 0, result.stdout
+    assert 'of a stopped run' in result.stdout
+    run = scanned(tmp_path / 'run', host.path)
+    assert run.config == left.config
+    for stage in range(STAGES):
+      rebuilt, said = rebuilders(run, stage)
+      done = rebuilt()
+      assert done.iteration >= 10 and not said
+      chex.assert_trees_all_equal(
+        host_tree(done.state), undisturbed[stage][done.iteration]
+      )
+
+
+# --- damage ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('what', SNAPSHOT_DAMAGE)
+def test_an_older_start_is_used_and_the_damage_named(
+  left, copy, undisturbed, rebuilders, what
+):
+  name = _damage(copy, left, what)
+  rebuilt, said = rebuilders(copy.scan(), 1)
+  done = rebuilt()
+  assert (done.start, done.complete_at) == (left.last - 4, left.last - 2)
+  assert done.iteration == left.last and done.is_verified
+  assert left.last - 1 not in done.snapshots
+  assert name in '\n'.join(said)
+  chex.assert_trees_all_equal(host_tree(done.state), undisturbed[1][left.last])
+
+
+def test_convert_says_what_is_damaged(left, copy):
+  name = _damage(copy, left, 'snapshot flipped')
+  result = convert(left.workdir, copy.hostmem_dir, '--stage=1')
+  assert result.returncode == 0, result.stderr
+  assert f'Not from snapshot {left.last - 2}' in result.stderr
+  assert name in result.stderr
+  assert f'from snapshot {left.last - 4}' in result.stdout
+
+
+def test_a_damaged_start_that_is_asked_for(left, copy, rebuilders):
+  name = _damage(copy, left, 'snapshot flipped')
+  rebuilt, _ = rebuilders(copy.scan(), 1)
+  with pytest.raises(conversion.SnapshotLostError, match=name):
+    rebuilt(start=left.last - 2)
+
+
+def test_damage_of_two_snapshots(left, copy, undisturbed, rebuilders):
+  folder = copy.folder / 'stage-1.replica-0.snapshots'
+  flip(folder / str(left.last) / 'data', 100)
+  flip(folder / str(left.last - 4) / 'data', 100)
+  rebuilt, said = rebuilders(copy.scan(), 1)
+  done = rebuilt()
+  assert done.start == left.last - 3
+  assert len(said) == 1  # once, though the next attempt does without as well
+  assert str(folder / str(left.last) / 'data') in said[0]
+  chex.assert_trees_all_equal(host_tree(done.state), undisturbed[1][left.last])
+  done = rebuilt(left.last - 2)
+  assert done.start < left.last - 6 and done.iteration == left.last - 2
+  assert str(folder / str(left.last - 4) / 'data') in said[-1]
+  chex.assert_trees_all_equal(
+    host_tree(done.state), undisturbed[1][left.last - 2]
+  )
+
+
+@pytest.mark.parametrize('what', LOG_DAMAGE)
+def test_a_damaged_log_of_a_neighbour(
+  left, copy, undisturbed, rebuilders, what
+):
+  """An older start is of no use: the newest state before it is."""
+  name = _damage(copy, left, what)
+  rebuilt, said = rebuilders(copy.scan(), 0)
+  if what.startswith('log'):
+    with pytest.raises(stored_run.UnreachableError, match='nothing is left'):
+      rebuilt()
+    assert name in said[0]
+    with pytest.raises(
+      stored_run.UnreachableError, match='have no gradient of st'
+    ):
+      rebuilt(left.last)
+    return
+  done = rebuilt()
+  assert done.iteration == left.last - 1
+  assert name in said[0]
+  chex.assert_trees_all_equal(
+    host_tree(done.state), undisturbed[0][left.last - 1]
+  )
+  with pytest.raises(
+    stored_run.UnreachableError, match='have no gradient of st'
+  ):
+    rebuilt(left.last)
+
+
+def test_a_snapshot_that_lies(left, copy, undisturbed, rebuilders):
+  """Right checksums and wrong contents: digests tell, an older one is used."""
+  path = copy.scan().stages[1].snapshots[left.last - 2].path
+  helpers.make_lie(path, 'master')
+  assert show(left.workdir, copy.hostmem_dir, '--verify').returncode == 0
+  rebuilt, said = rebuilders(copy.scan(), 1)
+  done = rebuilt()
+  # The snapshots before that one need it.
+  assert done.start == left.last - 5 and done.iteration == left.last
+  assert len(said) == 1 and 'has another digest than before' in said[0]
+  chex.assert_trees_all_equal(host_tree(done.state), undisturbed[1][left.last])
+
+
+def test_a_snapshot_of_another_iteration(left, copy, rebuilders):
+  path = copy.scan().stages[1].snapshots[left.last - 2].path
+  shutil.rmtree(path)
+  shutil.copytree(path.with_name(str(left.last - 5)), path)
+  rebuilt, said = rebuilders(copy.scan(), 1)
+  assert rebuilt().start == left.last - 5
+  assert said == [f'{path}: is one of iteration {left.last - 5}']
+
+
+def test_metrics_of_another_run(left, copy, rebuilders, tmp_path):
+  lines = runs.metrics(left.workdir)
+  lines[-1]['loss_hex'] = (1.5).hex()
+  (tmp_path / 'metrics.jsonl').write_text(
+    ''.join(json.dumps(line) + '\n' for line in lines)
+  )
+  run = dataclasses.replace(copy.scan(), workdir=tmp_path)
+  rebuilt, said = rebuilders(run, 1)
+  with pytest.raises(rebuild.DifferentError, match='loss of iteration'):
+    rebuilt(start=left.last - 2)
+  with pytest.raises(stored_run.UnreachableError, match='cannot be reached'):
+    rebuilt(left.last)
+  assert 'loss of iteration' in said[0]
+
+
+# --- refusals ----------------------------------------------------------------
+
+
+def test_a_living_run(tmp_path):
+  with runs.host() as host:
+    run = host.train(tmp_path / 'run', *FLAGS, '--iterations=4000')
+    runs.until(run, 'iteration 9/')
+    result = convert(tmp_path / 'run', host.path, '--stage=0')
+    assert result.returncode == 2 and 'living run' in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    for _ in range(3):
+      result = show(tmp_path / 'run', host.path, '--verify')
+      assert result.returncode == 0, result.stdout + result.stderr
+      assert 'in use by a living run' in result.stdout
+    run.send_signal(signal.SIGINT)
+    out, _ = runs.end(run)
+    assert 'Stopped after' in out
+
+
+def _refused(result, *words):
+  assert result.returncode == 2, result.stdout + result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+  for word in words:
+    assert word in result.stderr
+
+
+def test_nothing_to_look_at(left, tmp_path):
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  for launch, flags in ((show, ()), (convert, ('--stage=0',))):
+    _refused(
+      launch(tmp_path / 'no', left.hostmem_dir, *flags),
+      'holds no run',
+      str(tmp_path / 'no' / 'config.json'),
+    )
+    _refused(
+      launch(left.workdir, empty, *flags),
+      'has no store of',
+      str(empty / left.run.folders[0].name),
+    )
+  _refused(show(left.workdir, tmp_path / 'no'), 'no such directory')
+  _refused(helpers.launch('show'), 'name the folder')
+  finished = tmp_path / 'finished'
+  shutil.copytree(left.workdir, finished)
+  (finished / 'checkpoint').mkdir()
+  _refused(show(finished, empty), 'is finished', str(finished / 'checkpoint'))
+  (finished / 'config.json').write_text('{"preset": ')
+  _refused(show(finished, empty), 'config.json is damaged')
+
+
+def test_wrong_flags_of_convert(left, tmp_path):
+  refuse = lambda *flags: convert(left.workdir, left.hostmem_dir, *flags)  # noqa: E731
+  _refused(refuse('--stage=3'), '--stage=3', '0 to 2')
+  _refused(refuse('--stage=0', f'--out={tmp_path}'), '--out', 'exists')
+  other = tmp_path / 'other.txt'
+  other.write_text('Something else. ' * 10000)
+  _refused(refuse('--stage=0', f'--data={other}'), 'not the text of the run')
+  # A stage in the middle reads no text.
+  result = refuse('--stage=1', f'--data={other}')
+  assert result.returncode == 0, result.stderr
+  result = refuse('--stage=1', f'--iteration={ITERATIONS}')
+  assert result.returncode == 1 and 'cannot be reached' in result.stderr
+
+
+def test_other_software(left, tmp_path, monkeypatch):
+  from launch import convert as convert_lib
+  from moetion_jax.runtime import xla_setup
+
+  # `convert` itself computes with as many cores as the worker did.
+  same = {**left.run.found_out['software'], 'cores': xla_setup.cores()}
+  run = dataclasses.replace(
+    left.run, found_out={**left.run.found_out, 'software': same}
+  )
+  assert not convert_lib.software_differences(run)
+  software = {**same, 'jaxlib': '0.0.1'}
+  run = dataclasses.replace(
+    left.run, found_out={**left.run.found_out, 'software': software}
+  )
+  (difference,) = convert_lib.software_differences(run)
+  assert difference.startswith('jaxlib 0.0.1 there, ')
+
+
+def test_stages_on_several_hosts(undisturbed, rebuilders, tmp_path):
+  with runs.host() as host:
+    stop(host, tmp_path / 'run', '--local_hosts=2', at=8)
+    result = show(tmp_path / 'run', host.path, '--verify', '--json')
+    assert result.returncode == 0, result.stdout
+    value = json.loads(result.stdout)
+    assert len(value['stores']) == 2
+    assert [s['store'] for s in value['stages']] == [
+      value['stores'][h] for h in (0, 0, 1)
+    ]
+    run = scanned(tmp_path / 'run', host.path)
+    for stage in range(STAGES):
+      done = rebuilders(run, stage)[0]()
+      assert done.is_verified and done.iteration == value['last_line']
+      chex.assert_trees_all_equal(
+        host_tree(done.state), undisturbed[stage][done.iteration]
+      )
+
+
+# --- pure --------------------------------------------------------------------
+
+
+def test_names_are_those_of_the_conversion():
+  assert (stored_run.DIGESTS, stored_run.PARTIALS) == (
+    conversion.DIGESTS,
+    conversion.PARTIALS,
+  )
+
+
+@pytest.mark.parametrize(
+  ('stage', 'scalars', 'expected'),
+  [
+    (0, False, ['GRADIENT 1'] * 2),
+    (1, False, ['ACTIVATION 0'] * 2 + ['GRADIENT 2'] * 2),
+    (2, False, ['ACTIVATION 1'] * 2),
+    (
+      1,
+      True,
+      ['ACTIVATION 0'] * 2 + ['GRADIENT 2'] * 2 + ['SCALARS 0', 'SCALARS 2'],
+    ),
+  ],
+)
+def test_needed_entries(stage, scalars, expected):
+  train = config_lib.TrainConfig(stages=3, microbatches=2, eval_every=1)
+  keys = stored_run.needed_entries(train, stage, 5, scalars=scalars)
+  assert sorted(f'{k.kind.name} {k.stage}' for k in keys) == expected
+
+
+def test_published_entries_are_all_that_a_log_has(left):
+  train = left.config.train
+  for one in left.run.stages:
+    found = {k for k in one.entries if k.iteration == left.last}
+    expected = stored_run.published_entries(train, one.stage, left.last)
+    assert found == set(expected)
+
+
+def _candidate(start, complete_at, reaches):
+  return stored_run.Candidate(
+    start=coverage.Start(iteration=start, complete_at=complete_at),
+    reaches=reaches,
+    missing=None,
+  )
+
+
+@pytest.mark.parametrize(
+  ('iteration', 'start', 'excluded', 'expected'),
+  [
+    (None, None, (), (7, 12)),
+    (8, None, (), (6, 8)),
+    (6, None, (), (2, 6)),
+    (12, None, (7,), (6, 12)),
+    (0, None, (), (0, 0)),
+    (None, 2, (), (2, 6)),
+    (7, None, (), None),
+    (13, None, (), None),
+    (12, 2, (), None),
+    (None, 9, (), None),  # valid, but the log ends before it is complete
+  ],
+)
+def test_choose(iteration, start, excluded, expected):
+  candidates = [
+    _candidate(0, 0, 0),
+    _candidate(2, 4, 6),
+    _candidate(6, 8, 12),
+    _candidate(7, 9, 12),
+    _candidate(9, 13, 12),
+  ]
+  if expected is None:
+    with pytest.raises(
+      stored_run.UnreachableError, match='starts: 0 leads to 0; 2 '
+    ):
+      stored_run.choose(candidates, iteration, start, excluded)
+    return
+  candidate, goal = stored_run.choose(candidates, iteration, start, excluded)
+  assert (candidate.start.iteration, goal) == expected
+
+
+def test_runs_of():
+  runs_of = stored_run.runs_of([7, 3, 5, 4])
+  assert runs_of == [(3, 5), (7, 7)]
+  assert stored_run.format_runs(runs_of) == '3 to 5, 7'

@@ -1,0 +1,546 @@
+"""The logs: one suite for all of them, and what only the shared one does."""
+
+import dataclasses
+import gc
+import mmap
+import queue
+import threading
+import time
+import uuid
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import entry, segment, store_folder
+from moetion_jax.logs import (
+  boundary_log,
+  interface as log_interface,
+  memory_log,
+  remote,
+  zmq_server,
+)
+
+pytestmark = pytest.mark.fast
+
+_SECONDS = 30.0  # bounds every wait; nothing should come near it
+_SECRET = b'0123456789abcdef'
+
+
+def _key(iteration, stage=0, microbatch=0, kind=keys.EntryKind.ACTIVATION):
+  return keys.EntryKey(iteration, stage, 0, kind, microbatch)
+
+
+def _bits(array):
+  return np.asarray(array).tobytes()
+
+
+@pytest.fixture
+def folders():
+  made = []
+
+  def make():
+    folder = store_folder.StoreFolder('/dev/shm', f'test-{uuid.uuid4().hex}')
+    folder.start()
+    made.append(folder)
+    return folder.path
+
+  yield make
+  for folder in made:
+    folder.remove()
+
+
+class _Pair:
+  """Logs of stages 0 and 1; `waits` and `blocks` record their callbacks."""
+
+  def __init__(self, kind, folders):
+    self.waits, self.blocks = queue.Queue(), queue.Queue()
+    self.servers: list[zmq_server.StoreServer] = []
+    self.logs: list[Any] = []
+    if kind == 'memory':
+      store = memory_log.MemoryStore()
+      for stage in range(2):
+        worker = keys.WorkerId(stage, 0, 1)
+        in_memory: log_interface.Log = memory_log.MemoryLog(
+          worker, store, on_wait=self.waits.put
+        )
+        self.logs.append(in_memory)
+    else:
+      self.folders = [folders()]
+      self.folders.append(folders() if kind == 'hosts' else self.folders[0])
+      for stage in range(2):
+        shared: log_interface.Log = self.make(stage, secret=_SECRET)
+        self.logs.append(shared)
+    for log in self.logs:
+      log.start()
+    if kind == 'hosts':
+      locations = {}
+      for stage, folder in enumerate(self.folders):
+        server = zmq_server.StoreServer(folder, secret=_SECRET)
+        server.start()
+        self.servers.append(server)
+        locations[stage, 0] = remote.Location(
+          host=str(folder), address=server.address
+        )
+      for log in self.logs:
+        log.update_locations(locations)
+
+  def make(self, stage, generation=1, **changes):
+    folder = self.folders[stage]
+    settings = log_interface.LogSettings(
+      folder=folder, host=str(folder), size_bytes=1 << 20, resend_seconds=0.2
+    )
+    return boundary_log.BoundaryLog(
+      keys.WorkerId(stage, 0, generation),
+      dataclasses.replace(settings, **changes),
+      self.waits.put,
+      self.blocks.put,
+    )
+
+  def close(self):
+    for closable in self.logs + self.servers:
+      closable.close()
+
+
+@pytest.fixture(params=['memory', 'host', 'hosts'])
+def pair(request, folders):
+  pair = _Pair(request.param, folders)
+  yield pair
+  pair.close()
+
+
+@pytest.fixture
+def shared(folders):
+  pair = _Pair('host', folders)
+  yield pair
+  pair.close()
+
+
+class _Reading:
+  """`read` in a thread of its own."""
+
+  def __init__(self, log, key, **kwargs):
+    self.result = queue.Queue()
+
+    def read():
+      try:
+        self.result.put(log.read(key, timeout_seconds=_SECONDS, **kwargs))
+      except Exception as error:
+        self.result.put(error)
+
+    self.thread = threading.Thread(target=read)
+    self.thread.start()
+
+  def get(self):
+    result = self.result.get(timeout=2 * _SECONDS)
+    self.thread.join()
+    return result
+
+
+def test_waits_for_what_exists_are_counted(pair):
+  writer, reader = pair.logs
+  if isinstance(writer, memory_log.MemoryLog):
+    assert writer.late_seconds == 0
+    return
+  # Not published yet: the wait counts from the commit, after the publication.
+  reading = _Reading(reader, _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  before = time.monotonic()
+  writer.publish(_key(1), jnp.ones(4))
+  reading.get()
+  first = reader.late_seconds
+  assert 0 < first < time.monotonic() - before
+  # Published: all of it counts, but not the time when nobody asked.
+  writer.publish(_key(2), jnp.ones(4))
+  writer.flush(_SECONDS)
+  before = time.monotonic()
+  reader.read(_key(2), timeout_seconds=_SECONDS)
+  assert 0 < reader.late_seconds - first < time.monotonic() - before
+
+
+# --- Every log ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'dtype', [np.float32, ml_dtypes.bfloat16, np.int32, np.uint8], ids=str
+)
+@pytest.mark.parametrize('shape', [(), (0,), (3, 0, 2), (7,), (3, 5, 2)])
+def test_bytes_in_are_bytes_out(pair, dtype, shape):
+  itemsize = np.dtype(dtype).itemsize
+  data = np.arange(int(np.prod(shape)) * itemsize, dtype=np.uint8)
+  array = jnp.asarray(data.view(dtype).reshape(shape))
+  writer, reader = pair.logs
+  writer.publish(_key(1), array)
+  found = reader.read(_key(1), timeout_seconds=_SECONDS)
+  assert isinstance(found, jax.Array)
+  assert (found.dtype, found.shape) == (np.dtype(dtype), shape)
+  assert _bits(found) == _bits(array)
+
+
+def test_large_entries(pair):
+  writer, reader = pair.logs
+  for iteration in range(1, 8):
+    array = jax.random.normal(jax.random.key(iteration), (150_000,))
+    writer.retain(iteration)
+    writer.publish(_key(iteration), array)
+    found = reader.read(_key(iteration), timeout_seconds=_SECONDS)
+    assert _bits(found) == _bits(array)
+    del found
+
+
+def test_numpy_arrays_may_be_published(pair):
+  writer, reader = pair.logs
+  writer.publish(_key(1), np.arange(3, dtype=np.int32))
+  found = reader.read(_key(1), timeout_seconds=_SECONDS)
+  assert isinstance(found, jax.Array)
+  assert found.tolist() == [0, 1, 2]
+
+
+def test_read_of_an_absent_entry_waits_visibly(pair):
+  writer, reader = pair.logs
+  reading = _Reading(reader, _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  assert reader.waiting_for == _key(1)
+  writer.publish(_key(1), jnp.arange(4.0))
+  assert reading.get().tolist() == [0, 1, 2, 3]
+  assert pair.waits.get(timeout=_SECONDS) is None
+  assert reader.waiting_for is None
+
+
+def test_read_times_out_and_can_be_repeated(pair):
+  writer, reader = pair.logs
+  with pytest.raises(TimeoutError, match='iteration 1'):
+    reader.read(_key(1), timeout_seconds=0.01)
+  writer.publish(_key(1), jnp.ones(2))
+  assert reader.read(_key(1), timeout_seconds=_SECONDS).tolist() == [1, 1]
+
+
+def test_prefetch(pair):
+  writer, reader = pair.logs
+  for microbatch in range(3):
+    reader.prefetch(_key(1, microbatch=microbatch))
+    reader.prefetch(_key(1, microbatch=microbatch))
+  for microbatch in range(3):
+    writer.publish(_key(1, microbatch=microbatch), jnp.full(5, microbatch))
+  for microbatch in (2, 0, 1):
+    key = _key(1, microbatch=microbatch)
+    found = reader.read(key, timeout_seconds=_SECONDS)
+    assert found.tolist() == [microbatch] * 5
+
+
+def test_many_readers_of_one_entry(pair):
+  writer, reader = pair.logs
+  key = _key(1, kind=keys.EntryKind.SCALARS)
+  writer.publish(key, jnp.arange(3.0))
+  for _ in range(2):
+    for log in (writer, reader):
+      assert log.read(key, timeout_seconds=_SECONDS).tolist() == [0, 1, 2]
+
+
+def test_both_directions(pair):
+  for iteration in range(1, 20):
+    for stage in range(2):
+      pair.logs[stage].publish(
+        _key(iteration, stage), jnp.full((), 2 * iteration + stage)
+      )
+    for stage in range(2):
+      found = pair.logs[stage].read(
+        _key(iteration, 1 - stage), timeout_seconds=_SECONDS
+      )
+      assert found == 2 * iteration + 1 - stage
+
+
+def test_sharding(pair):
+  writer, reader = pair.logs
+  mesh = jax.make_mesh((4,), ('expert',))
+  array = jnp.arange(4 * 64, dtype=jnp.float32).reshape(4, 64)
+  writer.publish(_key(1), jax.device_put(array, jax.devices()[1]))
+  for spec in (PartitionSpec(), PartitionSpec('expert')):
+    sharding = NamedSharding(mesh, spec)
+    found = reader.read(_key(1), sharding, timeout_seconds=_SECONDS)
+    assert found.sharding == sharding
+    assert _bits(found) == _bits(array)
+  sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec('expert')))
+  writer.publish(_key(2), sharded)
+  found = reader.read(_key(2), timeout_seconds=_SECONDS)
+  assert _bits(found) == _bits(array)
+
+
+def test_equal_publication_again_changes_nothing(pair):
+  writer, reader = pair.logs
+  for _ in range(3):
+    writer.publish(_key(1), jnp.arange(8.0))
+    writer.flush(_SECONDS)
+  assert reader.read(_key(1), timeout_seconds=_SECONDS).tolist()[7] == 7
+
+
+@pytest.mark.parametrize(
+  'other',
+  [np.ones(4, np.float32), np.zeros(5, np.float32), np.zeros(4, np.int32)],
+)
+def test_unequal_publication_again_is_fatal(pair, other):
+  writer, reader = pair.logs
+  writer.publish(_key(3, microbatch=5), np.zeros(4, np.float32))
+  with pytest.raises(errors.EntryMismatchError) as caught:
+    writer.publish(_key(3, microbatch=5), other)
+    writer.flush(_SECONDS)
+  assert 'iteration 3, microbatch 5' in str(caught.value)
+  found = reader.read(_key(3, microbatch=5), timeout_seconds=_SECONDS)
+  assert found.tolist() == [0] * 4
+
+
+def test_nobody_publishes_for_another(pair):
+  with pytest.raises(ValueError, match='stage 1'):
+    pair.logs[0].publish(_key(1, stage=1), jnp.ones(1))
+
+
+def test_close_ends_a_read_that_waits(pair):
+  reading = _Reading(pair.logs[1], _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  pair.logs[1].close()
+  error = reading.get()
+  assert isinstance(error, errors.StoreError)
+  assert 'closed' in str(error)
+  for call in (
+    lambda: pair.logs[1].read(_key(1)),
+    lambda: pair.logs[1].publish(_key(1, stage=1), jnp.ones(1)),
+  ):
+    with pytest.raises(errors.StoreError, match='closed'):
+      call()
+
+
+def test_an_interrupted_log_raises_what_it_was_told(pair):
+  reading = _Reading(pair.logs[1], _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  reason = errors.MoetionError('the stages go back')
+  pair.logs[1].interrupt(reason)
+  assert reading.get() is reason
+  with pytest.raises(errors.MoetionError, match='go back'):
+    pair.logs[1].publish(_key(1, stage=1), jnp.ones(1))
+
+
+# --- The shared log ----------------------------------------------------------
+
+
+def test_device_array_is_the_mapped_memory_and_holds_its_lease(shared):
+  writer, reader = shared.logs
+  half = np.arange((1 << 20) // 8, dtype=np.float32)  # two fit
+  writer.publish(_key(1), half)
+  writer.publish(_key(2), half)
+  held = reader.read(_key(1), timeout_seconds=_SECONDS)
+  first = held.unsafe_buffer_pointer()
+  assert reader.read(_key(1)).unsafe_buffer_pointer() == first  # no copy
+  writer.retain(3)
+  writer.publish(_key(3), half + 1)
+  assert shared.blocks.get(timeout=_SECONDS) == _key(3)
+  np.testing.assert_array_equal(held, half)
+  del held
+  gc.collect()
+  writer.flush(_SECONDS)
+  assert shared.blocks.get(timeout=_SECONDS) is None
+  assert writer.blocked_seconds > 0
+  found = reader.read(_key(3), timeout_seconds=_SECONDS)
+  np.testing.assert_array_equal(found, half + 1)
+
+
+def test_program_in_flight_holds_the_lease(shared):
+  writer, reader = shared.logs
+  size = (1 << 20) // 4  # one fits
+  ones = jnp.ones(size)
+
+  @jax.jit
+  def consume(x):
+    busy = jax.lax.fori_loop(0, 60, lambda _, y: jnp.sin(y) + 1, ones)
+    # Uses x only when `busy` is known.
+    return x * jnp.where(busy[0] > -10, 1, 0)
+
+  consume(ones).block_until_ready()
+  for iteration in range(1, 5):
+    writer.retain(iteration)
+    writer.publish(_key(iteration), jnp.full(size, float(iteration)))
+    y = consume(reader.read(_key(iteration), timeout_seconds=_SECONDS))
+    # While it runs, the writer does its best to overwrite its input.
+    writer.retain(iteration + 1)
+    writer.publish(
+      _key(iteration, microbatch=1), jnp.full(size, -float(iteration))
+    )
+    assert (np.asarray(y) == iteration).all()
+    writer.flush(_SECONDS)
+    del y
+
+
+def test_donated_input_does_not_write_to_the_log(shared):
+  writer, reader = shared.logs
+  writer.publish(_key(1), jnp.arange(4096.0))
+  double = jax.jit(lambda x: x * 2, donate_argnums=0)
+  result = double(reader.read(_key(1), timeout_seconds=_SECONDS))
+  np.testing.assert_array_equal(result, np.arange(4096.0) * 2)
+  found = reader.read(_key(1), verify=True)
+  np.testing.assert_array_equal(found, np.arange(4096.0))
+
+
+def test_full_log_waits_visibly_then_fails(shared):
+  log = shared.make(
+    1, 2, size_bytes=mmap.PAGESIZE, full_seconds=0.3, fresh=True
+  )
+  shared.logs[1].close()
+  log.start()
+  page = np.zeros(mmap.PAGESIZE, np.uint8)
+  log.publish(_key(1, stage=1), page)
+  log.publish(_key(2, stage=1), page)
+  assert shared.blocks.get(timeout=_SECONDS) == _key(2, stage=1)
+  assert log.blocked_for == _key(2, stage=1)
+  with pytest.raises(errors.StoreError, match='--log_iterations') as caught:
+    log.flush(_SECONDS)
+  assert 'iteration 2' in str(caught.value)
+  assert shared.blocks.get(timeout=_SECONDS) is None
+  assert log.blocked_seconds >= 0.3 and log.blocked_for is None
+  with pytest.raises(errors.StoreError):
+    log.publish(_key(3, stage=1), page)
+  log.close()
+
+
+def test_full_log_goes_on_when_the_line_advances(shared):
+  writer, reader = shared.logs
+  for iteration in range(1, 4):
+    writer.publish(_key(iteration), np.full(400_000, iteration, np.uint8))
+  assert shared.blocks.get(timeout=_SECONDS) == _key(3)
+  writer.retain(2)
+  found = reader.read(_key(3), timeout_seconds=_SECONDS)
+  assert (np.asarray(found) == 3).all()
+
+
+def test_publish_itself_waits_when_too_much_is_pending(shared):
+  log = shared.make(
+    1, 2, size_bytes=mmap.PAGESIZE, pending_entries=2, full_seconds=0.3
+  )
+  shared.logs[1].close()
+  log.start()
+  with pytest.raises(errors.StoreError, match='no room'):
+    for microbatch in range(5000):
+      log.publish(_key(1, 1, microbatch), np.zeros(mmap.PAGESIZE, np.uint8))
+  log.close()
+
+
+def test_failed_computation_reaches_the_caller(shared):
+  writer, _ = shared.logs
+
+  def fail(_):
+    raise RuntimeError('scripted')
+
+  broken = jax.jit(
+    lambda x: jax.pure_callback(fail, jax.ShapeDtypeStruct((), x.dtype), x)
+  )
+  with pytest.raises(Exception, match='scripted'):
+    writer.publish(_key(1), broken(jnp.ones(())))
+    writer.flush(_SECONDS)
+
+
+@pytest.mark.parametrize('kind', ['host', 'hosts'])
+def test_corrupt_entry(folders, kind):
+  pair = _Pair(kind, folders)
+  writer, reader = pair.logs
+  writer.publish(_key(1), np.zeros(1000, np.uint8))
+  writer.flush(_SECONDS)
+  path = segment.segment_path(pair.folders[0], 0, 0)
+  with path.open('r+b') as file:
+    file.seek(path.stat().st_size - (1 << 20) + 500)
+    file.write(b'\1')
+  with pytest.raises(entry.EntryCorruptError, match=str(_key(1))):
+    reader.read(_key(1), verify=True, timeout_seconds=_SECONDS)
+  pair.close()
+
+
+def test_replacement_publishes_the_same_again(shared):
+  writer, reader = shared.logs
+  writer.publish(_key(1), jnp.arange(3))
+  writer.flush(_SECONDS)
+  writer.close()
+  # Nobody is left, its entries are.
+  assert reader.read(_key(1), timeout_seconds=_SECONDS).tolist() == [0, 1, 2]
+  reading = _Reading(reader, _key(2))
+  assert shared.waits.get(timeout=_SECONDS) == _key(2)
+  replacement = shared.make(0, generation=2)
+  replacement.start()
+  replacement.publish(_key(1), jnp.arange(3))
+  replacement.publish(_key(2), jnp.arange(4))
+  assert reading.get().tolist() == [0, 1, 2, 3]
+  replacement.close()
+
+
+def test_reader_may_start_before_its_producer(folders):
+  pair = _Pair('host', folders)
+  late = pair.folders[0]
+  for log in pair.logs:
+    log.close()
+  segment.segment_path(late, 0, 0).unlink()
+  reader, writer = pair.make(1, 2), pair.make(0, 2)
+  reader.start()
+  reading = _Reading(reader, _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  writer.start()
+  writer.publish(_key(1), jnp.ones(3))
+  assert reading.get().tolist() == [1, 1, 1]
+  reader.close()
+  writer.close()
+
+
+def test_locations_change_under_a_read_that_waits(folders):
+  pair = _Pair('hosts', folders)
+  writer, reader = pair.logs
+  host, address = str(pair.folders[0]), pair.servers[0].address
+  nobody = remote.Location(host=host, address='tcp://127.0.0.1:1', generation=3)
+  reader.update_locations({(0, 0): nobody})
+  writer.publish(_key(1), jnp.ones(3))
+  reading = _Reading(reader, _key(1))
+  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  late = remote.Location(host=host, address=address, generation=2)
+  reader.update_locations({(0, 0): late})  # from a map of before: ignored
+  with pytest.raises(TimeoutError):
+    reader.read(_key(1), timeout_seconds=0.3)
+  new = remote.Location(host=host, address=address, generation=4)
+  reader.update_locations({(0, 0): new})
+  assert reading.get().tolist() == [1, 1, 1]
+  pair.close()
+
+
+def test_fenced_reader(folders):
+  pair = _Pair('hosts', folders)
+  pair.servers[0].fence(1, 0, 2)
+  with pytest.raises(remote.FencedError, match='generation 1'):
+    pair.logs[1].read(_key(1), timeout_seconds=_SECONDS)
+  assert pair.servers[0].fenced_count == 1
+  pair.close()
+
+
+def test_close_leaves_only_segments_and_no_thread(folders):
+  before = set(threading.enumerate())
+  pair = _Pair('hosts', folders)
+  pair.logs[0].publish(_key(1), jnp.ones(3))
+  pair.logs[1].read(_key(1), timeout_seconds=_SECONDS)
+  pair.close()
+  pair.close()
+  names = {path.name for folder in pair.folders for path in folder.iterdir()}
+  assert names == {
+    'lock',
+    'owner',
+    'stage-0.replica-0.segment',
+    'stage-1.replica-0.segment',
+  }
+  left = set(threading.enumerate()) - before
+  assert not [thread for thread in left if 'log ' in thread.name]
+  assert not [thread for thread in left if 'store' in thread.name]
+
+
+def test_folder_must_be_private(tmp_path):
+  tmp_path.chmod(0o755)
+  settings = log_interface.LogSettings(folder=tmp_path, size_bytes=1)
+  log = boundary_log.BoundaryLog(keys.WorkerId(0, 0, 1), settings)
+  with pytest.raises(errors.StoreError, match='0700'):
+    log.start()
+  log.close()

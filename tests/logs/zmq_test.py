@@ -1,0 +1,544 @@
+"""Reads between hosts, in one process: framing, security, faults."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+import socket
+import time
+import uuid
+
+import hypothesis
+import ml_dtypes
+import numpy as np
+import pytest
+import zmq
+import zmq.utils.monitor
+from hypothesis import strategies as st
+
+from moetion_jax import errors, keys as keys_lib
+from moetion_jax.hostmem import (
+  doorbell,
+  entry,
+  raw_bytes,
+  segment,
+  store_folder,
+)
+from moetion_jax.logs import (
+  receive_buffers,
+  remote,
+  wire_format,
+  zmq_client,
+  zmq_server,
+)
+
+pytestmark = pytest.mark.fast
+
+_SECONDS = 30.0
+_SECRET = b'0123456789abcdef'
+_ME = keys_lib.WorkerId(1, 0, 7)
+
+
+def _key(iteration, microbatch=0):
+  return keys_lib.EntryKey(
+    iteration, 0, 0, keys_lib.EntryKind.ACTIVATION, microbatch
+  )
+
+
+class _Host:
+  """A store folder with a producer in it, and a server."""
+
+  def __init__(self):
+    self.folder = store_folder.StoreFolder(
+      '/dev/shm', f'test-{uuid.uuid4().hex}'
+    )
+    self.folder.start()
+    worker = keys_lib.WorkerId(0, 0, 1)
+    self.writer = segment.SegmentWriter(self.folder.path, worker, 8 << 20)
+    self.writer.start()
+    self.bell = doorbell.Doorbell(self.folder.path, 'producer')
+    self.bell.start()
+    self.servers = []
+
+  def serve(self, address='tcp://127.0.0.1:*', secret=None):
+    server = zmq_server.StoreServer(self.folder.path, address, secret)
+    server.start()
+    self.servers.append(server)
+    return server
+
+  def publish(self, key, array):
+    self.writer.put(key, array)
+    self.bell.ring_others()
+
+  def close(self):
+    for server in self.servers:
+      server.close()
+    self.bell.close()
+    self.writer.close()
+    self.folder.remove()
+
+
+@pytest.fixture
+def host():
+  host = _Host()
+  yield host
+  host.close()
+
+
+class _Client(zmq_client.StoreClient):
+  """A client that knows its poller."""
+
+  def __init__(self, worker, poller, *args):
+    super().__init__(worker, poller, *args)
+    self.poller = poller
+
+
+@pytest.fixture
+def connect():
+  """Makes clients."""
+  clients = []
+
+  def connect(secret=None, resend_seconds=0.2, worker=_ME):
+    poller = zmq.Poller()
+    client = _Client(worker, poller, secret, resend_seconds)
+    clients.append(client)
+    return client
+
+  yield connect
+  for client in clients:
+    client.close()
+
+
+def _collect(client, count=1):
+  """Waits for `count` results, by key."""
+  results, deadline = {}, time.monotonic() + _SECONDS
+  while len(results) < count:
+    assert time.monotonic() < deadline, f'only {list(results)}'
+    client.poller.poll(50)
+    results |= {a.key: a.result for a in client.collect()}
+  return results
+
+
+def _wait_until(condition):
+  deadline = time.monotonic() + _SECONDS
+  while not condition():
+    assert time.monotonic() < deadline
+    os.sched_yield()
+
+
+# --- Messages ----------------------------------------------------------------
+
+
+def test_message_round_trip():
+  worker, key = keys_lib.WorkerId(-1, 3, 1 << 40), _key(1 << 40, 12)
+  packed = wire_format.pack(wire_format.MessageType.PIECE, worker, key, 1 << 35)
+  assert len(packed) == wire_format.MESSAGE_BYTES
+  assert wire_format.unpack(packed) == (
+    wire_format.MessageType.PIECE,
+    worker,
+    key,
+    1 << 35,
+  )
+  assert wire_format.unpack(packed + b'\0') is None
+  assert wire_format.unpack(packed[:-1]) is None
+
+
+@hypothesis.given(
+  st.binary(
+    min_size=wire_format.MESSAGE_BYTES - 6,
+    max_size=wire_format.MESSAGE_BYTES - 6,
+  )
+)
+def test_any_bytes_are_none_or_a_message(data):
+  for magic in (b'MoEt\1\1', b'MoEt\1\x09', b'MoEt\2\1', b'\0' * 6):
+    unpacked = wire_format.unpack(magic + data)
+    if unpacked is not None:
+      assert magic == b'MoEt\1\1'
+      assert unpacked[2].kind in keys_lib.EntryKind
+      assert wire_format.unpack(wire_format.pack(*unpacked)) == unpacked
+
+
+def test_keys_come_from_the_secret_alone():
+  keys = wire_format.CurveKeys.from_secret(_SECRET)
+  assert keys == wire_format.CurveKeys.from_secret(bytes(_SECRET))
+  other = wire_format.CurveKeys.from_secret(_SECRET + b'x')
+  values = {
+    keys.server_secret,
+    keys.client_secret,
+    keys.server_public,
+    keys.client_public,
+    other.server_secret,
+    other.client_secret,
+  }
+  assert len(values) == 6
+  assert zmq.curve_public(keys.client_secret) == keys.client_public
+  with pytest.raises(ValueError, match='16'):
+    wire_format.CurveKeys.from_secret(b'short')
+
+
+@pytest.mark.parametrize(
+  ('address', 'needs_secret'),
+  [
+    ('tcp://127.0.0.1:5000', False),
+    ('tcp://127.1.2.3:*', False),
+    ('tcp://[::1]:5000', False),
+    ('tcp://0.0.0.0:5000', True),
+    ('tcp://*:5000', True),
+    ('tcp://10.0.0.1:5000', True),
+    ('tcp://127.example.org:5000', True),
+    ('tcp://[::]:5000', True),
+  ],
+)
+def test_loopback_or_a_secret(host, connect, address, needs_secret):
+  wire_format.check_address(address, _SECRET)
+  if not needs_secret:
+    wire_format.check_address(address, None)
+    return
+  with pytest.raises(errors.StoreError, match='secret'):
+    zmq_server.StoreServer(host.folder.path, address).start()
+  with pytest.raises(errors.StoreError, match='secret'):
+    connect().want(_key(1), address)
+
+
+# --- Reads -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('secret', [None, _SECRET], ids=['plain', 'curve'])
+@pytest.mark.parametrize(
+  ('dtype', 'shape'),
+  [
+    (np.float32, ()),
+    (np.uint8, (0, 5)),
+    (np.int32, (3, 4)),
+    (ml_dtypes.bfloat16, (1000, 1001)),  # two pieces
+    (np.uint8, (zmq_server.PIECE_BYTES * 3,)),
+  ],
+)
+def test_bytes_in_are_bytes_out(host, connect, secret, dtype, shape):
+  server, client = host.serve(secret=secret), connect(secret)
+  count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+  data = np.random.default_rng(0).integers(0, 256, count, np.uint8)
+  array = data.view(dtype).reshape(shape)
+  host.publish(_key(1), array)
+  client.want(_key(1), server.address)
+  found = _collect(client)[_key(1)]
+  assert (found.dtype, found.shape) == (np.dtype(dtype), shape)
+  assert found.tobytes() == array.tobytes()
+  assert not found.flags.writeable
+
+
+def test_parked_reads_are_answered_by_notification(host, connect):
+  server = host.serve()
+  clients = [connect(resend_seconds=3600.0) for _ in range(3)]
+  for client in clients:
+    for microbatch in range(4):
+      client.want(_key(1, microbatch), server.address)
+  _wait_until(lambda: len(server._parked) == 12)
+  for microbatch in range(4):
+    host.publish(_key(1, microbatch), np.full(9, microbatch))
+  for client in clients:
+    found = _collect(client, 4)
+    for microbatch in range(4):
+      assert (found[_key(1, microbatch)] == microbatch).all()
+  assert not server._parked
+
+
+def test_repeated_reads_are_answered_once(host, connect):
+  server, client = host.serve(), connect(resend_seconds=0.0)
+  client.want(_key(1), server.address)
+  for _ in range(50):
+    client.collect()
+  host.publish(_key(1), np.arange(zmq_server.PIECE_BYTES // 4))
+  found = _collect(client)[_key(1)]
+  np.testing.assert_array_equal(found, np.arange(zmq_server.PIECE_BYTES // 4))
+  assert client.malformed_count == server.malformed_count == 0
+
+
+def test_reads_go_on_when_the_server_is_replaced(host, connect):
+  server, client = host.serve(), connect()
+  client.want(_key(1), server.address)
+  _wait_until(lambda: server._parked)
+  server.close()  # the request that it had parked is gone
+  host.serve(server.address)
+  host.publish(_key(1), np.arange(5))
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_readers_that_are_gone_are_forgotten(host, connect, monkeypatch):
+  monkeypatch.setattr(zmq_server, '_PARKED_SECONDS', 0.5)
+  server, client = host.serve(), connect()
+  client.want(_key(1), server.address)
+  _wait_until(lambda: server._parked)
+  client.close()
+  _wait_until(lambda: not server._parked)
+
+
+def test_lease_ends_when_the_entry_is_sent(host, connect):
+  server, client = host.serve(), connect()
+  data = np.zeros(6 << 20, np.uint8)  # the ring has 8
+  for iteration in range(1, 5):
+    host.writer.retain(iteration)
+    key = _key(iteration)
+    _wait_until(functools.partial(_try_publish, host, key, data))
+    client.want(key, server.address)
+    assert _collect(client)[key].nbytes == 6 << 20
+
+
+def _try_publish(host, key, data):
+  try:
+    host.publish(key, data)
+  except segment.SegmentFullError:
+    gc.collect(0)
+    return False
+  return True
+
+
+def test_fencing(host, connect):
+  server = host.serve()
+  server.fence(1, 0, 8)
+  host.publish(_key(1), np.arange(5))
+  old, new = connect(), connect(worker=keys_lib.WorkerId(1, 0, 8))
+  for client in (old, new):
+    client.want(_key(1), server.address)
+  assert isinstance(_collect(old)[_key(1)], remote.FencedError)
+  assert _collect(new)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  assert server.fenced_count == 1
+
+
+def test_address_in_use(host):
+  taken = host.serve()
+  other = _Host()
+  with pytest.raises(errors.StoreError, match='in use'):
+    other.serve(taken.address)
+  other.close()
+
+
+# --- Garbage -----------------------------------------------------------------
+
+
+def test_garbage_to_the_server(host, connect, caplog):
+  server = host.serve()
+  host.publish(_key(1), np.arange(5))
+  good = wire_format.pack(wire_format.MessageType.READ, _ME, _key(1))
+  garbage = [
+    [b''],
+    [b'x' * 100],
+    [good[:-1]],
+    [good, b'more'],
+    [b'\0' + good[1:]],
+    [wire_format.pack(wire_format.MessageType.PIECE, _ME, _key(1))],
+    [b'\x80\x04]q\x00.'],
+  ]
+  with zmq.Context() as context, context.socket(zmq.DEALER) as intruder:
+    intruder.connect(server.address)
+    for frames in garbage:
+      intruder.send_multipart(frames)
+    intruder.send(good)  # answered after all before it was looked at
+    assert intruder.poll(int(_SECONDS * 1000))
+    # Larger than any request: ZeroMQ itself hangs up.
+    intruder.send(b'x' * 100_000)
+    intruder.close(linger=0)
+  assert server.malformed_count == len(garbage)
+  assert len([r for r in caplog.records if 'not ours' in r.message]) == 1
+  ip, port = server.address.removeprefix('tcp://').rsplit(':', 1)
+  with socket.create_connection((ip, int(port)), _SECONDS) as raw:
+    with contextlib.suppress(OSError):  # it hangs up on us
+      raw.sendall(bytes(range(256)) * 100)
+      while raw.recv(4096):
+        pass
+  client = connect()
+  client.want(_key(1), server.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('who', ['plain', 'other job', 'server key only'])
+def test_strangers_do_not_get_in(host, connect, who):
+  server = host.serve(secret=_SECRET)
+  host.publish(_key(1), np.arange(5))
+  keys = wire_format.CurveKeys.from_secret(
+    b'another job here' if who == 'other job' else _SECRET
+  )
+  public, private = zmq.curve_keypair()
+  with zmq.Context() as context, context.socket(zmq.DEALER) as intruder:
+    intruder.linger = 0
+    if who != 'plain':
+      intruder.curve_serverkey = keys.server_public
+      intruder.curve_publickey = public
+      intruder.curve_secretkey = private
+    monitor = intruder.get_monitor_socket()
+    intruder.connect(server.address)
+    intruder.send(wire_format.pack(wire_format.MessageType.READ, _ME, _key(1)))
+    refused = (
+      zmq.EVENT_DISCONNECTED
+      | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+      | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+      | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    )
+    event = 0
+    while not event & refused:
+      assert monitor.poll(int(_SECONDS * 1000))
+      event = zmq.utils.monitor.recv_monitor_message(monitor)['event']
+      assert event != zmq.EVENT_HANDSHAKE_SUCCEEDED
+    assert not intruder.poll(0)
+    intruder.disable_monitor()
+    monitor.close()
+  assert server.malformed_count == 0
+  _wait_until(lambda: server.refused_count)
+  client = connect(_SECRET)
+  client.want(_key(1), server.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+
+
+class _Liar:
+  """A server that answers the first request with given frames."""
+
+  def __init__(self):
+    self.context = zmq.Context()
+    self.router = self.context.socket(zmq.ROUTER)
+    self.router.linger = 0
+    port = self.router.bind_to_random_port('tcp://127.0.0.1')
+    self.address = f'tcp://127.0.0.1:{port}'
+
+  def answer(self, replies):
+    identity, _ = self.router.recv_multipart()
+    for frames in replies:
+      self.router.send_multipart([identity, *frames])
+
+  def close(self):
+    self.router.close()
+    self.context.term()
+
+
+@pytest.fixture
+def liar():
+  liar = _Liar()
+  yield liar
+  liar.close()
+
+
+def _reply(array, name, offset=0, **changes):
+  header = entry.EntryHeader(
+    key=name,
+    generation=1,
+    sequence=0,
+    dtype=array.dtype,
+    shape=array.shape,
+    offset=0,
+    nbytes=array.nbytes,
+    checksum=raw_bytes.checksum(array),
+  )
+  header = dataclasses.replace(header, **changes)
+  head = wire_format.pack(wire_format.MessageType.PIECE, _ME, name, offset)
+  return [head + header.pack(), array.tobytes()]
+
+
+def test_garbage_to_the_client(connect, liar):
+  client, array = connect(), np.arange(10, dtype=np.int32)
+  client.want(_key(1), liar.address)
+  good = _reply(array, _key(1))
+  malformed = [
+    [b''],
+    [b'x' * 300, b'y'],
+    [wire_format.pack(wire_format.MessageType.READ, _ME, _key(1))],
+    [good[0][:-1], good[1]],
+    [good[0]],
+    [good[0], good[1] + b'!'],
+    _reply(array, _key(1), key=_key(2)),
+    _reply(array, _key(1), nbytes=44),  # not what its shape says
+    _reply(array, _key(1), shape=(1 << 40,), nbytes=1 << 42),
+  ]
+  ignored = [
+    _reply(array, _key(9)),  # not asked for
+    _reply(array, _key(1), offset=4),  # no beginning
+  ]
+  liar.answer(malformed + ignored + [[*good, b'an extra frame']])
+  np.testing.assert_array_equal(_collect(client)[_key(1)], array)
+  assert client.malformed_count == len(malformed)
+
+
+def test_damage_on_the_way_is_found(connect, liar):
+  client, array = connect(), np.arange(10, dtype=np.int32)
+  client.want(_key(1), liar.address)
+  liar.answer([_reply(array, _key(1), checksum=1)])
+  error = _collect(client)[_key(1)]
+  assert isinstance(error, entry.EntryCorruptError)
+  assert str(_key(1)) in str(error)
+
+
+def test_stream_that_begins_again(connect, liar):
+  client, array = connect(), np.arange(10, dtype=np.int32)
+  client.want(_key(1), liar.address)
+  head, data = _reply(array, _key(1))
+  rest = _reply(array, _key(1), offset=16)[0]
+  liar.answer([[head, data[:16]], [head, data[:16]], [rest, data[16:]]])
+  np.testing.assert_array_equal(_collect(client)[_key(1)], array)
+
+
+def test_garbage_to_a_server_with_a_secret(host, connect, caplog):
+  server = host.serve(secret=_SECRET)
+  host.publish(_key(1), np.arange(5))
+  ip, port = server.address.removeprefix('tcp://').rsplit(':', 1)
+  client = connect(_SECRET)
+  for count, data in enumerate((b'x', b'\xff' + b'\0' * 99, b''), 1):
+    with socket.create_connection((ip, int(port)), _SECONDS) as raw:
+      with contextlib.suppress(OSError):  # it may hang up on us
+        raw.sendall(data)
+        raw.shutdown(socket.SHUT_WR)
+        while raw.recv(4096):
+          pass
+    _wait_until(lambda count=count: server.refused_count == count)
+    client.want(_key(1), server.address)  # ours are not counted
+    assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  assert len([r for r in caplog.records if 'not ours' in r.message]) == 1
+
+
+# --- Parts -------------------------------------------------------------------
+
+
+def test_buffers_are_used_again_but_never_while_read():
+  pool, array = receive_buffers.BufferPool(), np.zeros((10, 100), np.float32)
+  packed = _reply(array, _key(1))[0][wire_format.MESSAGE_BYTES :]
+  header = entry.EntryHeader.unpack(packed)
+  assert header is not None
+  memory, loan = pool.take(header)
+  address = memory.__array_interface__['data'][0]
+  assert address % 64 == 0
+  memory[:] = 1
+  view = loan[3:5]
+  del loan
+  gc.collect()
+  other, _ = pool.take(header)
+  assert other.__array_interface__['data'][0] != address
+  assert view.tobytes() == b'\1' * 800
+  del view
+  gc.collect()
+  addresses = {
+    taken[0].__array_interface__['data'][0]
+    for taken in [pool.take(header) for _ in range(2)]
+  }
+  assert address in addresses
+
+
+def test_doorbell(tmp_path):
+  deep = tmp_path / ('x' * 120)  # longer than a socket address may be
+  deep.mkdir()
+  first, second = doorbell.Doorbell(deep, 'a'), doorbell.Doorbell(deep, 'b')
+  first.start()
+  first.ring_others()  # nobody there
+  second.start()
+  poller = zmq.Poller()
+  poller.register(second.fileno(), zmq.POLLIN)
+  assert not poller.poll(0)
+  for _ in range(5000):  # more than its queue holds
+    first.ring_others()
+  assert poller.poll(0)
+  second.drain()
+  assert not poller.poll(0)
+  second.ring()
+  assert poller.poll(0)
+  second.close()
+  (deep / 'dead.bell').touch()  # left by a dead process
+  first.ring_others()
+  first.close()
+  assert [path.name for path in deep.iterdir()] == ['dead.bell']

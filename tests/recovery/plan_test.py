@@ -1,0 +1,770 @@
+import itertools
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from moetion_jax.recovery import plan as recovery_plan
+from moetion_jax.snapshots import coverage
+
+pytestmark = pytest.mark.fast
+
+_WINDOW = 4
+
+
+def _starts(*iterations: int, window: int = _WINDOW):
+  """Rolling windows; snapshot 0 is complete by definition."""
+  return tuple(
+    coverage.Start(iteration=i, complete_at=i + window - 1 if i else 0)
+    for i in iterations
+  )
+
+
+# In iteration 20 the snapshots of 8 to 19 exist, and the line is 8.
+_VALID = _starts(0, *range(8, 17))
+
+
+def _inventory(stage: int, **changes) -> recovery_plan.StageInventory:
+  defaults: dict[str, Any] = dict(
+    stage=stage, starts=_VALID, log_first=9, newest=20
+  )
+  return recovery_plan.StageInventory(**(defaults | changes))
+
+
+def _run(stages: int, changes=None) -> list[recovery_plan.StageInventory]:
+  """A run of some stages in iteration 20; changes by stage."""
+  changes = changes or {}
+  return [_inventory(s, **changes.get(s, {})) for s in range(stages)]
+
+
+_STORE_LOST = dict(starts=_starts(0), log_lost=True)
+_LOG_LOST = dict(log_lost=True)
+_FIRST = dict(starts=_starts(0), log_first=1)  # nothing was captured yet
+_DONE = dict(starts=_starts(0, *range(8, 18)), newest=20)
+
+
+def _corrupt(*iterations: int) -> dict:
+  return dict(corrupt=frozenset(iterations))
+
+
+@pytest.mark.parametrize(
+  ('stages', 'changes', 'failed', 'members', 'start'),
+  [
+    # Who died recovers; from the newest start.
+    pytest.param(1, {}, {0}, (0,), 16, id='single stage'),
+    pytest.param(3, {}, {0}, (0,), 16, id='first'),
+    pytest.param(3, {}, {1}, (1,), 16, id='middle'),
+    pytest.param(3, {}, {2}, (2,), 16, id='last'),
+    pytest.param(4, {}, {1, 2}, (1, 2), 16, id='adjacent'),
+    pytest.param(4, {}, {0, 3}, (0, 3), 16, id='not adjacent'),
+    pytest.param(3, {}, {0, 1, 2}, (0, 1, 2), 16, id='all'),
+    pytest.param(3, {}, set(), (), 0, id='none'),
+    # The set has one common start, valid for each member.
+    pytest.param(
+      3, {2: dict(starts=_starts(0, 8, 9, 13))}, {1, 2}, (1, 2), 13, id='common'
+    ),
+    pytest.param(
+      3,
+      {1: dict(starts=_starts(0, 12, 14)), 2: dict(starts=_starts(0, 12, 15))},
+      {1, 2},
+      (1, 2),
+      12,
+      id='the newest of each is not common',
+    ),
+    pytest.param(
+      2, {0: dict(starts=_starts(0))}, {1}, (1,), 16, id='live: starts are free'
+    ),
+    # Own store corrupt: older starts only.
+    pytest.param(
+      2, {0: dict(starts=_starts(0, 8, 9))}, {0}, (0,), 9, id='store corrupt'
+    ),
+    # A stage joins when its log was lost and a member needs its entries.
+    pytest.param(
+      4, {2: _LOG_LOST}, {1}, (1, 2), 16, id='log of a neighbour is lost'
+    ),
+    pytest.param(
+      4, {3: _LOG_LOST}, {0}, (0, 3), 16, id='everybody needs scalars'
+    ),
+    pytest.param(
+      4,
+      {3: dict(log_lost=True, newest=19)},
+      {0},
+      (0,),
+      16,
+      id='not the scalars of the iterations of a conversion',
+    ),
+    pytest.param(
+      4,
+      {1: dict(log_lost=True, newest=19)},
+      {0},
+      (0, 1),
+      16,
+      id='but all of a neighbour',
+    ),
+    pytest.param(
+      5,
+      {2: _LOG_LOST, 3: _LOG_LOST},
+      {1},
+      (1, 2, 3),
+      16,
+      id='the log of the neighbour of one that joined',
+    ),
+    pytest.param(
+      3,
+      {1: _LOG_LOST},
+      set(),
+      (1,),
+      16,
+      id='nobody died, the others wait for its entries',
+    ),
+    pytest.param(
+      2,
+      {0: dict(newest=0, log_lost=True, **_FIRST), 1: dict(newest=1, **_FIRST)},
+      {1},
+      (1,),
+      0,
+      id='one that has not begun has lost nothing',
+    ),
+    # A stage joins when an entry of it that a member needs is corrupt.
+    pytest.param(
+      3, {0: _corrupt(18)}, {1}, (0, 1), 16, id='entry of a live sender'
+    ),
+    pytest.param(
+      3, {0: _corrupt(16)}, {1}, (1,), 16, id='corrupt, but not needed'
+    ),
+    pytest.param(
+      4, {3: _corrupt(20)}, {0}, (0, 3), 16, id='corrupt scalars, far away'
+    ),
+    pytest.param(
+      4, {3: _corrupt(19)}, {0}, (0,), 16, id='conversion needs no scalars'
+    ),
+    pytest.param(
+      3, {0: _corrupt(20)}, set(), (0,), 16, id='a live stage needs it'
+    ),
+    pytest.param(
+      3, {0: _corrupt(19)}, set(), (), 0, id='no live stage needs it any more'
+    ),
+    pytest.param(
+      3,
+      {0: _corrupt(15), 1: dict(starts=_starts(0, 14, 16))},
+      {1},
+      (1,),
+      16,
+      id='a newer start avoids it',
+    ),
+    # Stores lost.
+    pytest.param(2, {1: _STORE_LOST}, {1}, (0, 1), 0, id='store lost'),
+    pytest.param(
+      3,
+      {1: dict(log_lost=True)},
+      {1},
+      (1,),
+      16,
+      id='store lost, but a peer has the snapshots',
+    ),
+    pytest.param(
+      4,
+      {1: _LOG_LOST, 2: _LOG_LOST},
+      {1, 2},
+      (1, 2),
+      16,
+      id='the store of two adjacent stages lost, peers have them',
+    ),
+    # A member whose log is lost publishes again what the slowest needs.
+    pytest.param(
+      3,
+      {0: dict(newest=14), 1: _LOG_LOST},
+      {1},
+      (1,),
+      13,
+      id='starts before what the slowest works on',
+    ),
+    pytest.param(
+      4,
+      {0: dict(newest=14), 3: _LOG_LOST},
+      {3},
+      (3,),
+      13,
+      id='scalars: of any other',
+    ),
+    pytest.param(
+      3, {0: dict(newest=14)}, {1}, (1,), 16, id='not if its log is there'
+    ),
+    pytest.param(
+      3,
+      {0: dict(newest=14), 1: _corrupt(15)},
+      {1},
+      (1,),
+      14,
+      id='starts before its corrupt entry that one needs',
+    ),
+    pytest.param(
+      3,
+      {0: dict(newest=14), 1: _corrupt(13)},
+      {1},
+      (1,),
+      16,
+      id='a corrupt entry that nobody needs',
+    ),
+    pytest.param(
+      3,
+      {
+        0: dict(newest=14, starts=_starts(0, 15)),
+        1: dict(log_lost=True, starts=_starts(0, 15)),
+      },
+      {1},
+      (0, 1),
+      15,
+      id='or who needs it joins',
+    ),
+    pytest.param(
+      3,
+      {1: dict(newest=16, starts=_starts(16, 15, 14, window=1))},
+      {1},
+      (1,),
+      16,
+      id='the newest may be half published, but nobody works on it',
+    ),
+    pytest.param(
+      2,
+      {
+        0: dict(newest=16),
+        1: dict(newest=16, starts=_starts(14, 15, 16, window=1)),
+      },
+      {1},
+      (1,),
+      15,
+      id='the newest may be half published',
+    ),
+    # The live stages' entries exist from the start on.
+    pytest.param(
+      2, {1: dict(starts=_starts(0, 8))}, {1}, (1,), 8, id='the line'
+    ),
+    pytest.param(
+      3,
+      {1: dict(starts=_starts(0, 7))},
+      {1},
+      (0, 1, 2),
+      0,
+      id='older than the line: all, if that is valid for all',
+    ),
+    pytest.param(
+      3,
+      {
+        0: dict(starts=_starts(0, 7, 16)),
+        1: dict(starts=_starts(0, 7)),
+        2: dict(starts=_starts(0, 16), log_first=3),
+      },
+      {1},
+      (0, 1),
+      7,
+      id='one whose log goes further back stays',
+    ),
+    # First iterations, last iteration, the end.
+    pytest.param(
+      2,
+      {s: dict(newest=0, **_FIRST) for s in range(2)},
+      {0},
+      (0,),
+      0,
+      id='before the first iteration',
+    ),
+    pytest.param(
+      2,
+      {s: dict(newest=1, **_FIRST) for s in range(2)},
+      {0},
+      (0,),
+      0,
+      id='first iteration',
+    ),
+    pytest.param(
+      2,
+      {0: dict(newest=3, **_FIRST), 1: dict(newest=2, log_lost=True, **_FIRST)},
+      {1},
+      (1,),
+      0,
+      id='first iterations, log lost',
+    ),
+    pytest.param(
+      3, {s: _DONE for s in range(3)}, {1}, (1,), 17, id='after done'
+    ),
+    pytest.param(
+      2,
+      {0: dict(newest=20), 1: _DONE | _LOG_LOST},
+      {1},
+      (1,),
+      17,
+      id='done, its log is lost and another has not finished',
+    ),
+    pytest.param(
+      2,
+      {s: dict(newest=21, starts=_starts(0, 20, window=1)) for s in range(2)},
+      {1},
+      (1,),
+      20,
+      id='all have finished the last iteration, which is 20',
+    ),
+    pytest.param(
+      2, {s: _DONE for s in range(2)}, {0, 1}, (0, 1), 17, id='both'
+    ),
+    # The smallest set, then the newest start.
+    pytest.param(
+      3,
+      {
+        0: dict(newest=14),
+        1: dict(log_lost=True, starts=_starts(0, 13, 16)),
+      },
+      {1},
+      (1,),
+      13,
+      id='older, so that nobody joins',
+    ),
+    # A failure during a recovery is a new plan. Stage 1 was replaying 17.
+    pytest.param(
+      4,
+      {1: dict(newest=17)},
+      {1, 2},
+      (1, 2),
+      16,
+      id='a neighbour dies during a recovery',
+    ),
+    pytest.param(
+      4, {1: dict(newest=17)}, {1}, (1,), 16, id='it dies again, log kept'
+    ),
+    pytest.param(
+      4,
+      {1: dict(newest=17, log_first=17)},
+      {1},
+      (1,),
+      16,
+      id='it dies again, of its log the replayed part is there',
+    ),
+    pytest.param(
+      3,
+      {1: dict(newest=17), 2: _LOG_LOST},
+      {2},
+      (2,),
+      16,
+      id='another dies: the replaying one goes on and waits for it',
+    ),
+    pytest.param(
+      3,
+      {1: dict(newest=14), 2: _LOG_LOST},
+      {2},
+      (2,),
+      13,
+      id='another dies: it regenerates what the replaying one needs',
+    ),
+    pytest.param(
+      3,
+      {1: dict(newest=14, log_first=14), 2: {}},
+      {2},
+      (2,),
+      16,
+      id='the replaying one will have published what another needs',
+    ),
+  ],
+)
+def test_plan(stages, changes, failed, members, start):
+  inventories = _run(stages, changes)
+  plan = recovery_plan.plan(inventories, failed)
+  assert (plan.stages, plan.start) == (members, start)
+  assert not plan.is_job_wide
+  valid = {
+    m: {s.iteration: s.complete_at for s in inventories[m].starts}
+    for m in members
+  }
+  assert plan.complete_at == {m: valid[m][start] for m in members}
+  assert plan.sources == {m: 'own' if start else 'initial' for m in members}
+  assert list(plan.reasons) == list(members)
+  assert {m for m, r in plan.reasons.items() if r == 'died'} == failed
+  assert recovery_plan.plan(inventories[::-1], failed) == plan
+
+
+@pytest.mark.parametrize(
+  ('changes', 'excluded', 'start'),
+  [
+    ({}, set(), 16),
+    ({}, {(1, 16)}, 15),
+    ({}, {(0, 16)}, 16),  # of a live stage
+    ({}, {(1, s) for s in range(10, 17)}, 9),
+    ({1: dict(starts=_starts(0, 10, 16))}, {(1, 16)}, 10),
+  ],
+)
+def test_a_start_that_was_found_to_be_corrupt_is_not_used_again(
+  changes, excluded, start
+):
+  plan = recovery_plan.plan(_run(2, changes), {1}, excluded)
+  assert (plan.stages, plan.start) == ((1,), start)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'failed', 'reasons'),
+  [
+    ({}, {1}, {1: 'died'}),
+    (
+      {2: dict(log_lost=True, newest=19)},
+      {1},
+      {1: 'died', 2: 'its log is lost and stage 1 needs it'},
+    ),
+    ({2: _LOG_LOST}, set(), {2: 'its log is lost and stage 0 needs it'}),
+    (
+      {0: _corrupt(17, 19)},
+      {1},
+      {
+        0: 'an entry of iteration 17 is corrupt and stage 1 needs it',
+        1: 'died',
+      },
+    ),
+    (
+      {
+        0: dict(starts=_starts(0, 7)),
+        1: dict(starts=_starts(0, 7)),
+        2: dict(log_first=1),
+      },
+      {1},
+      {
+        0: 'its entries before iteration 9 are gone and stage 1 needs them',
+        1: 'died',
+      },
+    ),
+    (
+      {
+        0: dict(newest=14),
+        1: dict(log_lost=True, starts=_starts(15)),
+      },
+      {1},
+      {
+        0: 'it needs entries of iteration 14, which stage 1 has not and does '
+        'not publish again from iteration 15',
+        1: 'died',
+      },
+    ),
+  ],
+)
+def test_reasons(changes, failed, reasons):
+  assert recovery_plan.plan(_run(3, changes), failed).reasons == reasons
+
+
+def test_sources_are_the_best_of_each_member():
+  changes = {
+    0: dict(sources={16: ('replica of 2', 'own'), 15: ('own',)}),
+    1: dict(sources={15: ('replica of 0',), 16: ()}),
+  }
+  plan = recovery_plan.plan(_run(3, changes), {0, 1, 2})
+  assert plan.sources == {0: 'replica of 2', 1: 'own', 2: 'own'}
+  plan = recovery_plan.plan(_run(3, changes), {0, 1, 2}, {(2, 16)})
+  assert plan.sources == {0: 'own', 1: 'replica of 0', 2: 'own'}
+
+
+_EVERYBODY = 'everybody goes back to durable iteration {}'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'failed', 'excluded', 'expected'),
+  [
+    # No other source has a valid start: the newest one of the whole job.
+    ({1: dict(starts=())}, {1}, set(), (True, 6, (0, 1, 2))),
+    ({1: dict(starts=())}, {1}, {(2, 6)}, (True, 3, (0, 1, 2))),
+    # The initial state would bring everybody back as well, and further.
+    ({1: _STORE_LOST}, {1}, set(), (True, 6, (0, 1, 2))),
+    # Somebody stays where he is.
+    ({}, {1}, set(), (False, 16, (1,))),
+    ({}, {0, 1}, set(), (False, 16, (0, 1))),
+    # Everybody is in the set, but newer snapshots are there.
+    ({}, {0, 1, 2}, set(), (False, 16, (0, 1, 2))),
+    # Everybody is in the set, and the durable tier is newer.
+    ({1: dict(starts=_starts(0, 5))}, {0, 1, 2}, set(), (True, 6, (0, 1, 2))),
+  ],
+)
+def test_the_durable_tier(changes, failed, excluded, expected):
+  durable = [_starts(3, 6, 9), _starts(0, 3, 6), _starts(3, 6, 7)]
+  changes = {
+    s: dict(durable_starts=durable[s]) | changes.get(s, {}) for s in range(3)
+  }
+  plan = recovery_plan.plan(_run(3, changes), failed, excluded)
+  assert (plan.is_job_wide, plan.start, plan.stages) == expected
+  if plan.is_job_wide:
+    assert plan.sources == dict.fromkeys(range(3), 'durable')
+    assert plan.complete_at == dict.fromkeys(range(3), plan.start + 3)
+    assert plan.reasons == {
+      s: 'died' if s in failed else _EVERYBODY.format(plan.start)
+      for s in range(3)
+    }
+  else:
+    assert set(plan.sources.values()) == {'own'}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'failed', 'words'),
+  [
+    (
+      {1: dict(starts=())},
+      {1},
+      ['stage 1 (died)', 'none, durable: none', '--fresh', '--durable_dir'],
+    ),
+    (
+      {1: dict(starts=_starts(14)), 2: dict(starts=_starts(15))},
+      {1, 2},
+      ['stage 1 (died) has to recover: 14', 'stage 2 (died)', ': 15,'],
+    ),
+    (
+      {2: dict(log_lost=True, newest=19, starts=(), durable_starts=_starts(5))},
+      {1},
+      [
+        'stage 2 (its log is lost and stage 1 needs it)',
+        'with the others from iteration 16: none, durable: 5',
+      ],
+    ),
+  ],
+)
+def test_unrecoverable(changes, failed, words):
+  with pytest.raises(recovery_plan.UnrecoverableError) as error:
+    recovery_plan.plan(_run(3, changes), failed)
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_a_failure_during_a_recovery_is_a_new_plan():
+  before = _run(4)
+  first = recovery_plan.plan(before, {1})
+  assert (first.stages, first.start) == ((1,), 16)
+  # Stage 1 replays 18 when 2 dies; the line is frozen, so all is still there.
+  during = _run(4, {1: dict(newest=18)})
+  second = recovery_plan.plan(during, {1, 2})
+  assert (second.stages, second.start) == ((1, 2), 16)
+  # A snapshot of stage 2 turns out to be corrupt, then everything dies.
+  third = recovery_plan.plan(during, {1, 2}, {(2, 16)})
+  assert (third.stages, third.start) == ((1, 2), 15)
+  fourth = recovery_plan.plan(during, range(4), {(2, 16)})
+  assert (fourth.stages, fourth.start) == ((0, 1, 2, 3), 15)
+
+
+@pytest.mark.parametrize('stages', [[0, 2], [0, 0], [1], []])
+def test_inventories_of_all_stages(stages):
+  with pytest.raises(ValueError, match='stages'):
+    recovery_plan.plan([_inventory(s) for s in stages], {0})
+
+
+def test_failed_stages_exist():
+  with pytest.raises(ValueError, match='failed'):
+    recovery_plan.plan(_run(2), {2})
+
+
+@pytest.mark.parametrize(
+  ('newest', 'replayed'),
+  [
+    (20, 4),  # w - 1 and the interrupted one
+    (21, 5),  # and one whose copy had not landed
+    (16, 0),
+    (0, 0),  # a stage that has begun less
+  ],
+)
+def test_replayed_iterations(newest, replayed):
+  plan = recovery_plan.plan(_run(2), {1})
+  assert plan.first_iteration == 17
+  assert recovery_plan.replayed_iterations(plan, newest) == replayed
+
+
+def test_retention():
+  assert recovery_plan.retention(8) == (8, 9)
+  assert recovery_plan.retention(0) == recovery_plan.Retention(
+    first_snapshot=0, first_entry=1
+  )
+
+
+@pytest.mark.parametrize(
+  ('starts', 'previous', 'lag', 'expected'),
+  [
+    ([[0]], 0, 4, 0),
+    ([[0, 1, 2, 3]], 0, 4, 0),  # nothing is old enough
+    ([[0, 1, 2, 3, 4, 5]], 0, 4, 1),
+    ([[0, 1, 2, 3, 4, 5]], 0, 0, 5),
+    ([[0, 1, 2, 3], [0, 1, 2]], 0, 0, 2),  # of every stage
+    ([[0, 1, 2, 3], [0, 1, 2]], 0, 1, 1),  # lags behind the newest such
+    ([[0, 4, 8, 12], [0, 4, 8, 12]], 0, 4, 8),  # aligned
+    ([[0, 4, 8, 12], [0, 4, 8, 12]], 0, 5, 4),
+    ([[0, 4, 8], [0, 3, 6]], 0, 0, 0),
+    ([[9, 3, 6], [6, 9, 3]], 3, 2, 6),  # any order
+    ([[0, 1, 2, 3]], 5, 0, 5),  # monotone, whatever was lost
+    ([[0, 5], []], 3, 0, 3),
+    ([[7], [8]], 3, 0, 3),
+    ([], 3, 0, 3),
+  ],
+)
+def test_recovery_line(starts, previous, lag, expected):
+  assert recovery_plan.recovery_line(starts, previous, lag) == expected
+  assert (
+    recovery_plan.recovery_line(starts, previous, lag, frozen=True) == previous
+  )
+
+
+# ---- properties --------------------------------------------------------------
+
+_iterations = st.frozensets(st.integers(0, 8))
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+  st.lists(st.lists(_iterations, min_size=1, max_size=3), max_size=6),
+  st.integers(0, 4),
+)
+def test_the_line_is_monotone_and_valid(history, lag):
+  line = 0
+  for starts in history:
+    following = recovery_plan.recovery_line(
+      [list(s) for s in starts], line, lag
+    )
+    assert following >= line
+    if following > line:
+      assert all(following in s for s in starts)
+      assert any(
+        all(newer in s for s in starts)
+        for newer in range(following + lag, 9 + lag)
+      )
+    line = following
+
+
+@st.composite
+def _inventories(draw):
+  """Small runs in which anything may have been lost, of up to 4 stages."""
+  inventories = []
+  for stage in range(draw(st.integers(1, 4))):
+    newest = draw(st.integers(0, 6))
+    inventories.append(
+      recovery_plan.StageInventory(
+        stage=stage,
+        starts=tuple(
+          coverage.Start(iteration=i, complete_at=i + draw(st.integers(0, 2)))
+          for i in sorted(draw(st.frozensets(st.integers(0, 6), min_size=2)))
+        ),
+        log_first=draw(st.integers(1, newest + 1)),
+        log_lost=draw(st.integers(0, 3)) == 0,
+        corrupt=draw(
+          st.frozensets(st.integers(1, newest), max_size=1)
+          if newest
+          else st.just(frozenset())
+        ),
+        newest=newest,
+      )
+    )
+  return inventories
+
+
+def _failures(inventories):
+  return st.frozensets(st.sampled_from(range(len(inventories))))
+
+
+def _will_exist(producer, iteration, members, start) -> bool:
+  """Whether entries of an iteration are there, or will be."""
+  is_member = producer.stage in members
+  if iteration > (start if is_member else producer.newest):
+    return is_member or iteration not in producer.corrupt
+  return (
+    not producer.log_lost
+    and iteration >= producer.log_first
+    and iteration not in producer.corrupt
+    and not (is_member and iteration >= producer.newest)
+  )
+
+
+def _works(inventories, failed, members, start) -> bool:
+  """Whether a set and a start lead to a run that goes on: by definition."""
+  complete_at = {}
+  for member in members:
+    starts = {s.iteration: s.complete_at for s in inventories[member].starts}
+    if start not in starts:
+      return False
+    complete_at[member] = starts[start]
+  for reader, producer in itertools.permutations(inventories, 2):
+    if {reader.stage, producer.stage} <= members:
+      continue  # side by side from the same start
+    needed = []
+    if reader.stage in members:
+      is_neighbour = abs(reader.stage - producer.stage) == 1
+      needed.append(1 + (start if is_neighbour else complete_at[reader.stage]))
+    if reader.stage not in failed:
+      needed.append(max(reader.newest, 1))
+    if not all(
+      _will_exist(producer, i, members, start) for i in range(min(needed), 12)
+    ):
+      return False
+  return True
+
+
+def _brute_force(inventories, failed):
+  """(number of members, -start, members) of the best plan, or None."""
+  everyone = range(len(inventories))
+  return min(
+    (
+      (len(members), -start, members)
+      for size in range(len(inventories) + 1)
+      for members in map(set, itertools.combinations(everyone, size))
+      if members >= failed
+      for start in range(7)
+      if _works(inventories, failed, members, start)
+    ),
+    default=None,
+  )
+
+
+@hypothesis.settings(deadline=None, max_examples=1000)
+@hypothesis.given(st.data())
+def test_a_plan_is_the_best_that_works(data):
+  inventories = data.draw(_inventories())
+  failed = data.draw(_failures(inventories))
+  best = _brute_force(inventories, failed)
+  try:
+    plan = recovery_plan.plan(inventories, failed)
+  except recovery_plan.UnrecoverableError:
+    hypothesis.event('unrecoverable')
+    assert best is None
+    return
+  hypothesis.event(f'{len(plan.stages)} of {len(inventories)}')
+  assert best is not None
+  assert set(plan.stages) == best[2]
+  if plan.stages:
+    assert plan.start == -best[1]
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(st.data())
+def test_the_line_always_qualifies(data):
+  lag, window = 4, data.draw(st.integers(1, 4))
+  newest = data.draw(st.integers(1, 12))
+  inventories = []
+  for stage in range(data.draw(st.integers(1, 4))):
+    begun = newest - data.draw(st.integers(0, 1))
+    landed = max(begun - data.draw(st.integers(1, 3)), 0)
+    starts = _starts(*range(max(landed - window + 2, 1)), window=window)
+    inventories.append(
+      recovery_plan.StageInventory(stage=stage, starts=starts, newest=begun)
+    )
+  line = recovery_plan.recovery_line(
+    [[s.iteration for s in i.starts] for i in inventories], 0, lag
+  )
+  kept = recovery_plan.retention(line)
+  inventories = [
+    recovery_plan.StageInventory(
+      stage=i.stage,
+      starts=tuple(s for s in i.starts if s.iteration >= kept.first_snapshot),
+      log_first=kept.first_entry,
+      log_lost=data.draw(st.booleans()),
+      newest=i.newest,
+    )
+    for i in inventories
+  ]
+  failed = data.draw(_failures(inventories))
+  plan = recovery_plan.plan(inventories, failed)
+  assert plan.start >= line or not plan.stages
+  # Were all newer snapshots corrupt, it would be the line.
+  excluded = {
+    (i.stage, s.iteration)
+    for i in inventories
+    for s in i.starts
+    if s.iteration > line
+  }
+  assert recovery_plan.plan(inventories, failed, excluded).start == (
+    line if plan.stages else 0
+  )

@@ -1,0 +1,276 @@
+"""Scripts of faults, and each of them as far as one process can have it."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import entry, segment, segment_reader
+from moetion_jax.runtime import faults
+from moetion_jax.runtime.worker import fault_damage
+from moetion_jax.snapshots import file as snapshot_file, manifest
+from tests.support import helpers
+
+pytestmark = pytest.mark.fast
+
+
+def _fault(**fields):
+  return faults.Fault(
+    **{'number': 0, 'kind': 'kill', 'stage': 1, 'iteration': 5, **fields}
+  )
+
+
+@pytest.mark.parametrize(
+  ('text', 'fields'),
+  [
+    ('kill:stage=1,iteration=5', {}),
+    ('stop:iteration=7,stage=0,phase=publish,replica=0',
+     {'kind': 'stop', 'iteration': 7, 'stage': 0, 'phase': 'publish'}),
+    ('oom:stage=1,phase=replay',
+     {'kind': 'oom', 'iteration': 0, 'phase': 'replay'}),
+    ('exit:stage=1,phase=start',
+     {'kind': 'exit', 'iteration': 0, 'phase': 'start'}),
+    ('kill_all:iteration=5', {'kind': 'kill_all', 'stage': 0}),
+  ],
+)  # fmt: skip
+def test_parse(text, fields):
+  fault = faults.parse(text, 0, stages=2)
+  assert fault == _fault(**fields)
+  assert faults.parse(str(fault), 0, stages=2) == fault
+  assert faults.Fault(**json.loads(json.dumps(fault.to_json()))) == fault
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('explode:stage=0,iteration=1', 'a KIND of kill, stop'),
+    ('kill', 'a KIND of'),
+    ('kill:iteration=1', 'stage= is missing'),
+    ('kill:stage=0', 'iteration= is missing'),
+    ('kill:stage=2,iteration=1', 'stage must be less than 2'),
+    ('kill:stage=0,iteration=1,replica=1', 'replica must be less than 1'),
+    ('kill:stage=0,iteration=0', 'at least 1'),
+    ('kill:stage=0,iteration=-1', 'must be a number'),
+    ('kill:stage=0,stage=1,iteration=1', 'twice'),
+    ('kill:stage=0,iteration=1,phase=lunch', 'one of start, compile, forward'),
+    ('kill:stage=0,when=1', "'when=1' is not one of"),
+    ('corrupt_log:stage=0,phase=start', 'nothing is there'),
+    ('kill_agent:stage=0,phase=start', 'before the run has begun'),
+  ],
+)
+def test_refused(text, words):
+  with pytest.raises(errors.ConfigError, match='--fail=') as caught:
+    faults.parse_all(['kill:stage=0,iteration=1', text], stages=2)
+  assert caught.value.value == text and words in caught.value.reason
+
+
+def test_a_wrong_fault_is_one_line(tmp_path):
+  result = helpers.launch('train', '--fail=kill', f'--workdir={tmp_path}/x')
+  assert result.returncode == 2 and not (tmp_path / 'x').exists()
+  assert '--fail=kill: must be' in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_of_worker():
+  script = [
+    _fault(number=0),
+    _fault(number=1, stage=0),
+    _fault(number=2, phase='start', iteration=0),
+    _fault(number=3, phase='compile', iteration=4),
+  ]
+  for begun, numbers in ((0, [0, 2]), (3, [0]), (4, [0, 3]), (9, [0, 3])):
+    found = faults.of_worker(script, 1, begun)
+    assert [f.number for f in found] == numbers, begun
+
+
+def _happened(script, calls, replays_until=0):
+  """What is announced and then done in a sequence of phases."""
+  seen = []
+  injector = faults.FaultInjector(script, lambda f: seen.append(('say', f)))
+  for kind in faults.KINDS:
+    injector.acts[kind] = lambda f, i: seen.append((f.number, i))
+  injector.replays_until = replays_until
+  for call in calls:
+    injector.phase(*call)
+  assert seen[::2] == [('say', script[n]) for n, _ in seen[1::2]]
+  return seen[1::2]
+
+
+def test_a_fault_happens_once_in_its_phase():
+  script = [_fault(phase='update'), _fault(number=1, kind='stop')]
+  calls = [
+    (phase, iteration)
+    for _ in range(2)
+    for iteration in (4, 5, 6)
+    for phase in ('forward', 'publish', 'update')
+  ]
+  assert _happened(script, calls) == [(1, 5), (0, 5)]
+
+
+def test_start_and_replay():
+  script = [
+    _fault(phase='compile', iteration=3),
+    _fault(number=1, phase='replay', iteration=0),
+    _fault(number=2, phase='replay', iteration=8),
+    _fault(number=3, phase='replay', iteration=9),
+  ]
+  calls = [('start',), ('compile',)]
+  calls += [('forward', i) for i in range(6, 12)]
+  assert _happened(script, calls, 8) == [(0, 0), (1, 6), (2, 8)]
+
+
+@pytest.mark.parametrize(
+  ('kind', 'code'), [('kill', -signal.SIGKILL), ('exit', 3), ('exception', 1)]
+)
+def test_a_process_that_has_a_fault(kind, code):
+  script = (
+    'from moetion_jax.runtime import faults\n'
+    f'fault = faults.parse("{kind}:stage=0,iteration=1", 0, 1)\n'
+    'print(len("x"), flush=True)\n'
+    'faults.FaultInjector([fault]).phase("forward", 1)\n'
+    'print("still here")\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    cwd=helpers.ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert (done.returncode, done.stdout) == (code, '1\n')
+
+
+def test_out_of_memory_is_real_and_over():
+  with pytest.raises(MemoryError):
+    faults.run_out_of_memory()
+  assert len(bytearray(1 << 20)) == 1 << 20
+
+
+# ---- damage ------------------------------------------------------------------
+
+
+def _snapshot(folder, iteration):
+  path = folder / str(iteration)
+  path.mkdir()
+  buffers = [
+    manifest.Buffer(n, np.dtype('f4'), (8,), [np.arange(8, dtype='f4')])
+    for n in ('compute|a', 'state|b')
+  ]
+  snapshot_file.write(path, buffers, {'iteration': iteration})
+  return path
+
+
+def test_a_bit_of_a_snapshot_that_only_its_content_shows(tmp_path):
+  assert fault_damage.flip_bit_in_snapshot(tmp_path, 'state') == 0
+  paths = [_snapshot(tmp_path, i) for i in (3, 12)]
+  assert fault_damage.flip_bit_in_snapshot(tmp_path, 'state') == 12
+  arrays = []
+  for path in paths:
+    with snapshot_file.open_snapshot(path, verify=True) as stored:
+      arrays.append({n: np.array(a) for n, a in stored.arrays.items()})
+  np.testing.assert_array_equal(arrays[0]['compute|a'], arrays[1]['compute|a'])
+  bits = [np.unpackbits(a['state|b'].view(np.uint8)) for a in arrays]
+  assert np.sum(bits[0] != bits[1]) == 1
+
+
+def test_a_torn_snapshot(tmp_path):
+  assert fault_damage.tear_snapshot(tmp_path) == 0
+  path = _snapshot(tmp_path, 4)
+  assert fault_damage.tear_snapshot(tmp_path) == 4
+  with pytest.raises(manifest.SnapshotCorruptError, match='truncated'):
+    snapshot_file.read_manifest(path)
+
+
+def _key(iteration, kind=keys.EntryKind.ACTIVATION, stage=0):
+  return keys.EntryKey(iteration, stage, 0, kind, 0)
+
+
+def _take(index, iteration):
+  taken = index.take(_key(iteration))
+  assert taken is not None
+  return taken
+
+
+def test_a_damaged_entry_is_dropped_and_written_again(tmp_path):
+  writer = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 1), 4096, 8)
+  writer.start()
+  values = {i: np.full(16, i, np.float32) for i in (4, 5, 6)}
+  for i, value in values.items():
+    writer.put(_key(i, keys.EntryKind.SCALARS), value)
+    writer.put(_key(i), value)
+  path = segment.segment_path(tmp_path, 0, 0)
+  assert segment.newest_iteration(path) == 6
+  assert fault_damage.flip_bit_in_log(path, 7) is None
+  assert fault_damage.flip_bit_in_log(path, 5) == _key(5)
+  index = segment_reader.StoreIndex(tmp_path)
+  with pytest.raises(entry.EntryCorruptError) as caught:
+    entry.verify(*_take(index, 5))
+  assert caught.value.key == _key(5)
+  with pytest.raises(errors.StoreError, match='its writer lives'):
+    segment.drop_damaged(path, 1)
+  writer.close()
+  assert segment.drop_damaged(path, 6) == []
+  assert segment.drop_damaged(path, 5) == [_key(5)]
+  assert segment.drop_damaged(path, 5) == []
+  assert index.take(_key(5)) is None
+  writer = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 2), 4096, 8)
+  writer.start()
+  assert not writer.put(_key(6), values[6])
+  assert writer.put(_key(5), values[5])
+  header, found = _take(index, 5)
+  entry.verify(header, found)
+  np.testing.assert_array_equal(found, values[5])
+  writer.close()
+  index.close()
+
+
+def test_an_entry_that_was_being_retired_keeps_its_memory(tmp_path):
+  """Its reader outlives the writer that wanted to reuse it."""
+  writer = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 1), 4096, 8)
+  writer.start()
+  value = np.zeros(1024, np.float32)
+  writer.put(_key(1), value)
+  index = segment_reader.StoreIndex(tmp_path)
+  _, held = _take(index, 1)
+  writer.retain(2)
+  with pytest.raises(segment.SegmentFullError, match='a reader holds'):
+    writer.put(_key(2), value + 2)
+  writer.close()
+  writer = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 2), 4096, 8)
+  writer.start()
+  writer.retain(2)
+  with pytest.raises(segment.SegmentFullError, match='a reader holds'):
+    writer.put(_key(2), value + 2)
+  np.testing.assert_array_equal(held, value)
+  del held, _
+  assert writer.put(_key(2), value + 2)
+  writer.close()
+  index.close()
+
+
+# ---- the agent's book --------------------------------------------------------
+
+
+def test_what_happened_is_left_out(tmp_path):
+  script = faults.parse_all(
+    ['kill:stage=0,iteration=3', 'stop:stage=1,iteration=4'] * 2, stages=2
+  )
+  path = tmp_path / 'events.jsonl'
+  book = faults.FaultBook(script)
+  book.read(path)
+  assert [f.number for f in book.of_worker(1, 0)] == [1, 3]
+  assert book.happens(3) == script[3]
+  assert [f.number for f in book.of_worker(1, 0)] == [1]
+  events = [{'kind': 'fault', **faults.event_fields(f)} for f in script[:2]]
+  events[0]['iteration'] = 7  # of another script
+  events.append({'kind': 'failure', 'stage': 0})
+  text = '\n'.join(map(json.dumps, events)) + '\n{"kind": "fau'
+  path.write_text(text)
+  book = faults.FaultBook(script)
+  book.read(path)
+  assert [f.number for f in book.of_worker(0, 0)] == [0, 2]
+  assert [f.number for f in book.of_worker(1, 0)] == [3]

@@ -1,0 +1,104 @@
+"""Which standbys there are, and who takes whose place; nothing runs here."""
+
+import itertools
+
+import pytest
+
+from moetion_jax.runtime import messages
+from moetion_jax.runtime.hosts import child_process, standbys
+from tests.support import helpers
+
+pytestmark = pytest.mark.fast
+
+SPEC = helpers.worker_spec(helpers.micro_run())
+
+
+class _Processes:
+  """Notes what would be started and ended."""
+
+  def __init__(self, replicas):
+    self.started, self.ended = [], []
+    worlds = (f'world {n}' for n in itertools.count(1))
+    self.new_world = lambda: next(worlds)
+    self.standbys = standbys.Standbys(
+      replicas,
+      lambda replica: child_process.WorkerProcess(
+        messages.STANDBY, 0, 'here', replica=replica
+      ),
+      lambda worker, spec: self.started.append((worker, spec)),
+      self.ended.append,
+    )
+
+  def warm(self, **changes):
+    """What is started, which then is warm."""
+    known = len(self.started)
+    spec = helpers.worker_spec(SPEC.config, **changes)
+    self.standbys.warm(spec, self.new_world)
+    new = self.started[known:]
+    for worker, _ in new:
+      self.standbys.warmed(worker)
+    return [(s.replica, s.team, s.world, s.host) for _, s in new]
+
+
+def test_one_replaces_one():
+  them = _Processes(1)
+  assert them.warm() == [(0, (0,), '', 'here')]
+  assert them.warm() == []
+  assert them.standbys.take(2, (0,), 3, 'there').workers == {}
+  taken = them.standbys.take(2, (0,), 3, 'here')
+  assert taken.world == '' and list(taken.workers) == [0]
+  worker = taken.workers[0]
+  assert (worker.stage, worker.replica, worker.generation) == (2, 0, 3)
+  assert not worker.is_warm and not them.standbys.everyone
+  assert them.standbys.take(1, (0,), 2, 'here') == standbys.TakenStandby()
+
+
+def test_on_cpu_they_meet_ahead_and_are_taken_together():
+  them = _Processes(2)
+  both = [(0, (0, 1), 'world 1', 'here'), (1, (0, 1), 'world 1', 'here')]
+  assert them.warm() == both
+  # A stage that is shrunk has another world.
+  assert them.standbys.take(1, (1,), 4, 'here') == standbys.TakenStandby()
+  taken = them.standbys.take(1, (0, 1), 4, 'here')
+  assert taken.world == 'world 1'
+  assert [w.replica for w in taken.workers.values()] == [0, 1]
+  assert {w.stage for w in taken.workers.values()} == {1}
+  assert [world for _, _, world, _ in them.warm()] == ['world 2'] * 2
+
+
+def test_a_world_that_lost_one_is_of_no_use():
+  them = _Processes(2)
+  them.warm()
+  first, second = them.standbys.everyone
+  them.standbys.died(second)
+  assert them.ended == [first, second] and not them.standbys.everyone
+  assert [world for _, _, world, _ in them.warm()] == ['world 2'] * 2
+
+
+def test_a_world_that_is_not_complete_is_not_taken():
+  them = _Processes(2)
+  them.standbys.warm(SPEC, them.new_world)
+  them.standbys.warmed(them.standbys.everyone[0])
+  assert them.standbys.take(1, (0, 1), 2, 'here') == standbys.TakenStandby()
+  assert len(them.standbys.everyone) == 2
+
+
+@pytest.mark.parametrize('changes', [{'platform': 'cuda'}, {'cores': ()}])
+def test_without_a_backend_each_is_its_own(changes):
+  them = _Processes(2)
+  assert [world for _, _, world, _ in them.warm(**changes)] == ['', '']
+  taken = them.standbys.take(0, (1,), 2, 'here')  # a shrunk stage
+  assert taken.world == '' and list(taken.workers) == [1]
+  assert [s for s, *_ in them.warm(**changes)] == [1]
+  them.standbys.died(them.standbys.everyone[0])
+  assert len(them.ended) == 1 and len(them.standbys.everyone) == 1
+
+
+def test_those_that_keep_dying_are_given_up():
+  them = _Processes(2)
+  for _ in range(3):
+    them.standbys.warm(SPEC, them.new_world)
+    assert len(them.standbys.everyone) == 2
+    them.standbys.died(them.standbys.everyone[0])
+  them.standbys.warm(SPEC, them.new_world)
+  assert not them.standbys.everyone

@@ -1,0 +1,156 @@
+"""Snapshots in two phases: what counts is on disk."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from moetion_jax import errors as errors_lib
+from moetion_jax.snapshots import (
+  durable_store,
+  file as snapshot_file,
+  manifest,
+  memory_store,
+)
+
+pytestmark = pytest.mark.fast
+
+_BYTES = 1 << 16
+
+
+def _buffers(value):
+  array = np.full(_BYTES, value, np.uint8)
+  return [manifest.Buffer('a', array.dtype, array.shape, [array])]
+
+
+@pytest.fixture
+def stores(tmp_path):
+  """(memory folder, disk folder, makes a store of both)."""
+  memory, disk = tmp_path / 'memory', tmp_path / 'disk' / 'worker'
+
+  def make():
+    return durable_store.DurableStore(
+      memory_store.SnapshotStore(memory, _BYTES, 2), disk
+    )
+
+  return memory, disk, make
+
+
+def _read(folder, iteration):
+  path = snapshot_file.list_snapshots(folder)[iteration]
+  with snapshot_file.open_snapshot(path, verify=True) as stored:
+    return stored.metadata, stored.arrays['a'].copy()
+
+
+def test_both_phases_and_what_is_let_go(stores):
+  memory, disk, make = stores
+  store = make()
+  store.start()
+  assert store.iterations() == []
+  for iteration in range(1, 6):
+    saved = store.save(iteration, {'number': iteration}, _buffers(iteration))
+    assert saved == _BYTES
+    metadata, array = _read(disk, iteration)
+    assert metadata == {'number': iteration} and set(array) == {iteration}
+    store.retain(iteration - 1)
+  assert store.iterations() == [3, 4, 5]  # of 3 it was told after the save
+  assert len(snapshot_file.list_snapshots(memory)) == 2
+  store.close()
+  # The next one reads the disk, whatever is in memory.
+  again = make()
+  again.start()
+  assert again.iterations() == [3, 4, 5]
+  again.save(6, {}, _buffers(6))
+  again.save(7, {}, _buffers(7))
+  assert again.iterations() == [3, 4, 5, 6, 7]
+  again.close()
+
+
+def test_what_is_on_disk_when_a_save_returns(stores, tmp_path, monkeypatch):
+  """All of it, before its name is; and every folder that was made for it."""
+  _, disk, make = stores
+  synced = []
+  sync = os.fsync
+
+  def record(fd):
+    synced.append(os.path.relpath(os.readlink(f'/proc/self/fd/{fd}'), tmp_path))
+    sync(fd)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  store = make()
+  store.start()
+  assert set(synced) == {'.', 'disk'}  # which have 'disk' and 'worker'
+  synced.clear()
+  store.save(1, {}, _buffers(1))
+  store.close()
+  files = [f'1.tmp/{path.name}' for path in (disk / '1').iterdir()]
+  assert len(files) == 2
+  *found, folder, last = synced
+  assert sorted(found) == sorted(f'disk/worker/{name}' for name in files)
+  assert (folder, last) == ('disk/worker/1.tmp', 'disk/worker')
+  synced.clear()
+  store = make()
+  store.start()
+  store.close()
+  assert not synced
+
+
+def test_one_that_was_not_finished_is_none(stores):
+  _, disk, make = stores
+  store = make()
+  store.start()
+  store.save(1, {}, _buffers(1))
+  store.interrupt()
+  with pytest.raises(durable_store.InterruptedStoreError):
+    store.save(2, {}, _buffers(2))
+  store.close()
+  assert store.iterations() == [1]
+  assert (disk / '2.tmp').is_dir()
+  again = make()
+  again.start()
+  assert os.listdir(disk) == ['1']
+  # A damaged one is written again, from other bits.
+  again.save(1, {}, _buffers(1), replace=True)
+  assert set(_read(disk, 1)[1]) == {1}
+  again.close()
+
+
+def test_a_disk_that_cannot_be_written_is_named(stores, tmp_path):
+  _, disk, make = stores
+  disk.parent.write_bytes(b'')
+  with pytest.raises(errors_lib.StoreError, match=str(disk)):
+    make().start()
+
+
+def test_interrupt_from_another_thread_ends_a_save(stores, monkeypatch):
+  """Between two pieces, so that nobody waits for a slow disk."""
+  _, disk, make = stores
+  store = make()
+  store.start()
+  sendfile, begun = os.sendfile, threading.Event()
+
+  def slow(target, source, offset, count):
+    begun.set()
+    assert interrupted.wait(30)
+    return sendfile(target, source, offset, min(count, 1024))
+
+  interrupted = threading.Event()
+  monkeypatch.setattr(os, 'sendfile', slow)
+  errors = []
+
+  def save():
+    try:
+      store.save(1, {}, _buffers(1))
+    except errors_lib.StoreError as error:
+      errors.append(error)
+
+  thread = threading.Thread(target=save)
+  thread.start()
+  assert begun.wait(30)
+  store.interrupt()
+  interrupted.set()
+  thread.join(30)
+  store.close()
+  assert isinstance(errors[0], durable_store.InterruptedStoreError)
+  assert not snapshot_file.list_snapshots(disk)

@@ -1,0 +1,181 @@
+"""A model small enough to compile in a second, and runs of it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch.chaos import draw
+from launch.lm import one_process, settings as run_settings, transformer_job
+from models import config as model_config
+from moetion_jax import config as config_lib, keys, report
+from moetion_jax.programs import mesh, stage as stage_lib
+from moetion_jax.runtime import messages
+from moetion_jax.snapshots import file as snapshot_file, manifest
+from moetion_jax.state import partition
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Shared by all tests and kept between sessions: compiling is most of the time.
+CACHE = os.path.expanduser('~/.cache/moetion_jax_tests')
+# fp32 and dropless: sequences do not meet, and rounding is small.
+FP32_MODEL = model_config.ModelConfig(
+  vocab_size=13,
+  sequence_length=6,
+  num_layers=4,
+  model_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  num_experts=4,
+  experts_per_token=2,
+  expert_dim=6,
+  shared_dim=4,
+  dense_dim=8,
+  first_dense_layers=1,
+  capacity_factor=0.0,
+  compute_dtype='float32',
+)
+MICRO_FLAGS = [f'--model={k}={v}' for k, v in draw.MICRO_FIELDS.items()]
+
+
+def micro_model(**fields: Any) -> model_config.ModelConfig:
+  return model_config.ModelConfig(**{**draw.MICRO_FIELDS, **fields})
+
+
+def micro_run(
+  model: dict[str, Any] | None = None,
+  optimizer: dict[str, Any] | None = None,
+  **train: Any,
+) -> run_settings.RunConfig:
+  """A run of the micro model: 4 microbatches of 8 sequences by default."""
+  defaults = {
+    'iterations': 4,
+    'microbatches': 4,
+    'microbatch_size': 8,
+    'eval_every': 2,
+    'eval_microbatches': 2,
+  }
+  return run_settings.RunConfig(
+    preset='tiny',
+    model=micro_model(**(model or {})),
+    train=config_lib.TrainConfig(
+      **{**defaults, **train},
+      optimizer=config_lib.OptimizerConfig(
+        **{'decay_iterations': 8, 'warmup_iterations': 2, **(optimizer or {})}
+      ),
+    ),
+    data=str(ROOT / 'models'),
+  )
+
+
+def worker_spec(config: run_settings.RunConfig, **fields: Any) -> messages.Spec:
+  """What a worker of a run on one host is told, for what reads it only."""
+  defaults: dict[str, Any] = {
+    'stage': messages.STANDBY,
+    'generation': 0,
+    'agent_pid': os.getpid(),
+    'cores': (0, 1),
+    'compilation_cache_dir': '',
+    'folder': '',
+    'handover_folder': '',
+    'host': '',
+    'secret': '',
+    'platform': 'cpu',
+    'full_seconds': 1.0,
+    'status_fd': -1,
+    'control_fd': -1,
+  }
+  return messages.Spec(config=config, **{**defaults, **fields})
+
+
+def train_locally(config: run_settings.RunConfig):
+  """(reports by iteration and stage, workers) of a whole run in-process."""
+  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  reports: list[list] = []
+  one_process.train(config, workers, lambda r: reports.append(list(r)))
+  return reports, workers
+
+
+def digests_of(
+  stage: stage_lib.Stage, state: partition.State
+) -> dict[keys.OperatorId, np.ndarray]:
+  """Of a worker's training state, without compiling all of its programs."""
+  digest = jax.shard_map(
+    stage.functions.digest,
+    mesh=stage.mesh,
+    in_specs=(stage.state_specs,),
+    out_specs=mesh.SAME,
+    check_vma=False,
+  )
+  return stage.partition.by_operator(jax.jit(digest)(state))
+
+
+def launch(module: str, *arguments: str, timeout_seconds: float = 120):
+  """Runs `python -m launch.MODULE` to its end; captures its output."""
+  return subprocess.run(
+    [sys.executable, '-m', f'launch.{module}', *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=timeout_seconds,
+  )
+
+
+def train_flags(workdir: object, *more: str) -> list[str]:
+  """Flags of a quick run of the micro model on the project's own sources.
+
+  No standby: to prepare one is half of what such a run computes.
+  """
+  return [
+    f'--workdir={workdir}',
+    f'--compilation_cache_dir={CACHE}',
+    '--data=models',
+    *MICRO_FLAGS,
+    '--iterations=6',
+    '--microbatches=3',
+    '--microbatch_size=8',
+    '--eval_every=3',
+    '--eval_microbatches=2',
+    '--nostandby',
+    *more,
+  ]
+
+
+def make_report(iteration: int, stage: int = 0, **fields: Any) -> report.Report:
+  """What a worker reports of an iteration in which nothing was special."""
+  plain = {
+    'iteration': iteration,
+    'stage': stage,
+    'loss': 1.0,
+    'auxiliary_loss': 0.0,
+    'grad_norm': 1.0,
+    'dropped': 0,
+    'updated': True,
+    'digests': {},
+    'eval_loss': None,
+    'seconds': 1.0,
+    'waited_seconds': 0.0,
+  }
+  return report.Report(**{**plain, **fields})
+
+
+def make_lie(path, words):
+  """Gives a snapshot another number, in a leaf with words, and checksums."""
+  with snapshot_file.open_snapshot(path) as old:
+    arrays = {name: np.array(a) for name, a in old.arrays.items()}
+    metadata = old.metadata
+  name = next(n for n in arrays if n.startswith('state|') and words in n)
+  arrays[name].reshape(-1)[0] += 1
+  shutil.rmtree(path)
+  path.mkdir()
+  buffers = [
+    manifest.Buffer(n, a.dtype, a.shape, [a]) for n, a in arrays.items()
+  ]
+  snapshot_file.write(path, buffers, metadata)
