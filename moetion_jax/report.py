@@ -1,7 +1,4 @@
-"""What a worker says of an iteration, and how reports become one.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""What a worker says of an iteration, and how reports become one."""
 
 from __future__ import annotations
 

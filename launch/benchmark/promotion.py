@@ -61,7 +61,7 @@ def main() -> None:
   import numpy as np
 
   from launch.lm import transformer_job
-  from moetion_jax.programs import compilation, mesh
+  from moetion_jax.programs import compilation, jax_internals, mesh
   from moetion_jax.runtime import xla_setup
   from moetion_jax.training import worker
 
@@ -78,7 +78,7 @@ def main() -> None:
   watch.lap('trace')
   lowered = traced.lower('cpu')
   watch.lap('lower')
-  assert not compilation.has_backend()
+  assert not jax_internals.has_backend()
   host = jax.tree.map(
     lambda s: np.full(s.shape, 1e-3, s.dtype), stage.state_shapes
   )

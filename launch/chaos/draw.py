@@ -1,7 +1,4 @@
-"""Random faults from a seed, and the tally of what became of them: pure.
-
-No JAX here: chaos only starts and watches processes.
-"""
+"""Random faults from a seed, and the tally of what became of them: pure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Reads what a run left in its host stores, for tools that look at it.
 
-Knows nothing but files, and changes none: a run may live meanwhile. No JAX
-here: looking must be fast.
+Knows nothing but files, and changes none: a run may live meanwhile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What a run left in its host stores, and what can be made of it.
 
-Values, made by `store_scan`, and functions of them. No JAX here: looking must
-be fast.
+Values, made by `store_scan`, and functions of them.
 """
 
 from __future__ import annotations

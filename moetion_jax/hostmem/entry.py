@@ -3,8 +3,6 @@
 The same header stands in a segment's cell and in front of a payload on the
 network. Its commit word is the checksum of its fields, so half a header is
 recognised as none.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

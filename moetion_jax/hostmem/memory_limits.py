@@ -1,7 +1,4 @@
-"""How much host memory a run may take: tmpfs, machine and cgroup limits.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""How much host memory a run may take: tmpfs, machine and cgroup limits."""
 
 from __future__ import annotations
 

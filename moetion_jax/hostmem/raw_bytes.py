@@ -51,6 +51,7 @@ _PIECE_BYTES = 1 << 22
 
 
 def whole_pages(nbytes: int) -> int:
+  """Rounds up to whole pages of memory."""
   return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

@@ -1,7 +1,4 @@
-"""The run's store folder on a host, opened with everything checked.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""The run's store folder on a host, opened with everything checked."""
 
 from __future__ import annotations
 

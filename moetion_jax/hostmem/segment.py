@@ -15,8 +15,6 @@ Leases are locks of open file descriptions (fcntl(2), F_OFD_SETLK) on one byte
 of the cell. They end with the descriptor, so also with a kill -9 of the
 reader. A writer retires an entry by marking the cell and then taking its lock;
 a reader takes the lock and then looks at the mark: one of them sees the other.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

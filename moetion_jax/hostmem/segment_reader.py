@@ -2,8 +2,6 @@
 
 A reader looks into the mapped cells, so an entry that is committed is found
 without asking anybody, whether its producer lives or not.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ The folder lies in tmpfs (`/dev/shm/moetion-<run id>`, mode 0700) and outlives
 the processes that use it: what is committed in it is what a recovery reads. Its
 lock is one open file description, created by the agent and inherited by its
 workers, so it is free exactly when the last of them is gone.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

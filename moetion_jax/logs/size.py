@@ -1,7 +1,4 @@
-"""How much host memory the boundary logs of a run take, as a pure function.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""How much host memory the boundary logs of a run take, as a pure function."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ FENCED    message                        a newer generation took over
 ```
 
 Fixed sizes and raw bytes, checked before use; nothing is unpickled or parsed.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 The client sends READ to the store server of the producer's host and repeats it
 every second until the entry is complete: a request that is parked in a server
 dies with it, and only the reader knows that it still waits.
-
-No JAX here: the agent may use this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

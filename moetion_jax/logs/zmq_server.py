@@ -3,8 +3,6 @@
 A request is answered when its entry exists: at once, or when the doorbell
 rings. Nothing is lost with a server that dies: all it knows is repeated by its
 readers or lies in tmpfs.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

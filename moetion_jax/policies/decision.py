@@ -119,6 +119,7 @@ def active(
 
 
 def check_distinct(operators: Sequence[keys.OperatorId]) -> None:
+  """Raises ValueError, naming them, if operators come twice."""
   if len(set(operators)) < len(operators):
     twice = [o for o, n in collections.Counter(operators).items() if n > 1]
     raise ValueError(f'operators come twice: {", ".join(map(str, twice))}')

@@ -1,8 +1,7 @@
 """Which experts each checkpoint of `--policy=partial` saves (PEC), and when.
 
 One decision a checkpoint, published before anybody begins its iteration. Pure,
-but for what it remembers. No JAX here: the agent uses this module and never
-creates a JAX backend.
+but for what it remembers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How the training state is captured, and how much of it is kept.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""How the training state is captured, and how much of it is kept."""
 
 from __future__ import annotations
 

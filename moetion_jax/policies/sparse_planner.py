@@ -1,7 +1,6 @@
 """The leader's decisions on what is captured when, from measurements.
 
-Pure, but for what it remembers: reports go in, decisions come out. No JAX
-here: the agent uses this module and never creates a JAX backend.
+Pure, but for what it remembers: reports go in, decisions come out.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 `make` gives the planner of a run. Those of the baselines are here; the one of
 sparse snapshots is `capture_plan.CapturePlanner`. Pure, but for what they
-remember: reports go in, decisions come out. No JAX here: the agent uses this
-module and never creates a JAX backend.
+remember: reports go in, decisions come out.
 """
 
 from __future__ import annotations

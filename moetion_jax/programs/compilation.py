@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
-from jax._src import distributed, xla_bridge
 
-from moetion_jax.programs import mesh as mesh_lib
+from moetion_jax.programs import jax_internals, mesh as mesh_lib
 
 Tree: TypeAlias = Any
 OnProgram: TypeAlias = Callable[[str], None]
@@ -97,26 +96,6 @@ IN_WORLD = frozenset({'reduce', 'gather'})
 
 
 @dataclasses.dataclass(frozen=True)
-class _LoweringClient:
-  """As much of a backend's client as lowering asks for."""
-
-  platform: str
-  runtime_type: str = ''
-
-
-# `jax.default_device` lets types pass that have 'Device' in their name.
-@dataclasses.dataclass(frozen=True)
-class _LoweringDevice:
-  """Stands in for the default device, of which lowering wants the platform."""
-
-  client: _LoweringClient
-
-  @property
-  def platform(self) -> str:
-    return self.client.platform
-
-
-@dataclasses.dataclass(frozen=True)
 class LoweredPrograms:
   """Programs as StableHLO for one platform; see `TracedPrograms.lower`."""
 
@@ -151,10 +130,12 @@ class LoweredPrograms:
       in_world = world is not None and name in IN_WORLD
       where = world if world is not None and in_world else mesh
       devices = tuple(where.devices.flat)
-      # Lowered without a backend: it compiles with the one there is now.
-      lowered._lowering.compile_args['backend'] = devices[0].client
-      with _first_writes() if in_world else contextlib.nullcontext():
-        compiled[name] = lowered.compile(device_assignment=devices)
+      with (
+        jax_internals.first_writes_cache()
+        if in_world
+        else contextlib.nullcontext()
+      ):
+        compiled[name] = jax_internals.compile_lowered(lowered, devices)
     return compiled
 
 
@@ -169,16 +150,15 @@ class TracedPrograms:
   ) -> LoweredPrograms:
     """Lowers for a platform ('cpu', 'cuda', ...); needs no backend.
 
-    JAX lowers for an abstract mesh and a named platform, but asks the default
-    device for its client on the way, which would create the backend.
-
     Args:
       platform: as of `platform_of`.
       on_program: called with each program's name before it is lowered.
     """
-    device: Any = _LoweringDevice(_LoweringClient(platform))
     lowered = {}
-    with jax.default_device(device), warnings.catch_warnings():
+    with (
+      jax_internals.lowering_without_backend(platform),
+      warnings.catch_warnings(),
+    ):
       # Residuals are donated so that they are freed early, though few of them
       # have an output of their shape: JAX warns of that.
       warnings.filterwarnings('ignore', 'Some donated buffers')
@@ -198,39 +178,9 @@ class TracedPrograms:
     return lowered.compile(mesh, on_program, world)
 
 
-def let_all_write_cache() -> None:
-  """Lets this process write the compilation cache whatever its number is.
-
-  JAX leaves that to process 0 of a world. But the key of a program on a
-  process's own devices has their numbers in it (on CPU), so process 0 never
-  writes it, and the others would compile again in every generation. Call when
-  there is a backend, which needs to know the number.
-  """
-  assert has_backend()
-  distributed.global_state.process_id = 0
-
-
-@contextlib.contextmanager
-def _first_writes() -> Iterator[None]:
-  """All processes have this program's key: one of them writes it."""
-  state = distributed.global_state
-  process_id, state.process_id = state.process_id, jax.process_index()
-  try:
-    yield
-  finally:
-    state.process_id = process_id
-
-
-def has_backend() -> bool:
-  """Whether this process has created a backend; creates none."""
-  return xla_bridge.backends_are_initialized()
-
-
 def platform_of(mesh: jax.sharding.Mesh) -> str:
   """The platform that programs of `mesh` are lowered for."""
-  client = mesh.devices.flat[0].client
-  # As JAX does: a client of platform 'gpu' has 'cuda' or 'rocm' there.
-  return getattr(client, '_raw_platform', client.platform)
+  return jax_internals.platform_of(mesh.devices.flat[0].client)
 
 
 def trace(

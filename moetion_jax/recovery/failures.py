@@ -1,11 +1,39 @@
-"""How often each stage has failed since the recovery line last advanced."""
+"""Failures of stages: how often each has failed, and who is on the way back."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from moetion_jax import errors
+from moetion_jax.recovery import plan as recovery_plan
+
+
+@dataclasses.dataclass(kw_only=True)
+class OngoingRecovery:
+  """One stage on its way back.
+
+  Attributes:
+    plan: the plan that it follows.
+    target: iteration in which its predecessor died.
+    reason: why the predecessor died, or why the stage joined.
+    failed_at: when the failure was noticed, `time.monotonic`.
+    detect_seconds: between the failure and its notice, where known.
+    resumed: what the new worker said when it began to train.
+    resumed_at: when it said so, `time.monotonic`.
+    goes_back: whether the plan starts before the line.
+  """
+
+  plan: recovery_plan.RecoveryPlan
+  target: int
+  reason: str
+  failed_at: float
+  detect_seconds: float
+  resumed: Mapping[str, Any] | None = None
+  resumed_at: float = 0.0
+  goes_back: bool = False
 
 
 class Failures:

@@ -2,8 +2,6 @@
 
 Workers tell of each snapshot once it counts; after a death the manifests are
 read instead, since a snapshot may have been committed and never told of.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

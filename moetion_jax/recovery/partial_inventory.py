@@ -2,8 +2,6 @@
 
 A checkpoint is a start if every expert is in it or in an older one. What is
 kept therefore begins with the oldest version that the line needs.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the leader knows and decides about snapshots and recoveries.
 
 It starts no process and sends nothing: the agent asks it, and does what it
-says. No JAX here: the agent never creates a JAX backend.
+says.
 """
 
 from __future__ import annotations
@@ -34,31 +34,6 @@ Event = Callable[..., None]  # kind, fields
 _TOGETHER = 'all stages go back together'
 
 
-@dataclasses.dataclass(kw_only=True)
-class _OngoingRecovery:
-  """One stage on its way back.
-
-  Attributes:
-    plan: that it follows.
-    target: iteration in which its predecessor died.
-    reason: why it died or joined.
-    failed_at: when that was noticed, `time.monotonic`.
-    detect_seconds: between the failure and its notice, where known.
-    resumed: what its worker said when it began to train.
-    resumed_at: when.
-    goes_back: whether the plan starts before the line.
-  """
-
-  plan: recovery_plan.RecoveryPlan
-  target: int
-  reason: str
-  failed_at: float
-  detect_seconds: float
-  resumed: Mapping[str, Any] | None = None
-  resumed_at: float = 0.0
-  goes_back: bool = False
-
-
 class Recoverer:
   """Snapshots of all stages, the line, plans; `begin` first.
 
@@ -88,7 +63,7 @@ class Recoverer:
     self._config = config
     self._settings = captures
     self._event = event
-    self._recoveries: dict[int, _OngoingRecovery] = {}
+    self._recoveries: dict[int, failures_lib.OngoingRecovery] = {}
     self.failures = failures_lib.Failures(max_failures)
     self._verify_until = 0
     self._gone_back: recovery_plan.RecoveryPlan | None = None
@@ -420,7 +395,7 @@ class Recoverer:
       self._go_back(plan)
     for stage in plan.stages:
       before = self._recoveries.get(stage)
-      self._recoveries[stage] = _OngoingRecovery(
+      self._recoveries[stage] = failures_lib.OngoingRecovery(
         plan=plan,
         target=max(newest[stage], before.target if before else 0),
         reason=reasons.get(stage) or plan.reasons[stage],

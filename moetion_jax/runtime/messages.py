@@ -53,8 +53,6 @@ then:
     tell      a worker: `stage`, `message`
     kill      a worker: `stage`
     exit      once all workers are gone: `keep` the store or remove it
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

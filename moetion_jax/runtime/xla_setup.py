@@ -11,7 +11,7 @@ from importlib import metadata
 import jax
 
 from moetion_jax import errors
-from moetion_jax.programs import compilation
+from moetion_jax.programs import jax_internals
 from moetion_jax.runtime import placement
 
 _WORLD_SECONDS = 60  # members may have to import and compile first
@@ -79,7 +79,7 @@ def join_world(
     raise errors.MoetionError(
       f'the stage world at {address} did not come together: {error}'
     ) from error
-  compilation.let_all_write_cache()
+  jax_internals.let_all_write_cache()
 
 
 def touch_memory(size_bytes: int) -> None:

@@ -15,8 +15,6 @@ recycles `data` takes its exclusive lock, then removes the manifest, then moves
 the file; a reader takes the lock, then looks at the manifest: one of them sees
 the other. A snapshot that is being read therefore stays whole, and its file
 stays counted.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

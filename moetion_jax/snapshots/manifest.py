@@ -1,8 +1,6 @@
 """What a snapshot holds: its buffers, and the manifest that describes them.
 
 Pure values, no I/O: `snapshot_file` puts them into files.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

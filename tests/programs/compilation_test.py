@@ -23,7 +23,7 @@ import collections, json, sys
 import jax
 import numpy as np
 from launch.lm import settings as run_settings, transformer_job
-from moetion_jax.programs import compilation, mesh
+from moetion_jax.programs import compilation, jax_internals, mesh
 from moetion_jax.runtime import xla_setup
 from moetion_jax.state import model
 
@@ -36,7 +36,7 @@ jax.monitoring.register_event_listener(lambda e, **_: events.update([e]))
 stage = transformer_job.declare_stage(config, 1)
 if role == 'standby':
   lowered = stage.trace().lower('cpu')
-  has_backend = compilation.has_backend()
+  has_backend = jax_internals.has_backend()
   stage = stage.on(mesh.make_mesh(jax.devices()[:devices]))
   programs = lowered.compile(stage.mesh)
 else:

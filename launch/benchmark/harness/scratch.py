@@ -1,7 +1,4 @@
-"""Folders that are gone when their program is, whatever ended it.
-
-No JAX here: agents use this module and never create a JAX backend.
-"""
+"""Folders that are gone when their program is, whatever ended it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import selectors
 import signal
 import time
@@ -128,7 +127,7 @@ class Agent:
       self._leader,
       self._final,
       self._stopper,
-      lambda new: new.open_log(self._log_file(new)),
+      lambda new: new.open_log(folder.log_path(new.name)),
     )
     self._signal_pipe = linux_process.SignalPipe()
     self._signals = 0
@@ -196,7 +195,7 @@ class Agent:
     if not self._where.fresh:
       self._book.read(self._folder.path / 'events.jsonl')
     sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
-    self._check_room(sum(sizes) * replicas)
+    beginning.check_room(self._where, self._store, sum(sizes) * replicas)
     each = f' of {replicas} replicas' if replicas > 1 else ''
     self._leader.view.note(f'Starting {stages} stage(s){each} ...')
     newest = max(
@@ -204,11 +203,6 @@ class Agent:
       for s in range(stages)
     )
     self._crew.start((self._folder.lock_fd, self._store.lock_fd), newest + 1)
-
-  def _check_room(self, needed_bytes: int) -> None:
-    """Raises ConfigError if host memory is too small for so much in all."""
-    used_bytes = store_folder.used_bytes(self._store.path)
-    run_store.check_room(self._where.hostmem_dir, needed_bytes - used_bytes)
 
   def _on_ready(self, worker, message: messages.Message) -> None:
     if self.has_begun:
@@ -220,7 +214,9 @@ class Agent:
     self._recoverer.begin(by_stage)
     # In the end the logs and everyone's state are in it (`final_state`).
     states = sum(m['state_bytes'] for m in by_stage.values())
-    self._check_room(self._recoverer.room_bytes() + states)
+    beginning.check_room(
+      self._where, self._store, self._recoverer.room_bytes() + states
+    )
     self._leader.accept(by_stage)
     self._begin()
 
@@ -253,14 +249,9 @@ class Agent:
         'run; they are done again and compared.'
       )
     for worker in self._crew.workers:
-      worker.open_log(self._log_file(worker))
+      worker.open_log(self._folder.log_path(worker.name))
     self._comeback.begin(plan, lost, self._leader.last_recorded)
     self._write_workers()
-
-  def _log_file(self, worker: child_process.WorkerProcess) -> pathlib.Path:
-    """Where the file is that what a worker prints is kept in."""
-    name = worker.name.replace(' ', '-').replace('-replica', '.replica')
-    return self._folder.path / 'logs' / f'{name}.log'
 
   # ---- failures --------------------------------------------------------------
 
@@ -274,18 +265,13 @@ class Agent:
       lost = self._stores.rescan([worker.stage]) & self._trained
       self._find_iteration(worker)
     what = worker.describe_death()
-    if self._config.train.replicas > 1:
-      what = f'replica {worker.replica}: {what}'
     error = child_process.WorkerError(worker.stage, worker.iteration, what)
     if not self.has_begun:
       self._start_again(error)
       return
     self._leader.event(
       'failure',
-      stage=worker.stage,
-      replica=worker.replica,
-      iteration=worker.iteration,
-      generation=worker.generation,
+      **worker.event_fields(),
       error=str(error),
     )
     if self._where.captures.policy == 'none':
@@ -431,12 +417,8 @@ class Agent:
 
   def _warm_standby(self) -> None:
     """Between iterations only: starts and recoveries need the cores."""
-    if (
-      self._where.standby
-      and not self._hosts.others
-      and not self._signals
-      and not self._recoverer.recovering
-    ):
+    is_quiet = not self._signals and not self._recoverer.recovering
+    if self._where.standby and not self._hosts.others and is_quiet:
       self._crew.warm_standbys(self._ready[0, 0]['lowering_platform'])
 
   def _on_done(self, worker, message: messages.Message) -> None:
@@ -445,18 +427,11 @@ class Agent:
     if message['iteration'] < self._config.train.iterations:
       self._ending.stopped(has_begun=self.has_begun)
       return
-    self._final.hand_over(self._givers())
+    self._final.hand_over(self._crew.givers())
 
   def _on_handed_over(self, worker, message: messages.Message) -> None:
     del message
-    self._final.handed_over(worker, self._givers(), self._leader.iteration)
-
-  def _givers(self) -> list[child_process.WorkerProcess]:
-    """Of every stage as many workers as it takes to have all of its state."""
-    if self._config.train.shard_optimizer:
-      return self._crew.workers
-    stages = range(self._config.train.stages)
-    return [self._crew.of_stage(stage)[0] for stage in stages]
+    self._final.handed_over(worker, self._crew.givers(), self._leader.iteration)
 
   def _on_saved(self, worker, message: messages.Message) -> None:
     del worker, message
@@ -479,12 +454,7 @@ class Agent:
       raise child_process.WorkerError(
         worker.stage, message['iteration'], message['error']
       )
-    worker.reason = f'failed: {message["error"]}'
-    worker.iteration = max(worker.iteration, message['iteration'])
-    worker.suspects = tuple(message['suspects'])
-    if message['corrupt']:
-      worker.corrupt = message['corrupt'][0], message['corrupt'][1]
-    worker.kill()  # that is quicker than its own end, and cannot hang
+    worker.failed(message)
 
   def _on_fault(self, worker, message: messages.Message) -> None:
     fault = self._book.happens(message['number'])
@@ -520,7 +490,9 @@ class Agent:
   def _failed(self, error: errors.MoetionError) -> None:
     logs = []
     if self._leader.accepted and isinstance(error, child_process.WorkerError):
-      logs = [self._log_file(w) for w in self._crew.of_stage(error.stage)]
+      logs = [
+        self._folder.log_path(w.name) for w in self._crew.of_stage(error.stage)
+      ]
     self._ending.failed(error, logs, has_begun=self.has_begun)
 
   def _write_workers(self, state: str | None = None) -> None:

@@ -1,11 +1,11 @@
-"""What every worker of a run is told when it starts."""
+"""What a run begins with: room in host memory, and the spec of its workers."""
 
 from __future__ import annotations
 
 import os
 
 from launch.lm import settings as run_settings
-from moetion_jax.hostmem import store_folder
+from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime import messages
 from moetion_jax.runtime.agent import settings as agent_settings
 from moetion_jax.runtime.records import workdir
@@ -47,3 +47,22 @@ def worker_spec(
     status_fd=-1,
     control_fd=-1,
   )
+
+
+def check_room(
+  where: agent_settings.AgentSettings,
+  store: store_folder.StoreFolder,
+  needed_bytes: int,
+) -> None:
+  """Checks that host memory has room for a run.
+
+  Args:
+    where: it runs.
+    store: of the leader's host; what is in it already counts as room.
+    needed_bytes: all that the run puts into host memory.
+
+  Raises:
+    errors.ConfigError: there is too little.
+  """
+  used_bytes = store_folder.used_bytes(store.path)
+  run_store.check_room(where.hostmem_dir, needed_bytes - used_bytes)

@@ -2,7 +2,7 @@
 
 Whoever goes back is told from where (`Recoverer`), and gets what it needs for
 it: other workers' addresses, logs without what is damaged, stores without what
-counts no more. No JAX here: the agent uses this module.
+counts no more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How all stages' states become the final checkpoint, seen from the agent.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""How all stages' states become the final checkpoint, seen from the agent."""
 
 from __future__ import annotations
 

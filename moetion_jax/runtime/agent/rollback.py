@@ -4,8 +4,6 @@ A dead worker is replaced. All others stop where they are and keep their
 process and their programs; with replicas they are replaced as well, since they
 may hang in a collective. When nobody works any more, all begin again from the
 newest snapshot that all have, with empty logs.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

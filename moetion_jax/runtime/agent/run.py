@@ -1,7 +1,4 @@
-"""A run as a user starts it: its settings, its folders, its end.
-
-No JAX here: the agent never creates a JAX backend.
-"""
+"""A run as a user starts it: its settings, its folders, its end."""
 
 from __future__ import annotations
 

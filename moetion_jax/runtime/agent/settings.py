@@ -1,7 +1,4 @@
-"""Where a run runs, as flags say it.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""Where a run runs, as flags say it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How the agent has all stages end after the same iteration (`stopping`).
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""How the agent has all stages end after the same iteration (`stopping`)."""
 
 from __future__ import annotations
 

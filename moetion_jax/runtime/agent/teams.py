@@ -1,7 +1,4 @@
-"""Which replicas of a stage have a worker, when some cannot have one.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""Which replicas of a stage have a worker, when some cannot have one."""
 
 from __future__ import annotations
 

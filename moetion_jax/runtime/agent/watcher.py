@@ -1,7 +1,4 @@
-"""Looks after workers that hang: kills them, which is then a death like others.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
-"""
+"""Looks after workers that hang: kills them, which is then a death like others."""
 
 from __future__ import annotations
 

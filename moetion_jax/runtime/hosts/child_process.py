@@ -249,13 +249,29 @@ class WorkerProcess(ChildProcess):
     self.state, self.detail = 'starting', ''
     self._transcript.name = self.name
 
+  def event_fields(self) -> dict[str, int]:
+    """Who it is and how far it came, for an event."""
+    names = ('stage', 'replica', 'iteration', 'generation')
+    return {name: getattr(self, name) for name in names}
+
   def describe_death(self) -> str:
     """How the worker died, and what it was doing."""
     what = f'the worker (pid {self.pid}) {self.reason or self.describe_exit()}'
+    if not self._is_alone:
+      what = f'replica {self.replica}: {what}'
     if self.reason:
       return what
     doing = 'waiting for' if self.state == 'waiting' else self.state
     return f'{what} while {doing} {self.detail}'.rstrip()
+
+  def failed(self, message: messages.Message) -> None:
+    """Takes the last word of a worker that ends with an error, and ends it."""
+    self.reason = f'failed: {message["error"]}'
+    self.iteration = max(self.iteration, message['iteration'])
+    self.suspects = tuple(message['suspects'])
+    if message['corrupt']:
+      self.corrupt = message['corrupt'][0], message['corrupt'][1]
+    self.kill()  # that is quicker than its own end, and cannot hang
 
   def roll_back(self) -> None:
     """Has it stop, without ending the process; it answers `rolled_back`."""

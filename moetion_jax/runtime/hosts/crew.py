@@ -3,8 +3,6 @@
 The workers of a stage are its world: they are replaced together, since the
 others may hang in a collective with the one that died, and each generation of
 a world is a `jax.distributed` job of its own on a fresh port.
-
-No JAX here: the agent never creates a JAX backend.
 """
 
 from __future__ import annotations
@@ -117,6 +115,13 @@ class Crew:
   def of_stage(self, stage: int) -> list[child_process.WorkerProcess]:
     """The workers of a stage, by replica."""
     return list(self._of_stage[stage])
+
+  def givers(self) -> list[child_process.WorkerProcess]:
+    """Of every stage as many workers as it takes to have all of its state."""
+    if self._config.train.shard_optimizer:
+      return self.workers
+    stages = range(self._config.train.stages)
+    return [self.of_stage(stage)[0] for stage in stages]
 
   def team(self, stage: int) -> tuple[int, ...]:
     """The replicas of a stage that have a worker."""

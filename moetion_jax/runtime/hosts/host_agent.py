@@ -4,8 +4,6 @@ Started by the leader, by nobody else. It owns its host's store, serves it to
 the other hosts, starts its stages' workers as its children, and passes on what
 they and the leader tell each other (`protocol`). It decides nothing. It dies
 with the leader, and its workers with it.
-
-No JAX here: an agent never creates a JAX backend.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Host 0 is the agent that the user started. With `--local_hosts=N` each further
 one is an agent process of its own on this machine (`host_agent`), with its own
 store; its workers look to the leader like workers here. Entries of other hosts
 are read over TCP, encrypted with a secret that is drawn for each run.
-
-No JAX here: the agent uses this module and never creates a JAX backend.
 """
 
 from __future__ import annotations

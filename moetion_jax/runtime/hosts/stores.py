@@ -1,7 +1,6 @@
 """The host stores of a run, as the leader looks into them.
 
-All hosts are on this machine for now. No JAX here: the agent uses this module
-and never creates a JAX backend.
+All hosts are on this machine for now.
 """
 
 from __future__ import annotations

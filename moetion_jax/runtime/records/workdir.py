@@ -44,6 +44,15 @@ class Workdir:
     """Where the final checkpoint is, or will be."""
     return self.path / 'checkpoint'
 
+  def log_path(self, worker: str) -> pathlib.Path:
+    """Path of the log file for a worker's output.
+
+    Args:
+      worker: its name, as `WorkerProcess.name` says it.
+    """
+    name = worker.replace(' ', '-').replace('-replica', '.replica')
+    return self.path / 'logs' / f'{name}.log'
+
   def lock(self) -> None:
     """Creates the folder if need be, and locks it.
 

@@ -1,7 +1,4 @@
-"""The worker's side of the pipes between it and its agent.
-
-No JAX here: a standby has a link long before it has a backend.
-"""
+"""The worker's side of the pipes between it and its agent."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import moetion_jax.runtime.worker.generation  # noqa: F401  with all it imports
 from launch.lm import settings as run_settings, transformer_job
 from moetion_jax.capture import programs as capture_programs
-from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.programs import compilation, jax_internals, stage as stage_lib
 from moetion_jax.runtime import xla_setup
 from moetion_jax.runtime.worker import prepared as prepared_lib
 
@@ -89,7 +89,7 @@ def prepare(
   }
   if platform == 'cpu':
     xla_setup.touch_memory(_TOUCHED_BYTES)
-  assert not compilation.has_backend()
+  assert not jax_internals.has_backend()
   if make_backend is None:
     return prepared_lib.Prepared(data, stages, {})
   make_backend()

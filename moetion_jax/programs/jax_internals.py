@@ -1,0 +1,114 @@
+"""Every use of what JAX does not promise, each with its reason.
+
+JAX has no public name for these. Tests by the same names
+(`tests/programs/jax_internals_test.py`) fail when a new release breaks one.
+Verified with jax 0.10.2 and 0.11.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed, xla_bridge
+
+
+def has_backend() -> bool:
+  """Returns whether this process has created a backend; creates none.
+
+  Reason: a standby must not take accelerator memory, and asserts that it has
+  not. Every public function that could tell creates the backend.
+  """
+  return xla_bridge.backends_are_initialized()
+
+
+def platform_of(client: Any) -> str:
+  """Returns the platform that programs for a client's devices are lowered for.
+
+  Reason: `Device.platform` says 'gpu' where lowering wants 'cuda' or 'rocm'.
+
+  Args:
+    client: of a device, `device.client`.
+  """
+  return getattr(client, '_raw_platform', client.platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StandInClient:
+  """As much of a backend's client as lowering asks for."""
+
+  platform: str
+  runtime_type: str = ''
+
+
+# `jax.default_device` lets types pass that have 'Device' in their name.
+@dataclasses.dataclass(frozen=True)
+class _StandInDevice:
+  """Stands in for the default device, of which lowering wants the platform."""
+
+  client: _StandInClient
+
+  @property
+  def platform(self) -> str:
+    return self.client.platform
+
+
+@contextlib.contextmanager
+def lowering_without_backend(platform: str) -> Iterator[None]:
+  """Lets `traced.lower(lowering_platforms=...)` run without a backend.
+
+  Reason: JAX lowers for an abstract mesh and a named platform, but asks the
+  default device for its client on the way, which would create the backend.
+
+  Args:
+    platform: as of `platform_of`.
+  """
+  device: Any = _StandInDevice(_StandInClient(platform))
+  with jax.default_device(device):
+    yield
+
+
+def compile_lowered(
+  lowered: jax.stages.Lowered, devices: tuple[Any, ...]
+) -> Callable[..., Any]:
+  """Compiles for devices what was lowered without a backend.
+
+  Reason: what was lowered remembers the stand-in's client, and no public
+  argument of `Lowered.compile` replaces it.
+
+  Args:
+    lowered: over an abstract mesh.
+    devices: in the order of the mesh.
+  """
+  lowered._lowering.compile_args['backend'] = devices[0].client
+  return lowered.compile(device_assignment=devices)
+
+
+def let_all_write_cache() -> None:
+  """Lets this process write the compilation cache whatever its number is.
+
+  Reason: JAX leaves that to process 0 of a world. But the key of a program on a
+  process's own devices has their numbers in it (on CPU), so process 0 never
+  writes it, and the others would compile again in every generation. Call when
+  there is a backend, which needs to know the number.
+  """
+  assert has_backend()
+  distributed.global_state.process_id = 0
+
+
+@contextlib.contextmanager
+def first_writes_cache() -> Iterator[None]:
+  """Has process 0 alone write the compilation cache, inside the block.
+
+  Reason: all processes of a world have the same key for a program over all of
+  its devices; `let_all_write_cache` would have each of them write it.
+  """
+  state = distributed.global_state
+  process_id, state.process_id = state.process_id, jax.process_index()
+  try:
+    yield
+  finally:
+    state.process_id = process_id

@@ -1,0 +1,144 @@
+"""A new JAX that breaks a use of its internals fails the test of that name."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax._src import distributed
+
+from moetion_jax.programs import compilation, jax_internals, mesh
+from tests.support import helpers
+
+pytestmark = pytest.mark.fast
+
+
+def _run(code, *arguments):
+  """Runs code in a process that has no backend yet."""
+  ended = subprocess.run(
+    [sys.executable, '-c', code, *map(str, arguments)],
+    cwd=helpers.ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert ended.returncode == 0, ended.stderr
+
+
+def test_has_backend():
+  _run(
+    'import jax\n'
+    'from moetion_jax.programs import jax_internals\n'
+    'assert not jax_internals.has_backend()\n'
+    'jax.devices()\n'
+    'assert jax_internals.has_backend()\n'
+  )
+
+
+def test_platform_of():
+  assert jax_internals.platform_of(jax.devices()[0].client) == 'cpu'
+
+
+_LOWER = """
+import jax
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+from moetion_jax.programs import jax_internals, mesh
+over = mesh.abstract_mesh(2)
+mapped = jax.shard_map(
+  lambda x: jax.lax.psum(x, 'expert'), mesh=over,
+  in_specs=PartitionSpec('expert'), out_specs=PartitionSpec(), check_vma=False)
+traced = jax.jit(mapped).trace(jax.ShapeDtypeStruct((2,), jnp.float32))
+for platform in ('cpu', 'cuda'):
+  with jax_internals.lowering_without_backend(platform):
+    assert traced.lower(lowering_platforms=(platform,)).as_text()
+assert not jax_internals.has_backend(), 'lowering created a backend'
+"""
+
+
+def test_lowering_without_backend():
+  _run(_LOWER)
+
+
+def test_compile_lowered():
+  traced, _ = compilation.trace(
+    mesh.abstract_mesh(2),
+    lambda x: jax.lax.psum(x, 'expert'),
+    (mesh.EXPERT,),
+    mesh.SAME,
+    (jax.ShapeDtypeStruct((2,), jnp.float32),),
+  )
+  with jax_internals.lowering_without_backend('cpu'):
+    lowered = traced.lower(lowering_platforms=('cpu',))
+  devices = tuple(jax.devices()[1:3])  # not the default ones
+  compiled = jax_internals.compile_lowered(lowered, devices)
+  sharding = jax.sharding.NamedSharding(mesh.make_mesh(devices), mesh.EXPERT)
+  found = compiled(jax.device_put(np.float32([1, 2]), sharding))
+  assert found.sharding.device_set == set(devices)
+  np.testing.assert_array_equal(found, np.float32([3]))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """Says how many programs were written since it was asked last."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  jax.experimental.compilation_cache.compilation_cache.reset_cache()
+  # As in the second process of a world.
+  monkeypatch.setattr(distributed.global_state, 'process_id', 1)
+  seen = set()
+
+  def written():
+    now = set(tmp_path.glob('*-cache'))
+    new = len(now - seen)
+    seen.update(now)
+    return new
+
+  yield written
+  jax.config.update('jax_compilation_cache_dir', before)
+  jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+def _compile(number):
+  """Compiles a program that no test before has compiled."""
+  jax.jit(functools.partial(jnp.add, number))(jnp.zeros(3))
+
+
+def test_let_all_write_cache(cache):
+  _compile(1.25)
+  assert cache() == 0, 'JAX lets every process write the cache by itself now'
+  jax_internals.let_all_write_cache()
+  _compile(2.25)
+  assert cache() >= 1
+
+
+def test_first_writes_cache(cache, monkeypatch):
+  with jax_internals.first_writes_cache():  # this is process 0 of its world
+    _compile(3.25)
+  assert cache() >= 1
+  assert distributed.global_state.process_id == 1  # and put back
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  with jax_internals.first_writes_cache():
+    _compile(4.25)
+  assert cache() == 0
+
+
+def test_nothing_else_uses_internals():
+  """Whatever JAX does not promise is used in one module alone."""
+  words = ('jax._src', '_lowering.', '_raw_platform', 'global_state', 'jaxlib')
+  for package in ('moetion_jax', 'models', 'launch'):
+    for path in (helpers.ROOT / package).rglob('*.py'):
+      if path.name == 'jax_internals.py':
+        continue
+      for number, line in enumerate(path.read_text().splitlines(), 1):
+        for word in words:
+          is_name = line.strip().strip(',') == "'jaxlib'"  # of the package
+          assert word not in line or is_name, (
+            f'{path}:{number} uses {word}: move it to '
+            'moetion_jax/programs/jax_internals.py, with its reason and a test'
+          )
