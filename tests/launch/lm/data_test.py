@@ -17,7 +17,7 @@ from moetion_jax import errors
 
 pytestmark = pytest.mark.fast
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def _config(path='', **overrides) -> data.DataConfig:

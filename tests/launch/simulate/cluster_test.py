@@ -27,7 +27,7 @@ from moetion_jax.policies import intervals, rules, window
 
 pytestmark = pytest.mark.fast
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope='module')

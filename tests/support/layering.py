@@ -1,0 +1,259 @@
+"""The rules that packages and modules keep, as functions of a tree of files.
+
+Each returns sentences: what is wrong, where, and what to do.
+`tests/layering_test.py` applies them to the repository, and breaks each of them
+once in a small tree of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+
+MAX_MODULES = 12
+MAX_LINES = 500
+
+# A package imports from itself and from packages that stand before it.
+ORDER = (
+  'moetion_jax',
+  'moetion_jax.hostmem',
+  'moetion_jax.logs',
+  'moetion_jax.state',
+  'moetion_jax.programs',
+  'moetion_jax.snapshots',
+  'moetion_jax.policies',
+  'moetion_jax.recovery',
+  'moetion_jax.capture',
+  'moetion_jax.training',
+  'moetion_jax.runtime',
+  'moetion_jax.runtime.records',
+  'moetion_jax.runtime.worker',
+  'moetion_jax.runtime.hosts',
+  'moetion_jax.runtime.agent',
+  'moetion_jax.loop',
+  'models',
+  'launch.lm',
+  'launch.offline',
+  'launch.simulate',
+  'launch.benchmark.harness',
+  'launch.benchmark',
+  'launch.chaos',
+  'launch',
+)
+
+# Imports that still point up: what they need is the seam `Job` (HOUSE, 5.4).
+# None may be added; whoever removes one strikes it from this list.
+_RUN_CONFIG = 'launch.lm.settings'
+_JOB = 'launch.lm.transformer_job'
+UPWARD = frozenset(
+  {
+    ('moetion_jax.logs.size', _RUN_CONFIG),
+    ('moetion_jax.recovery.recoverer', _RUN_CONFIG),
+    ('moetion_jax.runtime.agent.agent', _RUN_CONFIG),
+    ('moetion_jax.runtime.agent.beginning', _RUN_CONFIG),
+    ('moetion_jax.runtime.agent.run', _RUN_CONFIG),
+    ('moetion_jax.runtime.hosts.crew', _RUN_CONFIG),
+    ('moetion_jax.runtime.messages', _RUN_CONFIG),
+    ('moetion_jax.runtime.records.recorder', _RUN_CONFIG),
+    ('moetion_jax.runtime.records.workdir', _RUN_CONFIG),
+    ('moetion_jax.runtime.worker.extra_capacity', _JOB),
+    ('moetion_jax.runtime.worker.generation', 'launch.lm.checkpoint'),
+    ('moetion_jax.runtime.worker.generation', _JOB),
+    ('moetion_jax.runtime.worker.main', _JOB),
+    ('moetion_jax.runtime.worker.prepared', 'launch.lm.data'),
+    ('moetion_jax.runtime.worker.standby', _RUN_CONFIG),
+    ('moetion_jax.runtime.worker.standby', _JOB),
+  }
+)
+
+# Those that start processes hand the environment on; XLA reads its flags there.
+_ENVIRONMENT = frozenset(
+  {
+    'moetion_jax.runtime.hosts.child_process',
+    'moetion_jax.runtime.hosts.crew',
+    'moetion_jax.runtime.worker.main',
+    'moetion_jax.runtime.xla_setup',
+  }
+)
+
+Tree = Mapping[str, str]  # source by dotted name of the module
+
+
+def read_tree(root: pathlib.Path, *folders: str) -> dict[str, str]:
+  """Reads the modules below some folders, those that are packages included."""
+  return {
+    '.'.join(path.relative_to(root).with_suffix('').parts): path.read_text()
+    for folder in folders
+    for path in sorted((root / folder).rglob('*.py'))
+  }
+
+
+def package_of(module: str) -> str:
+  """The package that a module lies in; a package's is itself."""
+  return module.rpartition('.')[0]
+
+
+def imports(source: str, tree: Tree) -> set[str]:
+  """Modules of the tree that a module imports, anywhere in it.
+
+  Args:
+    source: of the importing module.
+    tree: all modules. Importing a package is importing its `__init__`.
+  """
+  names = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      for alias in node.names:
+        inner = f'{node.module}.{alias.name}'
+        is_module = inner in tree or f'{inner}.__init__' in tree
+        names.add(inner if is_module else node.module)
+  found = set()
+  for name in names:
+    if name in tree:
+      found.add(name)
+    elif f'{name}.__init__' in tree:
+      found.add(f'{name}.__init__')
+  return found
+
+
+def upward_imports(tree: Tree) -> set[tuple[str, str]]:
+  """Pairs (module, imported module) of which the second stands below."""
+  places = {package: place for place, package in enumerate(ORDER)}
+  return {
+    (module, used)
+    for module, source in tree.items()
+    for used in imports(source, tree)
+    if places.get(package_of(used), 0) > places.get(package_of(module), 0)
+  }
+
+
+def check_order(
+  tree: Tree, allowed: frozenset[tuple[str, str]] = frozenset()
+) -> Iterator[str]:
+  """Imports go to the same package or to one before it in ORDER."""
+  found = upward_imports(tree)
+  for module, used in sorted(found - allowed):
+    yield (
+      f'{module} imports {used}, which stands above it: packages import only '
+      'from those before them in ORDER. Move what is needed down, or hand it '
+      'in as an argument'
+    )
+  for module, used in sorted(allowed - found):
+    yield (
+      f'{module} no longer imports {used}: strike the pair from UPWARD, so '
+      'that nobody brings it back'
+    )
+
+
+def check_circles(tree: Tree) -> Iterator[str]:
+  """No module imports itself by way of others, also inside a package."""
+  uses = {module: imports(source, tree) for module, source in tree.items()}
+  done: set[str] = set()
+
+  def walk(module: str, path: tuple[str, ...]) -> Iterator[str]:
+    if module in path:
+      circle = ' -> '.join((*path[path.index(module) :], module))
+      yield (
+        f'a circle of imports: {circle}. Move what both need into a module of '
+        'its own below them'
+      )
+    elif module not in done:
+      for used in sorted(uses[module]):
+        yield from walk(used, (*path, module))
+      done.add(module)
+
+  for module in sorted(tree):
+    yield from walk(module, ())
+
+
+def check_packages(tree: Tree) -> Iterator[str]:
+  """Every package has a place in ORDER, and each of those is there."""
+  found = {package_of(module) for module in tree}
+  for package in sorted(found - set(ORDER)):
+    yield (
+      f'package {package} has no place in ORDER: put it behind all that it '
+      'imports, before all that import it'
+    )
+  for package in sorted(set(ORDER) - found):
+    yield f'there is no package {package} any more: strike it from ORDER'
+
+
+def check_sizes(tree: Tree) -> Iterator[str]:
+  """No folder of more than 12 modules, no module of more than 500 lines."""
+  folders: dict[str, list[str]] = {}
+  for module in tree:
+    if not module.endswith('__init__'):
+      folders.setdefault(package_of(module), []).append(module)
+  for folder, modules in sorted(folders.items()):
+    if len(modules) > MAX_MODULES:
+      yield (
+        f'{folder} has {len(modules)} modules, more than {MAX_MODULES}: put '
+        'those that belong together into a package of their own'
+      )
+  for module, source in sorted(tree.items()):
+    lines = source.count('\n')
+    if lines > MAX_LINES:
+      yield (
+        f'{module} has {lines} lines, more than {MAX_LINES}: find the second '
+        'purpose in it and give that a module'
+      )
+
+
+def check_names(tree: Tree) -> Iterator[str]:
+  """No module is called like one of the standard library."""
+  for module in sorted(tree):
+    name = module.rpartition('.')[2]
+    if name in sys.stdlib_module_names and not name.startswith('__'):
+      yield (
+        f'{module} shadows the standard library when a file beside it is run '
+        'as a program: call it otherwise'
+      )
+
+
+def check_commands(tree: Tree) -> Iterator[str]:
+  """`launch` itself holds commands, nothing else."""
+  for module, source in sorted(tree.items()):
+    is_init = module.endswith('__init__')
+    if package_of(module) != 'launch' or is_init:
+      continue
+    if 'command_line.run_main(' not in source:
+      yield (
+        f'{module} is no command (it does not call command_line.run_main): '
+        'move it into a package below launch'
+      )
+
+
+def check_flags(tree: Tree) -> Iterator[str]:
+  """Only `launch` has flags, and reads the environment for settings."""
+  for module, source in sorted(tree.items()):
+    if module.startswith('launch') or module in _ENVIRONMENT:
+      continue
+    for word in ('absl import flags', 'os.environ', 'os.getenv'):
+      if word in source:
+        yield (
+          f'{module} uses {word.rpartition(" ")[2]}: the library is told by '
+          'its settings; read flags and environment in launch and hand them in'
+        )
+
+
+def check_tests(tree: Tree, tests: Tree) -> Iterator[str]:
+  """Tests lie in the folder of the package that they test.
+
+  Args:
+    tree: of the packages.
+    tests: of the folder `tests`.
+  """
+  packages = {package_of(module) for module in tree}
+  for module in sorted(tests):
+    folder = package_of(module).removeprefix('tests').removeprefix('.')
+    if not module.endswith('_test') or not folder:
+      continue
+    if not {folder, f'moetion_jax.{folder}'} & packages:
+      yield (
+        f'{module} lies in a folder that mirrors no package: move it to '
+        'tests/<package>, without `moetion_jax`'
+      )
