@@ -24,14 +24,14 @@ class OptimizerConfig:
 
   Attributes:
     optimizer: one of OPTIMIZERS.
-    learning_rate: its peak.
-    warmup_iterations: of linear warm-up.
+    learning_rate: the peak learning rate.
+    warmup_iterations: iterations of linear warm-up.
     decay_iterations: iteration at which the cosine ends.
-    final_fraction: of the peak, held after that.
-    weight_decay: decoupled, on matrices.
+    final_fraction: fraction of the peak that is held after that.
+    weight_decay: decoupled weight decay, on matrices.
     b1: decay of the first moment, or momentum.
     b2: decay of the second moment (lion: of its momentum).
-    clip_norm: global norm to which gradients are clipped; 0 for never.
+    clip_norm: global norm to which gradients are clipped; 0 never clips.
   """
 
   optimizer: str = 'adamw'
@@ -69,23 +69,23 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """How a model is trained and spread.
+  """Settings of how a model is trained and spread.
 
   Attributes:
-    seed: of initial weights, data order and dropout.
-    iterations: optimizer updates in all.
-    stages: pipeline stages.
+    seed: seed of initial weights, data order and dropout.
+    iterations: number of optimizer updates in all.
+    stages: number of pipeline stages.
     replicas: data-parallel workers of each stage.
     local_devices: devices of one worker, along the mesh axis 'expert'.
-    microbatches: per replica and iteration.
-    microbatch_size: sequences of one microbatch.
+    microbatches: microbatches per replica and iteration.
+    microbatch_size: sequences in one microbatch.
     eval_every: iterations between evaluations; 0 for none.
     eval_microbatches: held-out microbatches in one evaluation.
-    shard_optimizer: each replica of a stage has and updates its share of the
-      training state only (ZeRO-1).
-    skip_nonfinite: skip an update whose loss or gradient norm is not finite
-      instead of ending the run.
-    optimizer: see `OptimizerConfig`.
+    shard_optimizer: whether each replica of a stage has and updates only its
+      share of the training state (ZeRO-1).
+    skip_nonfinite: whether to skip an update whose loss or gradient norm is not
+      finite, instead of ending the run.
+    optimizer: settings of the optimizer and its schedule.
   """
 
   seed: int = 0
@@ -134,7 +134,7 @@ class TrainConfig:
     return self.microbatches * self.replicas
 
   def evaluates(self, iteration: int) -> bool:
-    """Whether held-out text is evaluated after update `iteration`."""
+    """Returns whether held-out text is evaluated after update `iteration`."""
     if not self.eval_every:
       return False
     return iteration % self.eval_every == 0 or iteration == self.iterations

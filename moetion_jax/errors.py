@@ -14,8 +14,8 @@ class ConfigError(MoetionError):
 
   Attributes:
     flag: name of the setting as the user writes it, without dashes.
-    value: what it was set to.
-    reason: what is wrong and what would be right.
+    value: the value it was set to.
+    reason: the fault, and what would be right.
   """
 
   def __init__(self, flag: str, value: object, reason: str):
@@ -38,4 +38,4 @@ class StoreError(MoetionError):
 
 
 class NoRoomError(StoreError):
-  """Host memory stayed full for as long as there was to wait for room."""
+  """Host memory stayed full for the whole time allowed to wait for room."""

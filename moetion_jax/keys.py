@@ -32,19 +32,19 @@ class OperatorId:
 def operators_to_json(
   operators: Iterable[OperatorId],
 ) -> list[list[str | int]]:
-  """Sorted [group, expert] pairs; `operators_from_json` is the inverse."""
+  """Lists operators as sorted [group, expert] pairs, for JSON."""
   return [[o.group, o.expert] for o in sorted(operators)]
 
 
 def operators_from_json(
   value: Iterable[Sequence[Any]],
 ) -> frozenset[OperatorId]:
-  """The inverse of `operators_to_json`."""
+  """Inverts `operators_to_json`."""
   return frozenset(OperatorId(group, expert) for group, expert in value)
 
 
 class EntryKind(enum.IntEnum):
-  """What a boundary log entry holds (its number is part of the file format)."""
+  """Kind of a boundary log entry; its number is part of the file format."""
 
   ACTIVATION = 1  # forward output, read by the next stage
   GRADIENT = 2  # gradient of the stage's input, read by the previous stage
@@ -57,10 +57,10 @@ class EntryKey:
   """Name of one boundary log entry (DESIGN sections 1 and 2).
 
   Attributes:
-    iteration: from 1.
+    iteration: number of the iteration, from 1.
     stage: the producing stage.
     replica: the producing replica.
-    kind: what the entry holds.
+    kind: the kind of its contents.
     microbatch: index within the producing replica's iteration, from 0; 0 for
       SCALARS.
   """
@@ -80,12 +80,13 @@ class EntryKey:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class WorkerId:
-  """Who publishes, reads or reports (DESIGN section 3, fencing).
+  """Name of a worker or an agent that publishes, reads or reports.
 
   Attributes:
-    stage: of the worker; -1 for an agent.
-    replica: of the worker; the host's index for an agent.
-    generation: grows with every replacement; stores reject older ones.
+    stage: stage of the worker; -1 for an agent.
+    replica: replica of the worker; index of the host for an agent.
+    generation: number that grows with every replacement; stores reject older
+      ones (DESIGN section 3, fencing).
   """
 
   stage: int

@@ -1,4 +1,4 @@
-"""What a worker says of an iteration, and how reports become one."""
+"""A worker's report of one iteration, and the digest of a whole state."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ _FLOATS = ('loss', 'auxiliary_loss', 'grad_norm', 'eval_loss')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """What one worker says of one iteration once it is done.
+  """Report of one worker on one iteration that is done.
 
   Attributes:
-    iteration: its number.
-    stage: who reports.
-    replica: of the stage.
+    iteration: number of the iteration.
+    stage: stage of the reporting worker.
+    replica: replica of the reporting worker.
     loss: mean cross-entropy in nats a token, all stages alike.
     auxiliary_loss: mean over microbatches, summed over stages.
     grad_norm: global norm before clipping.
-    dropped: choices that found no slot, over all stages.
+    dropped: choices of an expert that found no seat, over all stages.
     updated: False when a non-finite update was skipped.
-    digests: of this stage's operators in the state after the update.
+    digests: digests of this stage's operators in the state after the update.
     eval_loss: mean cross-entropy of held-out text after the update, from the
       last stage in iterations that evaluate; else None.
-    seconds: from the iteration's begin to the next one's (the last: to its
-      end), evaluation included.
-    waited_seconds: of these, spent waiting for entries while no program of
-      the stage ran: it had nothing to do.
-    late_seconds: of these, spent waiting for entries that existed (see
-      `logs.Log.late_seconds`), whatever ran meanwhile.
-    snapshot_bytes: of the iteration's snapshot; 0 for none.
-    blocked_seconds: of `seconds`, spent waiting for the last snapshot's copy.
-    copy_bytes_per_second: at which the last snapshots were stored; 0: none was.
-    load: tokens that chose each expert.
+    seconds: time from the iteration's start to the next one's (for the last
+      one, to its end), evaluation included.
+    waited_seconds: part of `seconds` spent waiting for entries while no program
+      of the stage ran: it had nothing to do.
+    late_seconds: part of `seconds` spent waiting for entries that existed (see
+      `logs.interface.Log.late_seconds`), whatever ran meanwhile.
+    snapshot_bytes: size of the iteration's snapshot; 0 for none.
+    blocked_seconds: part of `seconds` spent waiting for the last snapshot's
+      copy.
+    copy_bytes_per_second: rate at which the last snapshots were stored; 0 if
+      none was.
+    load: number of tokens that chose each expert.
   """
 
   iteration: int
@@ -66,7 +68,7 @@ class Report:
     return max(0.0, 1 - self.waited_seconds / max(self.seconds, 1e-9))
 
   def to_json(self) -> dict[str, Any]:
-    """Plain JSON without rounding: floats in hex. `from_json` inverts it."""
+    """Converts to plain JSON without rounding: floats in hex."""
     value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     for name in _FLOATS:
       if value[name] is not None:
@@ -80,7 +82,7 @@ class Report:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> Report:
-    """The inverse of `to_json`."""
+    """Inverts `to_json`."""
     fields = dict(value)
     for name in _FLOATS:
       if fields[name] is not None:
@@ -99,7 +101,7 @@ class Report:
 
 
 def combine(digests: Mapping[keys.OperatorId, np.ndarray]) -> str:
-  """Digest of a whole state: 16 hex digits, whatever the operators' order."""
+  """Combines a state's operator digests, in any order, into 16 hex digits."""
   lanes = np.zeros(2, np.uint32)
   for operator, digest in digests.items():
     salt = np.uint32(zlib.crc32(str(operator).encode()))
@@ -108,7 +110,7 @@ def combine(digests: Mapping[keys.OperatorId, np.ndarray]) -> str:
 
 
 def _mix_host(x: np.ndarray) -> np.ndarray:
-  """The mix of `digest.py`, in NumPy."""
+  """Mixes as `state/digest.py` does, in NumPy."""
   with np.errstate(over='ignore'):
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)

@@ -1,8 +1,8 @@
-"""What failures do to the model: `launch.benchmark accuracy`.
+"""Effect of failures on the model: `launch.benchmark accuracy`.
 
-Real runs of `launch.train` under each policy, whose workers are killed when a
+Each policy has a real run of `launch.train`, whose workers are killed when a
 fifth, two fifths, ... of the iterations are done. Under an exact policy every
-bit must be that of the undisturbed run.
+bit must equal that of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,17 @@ def measure(
   stages: int,
   hostmem_dir: str,
 ) -> dict[str, benchmark_runs.RunOutcome]:
-  """Runs all, the undisturbed one first; arguments as of `benchmark_ettr`.
+  """Runs every policy, the undisturbed run first.
+
+  Args:
+    flags: flags of every run.
+    iterations: iterations of every run.
+    policies: the policies to compare.
+    stages: number of stages of every run.
+    hostmem_dir: folder in tmpfs.
+
+  Returns:
+    Outcomes by policy; 'none' is the undisturbed run.
 
   Raises:
     RuntimeError: an exact policy came to other bits.
@@ -64,21 +74,21 @@ def measure(
 def is_bit_equal(
   one: benchmark_runs.RunOutcome, other: benchmark_runs.RunOutcome
 ) -> bool:
-  """Whether two runs have the same losses and states all the way."""
+  """Returns True if all losses and state digests of two runs are equal."""
   names = ('iteration', 'loss_hex', 'digest', 'eval_loss_hex')
   bits = [[[x.get(n) for n in names] for x in o.lines] for o in (one, other)]
   return bits[0] == bits[1]
 
 
 def curve(outcome: benchmark_runs.RunOutcome) -> list[tuple[int, float]]:
-  """(iteration, held-out loss)."""
+  """Returns (iteration, held-out loss) of every evaluation."""
   return [
     (x['iteration'], x['eval_loss']) for x in outcome.lines if 'eval_loss' in x
   ]
 
 
 def rows(outcomes: Outcomes) -> list[summary.Row]:
-  """The table."""
+  """Returns the rows of the table."""
   base = outcomes[_BASE]
   found: list[summary.Row] = []
   for policy, outcome in outcomes.items():
@@ -100,12 +110,12 @@ def rows(outcomes: Outcomes) -> list[summary.Row]:
 
 
 def details(outcomes: Outcomes) -> dict[str, Any]:
-  """Every curve, for the JSON file."""
+  """Returns every policy's curve, for the JSON file."""
   return {policy: curve(outcome) for policy, outcome in outcomes.items()}
 
 
 def plot(outcomes: Outcomes, path: str | os.PathLike[str]) -> None:
-  """Held-out loss over iterations, failures marked."""
+  """Plots the held-out loss over iterations, with the failures marked."""
   import matplotlib
 
   matplotlib.use('Agg')

@@ -1,7 +1,7 @@
 """Effective training time under failures: `launch.benchmark ettr`.
 
-Real runs of `launch.train` under each policy, whose workers are killed at the
-same moments: a Poisson process in iterations, drawn from a seed.
+Each policy has real runs of `launch.train`, whose workers are killed at the same
+moments: a Poisson process in iterations, drawn from a seed.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from moetion_jax.policies import rules
 POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
 MTBF_ITERATIONS = (100, 50, 25)
 _BASE = 'none'
-# Before they end nothing counts: programs and standbys are warm, intervals are
+# Time counts from their end: then programs and standbys are warm and intervals
 # chosen.
 _WARM_UP_ITERATIONS = 30
 _MAX_FAILURES = 10_000
 _GOAL = 'the highest of all exact policies'
 _PREDICTION_GOAL = '<= 2'
 
-# By (policy, MTBF in iterations; 0 for no failures), of every round.
+# Runs of every round, by (policy, MTBF in iterations; 0 for no failures).
 Outcomes = Mapping[tuple[str, int], Sequence[benchmark_runs.RunOutcome]]
 
 
 def effective_training_time_ratio(
   undisturbed_seconds: float, seconds: float
 ) -> float:
-  """ETTR: the definition that all our figures have.
+  """Returns the ETTR, by the definition of all our figures.
 
   Args:
-    undisturbed_seconds: that a run without checkpoints and failures takes for
-      some iterations.
-    seconds: that the measured run takes until it has done the same iterations,
-      with everything: checkpoints, failures, recoveries, work done again.
+    undisturbed_seconds: time of some iterations in a run without checkpoints
+      and failures.
+    seconds: time until the measured run has done the same iterations, with
+      everything: checkpoints, failures, recoveries, work done again.
   """
   return undisturbed_seconds / seconds
 
@@ -59,17 +59,17 @@ def measure(
   stages: int,
   hostmem_dir: str,
 ) -> dict[tuple[str, int], list[benchmark_runs.RunOutcome]]:
-  """Runs all: in every round each policy after the other (A B A B).
+  """Runs everything: in every round one policy after the other (A B A B).
 
   Args:
-    flags: of every run.
-    iterations: of every run.
-    mtbfs: mean iterations between failures.
-    policies: to compare.
-    rounds: each with other moments of failure.
-    seed: of those moments.
-    stages: of every run.
-    hostmem_dir: in tmpfs.
+    flags: flags of every run.
+    iterations: iterations of every run.
+    mtbfs: mean iterations between failures, one value per case.
+    policies: the policies to compare.
+    rounds: number of rounds, each with its own moments of failure.
+    seed: seed of those moments.
+    stages: number of stages of every run.
+    hostmem_dir: folder in tmpfs.
   """
   outcomes: dict[tuple[str, int], list[benchmark_runs.RunOutcome]] = {}
   common = [
@@ -98,11 +98,11 @@ def measure(
 
 
 def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
-  """The table.
+  """Returns the rows of the table.
 
   Args:
-    outcomes: of all runs.
-    stages: of each run.
+    outcomes: the outcomes of all runs.
+    stages: number of stages of each run.
   """
   bases = outcomes[_BASE, 0]
   found: list[summary.Row] = []
@@ -167,7 +167,7 @@ def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
 def _prediction_errors(
   outcomes: Outcomes, policy: str, mtbf: int, stages: int
 ) -> dict[str, list[float]]:
-  """By how much the simulator is off, by whose pace it was given."""
+  """Returns the simulator's errors in percent, by the source of its pace."""
   runs = outcomes[policy, mtbf]
   costs = benchmark_predict.costs(runs, _WARM_UP_ITERATIONS)
   beside = zip(outcomes[_BASE, 0], outcomes[policy, 0], runs, strict=True)
@@ -198,7 +198,7 @@ def _samples(
   bases: Sequence[benchmark_runs.RunOutcome],
   runs: Sequence[benchmark_runs.RunOutcome],
 ) -> dict[str, list[float]]:
-  """What the runs of one policy came to, by name."""
+  """Returns the figures of one policy's runs, by name."""
   found: dict[str, list[float]] = {}
   for base, run in zip(bases, runs, strict=True):
     recovered = benchmark_runs.recoveries(run.events)
@@ -221,10 +221,11 @@ def _samples(
 
 
 def _together(outcomes: Outcomes, policy: str, mtbf: int) -> float:
-  """ETTR of all rounds, but for most of the noise between runs.
+  """Returns the ETTR of all rounds, without most of the noise between runs.
 
-  What failures cost is measured by the quiet iterations of the run itself; and
-  how long those take, in all runs of the policy against all without one.
+  The cost of failures is measured against the quiet iterations of the run
+  itself; the length of those, in all runs of the policy against all runs
+  without one.
   """
   runs = outcomes[policy, mtbf]
   ours = [
@@ -238,9 +239,9 @@ def _together(outcomes: Outcomes, policy: str, mtbf: int) -> float:
 
 
 def _overheads(outcomes: Outcomes, policy: str) -> list[float]:
-  """By how many percent quiet iterations take longer, of all runs of a policy.
+  """Returns the overhead of quiet iterations in percent, by run of a policy.
 
-  Compared with the undisturbed run of the same round.
+  The baseline is the undisturbed run of the same round.
   """
   return [
     100 * (_pace(run) / _pace(base) - 1)
@@ -255,12 +256,12 @@ def _pace(run: benchmark_runs.RunOutcome) -> float:
 
 
 def _quiet(run: benchmark_runs.RunOutcome) -> float:
-  """Seconds that a run's iterations would take if all were quiet."""
+  """Returns the seconds that a run would take if all iterations were quiet."""
   return (run.lines[-1]['iteration'] - _WARM_UP_ITERATIONS) * _pace(run)
 
 
 def _lost(run: benchmark_runs.RunOutcome) -> float:
-  """Seconds by which failures made a run longer, whatever its pace is."""
+  """Returns the seconds that failures add to a run, whatever its pace."""
   last = run.lines[-1]['iteration']
   return run.seconds(_WARM_UP_ITERATIONS, last) - _quiet(run)
 
@@ -276,7 +277,7 @@ def _ratio(
 
 
 def details(outcomes: Outcomes) -> list[dict[str, Any]]:
-  """Every run, for the JSON file."""
+  """Returns the figures of every run, for the JSON file."""
   bases = outcomes[_BASE, 0]
   found = []
   for (policy, mtbf), runs in outcomes.items():
@@ -325,7 +326,7 @@ def details(outcomes: Outcomes) -> list[dict[str, Any]]:
 
 
 def plot(outcomes: Outcomes, path: str | os.PathLike[str]) -> None:
-  """Iterations done over time, one panel an MTBF, of the first round."""
+  """Plots iterations over time in the first round, one panel per MTBF."""
   import matplotlib
 
   matplotlib.use('Agg')

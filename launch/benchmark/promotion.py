@@ -1,8 +1,8 @@
-"""What the promotion of a warm standby takes, each time in a fresh process.
+"""Times the promotion of a warm standby, each time in a fresh process.
 
 `python -m launch.benchmark promotion` makes the table; this module's `main` is
-one such process: it warms up as a standby does, is promoted, works through two
-iterations of one stage without neighbours, and prints seconds by phase.
+one such process: it warms up as a standby does, is promoted, runs two iterations
+of one stage without neighbours, and prints the seconds of each phase.
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ def measure(
   compilation_cache_dir: str,
   touch_bytes: int,
 ) -> Mapping[str, float]:
-  """Seconds of each phase, and of loading each program, in a new process."""
+  """Measures one promotion in a new process.
+
+  Args:
+    config: the run's settings.
+    stage: the stage that the standby takes over.
+    compilation_cache_dir: folder of the compiled programs.
+    touch_bytes: bytes of memory that the standby touches beforehand.
+
+  Returns:
+    Seconds of each phase, and of loading each program.
+  """
   result = subprocess.run(
     [sys.executable, '-m', 'launch.benchmark.promotion'],
     input=json.dumps(
@@ -54,7 +64,7 @@ class _Watch:
 
 
 def main() -> None:
-  """Reads what to do from stdin; prints seconds by phase."""
+  """Reads the task from stdin; prints the seconds of each phase."""
   watch = _Watch()
   task: dict[str, Any] = json.load(sys.stdin)
   import jax
@@ -65,7 +75,7 @@ def main() -> None:
   from moetion_jax.runtime import xla_setup
   from moetion_jax.training import worker
 
-  del worker  # a standby has it imported
+  del worker  # only imported, as a standby does
   config = run_settings.RunConfig.from_json(task['config'])
   xla_setup.configure(
     local_devices=config.train.local_devices,
@@ -109,7 +119,7 @@ def main() -> None:
 
 
 def _iterate(config: run_settings.RunConfig, stage, programs, state):
-  """An iteration on constant data."""
+  """Runs one iteration on constant data; returns the new state."""
   import jax
   import numpy as np
 

@@ -1,8 +1,8 @@
-"""What a failure costs: `launch.benchmark recovery`.
+"""Cost of a failure: `launch.benchmark recovery`.
 
-Real runs of `launch.train`, whose workers are killed with SIGKILL one after
-another; the phases are those of events.jsonl. Beside them the whole job
-restarted from dense Orbax checkpoints.
+Workers of real runs of `launch.train` are killed with SIGKILL one after another;
+the phases are those of events.jsonl. The baseline restarts the whole job from
+dense Orbax checkpoints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WINDOW = 4
 _KEPT_WINDOWS = 2
 # Iterations without a fault before each kill: the window is full again.
 _QUIET_ITERATIONS = 10
-_DENSE_EVERY = 10  # iterations, of what is compared with
+_DENSE_EVERY = 10  # iterations between the baseline's checkpoints
 
 
 def _kills(
@@ -36,7 +36,7 @@ def _kills(
   *,
   standby: bool,
 ) -> Iterator[dict[str, float]]:
-  """Kills workers in turn; yields what each recovery took, in seconds."""
+  """Kills workers in turn; yields the phases of each recovery, in seconds."""
 
   def is_ready() -> bool:
     warm = [w for w in run.workers() if w['state'] == 'standby']
@@ -80,7 +80,7 @@ def _kills(
 
 
 class _DenseJob:
-  """The whole job as one process that is killed and started again."""
+  """The whole job as one process, to be killed and started again."""
 
   def __init__(self, arguments: dict[str, Any]):
     self.process = subprocess.Popen(
@@ -97,7 +97,7 @@ class _DenseJob:
     )
 
   def read(self) -> tuple[int, str]:
-    """The next iteration that is done, and the digest of its state."""
+    """Waits for the next finished iteration; returns it and its digest."""
     assert self.process.stdout is not None
     line = self.process.stdout.readline()
     if not line:
@@ -106,7 +106,7 @@ class _DenseJob:
     return int(iteration), digest
 
   def kill(self) -> None:
-    """SIGKILL."""
+    """Kills the process with SIGKILL and waits for its end."""
     self.process.kill()
     self.process.communicate()
 
@@ -118,7 +118,7 @@ def _restarts(
   cache_dir: str,
   microbatches: int | None,
 ) -> Iterator[dict[str, float]]:
-  """Kills the whole job; what it takes until it is where it was, in seconds.
+  """Kills the whole job; yields the seconds until it is where it was.
 
   Kills are spread evenly over the iterations between two checkpoints.
 
@@ -147,7 +147,7 @@ def _restarts(
         job = _DenseJob(arguments)
         again, digest = job.read()
         started, first_again = time.monotonic(), again
-        # The one that was interrupted is caught up with as well.
+        # Until the interrupted iteration is done as well.
         while again <= iteration:
           if digests.get(again) != digest:
             raise RuntimeError(f'iteration {again} came out differently')
@@ -171,15 +171,17 @@ def rows(
   replicas: int = 1,
   microbatches: int | None = None,
 ) -> list[summary.Row]:
-  """Measures; see the module.
+  """Measures recoveries and returns the rows; see the module.
 
   Args:
-    preset: shape of the model.
-    kills: of workers, with and without a standby.
-    hostmem_dir: in tmpfs.
-    cache_dir: of compiled programs.
-    replicas: of each stage; with several the whole job is not restarted.
-    microbatches: of a replica's iteration; None: as the preset has it.
+    preset: name of the model's shape.
+    kills: number of kills, with a standby, without, and of the whole job.
+    hostmem_dir: folder in tmpfs.
+    cache_dir: folder of the compiled programs.
+    replicas: replicas of each stage; with several, the whole job is not
+      restarted.
+    microbatches: microbatches of a replica's iteration; None for the preset's
+      own.
   """
   stages = 2
   flags = [
@@ -230,6 +232,6 @@ def rows(
 
 
 def _tell(name: str, phases: Mapping[str, float]) -> None:
-  """Prints one recovery: all of them take long."""
+  """Prints one recovery at once: all of them together take long."""
   text = ', '.join(f'{phase} {value:.2f}' for phase, value in phases.items())
   print(f'{name}: {text}', flush=True)

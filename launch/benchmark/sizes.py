@@ -1,6 +1,6 @@
-"""What snapshots weigh: the second table of `launch.benchmark snapshot`.
+"""Sizes of snapshots: the second table of `launch.benchmark snapshot`.
 
-Bytes of a window's snapshots against the whole state, for every preset, from
+The bytes of a window's snapshots against the whole state, for every preset, from
 shapes alone: nothing is computed.
 """
 
@@ -17,7 +17,7 @@ _REPLICAS, _REPLICAS_WINDOW = (1, 2, 4, 8), 4
 
 
 def rows() -> list[summary.Row]:
-  """Of every preset, window and mode; of a replica's share, too."""
+  """Returns rows by preset, window and mode, and by a replica's share."""
   out: list[summary.Row] = []
   for preset in presets.PRESETS:
     sizes = _preset_sizes(preset)
@@ -50,7 +50,7 @@ def rows() -> list[summary.Row]:
 
 
 def _preset_sizes(preset: str) -> planner.StageSizes:
-  """Operators of a whole model with AdamW, from shapes alone."""
+  """Returns operator sizes of a whole model with AdamW, from shapes alone."""
   config = run_settings.make(
     preset,
     model_overrides=[],

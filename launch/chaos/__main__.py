@@ -1,8 +1,8 @@
 """Random faults against the running program: `python -m launch.chaos`.
 
-Runs of the real command, with scripted faults (`--fail`) and signals from
-outside; when the agent dies the same command is started again. Then the same
-run undisturbed. Exit code 0 only if every run finished with the same losses
+Runs the real command with scripted faults (`--fail`) and signals from outside;
+when the agent dies, the same command is started again. Then does the same run
+undisturbed. The exit code is 0 only if every run finished with the same losses
 and digests in every iteration, and left neither processes nor files. Flags of
 `launch.train` follow after `--`:
 
@@ -69,7 +69,7 @@ _MICRO_FLAGS = (
 
 
 def train_flags(more: Sequence[str]) -> list[str]:
-  """Flags of the run that all faults are drawn for."""
+  """Returns the flags of the run that all faults are drawn for."""
   is_micro = _PRESET.value == 'micro'
   return [
     f'--preset={"tiny" if is_micro else _PRESET.value}',
@@ -86,12 +86,12 @@ class ChaosRun:
   """One run in folders of its own, however often it is started.
 
   Attributes:
-    workdir: of the run.
-    outside: what was done to it from outside, as events.
+    workdir: the run's folder.
+    outside: faults done to it from outside, as events.
   """
 
   def __init__(self, workdir: pathlib.Path, arguments: Sequence[str]):
-    """Stores where it runs, and the flags; `finish` does the work."""
+    """Stores the run's folder and flags; `finish` does the work."""
     self.workdir = workdir
     self.outside: list[dict[str, Any]] = []
     self._mark = uuid.uuid4().hex
@@ -104,7 +104,7 @@ class ChaosRun:
     self._process: subprocess.Popen[bytes] | None = None
 
   def finish(self, coming: Sequence[draw.OutsideFault]) -> str:
-    """Runs to the end, whatever dies; what must not be, or ''."""
+    """Runs to the end, whatever dies; returns what went wrong, or ''."""
     self.workdir.mkdir(parents=True)
     self._hostmem.mkdir(mode=0o700)
     try:
@@ -129,7 +129,7 @@ class ChaosRun:
         return 'workers outlived their agent'
 
   def _once(self, coming: list[draw.OutsideFault]) -> int | None:
-    """Starts the command; its exit code, None if it hangs."""
+    """Starts the command; returns its exit code, None if it hangs."""
     with open(self.workdir / 'output', 'ab') as output:
       self._process = subprocess.Popen(
         [sys.executable, '-m', 'launch.train', *self._arguments],
@@ -154,7 +154,7 @@ class ChaosRun:
     return self._process.returncode
 
   def _trains(self) -> bool:
-    """Whether workers.json is of the processes that run now."""
+    """Returns whether workers.json is of the processes that run now."""
     assert self._process is not None
     agents = self._workers().get('agents', [])
     return any(agent['pid'] == self._process.pid for agent in agents)
@@ -166,7 +166,7 @@ class ChaosRun:
       return {}
 
   def _do(self, fault: draw.OutsideFault) -> None:
-    """Sends a signal, if there is somebody to get it."""
+    """Sends a fault's signal, if there is a process to get it."""
     assert self._process is not None
     pid, stage, number = self._process.pid, None, signal.SIGKILL
     if fault.kind != 'kill the agent':
@@ -187,16 +187,16 @@ class ChaosRun:
     self.outside.append(event | {'stage': stage})
 
   def events(self) -> list[dict[str, Any]]:
-    """Everything that happened, in order."""
+    """Returns everything that happened, in order."""
     written = read_lines(self.workdir / 'events.jsonl')
     return sorted([*written, *self.outside], key=lambda event: event['time'])
 
   def metrics(self) -> list[dict[str, Any]]:
-    """One line an iteration."""
+    """Returns the lines of metrics.jsonl, one for each iteration."""
     return read_lines(self.workdir / 'metrics.jsonl')
 
   def _living(self) -> list[int]:
-    """Processes of this run, zombies not among them."""
+    """Returns the processes of this run, zombies left out."""
     return child_process.marked(_MARK, self._mark)
 
   def _are_gone(self) -> bool:
@@ -215,7 +215,7 @@ class ChaosRun:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Of a .jsonl file; [] if there is none."""
+  """Reads the lines of a .jsonl file; [] if there is none."""
   if not path.exists():
     return []
   return [json.loads(line) for line in path.read_text().splitlines()]
@@ -230,7 +230,7 @@ def _is_over(tally: draw.Tally, begin: float) -> bool:
 
 
 def _disturb(folder: pathlib.Path, more: Sequence[str]):
-  """Runs with faults until there were enough: the tally, and all metrics."""
+  """Runs until there were enough faults; returns tally and all metrics."""
   source = random.Random(_SEED.value)
   tally, begin, results = draw.Tally(), time.monotonic(), []
   while not _is_over(tally, begin):

@@ -1,4 +1,4 @@
-"""Random faults from a seed, and the tally of what became of them: pure."""
+"""Random faults from a seed, and a tally of what became of them; pure."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ _OUTSIDE_WEIGHTS = {
   'kill the agent': 1,
 }
 OUTSIDE = tuple(_OUTSIDE_WEIGHTS)
-# A damaged entry shows only if a neighbour reads it again, soon.
+# Iterations to the kill: a damaged entry shows only if a neighbour reads it
+# again, soon.
 _AFTER_DAMAGE = 1
 
 
-# Of `tiny`: a model that compiles in a second.
+# Changes to `tiny`, for a model that compiles in a second.
 MICRO_FIELDS = {
   'sequence_length': 16,
   'num_layers': 4,
@@ -54,13 +55,13 @@ MICRO_FIELDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutsideFault:
-  """Something that is done to a process from outside.
+  """A fault that a process suffers from outside.
 
   Attributes:
     kind: one of OUTSIDE.
-    stage: of the worker, where it is one.
-    replica: of the worker.
-    after_seconds: since the one before, or since the run trains.
+    stage: the worker's stage, where it is a worker.
+    replica: the worker's replica.
+    after_seconds: seconds since the fault before, or since the run trains.
   """
 
   kind: str
@@ -76,14 +77,14 @@ def draw_script(
   iterations: int,
   replicas: int = 1,
 ) -> list[str]:
-  """Faults for `--fail`, at most one of an agent in an iteration.
+  """Draws faults for `--fail`.
 
   Args:
-    source: of randomness.
-    count: how many.
-    stages: of the run.
-    iterations: of the run.
-    replicas: of each stage.
+    source: source of randomness.
+    count: number of faults.
+    stages: stages of the run.
+    iterations: iterations of the run.
+    replicas: replicas of each stage.
   """
   script: list[str] = []
   kinds, weights = zip(*_WEIGHTS.items(), strict=True)
@@ -114,7 +115,7 @@ _START_KINDS = ('kill', 'stop', 'exit', 'exception', 'oom')
 
 
 def _replica(source: random.Random, replicas: int) -> int:
-  """One of them; where there is only one, nothing is drawn."""
+  """Draws a replica; where there is only one, nothing is drawn."""
   return source.randrange(replicas) if replicas > 1 else 0
 
 
@@ -125,7 +126,7 @@ def draw_outside(
   mean_seconds: float,
   replicas: int = 1,
 ) -> list[OutsideFault]:
-  """Faults from outside, one after the other."""
+  """Draws faults from outside, one after the other."""
   kinds, weights = zip(*_OUTSIDE_WEIGHTS.items(), strict=True)
   return [
     OutsideFault(
@@ -140,14 +141,15 @@ def draw_outside(
 
 @dataclasses.dataclass
 class Tally:
-  """What happened in all runs so far.
+  """A tally of what happened in all runs so far.
 
   Attributes:
     happened: faults by kind and phase.
     recovered: those of them after which the stage, or the run, came back.
-    seconds: of every recovery of a stage, from the failure to caught up.
-    resumed: how often a run was gone on with by the same command.
-    problems: everything that must not be.
+    seconds: seconds of every recovery of a stage, from the failure until it
+      caught up.
+    resumed: number of times that the same command went on with a run.
+    problems: everything that went wrong.
   """
 
   happened: collections.Counter[tuple[str, str]] = dataclasses.field(
@@ -161,11 +163,11 @@ class Tally:
   problems: list[str] = dataclasses.field(default_factory=list)
 
   def add(self, events: Sequence[Mapping[str, Any]]) -> None:
-    """Takes in the events of a run, those of `outside` among them.
+    """Adds the events of a run, those of `outside` among them.
 
     Args:
-      events: in order. Of kind 'outside' are `fault` and `stage` (null if it
-        was no worker).
+      events: the events in order. Those of kind 'outside' have `fault` and
+        `stage` (None if it was no worker).
     """
     for number, event in enumerate(events):
       if event['kind'] == 'recovered':
@@ -184,11 +186,11 @@ class Tally:
 
   @property
   def count(self) -> int:
-    """Of all faults that happened."""
+    """Number of all faults that happened."""
     return self.happened.total()
 
   def table(self) -> str:
-    """For people."""
+    """Returns the tally as a table for people."""
     rows = [('fault', 'phase', 'happened', 'recovered')]
     for name in sorted(self.happened):
       counts = str(self.happened[name]), str(self.recovered[name])
@@ -215,7 +217,7 @@ class Tally:
 def differences(
   found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-  """In what two runs' lines differ; nothing else may."""
+  """Describes where two runs' lines differ in what must be equal."""
   names = ('iteration', 'loss_hex', 'digest', 'eval_loss_hex')
   problems = []
   if len(found) != len(expected):

@@ -55,7 +55,7 @@ def save(
     'optimizer': optimizer,
   }
   with ocp.StandardCheckpointer(
-    # The others of a stage world know nothing of it.
+    # The other workers of a stage world know nothing of it.
     multiprocessing_options=orbax_handler.alone('final'),
     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
   ) as checkpointer:
@@ -72,11 +72,11 @@ def load(path: str, flag: str) -> dict[str, Any]:
   """Reads a checkpoint written by `save`.
 
   Args:
-    path: its folder.
-    flag: that named it, for errors.
+    path: the checkpoint's folder.
+    flag: the flag that named it, for errors.
 
   Raises:
-    base.ConfigError: it is missing, damaged or none of ours.
+    errors.ConfigError: it is missing, damaged or not one of ours.
   """
   _require_folder(path, flag)
   try:
@@ -97,7 +97,7 @@ def load_config(path: str, flag: str) -> run_settings.RunConfig:
   """Reads the configuration that a checkpoint carries.
 
   Raises:
-    base.ConfigError: it is missing, damaged or none of ours.
+    errors.ConfigError: it is missing, damaged or not one of ours.
   """
   _require_folder(path, flag)
   try:
@@ -117,11 +117,11 @@ def check(
   *,
   weights_only: bool,
 ) -> None:
-  """Whether a checkpoint holds what a stage needs; moves nothing.
+  """Checks that a checkpoint holds what a stage needs; moves nothing.
 
   Raises:
-    base.ConfigError: a leaf that the stage needs is missing or has another
-      shape or dtype, or there is one of another optimizer.
+    errors.ConfigError: a leaf that the stage needs is missing or has another
+      shape or dtype, or there is a leaf of another optimizer.
   """
   wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {
     ('parameters', n): s for n, s in stage.model.shapes.items()
@@ -159,7 +159,7 @@ def check(
 def state_of(
   stage: stage_lib.Stage, tree: Mapping[str, Any], *, weights_only: bool
 ) -> partition.State:
-  """What a worker has of a stage's state, of a checkpoint `check` passed."""
+  """Returns a worker's part of the state in a checkpoint `check` passed."""
   parameters, optimizer = tree['parameters'], tree['optimizer']
   if weights_only:
     return stage.state_from_masters(

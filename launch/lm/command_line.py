@@ -1,4 +1,4 @@
-"""How every command of ours ends: one line for a wrong flag, exit code 2."""
+"""Runs a command's main: a wrong flag ends in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
   A wrong flag or setting is one line on stderr and exit code 2.
 
   Args:
-    name: the command, as error lines call it.
-    main: the command's own work; takes what is left of the arguments.
+    name: the command's name in error lines.
+    main: does the command's work; takes the arguments that are no flags.
   """
 
   def parse(argv: Sequence[str]) -> list[str]:

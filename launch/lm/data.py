@@ -28,8 +28,8 @@ import numpy as np
 
 from moetion_jax import errors
 
-# One block in so many is held out; a block is up to so many windows, fewer in
-# a small corpus, so that there are blocks to choose from.
+# One block in this many is held out. A block has up to this many windows, fewer
+# in a small corpus, so that there are blocks to choose from.
 _HELD_OUT_ONE_IN = 20
 _MAX_BLOCK_WINDOWS = 16
 _MIN_BLOCKS = 640
@@ -45,17 +45,17 @@ _BIN_DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """What is read and how it is cut.
+  """Settings of what is read and how it is cut.
 
   Attributes:
     data: file, folder or glob, read as bytes, or one `.bin` file of token ids;
       '' is the Python standard library's own source text.
-    data_dtype: of the ids in a `.bin` file, 'uint16' or 'uint32'.
+    data_dtype: dtype of the ids in a `.bin` file, 'uint16' or 'uint32'.
     sequence_length: T, tokens the model reads in one sequence.
     microbatch_size: B, sequences in one global microbatch.
     microbatches: global microbatches in an iteration.
-    vocab_size: every token id is below it.
-    seed: of the order of the training windows; the split ignores it.
+    vocab_size: size of the vocabulary; every token id is below it.
+    seed: seed of the order of the training windows; the split ignores it.
   """
 
   data: str = ''
@@ -90,7 +90,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-  """Which blocks of consecutive windows train and which are held out.
+  """The blocks of consecutive windows that train, and those held out.
 
   Window i is tokens [i * (T + 1), (i + 1) * (T + 1)): windows never overlap.
   """
@@ -103,7 +103,7 @@ class Split:
 def split_windows(num_windows: int, min_training: int) -> Split:
   """Holds out 5 % of the blocks, at least one where possible.
 
-  Which ones only depends on the number of blocks. Windows that fill no block
+  The choice depends only on the number of blocks. Windows that fill no block
   are left out.
 
   Args:
@@ -133,10 +133,10 @@ class Dataset:
   thread.
 
   Attributes:
-    config: what it was loaded with.
-    name: what the corpus is called, the same on every machine.
+    config: the settings it was loaded with.
+    name: the corpus's name, the same on every machine.
     tokens: [N] uint8 in memory, or uint16 or uint32 mapped from a file.
-    split: which blocks of it train.
+    split: its blocks that train, and those held out.
   """
 
   config: DataConfig
@@ -151,7 +151,7 @@ class Dataset:
     next one; a batch that lies across two epochs is full like any other.
 
     Args:
-      iteration: from 1.
+      iteration: the iteration's number, from 1.
       microbatch: global index within the iteration, from 0.
 
     Raises:
@@ -164,7 +164,7 @@ class Dataset:
 
   @property
   def num_held_out_batches(self) -> int:
-    """How many batches show every held-out window; 0 in a tiny corpus."""
+    """Number of batches that show every held-out window; 0 in a tiny corpus."""
     return -(-len(self._held_out_windows) // self.config.microbatch_size)
 
   def held_out_batch(self, index: int) -> Batch:
@@ -228,7 +228,7 @@ class Dataset:
     )
 
   def _as_batch(self, windows: np.ndarray | None) -> Batch:
-    assert windows is not None  # it would be in a filtered Grain dataset
+    assert windows is not None  # None occurs in filtered Grain datasets only
     # Checked in the file's own dtype: as int32 a large uint32 is negative.
     _check_ids(int(windows.max()), self.config)
     return Batch(

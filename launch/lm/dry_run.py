@@ -1,4 +1,4 @@
-"""How much host memory a run would take: `launch.train --dry_run`.
+"""Reckons the host memory that a run would take: `launch.train --dry_run`.
 
 Nothing is started and no backend is created; sizes come from shapes alone.
 """
@@ -28,16 +28,16 @@ def show(
   hostmem_dir: str,
   local_hosts: int,
 ) -> None:
-  """Prints what every stage and every host needs, and what there is.
+  """Prints the host memory that stages and hosts need, and what is free.
 
   Args:
-    config: of the run.
-    captures: how snapshots are taken.
-    hostmem_dir: in tmpfs.
-    local_hosts: over how many hosts the stages are spread.
+    config: the run's settings.
+    captures: settings of the snapshots.
+    hostmem_dir: a folder in tmpfs.
+    local_hosts: number of hosts that the stages are spread over.
 
   Raises:
-    base.ConfigError: the run could not begin.
+    errors.ConfigError: the run could not begin.
   """
   stages = range(config.train.stages)
   sizes = []
@@ -62,11 +62,12 @@ def show(
     )
     print(
       f'stage {index}: {len(size.state_bytes)} operators, '
-      f'{memory_limits.format_bytes(state_bytes)} training state; in host memory '
-      f'{memory_limits.format_bytes(log_bytes)} of logs '
+      f'{memory_limits.format_bytes(state_bytes)} training state; '
+      f'in host memory {memory_limits.format_bytes(log_bytes)} of logs '
       f'({captures.kept_iterations} iterations), '
-      f'{memory_limits.format_bytes(snapshot_bytes)} of snapshots ({pool.files} of at '
-      f'most {memory_limits.format_bytes(pool.size_bytes)})'
+      f'{memory_limits.format_bytes(snapshot_bytes)} of snapshots '
+      f'({pool.files} of at most '
+      f'{memory_limits.format_bytes(pool.size_bytes)})'
       + (f', for each of {replicas} replicas' if replicas > 1 else '')
     )
   for line in by_policy(captures, sizes, replicas):
@@ -74,8 +75,8 @@ def show(
   there = memory_limits.read_room(hostmem_dir)
   for host, total in enumerate(totals):
     print(
-      f'host {host}: {memory_limits.format_bytes(total)} with the final state, which is '
-      'put there in the end'
+      f'host {host}: {memory_limits.format_bytes(total)} with the final state, '
+      'which is put there in the end'
     )
   free = [there.tmpfs_free_bytes, there.memory_available_bytes]
   free.append(there.cgroup_available_bytes)
@@ -88,12 +89,13 @@ def by_policy(
   sizes: Sequence[planner.StageSizes],
   replicas: int = 1,
 ) -> list[str]:
-  """For each policy, what a snapshot takes, and all that are kept.
+  """Returns a line for each policy: the bytes of a snapshot, and of all kept.
 
   Args:
-    captures: settings; of another policy its own are the defaults.
-    sizes: of each stage.
-    replicas: of each stage.
+    captures: settings of the run; `window_length` counts for sparse only,
+      `interval` for the others only.
+    sizes: operator sizes of each stage.
+    replicas: replicas of each stage.
   """
   lines = []
   for name in rules_lib.POLICIES:
@@ -116,7 +118,7 @@ def by_policy(
       f'{memory_limits.format_bytes(total)}'
     )
     if rules.is_durable:
-      kept = captures.keep_windows + 1  # and the one that is written
+      kept = captures.keep_windows + 1  # and the one being written
       on_disk = replicas * kept * sum(pool.size_bytes for pool in pools)
       text += f', on disk {memory_limits.format_bytes(on_disk)}'
     lines.append(text)

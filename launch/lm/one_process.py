@@ -1,8 +1,8 @@
 """A whole run in one process: every stage a thread, logs in memory.
 
-What the agent and its workers do across processes, without processes: the same
-loop, programs and reports. The one-process cut of a model is what the
-multi-process pipeline is held against, bit for bit.
+Does in threads what the agent and its workers do in processes: the same loop,
+programs and reports. The multi-process pipeline is compared with the
+one-process cut of a model, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moetion_jax.training import worker
 def make_workers(
   config: run_settings.RunConfig, data: worker.Data
 ) -> list[worker.Worker]:
-  """Compiles every stage; their logs are one shared memory."""
+  """Compiles every stage and makes its worker; their logs share one memory."""
   store = memory_log.MemoryStore()
   workers = []
   for index in range(config.train.stages):
@@ -45,11 +45,11 @@ def train(
   """Trains all stages to the end of the run.
 
   Args:
-    config: of the run.
-    workers: as made by `make_workers`.
+    config: the run's settings.
+    workers: one for each stage, made by `make_workers`.
     on_iteration: called in this thread with all stages' reports of an
       iteration, in order.
-    stop: asked by the first stage between iterations.
+    stop: asked by the first stage between iterations; True ends the run.
     options: further arguments of each stage's `Worker.train`.
 
   Returns:
@@ -100,7 +100,7 @@ def train(
       del gathered[report.iteration]
       try:
         on_iteration([by_stage[i] for i in range(len(workers))])
-      except BaseException as e:  # the stages must be ended first
+      except BaseException as e:  # the stages must end first
         errors.append(e)
         refused = True
         last.now()

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Shows people how a run goes on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import rich.progress
 class Progress:
   """One line an iteration; on a terminal a live bar instead.
 
-  A context manager. Rates are over the iterations since the last line shown,
-  the first iteration (which warms caches) left out of the estimate of time.
+  A context manager. The rate shown is that of the line's iteration; the
+  estimate of the time left omits the first iteration, which warms caches.
   """
 
   def __init__(self, iterations: int, tokens_per_iteration: int):
@@ -57,8 +57,8 @@ class Progress:
     """Shows one line of `metrics.jsonl`.
 
     Args:
-      line: of one iteration.
-      busy: by stage, the share of the iteration that it did not wait.
+      line: the line of one iteration.
+      busy: by stage, the share of the iteration in which it did not wait.
     """
     iteration, now = line['iteration'], time.monotonic()
     if self._first is None:

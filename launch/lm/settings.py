@@ -1,4 +1,4 @@
-"""Everything a run is told, as one frozen value, and its JSON form.
+"""The settings of a run as one frozen value, and its JSON form.
 
 `train.py` makes it from flags; workers and tools read it from `config.json`.
 """
@@ -24,7 +24,7 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
   'small': {'learning_rate': 3e-3},
   'paper': {'learning_rate': 4.2e-4, 'warmup_iterations': 2000},
 }
-# Scales a preset's rate: their steps differ in size by nature.
+# Factors on a preset's rate: optimizers' steps differ in size by nature.
 _RATE_FACTOR = {
   'adamw': 1.0,
   'lion': 0.1,
@@ -36,16 +36,16 @@ _RATE_FACTOR = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """A run, whole.
+  """All settings of a run.
 
   Attributes:
     preset: name of the model's shape before overrides.
     model: the model's shape.
     train: how it is trained and spread.
     data: path, folder, glob or .bin; '' for the standard library's sources.
-    data_dtype: of a .bin.
+    data_dtype: dtype of the ids in a .bin.
     init_from: final checkpoint of another run to start from; '' for none.
-    init_weights_only: take its weights and fresh optimizer state.
+    init_weights_only: takes only its weights; the optimizer state is new.
   """
 
   preset: str
@@ -64,15 +64,15 @@ class RunConfig:
     return sequences * self.model.sequence_length
 
   def to_json(self) -> dict[str, Any]:
-    """Plain dicts; `from_json` is the inverse."""
+    """Returns plain dicts; `from_json` is the inverse."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, value: dict[str, Any]) -> RunConfig:
-    """The inverse of `to_json`.
+    """Makes the settings from what `to_json` returned.
 
     Raises:
-      base.ConfigError: a field has a value that is not allowed.
+      errors.ConfigError: a field has a value that is not allowed.
       TypeError: a field is unknown or missing.
     """
     train = dict(value['train'])
@@ -92,7 +92,7 @@ def override_model(
   """Applies 'field=value' settings to a model's shape.
 
   Raises:
-    base.ConfigError: naming the flag `model` and the setting.
+    errors.ConfigError: a setting is wrong; names the flag `model` and it.
   """
   fields = {f.name: f for f in dataclasses.fields(model)}
   changed: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def make(
   optimizer_overrides: dict[str, Any],
   **fields: Any,
 ) -> RunConfig:
-  """The configuration of a preset with what the user set on top.
+  """Makes a preset's configuration with what the user set on top.
 
   Args:
     preset: a name of `models.presets`.
@@ -135,7 +135,7 @@ def make(
     **fields: the other fields of RunConfig.
 
   Raises:
-    base.ConfigError: naming flag and value.
+    errors.ConfigError: a value is not allowed; names flag and value.
   """
   model = override_model(presets.get(preset), model_overrides)
   kind = preset if preset in _TRAIN_DEFAULTS else 'paper'
@@ -159,7 +159,7 @@ def make(
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """Dotted names of the fields in which two JSON configurations differ."""
+  """Returns dotted names of the fields in which two JSON configs differ."""
   out = []
   for name in sorted(ours.keys() | theirs.keys()):
     a, b = ours.get(name), theirs.get(name)

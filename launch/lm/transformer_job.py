@@ -20,7 +20,7 @@ from moetion_jax.state import layout as layout_lib, optimizers, partition
 
 
 def load_data(config: run_settings.RunConfig) -> data.Dataset:
-  """The run's text; raises base.ConfigError."""
+  """Loads the run's text; raises errors.ConfigError."""
   return data.load(
     data.DataConfig(
       data=config.data,
@@ -41,18 +41,18 @@ def declare_stage(
   position: int | None = None,
   max_capacity_factor: float | None = None,
 ) -> stage_lib.Stage:
-  """A stage of the run, without devices; creates no backend.
+  """Declares a stage of the run, without devices; creates no backend.
 
   Args:
-    config: of the run.
-    index: of the stage.
+    config: the run's settings.
+    index: the stage's number.
     team: the replicas that have a worker; None: all.
-    position: of a worker in its stage world: with --shard_optimizer it has its
-      share only; None: the whole stage.
+    position: a worker's position in its stage world; with --shard_optimizer
+      the stage then has that worker's share only. None: the whole stage.
     max_capacity_factor: see `stages.build_stage`.
 
   Raises:
-    base.ConfigError: the stage cannot be spread like that.
+    errors.ConfigError: the stage cannot be spread like that.
   """
   train = config.train
   spec = stages.cut(config.model, train.stages)[index]
@@ -86,17 +86,17 @@ def build_stage(
   team: tuple[int, ...] | None = None,
   position: int | None = None,
 ) -> stage_lib.Stage:
-  """As `declare_stage`, on this process's devices; compiles nothing."""
+  """Declares a stage and binds it to local devices; compiles nothing."""
   return bind(config, declare_stage(config, index, team, position))
 
 
 def bind(
   config: run_settings.RunConfig, declared: stage_lib.Stage
 ) -> stage_lib.Stage:
-  """A declared stage on this process's devices, in its world if it has one.
+  """Binds a declared stage to this process's devices, and to its world if any.
 
   Raises:
-    base.ConfigError: there are too few devices.
+    errors.ConfigError: there are too few devices.
   """
   train = config.train
   devices = jax.local_devices()
@@ -122,11 +122,12 @@ def bind(
 def stage_sizes(
   layout: layout_lib.Layout, expert_devices: int
 ) -> planner.StageSizes:
-  """What the leader is told of a stage's operators.
+  """Returns the operator sizes of a stage, as the leader is told them.
 
   Args:
-    layout: of the stage, with devices or without.
-    expert_devices: over how many its experts are, or will be, spread.
+    layout: the stage's layout, with devices or without.
+    expert_devices: number of devices that its experts are, or will be, spread
+      over.
   """
   devices = layout.partition.devices(expert_devices)
   return planner.StageSizes(
@@ -139,13 +140,13 @@ def stage_sizes(
 def load_initial(
   config: run_settings.RunConfig, stage: stage_lib.Stage
 ) -> dict[str, Any] | None:
-  """The checkpoint that the run starts from, checked against `stage`.
+  """Reads the checkpoint that the run starts from, checked against `stage`.
 
   Returns:
-    None when the run starts from its seed.
+    The checkpoint's tree; None when the run starts from its seed.
 
   Raises:
-    base.ConfigError: it is missing, damaged or of another model.
+    errors.ConfigError: it is missing, damaged or of another model.
   """
   if not config.init_from:
     return None
@@ -161,7 +162,7 @@ def initial_state(
   stage: stage_lib.Stage,
   initial: Mapping[str, Any] | None,
 ) -> partition.State:
-  """State 0: from the seed, or from what `load_initial` read."""
+  """Makes state 0 from the seed, or from what `load_initial` read."""
   if initial is None:
     return stage.initial_state()
   return checkpoint.state_of(

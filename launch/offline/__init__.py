@@ -1,1 +1,1 @@
-"""What a stopped run left in host memory, read without its agent."""
+"""Reads what a stopped run left in host memory, without its agent."""

@@ -1,4 +1,4 @@
-"""A stage's dense state out of what a stopped run left in its stores."""
+"""Rebuilds a stage's dense state from the stores of a stopped run."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from moetion_jax.snapshots import (
 from moetion_jax.state import partition
 from moetion_jax.training import worker
 
-# No worker that published has it: nothing is published here.
+# Generation 0: no real worker has it, and nothing is published offline.
 _GENERATION = 0
 
 
 class DifferentError(errors.MoetionError):
-  """A replayed iteration is not the one that metrics.jsonl tells of."""
+  """A replayed iteration differs from its line in metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rebuilt:
-  """A stage's state, and what it was held against.
+  """A stage's rebuilt state, and what it was compared with.
 
   Attributes:
-    stage: whose.
-    iteration: of the state.
-    state: whole.
-    digests: of its operators.
-    start: where the conversion started.
-    complete_at: where it was complete.
+    stage: the stage's number.
+    iteration: the iteration of the state.
+    state: the whole state.
+    digests: digests of its operators.
+    start: iteration where the conversion started.
+    complete_at: iteration where it was complete.
     snapshots: iterations whose recorded digests are those that came out.
     losses: iterations whose loss is that of metrics.jsonl.
     whole_digests: iterations whose digest of all stages' state, with those of
       the other stages' snapshots, is that of metrics.jsonl.
-    entries: how many published entries came out as they were published.
+    entries: number of entries that came out as they were published.
   """
 
   stage: int
@@ -61,7 +61,7 @@ class Rebuilt:
 
   @property
   def is_verified(self) -> bool:
-    """Whether the digest of this very state was recorded, and is the same."""
+    """True if the digest of this very state was recorded and is the same."""
     return self.iteration in {*self.snapshots, *self.whole_digests}
 
 
@@ -74,16 +74,16 @@ class Rebuilder:
     """Stores the arguments.
 
     Args:
-      config: of the run.
-      stage: its number.
-      data: of the run; only the first and the last stage read any.
+      config: the run's settings.
+      stage: the stage's number.
+      data: the run's data; only the first and the last stage read any.
     """
     self.index = stage
     self.data: Any = data
     self._config = config
 
   def start(self) -> None:
-    """Compiles."""
+    """Compiles the stage's programs."""
     # One worker that does what all replicas did.
     self.stage: stage_lib.Stage = transformer_job.build_stage(
       self._config, self.index, team=(0,)
@@ -101,19 +101,19 @@ class Rebuilder:
     iteration: int | None = None,
     start: int | None = None,
   ) -> Rebuilt:
-    """The stage's state, from the newest start from which it can be made.
+    """Rebuilds the stage's state from the newest start that leads to it.
 
     Args:
-      run: as scanned; its stores are not in use.
+      run: the scanned run; its stores are not in use.
       say: told what is damaged, and why an older start is taken.
-      iteration: whose state; None for the newest that can be made.
-      start: the snapshot to start from; then no other is tried.
+      iteration: the state's iteration; None for the newest that can be made.
+      start: the snapshot to start from; no other is then tried.
 
     Raises:
-      stored.UnreachableError: there is no such start (any more).
-      base.ConfigError: the initial state is needed and --init_from is not what
-        it was.
-      base.MoetionError: `start` is given, and leads to something else.
+      stored_run.UnreachableError: there is no such start (any more).
+      errors.ConfigError: the initial state is needed and --init_from is not
+        what it was.
+      errors.MoetionError: `start` is given, and leads to something else.
     """
     for one in run.stages:
       for damage in one.damage:
@@ -155,7 +155,7 @@ class _Attempt:
   """One conversion from one start.
 
   Attributes:
-    damaged: what is wrong with snapshots that could not be read, by iteration.
+    damaged: errors of snapshots that could not be read, by iteration.
   """
 
   def __init__(
@@ -225,7 +225,7 @@ class _Attempt:
     return transformer_job.initial_state(config, self._tools.stage, initial)
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
-    """A snapshot, verified. Conversions compare the digests of each."""
+    """Loads a snapshot, verified. Conversions compare the digests of each."""
     info = self._run.stages[self._tools.index].snapshots.get(iteration)
     if info is None or not info.shares:
       raise errors.StoreError('there is none, or it was damaged')
@@ -247,7 +247,7 @@ class _Attempt:
     return snapshot
 
   def _compare(self, one: report.Report) -> None:
-    """Holds a replayed iteration against its line, if there is one."""
+    """Compares a replayed iteration with its line, if there is one."""
     line = self._run.metrics.get(one.iteration)
     if line is None:
       return

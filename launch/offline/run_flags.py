@@ -1,4 +1,4 @@
-"""Which run a command looks at, as `show` and `convert` are told."""
+"""The flags that tell `show` and `convert` which run to look at."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _HOSTMEM_DIR = flags.DEFINE_string(
 
 
 def find_run(argv: Sequence[str]) -> stored_run.StoredRun:
-  """The run that is named, not scanned yet.
+  """Finds the run that is named; does not scan it yet.
 
   Args:
-    argv: the command's name, and what was not a flag.
+    argv: the command's name, and its arguments that are no flags.
 
   Raises:
-    base.ConfigError: not one folder is named, or there is nothing in it.
+    errors.ConfigError: not exactly one folder is named, or no run is in it.
   """
   named = [*argv[1:], *([_WORKDIR.value] if _WORKDIR.value else [])]
   if len(named) != 1:

@@ -1,6 +1,6 @@
 """Reads what a run left in its host stores, for tools that look at it.
 
-Knows nothing but files, and changes none: a run may live meanwhile.
+Knows only files, and changes none: the run may live meanwhile.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from moetion_jax.snapshots import file as snapshot_file, folders as folders_lib
 
 
 def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
-  """The run of a workdir and its stores, which are not looked into yet.
+  """Finds the run of a workdir and its stores; does not look into them yet.
 
   Raises:
-    base.ConfigError: there is no run, or it left no store.
+    errors.ConfigError: there is no run, or it left no store.
   """
   # As the agent does: symbolic links are not followed.
   absolute = os.path.abspath(path)
@@ -59,10 +59,10 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
 
 
 def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
-  """Looks into the stores; `in_use`: by the run, which lives.
+  """Looks into the stores; `in_use` tells that the run lives and uses them.
 
   Raises:
-    base.ConfigError: a store is not private.
+    errors.ConfigError: a store is not private.
   """
   try:
     for folder in run.folders:
@@ -82,7 +82,7 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
 def _scan_stage(
   folders: Collection[pathlib.Path], stage: int, replicas: int, in_use: bool
 ) -> stored_run.StoredStage:
-  """The stage where its newest workers were: hosts may have changed."""
+  """Scans a stage where its newest workers were: hosts may have changed."""
   found = [
     [_scan_log(folder, stage, replica) for replica in range(replicas)]
     for folder in folders
@@ -173,7 +173,7 @@ def _scan_snapshots(
     for iteration, of_iteration in sorted(shares.items())
   }
   for iteration, messages in missing.items():
-    # A replica that had no worker for a while took none, and others all.
+    # While a replica had no worker it took none, and others took all.
     if iteration not in snapshots or not snapshots[iteration].shares:
       damage += [_broken(stage, iteration, message) for message in messages]
   return snapshots, sorted(damage, key=lambda d: (d.iteration, d.message))
@@ -188,7 +188,7 @@ def _broken(stage: int, iteration: int, message: str) -> stored_run.Damage:
 def _scan_shares(
   folder: pathlib.Path, in_use: bool
 ) -> tuple[dict[int, stored_run.ShareInfo], dict[int, str]]:
-  """One worker's snapshots: those that are whole, and what ails others."""
+  """Returns one worker's whole snapshots, and the errors of its others."""
   found: dict[int, stored_run.ShareInfo] = {}
   broken: dict[int, str] = {}
   for iteration, path in snapshot_file.list_snapshots(folder).items():
@@ -223,10 +223,10 @@ def _scan_shares(
 def _gaps(
   folder: pathlib.Path, known: Collection[int]
 ) -> Iterator[tuple[int, str]]:
-  """Snapshots that were there, of a run that ended.
+  """Yields the missing snapshots of a run that ended, each with a message.
 
-  Older ones than the oldest may be on their way out; one between two neighbours
-  was there.
+  Those older than the oldest may be on their way out; one between two
+  neighbours was there.
   """
   for iteration in range(min(known, default=0), max(known, default=0)):
     path = folder / str(iteration)
@@ -240,12 +240,12 @@ def _gaps(
 
 
 def is_there(path: pathlib.Path) -> bool:
-  """Whether a snapshot is still one: a living run retires them."""
+  """Returns whether a snapshot is still there: a living run retires them."""
   return (path / snapshot_file.MANIFEST_NAME).is_file()
 
 
 def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
-  """Reads everything; what has another checksum than it was written with."""
+  """Reads everything and yields what no longer has its written checksum."""
   for one in run.stages:
     for iteration, info in one.snapshots.items():
       for share in info.found:

@@ -13,10 +13,10 @@ from moetion_jax.hostmem import entry, raw_bytes, segment_reader
 
 
 class EntryLostError(errors.StoreError):
-  """An entry that is needed is missing or damaged.
+  """A needed entry is missing or damaged.
 
   Attributes:
-    key: its name.
+    key: the entry's key.
   """
 
   def __init__(self, key: keys.EntryKey, reason: str):
@@ -25,15 +25,15 @@ class EntryLostError(errors.StoreError):
 
 
 class StoredLog:
-  """All stages' entries, for one stage (see `logs.Log`); nothing is written.
+  """A stage's log (see `interface.Log`) of all stored entries; writes nothing.
 
-  What the stage publishes again is held against what it published before.
+  What the stage publishes again is compared with what it published before.
 
   Attributes:
-    compared: how many entries were.
+    compared: number of entries compared.
   """
 
-  waiting_for: keys.EntryKey | None = None  # what is not there never comes
+  waiting_for: keys.EntryKey | None = None  # a missing entry never comes
   blocked_seconds = late_seconds = 0.0
   blocked_for: keys.EntryKey | None = None
   published_count = 0
@@ -46,8 +46,8 @@ class StoredLog:
     """Stores the arguments.
 
     Args:
-      worker: who reads, and publishes again.
-      stages: all of the run; entries that they do not have are not read.
+      worker: the worker that reads, and publishes again.
+      stages: all stages of the run; entries that they lack are not read.
     """
     self.compared = 0
     self._worker = worker
@@ -62,16 +62,16 @@ class StoredLog:
         self._indices[name] = segment_reader.StoreIndex(name)
 
   def close(self) -> None:
-    """Forgets the stores; what was read stays valid."""
+    """Forgets the stores; arrays that were read stay valid."""
     for index in self._indices.values():
       index.close()
     self._indices.clear()
 
   def interrupt(self, error: errors.MoetionError) -> None:
-    """See `logs.Log`: nothing waits here."""
+    """Does nothing: no call waits here. See `interface.Log`."""
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
-    """See `logs.Log`; an entry that is not there is let go of."""
+    """Compares an entry with the stored one, if any; see `interface.Log`."""
     if key.stage != self._worker.stage:
       raise ValueError(f'{self._worker} does not publish: {key}')
     known = self._stages[key.stage].entries.get(key)
@@ -99,10 +99,10 @@ class StoredLog:
     verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """See `logs.Log`; always verified, and never waits.
+    """Reads an entry, always verified; never waits. See `interface.Log`.
 
     Raises:
-      EntryLostError: it is missing or damaged.
+      EntryLostError: the entry is missing or damaged.
     """
     del verify, timeout_seconds
     one = self._stages[key.stage]
@@ -125,12 +125,12 @@ class StoredLog:
     *,
     verify: bool = False,
   ) -> None:
-    """Nothing to do: everything is there, or nothing is."""
+    """Does nothing: an entry is there already, or never comes."""
 
   def retain(self, first_iteration: int) -> None:
-    """Nothing to do: the run that goes on decides."""
+    """Does nothing: the run that goes on decides what is retained."""
 
   def flush(
     self, timeout_seconds: float | None = None, count: int | None = None
   ) -> None:
-    """Nothing to do: nothing is written."""
+    """Does nothing: nothing is written."""

@@ -1,6 +1,6 @@
-"""What a run left in its host stores, and what can be made of it.
+"""The content of a run's host stores, and the states that can be made of it.
 
-Values, made by `store_scan`, and functions of them.
+Values, made by `scan`, and functions of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from moetion_jax.hostmem import entry, raw_bytes, segment
 from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import coverage, file as snapshot_file
 
-REPLICA = 0  # the one that evaluates, and whose scalars are read
-# As of `conversion`, which imports JAX.
+REPLICA = 0  # the replica that evaluates, and whose scalars are read
+# As in `capture/conversion`, which imports JAX.
 DIGESTS, PARTIALS = 'digests', 'partials'
 _UNKNOWN = '?'  # group of operators whose names are not known
 
 
 class UnreachableError(errors.MoetionError):
-  """What is asked for cannot be made of what is there."""
+  """The state asked for cannot be made of what is there."""
 
 
 # --- What there is -----------------------------------------------------------
@@ -34,14 +34,14 @@ class UnreachableError(errors.MoetionError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Damage:
-  """Something that is not as it was written.
+  """Something stored that is not as it was written.
 
   Attributes:
-    stage: whose.
+    stage: the stage it belongs to.
     kind: 'snapshot', 'entry' or 'log'.
-    iteration: of it; None for a whole log.
-    message: names file and damage.
-    key: of an entry.
+    iteration: its iteration; None for a whole log.
+    message: text that names file and damage.
+    key: the entry's key; None for snapshots and logs.
   """
 
   stage: int
@@ -56,11 +56,11 @@ class ShareInfo:
   """One worker's snapshot of an iteration, whose manifest is whole.
 
   Attributes:
-    path: its directory.
-    size_bytes: of all its buffers.
+    path: the snapshot's directory.
+    size_bytes: size of all its buffers.
     share: the operators that it holds.
-    digests: of how many operators it holds digests; 0 for none.
-    digest_names: of which; (): of all of the stage.
+    digests: number of operators whose digests it holds; 0 for none.
+    digest_names: those operators; (): all of the stage.
     has_partials: whether it holds all stages' scalars.
   """
 
@@ -74,17 +74,17 @@ class ShareInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapshotInfo:
-  """What there is of a stage's snapshot of one iteration.
+  """The shares found of a stage's snapshot of one iteration.
 
   Attributes:
-    found: all shares, also of teams of another size.
+    found: all shares, those of teams of another size too.
   """
 
   found: tuple[ShareInfo, ...]
 
   @functools.cached_property
   def shares(self) -> tuple[ShareInfo, ...]:
-    """Those that make the snapshot, by replica; () while one is missing."""
+    """Shares that make the snapshot, by replica; () while one is missing."""
     of_team: dict[int, dict[int, ShareInfo]] = {}
     for one in self.found:
       team = of_team.setdefault(one.share.replicas, {})
@@ -101,50 +101,50 @@ class SnapshotInfo:
 
   @property
   def size_bytes(self) -> int:
-    """Of what makes it."""
+    """Size of the shares that make it."""
     return sum(one.size_bytes for one in self.shares or self.found)
 
   @property
   def state(self) -> frozenset[keys.OperatorId]:
-    """Operators of which it holds the training state."""
+    """Operators whose training state it holds."""
     every = (one.share.state for one in self.shares or self.found)
     return frozenset().union(*every)
 
   @property
   def compute(self) -> frozenset[keys.OperatorId]:
-    """Operators of which it holds the compute weights."""
+    """Operators whose compute weights it holds."""
     every = (one.share.compute for one in self.shares or self.found)
     return frozenset().union(*every)
 
   @property
   def covered(self) -> frozenset[keys.OperatorId]:
-    """Operators of which it holds anything."""
+    """Operators that it holds anything of."""
     return self.state | self.compute
 
   @property
   def digests(self) -> int:
-    """Of how many operators it holds digests; 0 for none."""
+    """Number of operators whose digests it holds; 0 for none."""
     named = [one.digests for one in self.shares if one.digest_names]
     return sum(named) if named else max(s.digests for s in self.found)
 
   @property
   def has_partials(self) -> bool:
-    """Whether it holds all stages' scalars."""
+    """True if it holds all stages' scalars."""
     return any(one.has_partials for one in self.shares)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredStage:
-  """What a store holds of one stage, all its replicas together.
+  """The content of a store for one stage, all its replicas together.
 
   Attributes:
-    stage: its number.
+    stage: the stage's number.
     folder: the store of its host.
-    generation: of the newest workers that wrote its logs; 0: none did.
-    segment_bytes: of the files of its logs.
-    snapshots: by iteration, ascending; of some a share may be missing.
-    entries: of its logs.
-    damage: what was seen without reading any data.
+    generation: newest generation of workers that wrote its logs; 0: none did.
+    segment_bytes: size of its logs' files.
+    snapshots: its snapshots by iteration, ascending; some may lack a share.
+    entries: the entries of its logs, by key.
+    damage: damage seen without reading any data.
   """
 
   stage: int
@@ -156,12 +156,12 @@ class StoredStage:
   damage: tuple[Damage, ...] = ()
 
   def segment_path(self, replica: int) -> pathlib.Path:
-    """The file of the log of a replica."""
+    """Returns the path of a replica's log file."""
     return segment.segment_path(self.folder, self.stage, replica)
 
   @functools.cached_property
   def operators(self) -> frozenset[keys.OperatorId]:
-    """Of the stage; such that no snapshot holds anything of are '?'."""
+    """The stage's operators; those that no snapshot holds are named '?'."""
     infos = self.snapshots.values()
     known = frozenset().union(*(s.covered for s in infos))
     number = max((s.digests for s in infos), default=0)
@@ -170,7 +170,7 @@ class StoredStage:
 
   @functools.cached_property
   def starts(self) -> tuple[coverage.Start, ...]:
-    """Where a conversion can start, the initial state included."""
+    """Valid starts of a conversion, the initial state included."""
     shares = [x.share for s in self.snapshots.values() for x in s.shares]
     return coverage.valid_starts(
       (
@@ -181,17 +181,18 @@ class StoredStage:
     )
 
   def digests(self, iteration: int) -> dict[keys.OperatorId, np.ndarray] | None:
-    """Digests of all operators as its snapshot has them.
+    """Reads the digests of all operators from an iteration's snapshot.
 
-    None if it has not, or it is not known whose they are: snapshots of a part
-    (`--policy=partial`) do not name all operators.
+    Returns None if it lacks them or they are damaged, or if it is not known
+    whose they are: snapshots of a part (`--policy=partial`) do not name all
+    operators.
     """
     info = self.snapshots.get(iteration)
     if info is None or any(o.group == _UNKNOWN for o in self.operators):
-      return None  # whose they are follows from the names of all
+      return None  # the names of all operators tell whose they are
     found: dict[keys.OperatorId, np.ndarray] = {}
     for one in info.shares:
-      # In the order of `operators.Partition.operators`.
+      # In the order of `partition.Partition.operators`.
       names = one.digest_names or tuple(sorted(self.operators))
       if not one.digests or one.digests != len(names):
         return None
@@ -208,13 +209,13 @@ class StoredStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
-  """A valid start, and how far the entries that are there lead from it.
+  """A valid start, and how far the stored entries lead from it.
 
   Attributes:
     start: where the conversion starts, and where it is complete.
     reaches: newest iteration that can be replayed.
-    missing: the entry that keeps it from the next one; None: that is the last
-      of the run.
+    missing: the entry that the next iteration lacks; None if `reaches` is the
+      last iteration of the run.
   """
 
   start: coverage.Start
@@ -223,20 +224,20 @@ class Candidate:
 
   @property
   def is_usable(self) -> bool:
-    """Whether it leads to a whole state."""
+    """True if it leads to a whole state."""
     return self.reaches >= self.start.complete_at
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredRun:
-  """A run, and what its stores hold.
+  """A run and the content of its stores.
 
   Attributes:
-    workdir: absolute.
-    config: of the run.
+    workdir: the run's folder, an absolute path.
+    config: the run's settings.
     found_out: see `workdir.read_run`.
-    folders: its stores.
-    stages: what they hold, by stage.
+    folders: the run's stores.
+    stages: the stores' content, by stage.
   """
 
   workdir: pathlib.Path
@@ -247,7 +248,7 @@ class StoredRun:
 
   @property
   def newest_common_start(self) -> int | None:
-    """The newest valid start of all stages."""
+    """The newest start that is valid in all stages; None if there is none."""
     starts = [{s.iteration for s in one.starts} for one in self.stages]
     return max(set.intersection(*starts), default=None)
 
@@ -257,7 +258,7 @@ class StoredRun:
     return record_files.read_lines(self.workdir / 'metrics.jsonl')
 
   def candidates(self, stage: int) -> tuple[Candidate, ...]:
-    """The valid starts of a stage, ascending, as far as each leads."""
+    """Returns a stage's valid starts, ascending, and how far each leads."""
     train, snapshots = self.config.train, self.stages[stage].snapshots
     found: list[Candidate] = []
     for start in reversed(self.stages[stage].starts):
@@ -289,11 +290,11 @@ class StoredRun:
     snapshots: Collection[tuple[int, int | None]] = (),
     entries: Collection[keys.EntryKey] = (),
   ) -> StoredRun:
-    """The same run, as if that were not there.
+    """Returns the same run without some snapshots and entries.
 
     Args:
-      snapshots: stage and iteration of each.
-      entries: keys.
+      snapshots: stage and iteration of each snapshot to leave out.
+      entries: keys of the entries to leave out.
     """
     gone = frozenset(entries)
     stages = tuple(
@@ -317,7 +318,7 @@ class StoredRun:
 def published_entries(
   train: config_lib.TrainConfig, stage: int, iteration: int
 ) -> Iterator[keys.EntryKey]:
-  """The entries that a stage's replicas publish in an iteration."""
+  """Yields the keys that a stage's replicas publish in an iteration."""
   for replica in range(train.replicas):
     kinds = [(keys.EntryKind.SCALARS, 1)]
     if stage < train.stages - 1:
@@ -334,12 +335,12 @@ def published_entries(
 def needed_entries(
   train: config_lib.TrainConfig, stage: int, iteration: int, *, scalars: bool
 ) -> Iterator[keys.EntryKey]:
-  """The entries that a stage needs to do an iteration of all replicas again.
+  """Yields the keys a stage needs to replay an iteration of all replicas.
 
   Args:
-    train: of the run.
-    stage: its number.
-    iteration: to do again, without an evaluation.
+    train: the run's settings.
+    stage: the stage's number.
+    iteration: the iteration to replay, without an evaluation.
     scalars: whether other stages' scalars are needed: no snapshot has them.
   """
   for other in range(train.stages):
@@ -360,7 +361,7 @@ def needed_entries(
 def whole_iterations(
   train: config_lib.TrainConfig, one: StoredStage
 ) -> list[tuple[int, int]]:
-  """Runs [first, last] of iterations of which a log has every entry."""
+  """Returns runs [first, last] of iterations whose entries are all there."""
   return runs_of(
     [
       iteration
@@ -374,7 +375,7 @@ def whole_iterations(
 
 
 def runs_of(iterations: Collection[int]) -> list[tuple[int, int]]:
-  """Iterations as runs [first, last], ascending."""
+  """Groups iterations into runs [first, last], ascending."""
   runs: list[tuple[int, int]] = []
   for iteration in sorted(iterations):
     if runs and runs[-1][1] == iteration - 1:
@@ -385,7 +386,7 @@ def runs_of(iterations: Collection[int]) -> list[tuple[int, int]]:
 
 
 def format_runs(runs: Collection[Sequence[int]]) -> str:
-  """Runs for people: '3 to 5, 7'."""
+  """Formats runs for people: '3 to 5, 7'."""
   return ', '.join(
     f'{run[0]}' if run[0] == run[1] else f'{run[0]} to {run[1]}' for run in runs
   )
@@ -397,16 +398,16 @@ def choose(
   start: int | None = None,
   excluded: Collection[int] = (),
 ) -> tuple[Candidate, int]:
-  """Which start to take, and to which iteration to go from it.
+  """Chooses the start to take, and the iteration to go to from it.
 
   Args:
     candidates: the valid starts of a stage.
-    iteration: to reach; None for the newest that can be.
-    start: to take; None for the newest that leads there.
+    iteration: the iteration to reach; None for the newest that can be.
+    start: the iteration to start from; None for the newest that leads there.
     excluded: iterations of starts that turned out to be no good.
 
   Raises:
-    UnreachableError: there is no such start; it says what there is.
+    UnreachableError: there is no such start; the message says what there is.
   """
   usable = [
     c for c in candidates if c.is_usable and c.start.iteration not in excluded
@@ -436,7 +437,7 @@ def choose(
 
 
 def _describe(candidates: Collection[Candidate]) -> str:
-  """What there is, for who asked for something else."""
+  """Lists the starts, for an error about one that is not there."""
   texts = []
   for one in candidates:
     if one.is_usable:

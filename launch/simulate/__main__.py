@@ -1,8 +1,8 @@
 """Simulates training under failures: `python -m launch.simulate`.
 
-For a cluster and a job from a table (`launch/simulate/clusters`, or a file of one's
-own) and any of the policies: effective training time, overhead, recovery, lost
-tokens. `--paper` holds the paper's configurations beside its numbers.
+Takes a cluster and a job from a table (`launch/simulate/clusters`, or a file of
+one's own) and any of the policies; prints effective training time, overhead,
+recovery and lost tokens. `--paper` prints ours beside the paper's numbers.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _OUT = flags.DEFINE_string('out', '', 'Folder for JSON and PNG.')
 
 
 def settings_of(policy: str) -> Any:
-  """A policy's settings from the flags."""
+  """Makes a policy's settings from the flags."""
   from launch.simulate import policies
 
   return policies.PolicySettings(
@@ -142,7 +142,7 @@ def run() -> None:
 
 
 def paper() -> None:
-  """Prints ours beside the paper's numbers."""
+  """Prints our figures beside the paper's."""
   import rich.console
   import rich.table
 

@@ -25,20 +25,21 @@ class Cluster:
   """Machines and their failures.
 
   Attributes:
-    gpus_per_host: of one host.
-    host_link_bytes_per_second: of one GPU, to or from its host's memory.
-    gpu_link_bytes_per_second: of one GPU, to others of its host.
-    network_bytes_per_second: of one host, in each direction.
-    storage_bytes_per_second: of the durable store, for the whole job.
-    flops_per_second: of one GPU at its peak.
-    utilization: of that peak, in training, the pipeline's bubble included.
+    gpus_per_host: GPUs of one host.
+    host_link_bytes_per_second: bandwidth of one GPU, to or from its host's
+      memory.
+    gpu_link_bytes_per_second: bandwidth of one GPU, to others of its host.
+    network_bytes_per_second: bandwidth of one host, in each direction.
+    storage_bytes_per_second: bandwidth of the durable store, for the whole job.
+    flops_per_second: peak of one GPU.
+    utilization: share of that peak in training, the pipeline's bubble included.
     mtbf_seconds: mean time between failures of the whole job.
-    host_failure_share: of failures, that take a whole host along.
-    hardware_failure_share: of failures, after which a host is repaired.
-    spare_hosts: that stand by.
-    repair_seconds: of a host.
-    detect_seconds: from a death until it is known.
-    start_seconds: from then until what died is replaced and can read.
+    host_failure_share: share of failures that take a whole host along.
+    hardware_failure_share: share of failures after which a host is repaired.
+    spare_hosts: number of hosts that stand by.
+    repair_seconds: seconds to repair a host.
+    detect_seconds: seconds from a death until it is known.
+    start_seconds: seconds from then until what died is replaced and can read.
   """
 
   gpus_per_host: int
@@ -74,12 +75,12 @@ class TrainingJob:
 
   Attributes:
     model: a preset, or fields of `models/config.py` with 'preset' among them.
-    stages: of the pipeline.
+    stages: stages of the pipeline.
     replicas: workers of each stage.
     expert_devices: GPUs of one worker.
-    microbatches: of one replica in an iteration.
-    microbatch_sequences: of one microbatch.
-    iteration_seconds: measured; 0 to reckon it from the model.
+    microbatches: microbatches of one replica in an iteration.
+    microbatch_sequences: sequences of one microbatch.
+    iteration_seconds: measured seconds; 0 to reckon them from the model.
     popularity_skew: the expert of rank r gets tokens in proportion to
       1 / r**popularity_skew.
   """
@@ -95,16 +96,16 @@ class TrainingJob:
 
   @property
   def gpus(self) -> int:
-    """All that train."""
+    """Number of GPUs that train."""
     return self.stages * self.replicas * self.expert_devices
 
   @property
   def sequences(self) -> int:
-    """Of an iteration, all replicas together."""
+    """Number of sequences in an iteration, all replicas together."""
     return self.replicas * self.microbatches * self.microbatch_sequences
 
   def config(self) -> model_config.ModelConfig:
-    """The model's shape."""
+    """Returns the model's shape."""
     if isinstance(self.model, str):
       return presets.get(self.model)
     fields = dict(self.model)
@@ -114,12 +115,12 @@ class TrainingJob:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """What a file says.
+  """The content of a table.
 
   Attributes:
     cluster: the machines.
-    jobs: by name, in the order of the file.
-    sources: of every entry, by 'cluster/FIELD' or 'jobs/NAME/FIELD'.
+    jobs: jobs by name, in the order of the file.
+    sources: source of every entry, by 'cluster/FIELD' or 'jobs/NAME/FIELD'.
   """
 
   cluster: Cluster
@@ -128,7 +129,7 @@ class Table:
 
 
 def names() -> list[str]:
-  """Of the tables that come with the program."""
+  """Returns the names of the tables that come with the program."""
   return sorted(path.stem for path in _FOLDER.glob('*.json'))
 
 
@@ -136,10 +137,10 @@ def load(name: str) -> Table:
   """Reads a table.
 
   Args:
-    name: of one that comes with the program, or the path of another.
+    name: name of one that comes with the program, or the path of another.
 
   Raises:
-    base.ConfigError: it is not there or not as it should be.
+    errors.ConfigError: the table is not there or not as it should be.
   """
   path = _FOLDER / f'{name}.json' if name in names() else pathlib.Path(name)
   try:
@@ -156,7 +157,7 @@ def load(name: str) -> Table:
 
 
 def parse(value: Any) -> Table:
-  """A table from its JSON value.
+  """Makes a table from its JSON value.
 
   Raises:
     ValueError: a field is missing, unknown, out of range or without source.
@@ -184,7 +185,7 @@ def parse(value: Any) -> Table:
 
 
 def _fields(kind: type, value: Any, where: str, sources: dict[str, str]) -> Any:
-  """A dataclass from its entries, whose sources are added."""
+  """Makes a dataclass from its entries, and adds their sources."""
   if not isinstance(value, dict):
     raise ValueError(f'{where} is no object')
   known = {f.name: f for f in dataclasses.fields(kind)}
@@ -220,15 +221,15 @@ def _check(where: str, name: str, value: Any, kind: Any) -> None:
 
 
 def override(table: Table, job: str, changes: Sequence[str]) -> Table:
-  """A table with other numbers in place.
+  """Returns a table with other numbers in place.
 
   Args:
-    table: as it was read.
-    job: whose fields are meant, where they are no fields of the cluster.
-    changes: each FIELD=VALUE; their source is then the flag.
+    table: the table as it was read.
+    job: the job whose fields are meant, where the cluster has no such field.
+    changes: settings FIELD=VALUE; their source is then the flag.
 
   Raises:
-    base.ConfigError: there is no such field or value.
+    errors.ConfigError: there is no such field or value.
   """
   sources = dict(table.sources)
   for change in changes:

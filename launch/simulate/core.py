@@ -2,8 +2,8 @@
 
 Training between two events follows a `Pace`, which says in closed form how far
 it gets, so that only failures, recoveries and repairs cost time to simulate.
-What a failure costs is asked of a `Method` (simulate_methods.py), which decides
-by the functions that the system itself runs on.
+A `Method` (methods.py) says what a failure costs; it decides by the functions
+that the system itself runs on.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from moetion_jax import errors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-  """What became of a run.
+  """The result of a simulated run.
 
   Attributes:
-    wall_seconds: that it took.
-    iterations: that were done, the last one in part.
-    useful_seconds: that they take without snapshots and failures.
-    overhead_seconds: by which snapshots made them longer.
-    degraded_seconds: by which missing workers made them longer.
-    failures: that happened.
-    recovering_seconds: with everybody waiting for a recovery.
-    waited_for_repair_seconds: part of those, without a spare.
-    replayed_iterations: done again: by stages, and by everybody.
-    lost_tokens: see `Outcome`.
+    wall_seconds: seconds that it took.
+    iterations: iterations that were done, the last one in part.
+    useful_seconds: seconds that they take without snapshots and failures.
+    overhead_seconds: seconds by which snapshots made them longer.
+    degraded_seconds: seconds by which missing workers made them longer.
+    failures: number of failures that happened.
+    recovering_seconds: seconds with everybody waiting for a recovery.
+    waited_for_repair_seconds: those of them without a spare.
+    replayed_iterations: iterations done again, by stages and by everybody.
+    lost_tokens: see `world.Outcome`.
     curve: (seconds, iterations) at all events; straight in between.
   """
 
@@ -57,12 +57,12 @@ class Result:
 
   @property
   def overhead(self) -> float:
-    """Of snapshots, as a share of useful time."""
+    """Overhead of snapshots, as a share of useful time."""
     return self.overhead_seconds / max(self.useful_seconds, 1e-300)
 
   @property
   def recovery_seconds(self) -> float:
-    """All that failures cost: waiting, replay, iterations that were lost."""
+    """Seconds that failures cost: waiting, replay, lost iterations."""
     first_time = (
       self.useful_seconds + self.overhead_seconds + self.degraded_seconds
     )
@@ -81,15 +81,15 @@ def simulate(
   """Simulates a run until its horizon, or until it has done its iterations.
 
   Args:
-    method: what it does about failures.
-    world: where it runs.
-    failures: by time, ascending; may be endless if there is a horizon.
-    moments: by iteration, ascending.
-    horizon_seconds: when to stop.
-    iterations: after which the run is done.
+    method: the policy that answers failures.
+    world: the world in which it runs.
+    failures: failures by time, ascending; may be endless if there is a horizon.
+    moments: failures by iteration, ascending.
+    horizon_seconds: time at which to stop.
+    iterations: number of iterations after which the run is done.
 
   Raises:
-    ValueError: neither horizon nor iterations.
+    ValueError: neither horizon nor iterations are given.
   """
   if horizon_seconds == math.inf and iterations is None:
     raise ValueError('a run needs an end')
@@ -114,8 +114,8 @@ class _Run:
     self._events: list[tuple[float, int, str, Any]] = []
     self.now = 0.0
     self._pace = method.pace
-    self._completed, self._since = 0, 0.0  # `_since` at its pace
-    self._failed_since = 0.0  # of the iteration that a recovery is of
+    self._completed, self._since = 0, 0.0  # `_since`: seconds at the pace
+    self._failed_since = 0.0  # `_since` when recovery began
     self._high = self._resumed_from = self._line = 0
     self._memory: Any = None
     self._recovering: dict[int, tuple[float, float, world_lib.Recovery]] = {}
@@ -124,7 +124,7 @@ class _Run:
     self._lost_hosts: frozenset[int] = frozenset()
     self._log_first: dict[int, int] = {}
     self._spares = world.spare_hosts
-    self._broken: list[float] = []  # when those nobody waits for are repaired
+    self._broken: list[float] = []  # repair times of those nobody waits for
     self._missing: list[frozenset[int]] = []  # workers without a host
     self._first_time = self._degraded = self._lost_tokens = 0.0
     self._recovering_seconds = self._waited = 0.0
@@ -172,7 +172,7 @@ class _Run:
 
   @property
   def _slowdown(self) -> float:
-    """By how much missing workers make every iteration longer."""
+    """Factor by which missing workers make every iteration longer."""
     if not self._missing:
       return 1.0
     replicas = self._world.replicas
@@ -181,7 +181,7 @@ class _Run:
     return replicas / (replicas - max(stages.values()))
 
   def _seconds_to(self, completed: int, fraction: float) -> float:
-    """From now on, at the present pace."""
+    """Returns the seconds from now on, at the present pace."""
     begun = fraction * self._pace.of(completed + 1)
     seconds = self._pace.between(self._completed, completed)
     return max(0.0, (seconds + begun - self._since) * self._slowdown)
@@ -267,7 +267,7 @@ class _Run:
     self._push(end, 'recovered', self._generation)
 
   def _position(self, stage: int) -> int:
-    """The iteration that a stage replays now."""
+    """Returns the iteration that a stage replays now."""
     replay, end, recovery = self._recovering[stage]
     if self.now >= end:
       return self._completed + 1
@@ -277,7 +277,7 @@ class _Run:
     return recovery.start + 1 + int(share * (self._completed - recovery.start))
 
   def _replace(self, workers: frozenset[int]) -> float:
-    """Takes a spare host; returns how long one has to be waited for."""
+    """Takes a spare host; returns the seconds to wait for one."""
     world = self._world
     if self._spares > 0:
       self._spares -= 1
@@ -310,7 +310,7 @@ class _Run:
       self._push(time, 'repaired', None)
 
   def _repaired(self) -> None:
-    """A host is a spare one, unless one is waited for or missing."""
+    """Makes a host a spare one, unless it is waited for or workers lack one."""
     if self._broken and self._broken[0] <= self.now:
       heapq.heappop(self._broken)
     if self._spares >= 0 and self._missing:
@@ -329,7 +329,7 @@ class _Run:
     self._resumed_from = self._completed
     self._note()
 
-  # -- what became of it
+  # -- result
 
   def result(self) -> Result:
     pace = self._pace

@@ -1,10 +1,8 @@
-"""What a job moves and computes on a cluster, from the system's own functions.
+"""Reckons what a job moves and computes, with the system's own functions.
 
-Bytes come from the shapes of a stage's training state (no arrays are made and
-no backend), slots and windows from `moetion_jax`. Nothing here knows of a
+Bytes come from the shapes of a stage's training state (neither arrays nor a
+backend are made), slots and windows from `moetion_jax`. Nothing here knows of a
 policy's results.
-
-Letters: A activations between two stages, of one replica's iteration.
 """
 
 from __future__ import annotations
@@ -26,19 +24,19 @@ _FLOPS_PER_MULTIPLICATION = 2
 _PASSES = 3
 _ACTIVATION_BYTES = 2  # bfloat16
 _GRADIENT_BYTES = 4  # `reduce` sums in fp32 (DESIGN section 4)
-_STATE_BYTES = 12  # a parameter: fp32 weight and Adam's two moments
-# Of a link that training fills by itself, what copies get nevertheless.
+_STATE_BYTES = 12  # per parameter: fp32 weight and Adam's two moments
+# Share of a link that copies get even if training fills it by itself.
 _LEAST_FREE = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkLink:
-  """Something that copies share with training.
+  """A link that copies share with training.
 
   Attributes:
-    bytes_per_second: that it moves.
-    busy_bytes: that training moves over it in an iteration.
-    copies: how often a snapshot passes it.
+    bytes_per_second: bandwidth of the link.
+    busy_bytes: bytes that training moves over it in an iteration.
+    copies: number of times that a snapshot passes it.
   """
 
   bytes_per_second: float
@@ -46,17 +44,17 @@ class NetworkLink:
   copies: int = 1
 
   def free_bytes_per_second(self, iteration_seconds: float) -> float:
-    """At which snapshots pass beside training, which is not slowed down."""
+    """Returns the rate of snapshots that does not slow training down."""
     free = self.bytes_per_second - self.busy_bytes / iteration_seconds
     return max(free, _LEAST_FREE * self.bytes_per_second) / self.copies
 
   def seconds(
     self, copied_bytes: float, iterations: int, iteration_seconds: float
   ) -> float:
-    """Of iterations beside which one snapshot is copied, no matter how late.
+    """Returns the seconds of iterations beside which a snapshot is copied.
 
-    Copies fill what training leaves; what is left of them then, training
-    waits for.
+    Copies fill what training leaves of the link; training waits for the rest
+    of them.
     """
     moved = iterations * self.busy_bytes + copied_bytes * self.copies
     return max(iterations * iteration_seconds, moved / self.bytes_per_second)
@@ -64,18 +62,19 @@ class NetworkLink:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-  """Of a job on a cluster.
+  """The costs of a job on a cluster.
 
   Attributes:
     cluster: the machines.
-    job: what they train.
-    iteration_seconds: without snapshots and failures.
-    tokens: of an iteration.
-    stages: operators of each stage.
-    compute: of each stage, multiplications a token of each operator, on
-      average over tokens.
-    network_bytes: that training sends in an iteration from the busiest host.
-    log_bytes: what a worker's log takes of an iteration.
+    job: the model that they train, and its spread.
+    iteration_seconds: seconds of an iteration without snapshots and failures.
+    tokens: tokens of an iteration.
+    stages: operator sizes of each stage.
+    compute: by stage, each operator's multiplications per token, on average
+      over tokens.
+    network_bytes: bytes that training sends in an iteration from the busiest
+      host.
+    log_bytes: bytes of an iteration in a worker's log.
   """
 
   cluster: cluster_lib.Cluster
@@ -89,24 +88,27 @@ class Costs:
 
   @property
   def workers_per_host(self) -> float:
-    """Less than 1 if a worker has several hosts."""
+    """Number of workers on a host; less than 1 if one has several hosts."""
     return self.cluster.gpus_per_host / self.job.expert_devices
 
   @functools.cached_property
   def state_bytes(self) -> int:
-    """Training state of the whole model."""
+    """Bytes of the whole model's training state."""
     return sum(sum(s.state_bytes.values()) for s in self.stages)
 
   @functools.cached_property
   def largest(self) -> int:
-    """The stage with most training state."""
+    """The stage with the most training state."""
     sizes = [sum(s.state_bytes.values()) for s in self.stages]
     return sizes.index(max(sizes))
 
   def operators(
     self, order: str, stage: int | None = None
   ) -> window.StageOperators:
-    """Those of a stage (the largest), as its replicas capture them."""
+    """Returns the operators of a stage as its replicas capture them.
+
+    Without `stage`, those of the largest one.
+    """
     sizes = self.stages[self.largest if stage is None else stage]
     count = self.job.config().num_experts
     rates = {
@@ -117,14 +119,14 @@ class Costs:
     return sizes.in_order(order, rates, self.job.replicas)
 
   def host_link(self, *, logs: bool) -> NetworkLink:
-    """To host memory, of one worker."""
+    """Returns one worker's link to host memory, with its logs on it or not."""
     rate = self.cluster.host_link_bytes_per_second * self.job.expert_devices
     return NetworkLink(
       bytes_per_second=rate, busy_bytes=self.log_bytes if logs else 0.0
     )
 
   def network(self, *, peers: int, replicated_logs: bool) -> NetworkLink:
-    """To other hosts, one worker's part of it."""
+    """Returns one worker's part of its host's link to other hosts."""
     workers = self.workers_per_host
     sent = self.network_bytes / workers
     if replicated_logs:
@@ -138,7 +140,7 @@ class Costs:
   def links(
     self, *, peers: int, logs: bool, replicated_logs: bool = False
   ) -> tuple[NetworkLink, ...]:
-    """All that a snapshot passes."""
+    """Returns all links that a snapshot passes."""
     links = [self.host_link(logs=logs)]
     if peers:
       links.append(self.network(peers=peers, replicated_logs=replicated_logs))
@@ -147,7 +149,7 @@ class Costs:
   def budget(
     self, links: tuple[NetworkLink, ...], overlap_target: float
   ) -> window.CopyBudget:
-    """What is copied beside training."""
+    """Returns the budget for copies beside training."""
     seconds = self.iteration_seconds
     return window.CopyBudget(
       iteration_seconds=seconds,
@@ -158,7 +160,7 @@ class Costs:
     )
 
   def own_seconds(self, stage_bytes: float) -> float:
-    """Until every worker of a stage read that much of the stage's snapshots.
+    """Returns the seconds until every worker of a stage read `stage_bytes`.
 
     A worker needs the shares of all replicas: those of its own host from
     memory, the others over the network.
@@ -168,13 +170,13 @@ class Costs:
     )
 
   def peer_seconds(self, stage_bytes: float) -> float:
-    """The same on a host that came new: all of it over the network."""
+    """Returns the same for a new host: all of it over the network."""
     return self._read_seconds(stage_bytes, 0.0)
 
   def _read_seconds(self, stage_bytes: float, local_share: float) -> float:
     cluster = self.cluster
     rate = cluster.host_link_bytes_per_second * self.job.expert_devices
-    # Of a worker with several hosts each reads its part.
+    # If a worker has several hosts, each reads its part.
     hosts = max(1.0, 1 / self.workers_per_host)
     # A host with workers of several stages reads for each of them.
     stages = max(1.0, self.workers_per_host / self.job.replicas)
@@ -183,7 +185,7 @@ class Costs:
 
   @property
   def storage_seconds(self) -> float:
-    """Until the whole state passed to or from the durable store."""
+    """Seconds to move the whole state to or from the durable store."""
     return self.state_bytes / self.cluster.storage_bytes_per_second
 
 
@@ -195,15 +197,15 @@ def _shares(experts: int, skew: float) -> tuple[float, ...]:
 
 
 def expert_share(expert: int, experts: int, skew: float) -> float:
-  """Of all choices of tokens, those of an expert; see `Job`."""
+  """Returns an expert's share of all tokens' choices; see `TrainingJob`."""
   return _shares(experts, skew)[expert]
 
 
 def of(cluster: cluster_lib.Cluster, job: cluster_lib.TrainingJob) -> Costs:
-  """What a job costs on a cluster.
+  """Reckons the costs of a job on a cluster.
 
   Raises:
-    base.ConfigError: the model cannot be cut so.
+    errors.ConfigError: the model cannot be cut so.
   """
   model = job.config()
   specs = stages_lib.cut(model, job.stages)
@@ -262,11 +264,12 @@ def network_bytes(
   activations: float,
   stage_parameters: float,
 ) -> float:
-  """What the busiest host sends in an iteration: pipeline and gradients.
+  """Returns the bytes that the busiest host sends in an iteration.
 
-  Activations and gradients between stages go to another host where the worker
-  of the next or the previous stage is on one. Gradients are summed within hosts
-  first, then in a ring of the hosts that a stage is on.
+  Counts pipeline and gradients. Activations and gradients between stages go to
+  another host where the worker of the next or the previous stage is on one.
+  Gradients are summed within hosts first, then in a ring of the hosts that a
+  stage is on.
   """
   per_host, devices = cluster.gpus_per_host, job.expert_devices
   sent: dict[int, float] = {}
@@ -292,7 +295,7 @@ def _exchange_bytes(
   specs: tuple[transformer.StageSpec, ...],
   tokens: int,
 ) -> float:
-  """What tokens sent to experts of other hosts take of a host's network."""
+  """Returns the bytes a host sends to bring tokens to other hosts' experts."""
   hosts = job.expert_devices / cluster.gpus_per_host
   if hosts <= 1:
     return 0.0
@@ -307,7 +310,7 @@ def _exchange_bytes(
 
 
 def _multiplications(model: model_config.ModelConfig) -> float:
-  """Per token and forward pass, without what a capacity leaves empty."""
+  """Returns multiplications per token and forward pass, without empty seats."""
   full = dataclasses.replace(model, capacity_factor=1.0)
   layers = sum(stages_lib.layer_cost(full, i) for i in range(model.num_layers))
   return layers + model.model_dim * model.vocab_size
@@ -319,7 +322,7 @@ def _operator_compute(
   model: model_config.ModelConfig,
   job: cluster_lib.TrainingJob,
 ) -> float:
-  """Multiplications of an operator's weights, a token of the job."""
+  """Returns an operator's multiplications per token of the job."""
   parameters = state_bytes / _STATE_BYTES
   if operator.group == 'embedding':
     return 0.0  # a lookup
@@ -337,7 +340,7 @@ def slot_choice(
   pinned_length: int | None = None,
   pinned_mode: str | None = None,
 ) -> window.WindowChoice:
-  """The window of a job: the longest that one of its stages wants."""
+  """Chooses the window of a job: the longest that one of its stages wants."""
   rules.check_known('order', order, popularity.ORDERS)
   distinct = {id(s): i for i, s in enumerate(costs.stages)}.values()
   choices = []

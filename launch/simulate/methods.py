@@ -1,9 +1,9 @@
-"""What each policy costs and does in a simulation; pure.
+"""The policies' methods in a simulation: their costs and decisions; pure.
 
-Each method is a value with its costs, made by `simulate_policies.make` from a
-cluster or by `simulate_predict` from measurements. What it decides after a
-failure it asks the functions that the system runs on: valid starts
-(`coverage`), the recovery line and the plan (`recovery`).
+Each method is a value with its costs, made by `policies.make` from a cluster or
+by `predict` from measurements. After a failure it decides by the functions that
+the system runs on: valid starts (`coverage`), the recovery line and the plan
+(`recovery.plan`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Reads:
   """Seconds until a stage has what it goes on from.
 
   Attributes:
-    own_seconds: from its own hosts' memory.
-    peer_seconds: of a host that came new, from its peer's.
-    durable_seconds: everybody, from the durable store.
+    own_seconds: seconds from its own hosts' memory.
+    peer_seconds: seconds of a new host, from its peer's memory.
+    durable_seconds: seconds of everybody, from the durable store.
   """
 
   own_seconds: float = 0.0
@@ -38,7 +38,7 @@ class Reads:
   durable_seconds: float = 0.0
 
   def of(self, where: str) -> float:
-    """By place, as `recovery` names them."""
+    """Returns the seconds from a place, as `recovery.plan` names it."""
     return {
       recovery_plan.OWN: self.own_seconds,
       _PEER: self.peer_seconds,
@@ -49,18 +49,18 @@ class Reads:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Durable:
-  """Whole states that are written to the durable store besides.
+  """Whole states that are also written to the durable store.
 
   Attributes:
     every: iterations between two; 0 for none.
-    landing_seconds: from the end of the iteration until it is there.
+    landing_seconds: seconds from the end of the iteration until one is there.
   """
 
   every: int = 0
   landing_seconds: float = 0.0
 
   def newest(self, situation: world_lib.Situation) -> int:
-    """The newest that is there; 0, the initial state, if none is."""
+    """Returns the newest that is there; 0, the initial state, if none is."""
     if not self.every:
       return 0
     newest = situation.completed // self.every * self.every
@@ -73,7 +73,7 @@ class Durable:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Timed:
-  """What all methods have; see `simulate_world.Method`."""
+  """The fields that all methods have; see `world.Method`."""
 
   name: str
   pace: world_lib.Pace
@@ -90,7 +90,7 @@ class Nothing(_Timed):
   def recover(
     self, world: world_lib.World, situation: world_lib.Situation
   ) -> world_lib.Outcome:
-    """See `simulate_world.Method`."""
+    """See `world.Method`."""
     start = self.durable.newest(situation)
     seconds = self.reads.durable_seconds if start else 0.0
     return everybody(world, start, seconds)
@@ -101,11 +101,11 @@ class Whole(_Timed):
   """Everybody goes back to the newest whole snapshot (dense, two_phase).
 
   Attributes:
-    interval: iterations between two.
-    landing_seconds: from the end of the iteration until it counts.
-    in_storage: it is read from the durable store, not from memory.
-    taken: of which iterations there is one, ascending, of a run whose interval
-      changed; otherwise of the multiples of `interval`.
+    interval: iterations between two snapshots.
+    landing_seconds: seconds from the end of the iteration until one counts.
+    in_storage: whether it is read from the durable store, not from memory.
+    taken: iterations that have one, ascending, of a run whose interval changed;
+      () for the multiples of `interval`.
   """
 
   interval: int
@@ -114,7 +114,7 @@ class Whole(_Timed):
   taken: tuple[int, ...] = ()
 
   def newest(self, completed: int) -> int:
-    """Of which iteration the newest one is; 0 if there is none."""
+    """Returns the iteration of the newest snapshot; 0 if there is none."""
     if self.taken:
       place = bisect.bisect_right(self.taken, completed)
       return self.taken[place - 1] if place else 0
@@ -123,7 +123,7 @@ class Whole(_Timed):
   def start(
     self, world: world_lib.World, situation: world_lib.Situation
   ) -> tuple[int, str]:
-    """To which iteration everybody goes back, and where its snapshot is."""
+    """Returns the iteration all go back to, and its snapshot's place."""
     newest = self.newest(situation.completed)
     passed = situation.pace.between(newest, situation.completed)
     is_late = passed + situation.since_seconds < self.landing_seconds
@@ -144,7 +144,7 @@ class Whole(_Timed):
   def recover(
     self, world: world_lib.World, situation: world_lib.Situation
   ) -> world_lib.Outcome:
-    """See `simulate_world.Method`."""
+    """See `world.Method`."""
     start, where = self.start(world, situation)
     return everybody(world, start, self.reads.of(where))
 
@@ -154,20 +154,21 @@ class Sparse(_Timed):
   """Sparse snapshots; with logs only the stages that lost something replay.
 
   Attributes:
-    decision: what is captured when, of one stage; others differ in operators
+    decision: the capture decision of one stage; others differ in operators
       only.
-    landing_seconds: of a snapshot, by slot, from the end of its iteration.
-    replay_seconds: of an iteration that a stage replays alone.
-    pipeline_seconds: by which that is longer for every further neighbour that
-      replays with it.
-    frozen_share: of replay, that a frozen operator saves, by operator; what is
-      missing saves nothing.
+    landing_seconds: by slot, seconds from the end of a snapshot's iteration
+      until it landed.
+    replay_seconds: seconds of an iteration that a stage replays alone.
+    pipeline_seconds: seconds by which that is longer for every further
+      neighbour that replays with it.
+    frozen_share: by operator, the share of an iteration's replay that it saves
+      while frozen; one that is missing saves nothing.
     logs: upstream logging; without it all stages go back.
     replays_interrupted: whether the interrupted iteration counts as replayed
       as a whole, as in a run's event `recovered`. Otherwise the stage replays
       what the others have of it, and goes on with them from there.
     replicated_logs: whether a host's log is at its peers as well.
-    keep_windows: by which the recovery line lags, see `launch.train`.
+    keep_windows: windows by which the recovery line lags, see `launch.train`.
   """
 
   decision: decision_lib.CaptureDecision
@@ -189,7 +190,7 @@ class Sparse(_Timed):
 
   @functools.cached_property
   def operators(self) -> frozenset[keys.OperatorId]:
-    """Of the stage."""
+    """The stage's operators."""
     return frozenset().union(*self.decision.slots)
 
   @functools.cached_property
@@ -197,7 +198,7 @@ class Sparse(_Timed):
     return {}
 
   def landed(self, situation: world_lib.Situation) -> int:
-    """Up to which iteration all snapshots are there."""
+    """Returns the iteration up to which all snapshots are there."""
     for iteration in range(situation.completed, situation.resumed_from, -1):
       index = self.decision.slot_index(iteration)
       if index is None:
@@ -208,10 +209,10 @@ class Sparse(_Timed):
     return situation.resumed_from
 
   def starts(self, landed: int) -> tuple[coverage.Start, ...]:
-    """Where a conversion can start, the initial state not among them."""
+    """Returns the valid starts of a conversion, without the initial state."""
     period = self.period
     first = max(1, landed + 1 - period * (self.keep_windows + 2))
-    # Snapshots come again after a period: what was found holds there as well.
+    # Snapshots repeat after a period: starts found once hold there as well.
     shift = (first - 1) // period * period
     key = first - shift, landed - shift
     if key not in self._known_starts:
@@ -234,7 +235,7 @@ class Sparse(_Timed):
   def recover(
     self, world: world_lib.World, situation: world_lib.Situation
   ) -> world_lib.Outcome:
-    """See `simulate_world.Method`."""
+    """See `world.Method`."""
     starts = self.starts(self.landed(situation))
     line = recovery_plan.recovery_line(
       [[s.iteration for s in starts]] * world.stages,
@@ -252,7 +253,7 @@ class Sparse(_Timed):
       start = self.durable.newest(situation)
       return everybody(world, start, self.reads.durable_seconds)
     if plan.start == 0 and len(plan.stages) == world.stages:
-      # All train again, and capture: no replay that is lost if one dies in it.
+      # All train again, and capture: there is no replay to lose if one dies.
       return everybody(world, 0, 0.0)
     since, part = self._interrupted(situation)
     members: dict[int, world_lib.Recovery] = {}
@@ -273,7 +274,7 @@ class Sparse(_Timed):
     )
 
   def _interrupted(self, situation: world_lib.Situation) -> tuple[float, float]:
-    """What is kept of the interrupted iteration, and how much is replayed."""
+    """Returns the interrupted iteration's kept seconds and replayed share."""
     seconds = situation.pace.of(situation.completed + 1)
     if not self.logs:
       return 0.0, 0.0
@@ -284,13 +285,13 @@ class Sparse(_Timed):
   def replay(
     self, start: int, count: int, neighbours: int, part: float = 0.0
   ) -> float:
-    """Seconds of iterations start + 1 and later, by so many stages.
+    """Returns the seconds of replaying iterations start + 1 and later.
 
     Args:
-      start: of whose snapshot they go on.
-      count: of whole iterations.
-      neighbours: stages that replay together.
-      part: of one more.
+      start: iteration of the snapshot that the stages go on from.
+      count: number of whole iterations.
+      neighbours: number of stages that replay together.
+      part: share of one more iteration.
     """
     seconds = self.replay_seconds + self.pipeline_seconds * (neighbours - 1)
     saved = 0.0
@@ -333,7 +334,7 @@ class Sparse(_Timed):
 def everybody(
   world: world_lib.World, start: int, seconds: float
 ) -> world_lib.Outcome:
-  """All stages go back together and train on from there."""
+  """Makes the outcome of all stages going back together and training on."""
   one = world_lib.Recovery(
     start=start, fetch_seconds=seconds, replay_seconds=0.0
   )
@@ -345,7 +346,7 @@ def everybody(
 
 
 def _neighbours(stages: tuple[int, ...]) -> list[list[int]]:
-  """Runs of adjacent stages, ascending."""
+  """Groups stages into runs of adjacent ones, ascending."""
   runs: list[list[int]] = []
   for stage in stages:
     if runs and runs[-1][-1] == stage - 1:

@@ -1,4 +1,4 @@
-"""Our figures beside others': pure."""
+"""Our figures beside the paper's; pure."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Row:
   """A figure of the paper and ours.
 
   Attributes:
-    name: what it is.
-    paper: as the issue gives it.
-    ours: from the simulation.
+    name: the figure's name.
+    paper: the paper's numbers, as the issue gives them.
+    ours: our numbers, from the simulation.
     difference: ours less the nearest of the paper's.
-    why: where it comes from.
-    value: ours as numbers.
+    why: the reason for the difference.
+    value: our values as numbers.
   """
 
   name: str
@@ -40,13 +40,13 @@ class Row:
 
 
 def difference(values: Sequence[float], low: float, high: float) -> float:
-  """By how much the farthest of our values is outside the paper's range."""
+  """Returns how far the farthest of our values is outside the paper's range."""
   outside = [min(v - low, 0.0) or max(v - high, 0.0) for v in values]
   return max(outside, key=abs)
 
 
 def lost_seconds(ettr: float, mtbf_seconds: float, overhead: float) -> float:
-  """What a failure must cost in all for an ETTR, if it is its only loss."""
+  """Returns what a failure costs if an ETTR has no loss but it and overhead."""
   return mtbf_seconds * (1 / (ettr * (1 + overhead)) - 1)
 
 
@@ -59,16 +59,16 @@ def make_row(
   why: str,
   text: str = '{:.3f}',
 ) -> Row:
-  """A row.
+  """Makes a row.
 
   Args:
-    name: of the figure.
-    paper: its numbers, as text.
-    values: ours.
-    low: of the paper.
-    high: of the paper.
-    why: they differ.
-    text: format of one of ours.
+    name: the figure's name.
+    paper: the paper's numbers, as text.
+    values: our values.
+    low: the paper's lowest value.
+    high: the paper's highest value.
+    why: the reason for the difference.
+    text: format of one of our values.
   """
   shown = sorted({text.format(v) for v in values}, key=lambda t: (len(t), t))
   ours = shown[0] if len(shown) == 1 else f'{shown[0]} to {shown[-1]}'
@@ -89,10 +89,10 @@ _lost = lost_seconds
 
 _HOURS = 12
 _TRACE_HOURS, _TRACE_FAILURES = 6, 24
+_PAPER_SLOWER = 2.5  # times slower: Gemini in every iteration, DeepSeek-MoE
+_LONGEST_INTERVAL = 80
 # As the paper has it: aligned windows, popular experts last, no weight
 # gradients of frozen operators.
-_PAPER_SLOWER = 2.5  # times, Gemini in every iteration, DeepSeek-MoE
-_LONGEST_INTERVAL = 80
 SPARSE = policies.PolicySettings(
   policy='sparse', window_mode='aligned', order='count', skip_frozen=True
 )
@@ -139,7 +139,7 @@ class _Paper:
     settings: policies.PolicySettings,
     method: world.Method,
   ) -> float:
-    """The ETTR of another method under the same failures."""
+    """Returns the ETTR of another method under the same failures."""
     return simulate_runs.study(
       self.costs(job),
       settings,
@@ -151,16 +151,16 @@ class _Paper:
   def each(
     self, settings: policies.PolicySettings, figure: str = 'ettr'
   ) -> list[float]:
-    """A figure of all jobs."""
+    """Returns a figure of all jobs."""
     return [self.study(job, settings).mean(figure) for job in self.jobs]
 
 
 def rows(seeds: int, changes: Sequence[str] = ()) -> list[Row]:
-  """All figures.
+  """Returns all figures.
 
   Args:
-    seeds: runs of each, of which means are taken.
-    changes: of all tables and jobs, see `simulate_cluster.override`.
+    seeds: number of runs of each, of which means are taken.
+    changes: changes to all tables and jobs, see `cluster.override`.
   """
   paper = _Paper('paper', seeds, changes)
   return [
@@ -197,8 +197,8 @@ def _of_all_models(paper: _Paper) -> list[Row]:
       _row(
         'sparse (aligned, as the paper), ETTR, 4 models',
         '0.951 to 0.964', sparse, 0.951, 0.964,
-        f'Windows of {min(windows)} to {max(windows)} iterations here; the paper '
-        'loses '
+        f'Windows of {min(windows)} to {max(windows)} iterations here; the '
+        'paper loses '
         f'{_lost(0.964, mtbf, 0.0):.0f} to '
         f'{_lost(0.951, mtbf, 0.0):.0f} s a failure, overhead included; '
         f'{fixed:g} s of detection and start are assumed here.',
@@ -222,8 +222,8 @@ def _of_all_models(paper: _Paper) -> list[Row]:
       ),
       _row(
         'Gemini, best ETTR', '0.728', [gemini], 0.728, 0.728,
-        f'Intervals of {min(intervals)} to {max(intervals)} iterations hide the '
-        'copy here, as the method aims at; a failure then costs '
+        f'Intervals of {min(intervals)} to {max(intervals)} iterations hide '
+        'the copy here, as the method aims at; a failure then costs '
         f'{sum(own) / len(own):.0f} s. 0.728 means '
         f'{_lost(0.728, mtbf, 0.0):.0f} s: the copies of the paper do not '
         'hide (the README of its code tells of 11 to 15 % overhead at the best '
@@ -240,12 +240,12 @@ def _of_all_models(paper: _Paper) -> list[Row]:
 
 
 def _best_blocking(paper: _Paper, job: str, stall: float) -> tuple[int, float]:
-  """The best interval and ETTR of a Gemini whose copies do not hide.
+  """Returns the best interval and ETTR of a Gemini whose copies do not hide.
 
   Args:
-    paper: whose cluster and failures.
-    job: whose.
-    stall: of a copy, in iterations.
+    paper: the simulations whose cluster and failures are used.
+    job: the job's name.
+    stall: the stall of a copy, in iterations.
   """
   study = paper.study(job, GEMINI)
   assert isinstance(study.method, methods.Whole)
@@ -315,10 +315,11 @@ def _of_deepseek(paper: _Paper) -> list[Row]:
       _row(
         'DeepSeek-MoE, Gemini in every iteration, times slower', '2.5',
         [slower], 2.5, 2.5,
-        f'A stage sends {whole / 1e9:.1f} GB to a peer, {copy:.2f} s at 80 Gbps '
-        f'beside an iteration of {costs.iteration_seconds:.2f} s that itself '
-        f'sends for {link.busy_bytes / link.bytes_per_second:.2f} s. 2.5 means '
-        'longer copies than those bytes need, or shorter iterations.', '{:.2f}',
+        f'A stage sends {whole / 1e9:.1f} GB to a peer, {copy:.2f} s at 80 '
+        f'Gbps beside an iteration of {costs.iteration_seconds:.2f} s that '
+        f'itself sends for {link.busy_bytes / link.bytes_per_second:.2f} s. '
+        '2.5 means longer copies than those bytes need, or shorter '
+        'iterations.', '{:.2f}',
       ),
       _row(
         'what if: Gemini with the 1.5 iterations of stall that this means, at '
@@ -344,7 +345,7 @@ def _of_deepseek(paper: _Paper) -> list[Row]:
 def _conversion(
   costs: costs_lib.Costs, settings: policies.PolicySettings
 ) -> float:
-  """Seconds from a window's first snapshot to the end of its conversion."""
+  """Returns seconds from a window's first snapshot to its conversion's end."""
   method = policies.make(costs, settings)
   assert isinstance(method, methods.Sparse)
   return method.replay(1, method.decision.window_length - 1, 1)
@@ -377,13 +378,13 @@ def _ablation(paper: _Paper) -> list[Row]:
         'sparse snapshots alone (no logs, no skipping), ETTR, 4 models',
         '0.37 to 0.57', paper.each(alone), 0.37, 0.57,
         'Without logs everybody replays a window and a half at the usual pace. '
-        f'With windows as short as here that costs little; 0.57 means {lost:.0f} '
-        's a failure.',
+        'With windows as short as here that costs little; 0.57 means '
+        f'{lost:.0f} s a failure.',
       ),
       _row(
         'skipped weight gradients, conversion', '-33 %', [saved], -0.33, -0.33,
-        f'Of a middle stage, window {length}. At most a third of an iteration is '
-        'weight gradients, and only of what is frozen still.', '{:.0%}',
+        f'Of a middle stage, window {length}. At most a third of an iteration '
+        'is weight gradients, and only of what is frozen still.', '{:.0%}',
       ),
       _row(
         'reordering at 64 experts, conversion saved besides', '32 %',
@@ -415,14 +416,15 @@ def _large(large: _Paper) -> list[Row]:
         '671B on 16,384 GPUs, 64 stages, sparse, ETTR', '0.86',
         [sparse.mean('ettr')], 0.86, 0.86,
         f'{costs.job.replicas} replicas share a capture here, so that a window '
-        f'of {length} is enough; by the paper\'s E[R] = 1.5 w T_iter, 0.86 means '
-        f'a window of {window:.0f} with iterations of {seconds:.1f} s. The '
-        'issue names neither MTBF, iteration time nor network of that cluster.',
+        f'of {length} is enough; by the paper\'s E[R] = 1.5 w T_iter, 0.86 '
+        f'means a window of {window:.0f} with iterations of {seconds:.1f} s. '
+        'The issue names neither MTBF, iteration time nor network of that '
+        'cluster.',
       ),
       _row(
         'the same, Gemini', '0.55', [gemini.mean('ettr')], 0.55, 0.55,
-        'Shared captures again: a whole copy hides in one iteration. 0.55 means '
-        f'{_lost(0.55, mtbf, 0.0):.0f} s a failure, which is a whole '
+        'Shared captures again: a whole copy hides in one iteration. 0.55 '
+        f'means {_lost(0.55, mtbf, 0.0):.0f} s a failure, which is a whole '
         'copy every few dozen iterations, or a restart of minutes.',
       ),
     ]  # fmt: skip

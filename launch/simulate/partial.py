@@ -1,7 +1,7 @@
 """Partial experts checkpointing (PEC, MoC-System) in a simulation; pure.
 
-Which experts are saved, what a restore loses and when k is raised is asked of
-`moetion_jax.policies`.
+`moetion_jax.policies.partial` tells which experts are saved, what a restore
+loses and when k is raised.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from moetion_jax.recovery import plan as recovery_plan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PartialMemory:
-  """What PEC remembers.
+  """The memory of PEC.
 
   Attributes:
-    counts: (from which iteration on, experts a layer), ascending.
-    restored: to which iteration the last restore went back.
-    lost: tokens of one layer's experts, of all restores.
+    counts: (first iteration, experts a layer from there on), ascending.
+    restored: iteration that the last restore went back to.
+    lost: lost tokens of one layer's experts, of all restores.
   """
 
   counts: tuple[tuple[int, int], ...]
@@ -34,16 +34,16 @@ class PartialMemory:
 class Partial(methods.Whole):
   """PEC: k experts of each layer; stale ones on restore; k may be raised.
 
-  All experts get as many tokens here, so that they are saved in turn whether
-  the selection is sequential or goes by load.
+  All experts get equally many tokens here, so that they are saved in turn
+  whether the selection is sequential or goes by load.
 
   Attributes:
-    experts: of a layer.
-    count: experts a layer that the first checkpoints have.
-    tokens: of an iteration.
+    experts: experts of a layer.
+    count: experts a layer in the first checkpoints.
+    tokens: tokens of an iteration.
     choices_per_token: experts of a layer that a token goes to.
     plt_budget: proportion of lost tokens beyond which k is doubled.
-    paces: of the run, by k.
+    paces: the run's pace, by k.
     landings: `landing_seconds`, by k.
   """
 
@@ -58,7 +58,7 @@ class Partial(methods.Whole):
   def recover(
     self, world: world_lib.World, situation: world_lib.Situation
   ) -> world_lib.Outcome:
-    """See `simulate_world.Method`."""
+    """See `world.Method`."""
     memory = situation.memory or PartialMemory(counts=((0, self.count),))
     count = memory.counts[-1][1]
     now = dataclasses.replace(self, landing_seconds=self.landings[count])
@@ -97,7 +97,7 @@ class Partial(methods.Whole):
     operators: list[keys.OperatorId],
     start: int,
   ) -> dict[keys.OperatorId, int]:
-    """Of which iteration each expert is after a restore."""
+    """Returns the iteration that each expert is of after a restore."""
     saved: list[tuple[int, frozenset[keys.OperatorId]]] = []
     missing = set(operators)
     for iteration in range(start, 0, -self.interval):

@@ -1,8 +1,7 @@
-"""From a job's costs and a policy's settings to a simulation's method.
+"""Makes a simulation's method from a job's costs and a policy's settings.
 
 Intervals and windows are chosen by the rules that the system chooses by
-(`moetion_jax.policies`, `moetion_jax.window`), fed with bytes and bandwidths
-instead of measurements.
+(`moetion_jax.policies`), fed with bytes and bandwidths instead of measurements.
 """
 
 from __future__ import annotations
@@ -27,32 +26,34 @@ from moetion_jax.policies import (
   window,
 )
 
-# Of an iteration, that it may wait for a copy: as `capture_plan` has it.
+# Share of an iteration that it may wait for a copy, as in `sparse_planner`.
 _LATE_SHARE = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicySettings:
-  """A policy as it is asked for.
+  """The settings of a policy.
 
   Attributes:
-    policy: one of `policies.POLICIES`.
-    peers: hosts that a host's snapshots are copied to; two_phase: none.
+    policy: one of `rules.POLICIES`.
+    peers: number of hosts that a host's snapshots are copied to; two_phase:
+      none.
     overlap_target: share of an iteration that a copy may take.
-    interval: of dense, two_phase and partial; 0 to choose it.
-    window_length: of sparse; 0 to choose it.
-    window_mode: of sparse, one of `slots.MODES`; '' to choose.
-    order: of sparse, one of `slots.ORDERS`.
-    keep_windows: of sparse.
-    logs: of sparse: upstream logging.
-    replicated_logs: of sparse: logs at the peers as well.
-    skip_frozen: of sparse: a replay leaves out the weight gradients of frozen
+    interval: iterations between snapshots of dense, two_phase and partial; 0 to
+      choose it.
+    window_length: window length of sparse; 0 to choose it.
+    window_mode: mode of sparse, one of `decision.MODES`; '' to choose it.
+    order: order of sparse's operators, one of `popularity.ORDERS`.
+    keep_windows: windows of snapshots that sparse keeps.
+    logs: sparse: upstream logging.
+    replicated_logs: sparse: logs at the peers as well.
+    skip_frozen: sparse: a replay leaves out the weight gradients of frozen
       operators.
-    overhead_budget: of two_phase.
+    overhead_budget: share of the run that two_phase's snapshots may take.
     partial_experts: k of partial at first.
-    plt_budget: of partial.
-    durable_seconds: about so often the whole state is written to the durable
-      store as well; 0 for never.
+    plt_budget: proportion of lost tokens beyond which partial doubles k.
+    durable_seconds: seconds, about, between whole states that are written to
+      the durable store as well; 0 for never.
   """
 
   policy: str = 'sparse'
@@ -96,10 +97,10 @@ def world(
   *,
   on_no_spare: str = world_lib.WAIT,
 ) -> world_lib.World:
-  """Where a job runs.
+  """Makes the world that a job runs in.
 
   Raises:
-    base.ConfigError: it has fewer hosts than copies are to be on.
+    errors.ConfigError: it has fewer hosts than copies are to be on.
   """
   made = world_lib.World(
     stages=job.stages,
@@ -117,10 +118,10 @@ def world(
 
 
 def make(costs: costs_lib.Costs, settings: PolicySettings) -> world_lib.Method:
-  """The method of a policy, with its costs on a cluster.
+  """Makes the method of a policy, with its costs on a cluster.
 
   Raises:
-    base.ConfigError: a setting does not fit the model.
+    errors.ConfigError: a setting does not fit the model.
   """
   if settings.policy == 'none':
     return methods.Nothing(
@@ -139,7 +140,7 @@ def _timed(
   pace: world_lib.Pace,
   reads: methods.Reads,
 ) -> dict:
-  """What all methods have."""
+  """Returns the fields that all methods have."""
   every = 0
   if settings.durable_seconds:
     seconds = max(settings.durable_seconds, costs.storage_seconds)
@@ -165,14 +166,14 @@ def _pace(
 
 
 def _every(interval: int, seconds: float) -> tuple[float, ...]:
-  """Extra seconds of one iteration of an interval, the last."""
+  """Returns extra seconds by iteration of an interval: all in the last one."""
   return (0.0,) * (interval - 1) + (seconds,)
 
 
 def _whole_reads(
   costs: costs_lib.Costs, count: int | None = None
 ) -> methods.Reads:
-  """Of snapshots that are whole, or have `count` experts a layer."""
+  """Returns the reads of whole snapshots, or of `count` experts a layer."""
   state = costs.stages[costs.largest].state_bytes
   size = (
     sum(state.values())
@@ -192,7 +193,7 @@ def _copy(
   copied_bytes: float,
   iterations: int,
 ) -> tuple[float, float]:
-  """By how much one copy makes iterations longer, and when it has landed."""
+  """Returns by how much a copy makes iterations longer, and when it landed."""
   seconds = costs.iteration_seconds
   longer = max(x.seconds(copied_bytes, iterations, seconds) for x in links)
   landing = max(copied_bytes / x.free_bytes_per_second(seconds) for x in links)
@@ -202,14 +203,14 @@ def _copy(
 def _in_memory(
   costs: costs_lib.Costs, settings: PolicySettings
 ) -> methods.Whole:
-  """Dense and partial: snapshots in host memory, some at peers."""
+  """Makes dense and partial: snapshots in host memory, copied to peers."""
   links = costs.links(peers=settings.peers, logs=False)
   budget = costs.budget(links, settings.overlap_target)
   state = costs.operators('static')
   whole = sum(state.state_bytes.values())
 
   def share(count: int | None) -> float:
-    """Of the largest stage's state, what one of its replicas copies."""
+    """Returns the bytes that a replica of the largest stage copies."""
     size = (
       whole
       if count is None
@@ -257,7 +258,7 @@ def _in_memory(
 def _two_phase(
   costs: costs_lib.Costs, settings: PolicySettings
 ) -> methods.Whole:
-  """Phase one must be done before the next update, phase two takes as long."""
+  """Makes two_phase: phase one ends before the next update, phase two later."""
   link = costs.host_link(logs=False)
   stage = costs.stages[costs.largest].state_bytes
   copied = sum(stage.values()) / costs.job.replicas
@@ -313,9 +314,9 @@ def _sparse(costs: costs_lib.Costs, settings: PolicySettings) -> methods.Sparse:
   frozen = {}
   if settings.skip_frozen:
     total = sum(compute.values())
-    # Of three passes one is for weight gradients.
+    # One of three passes is for weight gradients.
     frozen = {o: c / total / 3 for o, c in compute.items()}
-  # Microbatches wait for nobody but those that replay as well.
+  # Microbatches wait only for stages that replay as well.
   unit = costs.iteration_seconds / (job.microbatches + job.stages - 1)
   reads = methods.Reads(
     own_seconds=costs.own_seconds(read),
@@ -341,7 +342,7 @@ def _copies(
   choice: window.WindowChoice,
   operators: window.StageOperators,
 ) -> list[tuple[float, float]]:
-  """`_copy` of each snapshot of a window, of the replica with most of it."""
+  """Returns `_copy` of each snapshot of a window, of the busiest replica."""
   copied = operators.snapshot_bytes(choice.window_length, choice.mode)
   return [_copy(costs, links, n, choice.every) for n in copied]
 
@@ -352,10 +353,10 @@ def _until_not_late(
   choice: window.WindowChoice,
   operators: window.StageOperators,
 ) -> window.WindowChoice:
-  """The window that the leader comes to: it grows while copies run late.
+  """Returns the leader's window in the end: it grows while copies run late.
 
-  The stages' first choices may differ, and the one taken be too short for the
-  largest of them.
+  The stages' first choices may differ, and the one taken may be too short for
+  the largest of them.
   """
   while True:
     latest = max(e for e, _ in _copies(costs, links, choice, operators))

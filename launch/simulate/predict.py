@@ -1,7 +1,7 @@
-"""What a run of our own should take, from what was measured in others of it.
+"""Predicts the time of a run of ours from what was measured in others of it.
 
-The same core and methods as for clusters, with measured seconds in place of
-bytes and bandwidths. `launch.benchmark ettr` holds predictions against runs.
+Uses the same core and methods as for clusters, with measured seconds in place
+of bytes and bandwidths. `launch.benchmark ettr` compares predictions with runs.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from moetion_jax.policies import decision as decision_lib, partial, rules
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-  """A run: what was set, what was measured, when what died.
+  """The settings, measurements and failures of a run.
 
   Attributes:
-    policy: one of `policies.POLICIES`.
-    iterations: that the run does.
-    iteration_seconds: of one, without snapshots and failures.
-    blocked_seconds: by which a snapshot makes the run longer: waits and
+    policy: one of `rules.POLICIES`.
+    iterations: iterations that the run does.
+    iteration_seconds: seconds of one, without snapshots and failures.
+    blocked_seconds: seconds by which a snapshot makes the run longer: waits and
       slowdown, on average.
-    landing_seconds: from the end of an iteration until its snapshot counts
-      (two_phase: in storage).
-    detect_seconds: from a death until it is known.
-    start_seconds: until what died is replaced.
-    fetch_seconds: until snapshots are read.
-    replay_seconds: of an iteration that a stage does again (sparse), the
-      interrupted one counted among them: `seconds.replay` by
+    landing_seconds: seconds from the end of an iteration until its snapshot
+      counts (two_phase: in storage).
+    detect_seconds: seconds from a death until it is known.
+    start_seconds: seconds from then until what died is replaced.
+    fetch_seconds: seconds until snapshots are read.
+    replay_seconds: seconds of an iteration that a stage does again (sparse),
+      the interrupted one counted among them: `seconds.replay` by
       `replayed_iterations` of the event `recovered`. The policies that go back
       as a whole train on as before.
     failures: (iteration, fraction of it that is done, stage), ascending.
-    stages: of the run.
-    interval: iterations between snapshots; of sparse more than 1 only with a
+    stages: stages of the run.
+    interval: iterations between snapshots; with sparse more than 1 only with a
       window of 1.
-    taken: of dense and two_phase, which iterations' snapshots were taken if
-      that changed on the way, ascending; `interval` is then the usual one.
-    window_length: of sparse.
-    window_mode: of sparse, one of `slots.MODES`.
-    keep_windows: of sparse.
-    experts: of a layer, of partial.
-    partial_experts: k at first, of partial.
-    plt_budget: of partial.
-    tokens: of an iteration, of partial.
-    choices_per_token: experts that a token goes to, of partial.
+    taken: dense and two_phase: iterations whose snapshots were taken if the
+      interval changed on the way, ascending; `interval` is then the usual one.
+    window_length: window length of sparse.
+    window_mode: mode of sparse, one of `decision.MODES`.
+    keep_windows: windows of snapshots that sparse keeps.
+    experts: partial: experts of a layer.
+    partial_experts: partial: k at first.
+    plt_budget: partial: proportion of lost tokens beyond which k is doubled.
+    tokens: partial: tokens of an iteration.
+    choices_per_token: partial: experts that a token goes to.
   """
 
   policy: str
@@ -80,7 +80,7 @@ def predict(measured: Measured) -> core.Result:
   """Simulates the run: `wall_seconds`, `ettr`, `recovery_seconds`, ...
 
   Raises:
-    base.ConfigError: a setting is none of ours.
+    errors.ConfigError: a setting is none of ours.
   """
   world = world_lib.World(stages=measured.stages, peers=0)
   moments = [
@@ -97,7 +97,7 @@ def predict(measured: Measured) -> core.Result:
 
 
 def error(predicted_seconds: float, measured_seconds: float) -> float:
-  """By which share of what was measured a prediction is off."""
+  """Returns the share of the measurement by which a prediction is off."""
   return abs(predicted_seconds - measured_seconds) / measured_seconds
 
 
@@ -124,7 +124,7 @@ def _method(measured: Measured) -> world_lib.Method:
   if measured.policy == 'sparse':
     # What is in which slot makes no difference here: one operator in each.
     decision = decision_lib.CaptureDecision(
-      # Whole ones are taken at multiples of the interval, as by `Whole`.
+      # Whole snapshots are taken at multiples of the interval, as by `Whole`.
       first_iteration=1 if measured.interval == 1 else 0,
       window_length=measured.window_length,
       mode=measured.window_mode,

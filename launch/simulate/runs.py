@@ -1,4 +1,4 @@
-"""Runs of a job under a policy with random or given failures, and their table.
+"""Simulates runs of a job under a policy, with random or given failures.
 
 A run with seed n meets the same failures under every policy.
 """
@@ -24,7 +24,7 @@ from launch.simulate import (
 )
 from moetion_jax import errors
 
-_INTERVAL = 1.96  # standard errors to either side hold 95 %
+_INTERVAL = 1.96  # this many standard errors to either side hold 95 %
 COLUMNS = (
   ('ettr', 'ETTR', '{:.4f}'),
   ('overhead', 'overhead', '{:.2%}'),
@@ -42,9 +42,9 @@ class Study:
   """Runs of one policy.
 
   Attributes:
-    settings: of the policy.
-    method: what was made of them.
-    results: one a seed.
+    settings: the policy's settings.
+    method: the method made from them.
+    results: one result for each seed.
   """
 
   settings: policies.PolicySettings
@@ -52,11 +52,11 @@ class Study:
   results: tuple[core.Result, ...]
 
   def mean(self, name: str) -> float:
-    """Of a figure of the results, over the seeds."""
+    """Returns the mean of a figure of the results, over the seeds."""
     return float(np.mean([getattr(r, name) for r in self.results]))
 
   def error(self, name: str) -> float:
-    """Half the 95 % interval of that mean; 0 with one seed."""
+    """Returns half the 95 % interval of that mean; 0 with one seed."""
     values = [getattr(r, name) for r in self.results]
     if len(values) < 2:
       return 0.0
@@ -77,7 +77,7 @@ class Study:
     return method.name
 
   def to_json(self) -> dict[str, Any]:
-    """Settings, means with intervals, and the first run's curve."""
+    """Returns settings, means with intervals, and the first run's curve."""
     return {
       'label': self.label,
       'settings': dataclasses.asdict(self.settings),
@@ -104,15 +104,15 @@ def study(
   """Simulates a policy on a cluster.
 
   Args:
-    costs: of the job on the cluster.
-    settings: of the policy.
-    horizon_seconds: of every run.
-    seeds: runs, with failures of their own each.
-    count: of failures in every run, at random moments; None for a Poisson
-      process of the cluster's MTBF.
+    costs: the job's costs on the cluster.
+    settings: the policy's settings.
+    horizon_seconds: length of every run.
+    seeds: number of runs, each with failures of its own.
+    count: number of failures in every run, at random moments; None for a
+      Poisson process of the cluster's MTBF.
     trace: the failures instead; every seed meets the same.
-    on_no_spare: see `simulate_world.World`.
-    method: another than that of the settings.
+    on_no_spare: see `world.World`.
+    method: a method in place of that of the settings.
   """
   cluster = costs.cluster
   world = policies.world(cluster, costs.job, settings, on_no_spare=on_no_spare)
@@ -145,7 +145,7 @@ def _counted(
   count: int,
   horizon_seconds: float,
 ) -> Iterator[tuple[float, world_lib.Failure]]:
-  """So many failures at moments that are all alike likely."""
+  """Yields `count` failures at moments that are all equally likely."""
   for seconds in np.sort(source.uniform(0, horizon_seconds, count)):
     yield (
       float(seconds),
@@ -159,16 +159,16 @@ def _counted(
 
 
 def read_trace(path: str, gpus: int) -> list[tuple[float, world_lib.Failure]]:
-  """Failures from a file.
+  """Reads failures from a file.
 
   Args:
-    path: of a JSON array; an element is the seconds since the run began, or an
-      object with `seconds` and, if they differ, `gpu` (0), `whole_host` (false)
-      and `needs_spare` (false).
-    gpus: of the job.
+    path: path of a JSON array; an element is the seconds since the run began,
+      or an object with `seconds` and, if they differ, `gpu` (0), `whole_host`
+      (false) and `needs_spare` (false).
+    gpus: number of GPUs of the job.
 
   Raises:
-    base.ConfigError: it is not there or not as it should be.
+    errors.ConfigError: the file is not there or not as it should be.
   """
   try:
     value = json.loads(pathlib.Path(path).read_text())
@@ -186,7 +186,7 @@ def read_trace(path: str, gpus: int) -> list[tuple[float, world_lib.Failure]]:
 
 
 def table(title: str, studies: Sequence[Study]) -> Any:
-  """For people."""
+  """Returns a table of the studies' figures, for people."""
   import rich.table
 
   made = rich.table.Table(title=title)
@@ -202,7 +202,7 @@ def table(title: str, studies: Sequence[Study]) -> Any:
 
 
 def plot(path: pathlib.Path, studies: Sequence[Study]) -> None:
-  """Iterations over time of every policy's first run, as PNG."""
+  """Plots iterations over time of every policy's first run, as PNG."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -221,7 +221,7 @@ def plot(path: pathlib.Path, studies: Sequence[Study]) -> None:
 
 
 def inputs(table: cluster_lib.Table, job: str) -> Mapping[str, Any]:
-  """All numbers that went in, each with its source."""
+  """Returns all numbers that went in, each with its source."""
   values = {
     **{f'cluster/{n}': v for n, v in vars(table.cluster).items()},
     **{f'jobs/{job}/{n}': v for n, v in vars(table.jobs[job]).items()},

@@ -1,7 +1,7 @@
-"""What a simulation is given: pace, places, failures, a method. Values; pure.
+"""The inputs of a simulation: pace, places, failures, a method. Values; pure.
 
-Time is in seconds from the begin of the run. *Completed* i means that update i
-was done; the state after it is state i (DESIGN section 2).
+Time is in seconds from the beginning of the run. *Completed* i means that
+update i was done; the state after it is state i (DESIGN section 2).
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-_ROUNDING = 1e-6  # of an iteration: what is as near to its end has reached it
+# Share of an iteration; a time that near its end has reached it.
+_ROUNDING = 1e-6
 WAIT, SHRINK = 'wait', 'shrink'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
-  """How long iterations take while nothing fails.
+  """The durations of iterations while nothing fails.
 
   Attributes:
-    iteration_seconds: of an iteration without snapshots.
-    extra_seconds: by which a policy makes iterations longer; that of iteration
-      i is number (i - 1) modulo their count.
+    iteration_seconds: seconds of an iteration without snapshots.
+    extra_seconds: seconds by which a policy makes iterations longer; that of
+      iteration i is number (i - 1) modulo their count.
   """
 
   iteration_seconds: float
@@ -41,26 +42,26 @@ class Pace:
 
   @property
   def overhead(self) -> float:
-    """By which share of an iteration they are longer, on average."""
+    """Extra seconds as a share of an iteration, on average."""
     extra = sum(self.extra_seconds) / len(self.extra_seconds)
     return extra / self.iteration_seconds
 
   def until(self, completed: int) -> float:
-    """Seconds from state 0 to state `completed`."""
+    """Returns the seconds from state 0 to state `completed`."""
     periods, rest = divmod(completed, len(self.extra_seconds))
     return periods * self._sums[-1] + self._sums[rest]
 
   def between(self, first: int, last: int) -> float:
-    """Seconds from one state to a later one."""
+    """Returns the seconds from one state to a later one."""
     return self.until(last) - self.until(first)
 
   def of(self, iteration: int) -> float:
-    """Seconds of one iteration."""
+    """Returns the seconds of one iteration."""
     extra = self.extra_seconds[(iteration - 1) % len(self.extra_seconds)]
     return self.iteration_seconds + extra
 
   def after(self, seconds: float) -> tuple[int, float]:
-    """How far one gets from state 0: completed, and seconds since."""
+    """Returns how far a run gets from state 0: completed, and seconds since."""
     rounding = _ROUNDING * self.iteration_seconds
     periods, rest = divmod(seconds + rounding, self._sums[-1])
     place = bisect.bisect_right(self._sums, rest) - 1
@@ -70,16 +71,17 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-  """Who is where. Workers lie on GPUs in order: by stage, then by replica.
+  """The places of workers, which lie on GPUs by stage, then by replica.
 
   Attributes:
-    stages: of the pipeline.
+    stages: stages of the pipeline.
     replicas: workers of each stage.
     expert_devices: GPUs of one worker.
-    gpus_per_host: of one host.
-    peers: hosts that hold copies of a host's snapshots: those that follow it.
-    spare_hosts: that can take a broken one's place at once.
-    repair_seconds: until a broken host is a spare one.
+    gpus_per_host: GPUs of one host.
+    peers: number of hosts that hold copies of a host's snapshots: those that
+      follow it.
+    spare_hosts: number of hosts that can take a broken one's place at once.
+    repair_seconds: seconds until a broken host is a spare one.
     on_no_spare: WAIT for a repair, or SHRINK: the stage's other replicas do the
       work, where there are any.
   """
@@ -95,20 +97,20 @@ class World:
 
   @property
   def gpus(self) -> int:
-    """All that train."""
+    """Number of GPUs that train."""
     return self.stages * self.replicas * self.expert_devices
 
   @property
   def hosts(self) -> int:
-    """All that train."""
+    """Number of hosts that train."""
     return -(-self.gpus // self.gpus_per_host)
 
   def host_of(self, gpu: int) -> int:
-    """The host that a GPU is in."""
+    """Returns the host that a GPU is in."""
     return gpu // self.gpus_per_host
 
   def workers_of(self, failure: Failure) -> frozenset[int]:
-    """The workers that die of a failure, numbered in order."""
+    """Returns the workers that die of a failure, numbered in order."""
     if not failure.whole_host:
       return frozenset({failure.gpu // self.expert_devices})
     first = self.host_of(failure.gpu) * self.gpus_per_host
@@ -116,26 +118,27 @@ class World:
     return frozenset(g // self.expert_devices for g in range(first, last))
 
   def hosts_of_stage(self, stage: int) -> range:
-    """The hosts on which a stage's snapshots and logs are."""
+    """Returns the hosts that a stage's snapshots and logs are on."""
     gpus = self.replicas * self.expert_devices
     return range(
       self.host_of(stage * gpus), self.host_of((stage + 1) * gpus - 1) + 1
     )
 
   def has_copy(self, host: int, lost: frozenset[int]) -> bool:
-    """Whether a host's snapshots are left where these hosts' stores are not."""
+    """Returns whether a host's snapshots outlive the stores of `lost` hosts."""
     places = range(host, host + self.peers + 1)
     return any(place % self.hosts not in lost for place in places)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Failure:
-  """Something dies.
+  """A failure of a GPU or a host.
 
   Attributes:
-    gpu: which one.
-    whole_host: all GPUs of its host, and what is in the host's memory.
-    needs_spare: its host has to be repaired.
+    gpu: the GPU that dies.
+    whole_host: whether all GPUs of its host die, and what is in the host's
+      memory is lost.
+    needs_spare: whether its host has to be repaired.
   """
 
   gpu: int
@@ -145,12 +148,12 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moment:
-  """A failure that is given in iterations: when it is begun the first time.
+  """A failure in a given iteration, when that is begun the first time.
 
   Attributes:
-    iteration: in which it happens.
-    fraction: of the iteration that is done by then, in [0, 1).
-    failure: what dies.
+    iteration: the iteration in which it happens.
+    fraction: share of the iteration that is done by then, in [0, 1).
+    failure: the failure that happens.
   """
 
   iteration: int
@@ -163,20 +166,20 @@ Failures = Iterable[tuple[float, Failure]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Situation:
-  """What a method is told of a failure.
+  """The situation of a run at a failure, as a method is told it.
 
   Attributes:
-    completed: of the run; iteration completed + 1 was interrupted.
-    since_seconds: that the run was in it (at its pace).
-    resumed_from: completed when the run last began or went on after a recovery:
-      what was captured up to there had landed by then.
+    completed: last completed iteration; completed + 1 was interrupted.
+    since_seconds: seconds that the run was in that one (at its pace).
+    resumed_from: `completed` when the run last began or went on after a
+      recovery: what was captured up to there had landed by then.
     failed: stages that lost a worker.
-    recovering: of stages that are in a recovery, the iteration they replay.
-    lost_hosts: whose stores are lost.
-    log_first: from which iteration on a stage's log is there, if not from 1.
+    recovering: by stage that is in a recovery, the iteration it replays.
+    lost_hosts: hosts whose stores are lost.
+    log_first: by stage, the first iteration that its log has, if not 1.
     line: the recovery line.
-    pace: of the run.
-    memory: what the method wanted to remember.
+    pace: the run's pace.
+    memory: the memory that the method asked to keep.
   """
 
   completed: int
@@ -193,12 +196,12 @@ class Situation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recovery:
-  """What a stage does after a failure.
+  """The recovery of a stage after a failure.
 
   Attributes:
     start: iteration from whose snapshot it goes on.
-    fetch_seconds: until it has the snapshots.
-    replay_seconds: until it is where the run was.
+    fetch_seconds: seconds until it has the snapshots.
+    replay_seconds: seconds from then until it is where the run was.
   """
 
   start: int
@@ -208,18 +211,19 @@ class Recovery:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-  """What a method makes of a failure.
+  """A method's answer to a failure.
 
   Attributes:
-    completed: with which training goes on: as before if only stages replay,
-      less if everybody goes back.
-    since_seconds: of the interrupted iteration that is done by then: those who
-      only wait keep what they have of it.
-    stages: what each stage of the recovering set does.
-    lost_tokens: whose training is lost for good, on average over experts.
+    completed: completed iteration with which training goes on: as before if
+      only stages replay, less if everybody goes back.
+    since_seconds: seconds of the interrupted iteration that are done by then:
+      stages that only wait keep what they have of it.
+    stages: recovery of each stage of the recovering set.
+    lost_tokens: tokens whose training is lost for good, on average over
+      experts.
     line: the recovery line.
-    memory: what the method wants to remember.
-    pace: of the run from now on, if it changes.
+    memory: the memory that the method asks to keep.
+    pace: the run's pace from now on, if it changes.
   """
 
   completed: int
@@ -236,22 +240,22 @@ class Method(Protocol):
 
   @property
   def name(self) -> str:
-    """Of the policy."""
+    """The policy's name."""
     ...
 
   @property
   def pace(self) -> Pace:
-    """With which a run begins."""
+    """The pace with which a run begins."""
     ...
 
   @property
   def detect_seconds(self) -> float:
-    """From a death until it is known."""
+    """Seconds from a death until it is known."""
     ...
 
   @property
   def start_seconds(self) -> float:
-    """Until what died is replaced and can read snapshots."""
+    """Seconds from then until what died is replaced and can read snapshots."""
     ...
 
   def recover(self, world: World, situation: Situation) -> Outcome:
@@ -267,14 +271,14 @@ def poisson(
   host_share: float = 0.0,
   hardware_share: float = 0.0,
 ) -> Iterator[tuple[float, Failure]]:
-  """Failures without end: of a random GPU, at exponential intervals.
+  """Yields failures without end: of random GPUs, at exponential intervals.
 
   Args:
-    source: of randomness.
-    world: where they happen.
+    source: source of randomness.
+    world: the world in which they happen.
     mtbf_seconds: mean time between failures of the whole job.
-    host_share: of them, that take the whole host along.
-    hardware_share: of them, after which the host has to be repaired.
+    host_share: share of failures that take the whole host along.
+    hardware_share: share of failures after which the host has to be repaired.
   """
   seconds = 0.0
   while True:
@@ -288,7 +292,7 @@ def draw(
   host_share: float,
   hardware_share: float,
 ) -> Failure:
-  """One failure of a random GPU."""
+  """Draws one failure of a random GPU."""
   return Failure(
     gpu=int(source.integers(world.gpus)),
     whole_host=bool(source.random() < host_share),

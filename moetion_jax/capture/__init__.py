@@ -1,1 +1,1 @@
-"""From the device into a snapshot, and from snapshots back into a state."""
+"""Copies from the device into a snapshot, and from snapshots into a state."""

@@ -1,8 +1,8 @@
-"""From sparse snapshots to dense state: fold, replay, fold, ... (DESIGN 4, 6).
+"""Turns sparse snapshots into dense state: fold, replay, ... (DESIGN 4, 6).
 
 The replay between two folds is the worker's ordinary iteration; a conversion
-only says where it begins and what is folded after each update, and holds what
-came out against the digests that the snapshots carry.
+only says where it begins and what is folded after each update, and compares
+the result with the digests that the snapshots carry.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class DivergedError(errors.MoetionError):
   """A rebuilt operator has other bits than the one that was lost.
 
   Attributes:
-    operator: which one.
-    iteration: of the state.
+    operator: the rebuilt operator.
+    iteration: iteration of the state.
     suspects: iterations of the snapshots that may be the cause.
   """
 
@@ -64,7 +64,7 @@ class SnapshotLostError(errors.StoreError):
   """A snapshot that a conversion needs cannot be had.
 
   Attributes:
-    suspects: its iteration.
+    suspects: iteration of the snapshot.
   """
 
   def __init__(self, iteration: int, reason: errors.StoreError):
@@ -75,11 +75,11 @@ class SnapshotLostError(errors.StoreError):
 class Conversion:
   """One conversion of one stage.
 
-  `begin` gives the state of the start; then, for every following iteration,
+  Call `begin` for the state of the start; then, in every following iteration,
   `advance` after its update.
 
   Attributes:
-    start: from which snapshot.
+    start: the snapshot to start from, and where the conversion ends.
     active: operators whose training state is restored so far.
     damaged: iterations whose snapshots could not be read and were not needed.
   """
@@ -96,11 +96,11 @@ class Conversion:
     """Stores the arguments.
 
     Args:
-      programs: of the stage, for the operators that this worker has.
+      programs: the stage's programs, for the operators that this worker has.
       digest: the stage's digest program.
       initial: makes state 0, which is complete by definition.
-      load: reads the snapshot of an iteration, verified.
-      start: a valid one.
+      load: reads the snapshot of an iteration and verifies it.
+      start: a valid start.
       newest: iteration of the newest snapshot that `load` can give.
     """
     self.start = start
@@ -117,15 +117,15 @@ class Conversion:
 
   @property
   def is_complete(self) -> bool:
-    """Whether every operator is active."""
+    """True if every operator is active."""
     return len(self.active) == len(self._own)
 
   def begin(self) -> partition.State:
-    """The partial state of the start.
+    """Makes the partial state of the start.
 
     Raises:
       SnapshotLostError: a snapshot is damaged.
-      DivergedError: its bits are not what they were.
+      DivergedError: the bits of an operator are not what they were.
     """
     if not self.start.iteration:
       self.active = self._own
@@ -133,7 +133,7 @@ class Conversion:
     return self._fold(self.start.iteration, None)
 
   def partials(self, iteration: int) -> np.ndarray | None:
-    """All stages' scalars of an iteration, f32[stages, 4], where recorded."""
+    """Returns all stages' scalars, f32[stages, 4]; None if not recorded."""
     snapshot = self._snapshot(iteration)
     return snapshot.extras.get(PARTIALS) if snapshot else None
 
@@ -141,8 +141,8 @@ class Conversion:
     """Folds the snapshot of `iteration` in, if anything is still frozen.
 
     Args:
-      iteration: of `state`.
-      state: after the update; donated when something is folded.
+      iteration: iteration of `state`.
+      state: the state after the update; donated when something is folded.
 
     Raises:
       SnapshotLostError: a snapshot is damaged.
@@ -152,7 +152,7 @@ class Conversion:
     return state if self.is_complete else self._fold(iteration, state)
 
   def frozen_digests(self) -> Mapping[keys.OperatorId, np.ndarray]:
-    """Digests, as recorded, of the operators that are still frozen."""
+    """Returns the recorded digests of the operators that are still frozen."""
     return {o: d for o, d in self._expected.items() if o not in self.active}
 
   def _fold(
@@ -161,7 +161,7 @@ class Conversion:
     snapshot = self._snapshot(iteration)
     assert snapshot is not None, 'no snapshot, or a start that was not valid'
     folded = self._programs.fold(state, snapshot, self.active)
-    # The snapshot may hold what other replicas of the stage have.
+    # The snapshot may also hold operators of other replicas of the stage.
     restored = self._own.intersection(snapshot.state)
     self.active |= restored
     self._verify(iteration, folded, restored)
@@ -176,9 +176,9 @@ class Conversion:
     """Compares the digests of active operators with the recorded ones.
 
     Args:
-      iteration: of the state.
-      state: to look at.
-      folded: operators that this iteration's snapshot was just folded into.
+      iteration: iteration of the state.
+      state: the state to check.
+      folded: operators just folded in from this iteration's snapshot.
     """
     layout = self._programs.layout
     snapshot = self._snapshot(iteration)
@@ -200,8 +200,8 @@ class Conversion:
         raise DivergedError(operator, iteration, range(first, iteration + 1))
 
   def _snapshot(self, iteration: int) -> snapshot_lib.Snapshot | None:
-    """The snapshot of an iteration; None where there is none."""
-    if iteration > self._newest:  # what was loaded is not needed any more
+    """Returns the snapshot of an iteration; None if there is none."""
+    if iteration > self._newest:  # the loaded snapshot is no longer needed
       self._loaded = None
     if not 0 < iteration <= self._newest or iteration in self.damaged:
       return None

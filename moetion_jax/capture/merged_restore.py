@@ -1,4 +1,4 @@
-"""A state put together from checkpoints of which none holds everything."""
+"""Puts a state together from checkpoints none of which holds everything."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def load(
   layout: layout_lib.Layout,
   initial: Callable[[], partition.State],
 ) -> snapshot.Snapshot:
-  """The newest version of every operator up to the start (PEC's restore).
+  """Loads every operator's newest version up to the start (PEC's restore).
 
   Args:
-    root: folder of the stage's snapshots.
-    stage: whose.
-    start: iteration of the snapshot that everything but experts is from.
-    layout: of the state.
+    root: folder that holds the snapshot folders of the stage's workers.
+    stage: the stage.
+    start: iteration of the snapshot from which all but the experts comes.
+    layout: layout of the state.
     initial: makes state 0, for experts that were never saved.
 
   Returns:
-    As if it were a whole snapshot of the start; without digests and scalars,
-    which are of a state that nobody has any more.
+    The operators as a whole snapshot of the start, without digests and scalars,
+    which are of a state that no longer exists.
 
   Raises:
     StoreError: a snapshot is missing or damaged.
@@ -75,7 +75,7 @@ def _rows(
   state: partition.State,
   wanted: frozenset[keys.OperatorId],
 ) -> dict[keys.OperatorId, dict[str, np.ndarray]]:
-  """Operators of a state, as a snapshot has them."""
+  """Returns operators of a state in the form that a snapshot has."""
   found: dict[keys.OperatorId, dict[str, np.ndarray]] = {o: {} for o in wanted}
   for leaf, value in zip(layout.leaves, jax.tree.leaves(state), strict=True):
     of_group = wanted & frozenset(

@@ -1,16 +1,17 @@
-"""Captures that come out packed, for devices with a memory of their own.
+"""Captures packed into few arrays, for devices with a memory of their own.
 
 Each transfer to the host, and each call of a program, takes the host 0.1 to 0.5
 ms whatever is in it, most of them with the GIL, for which training waits. So
-one call captures operators of all groups that are alike, and what it gives is
-one array for all numbers of a size, as bits. On CPU such copies take eight
-times as long as by leaf, and nothing is transferred: `capture_rows` is for it.
+one call captures operators of all groups that are alike, and returns one array
+for all numbers of a size, as bits. On CPU such copies take eight times as long
+as by leaf, and nothing is transferred: `rows` is for CPU.
 
-Groups that are alike are a family: stacked ones with arrays of equal shapes and
-dtypes, of which a call captures as many rows of each; or all that are not
-stacked. Rows that nobody asked for may be in the arrays, and are in no block. A
-call is made if half of it is asked for: where slots are balanced over devices,
-a snapshot takes at most twice its bytes of their memory.
+Groups that are alike are a family: stacked groups with arrays of equal shapes
+and dtypes, of each of which a call captures the same number of rows; or all
+groups that are not stacked. The arrays may have rows that nobody asked for;
+these are in no block. A call is made if half of it is asked for: where slots
+are balanced over devices, a snapshot takes at most twice its bytes of their
+memory.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ _SIZES = (64, 16, 4, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """Where, in what a call gives, the rows of a source are.
+  """The place of a source's rows in the outputs of a call.
 
   Attributes:
-    source: its place in the call.
-    kind: of block.
-    column: as `snapshot_blocks` calls it.
-    output: number of the array, [devices, numbers].
-    offset: of the first row in it, of every device.
-    rows: of every device.
-    width: numbers of a row.
+    source: place of the source in the call.
+    kind: kind of block, one of `blocks.KINDS`.
+    column: column of the block, see `blocks.Block`.
+    output: index of the output array, [devices, numbers].
+    offset: offset of the first row on every device, in numbers.
+    rows: number of rows of every device.
+    width: numbers in a row.
   """
 
   source: int
@@ -62,8 +63,8 @@ class Packed:
   """One call of a packed capture program.
 
   Attributes:
-    segments: of the outputs.
-    picked: operators, by source, device and row of that device.
+    segments: places of the rows in the outputs.
+    picked: operators by source, device and row of that device.
     outputs: arrays [devices, numbers].
   """
 
@@ -74,7 +75,7 @@ class Packed:
   def blocks(
     self, hosts: Sequence[np.ndarray]
   ) -> Iterator[tuple[blocks_lib.Block, list[np.ndarray]]]:
-    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    """Yields blocks and the pieces of their rows, cut from host outputs."""
     places: dict[int, dict[int, list[int]]] = {}  # rows by source and device
     for source, device, row in sorted(self.picked):
       places.setdefault(source, {}).setdefault(device, []).append(row)
@@ -104,12 +105,12 @@ class Packed:
 
 
 class Call(NamedTuple):
-  """Which operators a call captures.
+  """The operators that a call captures.
 
   Attributes:
-    sources: of the family, that it takes.
-    rows: of each of them and of every device.
-    picked: as of `Packed`.
+    sources: places in the family of the sources that it takes.
+    rows: number of rows of each source and every device.
+    picked: operators as in `Packed`.
   """
 
   sources: tuple[int, ...]
@@ -121,11 +122,11 @@ def deal(
   queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]],
   sizes: Sequence[int],
 ) -> list[Call]:
-  """Deals operators of a stacked family to few calls, which are half full.
+  """Deals operators of a stacked family to few calls, half full if possible.
 
   Args:
-    queues: what is asked for, of each source and device.
-    sizes: how many rows a call may take, falling to 1.
+    queues: operators asked for, of each source and device.
+    sizes: numbers of rows that a call may take, falling to 1.
   """
   left = [[list(queue) for queue in of_source] for of_source in queues]
   calls = []
@@ -156,14 +157,14 @@ def deal(
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-  """A call that can be made.
+  """A call that is ready to be made.
 
   Attributes:
-    name: of the program.
-    keys: of the arrays.
+    name: name of the program.
+    keys: keys of the arrays.
     index: rows of every device and source; None for sources without rows.
-    segments: of what it gives.
-    picked: as of `Packed`.
+    segments: places of the rows in the outputs.
+    picked: operators as in `Packed`.
   """
 
   name: str
@@ -177,26 +178,26 @@ class Family:
   """Sources that one call can capture from; see the module."""
 
   def __init__(self, sources: Sequence[sources_lib.Source], devices: int):
-    """Stores.
+    """Stores the arguments.
 
     Args:
-      sources: stacked and alike, or none stacked.
-      devices: over which stacked ones are spread.
+      sources: sources that are stacked and alike, or none stacked.
+      devices: number of devices over which stacked groups are spread.
     """
     self._sources = tuple(sources)
     self._is_stacked = sources[0].shapes.stacked
     self._devices = devices if self._is_stacked else 1
     self._local = sources[0].local_rows(devices) if self._is_stacked else 1
     self._sizes = tuple(s for s in _SIZES if s <= self._local)
-    # Slots come again in every window; to plan one takes a millisecond.
+    # Slots come again in every window; planning one takes a millisecond.
     self._planned = functools.lru_cache(maxsize=128)(self._plan)
-    # Programs of one source: by its shapes, named after the first of them.
+    # Sources of equal shapes share a program, named after the first of them.
     self._first: dict[sources_lib.Shapes, int] = {}
     for place, source in enumerate(self._sources):
       self._first.setdefault(source.shapes, place)
 
   def programs(self) -> Iterator[sources_lib.Program]:
-    """What `capture` calls."""
+    """Yields the programs that `capture` calls."""
     chosen: set[tuple[int, ...]] = {(i,) for i in self._first.values()}
     chosen.add(tuple(range(len(self._sources))))
     for sources in sorted(chosen):
@@ -212,9 +213,9 @@ class Family:
     """Dispatches copies.
 
     Args:
-      programs: compiled, by name.
+      programs: compiled programs by name.
       values: arrays by the keys of the sources.
-      picked: operators, those of other groups among them.
+      picked: operators to capture; those of other groups are passed over.
     """
     captured = []
     for planned in self._planned(picked):
@@ -226,7 +227,7 @@ class Family:
     return captured
 
   def _plan(self, picked: frozenset[keys_lib.OperatorId]) -> list[_Planned]:
-    """The calls that capture operators."""
+    """Plans the calls that capture operators."""
     queues: list[list[list[keys_lib.OperatorId]]] = [
       [[] for _ in range(self._devices)] for _ in self._sources
     ]
@@ -244,7 +245,7 @@ class Family:
   def _all(
     self, queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]]
   ) -> list[Call]:
-    """Calls of sources that are not stacked; in bytes they are half full."""
+    """Deals sources that are not stacked to calls, half full in bytes."""
     asked = {i: queue[0] for i, (queue,) in enumerate(queues) if queue}
     sizes = [_row_bytes(source) for source in self._sources]
     everyone = tuple(range(len(sizes)))
@@ -289,7 +290,7 @@ class Family:
     is_stacked = self._is_stacked
 
     def capture(*arrays):
-      """Rows of each source, or all of it: of each size of number [1, ...]."""
+      """Packs rows of each source, or all of it; one [1, numbers] per size."""
       index = None
       if is_stacked:
         index, *arrays = arrays
@@ -322,14 +323,14 @@ class Family:
 
 
 class PackedCaptures:
-  """How a state is captured packed; see the module."""
+  """The packed capture of a state; see the module."""
 
   def __init__(self, sources: Sequence[sources_lib.Source], devices: int):
-    """Stores.
+    """Groups the sources into families.
 
     Args:
-      sources: all.
-      devices: over which stacked ones are spread.
+      sources: all sources of the state.
+      devices: number of devices over which stacked groups are spread.
     """
     alike: dict[Any, list[sources_lib.Source]] = {}
     for source in sources:
@@ -340,7 +341,7 @@ class PackedCaptures:
     ]
 
   def programs(self) -> Iterator[sources_lib.Program]:
-    """What `capture` calls."""
+    """Yields the programs that `capture` calls."""
     for _, family in self._families:
       yield from family.programs()
 
@@ -350,7 +351,7 @@ class PackedCaptures:
     values: Mapping[str, Any],
     picked: Mapping[str, frozenset[keys_lib.OperatorId]],
   ) -> list[Packed]:
-    """Dispatches copies; see `capture_rows.RowCaptures.capture`."""
+    """Dispatches copies; see `rows.RowCaptures.capture`."""
     return [
       packed
       for kind, family in self._families
@@ -361,7 +362,7 @@ class PackedCaptures:
 def _segments(
   sources: Sequence[sources_lib.Source], rows: int
 ) -> Iterator[Segment]:
-  """Of the outputs of `Family._program`'s function, in its order."""
+  """Yields the segments of the outputs of `Family._program`, in its order."""
   outputs: dict[np.dtype, int] = {}
   offsets: dict[np.dtype, int] = {}
   for place, source in enumerate(sources):

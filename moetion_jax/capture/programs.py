@@ -1,10 +1,9 @@
-"""Capture and fold on the device (DESIGN sections 4 and 5).
+"""Programs for capture and fold on the device (DESIGN sections 4 and 5).
 
 `capture` copies the operators of a slot into buffers of their own, so that the
-training thread may donate the state right after: by leaf (`capture_rows`) on
-CPU, packed (`capture_packed`) elsewhere. `fold` puts the operators of one
-snapshot into a partial state. All of it works on any pytree whose leaves a
-`layout.Layout` explains.
+training thread may donate the state right after: by leaf (`rows`) on CPU,
+packed (`packed`) elsewhere. `fold` puts the operators of one snapshot into a
+partial state. Both work on any pytree whose leaves a `layout.Layout` describes.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ _FOLD, _PLACE = 'fold', 'fold the first one'
 class CapturePrograms:
   """The compiled programs of capture and fold for one layout.
 
-  `compile` first. Capture is compiled once for groups whose leaves have equal
-  shapes, and for each number of operators that a call may take; which ones is
-  a dynamic index.
+  Call `compile` first. Capture is compiled once for groups whose leaves have
+  equal shapes, and for each number of operators that a call may take; which
+  operators is a dynamic index.
   """
 
   def __init__(self, layout: layout_lib.Layout, is_packed: bool | None = None):
-    """Stores; `compile` does the work.
+    """Stores the arguments; `compile` does the work.
 
     Args:
-      layout: of the state.
-      is_packed: whether captures are; None: what suits the platform.
+      layout: layout of the state.
+      is_packed: whether captures are packed; None: what suits the platform.
     """
     self.layout = layout
     self._programs: dict[str, Callable[..., Any]] = {}
@@ -58,8 +57,8 @@ class CapturePrograms:
     """Traces all programs over a mesh; needs no backend.
 
     Args:
-      mesh: to trace over.
-      platform: that it will be compiled for, as JAX calls it.
+      mesh: the mesh to trace over.
+      platform: the platform to compile for, as JAX calls it.
     """
     traced = {}
     # The layout may have no devices yet.
@@ -105,10 +104,10 @@ class CapturePrograms:
 
     Args:
       on_program: called with each program's name before it is compiled.
-      lowered: `trace`, lowered, if that was done ahead.
+      lowered: the lowered result of `trace`, if that was done ahead.
     """
     mesh = self.layout.mesh
-    if mesh is None:  # the caller's own state: wherever it lies
+    if mesh is None:  # the caller's own state, wherever it lies
       captures = self._choose(jax.default_backend(), 1)
       functions: dict[Callable[..., Any], Callable[..., Any]] = {}
       for program in captures.programs():
@@ -128,11 +127,11 @@ class CapturePrograms:
   def _choose(
     self, platform: str, devices: int
   ) -> rows.RowCaptures | packed.PackedCaptures:
-    """How the state is captured.
+    """Chooses how the state is captured.
 
     Args:
-      platform: as JAX calls it.
-      devices: of the axis 'expert'.
+      platform: the platform, as JAX calls it.
+      devices: number of devices of the axis 'expert'.
     """
     is_packed = self._is_packed
     if is_packed is None:
@@ -157,10 +156,10 @@ class CapturePrograms:
     """Copies operators on the device; returns when the copies are dispatched.
 
     Args:
-      state: the training state; may be donated as soon as this returned.
-      compute: its compute weights, which nobody may donate.
-      state_operators: the slot.
-      compute_operators: those whose compute weights belong to the snapshot.
+      state: the training state; may be donated as soon as this has returned.
+      compute: the compute weights, which nobody may donate.
+      state_operators: operators of the slot.
+      compute_operators: operators whose compute weights belong to the snapshot.
     """
     values = jax.tree.leaves(state)
     assert self._captures is not None, 'compile() was not called'
@@ -202,12 +201,12 @@ class CapturePrograms:
     """Puts a snapshot into a partial state.
 
     Args:
-      state: donated; None for the first fold.
-      snapshot: of the state's iteration.
+      state: the partial state, donated; None for the first fold.
+      snapshot: snapshot of the state's iteration.
       active: operators that keep what they have.
 
     Returns:
-      The state: the slot's operators whole, the other frozen ones on
+      The new state: the slot's operators whole, the other frozen ones on
       placeholders.
 
     Raises:
@@ -230,7 +229,7 @@ class CapturePrograms:
     values: Sequence[np.ndarray],
     masks: Sequence[np.ndarray],
   ) -> Any:
-    """`fold` of leaves that lie where somebody put them, and stay there."""
+    """Folds leaves that the caller placed; they stay where they are."""
     old = [None] * len(values) if state is None else jax.tree.leaves(state)
     folded = []
     for leaf, before, value, mask in zip(
@@ -251,7 +250,7 @@ def _copied(leaves):
 
 
 def _wide(mask, leaf):
-  """The mask of a leaf's rows, or of all of it, with as many dims."""
+  """Gives the mask of a leaf, or of its rows, as many dims as the leaf."""
   return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
 
 

@@ -1,7 +1,7 @@
 """Captures by leaf, for devices whose memory is the host's.
 
 A call captures rows of one group, each leaf into an array of its own. Compute
-weights are not captured: nobody donates them, so the snapshot refers to them.
+weights are not copied: nobody donates them, so the snapshot refers to them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moetion_jax.programs import mesh
 from moetion_jax.snapshots import blocks as blocks_lib
 
 # How many operators of a stacked group one call may capture. XLA's CPU client
-# lets 32 calls be under way: one more waits, and training with it.
+# lets 32 calls be under way: one more waits, and training waits with it.
 _SIZES = (8, 2, 1)
 
 
@@ -29,11 +29,12 @@ class Rows:
   """Rows of one group, by leaf.
 
   Attributes:
-    kind: of `snapshot_blocks.KINDS`.
-    columns: of the outputs, as `snapshot_blocks` calls them.
-    picked: operators, by row of the outputs, ascending.
-    outputs: arrays with a leading dim of rows; some may be nobody's.
-    is_single: they lack that dim: all is one operator's.
+    kind: one of `blocks.KINDS`.
+    columns: block column of each output, see `blocks.Block`.
+    picked: operators by row of the outputs, ascending.
+    outputs: arrays with a leading dim of rows, some of which may belong to no
+      operator.
+    is_single: whether the outputs lack that dim and are one operator's.
   """
 
   kind: str
@@ -45,7 +46,7 @@ class Rows:
   def blocks(
     self, hosts: Sequence[np.ndarray]
   ) -> Iterator[tuple[blocks_lib.Block, list[np.ndarray]]]:
-    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    """Yields blocks and the pieces of their rows, cut from host outputs."""
     operators = tuple(self.picked.values())
     for column, host in zip(self.columns, hosts, strict=True):
       rows = host[None] if self.is_single else host
@@ -54,7 +55,7 @@ class Rows:
 
 
 class RowCaptures:
-  """How a state is captured by leaf; see the module."""
+  """The capture of a state by leaf; see the module."""
 
   def __init__(
     self,
@@ -62,12 +63,13 @@ class RowCaptures:
     devices: int,
     is_spread: bool = False,
   ):
-    """Stores.
+    """Stores the arguments.
 
     Args:
-      sources: all.
-      devices: over which stacked ones are spread, each a share.
-      is_spread: over several in another way, which XLA knows.
+      sources: all sources of the state.
+      devices: number of devices over which stacked groups are split evenly.
+      is_spread: whether they are spread over devices in another way, which XLA
+        knows.
     """
     self._devices = devices
     self._pick = _rows_of_all if is_spread else _rows_of_each
@@ -78,7 +80,7 @@ class RowCaptures:
       self._first.setdefault(source.shapes, source.name)
 
   def programs(self) -> Iterator[sources_lib.Program]:
-    """What `capture` calls."""
+    """Yields the programs that `capture` calls."""
     for source in self._sources.values():
       shapes = source.shapes
       is_first = self._first[shapes] == source.name
@@ -107,9 +109,9 @@ class RowCaptures:
     """Dispatches copies.
 
     Args:
-      programs: compiled, by name.
-      values: by kind, the arrays by the keys of their sources.
-      picked: operators, by kind.
+      programs: compiled programs by name.
+      values: for each kind, the arrays by the keys of their sources.
+      picked: operators to capture, by kind.
     """
     captured = []
     for kind, operators in picked.items():
@@ -151,7 +153,7 @@ class RowCaptures:
       yield Rows(source.kind, columns, call, outputs)
 
   def _sizes(self, source: sources_lib.Source) -> tuple[int, ...]:
-    """How many of a stack's operators a call may take, falling."""
+    """Returns how many rows of each device a call may take, falling."""
     local = source.local_rows(self._devices)
     return tuple(size for size in _SIZES if size <= local)
 
@@ -170,7 +172,7 @@ def _referred(
 
 
 def _rows_of_each(index, *leaves):
-  """Of each device's share of the leaves, the rows that it is told."""
+  """Gathers the requested rows of each device's local shard."""
 
   def rows(x):
     return [
@@ -182,10 +184,10 @@ def _rows_of_each(index, *leaves):
 
 
 def _rows_of_all(index, *leaves):
-  """The rows of leaves that are spread over devices in any way.
+  """Gathers the rows of leaves that are spread over devices in any way.
 
-  XLA gathers on each device what it has and adds that up. In bits: the sum of
-  -0.0 and the zeros of the others would be 0.0.
+  XLA gathers on each device what it has and adds that up. The rows are added as
+  bits, since the sum of -0.0 and the zeros of other devices would be 0.0.
   """
 
   def rows(x):
@@ -203,7 +205,7 @@ def _rows_of_all(index, *leaves):
 
 
 def _whole(*leaves):
-  """The leaves, with a leading dim of one row."""
+  """Copies leaves, with a leading dim of one row."""
   return tuple(jnp.copy(x)[None] for x in leaves)
 
 
@@ -216,10 +218,10 @@ def _calls(
   """Deals operators of a group to as few calls as possible.
 
   Args:
-    picked: them.
+    picked: the operators to deal.
     places: row of each operator of the group.
-    local: how many of the group a device has.
-    sizes: how many a call may take of every device, falling to 1.
+    local: number of the group's rows on one device.
+    sizes: numbers of rows that a call may take of every device, falling to 1.
 
   Returns:
     (rows of every device, operators by row) of each call; a device's rows are

@@ -1,9 +1,9 @@
-"""Takes the snapshots of a worker, one an iteration, in a thread of its own.
+"""Takes the snapshots of a worker, one per iteration, in a thread of its own.
 
 The training thread hands the state over and goes on; the snapshot thread
 dispatches the copies on the device, waits for them and stores them. The state
 may be donated once the copies are dispatched, which `release` waits for. At
-most one snapshot is on its way, so no capture is ever skipped: when the last
+most one snapshot is on its way, and no capture is ever skipped: when the last
 one is late, training waits, visibly (DESIGN section 5).
 """
 
@@ -33,11 +33,11 @@ _FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TakenSnapshot:
-  """What taking a snapshot meant for the training thread.
+  """The cost of taking a snapshot.
 
   Attributes:
-    snapshot_bytes: of its operators; 0 when the iteration has none.
-    blocked_seconds: spent waiting for the last copy.
+    snapshot_bytes: bytes of the operators; 0 if no snapshot was taken.
+    blocked_seconds: seconds the training thread waited for the last copy.
   """
 
   snapshot_bytes: int = 0
@@ -84,19 +84,19 @@ class Snapshotter:
     """Stores the arguments.
 
     Args:
-      programs: compiled.
-      store: not started; it is used by this object alone.
-      decision: what is captured when.
+      programs: the compiled programs.
+      store: a store that is not started and that only this object uses.
+      decision: which operators are captured in which iteration.
       fields: metadata of every snapshot.
-      log: a snapshot counts only when everything that was published before it
-        was taken can be read, since it will never be published again.
+      log: the worker's log. A snapshot counts only when everything published
+        before it was taken can be read, since it is never published again.
       on_stored: called with the metadata of each snapshot once it counts, in
         the snapshot thread.
-      full_seconds: how long to wait for host memory when there is none.
+      full_seconds: seconds to wait for host memory when there is none.
       on_block: called with the reason when a wait for room begins, with ''
         when it ends; in the snapshot thread.
-      share: operators that this worker captures, its replicas the others; None:
-        all.
+      share: operators that this worker captures, while other replicas capture
+        the rest; None captures all.
     """
     self.newest = -1
     self._programs = programs
@@ -108,12 +108,12 @@ class Snapshotter:
     self._on_block = on_block
     self._share = share
     self._decisions = [decision]
-    self._changed = threading.Condition()  # guards what follows
+    self._changed = threading.Condition()  # guards the fields below
     self._copies: collections.deque[tuple[int, float]] = collections.deque(
       maxlen=_MEASURED_COPIES  # bytes and seconds
     )
     self._job: _CaptureJob | None = None
-    self._reads_state = False  # that of the job
+    self._reads_state = False  # whether the job still needs its state
     self._first_iteration = 0
     self._closing = False
     self._error: BaseException | None = None
@@ -133,9 +133,9 @@ class Snapshotter:
 
   @property
   def bandwidth(self) -> float:
-    """Bytes per second at which the last snapshots were stored; 0: none was.
+    """Bytes per second at which the last snapshots were stored; 0 if none was.
 
-    From the moment when their contents were there.
+    Counted from when their contents were on the host.
     """
     with self._changed:
       copied_bytes = sum(size for size, _ in self._copies)
@@ -153,7 +153,7 @@ class Snapshotter:
       self._store.close()
 
   def decide(self, decision: decision_lib.CaptureDecision) -> None:
-    """From `decision.first_iteration` on, that is captured. Any thread."""
+    """Captures by `decision` from its `first_iteration` on. Any thread."""
     with self._changed:
       self._decisions = [
         d
@@ -162,7 +162,7 @@ class Snapshotter:
       ] + [decision]
 
   def retain(self, first_iteration: int) -> None:
-    """Lets go of snapshots of earlier iterations. Any thread."""
+    """Allows snapshots of earlier iterations to be removed. Any thread."""
     with self._changed:
       self._first_iteration = max(self._first_iteration, first_iteration)
       held = [d for d in self._decisions if d.first_iteration < first_iteration]
@@ -175,7 +175,7 @@ class Snapshotter:
       self._broken.add(iteration)
 
   def slot(self, iteration: int) -> frozenset[keys.OperatorId]:
-    """The operators whose training state iteration's snapshot holds."""
+    """Returns the operators whose training state an iteration captures."""
     with self._changed:
       decision = decision_lib.active(self._decisions, iteration)
     captured = decision.captured(iteration)
@@ -192,10 +192,10 @@ class Snapshotter:
     """Takes the snapshot of the state after `iteration`, if it has one.
 
     Args:
-      iteration: its number.
-      state: may be donated when `release` returned.
-      compute: may not be donated by anybody.
-      extras: further arrays by name; not donated either.
+      iteration: the iteration.
+      state: the training state; may be donated once `release` has returned.
+      compute: the compute weights, which nobody may donate.
+      extras: further arrays by name, which nobody may donate.
       **fields: metadata of this snapshot.
 
     Raises:
@@ -211,7 +211,7 @@ class Snapshotter:
         captured = captured[0] & self._share, captured[1] & self._share
       is_broken = iteration in self._broken
       if iteration in self._known and not is_broken:
-        return TakenSnapshot()  # a replay came by
+        return TakenSnapshot()  # in a replay: it exists already
       begin = time.monotonic()
       self._changed.wait_for(lambda: not self._job or self._error)
       blocked_seconds = time.monotonic() - begin
@@ -238,11 +238,11 @@ class Snapshotter:
   def release(self) -> float:
     """Waits until the state that was taken last may be donated.
 
-    That is when the copies of it are dispatched: milliseconds after `take`, so
-    nobody waits who trains an iteration in between.
+    That is when its copies are dispatched, milliseconds after `take`: with an
+    iteration trained in between there is no wait.
 
     Returns:
-      Seconds that this took.
+      The seconds waited.
 
     Raises:
       StoreError, EntryMismatchError: as `take`.
@@ -264,7 +264,7 @@ class Snapshotter:
       raise self._error
 
   def _run(self) -> None:
-    """The snapshot thread."""
+    """Runs in the snapshot thread: saves one job after another."""
     try:
       while True:
         with self._changed:
@@ -286,7 +286,7 @@ class Snapshotter:
         self._changed.notify_all()
 
   def _save(self) -> int:
-    """Does the job; returns its iteration."""
+    """Captures and stores the job's snapshot; returns its iteration."""
     captured, job = self._capture()
     on_host = captured.to_host()
     buffers = on_host.buffers()
@@ -295,7 +295,7 @@ class Snapshotter:
     metadata = on_host.metadata(
       iteration=job.iteration, **self._fields, **job.fields
     )
-    del captured, on_host  # what is on the device
+    del captured, on_host  # frees their device memory
     begin = time.monotonic()
     size = self._store_one(job, metadata, buffers)
     with self._changed:
@@ -304,13 +304,13 @@ class Snapshotter:
     return job.iteration
 
   def _capture(self) -> tuple[transfer.Captured, _CaptureJob]:
-    """What was captured, and what is left of the job."""
+    """Captures; returns the result, and the job without its arrays."""
     with self._changed:
       job = self._job
     assert job is not None
     captured = self._programs.capture(job.state, job.compute, *job.operators)
     captured = dataclasses.replace(captured, extras=job.extras)
-    # Nobody here keeps memory of the device that training gives back.
+    # Nothing here may keep device memory that training gives back.
     job = dataclasses.replace(job, state=None, compute={}, extras={})
     with self._changed:
       self._job = job
@@ -324,14 +324,14 @@ class Snapshotter:
     metadata: dict[str, Any],
     buffers: Sequence[manifest.Buffer],
   ) -> int:
-    """Stores a snapshot; waits, as training then does, while all are kept.
+    """Stores a snapshot; while all must be kept it waits, and so does training.
 
     Raises:
-      NoRoomError: there is no host memory for a manifest, and none came.
+      NoRoomError: there was no host memory, and none came in time.
     """
     full_at: float | None = None
     is_blocked = False
-    if job.is_whole:  # a window may have been chosen that has room for a part
+    if job.is_whole:  # the files may be sized for the parts of a window
       self._store.enlarge(
         manifest.data_bytes(buffer.nbytes for buffer in buffers)
       )

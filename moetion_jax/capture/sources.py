@@ -1,4 +1,4 @@
-"""What operators are captured from: the arrays of each group, by kind."""
+"""Sources of captures: the arrays of each group of operators, by kind."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moetion_jax.state import layout as layout_lib, partition
 
 
 class Program(NamedTuple):
-  """One to compile.
+  """A program to compile.
 
   Attributes:
-    name: of it.
-    function: of one device's share of the arguments.
+    name: name of the program.
+    function: function of one device's shard of the arguments.
     in_specs: mesh axes of the arguments.
-    out_specs: of what it returns.
-    shapes: of the arguments over the whole mesh.
+    out_specs: mesh axes of the results.
+    shapes: shapes of the arguments over the whole mesh.
   """
 
   name: str
@@ -32,10 +32,10 @@ class Program(NamedTuple):
 
 
 class Shapes(NamedTuple):
-  """Of a source's arrays. Sources of equal ones can share a program.
+  """Shapes of a source's arrays; sources of equal shapes share a program.
 
   Attributes:
-    kind: of `snapshot_blocks.KINDS`.
+    kind: one of `blocks.KINDS`.
     stacked: whether the arrays have a row for each operator.
     arrays: shape and dtype of each.
   """
@@ -46,16 +46,17 @@ class Shapes(NamedTuple):
 
 
 class Source(NamedTuple):
-  """What one kind of block of a group is captured from.
+  """The arrays from which one kind of block of a group is captured.
 
   Attributes:
-    kind: of `snapshot_blocks.KINDS`.
-    group: of operators.
-    leaves: of the group, those that have this kind of value, and its dtypes.
-    keys: of each, its place in the flattened state, or the name of its compute
-      weight.
-    shapes: of what is found there.
-    rows: of each operator in a stacked group's arrays.
+    kind: one of `blocks.KINDS`.
+    group: group of operators.
+    leaves: the group's leaves that have this kind of value, with the dtype of
+      the value.
+    keys: for each leaf, its place in the flattened state, or the name of its
+      compute weight.
+    shapes: shapes of the arrays.
+    rows: row of each operator in a stacked group's arrays.
   """
 
   kind: str
@@ -67,17 +68,17 @@ class Source(NamedTuple):
 
   @property
   def name(self) -> str:
-    """In names of programs."""
+    """Name of the source in names of programs."""
     is_state = self.kind == blocks.STATE
     return self.group if is_state else f'{self.kind} {self.group}'
 
   def local_rows(self, devices: int) -> int:
-    """How many rows a device has of a stacked group's arrays."""
+    """Returns how many rows of a stacked group's arrays one device has."""
     return max(self.shapes.arrays[0][0][0] // devices, 1)
 
 
 def sources(layout: layout_lib.Layout) -> Iterator[Source]:
-  """All that there are; ValueError for a group that no block can name."""
+  """Yields all sources; ValueError for a group that no block can name."""
   shared = {x.group.name for x in layout.leaves if x.path in layout.shared}
   places = {leaf.path: i for i, leaf in enumerate(layout.leaves)}
   for group, about in layout.partition.groups.items():

@@ -1,4 +1,4 @@
-"""A snapshot on its way: from the device to the host, and into buffers."""
+"""A snapshot on its way from the device to the host, and into buffers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
 
 
 class Part(Protocol):
-  """Some of what was captured, in arrays on the device."""
+  """A part of what was captured, in arrays on the device."""
 
   @property
   def outputs(self) -> tuple[jax.Array, ...]:
-    """The arrays."""
+    """Arrays of the part."""
     ...
 
   def blocks(
     self, hosts: Sequence[np.ndarray]
   ) -> Iterable[tuple[blocks_lib.Block, list[np.ndarray]]]:
-    """Blocks, and the pieces of their rows, from the outputs on the host."""
+    """Yields blocks and the pieces of their rows, cut from host outputs."""
     ...
 
 
@@ -36,10 +36,10 @@ class Captured:
   """A snapshot on the device, in buffers that nobody donates.
 
   Attributes:
-    parts: of the slot, and compute weights.
-    state_operators: those of the slot.
-    compute_operators: those whose compute weights belong to the snapshot.
-    shared: copies, by path.
+    parts: training state of the slot, and compute weights.
+    state_operators: operators of the slot.
+    compute_operators: operators whose compute weights belong to the snapshot.
+    shared: copies of the leaves that belong to no operator, by path.
     extras: further arrays by name.
   """
 
@@ -55,10 +55,10 @@ class Captured:
     """Starts the copies that `buffers` waits for.
 
     Returns:
-      The same, the arrays of its parts in pinned host memory where devices can
-      write to it: at 37 GB/s on an H100, for 64 MiB, and not at 3 by way of
-      JAX's own staging, which moreover keeps the GIL. Others go that way: they
-      are small, and who reads them next finds them read.
+      The same snapshot, with the arrays of its parts in pinned host memory
+      where devices can write to it: at 37 GB/s on an H100, for 64 MiB, not at 3
+      through JAX's own staging, which moreover keeps the GIL. The other arrays
+      go that way: they are small; jax caches the host copy for the next reader.
     """
     for array in (*self.shared.values(), *self.extras.values()):
       if isinstance(array, jax.Array):
@@ -75,11 +75,11 @@ class Captured:
     )
 
   def buffers(self) -> list[manifest.Buffer]:
-    """What is stored; waits until the contents are on the host."""
+    """Returns the buffers to store; waits until their contents are on host."""
     return list(self._buffers())
 
   def metadata(self, **fields: Any) -> dict[str, Any]:
-    """What a snapshot says of itself in JSON: fields, and its operators."""
+    """Returns the snapshot's JSON metadata: fields, and its operators."""
     return {
       **fields,
       'state': keys.operators_to_json(self.state_operators),
@@ -112,7 +112,7 @@ def _buffer(name: str, host: np.ndarray) -> manifest.Buffer:
 
 
 def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-  """Starts copies; the arrays from which to read them."""
+  """Starts copies; returns the arrays from which to read them."""
   if arrays and _has_pinned_host(next(iter(arrays[0].sharding.device_set))):
     pinned = [x.sharding.with_memory_kind(_PINNED) for x in arrays]
     return jax.device_put(list(arrays), pinned)
@@ -123,7 +123,7 @@ def _to_host(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
 
 @functools.cache
 def _has_pinned_host(device: Any) -> bool:
-  """Whether a device writes to pinned memory of a host that is not its own."""
+  """True if a device, not the host's CPU, can write to pinned host memory."""
   return device.platform not in _HOSTS and any(
     memory.kind == _PINNED for memory in device.addressable_memories()
   )

@@ -1,1 +1,1 @@
-"""What lies in host memory (tmpfs), shared by the processes of a host."""
+"""Files in host memory (tmpfs) that the processes of a host share."""

@@ -22,10 +22,10 @@ _SUFFIX = '.bell'
 
 
 class Doorbell:
-  """One process's bell, and its hand at the bells of the others.
+  """A process's own bell, and the means to ring those of the others.
 
-  `start` before the first look at shared memory, then `wait for readable`,
-  `drain`, look; no commit is missed in that order.
+  Call `start` before the first look at shared memory; then wait until `fileno`
+  is readable, `drain`, look. In that order no commit is missed.
   """
 
   def __init__(self, folder: str | os.PathLike[str], name: str):
@@ -33,7 +33,7 @@ class Doorbell:
 
     Args:
       folder: the store folder.
-      name: unique among the living processes of the folder.
+      name: name that is unique among the living processes of the folder.
     """
     self._folder = pathlib.Path(folder)
     self._name = name + _SUFFIX
@@ -44,7 +44,7 @@ class Doorbell:
     """Binds the bell, in place of one that a dead process left.
 
     Raises:
-      StoreError: the folder does not take it.
+      StoreError: the bell cannot be bound in the folder.
     """
     try:
       self._folder_fd = os.open(
@@ -71,7 +71,7 @@ class Doorbell:
       self._folder_fd = -1
 
   def fileno(self) -> int:
-    """The descriptor to poll; readable once rung."""
+    """Returns the descriptor to poll; it is readable once the bell was rung."""
     assert self._socket is not None
     return self._socket.fileno()
 
@@ -83,7 +83,7 @@ class Doorbell:
         self._socket.recv(1)  # longer ones are cut by the kernel
 
   def ring(self) -> None:
-    """Rings one's own bell: wakes the thread that polls it."""
+    """Rings this process's own bell, to wake the thread that polls it."""
     self._ring(self._name)
 
   def ring_others(self) -> None:
@@ -95,7 +95,7 @@ class Doorbell:
   def _ring(self, name: str) -> None:
     if self._socket is None:  # closed: nobody listens here either
       return
-    # Full: it has yet to look. Refused or gone: nobody is there to look.
+    # Full: its owner has yet to look. Refused or gone: nobody is there to look.
     with contextlib.suppress(
       BlockingIOError, ConnectionRefusedError, FileNotFoundError
     ):

@@ -39,19 +39,19 @@ class EntryCorruptError(errors.StoreError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EntryHeader:
-  """What a cell says of one entry; `pack` is its form in files and messages.
+  """Description of one entry; `pack` gives its form in files and messages.
 
   Attributes:
     key: name of the entry.
-    generation: of the producer that wrote it.
+    generation: generation of the producer that wrote it.
     sequence: number of the entry in its segment, from 0.
-    dtype: one of DTYPES.
-    shape: at most 8 dims.
-    offset: of the payload in the ring, in bytes.
-    nbytes: of the payload.
+    dtype: one of `raw_bytes.DTYPES`.
+    shape: shape of the array, at most 8 dims.
+    offset: offset of the payload in the ring, in bytes.
+    nbytes: size of the payload in bytes.
     checksum: xxh3 of the payload, 64 bits.
-    committed_nanoseconds: of the monotonic clock of the producer's machine,
-      when the entry was there; 0 if unknown.
+    committed_nanoseconds: time of the commit, by the monotonic clock of the
+      producer's machine; 0 if unknown.
   """
 
   key: keys.EntryKey
@@ -65,7 +65,7 @@ class EntryHeader:
   committed_nanoseconds: int = 0
 
   def pack(self) -> bytes:
-    """Fields and commit word: HEADER_BYTES bytes."""
+    """Packs the fields and the commit word into HEADER_BYTES bytes."""
     key = self.key
     shape = self.shape + (0,) * (_MAX_DIMS - len(self.shape))
     fields = _FIELDS.pack(
@@ -88,7 +88,7 @@ class EntryHeader:
 
   @classmethod
   def unpack(cls, data: bytes) -> EntryHeader | None:
-    """The inverse of `pack`; None if `data` is no committed header."""
+    """Inverts `pack`; returns None if `data` is no committed header."""
     if len(data) != HEADER_BYTES:
       return None
     fields, (commit,) = (
@@ -129,7 +129,7 @@ def _commit_word(fields: bytes) -> int:
 
 
 def from_bytes(data: np.ndarray, header: EntryHeader) -> np.ndarray:
-  """The array that the bytes of an entry, u8[nbytes], stand for: a view."""
+  """Views the bytes of an entry, u8[nbytes], as the array they stand for."""
   return data.view(header.dtype).reshape(header.shape)
 
 

@@ -13,7 +13,7 @@ _FLOCK = struct.Struct('hhqqi4x')  # glibc's struct flock, 64-bit offsets
 
 
 def try_lock(fd: int, kind: int, offset: int) -> bool:
-  """Takes (or with F_UNLCK returns) the lock of one byte; False if held."""
+  """Takes (or with F_UNLCK releases) the lock of one byte; False if held."""
   lock = _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0)
   try:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)

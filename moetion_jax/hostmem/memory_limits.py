@@ -1,4 +1,4 @@
-"""How much host memory a run may take: tmpfs, machine and cgroup limits."""
+"""Host memory that a run may take: tmpfs, machine and cgroup limits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes "no limit" as about 2**63
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Room:
-  """How much host memory a folder can still take.
+  """Host memory that a folder can still take.
 
   Attributes:
     folder: the folder these numbers are about.
-    tmpfs_free_bytes: free in the file system of the folder.
+    tmpfs_free_bytes: free bytes in the file system of the folder.
     tmpfs_bytes: size of that file system.
-    memory_available_bytes: what the kernel could give, None if unknown.
-    cgroup_available_bytes: what the strictest memory cgroup (v1 or v2) around
-      this process leaves, None without a limit.
+    memory_available_bytes: memory the kernel could give; None if unknown.
+    cgroup_available_bytes: memory that the strictest memory cgroup (v1 or v2)
+      around this process leaves; None without a limit.
   """
 
   folder: str
@@ -33,7 +33,7 @@ class Room:
 
 
 def format_bytes(count: int) -> str:
-  """`count` bytes for people: '64.0 MiB'."""
+  """Formats a number of bytes for people: '64.0 MiB'."""
   value = float(count)
   for unit in ('bytes', 'KiB', 'MiB', 'GiB'):
     if abs(value) < 1024:
@@ -76,7 +76,7 @@ def check_room(need_bytes: int, room: Room) -> None:
 
 
 def _shm_size(need_bytes: int) -> str:
-  """A docker size with a quarter to spare: '2g'."""
+  """Formats a size for docker, with a quarter to spare: '2g'."""
   return f'{max(1, -(-need_bytes * 5 // 4 >> 30))}g'
 
 
@@ -112,11 +112,11 @@ def _memory_available_bytes(meminfo: str) -> int | None:
 
 
 def _cgroup_available_bytes(membership: str, root: pathlib.Path) -> int | None:
-  """The least that any memory cgroup of this process still grants.
+  """Returns the least that any memory cgroup of this process still grants.
 
   Args:
     membership: text of /proc/self/cgroup.
-    root: where the cgroup file systems are mounted.
+    root: directory where the cgroup file systems are mounted.
   """
   available_bytes = []
   for line in membership.splitlines():
@@ -148,7 +148,7 @@ def _cgroup_available_bytes(membership: str, root: pathlib.Path) -> int | None:
 def _group_available_bytes(
   group: pathlib.Path, limit_name: str, usage_name: str, cache_name: str
 ) -> int | None:
-  """What one memory cgroup still grants; None without a limit."""
+  """Returns what one memory cgroup still grants; None without a limit."""
   limit, usage = _read(group / limit_name), _read(group / usage_name)
   if not limit.strip().isdigit() or int(limit) >= _UNLIMITED_BYTES:
     return None

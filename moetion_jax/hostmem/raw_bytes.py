@@ -33,12 +33,12 @@ DTYPES: tuple[np.dtype, ...] = tuple(
 
 
 def checksum(array: np.ndarray) -> int:
-  """The checksum that headers hold, of the bytes of `array`."""
+  """Computes the checksum that headers hold, from the bytes of `array`."""
   return xxhash.xxh3_64_intdigest(as_bytes(array).data)
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
-  """The bytes of `array`, u8[nbytes]; a view if it is contiguous."""
+  """Returns the bytes of `array`, u8[nbytes]; a view if it is contiguous."""
   return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
@@ -56,7 +56,7 @@ def whole_pages(nbytes: int) -> int:
 
 
 def padded(nbytes: int) -> int:
-  """Ring bytes of a payload; at least one unit, so that no two coincide."""
+  """Rounds a payload up to ring units; at least one, so no two coincide."""
   return max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
 
 

@@ -1,4 +1,4 @@
-"""The run's store folder on a host, opened with everything checked."""
+"""A run's store folder on a host: its name, checks, opening and removal."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from collections.abc import Iterator, Sequence
 from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits, segment_reader, store_folder
 
-# Folders of final states on their way into the checkpoint (`handover`).
+# Prefix of folders of final states on their way into the checkpoint (see
+# `runtime/final_state.py`).
 STATE_PREFIX = 'state-stage-'
 _TEMPORARY_SUFFIXES = ('.new', '.tmp')
 _DYING_SECONDS = 2.0
 
 
 def run_id(workdir: str, host: int = 0) -> str:
-  """Name of the store of a workdir (absolute) on one of the run's hosts."""
+  """Names the store of a workdir (absolute) on one of the run's hosts."""
   name = hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()
   return f'{name}-host{host}' if host else name
 
 
 def report_leftovers(hostmem_dir: str, run_id: str, *, fresh: bool) -> bool:
-  """Prints what dead runs left.
+  """Prints what dead runs left; with `fresh`, removes what this run left.
 
   Args:
     hostmem_dir: existing directory in tmpfs.
-    run_id: of host 0.
-    fresh: whether what this run left, on all its hosts, is removed.
+    run_id: id of the run's store on host 0.
+    fresh: whether to remove what this run left, on all its hosts.
 
   Returns:
-    Whether this run left something, and it is still there.
+    True if this run left something and it is still there.
 
   Raises:
-    base.ConfigError: something cannot be removed.
+    errors.ConfigError: something cannot be removed.
   """
   found = False
   try:
@@ -48,7 +49,8 @@ def report_leftovers(hostmem_dir: str, run_id: str, *, fresh: bool) -> bool:
       if is_ours:
         what = 'removed.' if fresh else 'going on with it.'
       print(
-        f'{leftover.path}: {memory_limits.format_bytes(leftover.size_bytes)} left by '
+        f'{leftover.path}: '
+        f'{memory_limits.format_bytes(leftover.size_bytes)} left by '
         f'pid {leftover.pid}; {what}',
         flush=True,
       )
@@ -61,11 +63,11 @@ def report_leftovers(hostmem_dir: str, run_id: str, *, fresh: bool) -> bool:
 
 
 def remove_leftovers(hostmem_dir: str, run_id: str) -> None:
-  """Removes what this run left on hosts that it has no longer.
+  """Removes what this run left on hosts that it no longer has.
 
   Args:
     hostmem_dir: existing directory in tmpfs.
-    run_id: of host 0.
+    run_id: id of the run's store on host 0.
   """
   for leftover in store_folder.find_leftovers(hostmem_dir):
     if _is_of(leftover, run_id):
@@ -78,7 +80,7 @@ def _is_of(leftover: store_folder.Leftover, run_id: str) -> bool:
 
 
 def newest_generation(folder: str | os.PathLike[str]) -> int:
-  """Of the workers that wrote into a store folder; 0 if none did."""
+  """Returns the newest generation that wrote into a store; 0 if none did."""
   newest = 0
   for path in pathlib.Path(folder).glob('*.segment'):
     reader = segment_reader.SegmentReader(path)
@@ -90,10 +92,10 @@ def newest_generation(folder: str | os.PathLike[str]) -> int:
 
 
 def open_store(hostmem_dir: str, run_id: str) -> store_folder.StoreFolder:
-  """The store folder of this name, locked.
+  """Opens and locks the store folder of this name.
 
   Raises:
-    base.ConfigError: it cannot be used.
+    errors.ConfigError: the folder cannot be used.
   """
   try:
     store = store_folder.StoreFolder(hostmem_dir, run_id)
@@ -104,11 +106,11 @@ def open_store(hostmem_dir: str, run_id: str) -> store_folder.StoreFolder:
 
 
 def close_store(store: store_folder.StoreFolder, *, keep: bool) -> None:
-  """Ends the use of a store by processes that are all gone.
+  """Closes a store once all processes that used it are gone.
 
   Args:
-    store: started.
-    keep: whether it stays, with all that a later run goes on with.
+    store: the store, started.
+    keep: whether the folder stays, with all that a later run goes on with.
   """
   if keep:
     tidy(store.path)
@@ -118,7 +120,7 @@ def close_store(store: store_folder.StoreFolder, *, keep: bool) -> None:
 
 
 def tidy(folder: str | os.PathLike[str]) -> None:
-  """Removes what only the processes that used a store folder needed."""
+  """Removes from a store folder what only its past processes needed."""
   for path in pathlib.Path(folder).iterdir():
     if path.is_socket() or path.suffix in _TEMPORARY_SUFFIXES:
       path.unlink()
@@ -127,10 +129,10 @@ def tidy(folder: str | os.PathLike[str]) -> None:
 
 
 def remove_store(hostmem_dir: str, run_id: str) -> None:
-  """Removes the store of processes that are dead, or are just dying.
+  """Removes the store of processes that are dead or just dying.
 
   Raises:
-    base.StoreError: they live.
+    errors.StoreError: they are alive.
   """
   deadline = time.monotonic() + _DYING_SECONDS
   path = store_folder.StoreFolder(hostmem_dir, run_id).path
@@ -144,7 +146,7 @@ def remove_store(hostmem_dir: str, run_id: str) -> None:
 
 
 def folders(hostmem_dir: str, workdir: str) -> list[pathlib.Path]:
-  """The store folders of a workdir (absolute) that exist, by host."""
+  """Lists the existing store folders of a workdir (absolute), by host."""
   first = store_folder.StoreFolder(hostmem_dir, run_id(workdir)).path
   others = (
     (int(name[1]), path)
@@ -159,14 +161,14 @@ def folders(hostmem_dir: str, workdir: str) -> list[pathlib.Path]:
 def hold(
   paths: Sequence[pathlib.Path], wait_seconds: float = _DYING_SECONDS
 ) -> Iterator[None]:
-  """Keeps runs out of the stores of one that is dead.
+  """Keeps other runs out of the stores of a dead one.
 
   Args:
-    paths: of the stores.
-    wait_seconds: how long the run may take to die.
+    paths: paths of the stores.
+    wait_seconds: seconds that the run may take to die.
 
   Raises:
-    base.StoreError: it lives.
+    errors.StoreError: the run is alive.
   """
   deadline = time.monotonic() + wait_seconds
   with contextlib.ExitStack() as stack:
@@ -183,13 +185,13 @@ def hold(
 
 
 def check_hostmem_dir(hostmem_dir: str) -> None:
-  """Raises ConfigError unless it is an existing directory."""
+  """Raises ConfigError unless `hostmem_dir` is an existing directory."""
   if not os.path.isdir(hostmem_dir):
     raise errors.ConfigError('hostmem_dir', hostmem_dir, 'no such directory')
 
 
 def check_room(hostmem_dir: str, need_bytes: int) -> None:
-  """Raises ConfigError, remedy included, if so much does not fit."""
+  """Raises ConfigError, remedy included, if `need_bytes` do not fit."""
   try:
     memory_limits.check_room(need_bytes, memory_limits.read_room(hostmem_dir))
   except errors.StoreError as error:

@@ -48,15 +48,15 @@ _CELL_BYTES = 256
 
 
 class SegmentFullError(errors.StoreError):
-  """No room now: what is retained or leased fills the segment."""
+  """The segment has no room now: retained or leased entries fill it."""
 
 
 def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
-  """Ring size that keeps whole iterations while the next one is written.
+  """Returns the ring size to keep iterations while the next one is written.
 
   Args:
     iteration_entry_bytes: payload size of each entry of one iteration.
-    iterations: how many finished iterations are retained.
+    iterations: number of finished iterations that are retained.
   """
   sizes = [raw_bytes.padded(nbytes) for nbytes in iteration_entry_bytes]
   # An entry is never split at the ring's end: up to the largest one is lost.
@@ -64,7 +64,7 @@ def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
 
 
 def file_bytes(size_bytes: int, cells: int) -> int:
-  """Host memory that a segment takes, its cells included."""
+  """Returns the host memory that a segment takes, its cells included."""
   return raw_bytes.whole_pages(cell_offset(cells)) + raw_bytes.whole_pages(
     size_bytes
   )
@@ -73,12 +73,12 @@ def file_bytes(size_bytes: int, cells: int) -> int:
 def segment_path(
   folder: str | os.PathLike[str], stage: int, replica: int
 ) -> pathlib.Path:
-  """Where the segment of one producer lies in a store folder."""
+  """Returns the path of one producer's segment in a store folder."""
   return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.segment'
 
 
 def cell_offset(cell: int) -> int:
-  """Where a cell lies in the file; a lease locks its first byte."""
+  """Returns the offset of a cell in the file; a lease locks its first byte."""
   return _CELLS_OFFSET + cell * _CELL_BYTES
 
 
@@ -86,7 +86,7 @@ class SegmentLayout:
   """A mapped segment file, seen as header, cells and ring."""
 
   def __init__(self, fd: int, writable: bool):
-    """Maps the file; StoreError if it is no segment or a damaged one."""
+    """Maps the file; raises StoreError if it is no segment or a damaged one."""
     size_bytes = os.fstat(fd).st_size
     if size_bytes < _CELLS_OFFSET:
       raise errors.StoreError('not a segment: too short')
@@ -118,11 +118,11 @@ class SegmentLayout:
 
   @property
   def generation(self) -> int:
-    """Of the newest writer."""
+    """Generation of the newest writer."""
     return _GENERATION.unpack_from(self.map, _GENERATION_OFFSET)[0]
 
   def header(self, cell: int) -> entry.EntryHeader | None:
-    """The committed entry of a cell, retired or not; None if there is none."""
+    """Returns a cell's committed entry, retired or not, or None without one."""
     start = cell_offset(cell)
     header = entry.EntryHeader.unpack(
       self.map[start : start + entry.HEADER_BYTES]
@@ -139,18 +139,18 @@ class SegmentLayout:
 
   @property
   def newest_iteration(self) -> int:
-    """Of the committed entries; 0 when there are none."""
+    """Newest iteration of the committed entries; 0 when there are none."""
     iterations = self._words[:, entry.ITERATION_OFFSET // 8]
     return int(np.max(iterations, initial=0, where=self.commits != 0))
 
   def headers(self) -> list[entry.EntryHeader]:
-    """The committed entries, retired ones included, oldest first."""
+    """Lists the committed entries, retired ones included, oldest first."""
     found = map(self.header, np.flatnonzero(self.commits).tolist())
     return sorted(filter(None, found), key=lambda header: header.sequence)
 
 
 def newest_iteration(path: str | os.PathLike[str]) -> int:
-  """Of a segment's entries; 0 if there are none, or no readable segment."""
+  """Returns the newest iteration of a segment; 0 if empty or unreadable."""
   try:
     with open(path, 'rb') as file:
       return SegmentLayout(file.fileno(), writable=False).newest_iteration
@@ -161,20 +161,20 @@ def newest_iteration(path: str | os.PathLike[str]) -> int:
 def drop_damaged(
   path: str | os.PathLike[str], first_iteration: int
 ) -> list[keys.EntryKey]:
-  """Retires entries without their checksum, so that they are written again.
+  """Retires entries with a wrong checksum, so that they are written again.
 
-  Only while nobody writes the segment.
+  Call it only while nobody writes the segment.
 
   Args:
-    path: of the segment.
-    first_iteration: older entries are not looked at.
+    path: path of the segment.
+    first_iteration: first iteration to check; older entries are left alone.
 
   Returns:
-    Their names.
+    Names of the retired entries.
 
   Raises:
-    StoreError: it is no segment; its writer lives.
-    OSError: it cannot be opened.
+    StoreError: the file is no segment, or its writer is alive.
+    OSError: the file cannot be opened.
   """
   dropped = []
   with open(path, 'r+b') as file:
@@ -197,7 +197,8 @@ def drop_damaged(
 class SegmentWriter:
   """The one writer of a segment. Not thread-safe, except `retain`.
 
-  `start`, then `put` and `retain` in any order, then `close`. The file stays.
+  Call `start`, then `put` and `retain` in any order, then `close`. The file
+  stays.
   """
 
   def __init__(
@@ -211,9 +212,9 @@ class SegmentWriter:
 
     Args:
       folder: the store folder.
-      worker: who writes.
-      size_bytes: of the ring, see `ring_bytes`.
-      cells: how many entries the segment can hold, whatever their size.
+      worker: the worker that writes.
+      size_bytes: size of the ring, see `ring_bytes`.
+      cells: number of entries the segment can hold, whatever their size.
     """
     self.path = segment_path(folder, worker.stage, worker.replica)
     self._worker = worker
@@ -229,11 +230,11 @@ class SegmentWriter:
   def start(self, fresh: bool = False) -> None:
     """Adopts the segment a predecessor left, or creates one.
 
-    With `fresh` it is replaced.
+    With `fresh` the segment is replaced.
 
     Raises:
-      StoreError: no room; the predecessor lives; the segment belongs to a newer
-        generation, is damaged, or is smaller than asked for.
+      StoreError: there is no room; the predecessor is alive; the segment
+        belongs to a newer generation, is damaged, or is smaller than asked for.
     """
     try:
       if self.path.exists():
@@ -318,19 +319,20 @@ class SegmentWriter:
     checksum that the entry was written with.
 
     Returns:
-      True; False if an equal entry existed.
+      True, or False if an equal entry existed.
 
     Raises:
       EntryMismatchError: an unequal entry of this name exists.
-      SegmentFullError: no room until `retain` advances or a lease ends.
+      SegmentFullError: there is no room until `retain` advances or a lease
+        ends.
       StoreError: the entry is larger than the segment, or not of a dtype of
-        `entry.DTYPES`.
+        `raw_bytes.DTYPES`.
     """
     data = raw_bytes.as_bytes(array)
     if raw_bytes.padded(len(data)) > len(self._layout.ring):
       raise errors.StoreError(
-        f'{key}: {memory_limits.format_bytes(len(data))} do not fit into a segment '
-        f'of {memory_limits.format_bytes(len(self._layout.ring))}'
+        f'{key}: {memory_limits.format_bytes(len(data))} do not fit into a '
+        f'segment of {memory_limits.format_bytes(len(self._layout.ring))}'
       )
     if array.dtype not in raw_bytes.DTYPES:
       raise errors.StoreError(f'{key}: dtype {array.dtype} cannot be stored')
@@ -374,7 +376,8 @@ class SegmentWriter:
     raise errors.EntryMismatchError(
       f'{known.key}: published again with other contents: was '
       f'{known.dtype}{list(known.shape)} checksum {known.checksum:016x}, now '
-      f'{array.dtype}{list(array.shape)} checksum {raw_bytes.checksum(data):016x}'
+      f'{array.dtype}{list(array.shape)} checksum '
+      f'{raw_bytes.checksum(data):016x}'
     )
 
   def _commit(self, cell: int, header: entry.EntryHeader) -> None:
@@ -391,7 +394,7 @@ class SegmentWriter:
     )
 
   def _allocate(self, size: int) -> int:
-    """Ring offset of `size` free bytes, retiring old entries as needed."""
+    """Finds `size` free bytes in the ring, retiring old entries as needed."""
     while True:
       if self._has_cell():
         offset = self._gap(size)
@@ -406,7 +409,7 @@ class SegmentWriter:
     return used_cells < self._layout.cells
 
   def _gap(self, size: int) -> int | None:
-    """Where `size` bytes are free after the newest entry, if anywhere."""
+    """Finds `size` free bytes after the newest entry; None if there are not."""
     if not self._live:
       return 0
     tail = self._live[0].offset
@@ -433,7 +436,7 @@ class SegmentWriter:
       del self._by_key[oldest.key]
 
   def _is_free(self, cell: int) -> bool:
-    """Whether no reader holds an entry that is retired."""
+    """Returns whether no reader holds the retired entry of a cell."""
     start = cell_offset(cell)
     if not locks.try_lock(self._fd, fcntl.F_WRLCK, start):
       return False

@@ -26,7 +26,7 @@ class _Payload:
   """A leased payload as NumPy sees it; the lease ends with this object.
 
   Every view and every JAX array that aliases the memory holds it, so the lease
-  lasts exactly as long as anything, a running program included, can read.
+  lasts exactly as long as anything, a running program included, can read it.
   """
 
   def __init__(
@@ -64,8 +64,8 @@ class SegmentReader:
     """Maps the file.
 
     Raises:
-      FileNotFoundError: there is none yet.
-      StoreError: it is no segment, or a damaged one.
+      FileNotFoundError: there is no file yet.
+      StoreError: the file is no segment, or a damaged one.
     """
     self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -82,17 +82,17 @@ class SegmentReader:
 
   @property
   def generation(self) -> int:
-    """Of the newest writer."""
+    """Generation of the newest writer."""
     return self._layout.generation
 
   def is_current(self) -> bool:
-    """Whether the path still names the file that is mapped."""
+    """Returns whether the path still names the file that is mapped."""
     with contextlib.suppress(FileNotFoundError):
       return os.path.samestat(os.stat(self.path), os.fstat(self._fd))
     return False
 
   def find(self, key: keys.EntryKey) -> entry.EntryHeader | None:
-    """The header of a committed entry that is still there, else None."""
+    """Returns the header of a committed entry that is still there, or None."""
     header = self._entries.get(key)
     if header is None or not self._is_live(header):
       self._advance()
@@ -102,12 +102,12 @@ class SegmentReader:
     return header
 
   def entries(self) -> list[entry.EntryHeader]:
-    """Every entry that is there, oldest first, by reading the cells."""
+    """Lists every entry that is there, oldest first, by reading the cells."""
     self._rescan()
     return list(self._entries.values())
 
   def damaged_cells(self) -> list[int]:
-    """Cells with a commit word that is not of what they say."""
+    """Lists the cells whose commit word does not match their fields."""
 
     def is_damaged(cell: int) -> bool:
       return bool(self._layout.commits[cell]) and not self._layout.header(cell)
@@ -120,7 +120,7 @@ class SegmentReader:
     ]
 
   def view(self, header: entry.EntryHeader) -> np.ndarray | None:
-    """An entry's memory, read-only; None if it vanished meanwhile.
+    """Returns an entry's memory, read-only; None if it vanished meanwhile.
 
     The entry stays while the array, or anything that aliases it, exists.
     """
@@ -175,7 +175,7 @@ class SegmentReader:
 class StoreIndex:
   """The entries of every segment in a store folder. Thread-safe.
 
-  `start` is not needed: segments are opened when they are first asked for.
+  It needs no `start`: segments are opened when they are first asked for.
   """
 
   def __init__(self, folder: str | os.PathLike[str]):
@@ -194,7 +194,7 @@ class StoreIndex:
   def take(
     self, key: keys.EntryKey
   ) -> tuple[entry.EntryHeader, np.ndarray] | None:
-    """An entry's header and memory, leased; None if it is not there.
+    """Returns an entry's header and memory, leased; None if it is not there.
 
     Raises:
       StoreError: the segment is damaged.
@@ -215,7 +215,7 @@ class StoreIndex:
           del self._readers[name]
 
   def entries(self) -> list[entry.EntryHeader]:
-    """Every committed entry of the folder, segment by segment.
+    """Lists every committed entry of the folder, segment by segment.
 
     Raises:
       StoreError: a segment is damaged.

@@ -35,7 +35,7 @@ _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes "no limit" as about 2**63
 class StoreFolder:
   """The store folder of one run, and the lock that says the run lives.
 
-  Used by the agent: `start()`, spawn workers with `pass_fds=[lock_fd]`, then
+  The agent uses it: `start()`, spawn workers with `pass_fds=[lock_fd]`, then
   `remove()` when the run is finished or `close()` to keep it for a resumption.
 
   Attributes:
@@ -47,7 +47,7 @@ class StoreFolder:
 
     Args:
       hostmem_dir: an existing directory in tmpfs, such as '/dev/shm'.
-      run_id: letters, digits, '.', '_' and '-'.
+      run_id: id of the run: letters, digits, '.', '_' and '-'.
 
     Raises:
       StoreError: the run id is not usable as a name.
@@ -67,8 +67,8 @@ class StoreFolder:
     """Creates the folder, or takes over the one a dead run left.
 
     Raises:
-      StoreError: a living process uses it, it is not ours or not private, or
-        it cannot be created.
+      StoreError: a living process uses the folder, it is not ours or not
+        private, or it cannot be created.
     """
     try:
       self.path.mkdir(mode=0o700, exist_ok=True)
@@ -119,7 +119,7 @@ def _lock(path: pathlib.Path) -> int:
   """Locks a store folder; the descriptor holds the lock until closed.
 
   Raises:
-    StoreError: a living process holds it, or removes the folder just now.
+    StoreError: a living process holds the lock, or is removing the folder.
   """
   name = path / 'lock'
   flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -141,7 +141,7 @@ def _lock(path: pathlib.Path) -> int:
 
 
 def _owner(path: pathlib.Path) -> dict[str, object]:
-  """What the owner file says; empty when there is none or it is damaged."""
+  """Reads the owner file; empty when there is none or it is damaged."""
   try:
     owner = json.loads((path / 'owner').read_text())
   except (OSError, ValueError):
@@ -151,10 +151,10 @@ def _owner(path: pathlib.Path) -> dict[str, object]:
 
 @contextlib.contextmanager
 def hold(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Keeps runs out of the store folder of a dead one; changes nothing in it.
+  """Keeps other runs out of a dead one's store folder; changes nothing in it.
 
   Raises:
-    StoreError: a living process uses it, or it is not private.
+    StoreError: a living process uses the folder, or it is not private.
   """
   check_private(path)
   fd = _lock(pathlib.Path(path))
@@ -173,8 +173,8 @@ class Leftover:
 
   Attributes:
     path: the folder.
-    run_id: of the run.
-    pid: of the agent that owned it, 0 if unknown.
+    run_id: id of the run.
+    pid: process id of the agent that owned it; 0 if unknown.
     size_bytes: host memory that it occupies.
   """
 
@@ -185,7 +185,7 @@ class Leftover:
 
 
 def find_leftovers(hostmem_dir: str | os.PathLike[str]) -> list[Leftover]:
-  """This user's store folders that no living process holds, by name."""
+  """Lists this user's store folders that no living process holds, by name."""
   leftovers = []
   for path in sorted(pathlib.Path(hostmem_dir).glob(_PREFIX + '*')):
     try:
@@ -206,16 +206,16 @@ def find_leftovers(hostmem_dir: str | os.PathLike[str]) -> list[Leftover]:
 
 
 def used_bytes(folder: str | os.PathLike[str]) -> int:
-  """Host memory that a store folder occupies."""
+  """Returns the host memory that a store folder occupies."""
   files = pathlib.Path(folder).rglob('*')
   return sum(file.lstat().st_blocks * 512 for file in files)
 
 
 def remove_store(path: str | os.PathLike[str]) -> None:
-  """Removes the store folder of a dead run; nothing to do if it is gone.
+  """Removes the store folder of a dead run; does nothing if it is gone.
 
   Raises:
-    StoreError: a living process uses it, or it is no store folder of ours.
+    StoreError: a living process uses the folder, or it is not one of ours.
   """
   folder = pathlib.Path(path)
   if not folder.name.startswith(_PREFIX):
@@ -249,6 +249,7 @@ def reserve(path: str | os.PathLike[str], size_bytes: int) -> int:
     os.close(fd)
     os.unlink(path)
     raise errors.StoreError(
-      f'{path}: no room for {memory_limits.format_bytes(size_bytes)}: {error.strerror}'
+      f'{path}: no room for {memory_limits.format_bytes(size_bytes)}: '
+      f'{error.strerror}'
     ) from error
   return fd

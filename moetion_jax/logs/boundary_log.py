@@ -1,15 +1,15 @@
 """Boundary logs: what workers publish for one another, by name.
 
-The loop publishes and reads entries and knows nothing of where they lie. Two
-implementations: `BoundaryLog` between processes and hosts, and, for stages cut
-in one process, `memory_log.MemoryLog`.
+The loop publishes and reads entries without knowing where they lie. There are
+two implementations: `BoundaryLog` between processes and hosts, and
+`memory_log.MemoryLog` for stages that share one process.
 
 A publisher thread waits for the copy to the host and writes it into this
 worker's segment; a reader thread looks for the entries that are waited for
 whenever a doorbell rings, and puts them on the device. On the same host nobody
 is asked: the entry is found in mapped memory, and on CPU the device array is
 that memory (a copy would need fresh pages, at 2.4 GB/s against 20, measured).
-Its lease ends when the last program that reads it has.
+Its lease ends when the last program that reads it has ended.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _COLLECT_SECONDS = 0.05
 
 
 class BoundaryLog:
-  """A worker's log in host memory (see `logs.Log`).
+  """A worker's log in host memory (see `interface.Log`).
 
   Publish, read and prefetch from one thread; everything else from any.
   """
@@ -58,10 +58,10 @@ class BoundaryLog:
     """Stores the arguments.
 
     Args:
-      worker: who publishes and reads.
-      settings: of the log.
-      on_wait: called with an entry when `read` begins to wait for it, with
-        None when it has come; in the reading thread.
+      worker: the worker that publishes and reads.
+      settings: the log's settings.
+      on_wait: function called with an entry's key when `read` begins to wait
+        for it and with None when it has come; in the reading thread.
       on_block: the same for an entry that waits for room; in the publisher
         thread.
     """
@@ -96,7 +96,7 @@ class BoundaryLog:
     """Creates or adopts the segment and starts the threads.
 
     Raises:
-      StoreError: see `SegmentWriter.start`; or the folder is not private.
+      StoreError: the folder is not private; or see `SegmentWriter.start`.
     """
     store_folder.check_private(self._settings.folder)
     self._writer.start(self._settings.fresh)
@@ -129,7 +129,7 @@ class BoundaryLog:
     self._bell.close()
 
   def interrupt(self, error: errors.MoetionError) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     self._fail(error)
 
   @property
@@ -139,19 +139,19 @@ class BoundaryLog:
 
   @property
   def blocked_seconds(self) -> float:
-    """How long publishing has waited for room so far."""
+    """Seconds that publishing has waited for room so far."""
     since = self._blocked_since
     now_seconds = 0.0 if since is None else time.monotonic() - since
     return self._blocked_seconds + now_seconds
 
   @property
   def blocked_for(self) -> keys.EntryKey | None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return self._blocked_for
 
   @property
   def late_seconds(self) -> float:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return self._late_nanoseconds / 1e9
 
   def update_locations(
@@ -160,8 +160,8 @@ class BoundaryLog:
     """Replaces the location map, by (stage, replica).
 
     A location of an older generation than the known one is ignored. Producers
-    that it does not name are looked for on this host. Reads that wait go on at
-    the new places.
+    that the map does not name are looked for on this host. Waiting reads go on
+    at the new places.
     """
     with self._changed:
       known = self._locations
@@ -175,7 +175,7 @@ class BoundaryLog:
     self._bell.ring()
 
   def retain(self, first_iteration: int) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     with self._changed:
       self._writer.retain(first_iteration)
       self._changed.notify_all()
@@ -183,7 +183,7 @@ class BoundaryLog:
   # --- Publishing ------------------------------------------------------------
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
-    """See `logs.Log`; waits only while `pending_entries` wait to be copied."""
+    """See `interface.Log`; waits only while `pending_entries` are queued."""
     if (key.stage, key.replica) != (self._worker.stage, self._worker.replica):
       raise ValueError(f'{self._worker} does not publish: {key}')
     if isinstance(array, jax.Array):
@@ -202,13 +202,13 @@ class BoundaryLog:
 
   @property
   def published_count(self) -> int:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return self._published_count
 
   def flush(
     self, timeout_seconds: float | None = None, count: int | None = None
   ) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     with self._changed:
       if count is None:
         count = self._published_count
@@ -224,7 +224,7 @@ class BoundaryLog:
       raise TimeoutError(f'not published within {timeout_seconds} s')
 
   def _publish_all(self) -> None:
-    """The publisher thread."""
+    """Runs the publisher thread."""
     try:
       while True:
         with self._changed:
@@ -280,7 +280,7 @@ class BoundaryLog:
     verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     begin = time.monotonic_ns()
     with self._changed:
       self._check()
@@ -310,7 +310,7 @@ class BoundaryLog:
           self._note_late(begin, read.committed_nanoseconds)
 
   def _note_late(self, begin: int, committed: int) -> None:
-    """Counts the end of a read that was asked for at `begin`."""
+    """Adds to `late_seconds` when a read that began at `begin` ends."""
     if committed:
       late = time.monotonic_ns() - max(begin, committed)
       self._late_nanoseconds += max(0, late)
@@ -322,7 +322,7 @@ class BoundaryLog:
     *,
     verify: bool = False,
   ) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     self._start_read(key, Read(sharding, verify))
 
   def _start_read(self, key: keys.EntryKey, read: Read) -> Read:
@@ -335,14 +335,14 @@ class BoundaryLog:
     return read
 
   def _address(self, key: keys.EntryKey) -> str | None:
-    """The store server to ask for an entry; None: it is on this host."""
+    """Returns the store server to ask for an entry; None for this host."""
     location = self._locations.get((key.stage, key.replica))
     if location is None or location.host == self._settings.host:
       return None
     return location.address
 
   def _read_all(self) -> None:
-    """The reader thread."""
+    """Runs the reader thread."""
     poller = zmq.Poller()
     poller.register(self._bell.fileno(), zmq.POLLIN)
     client = zmq_client.StoreClient(
@@ -392,7 +392,7 @@ class BoundaryLog:
       raise self._error
 
   def _fail(self, error: BaseException) -> None:
-    """Lets every call, also those that wait, raise `error`: the first one."""
+    """Makes every call, waiting ones included, raise the first `error`."""
     with self._changed:
       if self._error is None:
         self._error = error
@@ -408,10 +408,11 @@ class Read:
   """A read of one entry.
 
   Attributes:
-    sharding: where to put it; None for the default device.
+    sharding: sharding of the array; None for the default device.
     verify: whether to check the checksum of an entry in shared memory.
-    committed_nanoseconds: see `entry.EntryHeader`; 0 until it is done.
-    future: of the array on the device.
+    committed_nanoseconds: time of the commit, see `entry.EntryHeader`; 0 until
+      the read is done.
+    future: future of the array on the device.
   """
 
   sharding: jax.sharding.Sharding | None
@@ -422,10 +423,10 @@ class Read:
   )
 
   def put(self, header: entry.EntryHeader, array: np.ndarray) -> jax.Array:
-    """The entry on the device.
+    """Puts the entry on the device.
 
     Raises:
-      EntryCorruptError: it is damaged.
+      EntryCorruptError: the entry is damaged.
     """
     if self.verify:
       entry.verify(header, array)

@@ -1,4 +1,4 @@
-"""What a boundary log is: the interface of the loop, and its settings."""
+"""Interface of a boundary log, as the loop uses it, and its settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetion_jax import errors, keys
 
 
 class Log(Protocol):
-  """What the loop needs of a log. `start` first, `close` last."""
+  """A boundary log for the loop. Call `start` first, `close` last."""
 
   @property
   def waiting_for(self) -> keys.EntryKey | None:
@@ -22,7 +22,7 @@ class Log(Protocol):
 
   @property
   def blocked_seconds(self) -> float:
-    """How long publishing has waited for room so far."""
+    """Seconds that publishing has waited for room so far."""
     ...
 
   @property
@@ -32,10 +32,10 @@ class Log(Protocol):
 
   @property
   def late_seconds(self) -> float:
-    """How long `read` has waited so far for entries that existed.
+    """Seconds that `read` has waited so far for entries that existed.
 
     Counted from the commit, or from the call if that is later, to the return.
-    Producers on other machines have other clocks: there it means nothing.
+    Producers on other machines have other clocks: for them it means nothing.
     """
     ...
 
@@ -44,19 +44,19 @@ class Log(Protocol):
     ...
 
   def close(self) -> None:
-    """Ends it; drops what `flush` would have waited for. Idempotent."""
+    """Closes the log; drops what `flush` would have waited for. Idempotent."""
     ...
 
   def interrupt(self, error: errors.MoetionError) -> None:
-    """Lets every call, also those that wait, raise `error`. Any thread."""
+    """Makes every call, waiting ones included, raise `error`. Any thread."""
     ...
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
     """Publishes an entry of this worker, soon after this returns.
 
     Args:
-      key: its name; stage and replica are this worker's.
-      array: fully addressable; may not be donated before `flush`.
+      key: name of the entry; stage and replica are this worker's.
+      array: fully addressable array; may not be donated before `flush`.
 
     Raises:
       ValueError: the key names another producer.
@@ -75,16 +75,18 @@ class Log(Protocol):
   ) -> jax.Array:
     """Waits for an entry and returns it on the device.
 
+    After a `prefetch` the `sharding` and `verify` given there hold.
+
     Args:
-      key: its name.
-      sharding: where to put it; None for the default device.
-      verify: check the checksum, as recovery does (other hosts' entries are
-        always checked). After a `prefetch` what was given there holds.
-      timeout_seconds: how long to wait; None: as long as it takes.
+      key: name of the entry.
+      sharding: sharding of the array; None for the default device.
+      verify: whether to check the checksum, as recovery does (other hosts'
+        entries are always checked).
+      timeout_seconds: seconds to wait; None waits forever.
 
     Raises:
-      TimeoutError: it did not come in time.
-      EntryCorruptError: it is damaged.
+      TimeoutError: the entry did not come in time.
+      EntryCorruptError: the entry is damaged.
       FencedError: this worker was replaced.
       StoreError: the log was closed, or publishing has failed.
     """
@@ -97,26 +99,26 @@ class Log(Protocol):
     *,
     verify: bool = False,
   ) -> None:
-    """Starts a `read` in the background; a second one is the same one."""
+    """Starts a `read` in the background; a second call joins the first."""
     ...
 
   def retain(self, first_iteration: int) -> None:
-    """Lets go of this worker's entries of earlier iterations."""
+    """Lets go of this worker's entries from before `first_iteration`."""
     ...
 
   @property
   def published_count(self) -> int:
-    """How many times `publish` was called so far."""
+    """Number of calls of `publish` so far."""
     ...
 
   def flush(
     self, timeout_seconds: float | None = None, count: int | None = None
   ) -> None:
-    """Waits until what was published can be read, also after our death.
+    """Waits until what was published can be read, even if this worker dies.
 
     Args:
-      timeout_seconds: how long to wait; None: as long as it takes.
-      count: how many of the entries; None: all so far.
+      timeout_seconds: seconds to wait; None waits forever.
+      count: number of entries, from the first one on; None for all so far.
 
     Raises:
       TimeoutError: it took longer.
@@ -126,19 +128,19 @@ class Log(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSettings:
-  """Where and how large the log of one worker is.
+  """Place, size and limits of one worker's log.
 
   Attributes:
-    folder: the store folder of this host (`hostmem.StoreFolder`).
-    size_bytes: of the segment's ring (`segment.ring_bytes`).
-    cells: how many entries the segment holds at most.
+    folder: the store folder of this host (`store_folder.StoreFolder`).
+    size_bytes: size of the segment's ring (`segment.ring_bytes`).
+    cells: number of entries the segment holds at most.
     fresh: whether to replace the segment that a predecessor left.
     host: name of this host in the location map.
-    secret: of the job; needed to read from other machines.
-    full_seconds: how long publishing waits for room before it fails.
-    pending_entries: how many entries may wait to be copied before `publish`
-      waits as well.
-    resend_seconds: after how long a read that got no answer is repeated.
+    secret: secret of the job; needed to read from other machines.
+    full_seconds: seconds that publishing waits for room before it fails.
+    pending_entries: number of entries that may wait to be copied before
+      `publish` waits as well.
+    resend_seconds: seconds after which a read that got no answer is repeated.
   """
 
   folder: str | os.PathLike[str]

@@ -1,8 +1,8 @@
 """The logs of several replicas as one, for a worker that stands in for others.
 
 When a replica cannot be replaced, another one does its microbatches as well and
-writes them into that one's log, under its name. So nobody who reads them has to
-know: who computes a microbatch is an assignment, a value (DESIGN section 1).
+writes them into that one's log, under its name. So their readers need not know:
+who computes a microbatch is an assignment, a value (DESIGN section 1).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from moetion_jax.logs import boundary_log, remote
 
 
 class JoinedLog:
-  """A `logs.Log` of several replicas; each entry goes to its own one.
+  """An `interface.Log` of several replicas; each entry goes to its replica's.
 
-  An entry of a neighbour is read through the log of the same replica, which is
-  whose doorbell its producer rings.
+  An entry of a neighbour is read through the log of the same replica, whose
+  doorbell its producer rings.
   """
 
   def __init__(self, logs: Mapping[int, boundary_log.BoundaryLog]):
-    """Stores the logs by replica, not started."""
+    """Stores the logs by replica; they are not started yet."""
     self._logs = dict(logs)
 
   def start(self) -> None:
-    """Starts all; raises StoreError, and closes those that had started."""
+    """Starts all logs; if one raises StoreError, closes all and raises it."""
     try:
       for log in self._logs.values():
         log.start()
@@ -37,38 +37,38 @@ class JoinedLog:
       raise
 
   def close(self) -> None:
-    """Closes all. Idempotent."""
+    """Closes all logs. Idempotent."""
     for log in self._logs.values():
       log.close()
 
   def interrupt(self, error: errors.MoetionError) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     for log in self._all():
       log.interrupt(error)
 
   @property
   def waiting_for(self) -> keys.EntryKey | None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return next(filter(None, (x.waiting_for for x in self._all())), None)
 
   @property
   def blocked_seconds(self) -> float:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return sum(log.blocked_seconds for log in self._all())
 
   @property
   def blocked_for(self) -> keys.EntryKey | None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return next(filter(None, (x.blocked_for for x in self._all())), None)
 
   @property
   def late_seconds(self) -> float:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return sum(log.late_seconds for log in self._all())
 
   @property
   def published_count(self) -> int:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return sum(log.published_count for log in self._all())
 
   def _all(self) -> list[boundary_log.BoundaryLog]:
@@ -82,7 +82,7 @@ class JoinedLog:
       log.update_locations(locations)
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     self._logs[key.replica].publish(key, array)
 
   def read(
@@ -93,7 +93,7 @@ class JoinedLog:
     verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     return self._logs[key.replica].read(
       key, sharding, verify=verify, timeout_seconds=timeout_seconds
     )
@@ -105,18 +105,18 @@ class JoinedLog:
     *,
     verify: bool = False,
   ) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     self._logs[key.replica].prefetch(key, sharding, verify=verify)
 
   def retain(self, first_iteration: int) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     for log in self._all():
       log.retain(first_iteration)
 
   def flush(
     self, timeout_seconds: float | None = None, count: int | None = None
   ) -> None:
-    """See `logs.Log`; waits for all so far whatever `count` is."""
+    """See `interface.Log`; waits for all so far, whatever `count` is."""
     del count
     for log in self._all():
       log.flush(timeout_seconds)

@@ -1,4 +1,4 @@
-"""Boundary logs of stages that are cut in one process.
+"""Boundary logs between stages that share one process.
 
 The device arrays themselves are handed on, by reference.
 """
@@ -19,13 +19,13 @@ class MemoryStore:
   """The entries that the logs of one process share."""
 
   def __init__(self):
-    """An empty store."""
+    """Makes an empty store."""
     self.changed = threading.Condition()  # guards `entries`
     self.entries: dict[keys.EntryKey, jax.Array | np.ndarray] = {}
 
 
 class MemoryLog:
-  """One worker's log in a `MemoryStore` (see `logs.Log`)."""
+  """One worker's log in a `MemoryStore` (see `interface.Log`)."""
 
   blocked_seconds = late_seconds = 0.0
   blocked_for = None
@@ -40,10 +40,10 @@ class MemoryLog:
     """Stores the arguments.
 
     Args:
-      worker: who publishes and reads.
-      store: shared with the other workers' logs.
+      worker: the worker that publishes and reads.
+      store: the store, shared with the other workers' logs.
       compare: whether publishing again compares the contents, on the host;
-        otherwise the first ones stay.
+        otherwise the first contents stay.
       on_wait: see `boundary_log.BoundaryLog`.
     """
     self._worker = worker
@@ -59,20 +59,20 @@ class MemoryLog:
     return self._waiting_for
 
   def start(self) -> None:
-    """Nothing to do."""
+    """Does nothing."""
 
   def close(self) -> None:
-    """Lets reads that wait raise; the entries stay in the store."""
+    """Makes waiting reads raise; the entries stay in the store."""
     self.interrupt(errors.StoreError('the log is closed'))
 
   def interrupt(self, error: errors.MoetionError) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     with self._store.changed:
       self._error = self._error or error
       self._store.changed.notify_all()
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
-    """See `logs.Log`; the entry is there when this returns."""
+    """See `interface.Log`; the entry is there when this returns."""
     if (key.stage, key.replica) != (self._worker.stage, self._worker.replica):
       raise ValueError(f'{self._worker} does not publish: {key}')
     self._check()
@@ -96,7 +96,7 @@ class MemoryLog:
     verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     del verify  # nothing is copied, so there is nothing to compare with
     self._check()
     with self._store.changed:
@@ -125,10 +125,10 @@ class MemoryLog:
     *,
     verify: bool = False,
   ) -> None:
-    """Nothing to do: entries are on the device when they are published."""
+    """Does nothing: entries are on the device when they are published."""
 
   def retain(self, first_iteration: int) -> None:
-    """See `logs.Log`."""
+    """See `interface.Log`."""
     me = self._worker.stage, self._worker.replica
     with self._store.changed:
       for key in list(self._store.entries):
@@ -137,13 +137,13 @@ class MemoryLog:
 
   @property
   def published_count(self) -> int:
-    """Of entries that are on their way or there: none is on its way."""
+    """Always 0: no entry is ever on its way."""
     return 0
 
   def flush(
     self, timeout_seconds: float | None = None, count: int | None = None
   ) -> None:
-    """Nothing to do: entries are there when `publish` returns."""
+    """Does nothing: entries are there when `publish` returns."""
 
   def _check(self) -> None:
     if self._error:

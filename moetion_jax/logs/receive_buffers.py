@@ -1,4 +1,4 @@
-"""Aligned receive buffers that are used again when nobody reads them.
+"""Aligned receive buffers that are reused once nobody reads them.
 
 A fresh buffer costs a page fault every 4 KiB, more than the copy into it (2.4
 against 20 GB/s, measured), and JAX aliases host memory only if it is aligned.
@@ -33,13 +33,13 @@ class BufferPool:
   """Buffers by size; as many as were ever in use at once."""
 
   def __init__(self):
-    """An empty pool."""
+    """Makes an empty pool."""
     self._free: dict[int, collections.deque[np.ndarray]] = (
       collections.defaultdict(collections.deque)
     )
 
   def take(self, header: entry.EntryHeader) -> tuple[np.ndarray, np.ndarray]:
-    """A buffer for an entry.
+    """Takes a buffer for an entry.
 
     Returns:
       The memory to fill, u8[nbytes], and the entry in it, read-only. Nothing
@@ -53,7 +53,7 @@ class BufferPool:
 
 
 def _aligned(nbytes: int) -> np.ndarray:
-  """u8[nbytes] at a multiple of what XLA needs to alias it."""
+  """Allocates u8[nbytes] at a multiple of what XLA needs to alias it."""
   raw = np.empty(nbytes + raw_bytes.ALIGNMENT_BYTES, np.uint8)
   start = -raw.__array_interface__['data'][0] % raw_bytes.ALIGNMENT_BYTES
   return raw[start : start + nbytes]

@@ -1,4 +1,4 @@
-"""Entries on other hosts: where they are, and that a reader was replaced."""
+"""Entries on other hosts: their location, and the error of a fenced reader."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class FencedError(errors.StoreError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Location:
-  """Where the entries of one producer are.
+  """Location of the entries of one producer.
 
   Attributes:
     host: name of the host, as the readers' settings call it.
-    address: of that host's store server, 'tcp://<address>:<port>'.
-    generation: of the producer.
+    address: address of that host's store server, 'tcp://<address>:<port>'.
+    generation: generation of the producer.
   """
 
   host: str

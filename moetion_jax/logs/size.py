@@ -1,4 +1,4 @@
-"""How much host memory the boundary logs of a run take, as a pure function."""
+"""Host memory that the boundary logs of a run take, as pure functions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SPARE_CELLS = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSize:
-  """Of one worker's log.
+  """Size of one worker's log.
 
   Attributes:
-    ring_bytes: for payloads.
-    cells: for entries.
+    ring_bytes: size of the ring of payloads.
+    cells: number of entries that the log can hold.
   """
 
   ring_bytes: int
@@ -28,7 +28,7 @@ class LogSize:
 
   @property
   def file_bytes(self) -> int:
-    """Host memory that it takes."""
+    """Host memory that the log takes."""
     return segment.file_bytes(self.ring_bytes, self.cells)
 
 
@@ -48,7 +48,7 @@ def check_shape(config: run_settings.RunConfig) -> None:
 
 
 def entry_sizes(config: run_settings.RunConfig, stage: int) -> list[int]:
-  """Payload bytes of every entry that a stage publishes in an iteration."""
+  """Lists the bytes of each payload that a stage publishes in an iteration."""
   model, train = config.model, config.train
   hidden_bytes = (
     train.microbatch_size
@@ -66,7 +66,7 @@ def entry_sizes(config: run_settings.RunConfig, stage: int) -> list[int]:
 def log_size(
   config: run_settings.RunConfig, stage: int, log_iterations: int
 ) -> LogSize:
-  """The size of a stage's log that keeps `log_iterations` iterations."""
+  """Computes the log size of a stage that keeps `log_iterations` iterations."""
   sizes = entry_sizes(config, stage)
   return LogSize(
     ring_bytes=segment.ring_bytes(sizes, log_iterations),

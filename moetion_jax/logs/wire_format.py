@@ -31,7 +31,7 @@ MESSAGE_BYTES = _MESSAGE.size
 
 
 class MessageType(enum.IntEnum):
-  """What a message is (its number is part of the protocol)."""
+  """Type of a message; the numbers are part of the protocol."""
 
   READ = 1
   PIECE = 2
@@ -41,7 +41,7 @@ class MessageType(enum.IntEnum):
 def pack(
   kind: int, worker: keys.WorkerId, key: keys.EntryKey, offset: int = 0
 ) -> bytes:
-  """The fixed-size first part of every message."""
+  """Packs the fixed-size first part of every message."""
   return _MESSAGE.pack(
     _MAGIC,
     _VERSION,
@@ -61,7 +61,7 @@ def pack(
 def unpack(
   data: bytes,
 ) -> tuple[MessageType, keys.WorkerId, keys.EntryKey, int] | None:
-  """The inverse of `pack`; None if `data` is anything else."""
+  """Inverts `pack`; returns None if `data` is anything else."""
   if len(data) != _MESSAGE.size:
     return None
   magic, version, kind, *worker_and_key, offset = _MESSAGE.unpack(data)
@@ -82,11 +82,11 @@ def unpack(
 
 @dataclasses.dataclass(frozen=True)
 class CurveKeys:
-  """The CURVE keys of a job, all computed from its secret by either end.
+  """CURVE keys of a job; either end computes all of them from its secret.
 
-  One pair for servers and one for clients: who knows the secret is in the job.
-  A key file per host would protect nothing more, since whoever reads one host's
-  memory has the training state, and would have to be handed around.
+  One pair for servers and one for clients: whoever knows the secret is in the
+  job. A key file per host would protect nothing more, since whoever reads one
+  host's memory has the training state, and it would have to be handed around.
   """
 
   server_public: bytes
@@ -112,7 +112,7 @@ class CurveKeys:
     return cls(*pairs)
 
   def callback(self, domain: str, key: bytes) -> bool:
-    """Whether a client may connect (called by pyzmq's authenticator)."""
+    """Tells pyzmq's authenticator, which calls it, if a client may connect."""
     del domain
     return key == self.client_public
 

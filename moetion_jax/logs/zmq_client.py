@@ -1,4 +1,4 @@
-"""Reads from other hosts over ZeroMQ: where entries are, and the client.
+"""Client that reads entries from other hosts over ZeroMQ.
 
 The client sends READ to the store server of the producer's host and repeats it
 every second until the entry is complete: a request that is parked in a server
@@ -24,12 +24,12 @@ _MAX_ENTRY_BYTES = 1 << 36
 
 
 class Arrival(NamedTuple):
-  """How a read ended.
+  """Result of a read that ended.
 
   Attributes:
-    key: of the entry.
-    header: of the entry, if it has one.
-    result: the entry, complete and correct, or why it cannot be had.
+    key: name of the entry.
+    header: header of the entry; None if there is none.
+    result: the entry, complete and correct, or the error that says why not.
   """
 
   key: keys_lib.EntryKey
@@ -53,11 +53,11 @@ class _Want:
 class StoreClient:
   """Reads entries from the store servers of other hosts.
 
-  Used by one thread: `want`, poll, `collect`, again and again; `collect` at
-  least once a second repeats what got no answer.
+  Use it from one thread: `want`, poll, `collect`, again and again. Call
+  `collect` at least once a second: it repeats what got no answer.
 
   Attributes:
-    malformed_count: messages that were not ours and were ignored.
+    malformed_count: number of messages ignored because they were not ours.
   """
 
   def __init__(
@@ -70,10 +70,10 @@ class StoreClient:
     """Stores the settings.
 
     Args:
-      worker: who reads.
-      poller: where connections are registered as they come and go.
-      secret: of the job.
-      resend_seconds: after how long without an answer a read is sent again.
+      worker: the worker that reads.
+      poller: poller with which connections are registered as they come and go.
+      secret: secret of the job.
+      resend_seconds: seconds without an answer until a read is sent again.
     """
     self.malformed_count = 0
     self._worker = worker
@@ -95,7 +95,7 @@ class StoreClient:
       self._context = None
 
   def want(self, key: keys_lib.EntryKey, address: str) -> None:
-    """Asks for an entry, unless it is being asked for at that address.
+    """Asks for an entry, unless that address was asked for it already.
 
     Raises:
       StoreError: the address is not loopback and there is no secret.
@@ -115,7 +115,7 @@ class StoreClient:
       self._disconnect(address)
 
   def collect(self) -> list[Arrival]:
-    """What came since the last call."""
+    """Returns what came since the last call."""
     arrived = []
     for address, connection in list(self._sockets.items()):
       while connection.poll(0):
@@ -130,7 +130,7 @@ class StoreClient:
     return arrived
 
   def _receive(self, address: str, connection: zmq.Socket) -> Arrival | None:
-    """Takes a message in; the result if it completes a read."""
+    """Takes a message in; returns the result if it completes a read."""
     head = connection.recv()
     reply = wire_format.unpack(head[: wire_format.MESSAGE_BYTES])
     header = entry.EntryHeader.unpack(head[wire_format.MESSAGE_BYTES :])

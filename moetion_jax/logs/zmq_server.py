@@ -38,10 +38,12 @@ class StoreServer:
   Runs in the host's agent, so it outlives the workers whose entries it serves.
 
   Attributes:
-    address: what readers connect to, known after `start`.
-    malformed_count: messages that were not ours, or about damaged segments.
-    fenced_count: requests from generations that were replaced.
-    refused_count: connections that ended before they proved to be ours.
+    address: address that readers connect to, known after `start`.
+    malformed_count: number of messages that were not ours, or were about
+      damaged segments.
+    fenced_count: number of requests from generations that were replaced.
+    refused_count: number of connections that ended before they proved to be
+      ours.
   """
 
   def __init__(
@@ -54,8 +56,8 @@ class StoreServer:
 
     Args:
       folder: the store folder.
-      address: to bind, '*' for any free port.
-      secret: of the job; needed unless `address` is loopback.
+      address: address to bind; '*' stands for any free port.
+      secret: secret of the job; needed unless `address` is loopback.
     """
     self.address = address
     self.malformed_count = 0
@@ -80,7 +82,8 @@ class StoreServer:
     """Binds the address and starts to serve.
 
     Raises:
-      StoreError: the address is taken, or not loopback and without a secret.
+      StoreError: the address is taken, or is not loopback and there is no
+        secret; or the doorbell cannot be bound.
     """
     wire_format.check_address(self.address, self._secret)
     self._bell.start()
@@ -138,7 +141,7 @@ class StoreServer:
     self._bell.close()
 
   def fence(self, stage: int, replica: int, generation: int) -> None:
-    """Refuses requests of that worker from generations before this one."""
+    """Refuses requests of that worker from older generations than this one."""
     self._generations[stage, replica] = generation
 
   def _serve(self) -> None:
@@ -188,7 +191,7 @@ class StoreServer:
       if event['event'] == zmq.EVENT_ACCEPTED:
         self._strangers[event['value']] = None
       elif event['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-        # It does not say whose: in the order in which they came.
+        # The event does not say whose: taken in the order in which they came.
         if self._strangers:
           del self._strangers[next(iter(self._strangers))]
       elif event['value'] in self._strangers:
@@ -209,7 +212,7 @@ class StoreServer:
     for parked in [parked for parked in self._parked if parked[0] == key]:
       del self._parked[parked]
       sending = self._sending.get(parked)
-      # A reader that repeats itself before the last byte is out has patience.
+      # A reader that repeats itself before the last byte is out can wait.
       if sending is None or sending() is None:
         self._send(parked, *taken)
 

@@ -1,4 +1,4 @@
-"""Sparse checkpoints for anyone's training loop, without `launch`."""
+"""Sparse checkpoints for a user's own training loop, without `launch`."""
 
 from moetion_jax.loop.checkpointer import NotExactError, SparseCheckpointer
 from moetion_jax.loop.settings import LoopSettings

@@ -1,4 +1,4 @@
-"""Sparse checkpoints for anyone's training loop, without `launch`.
+"""Sparse checkpoints for a user's own training loop, without `launch`.
 
 ```python
 with loop.SparseCheckpointer(step, state, batch, rule, ...) as checkpointer:
@@ -12,8 +12,8 @@ crash the same program restores what was captured by replaying that very step
 on placeholders (DESIGN section 4); gradients of all operators are computed in
 a replay too, so that clipping by the global norm inside the user's optax chain
 gives the same factor, and every bit comes back. Every snapshot has the digests
-of the whole state, with which what comes back is compared: a step that is not
-what `Settings` say of it is found out, and by `rehearse` before it matters.
+of the whole state, with which the restored state is compared: a step that is
+not what `LoopSettings` says is found out, and by `rehearse` before it matters.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ from moetion_jax.state import (
 
 Step = Callable[[Any, Any], tuple[Any, ...]]
 Batch = Callable[[int], Any]
-# The group of a leaf by its path; None: it belongs to no operator (a count, a
-# random key) and is part of every snapshot.
+# The group of a leaf, by its path; None: the leaf belongs to no operator (a
+# count, a random key) and is part of every snapshot.
 Rule = Callable[[str], model.Group | None]
 _SHARED = model.Group('(shared)', False)
 _KEPT_WINDOWS = 2
-_SLACK = 3  # a snapshot on its way, the next one, one that a reader holds
-_WEAK = 'weak'  # in a snapshot's metadata: paths of weakly typed leaves
+_SLACK = 3  # snapshots: one on its way, the next one, one that a reader holds
+_WEAK = 'weak'  # key in a snapshot's metadata: paths of weakly typed leaves
 
 _log = logging.getLogger(__name__)
 
 
 class NotExactError(errors.MoetionError):
-  """What was captured does not come back with the same bits.
+  """A restored state has other bits than the captured one.
 
   Attributes:
-    operator: the first that does not.
-    iteration: of its state.
+    operator: the first operator that differs.
+    iteration: the iteration of the state.
   """
 
   def __init__(self, found: conversion.DivergedError, folder: pathlib.Path):
@@ -99,12 +99,14 @@ class _OtherStateError(errors.MoetionError):
 class SparseCheckpointer:
   """Captures a part of the state after every iteration, and restores all of it.
 
-  A context manager, or `start` and `close`. One process, one thread.
+  Use it as a context manager, or call `start` and `close`; from one process and
+  one thread.
 
   Attributes:
-    state: the newest one: restored, or the initial one. Yours to donate.
-    iteration: of that state; 0 for the initial one.
-    replayed_iterations: how many the restoration did again.
+    state: the newest state: initial, restored or last captured. The caller may
+      donate it.
+    iteration: the iteration of that state; 0 for the initial one.
+    replayed_iterations: number of iterations that the restoration replayed.
   """
 
   def __init__(
@@ -118,18 +120,18 @@ class SparseCheckpointer:
     """Stores the arguments.
 
     Args:
-      step: pure; returns a tuple whose first item is the next state. It may
-        donate its state.
-      state: the initial one, a pytree of arrays, random keys and numbers. Where
-        its leaves lie, a restored one's will. The rows of a leaf of a stacked
-        group must not depend on one another in the update (`jax.vmap` an
-        optimizer for which they do).
-      batch: what `step` gets in an iteration, from 1; a pure function.
-      rule: the group of every leaf.
-      settings: see there.
+      step: the training step: pure; returns a tuple whose first item is the
+        next state. It may donate its state.
+      state: the initial state, a pytree of arrays, random keys and numbers. A
+        restored state is placed on the same devices. The rows of a leaf of a
+        stacked group must not depend on one another in the update (`jax.vmap`
+        an optimizer for which they do).
+      batch: returns the batch of an iteration, from 1; a pure function.
+      rule: returns the group of a leaf, by its path.
+      settings: the settings for capturing.
 
     Raises:
-      ValueError: the state is none of that, or the rule does not fit it.
+      ValueError: the state is no such pytree, or the rule does not fit it.
     """
     self.state = state
     self.iteration = 0
@@ -144,7 +146,7 @@ class SparseCheckpointer:
     self._digest = jax.jit(self._digests)
     dtypes = self._layout.compute_dtypes
     self._compute_of = jax.jit(
-      # A copy, also where the dtype is the same: the step may donate.
+      # Copy even where the dtype is the same: the step may donate.
       lambda masters: {
         name: jnp.array(master, dtypes[name], copy=True)
         for name, master in masters.items()
@@ -158,7 +160,7 @@ class SparseCheckpointer:
     Raises:
       StoreError: the folder cannot be used, or holds snapshots of another
         state.
-      NotExactError: what comes back is not what was captured.
+      NotExactError: the restored state is not what was captured.
     """
     window_length = min(
       self._settings.window_length, len(self._layout.operators)
@@ -199,11 +201,11 @@ class SparseCheckpointer:
     )
     self._snapshots.start()
     for later in self._paths():
-      if later > self.iteration:  # of no use, or damaged: take it again
+      if later > self.iteration:  # of no use or damaged: it is taken again
         self._snapshots.distrust(later)
 
   def close(self) -> None:
-    """Waits until the last snapshot counts. The folder stays. Idempotent."""
+    """Waits until the last snapshot counts; keeps the folder. Idempotent."""
     if self._snapshots is not None:
       snapshots, self._snapshots = self._snapshots, None
       snapshots.close()
@@ -221,13 +223,13 @@ class SparseCheckpointer:
     Waits only while the last snapshot is still being copied.
 
     Args:
-      iteration: from 1, without a gap.
-      state: after it. It may be donated when this returned.
+      iteration: the iteration, from 1, without a gap.
+      state: the state after it. It may be donated once `capture` has returned.
 
     Raises:
       StoreError: an earlier snapshot could not be stored.
-      ValueError: an iteration was left out, or the state is not one like the
-        initial one.
+      ValueError: an iteration was left out, or the state's structure, shapes
+        or dtypes are not those of the initial one.
     """
     assert self._snapshots is not None, 'start() was not called'
     if iteration != self.iteration + 1:
@@ -245,22 +247,21 @@ class SparseCheckpointer:
       {conversion.DIGESTS: self._digest(plain)},
       **{_WEAK: weak},
     )
-    self._snapshots.release()  # the next thing done to it may be a donation
+    self._snapshots.release()  # the caller's next step may donate the state
     self.state, self.iteration = state, iteration
 
   def rehearse(self) -> int:
     """Restores what was captured so far, beside the state, and forgets it.
 
     Call it once, when `window_length` iterations have been captured: what would
-    keep a state from coming back shows then, and not after a crash. It takes
-    the memory of a second state, and the time of a window.
+    prevent a restoration shows then, and not after a crash. It takes the memory
+    of a second state, and the time of a window.
 
     Returns:
-      The iteration whose state came back, with all its bits.
+      The iteration whose state was restored, with all its bits.
 
     Raises:
-      NotExactError: some of them are others; with must_be_exact=False that is
-        logged.
+      NotExactError: some bits differ; with must_be_exact=False that is logged.
       StoreError: a snapshot could not be stored, or there is no whole window.
     """
     assert self._snapshots is not None, 'start() was not called'
@@ -289,7 +290,7 @@ class SparseCheckpointer:
     }
 
   def _digests(self, plain: Any) -> jax.Array:
-    """u32[operators, 2] in the order of the partition's; traceable."""
+    """Returns u32[operators, 2] in the partition's order; traceable."""
     groups: dict[str, dict[str, jax.Array]] = {}
     for leaf, value in zip(
       self._layout.leaves, jax.tree.leaves(plain), strict=True
@@ -305,14 +306,16 @@ class SparseCheckpointer:
   # ---- restoration ---------------------------------------------------------
 
   def _restored(self) -> tuple[Any, int, int] | None:
-    """The newest state that the snapshots lead to.
+    """Restores the newest state that the snapshots allow.
 
     Returns:
-      It, its iteration and how many were replayed; None if there is none.
+      The state, its iteration and the number of replayed iterations; None if
+      there is none.
 
     Raises:
-      NotExactError: whichever is taken, it has other bits than it had.
-      StoreError: they are of another state.
+      NotExactError: every state that can be restored has other bits than it
+        had.
+      StoreError: the snapshots are of another state.
     """
     lost: set[int] = set()
     diverged: list[tuple[coverage.Start, conversion.DivergedError]] = []
@@ -358,10 +361,10 @@ class SparseCheckpointer:
     return self._converted(start, start.complete_at, is_compared=False)
 
   def _records(self, lost: set[int]) -> list[coverage.SnapshotRecord]:
-    """Of what can be read; names what turns out to be damaged.
+    """Returns records of the readable snapshots; adds damaged ones to `lost`.
 
     Raises:
-      StoreError: one is of another state.
+      StoreError: a snapshot is of another state.
     """
     records = []
     operators = frozenset(self._layout.operators)
@@ -398,7 +401,7 @@ class SparseCheckpointer:
     Raises:
       SnapshotLostError: a snapshot is damaged.
       DivergedError: bits are not what they were.
-      _OtherStateError: it is not one of this state.
+      _OtherStateError: a snapshot is not one of this state.
     """
     weak: dict[int, list[str]] = {}
 
@@ -444,7 +447,7 @@ def _layout(
   rule: Rule,
   settings: loop_settings.LoopSettings,
 ) -> layout.Layout:
-  """What the leaves of a loop's state are; raises ValueError."""
+  """Returns the layout of a loop's state; raises ValueError."""
   plain = jax.tree.unflatten(jax.tree.structure(state), template.plain(state))
   partition = partition_lib.Partition(plain, lambda path: rule(path) or _SHARED)
   if all(group == _SHARED for group in partition.groups.values()):

@@ -1,4 +1,4 @@
-"""Settings of sparse checkpoints in anyone's training loop."""
+"""Settings of sparse checkpoints in a user's own training loop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from jax import numpy as jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-  """How a loop's state is captured.
+  """Settings for capturing a loop's state.
 
   Attributes:
-    folder: where snapshots lie: a new folder, or that of the run to go on
+    folder: the folder of the snapshots: a new one, or that of the run to go on
       with, in tmpfs ('/dev/shm/my-run'). It is made with mode 0700, and stays
       when the loop ends.
-    compute_dtype: in which the step reads its masters.
-    window_length: iterations that together capture everything.
-    is_master: which leaves are masters (fp32 parameters that the step reads
-      through a cast to `compute_dtype`), by path. Of an operator that is not
-      restored yet, those are known and everything else is zero.
-    compute_dtype_of: for masters that are read in another dtype, by path.
+    compute_dtype: the dtype in which the step reads its masters.
+    window_length: number of iterations that together capture everything.
+    is_master: tells by its path whether a leaf is a master (an fp32 parameter
+      that the step reads through a cast to `compute_dtype`). Of an operator
+      that is not restored yet, masters are known and everything else is zero.
+    compute_dtype_of: the dtype in which a master is read, by its path; None:
+      `compute_dtype` for all.
     must_be_exact: whether to refuse a restored state that has other bits than
-      the one that was captured; False: it is taken, and that is logged.
+      the captured one; False: it is taken, and that is logged.
   """
 
   folder: str | os.PathLike[str]

@@ -1,1 +1,1 @@
-"""What is captured when: pure rules, and planners that remember measurements."""
+"""Policies of capture: pure rules, and planners that remember measurements."""

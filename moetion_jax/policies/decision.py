@@ -1,4 +1,4 @@
-"""What snapshots hold from some iteration on, as the leader decided it."""
+"""The leader's decision on what snapshots hold from some iteration on."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from moetion_jax import keys
 from moetion_jax.policies import rules
 
 MODES = ('rolling', 'aligned')
-# Snapshots without compute weights: what is missing is taken from older ones.
+# Snapshots without compute weights: a restore takes what one lacks from older
+# ones.
 PARTIAL = 'partial'
 Slots = tuple[frozenset[keys.OperatorId], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureDecision:
-  """What snapshots hold from one iteration on, as the leader published it.
+  """A published decision on what snapshots hold from one iteration on.
 
   Attributes:
-    first_iteration: from which it holds; its snapshot is that of slot 0.
+    first_iteration: the iteration from which the decision holds; its snapshot
+      captures slot 0.
     window_length: number of slots.
     mode: one of MODES, or PARTIAL.
-    every: a snapshot each so many iterations. More than 1 only with a window
-      of 1: a frozen operator needs its compute weights of *every* replayed
-      iteration, so snapshots with gaps must each be whole.
-    slots: disjoint, together all operators of the stage; in a PARTIAL one
-      those that the next snapshots hold beside what `always` names.
+    every: iterations from one snapshot to the next. More than 1 only with a
+      window of 1: a frozen operator needs its compute weights of *every*
+      replayed iteration, so snapshots with gaps must each be whole.
+    slots: disjoint sets, together all operators of the stage; in mode PARTIAL
+      the operators that the next snapshots hold beside those in `always`.
     always: operators whose training state every snapshot holds.
   """
 
@@ -55,14 +57,14 @@ class CaptureDecision:
 
   @property
   def is_whole(self) -> bool:
-    """Whether every snapshot holds the training state of all operators."""
+    """True if every snapshot holds the training state of all operators."""
     return self.window_length == 1 and self.mode != PARTIAL
 
   def slot_index(self, iteration: int) -> int | None:
-    """Position in the window; None when the iteration has no snapshot.
+    """Returns the slot's position in the window; None without a snapshot.
 
     Raises:
-      ValueError: the decision does not hold yet.
+      ValueError: the decision does not hold yet at the iteration.
     """
     passed = iteration - self.first_iteration
     if passed < 0:
@@ -73,7 +75,12 @@ class CaptureDecision:
   def captured(
     self, iteration: int
   ) -> tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]] | None:
-    """Operators of which the snapshot holds training state, compute weights."""
+    """Returns what the snapshot of an iteration holds; None without one.
+
+    Returns:
+      The operators whose training state it holds, and those whose compute
+      weights it holds.
+    """
     index = self.slot_index(iteration)
     if index is None:
       return None
@@ -85,14 +92,18 @@ class CaptureDecision:
     return self.slots[index], frozenset().union(*others)
 
   def to_json(self) -> dict[str, Any]:
-    """The decision in plain JSON values; `from_json` is the exact inverse."""
+    """Converts to plain JSON values; `from_json` is the exact inverse."""
     slots = [keys.operators_to_json(s) for s in self.slots]
     always = keys.operators_to_json(self.always)
     return vars(self) | {'slots': slots, 'always': always}
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> CaptureDecision:
-    """The inverse of `to_json`; ValueError when it has not those fields."""
+    """Inverts `to_json`.
+
+    Raises:
+      ValueError: the fields are not those of a decision.
+    """
     if value.keys() != {f.name for f in dataclasses.fields(cls)}:
       raise ValueError(f'no decision has the fields {sorted(value)}')
     slots = tuple(keys.operators_from_json(s) for s in value['slots'])
@@ -103,7 +114,7 @@ class CaptureDecision:
 def active(
   decisions: Iterable[CaptureDecision], iteration: int
 ) -> CaptureDecision:
-  """The decision that holds at an iteration: the last one begun by then.
+  """Returns the decision that holds at an iteration: the last one begun.
 
   Raises:
     ValueError: none holds yet, or two different ones begin together.
@@ -119,7 +130,7 @@ def active(
 
 
 def check_distinct(operators: Sequence[keys.OperatorId]) -> None:
-  """Raises ValueError, naming them, if operators come twice."""
+  """Raises ValueError if operators come twice, and names them."""
   if len(set(operators)) < len(operators):
     twice = [o for o, n in collections.Counter(operators).items() if n > 1]
     raise ValueError(f'operators come twice: {", ".join(map(str, twice))}')

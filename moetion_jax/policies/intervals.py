@@ -1,7 +1,7 @@
-"""How often the policies `dense` and `two_phase` capture the whole state.
+"""Intervals at which `dense` and `two_phase` capture the whole state.
 
-Pure functions; the leader decides by them, and the simulator asks the same ones.
-The papers:
+Pure functions; the leader and the simulator decide by the same ones. The
+papers:
 
 - dense: "GEMINI: Fast Failure Recovery in Distributed Training with In-Memory
   Checkpoints" (SOSP 2023);
@@ -15,13 +15,13 @@ import math
 import statistics
 from collections.abc import Iterable
 
-# Of a run with CheckFreq, that checkpoints may take; its paper's default.
+# Share of the run that CheckFreq's checkpoints may take; its paper's default.
 OVERHEAD_BUDGET = 0.035
 
-# So many undisturbed iterations the tuner looks back on.
+# Undisturbed iterations that the tuner looks back on.
 _KEPT_ITERATIONS = 9
-# So many checkpoints in so many iterations: one iteration that was slow for
-# another reason must not pass for what a checkpoint costs.
+# At least this many checkpoints, and over this many iterations: one iteration
+# that was slow for another reason must not pass for the cost of a checkpoint.
 _KEPT_CHECKPOINTS = 3
 _KEPT_PERIOD = 12
 # Rounding must not make an interval one longer.
@@ -39,20 +39,21 @@ def dense_interval(
   overlap_target: float = 1.0,
   max_interval: int | None = None,
 ) -> int:
-  """Iterations between whole copies to host memory (GEMINI's aim).
+  """Returns the iterations between whole copies to host memory (GEMINI's aim).
 
-  The smallest interval in which the copy hides: it takes no longer than
+  It is the smallest interval in which the copy hides: it takes no longer than
   `overlap_target` of the interval's iterations. GEMINI puts the copy into gaps
   of the network traffic and aims at every iteration; where the gaps of one
-  iteration are too few, so is what follows from this.
+  iteration are too few, it comes to the same as this.
 
   Args:
     state_bytes: whole training state of the worker with most of it.
-    bandwidth_bytes_per_second: device to host, of that worker.
-    iteration_seconds: without copies.
+    bandwidth_bytes_per_second: that worker's copy rate from device to host.
+    iteration_seconds: duration of an iteration without copies.
     overlap_target: share of an iteration in which a copy may be under way, in
       (0, 1].
-    max_interval: it is never longer, even if training then waits.
+    max_interval: upper bound, which holds even if training then waits; None
+      for no bound.
 
   Raises:
     ValueError: an argument is out of range.
@@ -74,12 +75,12 @@ def common_dense_interval(
   iteration_seconds: float,
   overlap_target: float = 1.0,
 ) -> int:
-  """The `dense_interval` in which every worker's copy hides.
+  """Returns the `dense_interval` in which every worker's copy hides.
 
   Args:
     copies: (state bytes, bytes per second to host memory) of each worker.
-    iteration_seconds: as of `dense_interval`.
-    overlap_target: as of `dense_interval`.
+    iteration_seconds: see `dense_interval`.
+    overlap_target: see `dense_interval`.
   """
   return max(
     dense_interval(
@@ -97,17 +98,17 @@ def common_dense_interval(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoPhaseCosts:
-  """What a checkpoint of two phases costs, as measured.
+  """The measured costs of a checkpoint of two phases.
 
   Phase one, the snapshot, copies the state to memory, and training waits only
   before it changes what is copied; phase two, the persist, writes it to
   storage and runs beside training. Both slow training down.
 
   Attributes:
-    iteration_seconds: of an iteration without a checkpoint under way.
-    overhead_seconds: by which one checkpoint makes the run longer, waits and
+    iteration_seconds: duration of an iteration without a checkpoint under way.
+    overhead_seconds: time that one checkpoint adds to the run, waits and
       slowdown together.
-    durable_seconds: from the begin of a snapshot until it is in storage.
+    durable_seconds: time from the begin of a snapshot until it is in storage.
   """
 
   iteration_seconds: float
@@ -123,16 +124,16 @@ def two_phase_interval(
   overhead_budget: float = OVERHEAD_BUDGET,
   max_interval: int | None = None,
 ) -> int:
-  """Iterations between checkpoints (CheckFreq's choice of frequency).
+  """Returns the iterations between checkpoints (CheckFreq's choice).
 
-  The smallest interval such that checkpoints take no more than the budget of
-  the time of training, and that a checkpoint is in storage before the next one
+  It is the smallest interval such that checkpoints take no more than the budget
+  of the training time, and that a checkpoint is in storage before the next one
   begins: there is never more than one under way.
 
   Args:
-    costs: as measured.
+    costs: the measured costs.
     overhead_budget: share of the run that checkpoints may take, in (0, 1].
-    max_interval: it is never longer.
+    max_interval: upper bound; None for none.
   """
   if not 0 < overhead_budget <= 1:
     raise ValueError(f'{overhead_budget=} must be in (0, 1]')
@@ -146,19 +147,19 @@ def two_phase_interval(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoPhaseTuner:
-  """Tunes the interval while training runs (CheckFreq's adaptive tuning).
+  """State of the tuning while training runs (CheckFreq's adaptive tuning).
 
   It is a value: `observe` and `tune` return the next one. Until `interval` is
   set the iterations are profiled without any checkpoint.
 
   Attributes:
     overhead_budget: share of the run that checkpoints may take.
-    interval: in force; 0: no checkpoint was taken so far.
+    interval: the interval in force; 0 while no checkpoint was taken.
     undisturbed: seconds of the last iterations without a checkpoint under way.
     period: seconds of the iterations since the last snapshot, that of the
       snapshot included; () before the first one.
-    overheads: seconds of the last checkpoints, see `TwoPhaseCosts`.
-    durables: `durable_seconds` of them.
+    overheads: `overhead_seconds` of the last checkpoints.
+    durables: `durable_seconds` of the last checkpoints.
   """
 
   overhead_budget: float = OVERHEAD_BUDGET
@@ -170,18 +171,18 @@ class TwoPhaseTuner:
 
   @property
   def iteration_seconds(self) -> float:
-    """Of an iteration without a checkpoint; 0 while none is known."""
+    """Median of the undisturbed iterations; 0 while there are none."""
     return statistics.median(self.undisturbed) if self.undisturbed else 0.0
 
   @property
   def kept_checkpoints(self) -> int:
-    """Of which the median counts; there is none before there are as many."""
+    """Checkpoints that the medians need; only this many are remembered."""
     interval = max(1, self.interval)
     return max(_KEPT_CHECKPOINTS, math.ceil(_KEPT_PERIOD / interval))
 
   @property
   def costs(self) -> TwoPhaseCosts | None:
-    """Medians of what was measured; None while that is too little."""
+    """Medians of the measurements; None while there are too few."""
     if len(self.overheads) < self.kept_checkpoints or not self.undisturbed:
       return None
     return TwoPhaseCosts(
@@ -202,11 +203,13 @@ def observe(
   """Takes an iteration in.
 
   Args:
-    tuner: so far.
-    seconds: of the iteration, waits included.
-    takes_snapshot: whether one began in it, which ends the period of the last.
+    tuner: the tuner so far.
+    seconds: duration of the iteration, waits included.
+    takes_snapshot: whether a snapshot began in it, which ends the period of the
+      last one.
     is_disturbed: whether a checkpoint was under way in it.
-    durable_seconds: that the last checkpoint needed; read when its period ends.
+    durable_seconds: time until the last checkpoint was in storage; read when
+      its period ends.
   """
   _check_positive(seconds=seconds)
   overheads, durables = tuner.overheads, tuner.durables
@@ -239,9 +242,13 @@ def tune(
   It is raised at once when the budget is exceeded or checkpoints are not in
   storage in time, and lowered only to half or less. For the budget it is at
   most doubled at a time: the measurement of overheads is noisy, and an interval
-  that is too long takes long to measure again. And it is never so short that no
-  iteration is left to compare with, in which no checkpoint begins or is under
+  that is too long takes long to measure again. It is never so short that no
+  iteration is left, to compare with, in which no checkpoint begins or is under
   way. Without costs nothing changes.
+
+  Args:
+    tuner: the tuner so far.
+    max_interval: upper bound; None for none.
   """
   costs = tuner.costs
   if costs is None:
@@ -260,7 +267,7 @@ def tune(
 
 
 def _ceil(value: float) -> int:
-  """At least 1; what is whole but for rounding stays."""
+  """Rounds up, at least 1, tolerating floating-point noise."""
   return max(1, math.ceil(round(value, _DIGITS)))
 
 

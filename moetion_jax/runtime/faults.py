@@ -1,9 +1,9 @@
-"""Scripted faults: what goes wrong, where and when, doing it, and what is done.
+"""Scripted faults: their text form, their injection, and which have happened.
 
 A fault is real: a signal, an exit, an allocation that fails, a bit in a file.
-It happens once in a run. Who injects it announces it first, so that whoever
-starts a replacement, or the same command again, leaves it out: what has
-happened stands in `events.jsonl`.
+It happens once in a run. Whoever injects it announces it first, so that a
+replacement, or the same command started again, leaves it out: `events.jsonl`
+records what has happened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from moetion_jax import errors
 
-# What happens. Those of an agent are done by the agent: it must note them.
+# What happens. The agent performs its own kinds itself: it must note them.
 AGENT_KINDS = ('kill_agent', 'kill_all')
 SNAPSHOT_KINDS = ('corrupt_snapshot', 'corrupt_weights', 'torn_snapshot')
 KINDS = (
@@ -33,8 +33,8 @@ KINDS = (
   'corrupt_log',
   *AGENT_KINDS,
 )
-# When: as the loop calls what it does; before it is known which iteration the
-# worker begins with; anything that is done again after a failure.
+# When: phases as the loop names them; START_PHASES, before it is known which
+# iteration the worker begins with; REPLAY, anything done again after a failure.
 START_PHASES = ('start', 'compile')
 REPLAY = 'replay'
 PHASES = (
@@ -56,13 +56,13 @@ class Fault:
   """One fault of a script.
 
   Attributes:
-    number: in the script, from 0.
+    number: the fault's position in the script, from 0.
     kind: one of KINDS.
-    stage: whose worker has it.
-    replica: of that worker.
-    iteration: in which it happens. In a START_PHASE: the replacement of a
-      worker that had begun this iteration has it; 0: the first worker. In a
-      REPLAY 0 stands for the first iteration that is replayed.
+    stage: the stage of the worker that has the fault.
+    replica: the replica of that worker.
+    iteration: the iteration in which it happens. In START_PHASES the
+      replacement of a worker that had begun this iteration has the fault; 0
+      means the first worker. In REPLAY 0 means the first replayed iteration.
     phase: one of PHASES.
   """
 
@@ -80,21 +80,22 @@ class Fault:
     )
 
   def to_json(self) -> dict[str, Any]:
-    """Plain values; `Fault(**value)` is the inverse."""
+    """Returns plain values; `Fault(**value)` is the inverse."""
     return dataclasses.asdict(self)
 
 
 def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
-  """The fault that KIND:stage=S,replica=R,iteration=I,phase=P describes.
+  """Parses a fault written as KIND:stage=S,replica=R,iteration=I,phase=P.
 
   Args:
-    text: as the user wrote it.
-    number: of it in the script.
-    stages: of the run.
-    replicas: of each stage.
+    text: the fault as the user wrote it.
+    number: its position in the script.
+    stages: number of stages of the run.
+    replicas: number of replicas of each stage.
 
   Raises:
-    base.ConfigError: of the flag `fail`, saying what is allowed.
+    errors.ConfigError: the text is wrong; names the flag `fail` and says what
+      is allowed.
   """
 
   def refuse(reason: str) -> NoReturn:
@@ -145,7 +146,7 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
 def parse_all(
   texts: Sequence[str], stages: int, replicas: int = 1
 ) -> tuple[Fault, ...]:
-  """A whole script; see `parse`."""
+  """Parses a whole script; see `parse`."""
   return tuple(
     parse(text, number, stages, replicas) for number, text in enumerate(texts)
   )
@@ -154,13 +155,13 @@ def parse_all(
 def of_worker(
   script: Collection[Fault], stage: int, begun: int, replica: int = 0
 ) -> tuple[Fault, ...]:
-  """What a worker that is started has to do of a script.
+  """Returns the faults that a worker about to start has to perform.
 
   Args:
-    script: what has not happened yet.
-    stage: of the worker.
-    begun: iteration that its predecessor had begun; 0 without one.
-    replica: of the stage.
+    script: the faults that have not happened yet.
+    stage: the worker's stage.
+    begun: the iteration that its predecessor had begun; 0 without one.
+    replica: the worker's replica of the stage.
   """
   return tuple(
     fault
@@ -174,12 +175,12 @@ def of_worker(
 
 
 class FaultInjector:
-  """Does the faults of one worker when their time comes.
+  """Performs the faults of one worker when they are due.
 
   Attributes:
-    acts: by kind, what to do; kinds that need the worker's stores, or its
-      agent, are added by who has them.
-    replays_until: the last iteration that was begun before.
+    acts: the action of each kind; kinds that need the worker's stores, or its
+      agent, are added by their owner.
+    replays_until: the last iteration that had already been begun before.
   """
 
   def __init__(
@@ -190,9 +191,9 @@ class FaultInjector:
     """Stores the arguments.
 
     Args:
-      script: of this worker.
-      announce: called before a fault happens; when it returns, the agent must
-        be able to know of it whatever becomes of this process.
+      script: the faults of this worker.
+      announce: called before a fault happens; once it has returned, the agent
+        must learn of the fault whatever becomes of this process.
     """
     self.acts: dict[str, Callable[[Fault, int], None]] = {
       'kill': lambda fault, iteration: _signal_self(signal.SIGKILL),
@@ -206,11 +207,11 @@ class FaultInjector:
     self._announce = announce
 
   def phase(self, phase: str, iteration: int = 0) -> None:
-    """Called when a phase begins; does what is due.
+    """Performs the fault that is due; call when a phase begins.
 
     Args:
-      phase: one of PHASES, or another one that nothing can happen in.
-      iteration: in which; 0 in START_PHASES.
+      phase: one of PHASES, or another one, which has no faults.
+      iteration: the current iteration; 0 in START_PHASES.
     """
     for fault in self._script:
       if self._is_due(fault, phase, iteration):
@@ -238,7 +239,7 @@ def _raise(fault: Fault, iteration: int) -> None:
 
 
 def run_out_of_memory() -> NoReturn:
-  """Asks for memory beyond a limit that is lowered for this: MemoryError."""
+  """Raises MemoryError: lowers the memory limit, then exceeds it."""
   _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
   with open('/proc/self/statm', 'rb') as file:
     used_bytes = int(file.read().split()[0]) * mmap.PAGESIZE
@@ -255,7 +256,7 @@ _EVENT_FIELDS = ('stage', 'replica', 'iteration', 'phase')
 
 
 def event_fields(fault: Fault) -> dict[str, object]:
-  """What stands in the event of a fault."""
+  """Returns the fields of a fault's event."""
   return {
     'number': fault.number,
     'fault': fault.kind,
@@ -264,17 +265,17 @@ def event_fields(fault: Fault) -> dict[str, object]:
 
 
 class FaultBook:
-  """A script, and what of it has happened. `read` first."""
+  """The faults of a script that have not happened yet. Call `read` first."""
 
   def __init__(self, script: Sequence[Fault]):
     """Stores the script."""
     self._coming = {fault.number: fault for fault in script}
 
   def read(self, path: pathlib.Path) -> None:
-    """Strikes out what happened before this agent was started.
+    """Strikes out the faults that happened before this agent was started.
 
     Args:
-      path: of the run's events; need not exist.
+      path: the run's events file; need not exist.
     """
     try:
       lines = path.read_bytes().splitlines()
@@ -284,7 +285,7 @@ class FaultBook:
       try:
         event = json.loads(line)
       except ValueError:
-        continue  # torn by a death
+        continue  # a line torn by a death
       fault = self._coming.get(event.get('number', -1))
       if (
         fault is not None
@@ -296,9 +297,9 @@ class FaultBook:
   def of_worker(
     self, stage: int, begun: int, replica: int = 0
   ) -> tuple[Fault, ...]:
-    """What a worker that is started now has to do (`faults.of_worker`)."""
+    """Returns the faults of a worker that starts now (`faults.of_worker`)."""
     return of_worker(self._coming.values(), stage, begun, replica)
 
   def happens(self, number: int) -> Fault:
-    """A fault is announced: nobody else has it to do."""
+    """Takes an announced fault out of the script and returns it."""
     return self._coming.pop(number)

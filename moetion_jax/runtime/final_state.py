@@ -1,8 +1,8 @@
 """Training states on their way from all stages into one checkpoint.
 
-Each worker puts its state into the store folder, one `.npy` file of bytes a
-leaf and an index; one worker maps them all and writes the checkpoint. Where
-replicas share the state of a stage, it puts their rows together.
+Each worker puts its state into the store folder: one `.npy` file of bytes per
+leaf, and an index. One worker maps them all and writes the checkpoint; where
+the state of a stage is divided among replicas, it joins their rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moetion_jax.state import partition as partition_lib
 
 _MAPPED_BYTES = 1 << 16  # smaller files are read
 _NPY_HEADER_BYTES = 128
-_FULL_POLL_SECONDS = 0.05  # tmpfs tells nobody that it has room again
+_FULL_POLL_SECONDS = 0.05  # tmpfs does not notify when it has room again
 
 
 def put(
@@ -37,25 +37,25 @@ def put(
   replica: int = 0,
   partition: partition_lib.Partition | None = None,
 ) -> None:
-  """Writes what a worker has of a stage's state.
+  """Writes a worker's part of its stage's state.
 
   Args:
-    folder: store folder of the run's first host.
-    stage: whose state it is.
-    state: on the device.
-    full_seconds: how long to wait when there is no room.
+    folder: the store folder of the run's first host.
+    stage: the worker's stage.
+    state: the worker's part of the state, on the device.
+    full_seconds: seconds to wait when there is no room.
     on_block: called when that wait begins.
-    replica: of the worker.
-    partition: of the state; None: it is the stage's whole state.
+    replica: the worker's replica of the stage.
+    partition: the partition of `state`; None if it is the stage's whole state.
 
   Raises:
-    base.NoRoomError: there is none, and none came.
-    base.StoreError: it cannot be written for another reason.
+    errors.NoRoomError: there was no room, and none became free in time.
+    errors.StoreError: the state cannot be written for another reason.
   """
   path = _folder(folder, stage, replica)
   index = []
   try:
-    shutil.rmtree(path, ignore_errors=True)  # of one that died meanwhile
+    shutil.rmtree(path, ignore_errors=True)  # left by a worker that died
     path.mkdir()
     for group, leaves in state.items():
       rows = None
@@ -64,7 +64,7 @@ def put(
       for leaf, value in leaves.items():
         host = np.asarray(jax.device_get(value))
         with open(path / f'{len(index)}.npy', 'wb') as file:
-          # First, since NumPy does not say why it could not write.
+          # Reserve first: NumPy does not say why it could not write.
           size_bytes = host.nbytes + _NPY_HEADER_BYTES
           _reserve(file.fileno(), size_bytes, full_seconds, on_block)
           np.save(file, raw_bytes.as_bytes(host))
@@ -85,7 +85,7 @@ def put(
 def _reserve(
   fd: int, size_bytes: int, full_seconds: float, on_block: Callable[[], None]
 ) -> None:
-  """Gives a file its pages, waiting for them if there are none."""
+  """Allocates a file's pages, waiting for room if there is none."""
   full_at: float | None = None
   while True:
     try:
@@ -104,14 +104,15 @@ def _reserve(
 def get(
   folder: str | os.PathLike[str], stage: int, replicas: Collection[int] = (0,)
 ) -> partition_lib.State:
-  """A stage's state, of what some of its workers `put`.
+  """Returns a stage's state, joined from what some of its workers `put`.
 
-  Large leaves are mapped, not read, unless their rows come from several.
+  Large leaves are mapped, not read, unless their rows come from several
+  workers.
 
   Args:
-    folder: see `put`.
-    stage: whose state it is.
-    replicas: of the workers; together they had all of it.
+    folder: the same folder as for `put`.
+    stage: the stage.
+    replicas: the replicas of these workers, which together had the whole state.
   """
   parts: dict[str, dict[str, list[tuple[list[int] | None, np.ndarray]]]] = {}
   for replica in replicas:
@@ -136,7 +137,7 @@ def _read(
 
 
 def _join(parts: Sequence[tuple[list[int] | None, np.ndarray]]) -> np.ndarray:
-  """A leaf of the rows that several workers had."""
+  """Joins a leaf from the rows that several workers had."""
   if len(parts) == 1:
     return parts[0][1]
   first = parts[0][1]

@@ -1,4 +1,4 @@
-"""Processes that end with their parent, and signals to select on (Linux)."""
+"""Processes that die with their parent, and signals to select on (Linux)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def die_with(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-  """Lets the kernel signal this process when its parent dies, however."""
+  """Has the kernel signal this process when its parent dies, in any way."""
   ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-  if os.getppid() != parent_pid:  # it died before that
+  if os.getppid() != parent_pid:  # the parent died before the call
     os.kill(os.getpid(), number)
 
 
 def adopt_orphans() -> None:
-  """From now on children of a child that dies are children of this process."""
+  """Makes this process the parent of its dead children's children."""
   ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def reap_orphans(pids: Iterable[int]) -> None:
-  """Waits for the end of adopted processes; of others nothing is known."""
+  """Waits for adopted processes to end; skips pids that are no children."""
   for pid in pids:
     with contextlib.suppress(ChildProcessError):
       os.waitpid(pid, 0)
@@ -38,17 +38,17 @@ class SignalPipe:
   """A pipe that gets one byte for each signal.
 
   Attributes:
-    fd: readable once a signal came; -1 outside `open`.
+    fd: the read end, readable once a signal came; -1 outside `open`.
   """
 
   def __init__(self, numbers: tuple[signal.Signals, ...] = STOP):
-    """Stores which signals; they do what they did until `open`."""
+    """Stores the signals; their handlers stay as they are until `open`."""
     self._numbers = numbers
     self.fd = -1
 
   @contextlib.contextmanager
   def open(self) -> Iterator[None]:
-    """While it lasts the signals do nothing but fill the pipe."""
+    """Has the signals do nothing but fill the pipe while the context lasts."""
     self.fd, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = {n: signal.signal(n, _ignore) for n in self._numbers}
     wakeup_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -63,9 +63,9 @@ class SignalPipe:
       self.fd = -1
 
   def take(self) -> int:
-    """How many signals came since the last call; call when readable."""
+    """Returns how many signals came since the last call; call when readable."""
     return len(os.read(self.fd, 64))
 
 
 def _ignore(*unused: object) -> None:
-  pass  # not SIG_IGN: that one would write nothing to the pipe
+  pass  # not SIG_IGN: it would write nothing to the pipe

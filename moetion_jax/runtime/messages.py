@@ -1,58 +1,59 @@
-"""What an agent and its workers tell each other: JSON, one object a line.
+"""Messages between an agent and its workers: JSON, one object a line.
 
 A worker gets its `Spec` on stdin, the agent of a further host its `HostSpec`;
 then:
 
   worker -> agent (`kind` and fields)
     warm      a standby is prepared
-    ready     it is known to be able to train: `device`, `platform`,
-              `lowering_platform` (`programs.platform_of`),
-              `state_bytes`, `operators` (`capture_plan.StageSizes`),
+    ready     the worker is able to train: `device`, `platform`,
+              `lowering_platform` (`compilation.platform_of`),
+              `state_bytes`, `operators` (`planner.StageSizes`),
               `software`, `data_fingerprint`
     state     what it does now, a few times a second: `state`, `detail`,
               `iteration`, `steps` (a count of what it did)
     resumed   it trains from now on: `first_iteration`, `start_seconds` (up to
               its programs), `fetch_seconds` (its state)
     caught_up the iteration in which its predecessor died is done: `iteration`
-    stored    a snapshot counts: `share` (`inventory.share_from_json`)
+    stored    a snapshot counts: `share` (`folders.share_from_json`)
     report    an iteration is done: `report` (`report.Report.to_json`)
-    answer    to a proposal: `limit`, `begun`
+    answer    the reply to `propose`: `limit`, `begun`
     done      the loop ended: `iteration`
     rolled_back  it has stopped, as it was told, and waits for `go`
-    handed_over, saved
+    handed_over, saved: what `hand_over` or `save` asked for is done
     fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
     refused   a setting is wrong: `flag`, `value`, `reason`
-    failed    the worker ends now: `error`, `iteration`; `final`: done again it
-              would come to the same end; `suspects`: iterations of snapshots
-              that may be damaged; `corrupt`: stage and iteration of an entry
-              that is, or null
+    failed    the worker ends now: `error`, `iteration`; `final`: another
+              attempt would end the same way; `suspects`: iterations of
+              snapshots that may be damaged; `corrupt`: stage and iteration of
+              a damaged log entry, or null
   agent -> worker
     promote   a standby becomes a worker: `spec`, `environment`
     locations where every stage's entries are: `locations`, a list of `stage`,
-              `replica`, `host`, `address`, `generation`; again when it changed
-    go        train, once the programs are compiled: `go` (`Go`)
+              `replica`, `host`, `address`, `generation`; sent again on a change
+    go        train, once the programs are compiled: `go` (`orders.Go`)
     roll_back stop where you are, and keep process and programs: another `go`
-              follows; never before the first one
+              follows; never sent before the first `go`
     line      the recovery line: `iteration`; older things may be let go of
-    decide    what is captured from now on: `decision` (`decision.CaptureDecision`)
+    decide    what is captured from now on: `decision`
+              (`decision.CaptureDecision`)
     propose   wait after iteration `limit` until more is said
     commit    end after iteration `limit`
     hand_over put the training state into the store folder
     save      write everyone's state as the final checkpoint: `path`,
-              `iteration`, `replicas` (of each stage, those that have put it)
-    exit
+              `iteration`, `replicas` (per stage, those that have put theirs)
+    exit      end
   further host's agent -> leader
     serving   its store is open: `address` of its server
-    started   a worker: `stage`, `pid`
-    said      by a worker: `stage`, `message`
-    printed   by a worker: `stage`, `line`
+    started   a worker runs: `stage`, `pid`
+    said      a worker's message: `stage`, `message`
+    printed   a line that a worker printed: `stage`, `line`
     exited    a worker, after its last word: `stage`, `exit_code`
-    refused, failed: the host cannot be used: as of a worker
+    refused, failed: the host cannot be used; fields as from a worker
   leader -> further host's agent
-    start     a worker: `stage`, `generation`, `spec`, `environment`
-    tell      a worker: `stage`, `message`
-    kill      a worker: `stage`
-    exit      once all workers are gone: `keep` the store or remove it
+    start     start a worker: `stage`, `generation`, `spec`, `environment`
+    tell      pass a message on to a worker: `stage`, `message`
+    kill      kill a worker: `stage`
+    exit      end once all workers are gone: `keep` the store or remove it
 """
 
 from __future__ import annotations
@@ -67,38 +68,39 @@ from moetion_jax.runtime import faults as faults_lib
 
 Message = dict[str, Any]
 
-STANDBY = -1  # a stage's number that stands for none
+STANDBY = -1  # the stage number of a process that has no stage yet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-  """What a worker process is told when it starts.
+  """Everything that a worker process is told when it starts.
 
   Attributes:
-    config: of the run.
-    stage: that the worker trains; STANDBY for none yet.
-    replica: of the stage.
-    generation: of the worker.
+    config: the run's settings.
+    stage: the stage that the worker trains; STANDBY for none yet.
+    replica: the worker's replica of the stage.
+    generation: the worker's generation.
     world: address of the stage world's coordinator; '' for a worker alone, and
-      for a standby that joins none ahead.
-    team: the replicas that the stage's workers are, in the order of the world.
-    stands_for: replicas without a worker, whose microbatches this one does.
-    agent_pid: of the process whose death is the worker's.
-    cores: on which the worker runs; empty for wherever it likes.
-    compilation_cache_dir: see `runtime.configure`.
+      for a standby that joins no world ahead.
+    team: the replicas of the stage that have a worker, in the world's order.
+    stands_for: replicas without a worker, whose microbatches this worker does.
+    agent_pid: pid of the process with which the worker dies.
+    cores: the cores on which the worker runs; empty for any.
+    compilation_cache_dir: see `xla_setup.configure`.
     folder: the store folder of the worker's host.
-    durable_folder: in which snapshots lie that are on disk; '' for none.
+    durable_folder: the folder of snapshots on disk; '' for none.
     handover_folder: the leader's store folder, into which everyone puts the
       final state. So a host of `--local_hosts` is on the leader's machine.
     host: name of the worker's host in the location map.
-    secret: of the job, in hex; '' where all stages share one host.
-    platform: as `programs.platform_of` calls it, where it is known; for a
-      standby.
-    full_seconds: how long the log waits for room before the run ends.
-    grows_capacity: whether a `Go` may have a `capacity`.
-    faults: that it has to do (`faults.Fault`).
-    status_fd: to which the worker writes.
-    control_fd: from which it reads.
+    secret: the job's secret, in hex; '' where all stages share one host.
+    platform: for a standby, the platform as named by `compilation.platform_of`,
+      where it is known.
+    full_seconds: seconds that the log waits for room before the run ends.
+    is_replacement: whether the run had begun before this worker.
+    grows_capacity: whether an `orders.Go` may have a `capacity`.
+    faults: the scripted faults that the worker performs.
+    status_fd: the descriptor to which the worker writes.
+    control_fd: the descriptor from which the worker reads.
   """
 
   config: run_settings.RunConfig
@@ -126,20 +128,20 @@ class Spec:
 
   @property
   def loads_ahead(self) -> bool:
-    """Whether a standby has a backend, and loads its programs.
+    """True if a standby creates a backend and loads its programs.
 
-    On an accelerator it would take memory from the workers; and the threads of
-    a backend on CPU are as many as the cores that it may use by then.
+    On an accelerator it would take memory from the workers; and a backend on
+    CPU has as many threads as cores that it may use at its creation.
     """
     return self.platform == 'cpu' and bool(self.cores)
 
   def to_json(self) -> Message:
-    """Plain dicts; `from_json` is the inverse."""
+    """Returns plain dicts; `from_json` is the inverse."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, value: Message) -> Spec:
-    """The inverse of `to_json`."""
+    """Inverts `to_json`."""
     return cls(
       **{
         **value,
@@ -154,17 +156,17 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostSpec:
-  """What the agent of a further host is told when it starts.
+  """Everything that the agent of a further host is told when it starts.
 
   Attributes:
-    name: of the host in the location map.
-    run_id: of its store folder.
-    hostmem_dir: in which that lies.
-    secret: of the job, in hex.
-    agent_pid: of the leader, whose death is this process's.
-    lock_fds: locks that it holds and hands on to its workers.
-    status_fd: to which it writes.
-    control_fd: from which it reads.
+    name: the host's name in the location map.
+    run_id: the name of its store folder.
+    hostmem_dir: the directory of that folder.
+    secret: the job's secret, in hex.
+    agent_pid: pid of the leader, with which this process dies.
+    lock_fds: descriptors of locks that it holds and hands on to its workers.
+    status_fd: the descriptor to which it writes.
+    control_fd: the descriptor from which it reads.
   """
 
   name: str
@@ -177,39 +179,39 @@ class HostSpec:
   control_fd: int
 
   def to_json(self) -> Message:
-    """Plain dicts; `from_json` is the inverse."""
+    """Returns plain dicts; `from_json` is the inverse."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, value: Message) -> HostSpec:
-    """The inverse of `to_json`."""
+    """Inverts `to_json`."""
     return cls(**{**value, 'lock_fds': tuple(value['lock_fds'])})
 
 
 def write(fd: int, data: bytes) -> None:
-  """Writes all of `data` to a blocking pipe, whatever interrupts."""
+  """Writes all of `data` to a blocking pipe, whatever interrupts it."""
   while data:
     data = data[os.write(fd, data) :]
 
 
 def encode(kind: str, **fields: Any) -> bytes:
-  """One message as a line."""
+  """Encodes one message as a line."""
   return json.dumps({'kind': kind, **fields}).encode() + b'\n'
 
 
 class Lines:
-  """Puts the lines together that a pipe delivers in pieces."""
+  """Joins the pieces that a pipe delivers into lines."""
 
   def __init__(self):
-    """Nothing came yet."""
+    """Starts with no data."""
     self._rest = b''
 
   def feed(self, data: bytes) -> list[bytes]:
-    """The lines that `data` completes, without their ends."""
+    """Returns the lines that `data` completes, without their ends."""
     *lines, self._rest = (self._rest + data).split(b'\n')
     return lines
 
   def flush(self) -> list[bytes]:
-    """What stands after the last line end, when nothing more comes."""
+    """Returns the unfinished last line, if any; call after the last data."""
     rest, self._rest = self._rest, b''
     return [rest] if rest else []

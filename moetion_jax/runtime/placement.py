@@ -1,14 +1,14 @@
-"""Which host, cores and devices each worker gets, as pure functions.
+"""The host, cores and devices of each worker, as pure functions.
 
 XLA starts as many threads as a process may use cores, so the worker's cores are
-set before its backend exists. Their number changes the bits (`runtime.cores`),
-so a replacement gets its predecessor's.
+set before its backend exists. Their number changes the bits
+(`xla_setup.cores`), so a replacement gets its predecessor's cores.
 
 Few cores are shared by all workers: while one has nothing to do (a pipeline's
 bubble, and above all a recovery of another stage) its core works for another.
-Measured with two stages of `tiny` on 2 cores: an iteration takes no more CPU
-time so, and less time; a replay has the machine to itself. Many cores are dealt
-out: a stage's products are too small for all of them.
+Measured with two stages of `tiny` on 2 cores: shared, an iteration takes no
+more CPU time, and less time; a replay has the machine to itself. Many cores are
+dealt out: a stage's products are too small for all of them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from moetion_jax import errors
 
 # GPU reductions and scatters in a fixed order (FACTS: exactness).
 DETERMINISM_FLAG = '--xla_gpu_deterministic_ops=true'
-# Up to so many cores of a host are shared by its workers.
+# A host with at most this many cores shares them among its workers.
 _SHARED_CORES = 4
-# Of one GPU's memory, for all workers that share it.
+# Fraction of one GPU's memory, for all workers that share it.
 _SHARED_MEMORY_FRACTION = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-  """Where one worker runs.
+  """The cores and devices of one worker.
 
   Attributes:
-    cores: numbers as in `os.sched_setaffinity`.
-    environment: variables that are set on top of the agent's.
+    cores: core numbers as in `os.sched_setaffinity`.
+    environment: variables to set on top of the agent's.
   """
 
   cores: tuple[int, ...]
@@ -51,17 +51,17 @@ def place(
 ) -> tuple[Placement, ...]:
   """Divides a host among its workers.
 
-  Everybody may use all of a few cores. More are dealt in runs of neighbours;
+  A few cores are open to every worker. More are dealt in runs of neighbours;
   with more workers than cores each gets one, in turn. GPUs are dealt in runs of
   `local_devices`; when there are too few, workers share them in turn, and their
   memory.
 
   Args:
-    workers: how many.
-    local_devices: of each worker.
-    cores: that the agent may use.
-    gpus: as in CUDA_VISIBLE_DEVICES; empty without any.
-    environment: the agent's; what the user set there stays.
+    workers: number of workers.
+    local_devices: number of devices of each worker.
+    cores: the cores that the agent may use.
+    gpus: GPU names as in CUDA_VISIBLE_DEVICES; empty without any.
+    environment: the agent's variables; what the user set there stays.
   """
   parts = 1 if len(cores) <= _SHARED_CORES else min(workers, len(cores))
   groups = len(gpus) // local_devices  # 0: the worker says what is missing
@@ -90,10 +90,11 @@ def place(
 
 
 def memory_variables(environment: Mapping[str, str]) -> dict[str, str]:
-  """Has glibc ask for huge pages; the loader reads it, so set it at the start.
+  """Returns variables that make glibc ask for huge pages.
 
-  A worker touches hundreds of megabytes in its first iteration (measured at
-  `tiny`: that takes 0.78 s so, else 0.99).
+  The loader reads them, so they are set at the start. A worker touches hundreds
+  of megabytes in its first iteration (measured at `tiny`: that takes 0.78 s
+  with huge pages, else 0.99).
   """
   tunables = environment.get('GLIBC_TUNABLES', '')
   if 'glibc.malloc.hugetlb' in tunables:
@@ -105,10 +106,11 @@ def memory_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def host_of_stages(
   stages: int, hosts: int, replicas: int = 1
 ) -> tuple[int, ...]:
-  """The host of each stage: neighbours together, none without a stage.
+  """Returns each stage's host: neighbours together, no host without a stage.
 
   Raises:
-    base.ConfigError: there are fewer stages than hosts, or replicas.
+    errors.ConfigError: there are fewer stages than hosts, or several hosts and
+      replicas.
   """
   if replicas > 1 and hosts > 1:
     raise errors.ConfigError(
@@ -124,7 +126,7 @@ def host_of_stages(
 def visible_gpus(
   environment: Mapping[str, str], device_folder: str = '/dev'
 ) -> tuple[str, ...]:
-  """NVIDIA devices that workers may use, found without any driver call."""
+  """Returns the NVIDIA devices that workers may use; makes no driver call."""
   platforms = environment.get('JAX_PLATFORMS', '')
   if platforms and not {'cuda', 'gpu'} & set(platforms.split(',')):
     return ()
@@ -136,10 +138,10 @@ def visible_gpus(
     for path in pathlib.Path(device_folder).glob('nvidia[0-9]*')
   )
   count = sum(number.isdigit() for number in numbers)
-  # CUDA numbers what it sees from 0, whatever the device files are called.
+  # CUDA numbers the devices from 0, whatever the device files are called.
   return tuple(str(i) for i in range(count))
 
 
 def usable_cores() -> tuple[int, ...]:
-  """Cores that this process may run on."""
+  """Returns the cores that this process may run on."""
   return tuple(sorted(os.sched_getaffinity(0)))

@@ -33,8 +33,10 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
   """Sets platform options; call once, before anything touches a device.
 
   Args:
-    local_devices: virtual devices on CPU; other platforms take what they see.
-    compilation_cache_dir: persistent cache of compiled programs; '' for none.
+    local_devices: number of virtual devices on CPU; other platforms use the
+      devices that they see.
+    compilation_cache_dir: folder of the persistent cache of compiled programs;
+      '' for none.
   """
   _keep_freed_memory()
   flags = os.environ.get('XLA_FLAGS', '')
@@ -55,13 +57,13 @@ def join_world(
   """Makes this process a member of its stage world; call after `configure`.
 
   Args:
-    address: of the world's coordinator, which is replica 0.
-    replicas: of the stage.
-    replica: that this process is.
-    seconds: to wait for the others.
+    address: address of the world's coordinator, which is replica 0.
+    replicas: number of members of the world.
+    replica: this process's number among them.
+    seconds: seconds to wait for the others.
 
   Raises:
-    base.MoetionError: the others did not come, or the port is taken.
+    errors.MoetionError: the others did not come, or the port is taken.
   """
   # The agent ends workers; this service would swallow SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
@@ -74,8 +76,8 @@ def join_world(
       initialization_timeout=seconds,
       coordinator_bind_address=address,
     )
-    jax.devices()  # meets the others
-  except Exception as error:  # JAX raises what the RPC layer gives
+    jax.devices()  # waits for the others
+  except Exception as error:  # JAX passes on the RPC layer's errors
     raise errors.MoetionError(
       f'the stage world at {address} did not come together: {error}'
     ) from error
@@ -85,7 +87,7 @@ def join_world(
 def touch_memory(size_bytes: int) -> None:
   """Takes memory from the kernel now and leaves it to the allocator.
 
-  A standby does so before it is promoted: the page faults of its first
+  A standby calls this before it is promoted: the page faults of its first
   iteration are then no part of a recovery (measured at `tiny`: 45 thousand, up
   to 0.3 s on a virtual machine). Call after `configure`.
   """
@@ -101,7 +103,7 @@ def touch_memory(size_bytes: int) -> None:
 
 
 def software() -> dict[str, str]:
-  """Versions on which the bits of a run depend; creates the backend."""
+  """Returns what the bits of a run depend on; creates the backend."""
   return {
     'python': platform.python_version(),
     **{name: metadata.version(name) for name in _PACKAGES},
@@ -112,7 +114,7 @@ def software() -> dict[str, str]:
 
 
 def cores() -> str:
-  """How many cores XLA computes with on CPU.
+  """Returns the number of cores that XLA computes with on CPU, as text.
 
   The bits depend on it: matrix products are cut into as many parts as there are
   threads (measured at `tiny`: one core and two differ from iteration 1 on).
@@ -121,10 +123,12 @@ def cores() -> str:
 
 
 def use_cores(count: str | None) -> None:
-  """Computes on so many cores as a worker did; call before `configure`.
+  """Limits this process to as many cores as a worker had.
+
+  Call before `configure`.
 
   Args:
-    count: as of `cores`; None where it was not written down.
+    count: the worker's `cores()`; None where it was not recorded.
   """
   usable = sorted(os.sched_getaffinity(0))
   if count is not None and int(count) < len(usable):

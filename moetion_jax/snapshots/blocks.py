@@ -1,9 +1,8 @@
-"""Blocks: what the buffers of a snapshot's operators are called and hold.
+"""Blocks: names and contents of the buffers of a snapshot's operators.
 
 A block has the rows of some operators of one group, one row each. Its rows are
-those of one leaf, or, packed, of all the group's leaves whose numbers are of
-one size, side by side in the order of the layout: their bits, as unsigned
-numbers.
+those of one leaf, or, packed, of all the group's leaves whose numbers have one
+size, side by side in the order of the layout: their bits, as unsigned numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ KINDS = (STATE, COMPUTE)
 SHARED = 'shared|'  # before the path of a leaf that belongs to no operator
 _SEPARATOR = '|'
 _PACKED = '*'  # then a dtype; no path begins like that
-_WHOLE_KINDS = 'bc'  # of dtypes; their bits are no numbers to JAX
+_WHOLE_KINDS = 'bc'  # dtype kinds whose bits are no numbers to JAX
 _RUN = re.compile(r'([0-9]+)(?:-([0-9]+))?', re.ASCII)
 
 
@@ -32,10 +31,10 @@ class Block:
   """A block's name, taken apart.
 
   Attributes:
-    kind: STATE: training state; COMPUTE: compute weights, by the paths of their
-      masters.
-    operators: of its rows, in their order; all of one group.
-    column: path of a leaf, or `packed_column` of several.
+    kind: STATE for training state; COMPUTE for compute weights, by the paths
+      of their masters.
+    operators: operators of the rows, in their order; all of one group.
+    column: path of a leaf, or `packed_column` of several leaves.
   """
 
   kind: str
@@ -44,12 +43,12 @@ class Block:
 
   @property
   def group(self) -> str:
-    """Of its operators."""
+    """Group of the operators."""
     return self.operators[0].group
 
   @property
   def name(self) -> str:
-    """Of the buffer; `parse` is the inverse."""
+    """Name of the buffer; `parse` is the inverse."""
     which = ','.join(
       f'{start}-{end - 1}' if end - start > 1 else str(start)
       for start, end in runs(o.expert for o in self.operators)
@@ -59,10 +58,10 @@ class Block:
 
 
 def parse(name: str) -> Block | None:
-  """The block of this name; None for another buffer.
+  """Returns the block of this name; None if it names another buffer.
 
   Raises:
-    StoreError: it begins as the name of a block, but is none.
+    StoreError: the name begins like a block's, but is none.
   """
   kind, *rest = name.split(_SEPARATOR, 3)
   if kind not in KINDS:
@@ -85,7 +84,7 @@ def parse(name: str) -> Block | None:
 
 
 def check_group(group: str) -> None:
-  """Raises ValueError for the name of a group that no block can have."""
+  """Raises ValueError for a group whose name no block can have."""
   if _SEPARATOR in group:
     raise ValueError(f'group {group!r}: its name may not have {_SEPARATOR!r}')
 
@@ -93,7 +92,7 @@ def check_group(group: str) -> None:
 def leaves_of(
   layout: layout_lib.Layout, kind: str, group: str
 ) -> list[tuple[partition.Leaf, np.dtype]]:
-  """The leaves of a group that have a kind of value, and its dtypes."""
+  """Returns a group's leaves with a kind of value, and the values' dtypes."""
   leaves = layout.leaves_of(group)
   if kind == STATE:
     return [(leaf, leaf.dtype) for leaf in leaves]
@@ -105,7 +104,7 @@ def leaves_of(
 
 
 def packed_dtype(dtype: np.dtype) -> np.dtype:
-  """As what numbers of a dtype are packed."""
+  """Returns the dtype as which numbers of a dtype are packed."""
   if dtype.kind in _WHOLE_KINDS:
     return dtype
   return np.dtype(f'uint{8 * dtype.itemsize}')
@@ -114,22 +113,22 @@ def packed_dtype(dtype: np.dtype) -> np.dtype:
 def columns(
   leaves: Iterable[tuple[partition.Leaf, np.dtype]],
 ) -> tuple[str, ...]:
-  """What the blocks of these leaves are called, one of each."""
+  """Returns the columns of the blocks of these leaves, one per leaf."""
   return tuple(leaf.path for leaf, _ in leaves)
 
 
 def packed_column(dtype: np.dtype) -> str:
-  """What the block of all leaves that are packed like a dtype is called."""
+  """Returns the column of the block of all leaves packed like a dtype."""
   return _PACKED + packed_dtype(dtype).name
 
 
 def rows_by_leaf(
   layout: layout_lib.Layout, block: Block, array: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """The rows of a block's leaves by path, views of its array.
+  """Returns the rows of a block's leaves by path, as views of its array.
 
   Raises:
-    StoreError: the array is not what a block of this name has.
+    StoreError: the layout has no such block, or one of another shape or dtype.
   """
   leaves = (
     leaves_of(layout, block.kind, block.group)
@@ -152,7 +151,7 @@ def rows_by_leaf(
   widths = [math.prod(shape) for shape, _ in found.values()]
   (packed,) = {packed_dtype(dtype) for _, dtype in found.values()}
   _check(block, array, (count, sum(widths)), packed)
-  # Rows stay contiguous: what is read of them is a row of one leaf.
+  # Each row stays contiguous: readers take one row of one leaf.
   parts = np.split(array, np.cumsum(widths)[:-1], axis=1)
   return {
     path: part.view(dtype).reshape(count, *shape)
@@ -170,7 +169,7 @@ def _check(
 
 
 def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
-  """Numbers as [start, end) of ascending runs, in their order."""
+  """Splits numbers into ascending runs [start, end), in their order."""
   found: list[tuple[int, int]] = []
   for number in numbers:
     if found and found[-1][1] == number:

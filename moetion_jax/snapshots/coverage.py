@@ -1,10 +1,10 @@
-"""From which snapshots a dense state can be made (DESIGN section 5).
+"""Decides from which snapshots a dense state can be made (DESIGN section 5).
 
 A snapshot holds the training state of some operators and the compute weights of
 others. Folded one after the other, with an iteration replayed between two,
-they make a dense state. Which of them do is decided here, from names alone.
+they make a dense state. Which snapshots do is decided here, from names alone.
 
-Pure Python without JAX: the agent, which plans, uses it.
+Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from moetion_jax import keys
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-  """What one worker's snapshot of one iteration holds.
+  """The contents of one worker's snapshot of one iteration.
 
   Attributes:
-    iteration: whose state it is of.
-    replica: of the worker, from 0.
-    replicas: how many shares make the stage's snapshot.
-    state: operators of which it holds the training state.
-    compute: operators of which it holds the compute weights.
+    iteration: the iteration after which the state was captured.
+    replica: the worker's replica, from 0.
+    replicas: number of shares that make the stage's snapshot.
+    state: operators whose training state it holds.
+    compute: operators whose compute weights it holds.
   """
 
   iteration: int
@@ -43,13 +43,13 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapshotRecord:
-  """What the snapshot of a whole stage holds: the union of its shares.
+  """The contents of a whole stage's snapshot: the union of its shares.
 
   Attributes:
-    iteration: whose state it is of.
-    replicas: how many shares it is made of.
-    state: operators of which it holds the training state.
-    compute: operators of which it holds the compute weights.
+    iteration: the iteration after which the state was captured.
+    replicas: number of shares that make the snapshot.
+    state: operators whose training state it holds.
+    compute: operators whose compute weights it holds.
   """
 
   iteration: int
@@ -63,9 +63,9 @@ class Start:
   """A snapshot from which a conversion can start, and where it ends.
 
   Attributes:
-    iteration: of the first snapshot that is folded.
-    complete_at: of the last one: with it every operator is active. The
-      conversion replays iteration + 1 to complete_at.
+    iteration: iteration of the first snapshot that is folded.
+    complete_at: iteration of the last one: with it every operator is active.
+      The conversion replays iteration + 1 to complete_at.
   """
 
   iteration: int
@@ -73,20 +73,21 @@ class Start:
 
 
 def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
-  """The snapshots of a stage of which every share exists.
+  """Finds the snapshots of a stage that have all their shares.
 
   A stage that changed its number of replicas may have captured an iteration
   twice, with the same bits in other shares. Shares of the two never make a
-  snapshot together; if both are complete, the one of fewer shares is taken.
+  snapshot together; if both are complete, the one with fewer shares is taken.
 
   Args:
-    shares: of one stage, in any order; copies of a share count once.
+    shares: shares of one stage, in any order; copies of a share count once.
 
   Returns:
-    Ascending by iteration, one an iteration.
+    The snapshots, one per iteration, ascending by iteration.
 
   Raises:
-    ValueError: two shares have the same name and hold different operators.
+    ValueError: two shares of one iteration, replica and number of replicas hold
+      different operators.
   """
   groups: dict[tuple[int, int], dict[int, Share]] = {}
   for share in shares:
@@ -109,7 +110,7 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
 
 
 def initial_record(operators: Iterable[keys.OperatorId]) -> SnapshotRecord:
-  """Snapshot 0, the initial state: complete by definition."""
+  """Returns snapshot 0, the initial state, complete by definition."""
   return SnapshotRecord(
     iteration=0, state=frozenset(operators), compute=frozenset()
   )
@@ -118,34 +119,35 @@ def initial_record(operators: Iterable[keys.OperatorId]) -> SnapshotRecord:
 def valid_starts(
   records: Iterable[SnapshotRecord], operators: Iterable[keys.OperatorId]
 ) -> tuple[Start, ...]:
-  """From which snapshots a conversion can start.
+  """Finds the snapshots from which a conversion can start.
 
   Snapshot s is a valid start when snapshots s, s + 1, ..., e exist without a
   gap, each operator's training state is in one of them, and its compute
   weights are in all before that one: until it is active, every replayed
   iteration runs it on those. The first such e is `complete_at`.
 
-  That is all there is to rolling windows, aligned windows, an order or a length
-  that changes, and snapshots of every k-th iteration (of which, with k > 1,
+  This one rule covers rolling windows, aligned windows, an order or a length
+  that changes, and snapshots of every k-th iteration (of those, with k > 1,
   only one that holds everything is a start).
 
   Args:
-    records: in any order, one an iteration.
-    operators: all of the stage.
+    records: the stage's snapshots in any order, one per iteration.
+    operators: all operators of the stage.
 
   Returns:
-    Ascending by iteration.
+    The starts, ascending by iteration.
 
   Raises:
     ValueError: two records are of the same iteration.
   """
   operators = frozenset(operators)
   starts: list[Start] = []
-  # Going back in time, with s the record at hand: by operator, from which
-  # snapshot it would be active if s were the start. Operators that would never
-  # be are `lost` instead. An operator whose training state is in s moves to the
-  # end, so the first one is always the last to become active. Thus a record
-  # costs what it captures, and a few operations on whole sets.
+  # Going back in time, with s the record at hand: for each operator, the
+  # snapshot from which it would be active if s were the start. Operators that
+  # would never be active are in `lost` instead. An operator whose training
+  # state is in s moves to the end, so the first one is always the last to
+  # become active. Thus a record costs as much as it captures, plus a few
+  # operations on whole sets.
   active_from: collections.OrderedDict[keys.OperatorId, int] = (
     collections.OrderedDict()
   )

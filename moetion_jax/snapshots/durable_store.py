@@ -1,7 +1,7 @@
 """Snapshots in two phases: into memory first, then into storage.
 
-The second phase is what counts: a snapshot exists when its files and their
-directory are on disk, committed by a rename. What is in memory is only on its
+Only the second phase counts: a snapshot exists when its files and their
+directory are on disk, committed by a rename. The copy in memory is only on its
 way; nobody reads it again (CheckFreq, FAST 2021: snapshot and persist).
 """
 
@@ -23,17 +23,18 @@ from moetion_jax.snapshots import (
 _TEMPORARY_SUFFIX = '.tmp'
 _OLD_SUFFIX = '.old'
 _PIECE_BYTES = 1 << 22
-_ALL = 1 << 62  # of what is in memory nothing is kept
+_ALL = 1 << 62  # nothing in memory is kept: no iteration is this late
 
 
 class InterruptedStoreError(errors.StoreError):
-  """A snapshot was given up on its way to storage."""
+  """Raised when a snapshot is given up on its way to storage."""
 
 
 class DurableStore:
-  """The snapshots of one worker on disk; used as a `SnapshotStore`.
+  """The snapshots of one worker on disk; used like a `SnapshotStore`.
 
-  One thread uses it; `retain` and `interrupt` any thread.
+  One thread uses it, except `retain` and `interrupt`, which any thread may
+  call.
   """
 
   def __init__(
@@ -44,8 +45,10 @@ class DurableStore:
     """Stores the arguments.
 
     Args:
-      memory: into which snapshots go first, not started; of at least one file.
-      folder: of this worker alone, on disk; created if it does not exist.
+      memory: the store that snapshots go into first, not started, with at
+        least one file.
+      folder: folder of this worker alone, on disk; created if it does not
+        exist.
     """
     self.folder = pathlib.Path(folder)
     self._memory = memory
@@ -53,16 +56,16 @@ class DurableStore:
     self._is_interrupted = False
 
   def start(self) -> None:
-    """Takes over what a predecessor committed.
+    """Takes over the snapshots that a predecessor committed.
 
     Raises:
-      StoreError: memory or folder cannot be used.
+      StoreError: the memory store or the folder cannot be used.
     """
     missing = [self.folder, *self.folder.parents]
     missing = [path for path in missing if not path.exists()]
     try:
       self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-      for path in missing:  # else what is in it is on disk, and it is not
+      for path in missing:  # else its contents reach the disk without it
         _sync_folder(path.parent)
     except OSError as error:
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
@@ -73,15 +76,15 @@ class DurableStore:
     self._memory.retain(_ALL)
 
   def close(self) -> None:
-    """Lets go of the memory; may be called twice."""
+    """Closes the memory store. May be called twice."""
     self._memory.close()
 
   def interrupt(self) -> None:
-    """Gives up what is on its way; later saves fail at once."""
+    """Gives up the save on its way; later saves fail."""
     self._is_interrupted = True
 
   def iterations(self) -> list[int]:
-    """Of the snapshots on disk, ascending."""
+    """Returns the iterations of the snapshots on disk, ascending."""
     return sorted(snapshot_file.list_snapshots(self.folder))
 
   def retain(self, first_iteration: int) -> None:
@@ -103,11 +106,11 @@ class DurableStore:
     """Saves a snapshot; when this returns, it is on disk.
 
     Returns:
-      Its bytes.
+      The bytes of all buffers.
 
     Raises:
       EntryMismatchError: see `SnapshotStore.save`.
-      StoreError: it cannot be written.
+      StoreError: the snapshot cannot be written.
       InterruptedStoreError: `interrupt` was called.
     """
     self._memory.save(iteration, metadata, buffers, replace=replace)
@@ -124,7 +127,7 @@ class DurableStore:
     return sum(buffer.nbytes for buffer in buffers)
 
   def _persist(self, iteration: int) -> None:
-    """The second phase."""
+    """Copies a snapshot from memory to disk: the second phase."""
     source = self._memory.folder / str(iteration)
     final = self.folder / str(iteration)
     temporary = final.with_name(final.name + _TEMPORARY_SUFFIX)
@@ -135,7 +138,7 @@ class DurableStore:
     manifest = snapshot_file.MANIFEST_NAME
     self._copy(source, temporary, manifest, (source / manifest).stat().st_size)
     _sync_folder(temporary)
-    if final.exists():  # it is damaged, or taken again
+    if final.exists():  # it is damaged or was taken again
       old = final.with_name(final.name + _OLD_SUFFIX)
       final.rename(old)
       shutil.rmtree(old, ignore_errors=True)

@@ -1,20 +1,20 @@
-"""Snapshots as files: raw buffers, and a manifest that says what they are.
+"""Snapshots as files: raw buffers, and a manifest that describes them.
 
 ```
 <folder>/<iteration>/data           buffers at multiples of 64 bytes
 <folder>/<iteration>/manifest.json  metadata; names, shapes, checksums
 ```
 
-`data` may be longer than what is used: its pages outlive the snapshot. A
+`data` may be longer than its used bytes: its pages outlive the snapshot. A
 snapshot is committed when its directory has its final name (Orbax's rename)
 and a manifest; a directory whose manifest is gone is being retired.
 
 A reader holds a lease, a shared lock of an open file description on `data`
-(fcntl(2), F_OFD_SETLK), so it ends with a kill -9 of the reader as well. Who
-recycles `data` takes its exclusive lock, then removes the manifest, then moves
-the file; a reader takes the lock, then looks at the manifest: one of them sees
-the other. A snapshot that is being read therefore stays whole, and its file
-stays counted.
+(fcntl(2), F_OFD_SETLK), so the lease ends with a kill -9 of the reader too.
+Recycling takes the exclusive lock of `data`, then removes the manifest, then
+moves the file; a reader takes the lock, then looks at the manifest: one of them
+sees the other. A snapshot that is being read therefore stays whole, and its
+file stays counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from moetion_jax.snapshots import manifest as manifest_lib
 
 DATA_NAME = 'data'
 MANIFEST_NAME = 'manifest.json'
-# A snapshot that is being replaced: it counts until its successor is there.
+# Of a snapshot that is being replaced: it counts until its successor exists.
 REPLACED_SUFFIX = '.replaced'
 
 _SNAPSHOT_NAME = re.compile(
@@ -48,15 +48,15 @@ _SNAPSHOT_NAME = re.compile(
 
 
 class DataFile:
-  """A data file with all its pages, mapped for writing as long as it is open.
+  """A data file with all its pages, mapped for writing while it is open.
 
   Re-writing mapped pages is what makes a snapshot cheap: 7.7 GB/s with the
   checksum, against 4.5 GB/s when it is mapped anew and 0.7 GB/s in a new file.
 
   Attributes:
-    path: where it lies now.
-    size_bytes: its size.
-    memory: u8[size_bytes].
+    path: the file's current path.
+    size_bytes: the file's size.
+    memory: u8[size_bytes], the mapped file.
   """
 
   def __init__(self, path: str | os.PathLike[str], fd: int):
@@ -64,7 +64,7 @@ class DataFile:
     self.path = pathlib.Path(path)
     self._fd = fd
     self.size_bytes = os.fstat(fd).st_size
-    # Never unmapped by hand: that happens when the last view of it is gone.
+    # Never unmapped by hand: it goes with the last view of it.
     mapped = mmap.mmap(fd, self.size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE)
     self.memory = np.frombuffer(mapped, np.uint8)
 
@@ -75,7 +75,7 @@ class DataFile:
 
   @classmethod
   def open(cls, path: str | os.PathLike[str]) -> DataFile:
-    """Opens an existing one; OSError or ValueError if that fails."""
+    """Opens an existing file; raises OSError or ValueError if that fails."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
       return cls(path, fd)
@@ -85,7 +85,7 @@ class DataFile:
 
   @property
   def is_reserved(self) -> bool:
-    """Whether every page exists, so that no write can die of SIGBUS."""
+    """True if every page exists, so that no write can die of SIGBUS."""
     return os.fstat(self._fd).st_blocks * 512 >= self.size_bytes
 
   def move(self, path: str | os.PathLike[str]) -> None:
@@ -94,7 +94,7 @@ class DataFile:
     self.path = pathlib.Path(path)
 
   def try_lock(self) -> bool:
-    """Shuts readers out until `unlock`; False while one holds a lease."""
+    """Shuts readers out until `unlock`; False while a reader holds a lease."""
     return locks.try_lock(self._fd, fcntl.F_WRLCK, 0)
 
   def unlock(self) -> None:
@@ -102,7 +102,7 @@ class DataFile:
     locks.try_lock(self._fd, fcntl.F_UNLCK, 0)
 
   def close(self) -> None:
-    """Forgets the file, which stays. May be called twice."""
+    """Closes the file, which stays on disk. May be called twice."""
     if self._fd >= 0:
       self.unlock()  # the mapping may keep the open file description alive
       os.close(self._fd)
@@ -124,17 +124,18 @@ def write(
   """Writes a snapshot into an existing directory, its manifest last.
 
   Args:
-    directory: where the two files shall be.
-    buffers: what to write.
+    directory: the directory for the two files.
+    buffers: the snapshot's arrays.
     metadata: any JSON object.
-    data_file: its pages are reused: it is moved into the directory, and stays
-      open. By default a new file of the right size is made.
+    data_file: an open file whose pages are reused: it is moved into the
+      directory and stays open. None makes a new file of the right size.
 
   Returns:
     The bytes of all buffers.
 
   Raises:
-    StoreError: buffers that cannot be written or do not fit; no room.
+    StoreError: the buffers cannot be written or do not fit, or there is no
+      room.
   """
   directory = pathlib.Path(directory)
   manifest_lib.check(buffers)
@@ -145,8 +146,9 @@ def write(
       stack.callback(data_file.close)
     elif used_bytes > data_file.size_bytes:
       raise errors.StoreError(
-        f'{directory}: {memory_limits.format_bytes(used_bytes)} do not fit into a data '
-        f'file of {memory_limits.format_bytes(data_file.size_bytes)}'
+        f'{directory}: {memory_limits.format_bytes(used_bytes)} do not fit '
+        'into a data file of '
+        f'{memory_limits.format_bytes(data_file.size_bytes)}'
       )
     else:
       data_file.move(directory / DATA_NAME)
@@ -181,8 +183,8 @@ class StoredSnapshot:
   the end of every array taken from it, JAX arrays that alias it included.
 
   Attributes:
-    path: its directory.
-    manifest: what it holds.
+    path: directory of the snapshot.
+    manifest: description of the contents.
     arrays: read-only views of the file, by buffer name.
   """
 
@@ -201,11 +203,11 @@ class StoredSnapshot:
       .reshape(buffer.shape)
       for buffer in manifest.buffers.values()
     }
-    self._memory: np.ndarray | None = memory  # the lease, without buffers too
+    self._memory: np.ndarray | None = memory  # holds the lease, buffers or not
 
   @property
   def metadata(self) -> dict[str, Any]:
-    """The JSON object it was written with."""
+    """The JSON object that the snapshot was written with."""
     return self.manifest.metadata
 
   def verify(self) -> None:
@@ -227,7 +229,7 @@ class StoredSnapshot:
     return ''
 
   def close(self) -> None:
-    """Gives the lease back once no array is used. May be called twice."""
+    """Gives the lease back once no array is in use. May be called twice."""
     self.arrays = {}
     self._memory = None
 
@@ -241,10 +243,11 @@ class StoredSnapshot:
 def read_manifest(
   directory: str | os.PathLike[str],
 ) -> manifest_lib.Manifest:
-  """What a snapshot holds; its data is not read, only its size is looked at.
+  """Reads a snapshot's manifest; of its data only the size is checked.
 
   Raises:
-    SnapshotCorruptError: manifest or data file is missing, torn or damaged.
+    SnapshotCorruptError: the manifest or the data file is missing, torn or
+      damaged.
   """
   directory = pathlib.Path(directory)
   with _open_fd(directory, os.O_DIRECTORY) as folder_fd:
@@ -258,15 +261,15 @@ def open_snapshot(
   """Leases and maps a committed snapshot.
 
   Args:
-    directory: of the snapshot.
+    directory: the snapshot's directory.
     verify: whether to check all checksums first.
 
   Raises:
-    SnapshotCorruptError: as `read_manifest`; it was recycled meanwhile; with
-      `verify` also a damaged buffer.
+    SnapshotCorruptError: as `read_manifest`; or the snapshot was recycled
+      meanwhile; or, with `verify`, a buffer is damaged.
   """
   directory = pathlib.Path(directory)
-  # Through descriptors: another snapshot may take the directory's name.
+  # Through descriptors: another snapshot may take over the directory's name.
   with _open_fd(directory, os.O_DIRECTORY) as folder_fd:
     with _open_fd(directory / DATA_NAME, 0, folder_fd) as data_fd:
       if not locks.try_lock(data_fd, fcntl.F_RDLCK, 0):
@@ -274,7 +277,7 @@ def open_snapshot(
           f'{directory / DATA_NAME}: is being recycled'
         )
       manifest = _read_manifest(directory, folder_fd, data_fd)
-      # The mapping has a duplicate of the descriptor, and so the lease.
+      # The mapping holds a duplicate of the descriptor, and so the lease.
       mapped = mmap.mmap(
         data_fd,
         max(manifest.used_bytes, 1),
@@ -298,7 +301,7 @@ def open_snapshot(
 def _open_fd(
   path: pathlib.Path, flags: int, folder_fd: int | None = None
 ) -> Iterator[int]:
-  """A descriptor for reading; with `folder_fd` of the name in that folder."""
+  """Opens a path for reading; with `folder_fd`, its name in that folder."""
   flags |= os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
   name = path if folder_fd is None else path.name
   try:
@@ -336,13 +339,13 @@ def _read_manifest(
 
 
 def list_snapshots(folder: str | os.PathLike[str]) -> dict[int, pathlib.Path]:
-  """Directories of the committed snapshots by iteration, ascending.
+  """Lists the directories of committed snapshots by iteration, ascending.
 
-  Orbax's temporary directories and snapshots that are being retired are not
-  among them. No snapshot is opened.
+  Leaves out Orbax's temporary directories and snapshots that are being
+  retired. Opens no snapshot.
   """
   found: dict[int, pathlib.Path] = {}
-  # Sorted, a successor comes before the snapshot that it replaces.
+  # When sorted, a successor comes before the snapshot that it replaces.
   with contextlib.suppress(FileNotFoundError):
     for name in sorted(os.listdir(folder)):
       path = pathlib.Path(folder, name)
@@ -353,7 +356,10 @@ def list_snapshots(folder: str | os.PathLike[str]) -> dict[int, pathlib.Path]:
 
 
 def is_snapshot_name(name: str) -> bool:
-  """Whether a directory of this name is a snapshot if it has a manifest."""
+  """Returns True if a directory of this name may be a snapshot.
+
+  It is one if it has a manifest.
+  """
   return _SNAPSHOT_NAME.fullmatch(name) is not None
 
 
@@ -362,10 +368,10 @@ def try_recycle(
   target: str | os.PathLike[str],
   data_file: DataFile | None = None,
 ) -> DataFile | None:
-  """Retires a snapshot and moves its data file; not while it is being read.
+  """Retires a snapshot and moves its data file, unless it is being read.
 
   Args:
-    directory: of the snapshot, committed or not; it is removed.
+    directory: the snapshot's directory, committed or not; it is removed.
     target: new path of the data file.
     data_file: the data file, if it is open already.
 
@@ -383,7 +389,7 @@ def try_recycle(
     if data_file is None:
       data.close()
     return None
-  # From here on it is no snapshot any more, wherever we are killed.
+  # From here on it is no longer a snapshot, wherever we are killed.
   (directory / MANIFEST_NAME).unlink(missing_ok=True)
   data.path = directory / DATA_NAME
   data.move(target)

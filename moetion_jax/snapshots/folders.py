@@ -1,4 +1,4 @@
-"""The snapshot folders of a stage's replicas, and which shares lie in them."""
+"""The snapshot folders of a stage's replicas, and the shares in them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from moetion_jax import errors, keys
 from moetion_jax.snapshots import coverage, file as snapshot_file
 
-# What of a snapshot's metadata describes a share.
+# The fields of a snapshot's metadata that describe its share.
 SHARE_FIELDS = ('iteration', 'replica', 'replicas', 'state', 'compute')
 
 
 def snapshots_folder(
   folder: str | os.PathLike[str], stage: int, replica: int
 ) -> pathlib.Path:
-  """Where the snapshots of one worker lie in a store folder."""
+  """Returns the folder of one worker's snapshots inside a store folder."""
   return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.snapshots'
 
 
 def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
-  """The share that snapshot metadata or a message describes."""
+  """Makes the share that snapshot metadata or a message describes."""
   return coverage.Share(
     iteration=value['iteration'],
     replica=value['replica'],
@@ -36,7 +36,7 @@ def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
 def snapshots_folders(
   folder: str | os.PathLike[str], stage: int
 ) -> list[pathlib.Path]:
-  """Those of all workers that a stage has, or had, by replica."""
+  """Finds the folders of all workers that a stage has or had, by replica."""
   pattern = f'stage-{stage}.replica-*.snapshots'
   found = pathlib.Path(folder).glob(pattern)
   return sorted(found, key=lambda path: int(re.findall(r'\d+', path.name)[1]))
@@ -47,12 +47,12 @@ def read_shares(
   stage: int,
   on_unreadable: Callable[[str], None] = lambda reason: None,
 ) -> list[coverage.Share]:
-  """A stage's shares whose manifests are whole, by replica and iteration.
+  """Reads a stage's shares with whole manifests, by replica and iteration.
 
   Args:
-    folder: of the run's stores.
-    stage: whose.
-    on_unreadable: told of each of the others what is wrong.
+    folder: the store folder.
+    stage: the stage.
+    on_unreadable: called for each other share, with the reason.
   """
   shares = []
   for of_replica in snapshots_folders(folder, stage):
@@ -69,10 +69,12 @@ def read_shares(
 def find_shares(
   folder: str | os.PathLike[str], stage: int, iteration: int
 ) -> list[pathlib.Path]:
-  """The shares that make a stage's snapshot (`coverage.complete_records`).
+  """Finds the shares that make a stage's snapshot.
+
+  Follows the rule of `coverage.complete_records`.
 
   Returns:
-    By replica; [] if there is no such snapshot.
+    Their directories by replica; [] if there is no such snapshot.
   """
   of_number: dict[int, dict[int, pathlib.Path]] = {}
   for of_replica in snapshots_folders(folder, stage):

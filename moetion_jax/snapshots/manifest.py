@@ -1,6 +1,6 @@
-"""What a snapshot holds: its buffers, and the manifest that describes them.
+"""Contents of a snapshot: its buffers, and the manifest describing them.
 
-Pure values, no I/O: `snapshot_file` puts them into files.
+Pure values, no I/O: `file` puts them into files.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from moetion_jax.hostmem import raw_bytes
 
 _FORMAT = 2
 # Copy and checksum alternate on pieces that are still in a cache, or near it.
-# Each asks for the GIL four times: beside a thread that holds it most of the
-# time, 160 MB take 125 ms in pieces of 1 MiB, 21 ms in these (alone 12, 13).
+# Each piece asks for the GIL four times: beside a thread that holds it most of
+# the time, 160 MB take 125 ms in pieces of 1 MiB and 21 ms in these (alone: 12
+# and 13).
 _PIECE_BYTES = 1 << 24
 _DTYPES = {dtype.name: dtype for dtype in raw_bytes.DTYPES}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # .name is slow
-# The checksum is of the bytes between them, so every bit of the file counts.
+# The checksum covers the bytes between them, so every bit of the file counts.
 _HEAD = b'{"manifest": '
 _TAIL = b', "xxh3_64": "%016x"}\n'
 _TAIL_BYTES = len(_TAIL % 0)
 
 
 class SnapshotCorruptError(errors.StoreError):
-  """A snapshot is not what was written: the message names file and damage."""
+  """A snapshot is not what was written; the message names file and damage."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """One array of a snapshot that shall be written.
+  """One array of a snapshot to be written.
 
   Attributes:
     name: unique within the snapshot. Snapshots of one iteration that hold
       different operators must differ in a name or a shape.
-    dtype: one of `entry.DTYPES`.
-    shape: of the whole buffer.
+    dtype: one of `raw_bytes.DTYPES`.
+    shape: shape of the whole buffer.
     pieces: arrays (NumPy or JAX) whose bytes one after another are the buffer,
       so that rows of a larger array need no temporary.
   """
@@ -60,11 +61,11 @@ class Buffer:
 
   @property
   def identity(self) -> tuple[Any, ...]:
-    """Equal for two buffers that hold the same thing."""
+    """Name, dtype and shape; equal for two buffers that hold the same thing."""
     return self.name, np.dtype(self.dtype), tuple(self.shape)
 
   def checksum(self, target: np.ndarray | None = None) -> int:
-    """The checksum of the bytes, copied to u8[nbytes] on the way if given."""
+    """Computes the checksum; copies the bytes to any `target`, u8[nbytes]."""
     digest = xxhash.xxh3_64()
     offset = 0
     for piece in self.pieces:
@@ -80,13 +81,13 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredBuffer:
-  """What a manifest says of one buffer.
+  """A manifest's description of one buffer.
 
   Attributes:
     name: unique within the snapshot.
-    dtype: of the array.
-    shape: of the array.
-    offset: in the data file, in bytes.
+    dtype: dtype of the array.
+    shape: shape of the array.
+    offset: position in the data file, in bytes.
     nbytes: size in bytes.
     checksum: xxh3 of the bytes, 64 bits.
   """
@@ -100,18 +101,18 @@ class StoredBuffer:
 
   @property
   def identity(self) -> tuple[Any, ...]:
-    """As of `Buffer`."""
+    """Name, dtype and shape, as `Buffer.identity`."""
     return self.name, self.dtype, self.shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-  """What a snapshot holds.
+  """The description of a snapshot.
 
   Attributes:
-    metadata: the JSON object given by who wrote it.
-    buffers: by name.
-    used_bytes: of the data file.
+    metadata: the JSON object that the writer gave.
+    buffers: stored buffers by name.
+    used_bytes: used bytes of the data file.
   """
 
   metadata: dict[str, Any]
@@ -119,7 +120,7 @@ class Manifest:
   used_bytes: int
 
   def pack(self) -> bytes:
-    """The file's contents."""
+    """Returns the contents of the manifest file."""
     body = json.dumps(
       {
         'format': _FORMAT,
@@ -142,7 +143,7 @@ class Manifest:
 
   @classmethod
   def unpack(cls, data: bytes) -> Manifest:
-    """The inverse of `pack`; ValueError with a reason for anything else."""
+    """Inverts `pack`; raises ValueError with a reason for anything else."""
     body = data[len(_HEAD) : -_TAIL_BYTES]
     if data != _HEAD + body + _TAIL % xxhash.xxh3_64_intdigest(body):
       raise ValueError('torn or damaged: it does not have its own checksum')
@@ -174,18 +175,18 @@ class Manifest:
 
 
 def padded(nbytes: int) -> int:
-  """What a buffer takes of a data file, in bytes."""
+  """Returns the bytes that a buffer takes up in a data file."""
   unit = raw_bytes.ALIGNMENT_BYTES
   return -(-nbytes // unit) * unit
 
 
 def data_bytes(sizes: Iterable[int]) -> int:
-  """How large a data file must be that holds buffers of these sizes."""
+  """Returns the bytes that a data file needs for buffers of these sizes."""
   return sum(map(padded, sizes))
 
 
 def check(buffers: Sequence[Buffer]) -> None:
-  """Raises StoreError for buffers that cannot be written, naming the first."""
+  """Raises StoreError, naming the first buffer that cannot be written."""
   names = set()
   for buffer in buffers:
     if buffer.name in names:

@@ -1,12 +1,12 @@
-"""Saving snapshots into tmpfs through Orbax, in pages that are used again.
+"""Saves snapshots into tmpfs through Orbax, in pages that are used again.
 
 Orbax drives (`AsyncCheckpointer`) and commits (a temporary directory, renamed);
-our `CheckpointHandler` writes the files of `snapshot_file`. Any Orbax
+our `CheckpointHandler` writes the files that `file` describes. Any Orbax
 `Checkpointer(SnapshotHandler())` reads them back.
 
 A store owns a fixed number of data files of one size. Each of them lies in a
 snapshot, in a temporary directory or in the pool, wherever the process is
-killed, so the host memory of a folder is what was reserved at its start. When
+killed, so a folder's host memory is what was reserved at its start. When
 snapshots become larger and fewer, the same memory is cut into other files.
 """
 
@@ -34,14 +34,15 @@ _RETIRED_PREFIX = 'retired-'
 
 
 class SnapshotFullError(errors.StoreError):
-  """Every data file is in use: by what must be kept, or by readers."""
+  """Every data file is in use, by snapshots that must be kept or by readers."""
 
 
 class SnapshotStore:
-  """The snapshots of one worker. One thread uses it; `retain` any thread.
+  """The snapshots of one worker.
 
-  `start`, then `save` and `retain` in any order, then `close`; or a with block.
-  The files stay; `snapshot_file.list_snapshots(folder)` finds the snapshots.
+  One thread uses it, except `retain`, which any thread may call: `start`, then
+  `save` and `retain` in any order, then `close`; or a with block. The files
+  stay; `file.list_snapshots(folder)` finds the snapshots.
   """
 
   def __init__(
@@ -50,9 +51,9 @@ class SnapshotStore:
     """Stores the settings.
 
     Args:
-      folder: of this worker alone; created if it does not exist.
-      size_bytes: of a data file, see `snapshot_manifest.data_bytes`.
-      files: how many snapshots there can be, the one being written included.
+      folder: folder of this worker alone; created if it does not exist.
+      size_bytes: size of a data file, see `manifest.data_bytes`.
+      files: largest number of snapshots, the one being written included.
     """
     self.folder = pathlib.Path(folder)
     self._size_bytes = _whole_pages(size_bytes)
@@ -65,7 +66,7 @@ class SnapshotStore:
     self._quiet = orbax_handler.QuietOrbax()
     self._names = 0
     # Every data file of the folder is in one of these three; a value is None
-    # as long as the file is not mapped.
+    # while the file is not mapped.
     self._free: list[snapshot_file.DataFile] = []
     self._snapshots: dict[int, snapshot_file.DataFile | None] = {}
     self._leftovers: dict[pathlib.Path, snapshot_file.DataFile | None] = {}
@@ -73,12 +74,12 @@ class SnapshotStore:
   def start(self) -> None:
     """Adopts what a predecessor left, killed or not, and reserves the pool.
 
-    Committed snapshots stay. Of temporary directories the data files are kept,
-    if they have the size that is asked for now.
+    Committed snapshots stay. Data files of temporary directories are kept if
+    they have the size that is asked for now.
 
     Raises:
-      StoreError: a living process uses the folder, it is not private, or there
-        is no room; what was reserved is given back then.
+      StoreError: a living process uses the folder, the folder is not private,
+        or there is no room; what was reserved is given back then.
     """
     try:
       self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -104,7 +105,7 @@ class SnapshotStore:
     logging.getLogger('absl').addFilter(self._quiet)
 
   def close(self) -> None:
-    """Lets go of the folder; everything stays in it. May be called twice."""
+    """Lets go of the folder; its files stay. May be called twice."""
     if self._checkpointer is not None:
       self._checkpointer.close()
       self._checkpointer = None
@@ -129,33 +130,34 @@ class SnapshotStore:
     self.close()
 
   def iterations(self) -> list[int]:
-    """Of the committed snapshots, ascending."""
+    """Returns the iterations of the committed snapshots, ascending."""
     return sorted(self._snapshots)
 
   def retain(self, first_iteration: int) -> None:
-    """Allows snapshots of earlier iterations to be retired, when need be."""
+    """Allows snapshots of earlier iterations to be retired when need be."""
     self._first_iteration = max(self._first_iteration, first_iteration)
 
   def enlarge(self, size_bytes: int) -> None:
     """Cuts what was reserved into fewer and larger data files.
 
-    Snapshots keep the files that they have. Others make way; larger ones are
-    made one by one, when they are needed and the bytes for them are there. May
-    be called before `start`; nothing happens if files are large enough.
+    Snapshots keep the files that they have. Other files make way; larger ones
+    are made one by one, when they are needed and there are bytes for them. May
+    be called before `start`; does nothing if the files are large enough.
 
     Args:
-      size_bytes: of a data file, see `snapshot_manifest.data_bytes`.
+      size_bytes: size of a data file, see `manifest.data_bytes`.
 
     Raises:
-      StoreError: not even one would fit.
+      StoreError: not even one file would fit.
     """
     size_bytes = _whole_pages(size_bytes)
     if size_bytes <= self._size_bytes:
       return
     if size_bytes > self._reserved_bytes:
       raise errors.StoreError(
-        f'{self.folder}: a data file of {memory_limits.format_bytes(size_bytes)} does '
-        f'not fit into {memory_limits.format_bytes(self._reserved_bytes)}'
+        f'{self.folder}: a data file of '
+        f'{memory_limits.format_bytes(size_bytes)} does not fit into '
+        f'{memory_limits.format_bytes(self._reserved_bytes)}'
       )
     self._size_bytes = size_bytes
     self._files = self._reserved_bytes // size_bytes
@@ -174,14 +176,15 @@ class SnapshotStore:
   ) -> int:
     """Saves a snapshot; when this returns, it is committed.
 
-    If the iteration has one that holds the same buffers, it must be equal, and
-    nothing is done. If it holds others (a replay has another slot), it is kept
-    unless `replace`. One that is damaged is replaced in any case.
+    If the iteration has a snapshot of the same buffers, it must be equal, and
+    nothing is done. A snapshot of other buffers (a replay has another slot) is
+    kept unless `replace`. A damaged one is replaced in any case.
 
     Args:
-      iteration: from 0.
+      iteration: iteration of the snapshot, from 0.
       metadata: any JSON object.
-      buffers: pieces may be JAX arrays; they must stay undonated meanwhile.
+      buffers: the snapshot's arrays; pieces may be JAX arrays, which must not
+        be donated before this returns.
       replace: whether a snapshot of other operators, or with other bits, takes
         the old one's place; the old one counts until then.
 
@@ -190,13 +193,14 @@ class SnapshotStore:
 
     Raises:
       EntryMismatchError: bits diverged; names the buffer or the metadata.
-      SnapshotFullError: no data file until `retain` advances or a lease ends.
+      SnapshotFullError: no data file is free until `retain` advances or a lease
+        ends.
       OSError: with ENOSPC, somebody else took memory that `enlarge` gave back.
-      StoreError: buffers that cannot be written, or larger than a data file.
+      StoreError: buffers cannot be written, or are larger than a data file.
     """
     if self._checkpointer is None:
       raise errors.StoreError(f'{self.folder}: not started')
-    json.dumps(metadata)  # a TypeError should come before anything is done
+    json.dumps(metadata)  # raises TypeError before anything is done
     manifest.check(buffers)
     if iteration in self._snapshots and self._keeps(
       iteration, metadata, buffers, replace
@@ -235,7 +239,7 @@ class SnapshotStore:
     buffers: Sequence[manifest.Buffer],
     replace: bool,
   ) -> bool:
-    """Whether the existing snapshot stays; EntryMismatchError if it differs."""
+    """True if the existing snapshot stays; EntryMismatchError if it differs."""
     path = self._path(iteration)
     try:
       with snapshot_file.open_snapshot(path) as stored:
@@ -256,7 +260,7 @@ class SnapshotStore:
       return False
 
   def _settle(self, iteration: int, data: snapshot_file.DataFile) -> None:
-    """After a save, failed or not: the folder decides what counts."""
+    """Tidies up after a save, failed or not: the folder says what counts."""
     final, aside = self._path(iteration), self._aside(iteration)
     if final.exists():
       data.path = final / snapshot_file.DATA_NAME
@@ -280,7 +284,7 @@ class SnapshotStore:
     return self.folder / str(iteration)
 
   def _aside(self, iteration: int) -> pathlib.Path:
-    """Where a snapshot waits, still committed, for the one replacing it."""
+    """Path where a snapshot waits, still committed, to be replaced."""
     return self.folder / f'{iteration}{snapshot_file.REPLACED_SUFFIX}'
 
   def _unused_path(self, prefix: str) -> pathlib.Path:
@@ -291,14 +295,14 @@ class SnapshotStore:
         return path
 
   def _retire(self, path: pathlib.Path) -> pathlib.Path:
-    """Frees the name of a directory that is no snapshot any more."""
+    """Frees the name of a directory that is no longer a snapshot."""
     target = self._unused_path(_RETIRED_PREFIX)
     if path.exists():
       path.rename(target)
     return target
 
   def _take(self) -> snapshot_file.DataFile:
-    """A data file to write to; retires the oldest snapshot that may go."""
+    """Returns a file to write to; retires the oldest snapshots that may go."""
     self._recycle_leftovers()
     for iteration in sorted(self._snapshots):
       if self._free or iteration >= self._first_iteration:
@@ -307,7 +311,7 @@ class SnapshotStore:
         del self._snapshots[iteration]
         self._balance()
     if self._is_cut_anew:
-      self._make_one()  # last: to reserve a file takes longer than to fill it
+      self._make_one()  # last: reserving a file takes longer than filling it
     if self._free:
       return self._free.pop()
     oldest = min(self._snapshots, default=0)
@@ -330,7 +334,7 @@ class SnapshotStore:
   def _recycle(
     self, path: pathlib.Path, data: snapshot_file.DataFile | None
   ) -> bool:
-    """Removes a directory, its data file goes to the pool; False if leased."""
+    """Removes a directory and pools its data file; False if leased."""
     try:
       found = snapshot_file.try_recycle(
         path, self._unused_path(_POOL_PREFIX), data
@@ -345,14 +349,14 @@ class SnapshotStore:
     return found is not None
 
   def _pool(self, data: snapshot_file.DataFile) -> None:
-    """Keeps a data file for the next save if it is as large as those are."""
+    """Keeps a data file for the next save if it has the current size."""
     if data.size_bytes == self._size_bytes and data.is_reserved:
       self._free.append(data)
     else:
       data.remove()
 
   def _adopt(self) -> None:
-    """Sorts what lies in the folder into free, committed and left over."""
+    """Sorts the folder's contents into free, committed and left over."""
     found = snapshot_file.list_snapshots(self.folder)
     for path in sorted(self.folder.iterdir()):
       if path in found.values():
@@ -401,13 +405,13 @@ class SnapshotStore:
         data.remove()
       raise errors.StoreError(
         f'{self._files} snapshot data files of '
-        f'{memory_limits.format_bytes(self._size_bytes)} each: {error} A longer window '
-        'or fewer kept windows need less.'
+        f'{memory_limits.format_bytes(self._size_bytes)} each: {error} '
+        'A longer window or fewer kept windows need less.'
       ) from error
     self._free.extend(created)
 
   def _make_one(self) -> None:
-    """Has a data file in the pool, if what was reserved is enough for it."""
+    """Puts a data file into the empty pool if enough is reserved for it."""
     left_bytes = self._reserved_bytes - self._held_bytes()
     if self._free or left_bytes < self._size_bytes:
       return
@@ -423,7 +427,7 @@ class SnapshotStore:
     self._free.append(data)
 
   def _held_bytes(self) -> int:
-    """Of all data files, of whatever size."""
+    """Returns the bytes of all data files, of whatever size."""
     held = [data.size_bytes for data in self._free]
     in_directories = [
       *((self._path(i), data) for i, data in self._snapshots.items()),

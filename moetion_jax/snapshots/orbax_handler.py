@@ -2,7 +2,8 @@
 
 Any Orbax checkpointer takes them: `ocp.AsyncCheckpointer(SnapshotHandler())`
 saves `SnapshotSave`, and `ocp.Checkpointer(SnapshotHandler()).restore(path)`
-reads a snapshot back. `checkpointer` makes the one that `SnapshotStore` drives.
+reads a snapshot back. `checkpointer` makes the checkpointer that
+`memory_store.SnapshotStore` drives.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TEMPORARY_SUFFIX = ocp.path.atomicity.TMP_DIR_SUFFIX
 class SnapshotHandler(ocp.AsyncCheckpointHandler):
   """Writes and reads one snapshot; see `SnapshotSave` and `SnapshotRestore`.
 
-  Each process saves on its own: nothing here waits for another one.
+  Each process saves on its own: nothing here waits for another process.
   """
 
   async def async_save(
@@ -47,10 +48,10 @@ class SnapshotHandler(ocp.AsyncCheckpointHandler):
   def restore(
     self, directory: epath.Path, args: SnapshotRestore | None = None
   ) -> dict[str, Any] | snapshot_file.StoredSnapshot:
-    """What was saved, in the form that `SnapshotRestore` asks for.
+    """Reads what was saved, in the form that `SnapshotRestore` asks for.
 
     Raises:
-      SnapshotCorruptError: it is not what was written.
+      SnapshotCorruptError: the files are not what was written.
     """
     args = args or SnapshotRestore()
     snapshot = snapshot_file.open_snapshot(directory, args.verify)
@@ -65,19 +66,20 @@ class SnapshotHandler(ocp.AsyncCheckpointHandler):
       }
 
   def metadata(self, directory: epath.Path) -> dict[str, Any]:
-    """The JSON object that was saved."""
+    """Returns the JSON object that was saved."""
     return snapshot_file.read_manifest(directory).metadata
 
 
 @ocp.args.register_with_handler(SnapshotHandler, for_save=True)
 @dataclasses.dataclass
 class SnapshotSave(ocp.args.CheckpointArgs):
-  """What to save.
+  """The contents of a snapshot to save.
 
   Attributes:
     metadata: any JSON object.
-    buffers: pieces may be JAX arrays; they must stay undonated meanwhile.
-    data_file: whose pages to reuse; by default a new file is made.
+    buffers: the snapshot's arrays; pieces may be JAX arrays, which must not be
+      donated before the save ends.
+    data_file: an open file whose pages are reused; None makes a new file.
   """
 
   metadata: dict[str, Any]
@@ -88,12 +90,12 @@ class SnapshotSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(SnapshotHandler, for_restore=True)
 @dataclasses.dataclass
 class SnapshotRestore(ocp.args.CheckpointArgs):
-  """How to restore.
+  """The options of a restore.
 
   Attributes:
     verify: whether to check all checksums first.
-    copy: whether to return {'metadata': ..., 'arrays': {name: copy}}, or else
-      a leased `snapshot_file.StoredSnapshot`, which the caller closes.
+    copy: whether to return {'metadata': ..., 'arrays': {name: copy}}; if
+      False, a leased `file.StoredSnapshot`, which the caller closes.
   """
 
   verify: bool = True
@@ -101,7 +103,7 @@ class SnapshotRestore(ocp.args.CheckpointArgs):
 
 
 class _Write(Future):
-  """The write, done by the thread in which Orbax waits for it.
+  """The write of one snapshot, done by the Orbax thread that waits for it.
 
   Orbax's own `CommitFuture` takes one more thread and two event loops a save.
   """
@@ -113,7 +115,7 @@ class _Write(Future):
     self._is_done = False
 
   def result(self, timeout: float | None = None) -> None:
-    """Writes the snapshot, once; there is nobody else to wait for."""
+    """Writes the snapshot at the first call; later calls do nothing."""
     del timeout
     with self._lock:
       if not self._is_done:
@@ -124,7 +126,7 @@ class _Write(Future):
         self._is_done = True
 
   def cancel(self) -> None:
-    """Nothing to do: a write is not interrupted."""
+    """Does nothing: a write is not interrupted."""
 
 
 class _Rename(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -137,12 +139,12 @@ class _Rename(ocp.path.atomicity.AtomicRenameTemporaryPath):
     return path
 
   async def finalize(self) -> None:
-    """Commits: the one step that makes the snapshot exist."""
+    """Commits with a rename, the one step that makes the snapshot exist."""
     os.rename(self.get(), self.get_final())
 
 
 class _NoMetadata(ocp.metadata.MetadataStore):
-  """In place of Orbax's own metadata file: the manifest says more."""
+  """A metadata store that writes no file: the manifest says more."""
 
   def is_blocking_writer(self) -> bool:
     return True
@@ -164,12 +166,12 @@ class _NoMetadata(ocp.metadata.MetadataStore):
 
 
 class QuietOrbax(logging.Filter):
-  """Drops what Orbax says of every save at INFO while one of ours runs."""
+  """Drops Orbax's INFO messages about a save while one of ours runs."""
 
   is_on = False
 
   def filter(self, record: logging.LogRecord) -> bool:
-    """Whether the record is logged."""
+    """Returns True if the record is to be logged."""
     return not (
       self.is_on
       and record.levelno <= logging.INFO
@@ -178,7 +180,7 @@ class QuietOrbax(logging.Filter):
 
 
 def alone(name: str) -> ocp.options.MultiprocessingOptions:
-  """Has a checkpointer, known by `name`, save for this process alone."""
+  """Makes options that let checkpointer `name` save for this process alone."""
   me = jax.process_index()
   return ocp.options.MultiprocessingOptions(
     primary_host=me,
@@ -188,7 +190,7 @@ def alone(name: str) -> ocp.options.MultiprocessingOptions:
 
 
 def checkpointer() -> ocp.AsyncCheckpointer:
-  """A checkpointer that saves for this process alone, with no barrier."""
+  """Makes a checkpointer that saves for this process alone, with no barrier."""
   return ocp.AsyncCheckpointer(
     SnapshotHandler(),
     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),

@@ -1,7 +1,7 @@
-"""A snapshot in host memory: out of what is stored, and its use in a fold.
+"""A snapshot in host memory: made from stored arrays, used in a fold.
 
-During replay a frozen operator runs on placeholders: masters are its compute
-weights upcast (the cast back gives the same bits), everything else is zero
+During replay a frozen operator runs on placeholders: its masters are its
+compute weights upcast (the cast back gives the same bits), all else is zero
 (DESIGN section 4).
 """
 
@@ -18,8 +18,9 @@ from moetion_jax.snapshots import blocks
 from moetion_jax.state import layout as layout_lib, partition
 
 STATE, COMPUTE = blocks.STATE, blocks.COMPUTE
-# Digests among the extras; where replicas share the training state, and each
-# snapshot has those of some operators, metadata of the same name says of which.
+# Name of the digests among the extras. Where replicas divide the training
+# state, each snapshot has the digests of some operators, and metadata of the
+# same name lists these operators.
 DIGESTS = 'digests'
 
 
@@ -28,9 +29,10 @@ class Snapshot:
   """A snapshot in host memory.
 
   Attributes:
-    metadata: as of `captured.Captured`.
+    metadata: the JSON object of `transfer.Captured.metadata`.
     state: training state of the slot's operators, rows by path.
-    compute: compute weights of others, rows by the path of their master.
+    compute: compute weights of other operators, rows by the path of their
+      master.
     shared: leaves that belong to no operator, by path.
     extras: other arrays (digests, partial norms), by name.
   """
@@ -47,7 +49,7 @@ def snapshot_bytes(
   state_operators: frozenset[keys.OperatorId],
   compute_operators: frozenset[keys.OperatorId],
 ) -> int:
-  """Bytes of the operators of a snapshot."""
+  """Returns the bytes of a snapshot's operators."""
   state, compute = layout.state_bytes(), layout.compute_bytes()
   return sum(state[o] for o in state_operators) + sum(
     compute[o] for o in compute_operators
@@ -59,10 +61,10 @@ def from_arrays(
   metadata: Mapping[str, Any],
   arrays: Mapping[str, np.ndarray],
 ) -> Snapshot:
-  """A snapshot from its stored parts; the arrays are not copied.
+  """Makes a snapshot from its stored arrays, which are not copied.
 
   Raises:
-    StoreError: a part is missing or has another shape: it is a snapshot of
+    StoreError: an array is missing or has another shape: the snapshot is of
       another model.
   """
   slot = keys.operators_from_json(metadata['state'])
@@ -129,10 +131,10 @@ def _check_complete(
 
 
 def merge(shares: Sequence[Snapshot]) -> Snapshot:
-  """A stage's snapshot from the shares of its replicas.
+  """Merges the shares of a stage's replicas into the stage's snapshot.
 
-  What every share holds (`shared`, `extras`) is taken from the first, digests
-  of some operators from each.
+  `shared` and `extras`, which every share holds, are taken from the first
+  share; digests of some operators only are taken from each.
   """
   first = shares[0]
   metadata, extras = dict(first.metadata), dict(first.extras)
@@ -151,7 +153,7 @@ def merge(shares: Sequence[Snapshot]) -> Snapshot:
 def names_of_digests(
   value: Sequence[Sequence[Any]],
 ) -> tuple[keys.OperatorId, ...]:
-  """The operators that metadata names, by row of the digests."""
+  """Returns the operators that metadata names, by row of the digests."""
   return tuple(keys.OperatorId(group, expert) for group, expert in value)
 
 
@@ -160,7 +162,7 @@ def assemble(
   snapshot: Snapshot,
   active: frozenset[keys.OperatorId],
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Host leaves for `fold`, and masks that say which rows are theirs.
+  """Makes host leaves for `fold`, and masks of the rows to take from them.
 
   Raises:
     StoreError: an operator is neither active nor in the snapshot.
@@ -168,7 +170,7 @@ def assemble(
   values, masks = [], []
   for leaf in layout.leaves:
     if leaf.path in layout.shared:
-      # Every snapshot has it as it was; a replay on placeholders may not.
+      # Every snapshot has it as it was; a replay on placeholders may differ.
       values.append(snapshot.shared[leaf.path])
       masks.append(np.asarray(True))
       continue
@@ -198,7 +200,7 @@ def _row(
   operator: keys.OperatorId,
   leaf: partition.Leaf,
 ) -> np.ndarray:
-  """One operator's share of one leaf: its own, or its placeholder."""
+  """Returns one operator's row of a leaf: its own, or its placeholder."""
   if operator in snapshot.state:
     return snapshot.state[operator][leaf.path]
   if operator not in snapshot.compute:

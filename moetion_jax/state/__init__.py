@@ -1,1 +1,1 @@
-"""What a training state is: its operators, digests, optimizers, layout."""
+"""Training state: its operators, digests, optimizers and layout."""

@@ -1,8 +1,8 @@
-"""Who of a stage's workers does what: pure.
+"""Division of a stage's work among its workers, as pure functions.
 
-All have the same state, so a snapshot of it is divided: each captures its
-share, and the stage's snapshot exists when all shares do (DESIGN section 5).
-The microbatches of a replica that has no worker are another one's to do.
+All workers have the same state, so a snapshot of it is divided: each captures
+its share, and the stage's snapshot exists when all shares do (DESIGN section
+5). Another worker does the microbatches of a replica that has no worker.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moetion_jax import keys
 
 
 def on_no_device(operator: keys.OperatorId) -> int | None:
-  """Where the operators are of a worker with one device."""
+  """Returns None: the only device of a worker holds all its operators."""
   del operator
   return None
 
@@ -26,19 +26,20 @@ def divide(
 ) -> tuple[frozenset[keys.OperatorId], ...]:
   """Divides a stage's operators among its replicas, for good.
 
-  Operators are dealt in their order, each to who has the least of that kind
-  (experts, others) by then: experts of one layer, which are alike, go round, so
-  that a slot of neighbours is divided as evenly as the whole. Those with the
-  same place on each of a worker's devices go together: so all devices of a
-  replica have as many.
+  Operators are dealt in their order, each to the replica that has the fewest
+  bytes of that kind (experts, others) so far. Experts of one layer are alike
+  and go round, so that a slot of neighbours is divided as evenly as the whole.
+  Operators with the same place on each of a worker's devices go together, so
+  that all devices of a replica have equally many.
 
   Args:
     sizes: bytes of each operator.
-    replicas: of the stage.
-    device_of: of a worker, which one holds an operator; None: all do.
+    replicas: number of replicas of the stage.
+    device_of: returns which of a worker's devices holds an operator; None if
+      all do.
 
   Returns:
-    By replica; together they are all, no two share one.
+    The operators of each replica. Every operator is in exactly one set.
   """
   shares: list[set[keys.OperatorId]] = [set() for _ in range(replicas)]
   loads = [[0, 0] for _ in range(replicas)]
@@ -56,7 +57,7 @@ def _dealt_together(
   operators: Collection[keys.OperatorId],
   device_of: Callable[[keys.OperatorId], int | None],
 ) -> list[list[keys.OperatorId]]:
-  """Operators of one group that have the same place on their devices."""
+  """Lists together a group's operators with the same place on their devices."""
   places: collections.Counter[tuple[str, int | None]] = collections.Counter()
   found: dict[tuple[str, int], list[keys.OperatorId]] = {}
   for operator in sorted(operators):
@@ -69,18 +70,19 @@ def _dealt_together(
 def stand_ins(
   replicas: int, team: Collection[int]
 ) -> dict[int, tuple[int, ...]]:
-  """Which replicas without a worker each worker stands for (SlipStream).
+  """Assigns the replicas without a worker to the workers (SlipStream).
 
   Args:
-    replicas: of the stage, each with as many microbatches as any other.
+    replicas: number of replicas of the stage, all with equally many
+      microbatches.
     team: the replicas that have a worker.
 
   Returns:
-    By worker, ascending. Nobody does much more than another: the replicas that
-    are missing go round.
+    The replicas that each worker stands in for, ascending, by worker. The
+    missing replicas go round, so that no worker does much more than another.
 
   Raises:
-    ValueError: nobody is left, or somebody is no replica.
+    ValueError: the team is empty, or a member of it is no replica.
   """
   workers = sorted(set(team))
   if not workers or not set(workers) <= set(range(replicas)):

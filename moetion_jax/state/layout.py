@@ -1,4 +1,4 @@
-"""What the leaves of a training state are, for whoever captures or folds it."""
+"""Layout of a training state, for whoever captures or folds it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from moetion_jax.state import division, partition as partition_lib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """What the leaves of a training state are.
+  """Layout of a training state: its leaves, operators and devices.
 
   Attributes:
-    partition: of the state.
-    compute: of each leaf that holds masters, by path, the name of its compute
-      weight.
-    compute_dtypes: by name of the compute weight.
-    compute_shapes: of those that have another shape than their master: of all
-      experts, where replicas share the training state.
+    partition: partition of the state into operators.
+    compute: name of the compute weight of each leaf that holds masters, by the
+      leaf's path.
+    compute_dtypes: dtype of each compute weight, by name.
+    compute_shapes: shape of each compute weight that may differ from its
+      master's, by name: where replicas share the training state, it is that of
+      all experts.
     shared: paths of leaves that belong to no operator (step counts, random
       keys): they are part of every snapshot.
-    mesh: over whose axis 'expert' the stacked leaves are spread; None for the
-      state of a loop that is not ours.
-    placements: without a mesh, where leaves lie that were put somewhere, by
-      path.
+    mesh: mesh over whose axis 'expert' the stacked leaves are spread; None for
+      the state of a loop that is not ours.
+    placements: shardings of the leaves that were put somewhere, by path; used
+      without a mesh.
   """
 
   partition: partition_lib.Partition
@@ -46,43 +47,43 @@ class Layout:
 
   @property
   def is_spread(self) -> bool:
-    """Whether leaves lie on several devices, in ways that are not ours."""
+    """True if leaves lie on several devices, in ways that are not ours."""
     return is_spread(self.placements)
 
   @property
   def expert_devices(self) -> int:
-    """Over how many devices the operators of a stacked group are spread."""
+    """Number of devices that a stacked group's operators are spread over."""
     return self.mesh.shape['expert'] if self.mesh is not None else 1
 
   @property
   def operators(self) -> tuple[keys.OperatorId, ...]:
-    """Those that are captured slot by slot; shared leaves are in none."""
+    """Operators that are captured slot by slot; shared leaves are in none."""
     shared = {x.group.name for x in self.leaves if x.path in self.shared}
     return tuple(o for o in self.partition.operators if o.group not in shared)
 
   @property
   def leaves(self) -> tuple[partition_lib.Leaf, ...]:
-    """In the order in which the state flattens."""
+    """Leaves in the order in which the state flattens."""
     return self.partition.leaves
 
   def leaves_of(self, group: str) -> list[partition_lib.Leaf]:
-    """The leaves of a group."""
+    """Lists the leaves of a group."""
     return list(self._by_group[group])
 
   def state_bytes(self) -> dict[keys.OperatorId, int]:
-    """Training state of each operator."""
+    """Returns the bytes of each operator's training state."""
     return dict(self._state_bytes)
 
   def compute_bytes(self) -> dict[keys.OperatorId, int]:
-    """Compute weights of each operator."""
+    """Returns the bytes of each operator's compute weights."""
     return dict(self._compute_bytes)
 
   def compute_shape(self, leaf: partition_lib.Leaf) -> tuple[int, ...]:
-    """Of a master's compute weight."""
+    """Returns the shape of a master's compute weight."""
     return self.compute_shapes.get(self.compute[leaf.path], leaf.shape)
 
   def shares(self, replicas: int) -> tuple[frozenset[keys.OperatorId], ...]:
-    """What each replica captures; see `division.divide`."""
+    """Returns the operators that each replica captures; see `divide`."""
     devices = self.partition.devices(self.expert_devices)
     return division.divide(self._state_bytes, replicas, devices.get)
 
@@ -112,5 +113,5 @@ class Layout:
 
 
 def is_spread(placements: Mapping[str, jax.sharding.Sharding]) -> bool:
-  """Whether one of them is on several devices."""
+  """Returns whether one of the placements is on several devices."""
   return any(len(x.device_set) > 1 for x in placements.values())

@@ -1,8 +1,8 @@
 """The state of anyone's loop as plain arrays, and back.
 
-What is captured has a shape and a dtype of its own. Random keys with a type and
-Python's numbers have none, and where an array lies, or that it came of a
-Python number, is in none of its bits, but in what a step makes of it.
+A captured leaf needs a shape and a dtype of its own. Typed random keys and
+Python numbers have none. Where an array lies, or that it came from a Python
+number, is not in its bits, but it changes what a step computes from it.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from moetion_jax.state import layout, partition
 
 
 class Template:
-  """What the leaves of a state are, from the initial one.
+  """Template of a loop's states, read from the initial one.
 
   Attributes:
-    placements: where leaves lie that were put somewhere, by path; others are
-      wherever JAX puts them.
+    placements: shardings of the leaves that were put somewhere, by path; the
+      others are wherever JAX puts them.
   """
 
   def __init__(self, state: Any):
-    """Reads it; keeps none of its arrays.
+    """Reads the initial state; keeps none of its arrays.
 
     Args:
-      state: a pytree of arrays, random keys and numbers.
+      state: the initial state, a pytree of arrays, random keys and numbers.
 
     Raises:
       ValueError: a leaf is none of these, or is spread over processes.
     """
     leaves, self._structure = jax.tree.flatten(state)
     self._paths = partition.leaf_paths(state)
-    self._keys: dict[int, Any] = {}  # their kinds, by place
+    self._keys: dict[int, Any] = {}  # implementation by place
     self._avals: list[tuple[tuple[int, ...], Any]] = []
     self.placements: dict[str, jax.sharding.Sharding] = {}
     for place, leaf in enumerate(leaves):
@@ -58,10 +58,10 @@ class Template:
     self._is_spread = layout.is_spread(self.placements)
 
   def plain(self, state: Any) -> list[jax.Array]:
-    """A state's leaves as arrays of numbers, no copies.
+    """Returns a state's leaves as arrays of numbers, without copies.
 
     Raises:
-      ValueError: it is not a state like the initial one.
+      ValueError: the state is not like the initial one.
     """
     leaves, structure = jax.tree.flatten(state)
     if structure != self._structure:
@@ -82,7 +82,7 @@ class Template:
     return arrays
 
   def weak(self, arrays: Sequence[jax.Array]) -> list[str]:
-    """Paths of those whose dtype gives way to others, as a Python number's."""
+    """Lists paths of arrays whose dtype gives way, as a Python number's does."""
     return [
       path
       for path, array in zip(self._paths, arrays, strict=True)
@@ -90,9 +90,10 @@ class Template:
     ]
 
   def state(self, arrays: Sequence[jax.Array], weak: Collection[str]) -> Any:
-    """Inverse of `plain` and `weak`, no copies.
+    """Rebuilds a state: the inverse of `plain` and `weak`, without copies.
 
-    Weakly typed is only what has no dims: nothing public makes other arrays so.
+    Only arrays without dims become weakly typed: nothing public makes others
+    so.
     """
     leaves = list(arrays)
     for place, path in enumerate(self._paths):
@@ -107,7 +108,7 @@ class Template:
     return jax.tree.unflatten(self._structure, leaves)
 
   def _difference(self, state: Any) -> str:
-    """How its structure differs from that of the initial one."""
+    """Says how a state's structure differs from that of the initial one."""
     paths = partition.leaf_paths(state)
     for about, ours, theirs in (
       ('is missing', self._paths, paths),
@@ -128,9 +129,9 @@ class Template:
 
 
 def auto(array: jax.Array) -> jax.Array:
-  """The same array, on a mesh whose axes XLA may use as it likes; no copy.
+  """Returns the array on a mesh whose axes XLA may use as it likes; no copy.
 
-  On axes of type Explicit most operations that capture needs are refused.
+  On axes of type Explicit JAX refuses most operations that capture needs.
   """
   sharding = array.sharding
   if not isinstance(sharding, jax.sharding.NamedSharding):

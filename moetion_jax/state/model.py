@@ -1,7 +1,7 @@
-"""What the library knows of a model: one stage of it, as pure functions.
+"""Model as the library knows it: one stage of it, as pure functions.
 
 A model package (such as `models`, or the user's own) makes a `StageModel` of
-each stage; `stage.py` turns it into compiled programs.
+each stage; `programs/stage.py` turns it into compiled programs.
 
 Dims: B sequences of one device, T sequence, D model, L MoE layers, E experts.
 """
@@ -19,9 +19,9 @@ class Group(NamedTuple):
   """Leaves that belong together.
 
   Attributes:
-    name: of the group.
-    stacked: every leaf's leading dim counts operators (experts); otherwise the
-      group is one operator.
+    name: name of the group.
+    stacked: True if every leaf's leading dim counts operators (experts);
+      otherwise the group is one operator.
   """
 
   name: str
@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
 # Fields of what crosses jit are arrays, their shapes or their specs: Any.
 class Position(NamedTuple):
-  """Which data a program works on, and how; keys its randomness."""
+  """Position in the data, and how a program works on it; keys its randomness."""
 
   iteration: Any  # u32[]
   microbatch: Any  # u32[]: global number within the iteration
@@ -38,14 +38,14 @@ class Position(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What one stage's forward reads of a microbatch."""
+  """Inputs of one stage's forward, from one microbatch."""
 
   x: Any  # i32[B, T] tokens for the first stage, else [B, T, D]
   labels: Any  # i32[B, T] for the last stage, else None
 
 
 class Outputs(NamedTuple):
-  """What one stage's forward computes, on one device."""
+  """Results of one stage's forward, on one device."""
 
   y: jax.Array | None  # [B, T, D] sent on; None in the last stage
   objective: jax.Array  # f32[]: what this stage adds to the objective
@@ -65,18 +65,18 @@ class StageModel:
     initialize: makes the initial fp32 masters.
     forward: (params, inputs, position) -> Outputs, on one device's share.
       `position` is None in evaluation: no randomness. The objective is a mean
-      over the device's tokens plus auxiliary terms; the mean over devices and
-      microbatches of all stages' sums is what is minimized. Required counts:
+      over the device's tokens plus auxiliary terms. Training minimizes the mean
+      over devices and microbatches of the sum over stages. Required counts:
       'auxiliary_loss' f32[], 'load' i32[L, E], 'dropped' i32[L], and in the
       last stage 'loss' f32[], the mean cross-entropy.
     buffers: parameters without gradient, changed by `buffer_steps` only.
     buffer_steps: counts of a whole iteration -> what is added to each buffer.
-    has_embedding: whether this is the first stage (reads tokens).
-    has_head: whether this is the last stage (reads labels).
+    has_embedding: True in the first stage, which reads tokens.
+    has_head: True in the last stage, which reads labels.
     hidden_shape: (T, D) of what travels between stages.
-    hidden_dtype: its dtype.
-    capacity_shape: (L, E) of `Position.capacity`, where experts' capacities are
-      scaled; None: they are what they are.
+    hidden_dtype: dtype of what travels between stages.
+    capacity_shape: (L, E) of `Position.capacity`, where experts' capacities can
+      be scaled; None where they cannot.
   """
 
   shapes: Mapping[str, jax.ShapeDtypeStruct]

@@ -28,7 +28,7 @@ def init_group(
   stacked: bool,
   buffers: frozenset[str],
 ) -> dict[str, jax.Array]:
-  """The training state of one group from its fp32 masters."""
+  """Makes the training state of one group from its fp32 masters."""
   trained = {n: m for n, m in masters.items() if n not in buffers}
   init = jax.vmap(optimizer.init) if stacked else optimizer.init
   return {
@@ -45,13 +45,14 @@ def update_group(
   stacked: bool,
   buffers: frozenset[str],
 ) -> dict[str, jax.Array]:
-  """The group's next training state; no operator reaches another.
+  """Computes a group's next training state; no operator reaches another.
 
   Args:
     optimizer: a transform of one operator's parameters {name: array}.
-    state: as made by `init_group`.
-    gradients: f32 by parameter name, clipped; for a buffer what is added to it.
-    stacked: see `stage_model.Group`.
+    state: the group's training state, as made by `init_group`.
+    gradients: f32 gradients by parameter name, clipped; for a buffer, what is
+      added to it.
+    stacked: see `model.Group`.
     buffers: parameters that the optimizer does not see.
   """
   prefix = 'master/'
@@ -78,7 +79,7 @@ def update_group(
 
 
 def masters_of(state: partition.State) -> dict[str, jax.Array]:
-  """The fp32 masters of a training state by parameter name."""
+  """Returns the fp32 masters of a training state by parameter name."""
   return {
     leaf.removeprefix('master/'): value
     for leaves in state.values()

@@ -1,7 +1,8 @@
 """Optimizers by name, each an optax transform of one operator's parameters.
 
-Clipping is no part of them: the factor is global, so `worker` computes it from
-all stages' partial norms and `update` multiplies gradients with it.
+Clipping is no part of them: the factor is global, so `training/scalars.py`
+computes it from all stages' partial norms and `update` multiplies gradients by
+it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from moetion_jax import config as config_lib
 
 
 def schedule(config: config_lib.OptimizerConfig) -> optax.Schedule:
-  """Linear warm-up to the peak, then cosine decay to a fraction of it.
+  """Makes the schedule: linear warm-up to the peak, then cosine decay.
 
-  A run shorter than its warm-up spends at most a tenth of itself on it.
+  It decays to a fraction of the peak. A run no longer than its warm-up warms up
+  for a tenth of its iterations, at least one.
   """
   total = max(2, config.decay_iterations)
   warmup = config.warmup_iterations
@@ -24,7 +26,7 @@ def schedule(config: config_lib.OptimizerConfig) -> optax.Schedule:
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
-    # optax counts from 0: shifted by one so that update 1 moves already.
+    # optax counts from 0: `make` shifts by one so that update 1 moves already.
     warmup_steps=warmup,
     decay_steps=total,
     end_value=config.learning_rate * config.final_fraction,
@@ -32,9 +34,9 @@ def schedule(config: config_lib.OptimizerConfig) -> optax.Schedule:
 
 
 def make(config: config_lib.OptimizerConfig) -> optax.GradientTransformation:
-  """The transform that `config` names.
+  """Makes the transform that `config` names.
 
-  Works on {parameter name: array} of one operator. Weight decay applies to
+  It works on {parameter name: array} of one operator. Weight decay applies to
   matrices only; under muon so does the orthogonalized update, and the
   embedding and head, whose rows are tokens, are left to Adam.
   """

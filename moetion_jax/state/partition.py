@@ -1,16 +1,12 @@
-"""State <-> operators: which leaf, and which row of it, belongs to whom.
+"""Partition of a state: which leaf, and which row of it, is which operator's.
 
 A partition rule maps a leaf's path to its group. A group is one operator, or,
 when stacked, one operator for each index of its leaves' leading dim. The
-training state that `initial_state` makes is two plain dicts deep,
+training state that `Stage.initial_state` makes is two plain dicts deep,
 `state[group][leaf]`, with leaves 'master/<parameter>' (fp32) and
 'optimizer/<path in the optax state>', so that the rows of `state[group]` are
-exactly its operators.
-
-The optimizer is applied per operator: vmapped over a stacked group, once for
-any other. On stacked leaves as a whole, transforms that look at a leaf's shape
-or norm (adafactor, muon) would couple experts, and a frozen expert would reach
-an active one during replay (DESIGN section 4).
+exactly its operators. The optimizer is applied to each operator on its own: see
+`optimizer_update`.
 """
 
 from __future__ import annotations
@@ -44,15 +40,15 @@ class Leaf:
 
   @property
   def operator_bytes(self) -> int:
-    """Bytes that each of the leaf's operators has in it."""
+    """Bytes of each operator in this leaf."""
     shape = self.shape[1:] if self.group.stacked else self.shape
     return int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 class Partition:
-  """A tree's structure together with the operators it consists of.
+  """A tree's structure together with the operators that it consists of.
 
-  Works for any pytree of arrays, the user's own training state included.
+  It works for any pytree of arrays, the user's own training state included.
   """
 
   def __init__(
@@ -65,9 +61,9 @@ class Partition:
 
     Args:
       tree: pytree of arrays or `jax.ShapeDtypeStruct`s.
-      rule: group of a leaf by its path, keys joined with '/'.
-      experts: of stacked groups that are there in part, which operators their
-        rows are; the rows of others are all, in order.
+      rule: maps a leaf's path, its keys joined with '/', to its group.
+      experts: operator index of each row, for stacked groups that are there in
+        part; the rows of other groups are all their operators, in order.
 
     Raises:
       ValueError: leaves of a stacked group have unequal leading dims.
@@ -103,17 +99,17 @@ class Partition:
         raise ValueError(f'{counts[name]} rows of {name} are not {found}')
 
   def operators_of(self, group: str) -> tuple[keys.OperatorId, ...]:
-    """The operators of one group, by index."""
+    """Lists the operators of one group, by index."""
     if not self.groups[group].stacked:
       return (keys.OperatorId(group),)
     return tuple(keys.OperatorId(group, e) for e in self._experts[group])
 
   def rows_of(self, group: str) -> dict[keys.OperatorId, int]:
-    """By operator of a stacked group, its row in the group's leaves."""
+    """Maps each operator of a stacked group to its row in the group's leaves."""
     return {o: row for row, o in enumerate(self.operators_of(group))}
 
   def devices(self, expert_devices: int) -> dict[keys.OperatorId, int | None]:
-    """Of the 'expert' axis, which one holds an operator; None: all do."""
+    """Maps each operator to its device on the 'expert' axis; None: on all."""
     found: dict[keys.OperatorId, int | None] = {}
     for name, group in self.groups.items():
       own = self.operators_of(name)
@@ -159,7 +155,7 @@ class Partition:
     return out
 
   def merge(self, operators: Mapping[keys.OperatorId, OperatorLeaves]) -> Any:
-    """Inverse of `split`: a tree of NumPy arrays, bit for bit.
+    """Inverts `split`: joins a tree of NumPy arrays, bit for bit.
 
     Raises:
       KeyError: an operator or one of its leaves is missing.
@@ -174,13 +170,13 @@ class Partition:
     return self.unflatten(values)
 
   def unflatten(self, values: Sequence[Any]) -> Any:
-    """The tree of values in the order of `leaves`."""
+    """Builds the tree from values in the order of `leaves`."""
     return jax.tree.unflatten(self._structure, values)
 
   def by_operator(
     self, rows: jax.typing.ArrayLike
   ) -> dict[keys.OperatorId, np.ndarray]:
-    """Names the rows of an array [operators, ...]."""
+    """Maps each operator to its row of an array [operators, ...]."""
     return dict(zip(self.operators, np.asarray(rows), strict=True))
 
   def _checked(self, tree: Any) -> list[Any]:
@@ -196,7 +192,7 @@ class Partition:
 
 
 def leaf_paths(tree: Any) -> list[str]:
-  """The paths of a tree's leaves, their keys joined with '/'."""
+  """Lists the paths of a tree's leaves, their keys joined with '/'."""
   return [
     jax.tree_util.keystr(path, simple=True, separator='/')
     for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -206,7 +202,7 @@ def leaf_paths(tree: Any) -> list[str]:
 def group_parameters(
   names: Sequence[str], rule: Rule
 ) -> dict[model.Group, tuple[str, ...]]:
-  """Parameter names by group, both sorted.
+  """Lists parameter names by group, both sorted.
 
   Raises:
     ValueError: the rule calls a group both stacked and not.
@@ -220,7 +216,7 @@ def group_parameters(
 
 
 def state_rule(rule: Rule, names: Sequence[str]) -> Rule:
-  """The rule of a training state, from that of its parameters."""
+  """Makes the rule of a training state from that of its parameters."""
   groups = {g.name: g for g in group_parameters(names, rule)}
 
   def by_prefix(path: str) -> model.Group:

@@ -1,12 +1,13 @@
-"""Training state divided among a stage's replicas (ZeRO-1): who has what.
+"""Training state divided among a stage's replicas (ZeRO-1).
 
-Each replica holds and updates whole operators: its share as of `division`. Of
-a stacked group that is some rows, the same ones on each of its devices. All
-need all compute weights: `pack` makes one flat array of a replica's own, and
-`unpack` puts those of all replicas together. Bits travel as unsigned integers,
-and nothing is computed with them: -0.0, NaNs and their payloads arrive as they
-are. (A sum of weights with zeros elsewhere would move twice as much, and lose
-the sign of -0.0; one collective for all is quicker than one for each.)
+Each replica owns whole operators, which it holds and updates: its share by
+`division`. Of a stacked group these are some rows, the same ones on each of its
+devices. Every replica needs all compute weights: `pack` makes one flat array of
+a replica's own, and `unpack` puts those of all replicas together. Bits travel
+as unsigned integers and nothing is computed with them: -0.0, NaNs and their
+payloads arrive as they are. (A sum of weights with zeros elsewhere would move
+twice as much, and lose the sign of -0.0; one collective for all weights is
+quicker than one for each.)
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _Piece(NamedTuple):
   name: str
   rows: tuple[int, ...] | None  # of a stacked parameter; None: whole
   shape: tuple[int, ...]
-  kind: str  # unsigned dtype that its bits travel as
+  kind: str  # unsigned dtype as which its bits travel
 
   @property
   def size(self) -> int:
@@ -45,10 +46,10 @@ class Ownership:
   """Which operators each replica of a stage owns, seen by one of them.
 
   Attributes:
-    position: of this replica in the stage world.
+    position: position of this replica in the stage world.
     owned: operators of each replica, by position.
-    experts: by stacked group, this replica's operators, ascending; a group of
-      which it has none is not there.
+    experts: indices of this replica's experts, ascending, by stacked group;
+      groups of which it owns none are left out.
   """
 
   def __init__(
@@ -61,18 +62,18 @@ class Ownership:
     position: int,
     expert_devices: int,
   ):
-    """Divides.
+    """Divides the operators among the replicas.
 
     Args:
-      model: the stage's.
-      groups: its parameters' names by group.
-      partition: of the whole training state.
-      replicas: that share it.
-      position: of this one among them.
-      expert_devices: of each of them.
+      model: the stage's model.
+      groups: parameter names by group.
+      partition: partition of the whole training state.
+      replicas: number of replicas that share the state.
+      position: position of this replica among them.
+      expert_devices: number of devices of each replica.
 
     Raises:
-      base.ConfigError: there are more replicas than can have something.
+      errors.ConfigError: there are more replicas than can own something.
     """
     self.position = position
     self.owned = division.divide(
@@ -98,7 +99,7 @@ class Ownership:
       for name in partition.stacked_groups
       if (own := self._of_group(position, name))
     }
-    # Of each kind, the most that a replica has on one device.
+    # Most words of each kind that a replica has on one device.
     self._sizes: dict[str, int] = {}
     for each in range(replicas):
       totals: dict[str, int] = {}
@@ -111,21 +112,21 @@ class Ownership:
     return sorted(o for o in self.owned[position] if o.group == group)
 
   def has(self, group: model_lib.Group) -> bool:
-    """Whether this replica has anything of a group."""
+    """Returns whether this replica owns anything of a group."""
     return bool(self._of_group(self.position, group.name))
 
   def rows(self, group: model_lib.Group, array: Any) -> Any:
-    """This replica's rows of what all devices together hold of a parameter."""
+    """Selects this replica's rows of a parameter, given from all devices."""
     if not group.stacked:
       return array
     return array[np.array(self.experts[group.name])]
 
   def rows_of_device(self, group: model_lib.Group, array: Any) -> Any:
-    """This replica's rows of what one device holds of a parameter.
+    """Selects this replica's rows of a parameter, given from one device.
 
-    What is computed of them must not be fused with the selection: an addition
-    may be contracted with another product then, and come to other bits than
-    without shares (measured on CPU: sgd).
+    Computation on the rows must not be fused with the selection: an addition
+    may then be contracted with another product, and come to other bits than
+    without ZeRO-1 (measured on CPU: sgd).
     """
     if not group.stacked:
       return array
@@ -133,7 +134,7 @@ class Ownership:
     return jax.lax.optimization_barrier(array[np.array(rows)])
 
   def _rows(self, position: int, group: str) -> tuple[int, ...]:
-    """On each device alike, see `division.divide`."""
+    """Rows that a replica owns of a group, the same on each of its devices."""
     local = self._local[group]
     own = self._of_group(position, group)
     return tuple(o.expert for o in own if o.expert < local)
@@ -142,20 +143,21 @@ class Ownership:
 
   @property
   def words(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `pack` returns."""
+    """Shapes and dtypes of what `pack` returns."""
     return {
       kind: jax.ShapeDtypeStruct((1, size), kind)
       for kind, size in self._sizes.items()
     }
 
   def pack(self, compute: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The bits of this replica's compute weights on one device.
+    """Packs the bits of this replica's compute weights on one device.
 
     Args:
-      compute: its own rows, by name.
+      compute: this replica's rows of each compute weight, by name.
 
     Returns:
-      u[1, n] by the name of the dtype, as long as the longest replica's.
+      u[1, n] by the name of the unsigned dtype, as long as the longest
+      replica's.
     """
     parts: dict[str, list[jax.Array]] = {kind: [] for kind in self._sizes}
     for piece in self._pieces(self.position):
@@ -169,10 +171,11 @@ class Ownership:
     return words
 
   def unpack(self, words: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """All compute weights on one device.
+    """Unpacks all compute weights on one device.
 
     Args:
-      words: u[replicas, n]: what every replica packed, by position.
+      words: u[replicas, n] by the name of the dtype: what every replica packed,
+        by position.
     """
     found: dict[str, list[tuple[_Piece, jax.Array]]] = {}
     for position in range(len(self.owned)):
@@ -195,7 +198,7 @@ class Ownership:
     return whole
 
   def _pieces(self, position: int) -> Iterator[_Piece]:
-    """What a replica packs, in this order."""
+    """Yields what a replica packs, in this order."""
     for group, names in self._groups.items():
       if not self._of_group(position, group.name):
         continue

@@ -38,7 +38,7 @@ FLAGS = (
   '--dropout_rate=0.1',
   '--model=balance=bias',
   '--standby=false',
-  f'--data={helpers.ROOT}/models',
+  f'--data={helpers.DATA}',
 )
 CACHE = f'--compilation_cache_dir={helpers.CACHE}'
 
@@ -250,9 +250,9 @@ def _damage(copy, left, what):
     data = log.read_bytes()
     flip(log, len(data) - _ring_bytes(data) + header.offset)
     return str(header.key)
-  if what == 'slot flipped':
-    flip(log, 4096 + 256 * (header.sequence % _slots(log.read_bytes())) + 8)
-    return f'{log}: what slot'
+  if what == 'cell flipped':
+    flip(log, 4096 + 256 * (header.sequence % _cells(log.read_bytes())) + 8)
+    return f'{log}: what cell'
   if what == 'log truncated':
     os.truncate(log, 8192)
     return str(log)
@@ -261,7 +261,7 @@ def _damage(copy, left, what):
   return str(log)
 
 
-def _slots(data):
+def _cells(data):
   return int.from_bytes(data[8:12], 'little')
 
 
@@ -279,7 +279,7 @@ SNAPSHOT_DAMAGE = (
 )
 LOG_DAMAGE = (
   'entry flipped',
-  'slot flipped',
+  'cell flipped',
   'log truncated',
   'log removed',
 )

@@ -53,7 +53,7 @@ _JAX_HEAD = (
   + """
 import jax
 from jax import numpy as jnp
-from moetion_jax.logs import boundary_log, interface
+from moetion_jax.logs import boundary_log, interface, remote
 
 def start_log(stage, generation=1, **settings):
   log = boundary_log.BoundaryLog(
@@ -329,12 +329,12 @@ log = start_log(
   secret=b'0123456789abcdef' if addresses else None)
 if addresses:
   log.update_locations({
-    (s, 0): transport.Location(host=str(s), address=address)
+    (s, 0): remote.Location(host=str(s), address=address)
     for s, address in enumerate(addresses)})
 microbatches = 3
 digest = hashlib.sha256()
 step = jax.jit(lambda x: jnp.cos(x) * 1.5)
-KIND = base.EntryKind
+KIND = keys.EntryKind
 for i in range(1, iterations + 1):
   log.retain(i - 1)
   if stage:

@@ -25,7 +25,7 @@ import numpy as np
 from launch.lm import settings as run_settings, transformer_job
 from moetion_jax.programs import compilation, jax_internals, mesh
 from moetion_jax.runtime import xla_setup
-from moetion_jax.state import model
+from moetion_jax.state import model as model_lib
 
 config = run_settings.RunConfig.from_json(json.loads(sys.argv[1]))
 role, cache = sys.argv[2:]
@@ -56,10 +56,10 @@ train, model = config.train, stage.model
 shape = (train.microbatch_size, *model.hidden_shape)
 x = random.standard_normal(shape).astype(model.hidden_dtype)
 labels = random.integers(0, 256, shape[:2], np.int32)
-inputs = model.Inputs(jax.device_put(x, stage.rows_sharding), labels)
+inputs = model_lib.Inputs(jax.device_put(x, stage.rows_sharding), labels)
 acc, counts = programs.zeros(), []
 for m in range(train.microbatches):
-  position = model.Position(np.uint32(1), np.array([m], np.uint32))
+  position = model_lib.Position(np.uint32(1), np.array([m], np.uint32))
   y, residuals, count = programs.forward(compute, inputs, position)
   dx, acc = programs.backward(compute, residuals, y, acc)
   counts.append(count)

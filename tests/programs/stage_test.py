@@ -28,23 +28,29 @@ def _initial_digests(config):
   return merged
 
 
-@pytest.fixture(scope='module')
-def one_stage():
-  """(config, stage, programs, state, inputs of one microbatch)."""
-  config = helpers.micro_run()
+def _one_stage(config):
+  """(worker, inputs of one microbatch) of a run of one stage."""
   data = transformer_job.load_data(config)
   (worker,) = one_process.make_workers(config, data)
   batch = data.batch(1, 0)
-  inputs = model.Inputs(batch.inputs, batch.labels)
-  return config, worker, inputs
+  return worker, model.Inputs(batch.inputs, batch.labels)
+
+
+@pytest.fixture(scope='module')
+def one_stage():
+  """(config, worker, inputs of one microbatch)."""
+  config = helpers.micro_run()
+  return config, *_one_stage(config)
 
 
 def _position(microbatch=0):
   return model.Position(np.uint32(1), np.array([microbatch], np.uint32))
 
 
-def test_gradients_equal_those_of_a_plain_grad(one_stage):
-  config, worker, inputs = one_stage
+def test_gradients_equal_those_of_a_plain_grad():
+  """In fp32: in bf16 two programs may send a token to different experts."""
+  config = helpers.micro_run(model={'compute_dtype': 'float32'})
+  worker, inputs = _one_stage(config)
   programs, compute = worker.programs, worker.compute
   y, residuals, counts = programs.forward(compute, inputs, _position())
   _, acc = programs.backward(compute, residuals, y, programs.zeros())
@@ -62,10 +68,10 @@ def test_gradients_equal_those_of_a_plain_grad(one_stage):
   assert acc.keys() == expected.keys()
   for name, value in acc.items():
     ours = np.asarray(value)[0]
-    theirs = np.asarray(expected[name], np.float32)
-    # Other programs, bf16: a few units in the last place of the largest entry.
+    theirs = np.asarray(expected[name])
+    # Other programs: a few units in the last place of the largest entry.
     scale = np.abs(theirs).max() + 1e-9
-    assert np.abs(ours - theirs).max() / scale < 0.03, name
+    assert np.abs(ours - theirs).max() / scale < 1e-4, name
   assert counts['load'].sum() == inputs.x.size * 2 * 3  # top-2, 3 MoE layers
 
 
@@ -142,9 +148,9 @@ def test_nothing_compiles_after_the_first_iteration():
 def test_programs_are_traced_once():
   config = helpers.micro_run()
   stage = transformer_job.build_stage(config, 0)
-  for name in ('_backward', '_reduce', '_update', '_digest'):
-    function = getattr(stage, name)
-    setattr(stage, name, chex.assert_max_traces(function, n=1))
+  for name in ('backward', 'reduce', 'update', 'digest'):
+    function = getattr(stage.functions, name)
+    setattr(stage.functions, name, chex.assert_max_traces(function, n=1))
   programs = stage.compile()
   state = stage.initial_state()
   for _ in range(3):

@@ -43,7 +43,7 @@ def test_the_bits_of_the_one_process_cut(host, tmp_path, stages, microbatches):
     f'--stages={stages}',
     f'--microbatches={microbatches}',
     '--iterations=4',
-    f'--data={helpers.ROOT}/models',
+    f'--data={helpers.DATA}',
   )
   runs.end(host.start('-c', _TRAIN_WITHOUT_JAX, *flags))
   assert host.is_clean()

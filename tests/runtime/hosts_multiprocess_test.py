@@ -39,7 +39,7 @@ def test_the_bits_of_the_one_process_cut(host, tmp_path):
     store = store_folder.StoreFolder(host.path, name)
     store.start()
     store.close()
-  flags = '--stages=3', '--iterations=4', f'--data={helpers.ROOT}/models'
+  flags = '--stages=3', '--iterations=4', f'--data={helpers.DATA}'
   out, _ = runs.end(host.train(workdir, _TWO, *flags))
   assert out.count('removed.') == 3
   assert host.is_clean()

@@ -36,7 +36,7 @@ def left(request, tmp_path_factory):
       '--iterations=100',
       '--microbatches=2',
       '--dropout_rate=0.1',
-      f'--data={helpers.ROOT}/models',
+      f'--data={helpers.DATA}',
     )
     runs.until(run, f'iteration {LAST}/')
     for pid in host.processes():

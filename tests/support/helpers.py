@@ -22,6 +22,8 @@ from moetion_jax.snapshots import file as snapshot_file, manifest
 from moetion_jax.state import partition
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# A text that stays what it is: what a test finds must not depend on commits.
+DATA = ROOT / 'LICENSE'
 # Shared by all tests and kept between sessions: compiling is most of the time.
 CACHE = os.path.expanduser('~/.cache/moetion_jax_tests')
 # fp32 and dropless: sequences do not meet, and rounding is small.
@@ -71,7 +73,7 @@ def micro_run(
         **{'decay_iterations': 8, 'warmup_iterations': 2, **(optimizer or {})}
       ),
     ),
-    data=str(ROOT / 'models'),
+    data=str(DATA),
   )
 
 
@@ -129,14 +131,14 @@ def launch(module: str, *arguments: str, timeout_seconds: float = 120):
 
 
 def train_flags(workdir: object, *more: str) -> list[str]:
-  """Flags of a quick run of the micro model on the project's own sources.
+  """Flags of a quick run of the micro model.
 
   No standby: to prepare one is half of what such a run computes.
   """
   return [
     f'--workdir={workdir}',
     f'--compilation_cache_dir={CACHE}',
-    '--data=models',
+    f'--data={DATA}',
     *MICRO_FLAGS,
     '--iterations=6',
     '--microbatches=3',

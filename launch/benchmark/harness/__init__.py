@@ -1,1 +1,1 @@
-"""What benchmarks share: runs, baselines, summaries, profiles."""
+"""Shared parts of the benchmarks: runs, baselines, summaries, profiles."""

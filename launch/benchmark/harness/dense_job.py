@@ -1,8 +1,8 @@
-"""The ordinary way, to compare with: Orbax saves the whole state now and then.
+"""The baseline: Orbax saves the whole state every so many iterations.
 
-`DenseSaver` stands where a `Snapshotter` stands in `Worker.train`. Run as a
-program it is one process that trains a whole model and goes on from its newest
-checkpoint: `launch.benchmark recovery` kills and starts it again.
+`DenseSaver` takes the place of a `Snapshotter` in `Worker.train`. As a program
+this module is one process that trains a whole model and continues from its
+newest checkpoint: `launch.benchmark recovery` kills it and starts it again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moetion_jax.training import worker as worker_lib
 
 
 class DenseSaver:
-  """Saves the whole state every so many iterations, and keeps the newest."""
+  """Saves the whole state every `every` iterations; keeps the newest."""
 
   bandwidth = 0.0
 
@@ -34,20 +34,20 @@ class DenseSaver:
     """Makes Orbax's AsyncCheckpointer with its usual handler.
 
     Args:
-      folder: of the checkpoints, by iteration.
-      every: iterations from one to the next.
+      folder: parent of the checkpoints, each named by its iteration.
+      every: iterations from one checkpoint to the next.
     """
     self._folder = folder
     self._every = every
     self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
   def slot(self, iteration: int) -> frozenset[keys.OperatorId]:
-    """Nothing is selected."""
+    """Returns no operators: nothing is selected."""
     del iteration
     return frozenset()
 
   def retain(self, iteration: int) -> None:
-    """Removes all checkpoints but the newest, and one that is being saved."""
+    """Removes all checkpoints but the newest and the one being saved."""
     del iteration
     for old in self._committed()[:-1]:
       shutil.rmtree(self._folder / str(old), ignore_errors=True)
@@ -55,7 +55,7 @@ class DenseSaver:
   def take(
     self, iteration: int, state: Any, *unused: Any, **fields: Any
   ) -> snapshotter.TakenSnapshot:
-    """Saves if it is time; waits for the last save first, as Orbax does."""
+    """Saves if it is due; waits for the last save first, as Orbax does."""
     del unused, fields
     if iteration % self._every == 0:
       self._checkpointer.save(
@@ -64,11 +64,11 @@ class DenseSaver:
     return snapshotter.TakenSnapshot()
 
   def release(self) -> float:
-    """The state may be donated already: `take` waited for its copy."""
+    """Returns 0: `take` waited for the copy, so the state may be donated."""
     return 0.0
 
   def restore(self, stage: stage_lib.Stage) -> tuple[int, Any]:
-    """The newest committed state and its iteration; (0, None) without any."""
+    """Returns (iteration, state) of the newest checkpoint, or (0, None)."""
     committed = self._committed()
     if not committed:
       return 0, None
@@ -89,7 +89,7 @@ class DenseSaver:
     return sorted(int(name) for name in names if name.isdecimal())
 
   def flush(self) -> None:
-    """Waits for the save that is on its way."""
+    """Waits for the save in progress."""
     self._checkpointer.wait_until_finished()
 
   def close(self) -> None:
@@ -98,10 +98,10 @@ class DenseSaver:
 
 
 def main() -> None:
-  """Trains until it is killed; prints every iteration that is done.
+  """Trains until killed; prints each finished iteration and its digest.
 
   The only argument is JSON: `preset`, `folder`, `every`, `cache_dir`,
-  `microbatches` (null: as the preset has it).
+  `microbatches` (null for the preset's own).
   """
   given = json.loads(sys.argv[1])
   xla_setup.configure(local_devices=1, compilation_cache_dir=given['cache_dir'])
@@ -131,7 +131,7 @@ def main() -> None:
       done.iteration, report.combine(done.digests), flush=True
     ),
     first_iteration=iteration + 1,
-    snapshots=saver,  # type: ignore[arg-type]  # as much of one as is used
+    snapshots=saver,  # type: ignore[arg-type]  # has the methods that are used
   )
 
 

@@ -1,8 +1,8 @@
-"""Plain single-jit training steps of the same model, to be measured against.
+"""Plain single-jit training steps of the same model, as a baseline.
 
-What somebody without MoEtion would write: one jitted function that takes the
+This is the code of somebody without MoEtion: one jitted function that takes the
 gradients of all microbatches, clips them, applies the optax transform to the
-whole parameter tree and casts. Nothing of the library's programs is in it.
+whole parameter tree and casts. It uses none of the library's programs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ def make_step(
   microbatches: int,
   unrolled: bool,
 ) -> tuple[Step, Callable[[], Any]]:
-  """A step (carry, tokens, labels) -> (carry, loss) and its initial carry.
+  """Makes a step, and the function that makes its initial carry.
+
+  The step is (carry, tokens, labels) -> (carry, loss).
 
   Args:
     model: the whole model, one stage.
-    optimizer: applied to the parameter tree as a whole.
-    clip_norm: global.
+    optimizer: the transform; applied to the parameter tree as a whole.
+    clip_norm: limit of the global gradient norm.
     microbatches: M; tokens and labels are i32[M, B, T].
-    unrolled: a Python loop over microbatches instead of `lax.scan`.
+    unrolled: True for a Python loop over microbatches, False for `lax.scan`.
   """
   transform = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
@@ -80,7 +82,10 @@ def make_step(
 def make_update(
   model: model_lib.StageModel, optimizer: optax.GradientTransformation
 ) -> tuple[Step, Any]:
-  """A plain update ((masters, state), gradients) -> (masters, state)."""
+  """Makes a plain update and returns it with its initial carry.
+
+  The update is ((masters, state), gradients) -> (masters, state).
+  """
 
   def update(carry, gradients):
     masters, state = carry

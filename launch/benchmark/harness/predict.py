@@ -1,9 +1,9 @@
-"""Holds the simulator against the runs of `launch.benchmark ettr`.
+"""Compares the simulator with the runs of `launch.benchmark ettr`.
 
-The costs of a policy are those that its runs with one MTBF had on average. How
-fast iterations are without failures is taken once from the run itself, which
-tests what the simulator makes of failures alone, and once from the runs beside
-it, where this machine's noise from run to run counts as well.
+The costs of a policy are the averages over its runs with one MTBF. The pace of
+iterations without failures is taken once from the run itself, which tests the
+simulator's treatment of failures alone, and once from the runs beside it, where
+this machine's noise from run to run counts as well.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from launch.simulate import predict as simulate_predict
 from moetion_jax.policies import sparse_planner
 from moetion_jax.runtime import faults
 
-# How far the iteration is when a phase begins for the first time: about. The
-# phases of stages overlap; what is wrong by is a small part of an iteration.
+# About how far the iteration is when a phase begins for the first time. The
+# phases of stages overlap; the error is a small part of an iteration.
 _FRACTIONS = {'forward': 0.05, 'backward': 0.3, 'update': 0.9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredPace:
-  """How long iterations of a run take where nothing fails.
+  """Pace of a run's iterations where nothing fails.
 
   Attributes:
-    iteration_seconds: of one, without snapshots.
-    blocked_seconds: by which each snapshot makes it longer.
+    iteration_seconds: length of an iteration; without snapshots where
+      `blocked_seconds` counts those.
+    blocked_seconds: time that each snapshot adds to its iteration.
   """
 
   iteration_seconds: float
@@ -40,14 +41,14 @@ class MeasuredPace:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredCosts:
-  """What failures cost a policy, on average; see `simulate_predict.Measured`.
+  """Average costs of a policy's failures; see `simulate_predict.Measured`.
 
   Attributes:
-    detect_seconds: until a death is known.
-    start_seconds: until what died is replaced.
-    fetch_seconds: until snapshots are read.
-    replay_seconds: of an iteration that is done again.
-    warming_seconds: by which iterations take longer after a recovery, in all,
+    detect_seconds: time until a death is known.
+    start_seconds: time until the dead worker is replaced.
+    fetch_seconds: time until snapshots are read.
+    replay_seconds: length of an iteration that is done again.
+    warming_seconds: total time that iterations take longer after a recovery,
       while another standby is prepared on the same cores.
   """
 
@@ -59,10 +60,10 @@ class MeasuredCosts:
 
 
 def disturbed(run: benchmark_runs.RunOutcome) -> set[int]:
-  """Iterations whose length says nothing of the pace: something died in them.
+  """Returns the iterations whose length says nothing about the pace.
 
-  Or in one beside them: an iteration is reported when the next one is under
-  way, which other stages may have ended by then.
+  A worker died in them or in one beside them: an iteration is reported when the
+  next one is under way, which other stages may have ended by then.
   """
   failing = [fault.iteration for fault in _script(run)]
   return {i + near for i in failing for near in (-1, 0, 1)}
@@ -74,17 +75,17 @@ def quiet_seconds(
   without: Collection[int] = (),
   without_times: Sequence[tuple[float, float]] = (),
 ) -> float:
-  """Mean length of iterations, from when they were written down.
+  """Returns the mean length of iterations, by when they were written down.
 
   Args:
-    run: that did them.
+    run: the run that did them.
     first: iterations up to this one do not count.
-    without: nor do these.
-    without_times: nor those of which a part is within one of these (begin,
-      end), in seconds since the run was started.
+    without: further iterations that do not count.
+    without_times: spans (begin, end) in seconds since the run was started;
+      iterations that overlap one do not count.
 
   Raises:
-    ValueError: none is left.
+    ValueError: no iteration is left.
   """
   seconds, count = 0.0, 0
   for begin, end, passed in _passed(run, first):
@@ -100,10 +101,10 @@ def quiet_seconds(
 
 
 def own_pace(run: benchmark_runs.RunOutcome, first: int) -> MeasuredPace:
-  """Of the run itself, snapshots included.
+  """Returns the pace of the run itself, snapshots included.
 
-  Without the iterations in which a standby was prepared: where it shares the
-  cores, they take longer. If there are no others, with them.
+  Leaves out the iterations in which a standby was prepared: where it shares the
+  cores, they take longer. If there are no others, they count.
   """
   times = [(since, until) for since, _, until in _unsettled(run)]
   try:
@@ -116,7 +117,7 @@ def own_pace(run: benchmark_runs.RunOutcome, first: int) -> MeasuredPace:
 def _passed(
   run: benchmark_runs.RunOutcome, first: int
 ) -> Iterator[tuple[float, float, range]]:
-  """Begin, end and the iterations that were written down at the end."""
+  """Yields begin, end and the iterations written down at the end."""
   for (begin, before), (end, after) in itertools.pairwise(run.progress):
     passed = range(before + 1, after + 1)
     if before >= first and passed:
@@ -126,10 +127,10 @@ def _passed(
 def _unsettled(
   run: benchmark_runs.RunOutcome,
 ) -> list[tuple[float, float, float]]:
-  """Failures: when, until when all had recovered, until when one stood by.
+  """Returns each failure's time, end of recovery, and time of the next standby.
 
-  In seconds since the run was started; until its end, if that came first, or
-  until the next failure.
+  In seconds since the run was started; infinite if the run's end came first,
+  and no later than the next failure.
   """
   found: list[list[float]] = []
   for event in run.events:
@@ -139,14 +140,14 @@ def _unsettled(
         found[-1][1:] = [min(now, x) for x in found[-1][1:]]
       found.append([now, math.inf, math.inf])
     elif event['kind'] == 'recovered' and found:
-      found[-1][1] = now  # the last of several
+      found[-1][1] = now  # the last stage counts
     elif event['kind'] == 'standby' and found:
       found[-1][2] = min(found[-1][2], now)
   return [(since, back, warm) for since, back, warm in found]
 
 
 def _warming_seconds(run: benchmark_runs.RunOutcome, first: int) -> float:
-  """By which iterations took longer while standbys were prepared, in all."""
+  """Returns the total delay of iterations while standbys were prepared."""
   times = _unsettled(run)
   slow = [
     (end - begin, len(passed))
@@ -165,7 +166,13 @@ def pace_beside(
   quiet: benchmark_runs.RunOutcome,
   first: int,
 ) -> MeasuredPace:
-  """From a run without snapshots and one of the policy, both undisturbed."""
+  """Returns the pace taken from undisturbed runs.
+
+  Args:
+    base: a run without snapshots.
+    quiet: a run of the policy.
+    first: iterations up to this one do not count.
+  """
   iteration_seconds = quiet_seconds(base, first)
   longer = quiet_seconds(quiet, first) - iteration_seconds
   return MeasuredPace(
@@ -175,12 +182,12 @@ def pace_beside(
 
 
 def rhythm(run: benchmark_runs.RunOutcome, first: int) -> tuple[int, int]:
-  """When snapshots were taken: in one iteration, and how many lie between two.
+  """Returns an iteration with a snapshot, and the interval between snapshots.
 
   Args:
-    run: that took them.
-    first: those of iterations up to this one do not count: it was still being
-      measured what suits the run.
+    run: the run that took the snapshots.
+    first: snapshots up to this iteration do not count: the run was still
+      measuring which interval suits it.
   """
   taken = [i for i in _taken(run) if i > first]
   gaps = [after - before for before, after in itertools.pairwise(taken)]
@@ -191,18 +198,18 @@ def rhythm(run: benchmark_runs.RunOutcome, first: int) -> tuple[int, int]:
 
 
 def _taken(run: benchmark_runs.RunOutcome) -> list[int]:
-  """Iterations that a snapshot was taken of."""
+  """Returns the iterations with a snapshot."""
   return [x['iteration'] for x in run.lines if x['snapshot_bytes']]
 
 
 def costs(
   runs: Sequence[benchmark_runs.RunOutcome], first: int
 ) -> MeasuredCosts:
-  """Of all failures of some runs; no failure costs nothing.
+  """Returns the average costs of all failures; all 0 without failures.
 
   Args:
-    runs: of one policy.
-    first: iterations up to this one do not count.
+    runs: runs of one policy.
+    first: the warm-up; iterations up to this one do not count for the pace.
   """
   events = [event for run in runs for event in _of_those_that_died(run.events)]
   seconds = [event['seconds'] for event in events]
@@ -230,15 +237,15 @@ def predicted_seconds(
   pace: MeasuredPace,
   costs: MeasuredCosts,
 ) -> float:
-  """What the simulator says of the seconds from one iteration to the end.
+  """Simulates a run; returns the seconds from one iteration to the end.
 
   Args:
-    run: of whose settings and failures.
-    policy: of the run.
-    stages: of the run.
-    first: iteration from whose end on time counts; no failure is before.
-    pace: of its iterations.
-    costs: of its failures.
+    run: the run whose settings and failures are simulated.
+    policy: the run's policy.
+    stages: number of stages of the run.
+    first: the iteration from whose end time counts; no failure comes earlier.
+    pace: the pace of its iterations.
+    costs: the costs of its failures.
   """
   anchor, interval = rhythm(run, first)
   # The simulator takes snapshots at multiples of the interval.
@@ -259,7 +266,7 @@ def predicted_seconds(
     ),
     stages=stages,
     interval=interval,
-    # Two_phase tunes its interval all the time, by how long iterations take.
+    # two_phase keeps tuning its interval, by how long iterations take.
     taken=tuple(i - shift for i in _taken(run) if i > shift),
     **_window(run) if policy == 'sparse' else {},
     detect_seconds=costs.detect_seconds,
@@ -282,7 +289,7 @@ def _script(run: benchmark_runs.RunOutcome) -> tuple[faults.Fault, ...]:
 
 
 def _window(run: benchmark_runs.RunOutcome) -> dict[str, Any]:
-  """The last one that was decided on."""
+  """Returns the window that was decided on last."""
   chosen = run.of_kind('window')[-1:]
   if not chosen:
     return {'window_length': sparse_planner.FIRST_WINDOW}
@@ -293,7 +300,7 @@ def _window(run: benchmark_runs.RunOutcome) -> dict[str, Any]:
 
 
 def _landing_seconds(run: benchmark_runs.RunOutcome, first: int) -> float:
-  """Of a snapshot, as measured; stages have about equal ones."""
+  """Returns a snapshot's median copy time; it is similar in all stages."""
   found = [
     line['snapshot_bytes'] / sum(line['copy_bytes_per_second'])
     for line in run.lines
@@ -307,7 +314,7 @@ def _landing_seconds(run: benchmark_runs.RunOutcome, first: int) -> float:
 def _of_those_that_died(
   events: Sequence[Mapping[str, Any]],
 ) -> list[Mapping[str, Any]]:
-  """Events `recovered` of the stages that failed, not of who went along."""
+  """Returns the `recovered` events of stages that failed themselves."""
   died: set[int] = set()
   found = []
   for event in events:

@@ -1,7 +1,7 @@
-"""What a JAX profile says of a device's copies to the host.
+"""Reads a device's copies to the host from a JAX profile.
 
-Reads the trace that `jax.profiler.trace` writes for Perfetto: of a GPU every
-kernel and every copy, by stream.
+The source is the trace that `jax.profiler.trace` writes for Perfetto: on a GPU
+it holds every kernel and every copy, by stream.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _Span = tuple[float, float]  # begin, end
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-  """Of all devices in a profile together.
+  """Overlap of copies and computation, over all devices of a profile.
 
   Attributes:
-    span_ms: from the first thing that a device did to the last.
-    busy_ms: in which it computed, or copied what does not go to the host.
-    copies_ms: in which something was copied to the host.
-    overlapped: share of `copies_ms` that is part of `busy_ms`, too.
+    span_ms: time from the first activity of any device to the last.
+    busy_ms: time with computation, or with copies that do not go to the host.
+    copies_ms: time with a copy to the host.
+    overlapped: share of `copies_ms` that is also part of `busy_ms`.
   """
 
   span_ms: float
@@ -35,10 +35,10 @@ class Overlap:
 
 
 def read(folder: str) -> Overlap:
-  """Of the newest profile in a folder; all is 0 where devices have no streams.
+  """Reads the newest profile in a folder; all 0 if devices have no streams.
 
   Raises:
-    OSError: there is none.
+    OSError: the folder has no profile.
   """
   found = sorted(pathlib.Path(folder).glob('**/*.trace.json.gz'))
   if not found:
@@ -49,7 +49,7 @@ def read(folder: str) -> Overlap:
 
 
 def overlap(events: Iterable[Mapping[str, Any]]) -> Overlap:
-  """Of the events of a trace, in its format."""
+  """Computes the overlap from `traceEvents`, as the trace file has them."""
   events = list(events)
   processes: dict[int, str] = {}
   threads: dict[tuple[int, int], str] = {}

@@ -1,7 +1,7 @@
 """Whole runs of `launch.train` for benchmarks: start one, watch its progress.
 
-What a run did is read from the files that it leaves behind (DESIGN section 9),
-and from when its lines came.
+Results come from the files that a run leaves behind (DESIGN section 9), and from
+the times at which its lines appear.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _SHOWN_CHARACTERS = 3000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-  """What came of a run.
+  """The outcome of a run.
 
   Attributes:
-    progress: (seconds, iteration) whenever another iteration was the newest
-      one that is written down; seconds since the run was started.
-    lines: of metrics.jsonl, in order.
-    events: of events.jsonl, in order.
-    script: what was to die, as `draw_failures` has it.
-    began: when the run was started, in seconds since the epoch.
+    progress: (seconds, iteration) for each change of the newest iteration that
+      is written down; seconds since the run was started.
+    lines: the lines of metrics.jsonl, in order.
+    events: the lines of events.jsonl, in order.
+    script: the kills of the run, in the form of `draw_failures`.
+    began: start of the run, in seconds since the epoch.
   """
 
   progress: Sequence[tuple[float, int]]
@@ -47,10 +47,10 @@ class RunOutcome:
   began: float = 0.0
 
   def seconds(self, first: int, last: int) -> float:
-    """From the end of one iteration to the end of a later one, for the first.
+    """Returns the seconds from the end of `first` to the end of `last`.
 
-    A policy that goes back reaches some iterations twice; what counts is when
-    the run was done with `last` for good.
+    A policy that goes back reaches some iterations twice: the time begins when
+    `first` was first done, and ends when `last` was done for good.
     """
     begin = next(s for s, i in self.progress if i >= first)
     end = next(
@@ -61,18 +61,18 @@ class RunOutcome:
     return end - begin
 
   def of_kind(self, kind: str) -> list[Mapping[str, Any]]:
-    """Events, in order."""
+    """Returns the events of a kind, in order."""
     return [event for event in self.events if event['kind'] == kind]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredRecovery:
-  """What one failure cost.
+  """The cost of one failure.
 
   Attributes:
-    seconds: from its notice until every stage had caught up.
-    stages: how many went back.
-    replayed_iterations: by the stage that did most again.
+    seconds: time from the failure's notice until every stage had caught up.
+    stages: number of stages that went back.
+    replayed_iterations: iterations of the stage that replayed most.
   """
 
   seconds: float
@@ -81,10 +81,10 @@ class MeasuredRecovery:
 
 
 def recoveries(events: Sequence[Mapping[str, Any]]) -> list[MeasuredRecovery]:
-  """The recoveries of a run; failures that overlap are one.
+  """Returns the recoveries of a run; failures that overlap are one.
 
   Args:
-    events: in order.
+    events: the run's events, in order.
   """
   found = []
   began: float | None = None
@@ -115,14 +115,14 @@ def recoveries(events: Sequence[Mapping[str, Any]]) -> list[MeasuredRecovery]:
 def draw_failures(
   seed: int, mtbf_iterations: float, first: int, last: int, stages: int
 ) -> list[str]:
-  """Kills as a Poisson process in iterations, for `--fail`.
+  """Draws kills as a Poisson process in iterations, for `--fail`.
 
   Args:
-    seed: of the draw: the same for every policy.
-    mtbf_iterations: mean of the exponential gaps between two.
-    first: no iteration up to this one has a failure.
-    last: nor has one after this.
-    stages: of the run; each as likely as the others.
+    seed: seed of the draw, the same for every policy.
+    mtbf_iterations: mean of the exponential gaps between two kills.
+    first: the iteration after which kills may happen.
+    last: the last iteration in which a kill may happen.
+    stages: number of stages of the run, all equally likely.
   """
   source = random.Random(seed)
   script = []
@@ -143,12 +143,12 @@ def train(
   """Runs `launch.train` to its end, in folders of its own.
 
   Args:
-    flags: but for the folders.
-    hostmem_dir: in tmpfs.
-    script: of `draw_failures`: what dies.
+    flags: flags of `launch.train`, without the folders.
+    hostmem_dir: folder in tmpfs.
+    script: the kills, in the form of `draw_failures`.
 
   Raises:
-    RuntimeError: it failed; with the end of its output.
+    RuntimeError: the run failed; the message has the end of its output.
   """
   flags = [*flags, *(f'--fail={x}' for x in script)]
   began = time.time()
@@ -167,7 +167,7 @@ def train(
 
 
 def _watch(run: WatchedRun) -> list[tuple[float, int]]:
-  """Notes when the newest line is another one, until the run ends."""
+  """Records each change of the newest line until the run ends."""
   begin = time.monotonic()
   progress: list[tuple[float, int]] = []
   while True:
@@ -188,8 +188,8 @@ class WatchedRun:
   """A running `launch.train`; see the module.
 
   Attributes:
-    workdir: of the run.
-    process: the agent.
+    workdir: the run's workdir.
+    process: the agent's process.
   """
 
   def __init__(self, folder: pathlib.Path, flags: Sequence[str]):
@@ -210,12 +210,12 @@ class WatchedRun:
     )
 
   def lines(self, name: str) -> list[dict[str, Any]]:
-    """Of a .jsonl file; a line that is being written does not count."""
+    """Returns the lines of a .jsonl file, without one being written."""
     path = self.workdir / name
     found = path.stat() if path.exists() else None
     version = (found.st_size, found.st_mtime_ns) if found else None
     known = self._read.get(name)
-    # Read again only when it has grown: looking must cost next to nothing.
+    # Read again only when it has changed: polling must cost next to nothing.
     if known is None or known[0] != version:
       text = path.read_text() if found else ''
       lines = text[: text.rfind('\n') + 1].splitlines()
@@ -223,25 +223,25 @@ class WatchedRun:
     return known[1]
 
   def output(self) -> str:
-    """What it printed so far."""
+    """Returns the output so far."""
     self._output.flush()
     return pathlib.Path(self._output.name).read_text()
 
   def newest(self) -> int:
-    """Iteration of the newest line."""
+    """Returns the iteration of the newest line; 0 without one."""
     lines = self.lines('metrics.jsonl')
     return lines[-1]['iteration'] if lines else 0
 
   def workers(self) -> list[dict[str, Any]]:
-    """Of workers.json."""
+    """Returns the workers listed in workers.json; none without the file."""
     path = self.workdir / 'workers.json'
     return json.loads(path.read_text())['workers'] if path.exists() else []
 
   def wait_for(self, condition: Callable[[], Any]) -> Any:
-    """What `condition` returns once that is true.
+    """Waits until `condition` returns something true, and returns it.
 
     Raises:
-      RuntimeError: the run ended before, or nothing changed for too long.
+      RuntimeError: the run ended first, or the wait took 300 seconds.
     """
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not (value := condition()):
@@ -251,7 +251,7 @@ class WatchedRun:
     return value
 
   def close(self) -> None:
-    """Ends it, if it has not ended."""
+    """Ends the run if it has not ended: SIGINT, after 60 seconds SIGKILL."""
     self.process.send_signal(signal.SIGINT)
     try:
       self.process.wait(60)
@@ -263,11 +263,11 @@ class WatchedRun:
 
 @contextlib.contextmanager
 def running(flags: Sequence[str], hostmem_dir: str) -> Iterator[WatchedRun]:
-  """Starts a run in folders of its own; ends it, and they are gone.
+  """Starts a run in folders of its own; then ends it and removes them.
 
   Args:
-    flags: of `launch.train`.
-    hostmem_dir: in tmpfs.
+    flags: flags of `launch.train`, without the folders.
+    hostmem_dir: folder in tmpfs.
   """
   with scratch.folder() as folder, scratch.folder(hostmem_dir) as memory:
     run = WatchedRun(folder, [*flags, f'--hostmem_dir={memory}'])

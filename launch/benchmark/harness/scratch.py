@@ -1,4 +1,4 @@
-"""Folders that are gone when their program is, whatever ended it."""
+"""Temporary folders that do not outlive their program, however it ended."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-# Unlike the folders of stores, which the next run goes on with.
+# Never the name of a store folder: those outlive a run, for the next one.
 _PREFIX = 'moetion_scratch-'
 
 
 @contextlib.contextmanager
 def folder(parent: str | os.PathLike[str] = '') -> Iterator[pathlib.Path]:
-  """A new folder, which is removed at the end.
+  """Makes a folder and removes it at the end.
 
-  Those of programs that were killed are removed first: nobody locks them.
+  Folders of killed programs are removed first: nobody locks them.
 
   Args:
-    parent: where to make it; '' for where temporary files belong.
+    parent: the folder to make it in; '' for the system's temporary folder.
   """
   where = pathlib.Path(parent or tempfile.gettempdir())
   remove_abandoned(where)
@@ -34,9 +34,9 @@ def folder(parent: str | os.PathLike[str] = '') -> Iterator[pathlib.Path]:
 
 
 def remove_abandoned(parent: str | os.PathLike[str]) -> None:
-  """Removes this user's folders in a place whose programs live no more."""
+  """Removes this user's scratch folders whose programs have ended."""
   for path in pathlib.Path(parent).glob(_PREFIX + '*'):
-    with contextlib.suppress(OSError):  # another one's, or just removed
+    with contextlib.suppress(OSError):  # in use, another user's, or just removed
       fd = _lock(path)
       try:
         if os.fstat(fd).st_uid == os.geteuid():
@@ -46,10 +46,10 @@ def remove_abandoned(parent: str | os.PathLike[str]) -> None:
 
 
 def _make(parent: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """A new folder, and the lock on it."""
+  """Makes a folder; returns its path and the descriptor of its lock."""
   while True:
     path = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    with contextlib.suppress(OSError):  # taken for abandoned by somebody
+    with contextlib.suppress(OSError):  # another program took it for abandoned
       fd = _lock(path)
       if path.exists():
         return path, fd
@@ -57,7 +57,7 @@ def _make(parent: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def _lock(path: pathlib.Path) -> int:
-  """Locks a folder until the descriptor is closed; OSError if it is locked."""
+  """Locks a folder until the descriptor is closed; OSError if locked."""
   fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
   try:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

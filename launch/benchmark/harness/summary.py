@@ -14,7 +14,16 @@ WARM_UP_ROUNDS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-  """Median of a sample with its 95 % interval and quartiles."""
+  """Median of a sample with its 95 % interval and quartiles.
+
+  Attributes:
+    median: the sample's median.
+    low: lower end of the 95 % interval of the median.
+    high: upper end of that interval.
+    quartile_1: the first quartile.
+    quartile_3: the third quartile.
+    count: size of the sample.
+  """
 
   median: float
   low: float
@@ -24,17 +33,21 @@ class Summary:
   count: int
 
 
-# A name, what was measured of it, and a word on it.
+# Name of a figure, its summary, and its goal ('' for none).
 Row = tuple[str, Summary, str]
 
 
 def interleave(
   subjects: Mapping[str, Callable[[int], float | None]], rounds: int
 ) -> dict[str, list[float]]:
-  """Seconds of each subject in each measured round, run in turn.
+  """Runs the subjects in turn; returns seconds by subject and measured round.
 
-  A subject that times itself returns its seconds.
-  Tells of each round as it goes: a machine may be gone before the last one.
+  A subject that times itself returns its seconds. Every round is printed when
+  it is done: the machine may be gone before the last one.
+
+  Args:
+    subjects: functions of the round's number, from 1, by name.
+    rounds: measured rounds; WARM_UP_ROUNDS come before them.
   """
   seconds: dict[str, list[float]] = {name: [] for name in subjects}
   for number in range(WARM_UP_ROUNDS + rounds):
@@ -56,7 +69,7 @@ def interleave(
 
 
 def summarize(sample: Sequence[float] | np.ndarray) -> Summary:
-  """Median and bootstrap interval (fixed seed: a report can be repeated)."""
+  """Computes a bootstrap summary (fixed seed: a report can be repeated)."""
   values = np.asarray(sample, np.float64)
   random = np.random.default_rng(0)
   draws = random.integers(0, len(values), (2000, len(values)))
@@ -74,5 +87,5 @@ def summarize(sample: Sequence[float] | np.ndarray) -> Summary:
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> Summary:
-  """Of a/b, pair by pair: what drifts from pair to pair cancels."""
+  """Summarizes a/b, pair by pair: drift from pair to pair cancels."""
   return summarize(np.asarray(a, np.float64) / np.asarray(b, np.float64))

@@ -1,1 +1,1 @@
-"""The agent of a run: it starts workers, decides on failures, writes the files."""
+"""The agent of a run: starts workers, decides on failures, writes files."""

@@ -1,7 +1,7 @@
 """The agent at work: it runs the workers and writes the files.
 
-One thread, one loop: it waits for what workers say and print, for their ends
-and for signals (DESIGN section 3). It computes nothing and imports no JAX.
+One thread runs one loop: it waits for what workers say and print, for their
+ends and for signals (DESIGN section 3). It computes nothing and imports no JAX.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from moetion_jax.runtime.hosts import child_process, crew, hosts, stores
 from moetion_jax.runtime.records import recorder, workdir
 from moetion_jax.snapshots import folders
 
-# So long a worker may wait until the line has freed a snapshot.
+# How long a worker may wait until the line has freed a snapshot.
 _FULL_SECONDS = 1.0
-# What a worker says of what it did before it stopped, to go back.
+# Messages about finished work; ignored from a worker told to roll back.
 _PAST = ('report', 'stored', 'resumed', 'caught_up', 'done', 'handed_over')
 
 
@@ -54,14 +54,14 @@ class Agent:
     *,
     keeps_store: bool,
   ):
-    """Stores; `run` does the work.
+    """Stores the arguments; `run` does the work.
 
     Args:
-      config: of the run.
-      where: it runs.
-      folder: locked.
-      store: of this host, started.
-      view: what a person sees.
+      config: the run's settings.
+      where: the settings of where it runs.
+      folder: the workdir, locked.
+      store: the store of this host, started.
+      view: the live view.
       keeps_store: whether an earlier run left something in the host stores.
     """
     self.has_begun = False
@@ -81,7 +81,7 @@ class Agent:
       config.train.replicas,
     )
     self._early_deaths = 0
-    self._trained: set[int] = set()  # stages of which somebody began to
+    self._trained: set[int] = set()  # stages of which a worker began to train
     self._selector = selectors.DefaultSelector()
     self._book = faults.FaultBook(where.faults)
     self._crew = crew.Crew(
@@ -134,11 +134,18 @@ class Agent:
 
   @property
   def keeps_store(self) -> bool:
-    """Whether what is in the host stores will be gone on with."""
+    """Whether the host stores stay, for a run that goes on from them."""
     return self._ending.keeps_store
 
   def run(self) -> int:
-    """Runs the workers; when it returns they are gone."""
+    """Runs the workers; when it returns they are gone.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      errors.ConfigError: the run cannot begin.
+    """
     with contextlib.ExitStack() as stack:
       stack.callback(self._selector.close)
       stack.enter_context(self._signal_pipe.open())
@@ -168,7 +175,7 @@ class Agent:
     return code
 
   def _loop(self) -> None:
-    """Reacts to what happens until all workers ended, or must."""
+    """Reacts to what happens until all workers have ended, or must end."""
     while any(w.exit_code is None for w in self._crew.workers):
       timeout = watcher.WATCH_SECONDS
       if (due_seconds := self._leader.workers_due_seconds) is not None:
@@ -212,7 +219,7 @@ class Agent:
       return
     by_stage = {s: m for (s, replica), m in self._ready.items() if not replica}
     self._recoverer.begin(by_stage)
-    # In the end the logs and everyone's state are in it (`final_state`).
+    # In the end the stores hold the logs and all states (`final_state`).
     states = sum(m['state_bytes'] for m in by_stage.values())
     beginning.check_room(
       self._where, self._store, self._recoverer.room_bytes() + states
@@ -221,7 +228,7 @@ class Agent:
     self._begin()
 
   def _begin(self) -> None:
-    """Lets everybody train: from what an earlier run left, if it did."""
+    """Lets everybody train: from what an earlier run left, if it left any."""
     wrong: list[str] = []
     # A log that is too small now is not needed: everybody goes back alike.
     lost = self._stores.rescan(on_unreadable=wrong.append)
@@ -245,8 +252,8 @@ class Agent:
       )
     elif self._leader.last_recorded:
       self._leader.view.note(
-        f'{self._folder.path} has {self._leader.last_recorded} iterations of this '
-        'run; they are done again and compared.'
+        f'{self._folder.path} has {self._leader.last_recorded} iterations of '
+        'this run; they are done again and compared.'
       )
     for worker in self._crew.workers:
       worker.open_log(self._folder.log_path(worker.name))
@@ -256,7 +263,7 @@ class Agent:
   # ---- failures --------------------------------------------------------------
 
   def on_exit(self, worker: child_process.WorkerProcess) -> None:
-    """A worker is dead: only its stage goes back."""
+    """Handles a worker's death: its stage goes back, or all stages do."""
     if self._ending.result is not None:
       return
     lost: frozenset[int] = frozenset()
@@ -305,9 +312,9 @@ class Agent:
       self._ready.pop((new.stage, new.replica), None)
 
   def _find_iteration(self, worker: child_process.WorkerProcess) -> None:
-    """A dead worker may have come further than it could say."""
+    """Finds how far a dead worker came: maybe further than it could say."""
     if worker.stage in self._recoverer.recovering:
-      return  # what is there is of its predecessor
+      return  # what is in the stores is of its predecessor
     worker.iteration = max(
       worker.iteration,
       self._stores.newest_entry([worker.stage]),
@@ -352,7 +359,7 @@ class Agent:
       return
     if message['detail'] == hang_detection.SNAPSHOTS_FULL:
       # With gaps in the stores the line may stay behind, and nothing would free
-      # them: to go on is worth more than an older start.
+      # snapshots: to go on is worth more than an older start.
       if time.monotonic() - worker.state_since > _FULL_SECONDS:
         self._advance(keeps_older=False)
     elif message['state'] == 'blocked' != worker.state:
@@ -416,7 +423,7 @@ class Agent:
     self._write_workers()
 
   def _warm_standby(self) -> None:
-    """Between iterations only: starts and recoveries need the cores."""
+    """Warms standbys between iterations: starts, recoveries need the cores."""
     is_quiet = not self._signals and not self._recoverer.recovering
     if self._where.standby and not self._hosts.others and is_quiet:
       self._crew.warm_standbys(self._ready[0, 0]['lowering_platform'])

@@ -1,4 +1,4 @@
-"""What a run begins with: room in host memory, and the spec of its workers."""
+"""The beginning of a run: room in host memory, and the spec of its workers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def worker_spec(
   store: store_folder.StoreFolder,
   secret: str,
 ) -> messages.Spec:
-  """The spec of every worker, but for what the crew fills in.
+  """Makes the spec of every worker, except for what the crew fills in.
 
   Args:
-    config: of the run.
-    where: it runs.
+    config: the run's settings.
+    where: the settings of where it runs.
     folder: the workdir.
-    store: of the leader's host.
-    secret: of the job, in hex; '' on one host.
+    store: the store of the leader's host.
+    secret: the job's secret, in hex; '' on one host.
   """
   return messages.Spec(
     config=config,
@@ -41,7 +41,7 @@ def worker_spec(
     secret=secret,
     platform='',
     full_seconds=where.full_seconds,
-    # Where nothing limits them they take all that come.
+    # Experts whose capacity nothing limits take all tokens anyway.
     grows_capacity=where.captures.grows_capacity
     and config.model.capacity_factor > 0,
     status_fd=-1,
@@ -57,12 +57,12 @@ def check_room(
   """Checks that host memory has room for a run.
 
   Args:
-    where: it runs.
-    store: of the leader's host; what is in it already counts as room.
-    needed_bytes: all that the run puts into host memory.
+    where: the settings of where it runs.
+    store: the store of the leader's host; what is in it already counts as room.
+    needed_bytes: size of all that the run puts into host memory.
 
   Raises:
-    errors.ConfigError: there is too little.
+    errors.ConfigError: there is too little room.
   """
   used_bytes = store_folder.used_bytes(store.path)
   run_store.check_room(where.hostmem_dir, needed_bytes - used_bytes)

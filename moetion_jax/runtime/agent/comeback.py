@@ -1,8 +1,8 @@
-"""How workers begin, and begin again: of one stage, or of all together.
+"""Has workers begin, and begin again: those of one stage, or all together.
 
-Whoever goes back is told from where (`Recoverer`), and gets what it needs for
-it: other workers' addresses, logs without what is damaged, stores without what
-counts no more.
+A worker that goes back is told from where (`Recoverer`), and gets what it needs
+for it: other workers' addresses, logs without what is damaged, stores without
+what no longer counts.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Comeback:
     """Stores the arguments.
 
     Args:
-      stages: of the run.
-      rules: who goes back after a failure.
-      crew: whose workers do.
-      hosts: that know their addresses.
-      recoverer: who plans.
-      stores: with logs and snapshots.
-      leader: who knows what was reported.
-      final: who is done; those who go back are not.
-      stopper: who tells them when to stop.
+      stages: the number of stages.
+      rules: the policy's rules, which say who goes back after a failure.
+      crew: the workers.
+      hosts: the hosts, which know the workers' addresses.
+      recoverer: the maker of plans.
+      stores: the host stores with logs and snapshots.
+      leader: the recorder, which knows what was reported.
+      final: the record of who is done; workers that go back are not.
+      stopper: tells workers when to stop.
       on_replaced: called with each new worker.
     """
     self._stages = range(stages)
@@ -82,9 +82,10 @@ class Comeback:
     """Lets everybody train for the first time.
 
     Args:
-      plan: from where.
-      lost: stages whose logs are of no use.
-      last_recorded: iteration that an earlier run wrote down; 0 for none.
+      plan: the plan that says from where.
+      lost: the stages whose logs are of no use.
+      last_recorded: the newest iteration that an earlier run wrote down; 0 for
+        none.
     """
     if not plan.start:
       lost = frozenset(plan.stages)
@@ -104,19 +105,20 @@ class Comeback:
     lost: frozenset[int],
     team: tuple[int, ...],
   ) -> recovery_plan.RecoveryPlan | None:
-    """Has go back whoever has to after the death of a worker.
+    """Makes those workers go back that have to after the death of one.
 
     Args:
-      worker: that is dead.
-      reason: why.
-      lost: stages whose logs are gone.
+      worker: the dead worker.
+      reason: the cause of its death.
+      lost: the stages whose logs are gone.
       team: the replicas of its stage that have a worker from now on.
 
     Returns:
-      The plan, if only stages that lost something go back.
+      The plan, if only stages that lost something go back; None if all do.
 
     Raises:
-      base.MoetionError: too many failures; nothing is left to start from.
+      errors.MoetionError: there were too many failures, or nothing is left to
+        start from.
     """
     if not self._rules.is_local:
       self._rollback.begin(worker, reason, team)
@@ -143,7 +145,7 @@ class Comeback:
         self._on_replaced(new)
     if worker.corrupt and worker.corrupt[0] in plan.stages:
       self._stores.drop_damaged(worker.corrupt[0], plan.first_iteration)
-    # Everybody goes back: what they need is no longer in anybody's log.
+    # If everybody goes back, what they need is no longer in anybody's log.
     goes_back = self._recoverer.goes_back(plan)
     if goes_back and not plan.start:
       self._stores.forget_snapshots(plan.stages)
@@ -161,7 +163,7 @@ class Comeback:
     """Lets all stages begin again, if they are to and everybody has stopped.
 
     Raises:
-      base.MoetionError: nothing is left to start from.
+      errors.MoetionError: nothing is left to start from.
     """
     plan = self._rollback.finish(self._leader.iteration)
     if plan is None:
@@ -175,7 +177,7 @@ class Comeback:
       self._stopper.tell([worker])
 
   def _forget_after(self, plan: recovery_plan.RecoveryPlan) -> None:
-    """What comes after a plan's start will not be what it was."""
+    """Drops all after a plan's start: it will not come out the same again."""
     self._stores.forget_newer(plan.start)
     self._recoverer.lose(plan)
     self._leader.forget_after(plan.start)
@@ -191,7 +193,7 @@ class Comeback:
     if self._hosts.others:
       locations = self._hosts.locations(self._crew.workers)
       worker.send('locations', locations=locations)
-    # From here on it is one that replays, though it has not said so.
+    # From here on the worker replays, though it has not said so yet.
     worker.iteration, worker.is_idle = plan.first_iteration, False
     go = self._recoverer.go(
       worker.stage,

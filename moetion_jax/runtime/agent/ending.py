@@ -1,4 +1,4 @@
-"""How a run ends: with which code and words, and whether its stores stay."""
+"""The end of a run: its exit code, its last words, and whether stores stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetion_jax import errors
 from moetion_jax.runtime.hosts import child_process, crew as crew_lib, hosts
 from moetion_jax.runtime.records import recorder as recorder_lib
 
-# A worker that was told to end may take so long, then it is killed.
+# How long a worker that was told to end may take before it is killed.
 _GRACE_SECONDS = 10.0
 
 
@@ -19,10 +19,11 @@ class Ending:
   """The end of one run, once there is one.
 
   Attributes:
-    result: exit code, and the state for `workers.json`; None while the run goes
-      on.
-    kill_at: when workers that live on are killed, `time.monotonic`.
-    keeps_store: whether what is in the host stores will be gone on with.
+    result: the exit code, and the state for `workers.json`; None while the run
+      goes on.
+    kill_at: the time at which workers that live on are killed, of
+      `time.monotonic`; None: they are not.
+    keeps_store: whether the host stores stay, for a run that goes on from them.
   """
 
   def __init__(
@@ -36,9 +37,9 @@ class Ending:
     """Stores the arguments.
 
     Args:
-      recorder: writes the event.
-      hosts: whose stores stay or go.
-      crew: whose workers are told.
+      recorder: the writer of the event.
+      hosts: the hosts, whose stores stay or go.
+      crew: the workers, which are told.
       keeps_store: whether an earlier run left something in the host stores.
     """
     self.result: tuple[int, str] | None = None
@@ -49,23 +50,32 @@ class Ending:
     self.keep(keeps_store)
 
   def keep(self, keep: bool) -> None:
-    """Whether the host stores stay, whatever ends the run from now on."""
+    """Sets whether the host stores stay, whatever ends the run from now on."""
     self.keeps_store = keep
     self._hosts.keep(keep)
 
   def end(self, code: int, state: str) -> None:
-    """Ends the run: workers are told, later killed."""
+    """Ends the run: tells the workers to exit; they are killed later.
+
+    Args:
+      code: the exit code.
+      state: the state of all workers for `workers.json`.
+    """
     self.result = code, state
     self.kill_at = time.monotonic() + _GRACE_SECONDS
     for worker in self._crew.everyone():
       worker.send('exit')
 
   def end_now(self) -> None:
-    """Lets no worker finish what it does."""
+    """Has workers killed at once, whatever they do."""
     self.kill_at = time.monotonic()
 
   def stopped(self, *, has_begun: bool) -> None:
-    """Ends a run that was told to stop, and says how to go on with it."""
+    """Ends a run that was told to stop, and says how to go on with it.
+
+    Args:
+      has_begun: whether the workers were told to train.
+    """
     iteration = self._recorder.iteration
     self._recorder.event('stopped', iteration=iteration)
     self.end(0, 'stopped')
@@ -76,7 +86,11 @@ class Ending:
     self._recorder.view.note(f'{note} {how}'.rstrip())
 
   def finished(self, checkpoint: pathlib.Path) -> None:
-    """Ends a run whose final checkpoint is written."""
+    """Ends a run whose final checkpoint is written.
+
+    Args:
+      checkpoint: the path of that checkpoint.
+    """
     self._recorder.event('finished', iteration=self._recorder.iteration)
     self.end(0, 'finished')
     self.keep(False)
@@ -93,15 +107,15 @@ class Ending:
 
     Args:
       error: the reason.
-      logs: what the workers of the failed stage printed, if one failed.
+      logs: the log files of the failed stage's workers, if a stage failed.
       has_begun: whether the workers were told to train.
     """
-    self._crew.close()  # and pass on what they still had to print
+    self._crew.close()  # and passes on what workers still had to print
     self.result = 1, 'failed'
     fields = {'error': str(error)}
     if isinstance(error, child_process.WorkerError):
       fields |= {'stage': error.stage, 'iteration': error.iteration}
-    with contextlib.suppress(OSError):  # that may be why it failed
+    with contextlib.suppress(OSError):  # which may be why the run failed
       self._recorder.event('failed', **fields)
     print(f'The run ended: {error}', file=sys.stderr)
     if logs:
@@ -119,5 +133,5 @@ class Ending:
     return 'The same command starts over.' if has_begun else ''
 
   def store_names(self) -> str:
-    """The host stores' folders, for people."""
+    """Names the host stores' folders, for people."""
     return ' and '.join(map(str, self._hosts.stores()))

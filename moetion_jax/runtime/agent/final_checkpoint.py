@@ -1,4 +1,4 @@
-"""How all stages' states become the final checkpoint, seen from the agent."""
+"""The agent's part in the final checkpoint: it asks workers for their states."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from moetion_jax.runtime.hosts import child_process
 
 
 class FinalState:
-  """Who is done, and who has put its state into the store.
+  """Keeps who is done, and who has put its state into the store.
 
-  The first worker then saves everybody's. One that dies meanwhile is asked
-  again, when it is back.
+  Once all states are there, the first worker saves them. A worker that dies
+  meanwhile is asked again, when it is back.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    """Stores where the checkpoint goes."""
+    """Stores the path of the checkpoint."""
     self._path = path
     self._done: set[tuple[int, int]] = set()
     self._asked: set[tuple[int, int]] = set()
     self._handed_over: set[tuple[int, int]] = set()
 
   def done(self, worker: child_process.WorkerProcess, workers: int) -> bool:
-    """A worker has trained to the end of its run.
+    """Notes that a worker has trained to the end of the run.
 
     Args:
-      worker: that has.
-      workers: that there are.
+      worker: the worker that has.
+      workers: the number of all workers.
 
     Returns:
       Whether all have by now.
@@ -36,10 +36,11 @@ class FinalState:
     return len(self._done) == workers
 
   def hand_over(self, givers: Sequence[child_process.WorkerProcess]) -> None:
-    """Asks those who were not asked yet; all have trained to the end.
+    """Asks for their states those who were not asked; all are done training.
 
     Args:
-      givers: workers that together have everything, by stage and replica.
+      givers: workers that together have the whole state, in the order of stage
+        and replica.
     """
     for worker in givers:
       if _name(worker) not in self._asked:
@@ -52,12 +53,12 @@ class FinalState:
     givers: Sequence[child_process.WorkerProcess],
     iteration: int,
   ) -> None:
-    """A worker's state is there; the last one has all saved.
+    """Notes that a worker's state is there; at the last one, has all saved.
 
     Args:
-      worker: whose.
+      worker: the worker whose state it is.
       givers: see `hand_over`.
-      iteration: of the states.
+      iteration: the iteration of the states.
     """
     self._handed_over.add(_name(worker))
     if self._handed_over.issuperset(map(_name, givers)):
@@ -72,7 +73,7 @@ class FinalState:
       )
 
   def forget(self, stage: int) -> None:
-    """The workers of a stage go back."""
+    """Forgets what the workers of a stage did, since they go back."""
     for names in (self._done, self._asked, self._handed_over):
       names.difference_update({name for name in names if name[0] == stage})
 

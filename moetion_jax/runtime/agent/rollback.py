@@ -23,7 +23,10 @@ from moetion_jax.runtime.hosts import (
 
 
 class Rollback:
-  """`begin` at a failure; `finish` whenever somebody has stopped."""
+  """One roll back of all stages.
+
+  Call `begin` at a failure, and `finish` whenever a worker has stopped.
+  """
 
   def __init__(
     self,
@@ -36,10 +39,10 @@ class Rollback:
     """Stores the arguments.
 
     Args:
-      stages: of the run.
-      crew: whose workers stop, or are replaced.
-      recoverer: who plans.
-      stores: that nobody writes meanwhile.
+      stages: the number of stages.
+      crew: the workers, which stop or are replaced.
+      recoverer: the maker of the plan.
+      stores: the host stores, which nobody writes meanwhile.
       on_replaced: called with each new worker.
     """
     self._stages = range(stages)
@@ -58,15 +61,15 @@ class Rollback:
     reason: str,
     team: tuple[int, ...],
   ) -> None:
-    """Has everybody stop, because a worker is dead; again for each.
+    """Has everybody stop, because a worker is dead; called for each dead one.
 
     Args:
-      worker: that is dead.
-      reason: why.
+      worker: the dead worker.
+      reason: the cause of its death.
       team: the replicas of its stage that have a worker from now on.
 
     Raises:
-      base.MoetionError: there were too many failures.
+      errors.MoetionError: there were too many failures.
     """
     now = time.monotonic()
     if not self._failed:
@@ -89,13 +92,16 @@ class Rollback:
         member.roll_back()
 
   def finish(self, reported: int) -> recovery_plan.RecoveryPlan | None:
-    """What all do now, if a roll back is under way and everybody has stopped.
+    """Plans what all do now, if everybody has stopped to go back.
 
     Args:
-      reported: iteration that all reported and that is written down.
+      reported: the newest iteration that all reported and that is written down.
+
+    Returns:
+      The plan; None if no roll back is under way, or somebody still works.
 
     Raises:
-      base.MoetionError: nothing is left to start from.
+      errors.MoetionError: nothing is left to start from.
     """
     if not self._failed or not all(w.is_idle for w in self._crew.workers):
       return None

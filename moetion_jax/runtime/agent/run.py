@@ -25,15 +25,15 @@ def run(
   on from there.
 
   Args:
-    config: of the run.
-    where: it runs.
-    view: what a person sees.
+    config: the run's settings.
+    where: the settings of where it runs.
+    view: the live view.
 
   Returns:
     The exit code.
 
   Raises:
-    base.ConfigError: the run cannot begin; nothing was written.
+    errors.ConfigError: the run cannot begin; nothing was written.
   """
   log_size.check_shape(config)
   placement.host_of_stages(
@@ -46,14 +46,14 @@ def run(
     run_id = run_store.run_id(str(folder.path))
     on_disk = where.durable_folder(str(folder.path))
     if folder.is_finished():
-      # Killed between its checkpoint and its end, it left something.
+      # A run killed between its checkpoint and its end left something.
       run_store.remove_leftovers(where.hostmem_dir, run_id)
       print(
         f'This run is finished: {folder.checkpoint}. Pass --fresh to start '
         'over.'
       )
       return 0
-    # Without the workdir's files nothing says what the store is of.
+    # Without the workdir's files nothing says which run the store is of.
     fresh = where.fresh or not (folder.path / 'config.json').exists()
     left = run_store.report_leftovers(where.hostmem_dir, run_id, fresh=fresh)
     if fresh:

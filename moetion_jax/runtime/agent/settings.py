@@ -1,4 +1,4 @@
-"""Where a run runs, as flags say it."""
+"""The settings of where and how a run runs, from flags."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from moetion_jax.hostmem import run_store
 from moetion_jax.policies import settings as capture_settings
 from moetion_jax.runtime import faults as faults_lib
 
-_DURABLE_NAME = 'durable'  # of a folder in the workdir
+_DURABLE_NAME = 'durable'  # the name of a folder in the workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-  """Where a run runs; none of it changes what comes out.
+  """Settings of where and how a run runs; none changes what comes out.
 
   Attributes:
-    workdir: its folder.
+    workdir: the run's folder.
     fresh: whether an earlier run in it is removed.
-    hostmem_dir: existing directory in tmpfs.
-    captures: how snapshots are taken.
-    durable_dir: for snapshots on disk; '': a folder in the workdir.
-    max_failures: of one stage, without progress, before the run ends.
-    hang_timeout_seconds: a program that runs longer than this hangs.
+    hostmem_dir: an existing directory in tmpfs.
+    captures: the settings of how snapshots are taken.
+    durable_dir: the directory for snapshots on disk; '': a folder in the
+      workdir.
+    max_failures: failures of one stage, without progress, that the run bears.
+    hang_timeout_seconds: seconds after which a program that runs counts as
+      hanging.
     standby: whether a process waits to take a dead worker's place.
-    on_failure: of a worker that cannot be replaced: 'stop' the run, or 'shrink'
-      its stage, whose other replicas then do its microbatches.
-    max_workers: processes that may become workers, all in all; 0: no limit.
+    on_failure: the reaction when a worker cannot be replaced: 'stop' the run,
+      or 'shrink' its stage, whose other replicas then do its microbatches.
+    max_workers: the number of processes that may become workers, all in all;
+      0: no limit.
     grow_after: iterations after which a shrunk stage gets its workers back; 0:
       never.
-    compilation_cache_dir: see `runtime.configure`.
-    local_hosts: over how many virtual hosts on this machine the stages are
-      spread; those talk over TCP.
-    full_seconds: how long a log that is full waits before the run ends.
-    faults: a script of what goes wrong.
+    compilation_cache_dir: see `xla_setup.configure`.
+    local_hosts: the number of virtual hosts on this machine over which the
+      stages are spread; they talk over TCP.
+    full_seconds: seconds that a full log waits before the run ends.
+    faults: the script of faults.
   """
 
   workdir: str
@@ -66,17 +69,17 @@ class AgentSettings:
         'hang_timeout', self.hang_timeout_seconds, 'must be positive'
       )
     if self.local_hosts > 1 and not self.captures.rules.is_exact:
-      # Another host's server may have entries of before for a moment.
+      # Another host's server may have outdated entries for a moment.
       raise errors.ConfigError(
         'local_hosts', self.local_hosts, 'must be 1 with --policy=partial'
       )
     run_store.check_hostmem_dir(self.hostmem_dir)
 
   def durable_folder(self, workdir: str) -> str:
-    """The folder of a run's snapshots on disk; '' if its policy has none.
+    """Returns a run's folder of snapshots on disk; '' if its policy has none.
 
     Args:
-      workdir: of the run, absolute.
+      workdir: the run's folder, absolute.
     """
     if not self.captures.rules.is_durable:
       return ''

@@ -1,4 +1,4 @@
-"""How the agent has all stages end after the same iteration (`stopping`)."""
+"""The agent's part in ending all stages after one iteration (`stopping`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Stopper:
     """Stores the arguments.
 
     Args:
-      iterations: of the run.
-      workers: those of the moment.
+      iterations: the number of the run's iterations.
+      workers: returns the workers of the moment.
     """
     self._iterations = iterations
     self._workers = workers
@@ -35,9 +35,15 @@ class Stopper:
   def answer(
     self, worker: child_process.WorkerProcess, limit: int, begun: int
   ) -> None:
-    """Takes in the answer of a worker."""
+    """Takes in the answer of a worker.
+
+    Args:
+      worker: the worker that answers.
+      limit: the proposed last iteration that it answers.
+      begun: the newest iteration that it has begun.
+    """
     if self._decision is None or limit != self._decision.limit:
-      return  # to an earlier proposal
+      return  # it answers an earlier proposal
     self._answers[worker.stage, worker.replica] = begun
     decision = stopping.decide(
       limit, self._answers, len(self._workers()), self._iterations
@@ -46,7 +52,7 @@ class Stopper:
       self._decide(decision)
 
   def tell(self, workers: Sequence[child_process.WorkerProcess]) -> None:
-    """Tells workers, such as new ones, what is decided, if anything is."""
+    """Tells workers, such as new ones, the decision, if there is one."""
     if self._decision is None:
       return
     kind = 'commit' if self._decision.commit else 'propose'

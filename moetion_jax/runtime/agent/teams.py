@@ -1,4 +1,4 @@
-"""Which replicas of a stage have a worker, when some cannot have one."""
+"""Decides which replicas of a stage have a worker, if not all can have one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Teams:
     """Stores the arguments.
 
     Args:
-      replicas: of each stage.
-      where: what may be done.
-      crew: whose teams they are.
-      recoverer: who counts failures.
-      stores: in which snapshots lose and get their writer.
-      leader: who is told.
+      replicas: the number of each stage's replicas.
+      where: the settings, which say what may be done.
+      crew: the workers, of which the teams are made.
+      recoverer: the counter of failures.
+      stores: the host stores, in which snapshots lose and get their writer.
+      leader: the recorder, which is told.
     """
     self._everybody = tuple(range(replicas))
     self._where = where
@@ -46,14 +46,17 @@ class Teams:
   def without(
     self, worker: child_process.WorkerProcess, what: str
   ) -> tuple[int, ...]:
-    """The team of a stage after the death of a worker: without it, if need be.
+    """Returns the team after a worker's death: without it, if need be.
 
     Args:
-      worker: that is dead.
-      what: happened to it.
+      worker: the dead worker.
+      what: the description of what happened to it.
+
+    Returns:
+      The replicas of its stage that have a worker from now on.
 
     Raises:
-      base.MoetionError: it cannot be replaced, and nobody may stand in for it.
+      errors.MoetionError: it cannot be replaced, and nobody may stand in for it.
     """
     team = self._crew.team(worker.stage)
     has_none = not self._may_start(len(team))
@@ -80,7 +83,7 @@ class Teams:
     return team
 
   def grow(self) -> list[int]:
-    """The stages that get all their workers back now."""
+    """Returns the stages that get all their workers back now."""
     if not self._where.grow_after or self._recoverer.recovering:
       return []
     for stage, iteration in self._shrunk_at.items():
@@ -88,9 +91,8 @@ class Teams:
       if is_time and self._may_start(len(self._everybody)):
         del self._shrunk_at[stage]
         self._stores.orphan(stage, self._everybody)
-        self._recoverer.failures.forgive(
-          stage
-        )  # that it begins again is no failure
+        # That the stage begins again is no failure.
+        self._recoverer.failures.forgive(stage)
         self._leader.event('grown', stage=stage, team=self._everybody)
         return [stage]  # one at a time
     return []

@@ -1,4 +1,4 @@
-"""Looks after workers that hang: kills them, which is then a death like others."""
+"""Finds workers that hang and kills them, which is then a death like others."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _ASLEEP_SECONDS = 2.0
 
 
 class Watcher:
-  """Called often, looks now and then."""
+  """Looks for hanging workers now and then; may be called often."""
 
   def __init__(self, hang_timeout_seconds: float):
-    """Stores after how long a program hangs."""
+    """Stores the seconds after which a program that runs counts as hanging."""
     self._hang_timeout_seconds = hang_timeout_seconds
     self._looked_at = time.monotonic()
 
   def look(
     self, workers: Sequence[child_process.WorkerProcess], *, excused: bool
   ) -> None:
-    """Kills one that hangs, and says in its `reason` why.
+    """Kills a worker that hangs, and says why in its `reason`.
 
     Args:
-      workers: of the run.
-      excused: whether nobody is to blame now, whatever it does.
+      workers: all workers of the run.
+      excused: whether no worker is to blame now, whatever it does.
 
     Raises:
-      base.MoetionError: everybody waits for somebody.
+      errors.MoetionError: everybody waits for somebody.
     """
     now = time.monotonic()
     if now - self._looked_at < WATCH_SECONDS:

@@ -1,1 +1,1 @@
-"""The processes and the stores of a run on all its hosts, as its agent has them."""
+"""The agent's view of a run's processes and stores, on all its hosts."""

@@ -1,4 +1,4 @@
-"""A worker as its agent sees it: a process, its pipes, what it said last."""
+"""A worker as its agent sees it: a process, its pipes, its last messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moetion_jax import errors
 from moetion_jax.runtime import messages
 
 _READ_BYTES = 1 << 16
-_KEPT_LINES = 1000  # of output, until there is a log to write them to
+_KEPT_LINES = 1000  # output lines kept until there is a log to write them to
 
 
 class WorkerError(errors.MoetionError):
@@ -29,22 +29,22 @@ class WorkerError(errors.MoetionError):
 
 
 class Transcript:
-  """What a process printed: shown with its name, and kept in a log.
+  """The output of a process: shown with its name, and kept in a log.
 
-  `close` last.
+  Call `close` last.
 
   Attributes:
-    name: of who prints.
+    name: name of the process, shown before each line.
   """
 
   def __init__(self, name: str):
-    """Stores who prints."""
+    """Stores the name."""
     self.name = name
     self._log = None
     self._unlogged: list[bytes] = []
 
   def add(self, line: bytes) -> None:
-    """Takes a line, without its end."""
+    """Takes a line of output, without its line end."""
     if self._log:
       self._log.write(line + b'\n')
     elif len(self._unlogged) < _KEPT_LINES:
@@ -52,7 +52,7 @@ class Transcript:
     print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
 
   def open_log(self, path: pathlib.Path) -> None:
-    """From now on lines go to a file as well; what has come, too."""
+    """Writes lines to a file as well from now on, and those kept so far."""
     self._log = open(path, 'ab', buffering=0)
     for line in self._unlogged:
       self._log.write(line + b'\n')
@@ -66,19 +66,20 @@ class Transcript:
 
 
 class ChildProcess:
-  """A process of ours and its pipes. `start` first; `kill`, `close` last.
+  """A child process and its pipes. `start` first; `kill`, `close` last.
 
-  Nothing here waits, except `close`: whoever started it polls `status_fd`,
-  `output_fd` and `pid_fd`, and calls what is named after the one that is
-  readable.
+  Nothing here waits, except `close`: the owner polls `status_fd`, `output_fd`
+  and `pid_fd`, and when one is readable calls `read_status`, `read_output` or
+  `reap`.
 
   Attributes:
-    exit_code: negative for a signal; None while it runs.
-    is_closed: whether nothing more can be heard of it.
+    exit_code: the process's exit code, negative for a signal; None while it
+      runs.
+    is_closed: whether nothing more can be heard of the process.
   """
 
   def __init__(self, module: str, on_line: Callable[[bytes], None]):
-    """Stores what it runs, and who gets the lines that it prints."""
+    """Stores the module to run, and who gets the lines that it prints."""
     self.exit_code: int | None = None
     self.is_closed = False
     self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
@@ -97,9 +98,9 @@ class ChildProcess:
     """Starts the process.
 
     Args:
-      spec: JSON of a `protocol.Spec` or `HostSpec` but for the pipes.
-      environment: variables on top of those of this process.
-      lock_fds: that it inherits, and with them the locks.
+      spec: JSON of a `messages.Spec` or `HostSpec`, without the pipes.
+      environment: variables to set on top of those of this process.
+      lock_fds: descriptors that it inherits, and with them the locks.
     """
     self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
     their_control, self._control_fd = os.pipe2(os.O_CLOEXEC)
@@ -112,7 +113,7 @@ class ChildProcess:
         stderr=their_output,
         pass_fds=(their_status, their_control, *lock_fds),
         env={**os.environ, **_import_path(), **environment},
-        process_group=0,  # a Ctrl-C on the terminal is the agent's to handle
+        process_group=0,  # a Ctrl-C on the terminal is for the agent to handle
       )
     finally:
       for fd in (their_status, their_control, their_output):
@@ -128,23 +129,23 @@ class ChildProcess:
 
   @property
   def pid(self) -> int:
-    """Of the process."""
+    """Pid of the process."""
     assert self._process is not None
     return self._process.pid
 
   def send(self, kind: str, **fields: object) -> None:
-    """Sends a message; one that a dead process does not get is lost."""
+    """Sends a message; a message to a dead process is lost."""
     with contextlib.suppress(BrokenPipeError):
       messages.write(self._control_fd, messages.encode(kind, **fields))
 
   def read_status(self) -> tuple[list[messages.Message], bool]:
-    """The messages that have come, and whether no more can."""
+    """Returns the messages that have come, and whether no more can come."""
     data, ended = _read(self.status_fd)
     lines = self._status_lines.feed(data)
     return [json.loads(line) for line in lines], ended
 
   def read_output(self) -> bool:
-    """Passes on what the process printed; whether no more can come."""
+    """Passes on what the process printed; returns True if no more can come."""
     data, ended = _read(self.output_fd)
     lines = self._output_lines.feed(data)
     if ended:
@@ -154,7 +155,7 @@ class ChildProcess:
     return ended
 
   def reap(self) -> None:
-    """Collects the exit code of a process that ended."""
+    """Collects the exit code of the process; call when it has ended."""
     assert self._process is not None
     self.exit_code = self._process.wait()
 
@@ -164,7 +165,7 @@ class ChildProcess:
       self._process.kill()
 
   def close(self) -> None:
-    """Waits for the end of the process, then closes what belongs to it."""
+    """Waits for the process to end, then closes its pipes."""
     self.is_closed = True
     if self._process is not None:
       self.exit_code = self._process.wait()
@@ -176,7 +177,7 @@ class ChildProcess:
     self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
 
   def describe_exit(self) -> str:
-    """How it ended, for people."""
+    """Says how the process ended, for people."""
     return describe_exit(self.exit_code)
 
 
@@ -184,23 +185,23 @@ class WorkerProcess(ChildProcess):
   """One worker process.
 
   Attributes:
-    stage: that it trains.
-    replica: of the stage.
-    generation: of the worker.
+    stage: the stage that it trains.
+    replica: its replica of the stage.
+    generation: its generation.
     host: name of the host that it runs on.
-    state: what it does, for people and `workers.json`.
+    state: what it does now, for people and `workers.json`.
     detail: more about that; '' for nothing.
-    iteration: that it works on.
-    is_warm: a standby that is prepared.
-    heard_at: when it said something last, `time.monotonic`.
-    state_since: since when it has been doing what it does.
-    reason: why it has to be killed; '' for nothing.
+    iteration: the iteration that it works on.
+    is_warm: whether it is a standby that is prepared.
+    heard_at: time of its last message, `time.monotonic`.
+    state_since: time since which it does what it does, `time.monotonic`.
+    reason: why it has to be killed; '' for no reason.
     suspects: iterations of snapshots that it found to be damaged.
     corrupt: stage and iteration of a log entry that it found to be damaged.
-    has_caught_up: with its predecessor, or it has none.
+    has_caught_up: whether it has caught up with its predecessor, if any.
     is_idle: whether it has nothing to do until it is told `go`.
     is_going_back: whether it was told to stop, and has not said that it did.
-    fault_at: when it had a scripted fault, `time.monotonic`; None: it had none.
+    fault_at: time of its scripted fault, `time.monotonic`; None without one.
   """
 
   def __init__(
@@ -212,14 +213,14 @@ class WorkerProcess(ChildProcess):
     replica: int = 0,
     is_alone: bool = True,
   ):
-    """Stores who it is; nothing runs before `start`.
+    """Stores the arguments; nothing runs before `start`.
 
     Args:
-      stage: that it trains.
-      generation: of the worker.
+      stage: the stage that it trains.
+      generation: its generation.
       host: name of the host that it runs on.
-      on_line: who gets the lines that it prints; None: this process's stderr.
-      replica: of the stage.
+      on_line: called with each line that it prints; None: its `Transcript`.
+      replica: its replica of the stage.
       is_alone: whether the stage has one worker.
     """
     self._is_alone = is_alone
@@ -243,19 +244,19 @@ class WorkerProcess(ChildProcess):
     self._steps = 0
 
   def become(self, stage: int, replica: int, generation: int) -> None:
-    """From a standby to the worker of a stage."""
+    """Turns a standby into the worker of a stage."""
     self.stage, self.replica = stage, replica
     self.generation, self.is_warm = generation, False
     self.state, self.detail = 'starting', ''
     self._transcript.name = self.name
 
   def event_fields(self) -> dict[str, int]:
-    """Who it is and how far it came, for an event."""
+    """Returns an event's fields: who it is and how far it came."""
     names = ('stage', 'replica', 'iteration', 'generation')
     return {name: getattr(self, name) for name in names}
 
   def describe_death(self) -> str:
-    """How the worker died, and what it was doing."""
+    """Says how the worker died, and what it was doing."""
     what = f'the worker (pid {self.pid}) {self.reason or self.describe_exit()}'
     if not self._is_alone:
       what = f'replica {self.replica}: {what}'
@@ -265,22 +266,22 @@ class WorkerProcess(ChildProcess):
     return f'{what} while {doing} {self.detail}'.rstrip()
 
   def failed(self, message: messages.Message) -> None:
-    """Takes the last word of a worker that ends with an error, and ends it."""
+    """Takes in the message `failed`, its last, and kills the process."""
     self.reason = f'failed: {message["error"]}'
     self.iteration = max(self.iteration, message['iteration'])
     self.suspects = tuple(message['suspects'])
     if message['corrupt']:
       self.corrupt = message['corrupt'][0], message['corrupt'][1]
-    self.kill()  # that is quicker than its own end, and cannot hang
+    self.kill()  # quicker than its own end, and cannot hang
 
   def roll_back(self) -> None:
-    """Has it stop, without ending the process; it answers `rolled_back`."""
+    """Tells it to stop but keep its process; it answers `rolled_back`."""
     if not self.is_idle and not self.is_going_back:
       self.is_going_back = True
       self.send('roll_back')
 
   def rolled_back(self) -> None:
-    """It has stopped, and becomes the next generation."""
+    """Takes in the message `rolled_back`; begins the next generation."""
     self.is_idle, self.is_going_back = True, False
     self.has_caught_up = False
     self.reason, self.suspects, self.corrupt = '', (), None
@@ -288,7 +289,7 @@ class WorkerProcess(ChildProcess):
 
   @property
   def name(self) -> str:
-    """For people: 'stage 1', or 'stage 1 replica 0' where there are several."""
+    """Name for people: 'stage 1', or with several 'stage 1 replica 0'."""
     return self._name_of(self.stage, self.replica)
 
   def _name_of(self, stage: int, replica: int) -> str:
@@ -297,7 +298,7 @@ class WorkerProcess(ChildProcess):
     return f'stage {stage}' + ('' if self._is_alone else f' replica {replica}')
 
   def says(self, state: str, detail: str, iteration: int, steps: int) -> None:
-    """Takes in what it says that it does."""
+    """Takes in what the message `state` says."""
     if (state, detail, iteration, steps) != (
       self.state,
       self.detail,
@@ -309,17 +310,17 @@ class WorkerProcess(ChildProcess):
     self.iteration = iteration
 
   def open_log(self, path: pathlib.Path) -> None:
-    """See `Transcript.open_log`."""
+    """Opens the log of its output; see `Transcript.open_log`."""
     self._transcript.open_log(path)
 
   def close(self) -> None:
-    """See `ChildProcess.close`."""
+    """Ends the process and its transcript; see `ChildProcess.close`."""
     super().close()
     self._transcript.close()
 
 
 def marked(variable: str, value: str) -> list[int]:
-  """Pids of living processes that were started with a variable set so."""
+  """Returns the pids of processes started with this value of a variable."""
   wanted = f'{variable}={value}'.encode()
   found = []
   for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
@@ -332,21 +333,21 @@ def marked(variable: str, value: str) -> list[int]:
 
 
 def describe_exit(exit_code: int | None) -> str:
-  """How a process ended, for people."""
+  """Says how a process ended, for people."""
   if exit_code is not None and exit_code < 0:
     return f'was killed by {signal.Signals(-exit_code).name}'
   return f'exited with code {exit_code}'
 
 
 def _import_path() -> dict[str, str]:
-  """Lets a child import what this process was imported from."""
+  """Returns a PYTHONPATH with which a child imports this same package."""
   root = str(pathlib.Path(__file__).resolve().parents[3])
   paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
   return {'PYTHONPATH': os.pathsep.join(paths)}
 
 
 def _read(fd: int) -> tuple[bytes, bool]:
-  """All that a non-blocking pipe holds, and whether its writers are gone."""
+  """Reads all that a pipe holds; True if its writers are gone."""
   pieces = []
   while True:
     try:

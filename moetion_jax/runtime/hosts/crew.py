@@ -26,16 +26,16 @@ from moetion_jax.state import division
 
 
 class Listener(Protocol):
-  """Who hears of what processes do."""
+  """The receiver of what processes say, and of their ends."""
 
   def on_message(
     self, worker: child_process.WorkerProcess, message: messages_lib.Message
   ) -> None:
-    """It said something."""
+    """Handles a message from a worker."""
     ...
 
   def on_exit(self, worker: child_process.WorkerProcess) -> None:
-    """It ended; everything that it said was heard."""
+    """Handles a worker's end; all its messages were handled before."""
     ...
 
 
@@ -45,7 +45,7 @@ class Crew:
   `start` first, `close` last.
 
   Attributes:
-    started: how many processes were started for good, standbys not counted.
+    started: number of workers started; a standby counts once promoted.
   """
 
   def __init__(
@@ -60,12 +60,12 @@ class Crew:
     """Stores the arguments.
 
     Args:
-      config: of the run.
-      hosts: on which the processes run.
-      selector: that the caller polls; its keys' data are called.
-      listener: see there.
-      spec: of a worker, but for what differs between workers.
-      book: of scripted faults.
+      config: the run's settings.
+      hosts: the hosts on which the processes run.
+      selector: the selector that the caller polls, calling its keys' data.
+      listener: who is told of messages and ends.
+      spec: a worker's spec, but for what differs between workers.
+      book: the scripted faults that have not happened yet.
     """
     self._book = book
     self.started = 0
@@ -89,11 +89,11 @@ class Crew:
     )
 
   def start(self, lock_fds: tuple[int, ...], generation: int) -> None:
-    """Starts a worker for every stage.
+    """Starts a worker for every replica of every stage.
 
     Args:
-      lock_fds: that all inherit.
-      generation: of the workers.
+      lock_fds: descriptors of locks that all processes inherit.
+      generation: the workers' generation.
     """
     self._lock_fds = lock_fds
     self._hosts.start(lock_fds[:1])
@@ -109,22 +109,22 @@ class Crew:
 
   @property
   def workers(self) -> list[child_process.WorkerProcess]:
-    """By stage, then replica."""
+    """All workers, by stage, then replica."""
     return [worker for team in self._of_stage for worker in team]
 
   def of_stage(self, stage: int) -> list[child_process.WorkerProcess]:
-    """The workers of a stage, by replica."""
+    """Returns the workers of a stage, by replica."""
     return list(self._of_stage[stage])
 
   def givers(self) -> list[child_process.WorkerProcess]:
-    """Of every stage as many workers as it takes to have all of its state."""
+    """Returns workers that together have the whole state of every stage."""
     if self._config.train.shard_optimizer:
       return self.workers
     stages = range(self._config.train.stages)
     return [self.of_stage(stage)[0] for stage in stages]
 
   def team(self, stage: int) -> tuple[int, ...]:
-    """The replicas of a stage that have a worker."""
+    """Returns the replicas of a stage that have a worker."""
     return tuple(worker.replica for worker in self._of_stage[stage])
 
   def replace(
@@ -136,13 +136,16 @@ class Crew:
   ) -> list[child_process.WorkerProcess]:
     """Ends a stage's workers that live, and starts the next generation.
 
-    Standbys take their places, if they are warm; a process that is not is
-    faster from the beginning.
+    Warm standbys take their places; a new process is faster than a standby that
+    is not warm.
 
     Args:
-      stage: whose.
-      has_begun: whether the run goes on already.
+      stage: the stage.
+      has_begun: whether the run has begun.
       team: the replicas that have a worker from now on; None: as before.
+
+    Returns:
+      The new workers, by replica.
     """
     old = self._of_stage[stage]
     team = self.team(stage) if team is None else team
@@ -178,7 +181,7 @@ class Crew:
     self._start(worker, spec)
 
   def _new_world(self, team: tuple[int, ...]) -> str:
-    """A coordinator's address that nobody uses; '' for a worker alone.
+    """Returns an unused address for a coordinator; '' for a worker alone.
 
     Somebody else may take the port before the world does: then its workers
     fail, and the next generation has another one.
@@ -190,12 +193,12 @@ class Crew:
       return f'127.0.0.1:{probe.getsockname()[1]}'
 
   def warm_standbys(self, platform: str) -> None:
-    """Has as many as a world has members, unless they keep dying.
+    """Starts the missing ones of a world's standbys, unless they keep dying.
 
     Args:
-      platform: for which they lower their programs.
+      platform: the platform for which they lower their programs.
     """
-    # As many cores as one will have, whichever stage it becomes.
+    # As many cores as a standby will have, whichever stage it becomes.
     cores = [place.cores for place in self._places]
     same = len({len(one) for one in cores}) == 1
     spec = dataclasses.replace(
@@ -207,11 +210,11 @@ class Crew:
     self._standbys.warm(spec, lambda: self._new_world(everybody))
 
   def warmed(self, worker: child_process.WorkerProcess) -> None:
-    """A standby is prepared."""
+    """Takes in that a standby is prepared."""
     self._standbys.warmed(worker)
 
   def end(self, worker: child_process.WorkerProcess) -> None:
-    """Kills a process and waits for its end; passes on its last words."""
+    """Kills a process and waits for its end; passes on its last output."""
     worker.kill()
     for fd in (worker.status_fd, worker.output_fd, worker.pid_fd):
       self._forget(fd)
@@ -227,7 +230,7 @@ class Crew:
     self._hosts.close()
 
   def everyone(self) -> Sequence[child_process.WorkerProcess]:
-    """All workers and standbys."""
+    """Returns all workers and standbys."""
     return [*self.workers, *self._standbys.everyone]
 
   # ---- processes -------------------------------------------------------------
@@ -239,7 +242,7 @@ class Crew:
     team: tuple[int, ...],
     begun: int = 0,
   ) -> messages_lib.Spec:
-    """Of a worker whose predecessor had begun that iteration."""
+    """Returns the spec of a worker whose predecessor had begun `begun`."""
     place = self._place_of(worker)
     stand_ins = division.stand_ins(self._replicas, team)
     return dataclasses.replace(
@@ -258,7 +261,7 @@ class Crew:
   def _place_of(
     self, worker: child_process.WorkerProcess
   ) -> placement.Placement | None:
-    """Where it runs; None for a standby, which is told later."""
+    """Returns a worker's place; None for a standby, which is told later."""
     if worker.stage == messages_lib.STANDBY:
       return None
     return self._places[worker.stage * self._replicas + worker.replica]
@@ -282,7 +285,7 @@ class Crew:
         )
 
   def _on_status(self, worker: child_process.WorkerProcess) -> None:
-    if worker.is_closed:  # with something else that happened at the same time
+    if worker.is_closed:  # by something else that happened at the same time
       return
     messages, ended = worker.read_status()
     if ended:
@@ -301,7 +304,7 @@ class Crew:
       return
     worker.reap()
     self._forget(worker.pid_fd)
-    self._on_status(worker)  # its last words say more than its exit code
+    self._on_status(worker)  # its last message says more than its exit code
     if worker in self._standbys.everyone:
       self._standbys.died(worker)
       return

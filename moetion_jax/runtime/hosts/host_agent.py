@@ -1,9 +1,9 @@
-"""The agent of a further host: `python -m launch.host_agent`.
+"""The agent of a further host, a process that only the leader starts.
 
-Started by the leader, by nobody else. It owns its host's store, serves it to
-the other hosts, starts its stages' workers as its children, and passes on what
-they and the leader tell each other (`protocol`). It decides nothing. It dies
-with the leader, and its workers with it.
+It owns its host's store, serves it to the other hosts, starts its stages'
+workers as its children, and passes on what they and the leader tell each other
+(`messages`). It decides nothing. It dies with the leader, and its workers with
+it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from moetion_jax.runtime.hosts import child_process
 
 
 class HostAgent:
-  """One host's workers, from their start to their end."""
+  """The agent of one host: its store, its workers, its link to the leader."""
 
   def __init__(self, spec: messages_lib.HostSpec):
-    """Stores; `run` does the work."""
+    """Stores the spec; `run` does the work."""
     self._spec = spec
     self._store: store_folder.StoreFolder | None = None
     self._workers: dict[int, child_process.WorkerProcess] = {}
     self._selector = selectors.DefaultSelector()
     self._commands = messages_lib.Lines()
     self._ended = False
-    # Without a leader that says otherwise: the same command goes on with it.
+    # Unless the leader says otherwise: the same command goes on with the store.
     self._keeps_store = True
 
   def _close_store(self) -> None:
@@ -41,11 +41,11 @@ class HostAgent:
     run_store.close_store(self._store, keep=self._keeps_store)
 
   def run(self) -> None:
-    """Serves until the leader says `exit`; then nothing is left.
+    """Serves until the leader says `exit`, or is gone; then ends the workers.
 
     Raises:
-      base.ConfigError: the host cannot be used.
-      base.StoreError: the same.
+      errors.ConfigError: the host cannot be used.
+      errors.StoreError: the same.
     """
     spec = self._spec
     with contextlib.ExitStack() as stack:
@@ -137,7 +137,7 @@ class HostAgent:
     self.send('exited', stage=worker.stage, exit_code=worker.exit_code)
 
   def _close(self, worker: child_process.WorkerProcess) -> None:
-    """Passes on its last words, and forgets it."""
+    """Passes on a worker's last output, and closes it."""
     for fd in (worker.status_fd, worker.output_fd, worker.pid_fd):
       self._forget(fd)
     worker.close()
@@ -154,7 +154,7 @@ class HostAgent:
 
 
 def main() -> int:
-  """Serves as stdin says; returns the exit code."""
+  """Serves as the spec on stdin says; returns the exit code."""
   spec = messages_lib.HostSpec.from_json(json.load(sys.stdin))
   linux_process.die_with(spec.agent_pid)
   agent = HostAgent(spec)

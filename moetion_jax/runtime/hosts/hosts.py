@@ -1,8 +1,8 @@
 """The hosts of a run, as its leader sees them.
 
 Host 0 is the agent that the user started. With `--local_hosts=N` each further
-one is an agent process of its own on this machine (`host_agent`), with its own
-store; its workers look to the leader like workers here. Entries of other hosts
+host is an agent process of its own on this machine (`host_agent`), with its own
+store; to the leader its workers look like workers here. Entries of other hosts
 are read over TCP, encrypted with a secret that is drawn for each run.
 """
 
@@ -28,9 +28,9 @@ class Hosts:
   """All hosts of a run. `start` first, `close` last.
 
   Attributes:
-    secret: of the job, in hex; '' where there is one host.
-    names: of the host of every stage.
-    others: all but the first one.
+    secret: the job's secret, in hex; '' where there is one host.
+    names: the name of every stage's host.
+    others: all hosts but the first one.
   """
 
   def __init__(
@@ -41,17 +41,18 @@ class Hosts:
     workdir: str,
     replicas: int = 1,
   ):
-    """Stores; nothing runs before `start`.
+    """Stores the arguments; nothing runs before `start`.
 
     Args:
-      stages: of the run.
-      local_hosts: how many hosts.
-      store: of the first one, started.
-      workdir: of the run, absolute.
-      replicas: of each stage.
+      stages: number of stages of the run.
+      local_hosts: number of hosts.
+      store: the first host's store, started.
+      workdir: the run's workdir, absolute.
+      replicas: number of replicas of each stage.
 
     Raises:
-      base.ConfigError: there are more hosts than stages, or replicas.
+      errors.ConfigError: there are more hosts than stages, or several hosts
+        and replicas.
     """
     self._replicas = replicas
     here = socket.gethostname()
@@ -71,10 +72,10 @@ class Hosts:
     self._address: str | None = None
 
   def start(self, lock_fds: tuple[int, ...]) -> None:
-    """Starts the other hosts' agents, and to serve this one's store.
+    """Starts the other hosts' agents, and serves this host's store.
 
     Args:
-      lock_fds: of the run, which all its processes inherit.
+      lock_fds: descriptors of the run's locks, which all processes inherit.
     """
     if not self.others:
       return
@@ -90,7 +91,7 @@ class Hosts:
     self._address = self._server.address
 
   def close(self) -> None:
-    """Ends the other hosts' agents, with all that is theirs."""
+    """Ends the other hosts' agents and workers; `keep` sets what stays."""
     for host in self.others:
       host.close()
     if self._server:
@@ -100,7 +101,7 @@ class Hosts:
   def worker(
     self, stage: int, replica: int, generation: int = 1
   ) -> child_process.WorkerProcess:
-    """A worker of the host of its stage, to be started."""
+    """Makes a worker on its stage's host; the caller starts it."""
     host = self._of_stage[stage]
     if host:
       return remote_host.RemoteWorker(self.others[host - 1], stage, generation)
@@ -113,10 +114,10 @@ class Hosts:
     )
 
   def standby(self, replica: int) -> child_process.WorkerProcess:
-    """A process of this host that may become any of its workers.
+    """Makes a process that may become any worker of this host.
 
     Args:
-      replica: that it is if it has joined a world by then.
+      replica: the replica that it becomes if it has joined a world by then.
     """
     return child_process.WorkerProcess(
       messages.STANDBY,
@@ -127,16 +128,16 @@ class Hosts:
     )
 
   def store_of(self, stage: int) -> pathlib.Path:
-    """The store folder of a stage's host; all hosts are on this machine."""
+    """Returns the store folder of a stage's host, always on this machine."""
     host = self._of_stage[stage]
     return self.others[host - 1].store if host else self._store.path
 
   def stores(self) -> list[pathlib.Path]:
-    """The store folders of all hosts."""
+    """Returns the store folders of all hosts."""
     return [self._store.path, *(host.store for host in self.others)]
 
   def keep(self, keep: bool) -> None:
-    """Whether the other hosts' stores stay when they are closed."""
+    """Sets whether the other hosts' stores stay when they are closed."""
     for host in self.others:
       host.keeps_store = keep
 
@@ -145,7 +146,7 @@ class Hosts:
     selector: selectors.BaseSelector,
     react: Callable[[remote_host.RemoteWorker], None],
   ) -> None:
-    """Has `react` called with workers of other hosts that have news."""
+    """Has `react` called with each worker of another host that has news."""
     for host in self.others:
       for fd, call in host.sources():
         selector.register(
@@ -155,7 +156,7 @@ class Hosts:
   def locations(
     self, workers: Sequence[child_process.WorkerProcess]
   ) -> list[messages.Message]:
-    """Where their entries are, as in the message `locations`."""
+    """Returns where workers' entries are, as in the message `locations`."""
     addresses = {host['host']: host['address'] for host in self.agents()}
     return [
       {
@@ -169,7 +170,7 @@ class Hosts:
     ]
 
   def agents(self) -> list[dict[str, Any]]:
-    """Who they are, as in `workers.json`."""
+    """Returns the agents of all hosts, as in `workers.json`."""
     return [
       {'host': self._name, 'pid': os.getpid(), 'address': self._address},
       *(

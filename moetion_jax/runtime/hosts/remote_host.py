@@ -14,7 +14,7 @@ from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime import linux_process, messages as messages_lib
 from moetion_jax.runtime.hosts import child_process
 
-# A host's agent that was told to end its workers or itself may take so long.
+# How long a host's agent may take to end its workers or itself when told to.
 _GRACE_SECONDS = 5.0
 
 
@@ -23,16 +23,16 @@ class HostError(errors.MoetionError):
 
 
 class RemoteWorker(child_process.WorkerProcess):
-  """A worker that another host's agent started; speaks through that one.
+  """A worker that another host's agent started, and speaks for.
 
   It has no descriptors to poll: `RemoteHost.read` says when there is news.
 
   Attributes:
-    ended: whether the process did, and all that it said is here.
+    ended: whether the process has ended and all its messages are here.
   """
 
   def __init__(self, agent: RemoteHost, stage: int, generation: int = 1):
-    """Stores who it is; nothing runs before `start`."""
+    """Stores the arguments; nothing runs before `start`."""
     super().__init__(stage, generation, agent.name)
     self.ended = False
     self._agent = agent
@@ -46,17 +46,17 @@ class RemoteWorker(child_process.WorkerProcess):
     environment: Mapping[str, str],
     lock_fds: tuple[int, ...],
   ) -> None:
-    """See `ChildProcess.start`; the locks are those of the other agent."""
+    """Has the other agent start the process, with that agent's locks."""
     del lock_fds
     self._agent.start_worker(self, spec, environment)
 
   @property
   def pid(self) -> int:
-    """Of the process; 0 while it is not known."""
+    """Pid of the process; 0 while it is not known."""
     return self._pid
 
   def take(self, message: messages_lib.Message) -> None:
-    """Takes in what the host's agent says about this worker."""
+    """Takes in a message of the host's agent about this worker."""
     kind = message['kind']
     if kind == 'started':
       self._pid = message['pid']
@@ -68,26 +68,26 @@ class RemoteWorker(child_process.WorkerProcess):
       self.ended, self._ended_with = True, message['exit_code']
 
   def send(self, kind: str, **fields: object) -> None:
-    """See `ChildProcess.send`."""
+    """Sends a message through the other agent; see `ChildProcess.send`."""
     message = {'kind': kind, **fields}
     self._agent.send('tell', stage=self.stage, message=message)
 
   def read_status(self) -> tuple[list[messages_lib.Message], bool]:
-    """See `ChildProcess.read_status`."""
+    """Returns the messages that have come; see `ChildProcess.read_status`."""
     messages, self._messages = self._messages, []
     return messages, False
 
   def reap(self) -> None:
-    """See `ChildProcess.reap`."""
+    """Takes over the exit code that the other agent collected."""
     self.exit_code = self._ended_with
 
   def kill(self) -> None:
-    """See `ChildProcess.kill`."""
+    """Has the other agent kill the process."""
     if self._pid and self.exit_code is None:
       self._agent.send('kill', stage=self.stage)
 
   def close(self) -> None:
-    """See `ChildProcess.close`; nobody waits for an agent that hangs."""
+    """Waits for the process to end, unless the other agent hangs."""
     if self._pid and self.exit_code is None:
       self._agent.wait_for(self)
       self.reap()
@@ -98,14 +98,14 @@ class RemoteHost:
   """The agent of another host. `start` first, `close` last.
 
   Attributes:
-    name: of the host in the location map.
-    address: of its store server; '' until it serves.
-    store: its store folder.
-    keeps_store: whether that stays when it is closed.
+    name: the host's name in the location map.
+    address: address of its store server; '' until it serves.
+    store: path of its store folder.
+    keeps_store: whether the store stays when the host is closed.
   """
 
   def __init__(self, name: str, hostmem_dir: str, run_id: str):
-    """Stores who it is and where its store lies."""
+    """Stores the host's name and its store's place; nothing runs yet."""
     self.name = name
     self.address = ''
     self.store = store_folder.StoreFolder(hostmem_dir, run_id).path
@@ -124,8 +124,8 @@ class RemoteHost:
     """Starts the agent.
 
     Args:
-      secret: of the job, in hex.
-      lock_fds: that it and its workers inherit.
+      secret: the job's secret, in hex.
+      lock_fds: descriptors of locks that it and its workers inherit.
     """
     spec = messages_lib.HostSpec(
       name=self.name,
@@ -141,7 +141,7 @@ class RemoteHost:
     self._gone = False
 
   def sources(self) -> tuple[tuple[int, Callable[[], Any]], ...]:
-    """Descriptors to poll, and what to call when they are readable.
+    """Returns descriptors to poll, and what to call when one is readable.
 
     `read`, which belongs to the first one, returns workers with news.
     """
@@ -152,7 +152,7 @@ class RemoteHost:
 
   @property
   def pid(self) -> int:
-    """Of the agent."""
+    """Pid of the agent."""
     return self._process.pid
 
   def start_worker(
@@ -161,7 +161,7 @@ class RemoteHost:
     spec: Mapping[str, object],
     environment: Mapping[str, str],
   ) -> None:
-    """Has a worker started; `spec` as of `ChildProcess.start`."""
+    """Has the agent start a worker; arguments as of `ChildProcess.start`."""
     self._workers[worker.stage] = worker
     self.send(
       'start',
@@ -172,15 +172,15 @@ class RemoteHost:
     )
 
   def send(self, kind: str, **fields: object) -> None:
-    """Sends a message; one that a dead agent does not get is lost."""
+    """Sends a message; a message to a dead agent is lost."""
     if not self._gone:
       self._process.send(kind, **fields)
 
   def read(self) -> list[RemoteWorker]:
-    """Takes in what the agent said; the workers with something new.
+    """Takes in what the agent said; returns the workers with news.
 
     Raises:
-      base.ConfigError: the host cannot be used.
+      errors.ConfigError: the host cannot be used.
       HostError: the agent ended.
     """
     news = self._take()
@@ -194,13 +194,13 @@ class RemoteHost:
     return news
 
   def wait_for(self, worker: RemoteWorker) -> None:
-    """Waits until a worker that was told to end did, or the agent is dead."""
+    """Waits for a worker that was told to end; kills an agent that hangs."""
     if not self._wait(lambda: worker.ended):
       self._process.kill()
       self._wait(lambda: False)
 
   def close(self) -> None:
-    """Ends the agent; whatever it was doing, nothing is left of it."""
+    """Ends the agent, by force if it hangs, with all its processes."""
     if self._process.status_fd < 0:
       return
     self.send('exit', keep=self.keeps_store)
@@ -209,7 +209,7 @@ class RemoteHost:
     self._process.close()
     self._transcript.close()
     if self._process.exit_code:
-      # Its workers died with it, and are our children now.
+      # Its workers died with it, and are children of this process now.
       linux_process.reap_orphans(self._pids)
     if self._process.exit_code and self.keeps_store:
       run_store.tidy(self.store)
@@ -220,7 +220,7 @@ class RemoteHost:
         print(f'Not removed: {error}', file=sys.stderr)
 
   def _wait(self, is_enough: Callable[[], bool]) -> bool:
-    """Whether so much was said in time, or the agent has ended."""
+    """True once `is_enough()` or the agent has ended; False on timeout."""
     if self._gone:
       return True
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -237,7 +237,7 @@ class RemoteHost:
     return True
 
   def _take(self, is_end: bool = False) -> list[RemoteWorker]:
-    """`read`, but that the agent ended is only noted."""
+    """Does what `read` does, but only notes that the agent ended."""
     messages, ended = self._process.read_status()
     news: dict[RemoteWorker, None] = {}
     for message in messages:

@@ -1,8 +1,9 @@
 """Processes that are prepared to take the place of any worker of this host.
 
 There are as many as a stage has replicas, since its workers are replaced
-together. On CPU they have met by then: they are a stage world that has no stage
-yet, and hold the programs of every stage. It is taken as a whole or not at all.
+together. On CPU they join each other ahead: they are a stage world that has no
+stage yet, and hold the programs of every stage. Such a world is taken as a
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from moetion_jax.runtime import messages
 from moetion_jax.runtime.hosts import child_process
 
-# Of which none became warm: then there are none any more.
+# Starts per replica of which none became warm; then no more are started.
 _ATTEMPTS = 3
 
 Make = Callable[[int], child_process.WorkerProcess]
@@ -23,11 +24,11 @@ End = Callable[[child_process.WorkerProcess], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TakenStandby:
-  """Standbys that became workers of a stage.
+  """The standbys that became workers of a stage.
 
   Attributes:
-    workers: by replica; those that are missing have to be started.
-    world: in which they have met; '' if they have not.
+    workers: the workers, by replica; missing ones have to be started.
+    world: address of the world that they have joined; '' if none.
   """
 
   workers: dict[int, child_process.WorkerProcess] = dataclasses.field(
@@ -37,20 +38,21 @@ class TakenStandby:
 
 
 class Standbys:
-  """All of a run. Knows who is warm; processes are its owner's to start.
+  """All standbys of a run; their owner's functions start and end them.
 
   Attributes:
-    everyone: that lives, warm or not.
+    everyone: the living standbys, warm or not.
   """
 
   def __init__(self, replicas: int, make: Make, start: Start, end: End):
     """Stores the arguments.
 
     Args:
-      replicas: of each stage.
-      make: makes one, of which replica it will be if it joins a world.
-      start: has a process run.
-      end: has it killed and reaped.
+      replicas: number of replicas of each stage.
+      make: makes a standby; its argument is the replica that it becomes if it
+        joins a world.
+      start: starts its process.
+      end: kills and reaps its process.
     """
     self.everyone: list[child_process.WorkerProcess] = []
     self._replicas = replicas
@@ -61,16 +63,16 @@ class Standbys:
     self._world = ''
 
   def warm(self, spec: messages.Spec, new_world: Callable[[], str]) -> None:
-    """Starts those that are missing, unless they keep dying.
+    """Starts the standbys that are missing, unless they keep dying.
 
     Args:
-      spec: of each but for who it is.
-      new_world: makes the address of one, where they are to meet ahead.
+      spec: each standby's spec, but for who it is.
+      new_world: makes a world's address, for standbys that join one ahead.
     """
     team = tuple(range(self._replicas))
     meets = spec.loads_ahead and len(team) > 1
     if meets and self.everyone:
-      return  # one that has joined is of no use to others
+      return  # one that has joined a world is of no use to others
     self._world = new_world() if meets else ''
     while (
       len(self.everyone) < len(team)
@@ -92,22 +94,22 @@ class Standbys:
       )
 
   def warmed(self, worker: child_process.WorkerProcess) -> None:
-    """One is prepared."""
+    """Takes in that a standby is prepared."""
     worker.is_warm, worker.state = True, 'standby'
     self._attempts = 0
 
   def take(
     self, stage: int, team: Sequence[int], generation: int, host: str
   ) -> TakenStandby:
-    """Has those that are warm become workers of a stage.
+    """Has the warm standbys become workers of a stage.
 
-    One that is not is of no use: a new process is faster.
+    One that is not warm is of no use: a new process is faster.
 
     Args:
-      stage: that they become.
+      stage: the stage whose workers they become.
       team: the replicas that have a worker.
-      generation: of the workers.
-      host: on which they have to be.
+      generation: the generation of the workers.
+      host: name of the host on which they have to be.
     """
     warm = [
       worker
@@ -124,7 +126,7 @@ class Standbys:
     return TakenStandby(workers=taken, world=world)
 
   def died(self, worker: child_process.WorkerProcess) -> None:
-    """One has ended; with a world that it was in."""
+    """Removes a standby that ended, and with it all members of its world."""
     gone = list(self.everyone) if self._world else [worker]
     for one in gone:
       self.everyone.remove(one)

@@ -1,4 +1,4 @@
-"""The host stores of a run, as the leader looks into them.
+"""The host stores of a run, as the leader sees them.
 
 All hosts are on this machine for now.
 """
@@ -17,7 +17,7 @@ from moetion_jax.snapshots import file as snapshot_file, folders
 
 
 class Stores:
-  """Logs and snapshots of all stages, on disk so to say."""
+  """The file-system view of every stage's logs and snapshots."""
 
   def __init__(
     self,
@@ -31,12 +31,13 @@ class Stores:
     """Stores the arguments.
 
     Args:
-      stages: of the run.
-      replicas: of each stage.
-      hosts: of the run.
-      recoverer: who is told what the stores hold.
-      leader: who writes what was dropped.
-      durable_folder: in which snapshots lie; '': in the hosts' stores.
+      stages: number of stages of the run.
+      replicas: number of replicas of each stage.
+      hosts: the run's hosts.
+      recoverer: the recoverer, which is told what the stores hold.
+      leader: the recorder, which writes an event for each dropped entry.
+      durable_folder: folder of the snapshots; '': they lie in the hosts'
+        stores.
     """
     self._durable_folder = durable_folder
     self._stages = range(stages)
@@ -47,12 +48,12 @@ class Stores:
     self._orphans: set[pathlib.Path] = set()
 
   def log_paths(self, stage: int) -> list[pathlib.Path]:
-    """Where the logs of a stage's replicas lie."""
+    """Returns the paths of the logs of a stage's replicas."""
     folder = self._hosts.store_of(stage)
     return [segment.segment_path(folder, stage, r) for r in self._replicas]
 
   def _snapshots_of(self, stage: int) -> pathlib.Path:
-    """In which folder the snapshots of a stage's workers lie."""
+    """Returns the folder of the snapshots of a stage's workers."""
     if self._durable_folder:
       return pathlib.Path(self._durable_folder)
     return self._hosts.store_of(stage)
@@ -62,14 +63,14 @@ class Stores:
     stages: Iterable[int] | None = None,
     on_unreadable: Callable[[str], None] = lambda reason: None,
   ) -> frozenset[int]:
-    """Looks what the stores hold of stages.
+    """Tells the recoverer which snapshots the stores hold of stages.
 
     Args:
-      stages: None: all.
-      on_unreadable: as of `inventory.read_shares`.
+      stages: the stages to scan; None: all.
+      on_unreadable: see `folders.read_shares`.
 
     Returns:
-      The stages, of all, of which a log is gone.
+      Those of all stages that miss a log.
     """
     for stage in self._stages if stages is None else stages:
       folder = self._snapshots_of(stage)
@@ -82,7 +83,7 @@ class Stores:
     )
 
   def too_small(self) -> frozenset[int]:
-    """The stages that have a log, but for less than this run needs."""
+    """Returns the stages that have a log smaller than this run needs."""
     small = set()
     for stage in self._stages:
       need = self._recoverer.log_size(stage)
@@ -92,7 +93,7 @@ class Stores:
     return frozenset(small)
 
   def newest_entry(self, stages: Iterable[int] | None = None) -> int:
-    """Newest iteration of which there is an entry of one of the stages."""
+    """Returns the newest iteration of which the stages have an entry."""
     return max(
       segment.newest_iteration(path)
       for stage in (self._stages if stages is None else stages)
@@ -100,22 +101,22 @@ class Stores:
     )
 
   def drop_logs(self) -> None:
-    """Removes all logs: nobody writes one, and nobody may read one again."""
+    """Removes all logs; call when nobody writes or may still read them."""
     for stage in self._stages:
       for path in self.log_paths(stage):
         path.unlink(missing_ok=True)
 
   def forget_snapshots(self, stages: Collection[int]) -> None:
-    """From the beginning: what is left would only take the room."""
+    """Removes all snapshots of stages that begin anew; they only take room."""
     for stage in stages:
       for path in folders.snapshots_folders(self._snapshots_of(stage), stage):
         shutil.rmtree(path, ignore_errors=True)
       self._recoverer.rescan(stage, ())
 
   def forget_newer(self, iteration: int) -> None:
-    """What comes after an iteration will be otherwise; nobody writes now.
+    """Invalidates all snapshots after an iteration, which will be different.
 
-    The pages stay for whoever writes here next.
+    Call while nobody writes. The pages stay for whoever writes here next.
     """
     for stage in self._stages:
       root = self._snapshots_of(stage)
@@ -126,9 +127,10 @@ class Stores:
     self.rescan()
 
   def orphan(self, stage: int, team: Collection[int]) -> None:
-    """Nobody writes the snapshots of a stage's other replicas any more.
+    """Notes that of a stage only the replicas in `team` write snapshots now.
 
-    What is committed stays until `retain_orphans`; room for more is given back.
+    The others' committed snapshots stay until `retain_orphans`; their room for
+    more is given back.
     """
     folder = self._snapshots_of(stage)
     written = {folders.snapshots_folder(folder, stage, r) for r in team}
@@ -141,14 +143,17 @@ class Stores:
             _remove(other)
 
   def retain_orphans(self, first_iteration: int) -> None:
-    """Lets go of earlier snapshots that have no writer to do so."""
+    """Removes earlier snapshots that have no writer to do so."""
     for folder in self._orphans:
       for iteration, path in snapshot_file.list_snapshots(folder).items():
         if iteration < first_iteration:
           _remove(path)
 
   def drop_damaged(self, stage: int, first_iteration: int) -> None:
-    """Before anybody reads it again: its new worker publishes it again."""
+    """Drops a stage's damaged entries, which its new worker publishes again.
+
+    Call before anybody reads them again.
+    """
     for path in self.log_paths(stage):
       for key in segment.drop_damaged(path, first_iteration):
         self._leader.event(
@@ -168,11 +173,11 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def has_left_durable(folder: str) -> bool:
-  """Whether there is something that a run can go on with."""
+  """Returns whether a durable folder holds snapshots to go on with."""
   return bool(folder) and any(pathlib.Path(folder).glob('*.snapshots/*'))
 
 
 def remove_durable(folder: str) -> None:
-  """Removes all of it."""
+  """Removes a durable folder with all that it holds."""
   if folder:
     shutil.rmtree(folder, ignore_errors=True)

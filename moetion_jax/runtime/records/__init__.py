@@ -1,1 +1,1 @@
-"""What a run leaves behind in its workdir."""
+"""The files that a run leaves behind in its workdir."""

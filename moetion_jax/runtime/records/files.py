@@ -25,7 +25,7 @@ class MetricsMismatchError(errors.MoetionError):
 
 
 def read_lines(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
-  """The lines of a `metrics.jsonl` by iteration, for who only looks.
+  """Reads the lines of a `metrics.jsonl`, by iteration; changes nothing.
 
   Damaged lines, and a last one that is not whole yet, are left out.
   """
@@ -53,7 +53,7 @@ class MetricsFile:
     """Opens the file.
 
     Raises:
-      base.StoreError: a line other than the last one is damaged.
+      errors.StoreError: a line other than the last one is damaged.
     """
     whole = 0
     if os.path.exists(self._path):
@@ -76,7 +76,7 @@ class MetricsFile:
   def close(self) -> None:
     """Closes the file; idempotent."""
     if self._file:
-      with contextlib.suppress(OSError):  # `write` has said so
+      with contextlib.suppress(OSError):  # `write` has reported it
         self._file.close()
       self._file = None
 
@@ -93,16 +93,16 @@ class MetricsFile:
     return max(self._known, default=0)
 
   def write(self, line: dict[str, Any]) -> None:
-    """Writes or compares one iteration's line.
+    """Writes one iteration's line, or compares it with the one that exists.
 
     Raises:
-      MetricsMismatchError: a line exists and says otherwise.
+      MetricsMismatchError: a line exists and differs.
     """
     assert self._file is not None, 'start() was not called'
     iteration = line['iteration']
     known = self._known.get(iteration)
     if known is None:
-      # JSON has no NaN: such losses are written as null, loss_hex says which.
+      # JSON has no NaN: such a loss is written as null, and loss_hex keeps it.
       clean = {k: None if _nonfinite(v) else v for k, v in line.items()}
       self._file.write(json.dumps(clean).encode() + b'\n')
       self._file.flush()
@@ -118,7 +118,7 @@ class MetricsFile:
         )
 
   def cut(self, iteration: int) -> None:
-    """Removes the lines of later iterations: they will be done otherwise."""
+    """Removes the lines of later iterations, which will come out otherwise."""
     assert self._file is not None, 'start() was not called'
     kept = 0
     with open(self._path, 'rb') as f:

@@ -1,4 +1,7 @@
-"""One line of metrics from the reports of all replicas and stages: pure."""
+"""Merges the reports of all replicas and stages into one line of metrics: pure.
+
+Replicas are compared on the way: they must agree bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 
 from moetion_jax import errors, report
 
-# What all replicas of a stage compute alike.
+# Fields that all replicas of a stage compute alike.
 _ALIKE = ('loss', 'auxiliary_loss', 'grad_norm', 'dropped', 'updated')
 
 
@@ -19,15 +22,15 @@ class ReplicaMismatchError(errors.MoetionError):
 
 
 def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
-  """What a stage says of an iteration, from what its replicas say.
+  """Merges the replicas' reports of an iteration into their stage's report.
 
   Args:
-    reports: one a replica, in their order; each has the digests of the
-      operators that it has, all or a share.
+    reports: one report per replica, in replica order; each has the digests of
+      the operators that its replica has, all or a share.
 
   Raises:
-    ReplicaMismatchError: two have different bits of one operator, or of what
-      all have.
+    ReplicaMismatchError: two replicas have different bits of one operator, or
+      of a field that all compute alike.
   """
   first, *others = reports
   digests, whose = dict(first.digests), dict.fromkeys(first.digests, first)
@@ -70,15 +73,16 @@ def merge_stage(
   team: Collection[int],
   operators: int,
 ) -> report.Report | None:
-  """What a stage says of an iteration, once it is all there.
+  """Merges a stage's reports of an iteration, once all are there.
 
   Args:
-    reports: by replica, also of those that have no worker any more.
-    team: the replicas that have one.
-    operators: how many the stage has.
+    reports: the reports by replica, also of replicas that have no worker any
+      more.
+    team: the replicas that have a worker.
+    operators: the number of the stage's operators.
 
   Returns:
-    None as long as a report is missing.
+    The stage's report; None as long as a report is missing.
 
   Raises:
     ReplicaMismatchError: see `merge_replicas`.
@@ -88,17 +92,17 @@ def merge_stage(
   merged = merge_replicas([reports[replica] for replica in sorted(team)])
   if len(merged.digests) < operators:
     # Replicas share the training state, and one that left the team had the
-    # rest: what it said counts, since nobody may do this iteration again.
+    # rest: its report counts, since nobody may do this iteration again.
     merged = merge_replicas([one for _, one in sorted(reports.items())])
   return merged if len(merged.digests) >= operators else None
 
 
 def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
-  """One iteration's line from all stages' reports.
+  """Makes one iteration's line from all stages' reports.
 
   Args:
-    reports: one a stage, in stage order, of one iteration.
-    tokens: of the iteration.
+    reports: one report per stage, in stage order, all of one iteration.
+    tokens: the number of tokens of the iteration.
   """
   last = reports[-1]
   digests = {o: d for r in reports for o, d in r.digests.items()}

@@ -1,4 +1,4 @@
-"""The leader: what a run shows and leaves behind (DESIGN section 9)."""
+"""The recorder: all that a run shows and leaves behind (DESIGN section 9)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _KEPT_REPORTS = 256  # iterations, for workers that replay them
 
 
 class View(Protocol):
-  """What a person sees while a run goes on; a context manager."""
+  """The live view of a run, for a person; a context manager."""
 
   def __enter__(self) -> object:
     """Begins to show."""
     ...
 
   def __exit__(self, *unused: object) -> None:
-    """Ends it."""
+    """Ends the view."""
     ...
 
   def show(self, line: dict[str, Any], busy: Sequence[float]) -> None:
     """Shows one line of `metrics.jsonl`.
 
     Args:
-      line: of one iteration.
-      busy: by stage, the share of the iteration that it did not wait.
+      line: the line of one iteration.
+      busy: by stage, the fraction of the iteration that it did not wait.
     """
     ...
 
@@ -45,7 +45,7 @@ class View(Protocol):
 
 
 class ListedWorker(Protocol):
-  """What `workers.json` says of a worker; a stage below 0 is a standby."""
+  """A worker's fields in `workers.json`; a stage below 0 is a standby."""
 
   stage: int
   replica: int
@@ -61,20 +61,21 @@ class ListedWorker(Protocol):
 
 
 class Recorder:
-  """Merges what the stages say, writes the files and the live view.
+  """Merges the stages' reports; writes the files and the live view.
 
   Use as a context manager. Nothing is written before `accept`.
 
   Attributes:
     accepted: whether the workdir is this run's.
-    iteration: the newest one that all stages reported and that is written.
-    view: what a person sees.
+    iteration: the newest iteration that all stages reported and that is
+      written.
+    view: the live view.
   """
 
   def __init__(
     self, config: run_settings.RunConfig, folder: workdir.Workdir, view: View
   ):
-    """Stores; `folder` is locked."""
+    """Stores the arguments; `folder` is locked."""
     self.accepted = False
     self.iteration = 0
     self._config = config
@@ -82,7 +83,7 @@ class Recorder:
     self.view = view
     self._events = record_files.EventsFile(str(folder.path / 'events.jsonl'))
     self._lines = record_files.MetricsFile(str(folder.path / 'metrics.jsonl'))
-    # How many each stage has.
+    # The number of each stage's operators.
     self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
     self._workers_file_at = 0.0
@@ -100,11 +101,11 @@ class Recorder:
     """Begins the run's files, when every stage can train.
 
     Args:
-      ready: the message of every stage.
+      ready: the `ready` message of every stage.
 
     Raises:
-      base.ConfigError: the workdir holds another run.
-      base.StoreError: its metrics are damaged.
+      errors.ConfigError: the workdir holds another run.
+      errors.StoreError: its metrics are damaged.
     """
     first, train = ready[0], self._config.train
     self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
@@ -141,14 +142,14 @@ class Recorder:
 
     Args:
       one: the report.
-      teams: of every stage, the replicas that have a worker.
+      teams: by stage, the replicas that have a worker.
 
     Returns:
-      The reports of all stages, if the iteration is new.
+      The reports of all stages if the iteration is complete and new, else None.
 
     Raises:
-      metrics.MetricsMismatchError: the iteration came out differently before.
-      metrics.ReplicaMismatchError: replicas of a stage have different states.
+      files.MetricsMismatchError: the iteration came out differently before.
+      merge.ReplicaMismatchError: replicas of a stage have different states.
     """
     by_worker = self._reports.setdefault(one.iteration, {})
     by_worker[one.stage, one.replica] = one
@@ -169,14 +170,14 @@ class Recorder:
     return reports
 
   def forget_after(self, iteration: int) -> None:
-    """What comes after an iteration will be done again, and otherwise."""
+    """Drops all after an iteration: it will be done again, with other bits."""
     self._lines.cut(iteration)
     self.iteration = iteration
     self._reports = {i: x for i, x in self._reports.items() if i <= iteration}
 
   @property
   def workers_due_seconds(self) -> float | None:
-    """When to call `write_workers` for what it put off; None: for nothing."""
+    """Seconds until `write_workers` is due for what it put off; None: never."""
     if not self._workers_file_is_old:
       return None
     return self._workers_file_at - time.monotonic()
@@ -190,9 +191,10 @@ class Recorder:
     """Rewrites `workers.json`; without `state` not more often than useful.
 
     Args:
-      workers: all that were started.
-      agents: of every host: `host`, `pid`, `address` of its store server.
-      state: of all of them, when the run is over.
+      workers: all workers that were started.
+      agents: the agent of every host: `host`, `pid`, `address` of its store
+        server.
+      state: the state of all workers, when the run is over.
     """
     now = time.monotonic()
     if not self.accepted:

@@ -1,4 +1,4 @@
-"""The folder of a run: who may use it, and whether it is this run's."""
+"""The folder of a run: its lock, and the check that it holds this run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,29 @@ from moetion_jax.runtime.records import files as record_files
 
 _LOCK = '.lock'
 _DYING_SECONDS = 2.0
-# In config.json, but known only once a worker has a backend and the data.
+# Fields of config.json known only once a worker has a backend and the data.
 _FOUND_OUT = ('data_fingerprint', 'software')
 
 
 class Workdir:
   """A run's folder, locked while the run lives.
 
-  `lock`, `check`, then, once the run is known to be able to begin, `accept`;
-  `close` last. Nothing but the lock is written before `accept`.
+  Call `lock`, `check`, then, once the run is known to be able to begin,
+  `accept`; `close` last. Nothing but the lock is written before `accept`.
 
   Attributes:
     path: the folder, absolute.
-    lock_fd: whose inheritance keeps the lock; -1 when closed.
+    lock_fd: the descriptor of the lock; a process that inherits it keeps the
+      lock. -1 when closed.
   """
 
   def __init__(self, path: str, *, fresh: bool):
-    """Stores the path, and whether an earlier run in it is removed."""
+    """Stores the arguments.
+
+    Args:
+      path: the folder.
+      fresh: whether an earlier run in it is removed.
+    """
     self.path = pathlib.Path(os.path.abspath(path))
     self.lock_fd = -1
     self._fresh = fresh
@@ -41,14 +47,14 @@ class Workdir:
 
   @property
   def checkpoint(self) -> pathlib.Path:
-    """Where the final checkpoint is, or will be."""
+    """Path of the final checkpoint, written or not."""
     return self.path / 'checkpoint'
 
   def log_path(self, worker: str) -> pathlib.Path:
     """Path of the log file for a worker's output.
 
     Args:
-      worker: its name, as `WorkerProcess.name` says it.
+      worker: the worker's name, as in `WorkerProcess.name`.
     """
     name = worker.replace(' ', '-').replace('-replica', '.replica')
     return self.path / 'logs' / f'{name}.log'
@@ -57,7 +63,7 @@ class Workdir:
     """Creates the folder if need be, and locks it.
 
     Raises:
-      base.ConfigError: a living run uses it, or it cannot be created.
+      errors.ConfigError: a living run uses it, or it cannot be created.
     """
     missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
     try:
@@ -93,13 +99,14 @@ class Workdir:
     self.lock_fd = -1
 
   def check(self, config: dict[str, Any]) -> None:
-    """Whether `config` is of the run that the folder holds, if any.
+    """Checks that `config` describes the run that the folder holds, if any.
 
     Args:
-      config: content of config.json; what a worker finds out may be missing.
+      config: the content of config.json; the fields that a worker finds out
+        may be missing.
 
     Raises:
-      base.ConfigError: the folder holds another run, or something else.
+      errors.ConfigError: the folder holds another run, or something else.
     """
     path = self.path / 'config.json'
     if self._fresh:
@@ -129,7 +136,7 @@ class Workdir:
     """Makes the folder that of the run which `config` describes.
 
     Raises:
-      base.ConfigError: see `check`.
+      errors.ConfigError: see `check`.
     """
     self.check(config)
     if self._fresh:
@@ -145,7 +152,7 @@ class Workdir:
       record_files.write_json(str(self.path / 'config.json'), config)
 
   def is_finished(self) -> bool:
-    """Whether the folder holds a run that is finished, and stays."""
+    """Tells whether the folder holds a finished run that is kept."""
     return not self._fresh and self.checkpoint.is_dir()
 
   def _error(self, reason: str) -> errors.ConfigError:
@@ -155,17 +162,18 @@ class Workdir:
 def read_run(
   path: str | os.PathLike[str],
 ) -> tuple[run_settings.RunConfig, dict[str, Any]]:
-  """The run that a folder holds.
+  """Reads which run a folder holds.
 
   Args:
-    path: of the folder, which is not locked.
+    path: the folder, which is not locked.
 
   Returns:
-    Its settings, and what its workers found out: `data_fingerprint`,
+    The run's settings, and what its workers found out: `data_fingerprint`,
     `software`.
 
   Raises:
-    base.ConfigError: it holds none, or one of another version of this program.
+    errors.ConfigError: the folder holds no run, or one of another version of
+      this program.
   """
   file = pathlib.Path(path) / 'config.json'
   try:

@@ -25,10 +25,13 @@ class RolledBackError(errors.MoetionError):
 
 
 class AgentLink:
-  """What it reads, two threads act on; the rest waits in `command`.
+  """The pipes between a worker and its agent, served by two threads.
+
+  One thread reads: it acts on some messages, and the rest wait for `command`.
+  The other one tells the agent what the worker does.
 
   Attributes:
-    limit: to ask between iterations.
+    limit: the iteration limit, to be asked between iterations.
     line: the recovery line, as last heard.
   """
 
@@ -46,12 +49,12 @@ class AgentLink:
     self._log: Any = None
     self._locations: list[messages.Message] = []
     self._decide: Callable[[messages.Message], None] = lambda message: None
-    self._interrupt_lock = threading.Lock()  # guards the two that follow
+    self._interrupt_lock = threading.Lock()  # guards the next two attributes
     self._roll_backs = 0  # that `command` has not returned yet
     self._interrupt: Callable[[], None] = lambda: None
 
   def start(self) -> None:
-    """Starts to read and to tell what the worker does."""
+    """Starts the threads that read and that tell what the worker does."""
     for target in (self._read, self._tell):
       threading.Thread(target=target, daemon=True).start()
 
@@ -75,7 +78,7 @@ class AgentLink:
     return self._roll_backs > 0
 
   def interrupting(self, interrupt: Callable[[], None]) -> None:
-    """From now on `interrupt` is called when the worker is to go back."""
+    """Sets the function that is called when the worker is to go back."""
     with self._interrupt_lock:
       self._interrupt = interrupt
       if self.is_interrupted:
@@ -93,24 +96,24 @@ class AgentLink:
     self._program = program
 
   def training(self, worker: Any) -> None:
-    """From now on `worker` is asked what it does; None: nobody is."""
+    """Sets whose progress is reported; None for nobody."""
     self._finished, self._blocked = False, ''
     self._worker = worker
 
   def blocked(self, reason: str) -> None:
-    """Notes that the worker waits for room, until it ends."""
+    """Notes that the worker waits for room; an empty reason: no longer."""
     self._blocked = reason
 
   def finished(self) -> None:
-    """From now on the worker waits for nothing but the agent."""
+    """Notes that from now on the worker waits for nothing but the agent."""
     self._finished = True
 
   def deciding(self, decide: Callable[[messages.Message], None]) -> None:
-    """From now on `decide` is told what the leader decides."""
+    """Sets the function that is called with each of the leader's decisions."""
     self._decide = decide
 
   def locating(self, log: Any) -> None:
-    """From now on `log` is told where entries are, as far as known."""
+    """Sets the log that is told where entries are, as far as known."""
     with self._lock:
       self._log = log
       self._locate()
@@ -129,7 +132,7 @@ class AgentLink:
 
   @property
   def iteration(self) -> int:
-    """That the worker works on; 0 before the first one."""
+    """The iteration that the worker works on; 0 before the first one."""
     return self._worker.iteration if self._worker else 0
 
   def _read(self) -> None:
@@ -157,7 +160,7 @@ class AgentLink:
           self._commands.put(message)
 
   def _tell(self) -> None:
-    """Tells what the worker does, again and again: silence is a sign, too."""
+    """Tells what the worker does, again and again: silence is a sign too."""
     while True:
       self.send('state', **self._state())
       time.sleep(_STATE_SECONDS)
@@ -174,7 +177,7 @@ class AgentLink:
     state, detail = 'running', worker.program
     if self._blocked:
       state, detail = 'blocked', self._blocked
-    elif self._finished:  # it may be long until the others are
+    elif self._finished:  # the others may take long to finish
       state, detail = 'done', ''
     elif blocked_for := worker.log.blocked_for:
       state, detail = 'blocked', f'no room for {blocked_for}'

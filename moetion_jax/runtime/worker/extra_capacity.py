@@ -1,7 +1,7 @@
 """Experts that lost tokens take more of them for some time (policy 'partial').
 
-MoEtion's first preprint, whose choice of popular experts `--partial_select`
-knows, adjusts experts' capacities after a fault. Slots for more tokens cost
+MoEtion's first preprint adjusts experts' capacities after a fault (its choice
+of popular experts is a value of `--partial_select`). Seats for more tokens cost
 time, so there are two more programs for those iterations only.
 """
 
@@ -26,15 +26,15 @@ def compile_programs(
   stage: stage_lib.Stage,
   on_program: compilation.OnProgram,
 ) -> dict[str, Callable[..., Any]]:
-  """`forward` and `backward` with capacities that are scaled.
+  """Compiles `forward` and `backward` with capacities that are scaled.
 
   Args:
-    spec: of the worker.
-    stage: its own, bound to devices.
+    spec: the worker's spec.
+    stage: the worker's stage, bound to devices.
     on_program: called with each program's name.
 
   Returns:
-    By name; nothing for a stage without experts.
+    The programs by name; none for a stage without experts.
   """
   declared = transformer_job.declare_stage(
     spec.config,
@@ -58,12 +58,12 @@ def make(
   stage: stage_lib.Stage,
   programs: dict[str, Callable[..., Any]],
 ) -> worker.GrownCapacity | None:
-  """What experts take after a restore; None: what they always do.
+  """Makes the grown capacities after a restore; None for the usual ones.
 
   Args:
-    go: from where the worker trains.
-    stage: of the worker.
-    programs: see `compile_programs`.
+    go: the order that says from where the worker trains.
+    stage: the worker's stage.
+    programs: the programs of `compile_programs`.
   """
   if not go.capacity or not programs:
     return None

@@ -1,4 +1,4 @@
-"""Damage that scripted faults do to files: bits of snapshots and log entries."""
+"""Damage that scripted faults do to the files of snapshots and logs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def flip_bit_in_snapshot(
   newer: int = 0,
   every: bool = False,
 ) -> int:
-  """Flips a bit of a snapshot; its checksums are right again.
+  """Flips a bit of a snapshot, and makes its checksums right again.
 
   Args:
-    folder: of one worker's snapshots.
-    prefix: of the buffers that may be hit: the first one is.
-    newer: how many newer ones there are; 0: the newest is hit.
-    every: hits each such buffer instead, since not every weight is used.
+    folder: the folder of one worker's snapshots.
+    prefix: the prefix of the buffers' names; the first such buffer is hit.
+    newer: the number of newer snapshots to pass over; 0 hits the newest.
+    every: whether each such buffer is hit, since not every weight is used.
 
   Returns:
     The iteration of the snapshot; 0 when there is none.
@@ -66,7 +66,7 @@ def flip_bit_in_snapshot(
 
 
 def tear_snapshot(folder: str | os.PathLike[str]) -> int:
-  """Truncates the newest snapshot's data; its iteration, 0 without one."""
+  """Truncates the newest snapshot's data; returns its iteration, 0 for none."""
   found = snapshot_file.list_snapshots(folder)
   if not found:
     return 0
@@ -82,12 +82,12 @@ def flip_bit_in_log(
   """Flips a bit of a committed entry; its checksum stays as it was.
 
   Args:
-    path: of the segment.
-    iteration: of the entry that is hit: one that a neighbour has read, and
-      reads again in a replay.
+    path: the segment's file.
+    iteration: the iteration of the entry that is hit: one that a neighbour has
+      read, and reads again in a replay.
 
   Returns:
-    The entry's name; None when there is none.
+    The entry's key; None when there is no such entry.
   """
   with open(pathlib.Path(path), 'r+b') as file:
     layout = segment.SegmentLayout(file.fileno(), writable=True)

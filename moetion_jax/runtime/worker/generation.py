@@ -44,12 +44,15 @@ from moetion_jax.snapshots import (
 from moetion_jax.state import partition
 from moetion_jax.training import worker
 
-# So much more than its operators a snapshot takes: digests, scalars, padding.
+# Room beside each leaf of each operator: digests, scalars, padding.
 _PADDING_BYTES = 64
 
 
 class StageRun:
-  """`check_initial`, `compile`, `run`, in this order."""
+  """A worker's part of a run.
+
+  Call `check_initial`, `compile`, `run`, in this order.
+  """
 
   def __init__(
     self,
@@ -72,7 +75,7 @@ class StageRun:
     self._whole = stage_lib.layout_of(stage, whole=True)
     self._captures = capture_programs.CapturePrograms(self._layout)
     self._grown: dict[str, Callable[..., Any]] = {}
-    # Where the snapshots lie that can be read again.
+    # The root of the snapshots that can be read again.
     self._snapshots_root = spec.durable_folder or spec.folder
     self._folder = folders.snapshots_folder(
       self._snapshots_root, spec.stage, spec.replica
@@ -81,17 +84,17 @@ class StageRun:
     self._told = 0
 
   def check_initial(self) -> None:
-    """Raises base.ConfigError if --init_from does not fit the stage."""
+    """Raises errors.ConfigError if --init_from does not fit the stage."""
     self._initial = transformer_job.load_initial(self._spec.config, self._stage)
 
   def sizes(self) -> planner.StageSizes:
-    """Of the stage's operators."""
+    """Returns the sizes of the stage's operators."""
     return transformer_job.stage_sizes(self._whole, self._whole.expert_devices)
 
   def compile(
     self, prepared: prepared_lib.Lowered | prepared_lib.Loaded | None
   ) -> None:
-    """Compiles all programs, but for what was done ahead."""
+    """Compiles all programs, except those that were compiled ahead."""
     if prepared is None:
       self._programs = self._stage.compile(self._compiling)
       self._captures.compile(self._compiling)
@@ -110,13 +113,14 @@ class StageRun:
     self._injector.phase('compile')
 
   def run(self, began: float) -> None:
-    """Does what the agent says, from `go` to `exit`.
+    """Obeys the agent, from `go` to `exit`.
 
     When all stages go back, this process stays: it ends what it does, wherever
     it is, and begins again with another state. Its programs are still there.
 
     Args:
-      began: when the process began to be this worker, `time.monotonic`.
+      began: the time at which the process became this worker, of
+        `time.monotonic`.
     """
     while (command := self._link.command())['kind'] != 'exit':
       assert command['kind'] == 'go', command
@@ -134,7 +138,7 @@ class StageRun:
     self._closing.close()
 
   def _let_go(self) -> None:
-    """Ends the log, the snapshots and the state of what was trained."""
+    """Closes the log and the snapshots, and frees the state."""
     self._closing.close()
     self._link.training(None)
     self._link.compiling('nothing, until it is told from where to go on')
@@ -145,12 +149,12 @@ class StageRun:
     gc.collect()  # the state, before there is another one
 
   def _interrupt(self) -> None:
-    """Lets whatever waits raise; in another thread."""
+    """Makes whatever waits raise; called in another thread."""
     for interrupt in self._interrupts:
       interrupt()
 
   def _begin(self, phase: str, iteration: int) -> None:
-    """Called when the loop begins something."""
+    """Is called when the loop begins a phase."""
     if self._link.is_interrupted:
       raise agent_link.RolledBackError
     self._injector.phase(phase, iteration)
@@ -159,11 +163,12 @@ class StageRun:
     """Trains until the run ends or stops.
 
     Args:
-      go: from where.
-      began: when the process began to be this worker, `time.monotonic`.
+      go: the order that says from where.
+      began: the time at which the process became this worker, of
+        `time.monotonic`.
 
     Raises:
-      base.MoetionError: any, once `link.is_interrupted`.
+      errors.MoetionError: any such error, once `link.is_interrupted`.
     """
     if go.generation:
       self._spec = dataclasses.replace(self._spec, generation=go.generation)
@@ -220,7 +225,7 @@ class StageRun:
     except errors.EntryMismatchError as error:
       if self._worker.iteration > go.newest:
         raise
-      # What was rebuilt comes to other bits than what was lost.
+      # The rebuilt state comes to other bits than the lost one.
       raise conversion.ReplayMismatchError(
         error, range(go.start, self._worker.iteration)
       ) from error
@@ -232,7 +237,7 @@ class StageRun:
     link.send('done', iteration=last)
 
   def _log(self, go: orders.Go) -> Any:
-    """Of this worker, with those of the replicas that it stands for."""
+    """Makes this worker's log, joined with those of replicas it stands for."""
     spec = self._spec
     settings = log_interface.LogSettings(
       folder=spec.folder,
@@ -269,7 +274,7 @@ class StageRun:
       if fault.kind == 'torn_snapshot':
         fault_damage.tear_snapshot(self._folder)
       elif fault.kind == 'corrupt_weights':
-        # Those of the newest are overwritten before they are used.
+        # The weights of the newest are overwritten before they are used.
         fault_damage.flip_bit_in_snapshot(
           self._folder, snapshot.COMPUTE, newer=1, every=True
         )
@@ -283,7 +288,7 @@ class StageRun:
       path = segment.segment_path(
         self._spec.folder, self._spec.stage, self._spec.replica
       )
-      # The one before: everybody has read what it has of that.
+      # The iteration before: everybody has read its entries.
       fault_damage.flip_bit_in_log(path, iteration - 1)
 
     acts = {
@@ -291,11 +296,11 @@ class StageRun:
       'corrupt_log': damage_log,
     }
     self._injector.acts |= acts
-    for kind in acts:  # they would keep alive whatever was trained
+    for kind in acts:  # they would keep the log and the snapshots alive
       self._closing.callback(self._injector.acts.pop, kind)
 
   def _between(self, target: int) -> bool:
-    """Called between iterations: whether to stop."""
+    """Is called between iterations; returns whether to stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
       self._link.send('caught_up', iteration=target)
@@ -317,10 +322,10 @@ class StageRun:
     )
 
   def _load(self, iteration: int) -> snapshot.Snapshot:
-    """A snapshot of this host's store, verified.
+    """Loads a snapshot from this host's store, verified.
 
-    Of all replicas' shares; where they share the state like this worker's team,
-    of its own.
+    It is made of all replicas' shares; where they share the state like this
+    worker's team, of its own share.
     """
     paths = folders.find_shares(
       self._snapshots_root, self._spec.stage, iteration
@@ -338,7 +343,7 @@ class StageRun:
     return snapshot.merge(shares)
 
   def _load_merged(self, iteration: int) -> snapshot.Snapshot:
-    """Of all operators, each as new as there is."""
+    """Loads a snapshot of all operators, each as new as there is."""
     return merged_restore.load(
       self._snapshots_root,
       self._spec.stage,
@@ -366,7 +371,7 @@ class StageRun:
       decision_lib.CaptureDecision.from_json(value) for value in go.decisions
     ]
     if any(decision.is_whole for decision in decisions):
-      # Before it starts: it would make files only to remove them.
+      # Before the store starts: it would make files only to remove them.
       whole_bytes = snapshot.snapshot_bytes(self._whole, share, frozenset())
       store.enlarge(whole_bytes + padding_bytes)
     if spec.durable_folder:
@@ -394,7 +399,7 @@ class StageRun:
       taker.decide(decision)
     taker.start()
     self._closing.callback(taker.close)
-    # A gap that a replay passes is closed: else no start could lead across it.
+    # A replay closes the gaps that it passes: else no start leads across them.
     for iteration in go.excluded:
       taker.distrust(iteration)
     for iteration, path in snapshot_file.list_snapshots(self._folder).items():
@@ -411,13 +416,13 @@ class StageRun:
     return taker
 
   def _digest_names(self) -> dict[str, Any]:
-    """Of which operators the digests in this worker's snapshots are."""
+    """Names the operators whose digests are in this worker's snapshots."""
     if not self._spec.config.train.shard_optimizer:
       return {}
     return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
 
   def _finish(self) -> messages.Message:
-    """Does what the agent asks for after the end, until it says otherwise."""
+    """Obeys the agent after the end, until it says `exit` or `roll_back`."""
     spec, link = self._spec, self._link
     while True:
       command = link.command()

@@ -1,8 +1,8 @@
-"""A worker process: one stage of a run. Started by the agent, by nobody else.
+"""A worker process: one stage of a run; started by the agent only.
 
-Reads a `messages.Spec` from stdin. A spec without a stage makes it a warm
-standby: it prepares for every stage, and waits until it gets one. Exit codes
-as of `launch.train`.
+It reads a `messages.Spec` from stdin. A spec without a stage makes it a warm
+standby: it prepares for every stage, and waits until it gets one. The exit
+codes are those of `launch.train`.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ from moetion_jax.hostmem import entry
 from moetion_jax.runtime import faults, linux_process, messages
 from moetion_jax.runtime.worker import agent_link
 
-if TYPE_CHECKING:  # it imports JAX, which a standby does at low priority
+if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
   from moetion_jax.runtime.worker import prepared as prepared_lib
 
-# Done again, it would come to the same end, or wait for just as long.
+# Errors after which a new worker would come to the same end, or wait as long.
 _FINAL = (errors.NonFiniteError, errors.EntryMismatchError, errors.NoRoomError)
 # A standby prepares beside workers that train: it must not take their time.
 # With 5 it was not warm after four minutes where two cores had much to do.
 _STANDBY_NICENESS = 2
-# For the others of a world that have less of the cores.
+# Time for the others of a world that get less of the cores.
 _STANDBY_WORLD_SECONDS = 300
 
 
 def _stand_by(
   spec: messages.Spec, link: agent_link.AgentLink
 ) -> tuple[messages.Spec, prepared_lib.Prepared | None]:
-  """Prepares, then waits to be promoted: the spec of that worker."""
+  """Prepares, then waits to be promoted.
+
+  Returns:
+    The spec of the worker that it becomes, and what it has prepared, if that
+    succeeded.
+  """
   prepared: list[prepared_lib.Prepared] = []
   is_wanted, is_made = threading.Event(), threading.Event()
 
   def make_backend() -> None:
-    """The threads of a backend inherit the priority of who makes it."""
+    """Makes the backend, whose threads inherit this thread's priority."""
     is_wanted.wait()
     try:
       import jax
@@ -57,7 +62,7 @@ def _stand_by(
         )
       else:
         jax.devices()
-    finally:  # who waits goes on, and meets the error itself
+    finally:  # the waiting thread goes on, and meets the error itself
       is_made.set()
 
   def ask_for_backend() -> None:
@@ -65,7 +70,7 @@ def _stand_by(
     is_made.wait()
 
   def warm() -> None:
-    # Of this thread alone: the priority cannot be raised again.
+    # For this thread alone: the priority cannot be raised again.
     os.setpriority(
       os.PRIO_PROCESS, threading.get_native_id(), _STANDBY_NICENESS
     )
@@ -87,7 +92,7 @@ def _stand_by(
       traceback.print_exc()
       if spec.world:
         os._exit(1)  # the others of its world are of no use either
-      # Promoted, it prepares what is missing.
+      # Once promoted, it prepares what is missing.
 
   _run_on(spec.cores)
   threading.Thread(target=make_backend, name='backend', daemon=True).start()
@@ -95,7 +100,7 @@ def _stand_by(
   thread.start()
   while (command := link.command())['kind'] != 'promote':
     if command['kind'] == 'exit':
-      os._exit(0)  # nothing to close, and the thread may take its time
+      os._exit(0)  # nothing to close, and the thread may take long
   thread.join()
   os.environ.update(command['environment'])
   promoted = dataclasses.replace(
@@ -107,7 +112,7 @@ def _stand_by(
 
 
 def _run_on(cores: tuple[int, ...]) -> None:
-  """Keeps all threads that there are on these cores; () for wherever."""
+  """Keeps all existing threads on these cores; () leaves them anywhere."""
   for thread in os.listdir('/proc/self/task') if cores else ():
     with contextlib.suppress(ProcessLookupError):
       os.sched_setaffinity(int(thread), cores)
@@ -116,7 +121,10 @@ def _run_on(cores: tuple[int, ...]) -> None:
 def _injector(
   spec: messages.Spec, link: agent_link.AgentLink
 ) -> faults.FaultInjector:
-  """Does the worker's scripted faults; the agent does those of its own."""
+  """Makes the injector of the worker's scripted faults.
+
+  A fault of the agent is reported; the worker then waits for the agent to act.
+  """
   injector = faults.FaultInjector(
     spec.faults,
     lambda fault: link.send('fault', number=fault.number, at=time.monotonic()),
@@ -131,7 +139,7 @@ def _work(
   link: agent_link.AgentLink,
   prepared: prepared_lib.Prepared | None,
 ) -> None:
-  """Everything from the backend to the end of the run."""
+  """Works from the making of the backend to the end of the run."""
   injector = _injector(spec, link)
   injector.phase('start')
   from moetion_jax.runtime import xla_setup
@@ -154,7 +162,7 @@ def _work(
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
   if len(spec.team) < config.train.replicas:
-    lowered = None  # its programs are those of a whole team
+    lowered = None  # these programs are those of a whole team
   if loaded:
     stage = loaded.stage
   elif lowered:
@@ -163,7 +171,7 @@ def _work(
     stage = transformer_job.build_stage(config, spec.stage, spec.team, position)
   run = generation.StageRun(spec, link, stage, data, injector)
   run.check_initial()
-  if not spec.is_replacement:  # of one the agent knows all that
+  if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
       'ready',
       platform=jax.default_backend(),
@@ -186,7 +194,7 @@ def _work(
 
 
 def main() -> int:
-  """Works as stdin says; returns the exit code."""
+  """Works as the spec on stdin says; returns the exit code."""
   # Importing, tracing and lowering make millions of objects, and nearly all
   # stay (measured at `tiny`: an eighth of a start is spent looking at them).
   gc.disable()

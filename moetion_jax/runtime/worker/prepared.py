@@ -1,4 +1,7 @@
-"""What a worker has prepared before it has a stage: programs, lowered or loaded."""
+"""Programs that a worker has prepared before it has a stage: lowered or loaded.
+
+Making them is in `standby`.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ class Lowered:
   """A stage without devices, and its programs for one platform.
 
   Attributes:
-    declared: the stage.
-    programs: of training.
-    captures: of capture and fold.
+    declared: the stage, not bound to devices.
+    programs: the training programs.
+    captures: the programs of capture and fold.
   """
 
   declared: stage_lib.Stage
@@ -27,7 +30,7 @@ class Lowered:
   def compiled(
     self, stage: stage_lib.Stage, on_program: compilation.OnProgram
   ) -> tuple[compilation.Programs, capture_programs.CapturePrograms]:
-    """The programs on the devices of `stage`, which is `declared`, bound."""
+    """Compiles the programs for the devices of `stage`: `declared`, bound."""
     programs = self.programs.compile(stage.mesh, on_program, stage.world)
     captures = capture_programs.CapturePrograms(stage_lib.layout_of(stage))
     captures.compile(on_program, self.captures)
@@ -39,9 +42,9 @@ class Loaded:
   """A stage on this process's devices, compiled.
 
   Attributes:
-    stage: bound.
-    programs: of training.
-    captures: of capture and fold.
+    stage: the stage, bound to devices.
+    programs: the training programs.
+    captures: the programs of capture and fold.
   """
 
   stage: stage_lib.Stage
@@ -51,7 +54,7 @@ class Loaded:
   def compiled(
     self, stage: stage_lib.Stage, on_program: compilation.OnProgram
   ) -> tuple[compilation.Programs, capture_programs.CapturePrograms]:
-    """The programs, which are there."""
+    """Returns the programs, which are compiled already."""
     assert stage is self.stage
     on_program('loaded ahead')
     return self.programs, self.captures
@@ -59,13 +62,13 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """What a standby has ready.
+  """All that a standby has ready.
 
   Attributes:
-    data: of the run.
-    stages: all, by index; of each, the workers that differ, by position in
-      their world.
-    loaded: stages with compiled programs; empty without a backend.
+    data: the run's data.
+    stages: every stage by index: its lowered programs, one for all workers, or
+      one for each by position in their world, where they differ.
+    loaded: the stages with compiled programs; empty without a backend.
   """
 
   data: data_lib.Dataset
@@ -73,6 +76,11 @@ class Prepared:
   loaded: Mapping[int, Loaded]
 
   def of(self, stage: int, position: int) -> Lowered:
-    """Of a worker."""
+    """Returns a worker's lowered programs.
+
+    Args:
+      stage: the index of its stage.
+      position: its position in the stage's world.
+    """
     lowered = self.stages[stage]
     return lowered[position] if len(lowered) > 1 else lowered[0]

@@ -1,11 +1,11 @@
-"""What a worker can do before it has a stage, or a backend.
+"""The work that needs no stage and no backend, done ahead by a standby.
 
 A warm standby does all of it for every stage, at low priority, so that a
 promotion only binds devices and loads compiled programs. Any other worker does
 it for its own stage; it is the same code, and so the same programs.
 
 On an accelerator a standby has no backend: that would take memory from the
-workers. On CPU it takes nothing, so the programs are loaded ahead as well.
+workers. On CPU a backend takes nothing, so the programs are loaded ahead too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moetion_jax.programs import compilation, jax_internals, stage as stage_lib
 from moetion_jax.runtime import xla_setup
 from moetion_jax.runtime.worker import prepared as prepared_lib
 
-# More than a first iteration of `tiny` takes; see `runtime.touch_memory`.
+# More than a first iteration of `tiny` takes; see `xla_setup.touch_memory`.
 _TOUCHED_BYTES = 256 << 20
 
 
@@ -30,8 +30,9 @@ def lower(
   """Traces and lowers a stage's programs; creates no backend.
 
   Returns:
-    One for all of its workers, or where they share the training state one for
-    each, by position: those programs that they have in common are lowered once.
+    One element for all of the stage's workers, or, where they share the
+    training state, one for each, by position; programs that they have in common
+    are lowered once.
   """
   train = config.train
   lowered: list[prepared_lib.Lowered] = []
@@ -56,7 +57,7 @@ def load(
   """Binds a stage to this process's devices and compiles its programs.
 
   Raises:
-    base.ConfigError: there are too few devices.
+    errors.ConfigError: there are too few devices.
   """
   stage = transformer_job.bind(config, lowered.declared)
   return prepared_lib.Loaded(stage, *lowered.compiled(stage, lambda _: None))
@@ -69,15 +70,15 @@ def prepare(
   make_backend: Callable[[], None] | None = None,
   position: int = 0,
 ) -> prepared_lib.Prepared:
-  """Everything that can be done ahead, for all stages.
+  """Prepares all that can be done ahead, for all stages.
 
   Args:
-    config: of the run.
-    platform: as of `programs.platform_of`.
-    cache_dir: see `runtime.configure`.
-    make_backend: makes one, if programs are to be loaded ahead; with replicas
-      in a world with the others.
-    position: in that world.
+    config: the run's settings.
+    platform: the lowering platform, as `compilation.platform_of` names it.
+    cache_dir: the compilation cache, see `xla_setup.configure`.
+    make_backend: makes a backend, with replicas in a world with the others;
+      None: no programs are loaded ahead.
+    position: the process's position in that world.
   """
   xla_setup.configure(
     local_devices=config.train.local_devices, compilation_cache_dir=cache_dir

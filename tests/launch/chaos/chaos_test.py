@@ -101,7 +101,7 @@ def test_a_few(tmp_path):
     f'--workdir={tmp_path}/chaos',
     '--',
     f'--compilation_cache_dir={helpers.CACHE}',
-    '--data=models',
+    f'--data={helpers.DATA}',
     timeout_seconds=500,
   )
   assert result.returncode == 0, result.stdout + result.stderr
@@ -124,7 +124,7 @@ def test_many_random_faults(tmp_path, seed, faults, replicas, flags):
     f'--workdir={tmp_path}/chaos',
     '--',
     f'--compilation_cache_dir={helpers.CACHE}',
-    '--data=models',
+    f'--data={helpers.DATA}',
     *flags,
     timeout_seconds=4 * 3600,
   )

@@ -41,7 +41,7 @@ def deepseek(paper) -> costs_lib.Costs:
 
 
 def raw(name: str = 'paper') -> dict:
-  path = ROOT / 'launch' / 'clusters' / f'{name}.json'
+  path = ROOT / 'launch' / 'simulate' / 'clusters' / f'{name}.json'
   return json.loads(path.read_text())
 
 
