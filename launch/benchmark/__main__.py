@@ -1,6 +1,6 @@
 """Measures what we claim: `python -m launch.benchmark SUBCOMMAND`.
 
-Runs are paired (A B A B ...), so that a machine whose speed drifts does not
+Runs are paired (A B A B ...), so that a drift of the machine's speed does not
 decide; figures are medians with 95 % intervals. `--out` gets a JSON file with
 the table and the machine it was measured on.
 """
@@ -81,7 +81,7 @@ _TOUCH_BYTES = 300 << 20  # more than a first iteration of `tiny` takes
 
 
 def pipeline(preset: str, rounds: int) -> dict[str, Any]:
-  """What a pipeline costs, part by part."""
+  """Measures the costs of a pipeline, part by part."""
   from launch.benchmark import boundary, pipeline as benchmark_pipeline
   from launch.benchmark.harness import summary
 
@@ -92,7 +92,7 @@ def pipeline(preset: str, rounds: int) -> dict[str, Any]:
     'stages': lambda: benchmark_pipeline.stages(
       preset, _RUN_PAIRS.value, memory, cache
     ),
-    # Last, since from here on this process computes, too.
+    # Last, since from here on this process computes as well.
     'programs': lambda: benchmark_pipeline.programs(preset, rounds),
   }
   rows = []
@@ -112,7 +112,7 @@ def pipeline(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def promotion(preset: str, rounds: int) -> dict[str, Any]:
-  """Phases of a warm standby's promotion, with and without touched memory."""
+  """Times a warm standby's promotion, with and without touched memory."""
   from launch.benchmark import promotion as promotion_lib
   from launch.benchmark.harness import scratch, summary
   from launch.lm import settings as run_settings
@@ -134,10 +134,10 @@ def promotion(preset: str, rounds: int) -> dict[str, Any]:
             compilation_cache_dir=str(cache),
             touch_bytes=touch_bytes,
           )
-          touched = '*' if touch_bytes else ''  # memory was touched before
+          touched = '*' if touch_bytes else ''  # memory was touched beforehand
           for phase, value in seconds.items():
             name = f'stage {stage}{touched}, {phase}, s'
-            if number:  # the first one fills the cache
+            if number:  # the first round fills the cache
               samples.setdefault(name, []).append(value)
   rows = [
     {'name': name, 'goal': '', **vars(summary.summarize(x))}
@@ -147,7 +147,7 @@ def promotion(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def snapshot(preset: str, rounds: int) -> dict[str, Any]:
-  """What snapshots cost beside training; bytes for every preset."""
+  """Measures the cost of snapshots; computes their bytes for every preset."""
   from launch.benchmark import sizes, snapshot as benchmark_snapshot
 
   chosen = _SUBJECTS.value or benchmark_snapshot.SUBJECTS
@@ -169,7 +169,7 @@ def snapshot(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def recovery(preset: str, rounds: int) -> dict[str, Any]:
-  """What the death of a worker costs, by phase."""
+  """Measures the cost of a worker's death, by phase."""
   from launch.benchmark import recovery as benchmark_recovery
 
   load_before = os.getloadavg()
@@ -198,7 +198,7 @@ def _plot_path(name: str) -> str:
 
 
 def ettr(preset: str, rounds: int) -> dict[str, Any]:
-  """Effective training time under failures, policy by policy."""
+  """Measures effective training time under failures, policy by policy."""
   from launch.benchmark import ettr as benchmark_ettr
 
   load_before = os.getloadavg()
@@ -225,7 +225,7 @@ def ettr(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def accuracy(preset: str, rounds: int) -> dict[str, Any]:
-  """What failures do to the model, policy by policy; one run each."""
+  """Measures the effect of failures on the model, with one run per policy."""
   del rounds
   from launch.benchmark import accuracy as accuracy_lib
 
@@ -246,7 +246,7 @@ def accuracy(preset: str, rounds: int) -> dict[str, Any]:
 
 
 def frozen(preset: str, rounds: int) -> dict[str, Any]:
-  """What a replay without weight gradients of frozen experts would save."""
+  """Measures what replay saves without frozen experts' weight gradients."""
   from launch.benchmark import pipeline as benchmark_pipeline
 
   load_before = os.getloadavg()
@@ -272,7 +272,7 @@ def _result(
 
 
 def show(result: dict[str, Any]) -> None:
-  """Prints the table; writes it to --out."""
+  """Prints the table; writes it to `--out`, if given."""
   import rich.console
   import rich.table
 
@@ -315,7 +315,7 @@ _SUBCOMMANDS: dict[str, Callable[[str, int], dict[str, Any]]] = {
   'ettr': ettr,
   'accuracy': accuracy,
 }
-# Of `all`: subcommands with their flags, with --quick and without.
+# The subcommands of `all`, with their flags: (with --quick, without).
 _ALL = {
   'pipeline': (
     ['--preset=tiny', '--rounds=5', '--part=programs', '--part=boundary'],
@@ -338,7 +338,7 @@ _ALL = {
 
 
 def _run_all() -> int:
-  """Each subcommand in a process of its own; the worst exit code."""
+  """Runs each subcommand in its own process; returns the worst exit code."""
   worst = 0
   for name, (quick, full) in _ALL.items():
     worst = max(
@@ -360,7 +360,11 @@ def _run_all() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs one subcommand, or all."""
+  """Runs one subcommand, or all; returns the exit code.
+
+  Raises:
+    errors.ConfigError: the subcommand is missing or unknown.
+  """
   if len(argv) != 2 or argv[1] not in (*_SUBCOMMANDS, 'all'):
     raise errors.ConfigError(
       'subcommand', ' '.join(argv[1:]), f'one of {", ".join(_SUBCOMMANDS)}, all'
@@ -370,8 +374,8 @@ def main(argv: Sequence[str]) -> int:
   from launch.benchmark.harness import scratch
   from moetion_jax.runtime import xla_setup
 
-  # Of its own: a subcommand that compiles a program twice loads it the second
-  # time, and never what an earlier one has left.
+  # A cache of its own: a subcommand that compiles a program twice loads it the
+  # second time, and never loads what an earlier subcommand left.
   with scratch.folder() as cache:
     xla_setup.configure(local_devices=1, compilation_cache_dir=str(cache))
     show(_SUBCOMMANDS[argv[1]](_PRESET.value, _ROUNDS.value))

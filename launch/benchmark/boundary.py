@@ -1,8 +1,8 @@
-"""How fast an entry gets from one process to another (`launch.benchmark`).
+"""Speed of entries from one process to another (`launch.benchmark`).
 
-A publisher and a reader, each on cores of its own as two workers are, and for
-TCP the agent's server beside them. What they do is measured beside a plain
-copy in memory and a plain copy through a socket of the same bytes, in turn.
+A publisher and a reader run on cores of their own, as two workers do, and for
+TCP the agent's server runs beside them. The baselines, measured in turn with
+them, are a plain copy of the same bytes in memory and one through a socket.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moetion_jax.logs import remote
 from moetion_jax.runtime import linux_process, placement
 
 SIZES_BYTES = (64 << 10, 8 << 20, 64 << 20)
-# Of one transfer; enough that its start and end do not count.
+# Size of one transfer; large enough that its start and end do not count.
 _TRANSFER_BYTES = 256 << 20
 _MAX_ENTRIES = 400
 _WINDOW_BYTES = 32 << 20
@@ -36,12 +36,12 @@ _TRANSPORTS = ('host', 'tcp', 'tcp, CURVE')
 
 
 def _window(nbytes: int) -> int:
-  """How many entries may be on their way at once."""
+  """Returns the number of entries that may be on their way at once."""
   return max(2, min(16, _WINDOW_BYTES // nbytes))
 
 
 def _entries(nbytes: int) -> int:
-  """How many entries one transfer is."""
+  """Returns the number of entries of one transfer."""
   return max(4, min(_MAX_ENTRIES, _TRANSFER_BYTES // nbytes))
 
 
@@ -71,7 +71,7 @@ def _on_cores(cores: tuple[int, ...]) -> None:
 
 
 def _serve(folder: str, secret: bytes | None, pipe: connection.Connection):
-  """A store server, as an agent runs it, until the pipe is closed."""
+  """Runs a store server, as an agent does, until the pipe is closed."""
   from moetion_jax.logs import zmq_server
 
   server = zmq_server.StoreServer(folder, secret=secret)
@@ -88,13 +88,13 @@ def _read(
   places: dict[str, tuple[str, bytes | None]],
   pipe: connection.Connection,
 ) -> None:
-  """The reader: does as it is told, says when each entry was there.
+  """Runs the reader: reads on request, and reports when each entry arrived.
 
   Args:
-    cores: to run on.
-    folders: by transport, its own store folder.
-    places: by transport, address and secret of the server; '' for none.
-    pipe: to the publisher.
+    cores: the cores to run on.
+    folders: the reader's store folder, by transport.
+    places: address and secret of the server, by transport; address '' for none.
+    pipe: the connection to the publisher.
   """
   _on_cores(cores)
 
@@ -139,7 +139,7 @@ def _receive(stream: socket.socket, buffer: np.ndarray) -> None:
 
 
 def _touched(count: int, nbytes: int) -> list[np.ndarray]:
-  """Buffers whose pages all exist."""
+  """Returns buffers whose pages all exist."""
   return [np.full(nbytes, number, np.uint8) for number in range(count)]
 
 
@@ -151,11 +151,11 @@ def _publish(
   reader: connection.Connection,
   pipe: connection.Connection,
 ) -> None:
-  """The publisher: measures, and sends the seconds by subject and size."""
+  """Runs the publisher: measures, and sends seconds by size and subject."""
   _on_cores(cores)
   ring_bytes = max((_window(n) + 2) * (n + 64) for n in sizes)
   logs = {name: _log(f, 0, ring_bytes) for name, f in folders.items()}
-  numbers = itertools.count(1)  # no entry has the name of another one
+  numbers = itertools.count(1)  # no two entries have the same key
   with socket.create_connection(reader.recv()) as stream:
     result = {
       nbytes: _measure(nbytes, rounds, logs, numbers, stream, reader)
@@ -175,7 +175,7 @@ def _measure(
   stream: socket.socket,
   reader: connection.Connection,
 ) -> dict[str, list[float]]:
-  """Seconds of each subject in each round: a transfer, or one latency."""
+  """Returns seconds an entry by subject: one per round, or each latency."""
   import jax
 
   window, count = _window(nbytes), _entries(nbytes)
@@ -197,7 +197,7 @@ def _measure(
     return reader.recv() - begin
 
   def transfer(name: str, count: int, window: int) -> Iterator[tuple[int, int]]:
-    """Yields when each entry was published, and when it was there."""
+    """Yields each entry's time of publication and of arrival, in ns."""
     log = logs[name]
     first, *_ = [next(numbers) for _ in range(count)]
     begins: list[int] = []
@@ -221,7 +221,7 @@ def _measure(
   seconds: dict[str, list[float]] = {name: [] for name in subjects}
   for name in logs:
     seconds[f'{name}, latency'] = []
-  for number in range(rounds + 1):  # the first one is a warm-up
+  for number in range(rounds + 1):  # the first round is a warm-up
     for name, subject in subjects.items():
       value = subject() / 1e9 / count
       if number:
@@ -241,14 +241,14 @@ def _measure(
 def measure(
   hostmem_dir: str, rounds: int, sizes: tuple[int, ...] = SIZES_BYTES
 ) -> dict[int, dict[str, list[float]]]:
-  """Seconds an entry, by size and subject.
+  """Measures the seconds an entry takes, by size and subject.
 
   Subjects are 'memcpy', 'socket' and the transports (a stream of entries), and
   each transport with ', latency' (one entry at a time, from `publish` to the
   array being ready on the reader's device).
 
   Raises:
-    base.ConfigError: there is not enough host memory.
+    errors.ConfigError: `hostmem_dir` is missing or has too little space.
   """
   run_store.check_hostmem_dir(hostmem_dir)
   ring_bytes = max((_window(n) + 2) * (n + 64) for n in sizes)
@@ -303,7 +303,7 @@ def _child(parent_pid: int, target: Callable[..., None], *arguments: Any):
 
 
 def _ended(process: Any) -> None:
-  """Lets a process end by itself, if it still can."""
+  """Waits 10 seconds for a process to end by itself, then kills it."""
   process.join(10)
   process.kill()
 
@@ -311,7 +311,7 @@ def _ended(process: Any) -> None:
 def rows(
   hostmem_dir: str, rounds: int
 ) -> list[tuple[str, summary.Summary, str]]:
-  """Name, value and goal of every figure."""
+  """Measures; returns name, value and goal of every figure."""
   found = []
   for nbytes, seconds in measure(hostmem_dir, rounds).items():
     size = f'{nbytes >> 10} KiB' if nbytes < 1 << 20 else f'{nbytes >> 20} MiB'
@@ -322,7 +322,7 @@ def rows(
     for name in _TRANSPORTS:
       beside, goal = ('memcpy', 0.35) if name == 'host' else ('socket', 0.7)
       ratio = summary.paired_ratio(seconds[beside], seconds[name])
-      # What counts for a small one is when it comes.
+      # For a small entry the latency counts, not the speed.
       goal = '' if is_small else f'>= {goal}'
       found.append((f'{size}, {name} / {beside}', ratio, goal))
     for name in _TRANSPORTS:

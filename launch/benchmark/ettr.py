@@ -1,7 +1,7 @@
 """Effective training time under failures: `launch.benchmark ettr`.
 
-Each policy has real runs of `launch.train`, whose workers are killed at the same
-moments: a Poisson process in iterations, drawn from a seed.
+Each policy has real runs of `launch.train`, whose workers are killed at the
+same moments: a Poisson process in iterations, drawn from a seed.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _together(outcomes: Outcomes, policy: str, mtbf: int) -> float:
   """Returns the ETTR of all rounds, without most of the noise between runs.
 
   The cost of failures is measured against the quiet iterations of the run
-  itself; the length of those, in all runs of the policy against all runs
+  itself, and the length of those in all runs of the policy against all runs
   without one.
   """
   runs = outcomes[policy, mtbf]

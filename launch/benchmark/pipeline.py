@@ -1,4 +1,4 @@
-"""What a pipeline costs: our programs, whole runs, their start.
+"""Costs of a pipeline: our programs, whole runs, their start.
 
 `launch.benchmark pipeline` shows these rows: (name, value, goal).
 """
@@ -29,7 +29,7 @@ _RUN_ITERATIONS = 6
 
 
 def programs(preset: str, rounds: int) -> list[summary.Row]:
-  """Split programs against plain single-jit steps; digest against AdamW."""
+  """Compares split programs with plain steps, and the digest with AdamW."""
   import jax
   import numpy as np
 
@@ -117,7 +117,7 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
 
 
 def _after(count: int) -> Callable[[], bool]:
-  """A `stop` that says yes when asked for the (count + 1)-th time."""
+  """Makes a `stop` that returns True from its (count + 1)-th call on."""
   asked = 0
 
   def stop() -> bool:
@@ -151,7 +151,7 @@ def _plain(step, carry, data, microbatches: int) -> Callable[[int], None]:
 
 
 class _Runs:
-  """Real runs of `launch.train`, in a folder of their own."""
+  """Starts real runs of `launch.train`, in a folder of their own."""
 
   def __init__(self, folder: str, hostmem_dir: str, cache_dir: str):
     self._folder = pathlib.Path(folder)
@@ -162,7 +162,7 @@ class _Runs:
     self._count = 0
 
   def start(self, *flags: str) -> tuple[subprocess.Popen[str], pathlib.Path]:
-    """Starts one; its output is a pipe."""
+    """Starts a run; returns its process, with output piped, and its workdir."""
     self._count += 1
     workdir = self._folder / f'run-{self._count}'
     process = subprocess.Popen(
@@ -171,7 +171,7 @@ class _Runs:
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
-      # A benchmark that is killed leaves no run, and the run nothing.
+      # A killed benchmark leaves no run behind, and the run leaves nothing.
       preexec_fn=functools.partial(
         linux_process.die_with, os.getpid(), signal.SIGTERM
       ),
@@ -179,7 +179,7 @@ class _Runs:
     return process, workdir
 
   def lines(self, *flags: str) -> list[dict[str, Any]]:
-    """The metrics of one, from beginning to end."""
+    """Does a whole run; returns the lines of its metrics."""
     process, workdir = self.start(*flags)
     output, _ = process.communicate()
     if process.returncode:
@@ -187,7 +187,7 @@ class _Runs:
     return [json.loads(x) for x in open(workdir / 'metrics.jsonl')]
 
   def seconds_to_first_iteration(self, *flags: str) -> float:
-    """From the start of the process to the first line of its metrics."""
+    """Times a run from the start of its process to its first iteration."""
     begin = time.monotonic()
     process, _ = self.start(*flags)
     seconds, output = None, []
@@ -205,9 +205,9 @@ class _Runs:
 def stages(
   preset: str, pairs: int, hostmem_dir: str, cache_dir: str
 ) -> list[summary.Row]:
-  """Two stages against one on the same cores; how late entries are read.
+  """Compares two stages with one on the same cores; shows late reads.
 
-  An iteration's `seconds` count, the first one of a run left out; a pair of
+  The `seconds` of iterations count, without the first one of a run; a pair of
   runs gives one ratio of their medians.
   """
   ratios: dict[int, list[float]] = {m: [] for m in _MICROBATCHES}
@@ -252,7 +252,7 @@ def stages(
 
 
 def start(rounds: int, hostmem_dir: str, cache_dir: str) -> list[summary.Row]:
-  """Seconds from the command to its first iteration, programs cached."""
+  """Times a command until its first iteration, with programs cached."""
   flags = ['--preset=tiny', '--iterations=1', '--eval_every=0']
   with scratch.folder() as folder:
     runs = _Runs(str(folder), hostmem_dir, cache_dir)
@@ -266,10 +266,10 @@ FROZEN_WARM_UP_ROUNDS = 3
 
 
 def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
-  """What replay would save without weight gradients of frozen experts.
+  """Measures the saving of a replay without frozen experts' weight gradients.
 
-  The bound of it: no expert of the stage has any. CPU seconds, since a busy
-  machine stretches the others.
+  This is its upper bound: no expert of the stage has any. The unit is CPU
+  seconds, since a busy machine stretches wall time.
   """
   import jax
   import numpy as np
@@ -279,7 +279,7 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
   from moetion_jax.state import model, optimizers
 
   class Frozen(functions.Functions):
-    """Its backward leaves `acc` of experts alone; XLA drops the rest."""
+    """Functions whose backward keeps experts' `acc`; XLA drops the rest."""
 
     def backward(self, compute, residuals, dy, acc):
       dx, new = super().backward(compute, residuals, dy, acc)
@@ -328,7 +328,7 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
   a, b = (
     np.array(seconds[n])[FROZEN_WARM_UP_ROUNDS:] for n in ('frozen', 'full')
   )
-  # Forward is one program: its noise is left out.
+  # Both cases share one forward program: its noise is left out.
   forward = np.median(np.concatenate([a, b])[:, 0])
   both = (forward + a[:, 1]) / (forward + b[:, 1])
   return [

@@ -1,8 +1,9 @@
 """Times the promotion of a warm standby, each time in a fresh process.
 
 `python -m launch.benchmark promotion` makes the table; this module's `main` is
-one such process: it warms up as a standby does, is promoted, runs two iterations
-of one stage without neighbours, and prints the seconds of each phase.
+one such process: it warms up as a standby does, is promoted, runs two
+iterations of one stage without neighbours, and prints the seconds of each
+phase.
 """
 
 from __future__ import annotations

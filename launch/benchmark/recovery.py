@@ -1,8 +1,8 @@
 """Cost of a failure: `launch.benchmark recovery`.
 
-Workers of real runs of `launch.train` are killed with SIGKILL one after another;
-the phases are those of events.jsonl. The baseline restarts the whole job from
-dense Orbax checkpoints.
+Workers of real runs of `launch.train` are killed with SIGKILL one after
+another; the phases are those of events.jsonl. The baseline restarts the whole
+job from dense Orbax checkpoints.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def rows(
 
   Args:
     preset: name of the model's shape.
-    kills: number of kills, with a standby, without, and of the whole job.
+    kills: number of kills with a standby, without one, and of the whole job.
     hostmem_dir: folder in tmpfs.
     cache_dir: folder of the compiled programs.
     replicas: replicas of each stage; with several, the whole job is not

@@ -1,6 +1,6 @@
 """Sizes of snapshots: the second table of `launch.benchmark snapshot`.
 
-The bytes of a window's snapshots against the whole state, for every preset, from
+Bytes of a window's snapshots against the whole state, for every preset, from
 shapes alone: nothing is computed.
 """
 

@@ -1,12 +1,12 @@
-"""What snapshots cost: `launch.benchmark snapshot`.
+"""Cost of snapshots: `launch.benchmark snapshot`.
 
-One stage that holds the whole model, trained in this process, in blocks of some
-iterations: with no snapshots, with sparse ones, with Orbax saving the whole
-state as often as it can, and once a window. `again` has no snapshots either, in
-another worker: it shows what two equal ones differ by.
+One stage that holds the whole model is trained in this process, in blocks of
+some iterations: with no snapshots, with sparse ones, with Orbax saving the
+whole state as often as it can, and once a window. `again` has no snapshots
+either, in another worker: it shows how much two equal workers differ.
 
-A block begins with an iteration before the clock runs, and the copy that its
-last one leaves behind has ended before the next block begins. So every measured
+A block begins with an iteration that is not timed, and the copy that its last
+one leaves behind has ended before the next block begins. So every measured
 iteration runs beside the copy of the one before it, or waits for it, as in a
 long run; no method pays for a copy that nobody waits for.
 """
@@ -31,7 +31,8 @@ from moetion_jax.policies import settings as capture_settings, sparse_planner
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import memory_store
 
-# A block: as many iterations as take so long, a multiple of Orbax's interval.
+# A block has as many iterations as take so long, and a multiple of
+# _ORBAX_EVERY.
 _BLOCK_SECONDS = 4.0
 _SHORTEST_BLOCK = 8
 _ORBAX_EVERY = 4
@@ -42,18 +43,18 @@ SUBJECTS = ('often', 'window')  # beside `none` and `sparse`, by default
 
 
 class _TimedBlock:
-  """How long all blocks are."""
+  """The common length of all blocks."""
 
   iterations = _SHORTEST_BLOCK
 
   def choose(self, iteration_seconds: float) -> None:
-    """Once an iteration was measured."""
+    """Sets the length of the blocks from a measured iteration."""
     wanted = max(_SHORTEST_BLOCK, _BLOCK_SECONDS / iteration_seconds)
     self.iterations = math.ceil(wanted / _ORBAX_EVERY) * _ORBAX_EVERY
 
 
 class _Subject:
-  """A worker of its own and what captures its state."""
+  """A worker of its own, with a method of capturing its state."""
 
   def __init__(self, config: run_settings.RunConfig, block: _TimedBlock):
     self.block = block
@@ -61,17 +62,17 @@ class _Subject:
       config, transformer_job.load_data(config)
     )
     self._config = config
-    # Of every snapshot, spent in the training thread: until it goes on, at
-    # work, and waiting for the one before.
+    # Time of the training thread for every snapshot: until it goes on, at work,
+    # and waiting for the snapshot before.
     self.blocked_seconds: list[float] = []
     self.cpu_seconds: list[float] = []
     self.late_seconds: list[float] = []
-    # Of every block: what the training thread was at work.
+    # CPU time of the training thread in every block.
     self.training_seconds: list[float] = []
     self.iteration = 0
 
   def run(self, number: int) -> float:
-    """One block; the seconds of its measured iterations."""
+    """Trains one block; returns the seconds of its measured iterations."""
     del number
     first = self.iteration + 1  # not measured
     last = first + self.block.iterations
@@ -100,18 +101,18 @@ class _Subject:
     return seconds
 
   def snapshots(self) -> Any:
-    """What `Worker.train` calls after every update."""
+    """Returns what `Worker.train` takes as `snapshots`; None for none."""
     return None
 
   def flush(self) -> None:
-    """Waits for what is on its way."""
+    """Waits for snapshots in progress."""
 
   def close(self) -> None:
-    """Ends threads."""
+    """Ends the subject's threads."""
 
 
 class _Nothing(_Subject):
-  """No snapshots. Runs first, and so finds out how long a block is."""
+  """No snapshots. Runs first, and so chooses the length of the blocks."""
 
   def run(self, number: int) -> float:
     seconds = super().run(number)
@@ -141,13 +142,13 @@ class _Timed:
 
   def release(self) -> float:
     seconds = self._inner.release()
-    if self._subject.blocked_seconds:  # of the snapshot before
+    if self._subject.blocked_seconds:  # it waited for the snapshot before
       self._subject.blocked_seconds[-1] += seconds
     return seconds
 
 
 class _Sparse(_Subject):
-  """Sparse snapshots, with the window that is chosen."""
+  """Sparse snapshots, with the chosen window."""
 
   def __init__(
     self,
@@ -180,7 +181,7 @@ class _Sparse(_Subject):
 
   @property
   def window(self) -> str:
-    """Of the window in force."""
+    """Name of the window in force."""
     choice = self._planner.choice
     if choice.every > 1:
       return f'whole, every {choice.every}'
@@ -261,17 +262,18 @@ def rows(
   window_mode: str = '',
   profile_dir: str = '',
 ) -> list[summary.Row]:
-  """Measures; see the module.
+  """Measures all subjects and returns the rows; see the module.
 
   Args:
-    preset: shape of the model.
-    rounds: blocks of every method.
-    hostmem_dir: in tmpfs.
-    subjects: 'often', 'window', 'again', beside `none` and `sparse`.
-    train: fields of the TrainConfig that differ; None values do not.
-    window_mode: of sparse snapshots; '' to choose, which on CPU often comes to
-      no windows.
-    profile_dir: where the JAX profile of a block with sparse snapshots is put;
+    preset: name of the model's shape.
+    rounds: measured blocks of every method.
+    hostmem_dir: folder in tmpfs.
+    subjects: methods beside `none` and `sparse`: 'often', 'window', 'again'.
+    train: fields of the TrainConfig that differ from the preset; None values
+      do not.
+    window_mode: mode of the sparse snapshots; '' to choose, which on CPU often
+      comes to no windows.
+    profile_dir: folder for the JAX profile of a block with sparse snapshots;
       '' for none.
   """
   config = run_settings.make(
@@ -285,7 +287,8 @@ def rows(
     },
     optimizer_overrides={},
   )
-  # Whose programs are compiled and not loaded is another subject than others.
+  # Fills the cache: a subject that compiles its programs differs from one that
+  # loads them.
   one_process.make_workers(config, transformer_job.load_data(config))
   block = _TimedBlock()
   with scratch.folder(hostmem_dir) as root, contextlib.ExitStack() as stack:
@@ -349,7 +352,7 @@ def rows(
         '<= 5' if is_ours else '',
       ),
     ]
-    if is_ours:  # on CPU the update that was dispatched before has the cores
+    if is_ours:  # on CPU the update dispatched before has the cores
       out += [
         (
           f'of that {what}, {label}, ms',
@@ -367,10 +370,9 @@ def rows(
 def _paces(
   label: str, subject: _Subject, seconds: Sequence[float]
 ) -> list[summary.Row]:
-  """How long an iteration is, and how long its thread works in it.
+  """Returns an iteration's length, and its training thread's time at work.
 
-  What makes the first longer and not the second, training waits for: a copy,
-  the GIL, the device.
+  The difference is what training waits for: a copy, the GIL, the device.
   """
   iterations = subject.block.iterations
   at_work = subject.training_seconds[-len(seconds) :]  # warm-ups come before
@@ -388,7 +390,7 @@ def _paces(
 
 
 def _profile(sparse: _Sparse, folder: str) -> list[summary.Row]:
-  """Of one more block: how far copies to the host go beside computation."""
+  """Profiles one more block: copies to the host beside computation."""
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0  # it makes the host several times slower
   sparse.block.iterations = _SHORTEST_BLOCK
@@ -411,7 +413,7 @@ def _profile(sparse: _Sparse, folder: str) -> list[summary.Row]:
 
 
 def _memory(sparse: _Sparse) -> list[summary.Row]:
-  """Device memory beyond training: one slot, one compute tree."""
+  """Returns device memory beyond training: one slot, one compute tree."""
   (decision,) = sparse._planner.decisions(1)
   state = sum(sparse.sizes.state_bytes.values())
   slot = max(

@@ -26,7 +26,6 @@ from moetion_jax.hostmem import memory_limits
 
 _PREFIX = 'moetion-'
 _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
-_UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes "no limit" as about 2**63
 
 
 # --- The folder --------------------------------------------------------------

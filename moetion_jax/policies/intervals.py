@@ -44,7 +44,7 @@ def dense_interval(
   It is the smallest interval in which the copy hides: it takes no longer than
   `overlap_target` of the interval's iterations. GEMINI puts the copy into gaps
   of the network traffic and aims at every iteration; where the gaps of one
-  iteration are too few, it comes to the same as this.
+  iteration are too few, this interval is what follows.
 
   Args:
     state_bytes: whole training state of the worker with most of it.
@@ -171,7 +171,7 @@ class TwoPhaseTuner:
 
   @property
   def iteration_seconds(self) -> float:
-    """Median of the undisturbed iterations; 0 while there are none."""
+    """Median seconds of the undisturbed iterations; 0 without any."""
     return statistics.median(self.undisturbed) if self.undisturbed else 0.0
 
   @property
@@ -245,10 +245,6 @@ def tune(
   that is too long takes long to measure again. It is never so short that no
   iteration is left, to compare with, in which no checkpoint begins or is under
   way. Without costs nothing changes.
-
-  Args:
-    tuner: the tuner so far.
-    max_interval: upper bound; None for none.
   """
   costs = tuner.costs
   if costs is None:

@@ -1,10 +1,9 @@
-"""Which experts the policy `partial` saves, and what a restore loses.
+"""Experts that the policy `partial` saves, and losses of a restore.
 
-Pure functions; the leader decides by them, and the simulator asks the same ones.
-The policy is PEC, the partial experts checkpointing of "MoC-System: Efficient
-Fault Tolerance for Sparse Mixture-of-Experts Model Training" (arXiv
-2408.04307), and, for `popularity`, the first preprint of MoEtion (arXiv
-2412.15411v1).
+Pure functions; the leader and the simulator decide by the same ones. The policy
+is PEC, the partial experts checkpointing of "MoC-System: Efficient Fault
+Tolerance for Sparse Mixture-of-Experts Model Training" (arXiv 2408.04307), and,
+for `popularity`, the first preprint of MoEtion (arXiv 2412.15411v1).
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from moetion_jax import keys
 from moetion_jax.policies import popularity as popularity_lib, rules, slots
 
-# Of lost tokens, after which PEC saves more experts; MoC-System's default.
+# Proportion of lost tokens beyond which PEC saves more experts; MoC-System's
+# default.
 PLT_BUDGET = 0.0375
-# Of an expert after a fault, with 'popularity'.
+# Largest growth of an expert's capacity after a fault, with 'popularity'.
 MAX_CAPACITY_FACTOR = 2.0
 SELECTIONS = ('sequential', 'load_aware', 'popularity')
 
@@ -36,27 +36,29 @@ def select_experts(
   ages: Mapping[keys.OperatorId, int] | None = None,
   max_age: int | None = None,
 ) -> frozenset[keys.OperatorId]:
-  """The experts of one layer that a checkpoint saves (PEC).
+  """Selects the experts of one layer that a checkpoint saves (PEC).
 
   - 'sequential' takes them in turn: checkpoint n the `count` that follow those
     of checkpoint n - 1, around and around;
   - 'load_aware' takes those that most tokens have trained since they were
     saved (MoC-System);
-  - 'popularity' takes those that most tokens choose (MoEtion's first preprint:
-    it makes use of that popularity is skewed).
+  - 'popularity' takes those that most tokens choose (MoEtion's first preprint,
+    which makes use of skewed popularity).
 
-  Equals go by OperatorId. Whoever was not saved for `max_age` checkpoints comes
-  before all others: that is ours, since host memory holds so many of them only.
+  Ties go by OperatorId. An expert that was not saved for `max_age` checkpoints
+  comes before all others: this rule is ours, since host memory holds only a
+  limited number of checkpoints.
 
   Args:
     kind: one of SELECTIONS.
-    experts: of the layer.
-    count: how many to take; all if there are no more.
-    number: of the checkpoint, from 0, for 'sequential'.
-    unsaved_tokens: of each expert, for 'load_aware'; 0 where missing.
+    experts: all experts of the layer.
+    count: number of experts to take; all if there are no more.
+    number: number of the checkpoint, from 0, for 'sequential'.
+    unsaved_tokens: tokens that trained each expert since it was saved, for
+      'load_aware'; 0 where missing.
     popularity: tokens an iteration, for 'popularity'; 0 where missing.
     ages: checkpoints since each expert was saved; 0 where missing.
-    max_age: None for no limit.
+    max_age: age from which an expert is overdue; None for no limit.
   """
   rules.check_known('partial_select', kind, SELECTIONS)
   if count < 1 or number < 0:
@@ -84,12 +86,13 @@ def select_experts(
 def partial_bytes(
   state_bytes: slots.Bytes, count: int, kind: str = 'largest'
 ) -> int:
-  """Bytes of a checkpoint of `count` experts a layer and all else whole.
+  """Returns the bytes of a checkpoint of `count` experts a layer and all else.
 
   Args:
-    state_bytes: training state of all operators.
+    state_bytes: training state of each operator.
     count: experts a layer.
-    kind: 'largest' experts of each layer, or the 'mean' of them, rounded up.
+    kind: 'largest' for the largest experts of each layer, 'mean' for average
+      ones, rounded up.
   """
   by_layer: dict[str, list[int]] = collections.defaultdict(list)
   total = 0
@@ -112,13 +115,13 @@ def restored_versions(
   experts: Iterable[keys.OperatorId],
   start: int,
 ) -> dict[keys.OperatorId, int]:
-  """Of which iteration each expert is that a restore puts together.
+  """Returns the version, an iteration, of each expert in a restored state.
 
   Args:
-    saved: iteration of every checkpoint that there is, and its experts.
-    experts: all.
-    start: iteration of the checkpoint that everything else is taken from:
-      what is newer does not count.
+    saved: the iteration of each existing checkpoint, and its experts.
+    experts: all experts.
+    start: iteration of the checkpoint that everything else is taken from;
+      newer checkpoints do not count.
 
   Returns:
     The newest version up to the start; 0, the initial state, for an expert
@@ -138,14 +141,14 @@ def lost_tokens(
   versions: Mapping[keys.OperatorId, int],
   start: int,
 ) -> dict[keys.OperatorId, float]:
-  """Tokens that trained each expert and that a restore forgets.
+  """Counts the tokens that trained each expert and that a restore forgets.
 
-  Those after its version and up to the start: what comes later is done again.
+  They come after its version and up to the start; later ones are trained again.
 
   Args:
-    loads: by iteration, tokens of each expert.
+    loads: tokens of each expert, by iteration.
     versions: see `restored_versions`.
-    start: to which the run goes back.
+    start: the iteration to which the run goes back.
   """
   lost = dict.fromkeys(versions, 0.0)
   for iteration, load in loads.items():
@@ -156,14 +159,14 @@ def lost_tokens(
 
 
 def proportion_of_lost_tokens(lost: float, processed: float) -> float:
-  """PLT: lost tokens over all that experts have processed so far.
+  """Returns the PLT: lost tokens over all that experts have processed so far.
 
-  A token counts once for each expert that it went to, in both. Of a whole run
-  it is the sum over its restores (MoC-System's measure of what PEC costs).
+  A token counts once for each expert that it went to, in both. For a whole run
+  the PLT is the sum over its restores (MoC-System's measure of what PEC costs).
 
   Args:
-    lost: by all experts, in all restores.
-    processed: by all experts.
+    lost: tokens that all experts lost in all restores.
+    processed: tokens that all experts have processed.
   """
   return lost / processed if processed > 0 else 0.0
 
@@ -171,16 +174,17 @@ def proportion_of_lost_tokens(lost: float, processed: float) -> float:
 def raised_experts(
   count: int, experts: int, plt: float, plt_budget: float = PLT_BUDGET
 ) -> int:
-  """Experts a layer from the next checkpoint on, after a restore.
+  """Returns the experts a layer to save from now on, after a restore.
 
-  Doubled when the proportion of lost tokens is beyond its budget (MoC-System
-  raises it as faults accumulate), up to all experts: then nothing is lost.
+  Their number is doubled when the proportion of lost tokens is beyond its
+  budget (MoC-System raises it as faults accumulate), up to all experts: then
+  nothing is lost.
 
   Args:
-    count: so far.
-    experts: that a layer has.
-    plt: of all restores so far.
-    plt_budget: that may be lost.
+    count: experts a layer so far.
+    experts: number of experts of a layer.
+    plt: the PLT of all restores so far.
+    plt_budget: the PLT that is allowed.
   """
   return min(experts, count * 2 if plt > plt_budget else count)
 
@@ -191,20 +195,21 @@ def capacity_factors(
   iterations: int,
   max_factor: float = MAX_CAPACITY_FACTOR,
 ) -> dict[keys.OperatorId, float]:
-  """By how much experts' capacities grow after a fault.
+  """Returns the factors by which experts' capacities grow after a fault.
 
   MoEtion's first preprint lets experts that lost tokens take more of them
   after a fault. Here each may take what it lost on top of its rate, spread
   over some iterations.
 
   Args:
-    lost: tokens of each expert, see `lost_tokens`.
+    lost: lost tokens of each expert, see `lost_tokens`.
     rates: tokens an iteration of each expert.
-    iterations: in which to make up for them.
-    max_factor: of a capacity.
+    iterations: number of iterations in which to make up for them.
+    max_factor: the largest factor.
 
   Returns:
-    A factor from 1 on for each expert; the largest where it has no rate.
+    A factor of at least 1 for each expert; the largest where an expert that
+    lost tokens has no rate.
   """
   if iterations < 1 or max_factor < 1:
     raise ValueError(f'{iterations=}, {max_factor=}')

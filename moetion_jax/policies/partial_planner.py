@@ -1,7 +1,7 @@
-"""Which experts each checkpoint of `--policy=partial` saves (PEC), and when.
+"""Planner of `--policy=partial`: the experts of each checkpoint (PEC), and when.
 
-One decision a checkpoint, published before anybody begins its iteration. Pure,
-but for what it remembers.
+It makes one decision a checkpoint, published before anybody begins its
+iteration. It is pure but for what it remembers.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _NOTICE = sparse_planner.NOTICE_ITERATIONS
 _FIRST_INTERVAL = 6
 _WARM_UP_ITERATIONS = 12
 _MEASURED_ITERATIONS = 9
-_POPULARITY_ITERATIONS = 20  # that are looked back on
-# An expert that was not saved for so many rounds (checkpoints in which all
+_POPULARITY_ITERATIONS = 20  # iterations over which popularity is measured
+# An expert that was not saved for this many rounds (the checkpoints in which all
 # experts could be saved) is due, however few tokens choose it.
 _MAX_ROUNDS = 2
-# Data files beyond the snapshots that are kept.
+# Data files beyond those of the snapshots that are kept.
 _SPARE_FILES = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loss:
-  """What a restore loses.
+  """The losses of a restore, and what follows from them.
 
   Attributes:
-    lost_tokens: that trained an expert and are forgotten; a token counts once
-      for each expert that it went to.
-    plt: of all restores so far, see `policies.proportion_of_lost_tokens`.
-    experts: of each layer that a checkpoint saves from now on.
+    lost_tokens: number of tokens that trained an expert and are forgotten; a
+      token counts once for each expert that it went to.
+    plt: the PLT of all restores so far, see `partial.proportion_of_lost_tokens`.
+    experts: experts of each layer that a checkpoint saves from now on.
     capacity_until: iteration up to which experts take more tokens, to make up
-      for what they lost; 0: they do not.
+      for what they lost; 0 if they do not.
   """
 
   lost_tokens: float
@@ -55,12 +55,13 @@ class Loss:
 
 
 class PartialPlanner:
-  """A `policy_plan.Planner`.
+  """The `planner.Planner` of partial checkpoints.
 
   Attributes:
     interval: iterations between checkpoints, in force or soon to be.
-    experts: of each layer that a checkpoint saves.
-    capacity_factors: of experts, after the last restore; empty if none grow.
+    experts: experts of each layer that a checkpoint saves.
+    capacity_factors: growth of experts' capacities after the last restore;
+      empty if none grow.
   """
 
   def __init__(
@@ -70,7 +71,7 @@ class PartialPlanner:
     platform: str,
     replicas: int = 1,
   ):
-    """Stores the arguments; see `policy_plan.make`."""
+    """Stores the arguments; see `whole_planner.make`."""
     self._settings = settings
     self._stages = stages
     self._replicas = replicas
@@ -84,8 +85,8 @@ class PartialPlanner:
     self.interval = settings.interval or _FIRST_INTERVAL
     self.experts = min(settings.partial_experts, self._largest_layer)
     self._longest_round = self._round  # it gets shorter with more experts
-    self._first_iteration = 0  # of the last decision
-    self._number = 0  # of the next checkpoint
+    self._first_iteration = 0  # that of the last decision
+    self._number = 0  # that of the next checkpoint
     self._versions: dict[keys.OperatorId, int] = dict.fromkeys(
       (e for layer in self._layers.values() for e in layer), 0
     )
@@ -101,30 +102,30 @@ class PartialPlanner:
 
   @property
   def lag_iterations(self) -> int:
-    """See `policy_plan.Planner`."""
+    """See `planner.Planner`."""
     return self.interval * (self._settings.keep_windows - 1)
 
   @property
   def _round(self) -> int:
-    """Checkpoints in which all experts can be saved."""
+    """Number of checkpoints in which all experts can be saved."""
     return -(-self._largest_layer // self.experts)
 
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
-    """See `policy_plan.Planner`: for what nobody can be told of in time."""
+    """Decides on the checkpoints too soon to be told of; see `planner.Planner`."""
     soon = _NOTICE // self.interval * self.interval
     return self._decide(first_iteration, first_iteration + soon, bool(soon))
 
   def _decide(
     self, first_iteration: int, saved_at: int, is_certain: bool = True
   ) -> tuple[decision.CaptureDecision, ...]:
-    """Selects experts for checkpoints from an iteration on.
+    """Selects experts for the checkpoints from an iteration on.
 
     Args:
-      first_iteration: of the decision.
-      saved_at: the last checkpoint that certainly follows it.
-      is_certain: whether there is one.
+      first_iteration: the decision's first iteration.
+      saved_at: iteration of the last checkpoint that certainly follows it.
+      is_certain: whether there is such a checkpoint.
     """
     self._first_iteration = first_iteration
     selected = self._select(first_iteration)
@@ -144,7 +145,7 @@ class PartialPlanner:
     )
 
   def _select(self, first_iteration: int) -> frozenset[keys.OperatorId]:
-    """The experts of the checkpoint of that iteration, or the next one."""
+    """Selects the experts of the checkpoint at an iteration, or the next one."""
     unsaved = partial.lost_tokens(
       self._loads, self._versions, max(self._loads, default=0)
     )
@@ -175,7 +176,7 @@ class PartialPlanner:
     return total
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
-    """See `policy_plan.Planner`: as old as the oldest expert may be."""
+    """Sizes pools that reach back to the oldest expert; see `planner.Planner`."""
     rounds = 1 + _MAX_ROUNDS * (self._settings.partial_select != 'sequential')
     files = rounds * self._longest_round + self._settings.keep_windows
     files += _SPARE_FILES
@@ -185,7 +186,7 @@ class PartialPlanner:
     ]
 
   def _worker_bytes(self, workers: int) -> list[int]:
-    """By stage, what the largest checkpoint of a worker holds."""
+    """Returns the bytes of a worker's largest checkpoint, by stage."""
     return [
       max(
         partial.partial_bytes(
@@ -197,7 +198,7 @@ class PartialPlanner:
     ]
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
-    """See `policy_plan.Planner`."""
+    """See `planner.Planner`."""
     iteration = reports[0].iteration
     loads = {o: float(n) for one in reports for o, n in one.load.items()}
     self._loads[iteration] = loads
@@ -220,7 +221,7 @@ class PartialPlanner:
     return planner.Change(kind='interval', fields=fields, decisions=decisions)
 
   def _choose(self, reports: Sequence[report.Report]) -> str:
-    """Sets the interval, once, from what is measured; why, if it did."""
+    """Sets the interval, once, from measurements; returns why, '' if it did not."""
     if (
       self._has_chosen
       or self._measured_iterations < _WARM_UP_ITERATIONS
@@ -241,7 +242,7 @@ class PartialPlanner:
     )
 
   def _forget(self) -> None:
-    """Lets go of loads that nothing can ask for any more."""
+    """Drops loads that nothing can ask for any more."""
     keep = _POPULARITY_ITERATIONS + (1 + _MAX_ROUNDS) * self._round * (
       self.interval * (1 + self._settings.keep_windows)
     )
@@ -250,7 +251,7 @@ class PartialPlanner:
       self._processed_before += sum(self._loads.pop(oldest).values())
 
   def capacity(self, stage: int) -> tuple[tuple[str, int, float], ...]:
-    """Of experts of a stage that take more tokens; see `protocol.Go`."""
+    """Returns a stage's experts that take more tokens; see `orders.Go`."""
     return tuple(
       (operator.group, operator.expert, factor)
       for operator, factor in self.capacity_factors.items()
@@ -260,11 +261,11 @@ class PartialPlanner:
   def restart_from(
     self, start: int, versions: Mapping[keys.OperatorId, int]
   ) -> Loss:
-    """All stages go back to a checkpoint, with experts as old as they are.
+    """Takes in that all stages go back to a checkpoint, with older experts.
 
     Args:
-      start: its iteration.
-      versions: of which iteration each expert is then.
+      start: the checkpoint's iteration.
+      versions: the iteration from which each expert is restored.
     """
     self._loads = {i: x for i, x in self._loads.items() if i <= start}
     lost_tokens = partial.lost_tokens(self._loads, versions, start)
@@ -288,9 +289,9 @@ class PartialPlanner:
   def _grow(
     self, start: int, lost_tokens: Mapping[keys.OperatorId, float]
   ) -> int:
-    """Lets experts that lost tokens take more of them; until when, or 0.
+    """Lets experts that lost tokens take more; returns the last iteration, or 0.
 
-    For as long as the oldest of them was not saved.
+    It lasts for as long as the oldest of them was not saved.
     """
     self.capacity_factors = {}
     lost = [self._versions[o] for o, tokens in lost_tokens.items() if tokens]

@@ -1,1 +1,1 @@
-"""A stage as compiled programs over the mesh of its devices."""
+"""Compiled programs of a stage, over the mesh of its devices."""

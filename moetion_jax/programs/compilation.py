@@ -5,7 +5,7 @@ accelerator memory from the workers) and does the first two: what is left when
 it is promoted is a read of the persistent compilation cache. Every worker goes
 through the same steps, so cache key and executable are the same either way.
 
-Programs are mapped over an abstract mesh; `compile` says which devices it is.
+Programs are mapped over an abstract mesh; `compile` gives it its devices.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ OnProgram: TypeAlias = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramShape:
-  """The sizes that a stage's programs are compiled for.
+  """Sizes that a stage's programs are compiled for.
 
   Attributes:
     microbatch_size: sequences B of one microbatch.
-    sequence_length: tokens T.
-    microbatches: M per replica and iteration.
-    replicas: of the stage, each with M microbatches of an iteration.
-    team: the replicas that have a worker in the stage world, ascending; they do
-      what the others would do. None: all.
+    sequence_length: tokens T of one sequence.
+    microbatches: microbatches M per replica and iteration.
+    replicas: number of replicas of the stage.
+    team: the replicas that have a worker in the stage world, ascending; they
+      also do the microbatches of the others. None: all.
   """
 
   microbatch_size: int
@@ -45,36 +45,38 @@ class ProgramShape:
 
   @property
   def workers(self) -> tuple[int, ...]:
-    """The replicas that have a worker."""
+    """Replicas that have a worker."""
     return tuple(range(self.replicas)) if self.team is None else self.team
 
   @property
   def world_size(self) -> int:
-    """How many workers there are."""
+    """Number of workers in the stage world."""
     return len(self.workers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """The compiled programs of one stage (DESIGN section 4).
+  """Compiled programs of one stage (DESIGN section 4).
 
-  In the order of their first use, which is the order they are compiled in.
+  The fields stand in the order of their first use, which is the order in which
+  they are compiled.
 
   Attributes:
     place: state -> state; a copy in buffers of its own.
     compute_of: state -> compute; the same casts as in `update`. Where replicas
       share the state: -> words, the bits of its own (`zero1.Ownership.pack`).
-    gather: words -> compute, of all replicas. None where each has all.
+    gather: words of all replicas -> compute. None where each replica has all of
+      the state.
     zeros: () -> acc.
     forward: (compute, inputs, position) -> (y, residuals, counts).
     backward: (compute, residuals, dy, acc) -> (dx, acc); donates residuals and
       acc. dy is () in the last stage, dx is () in the first.
-    reduce: (acc, counts of all M), a tuple of each by `ordered_sum.Order.lanes` ->
-      (gradients, scalars); fp32, over the mesh.
+    reduce: (acc, counts of all M), each a tuple with one item a lane (see
+      `ordered_sum.Order.lanes`) -> (gradients, scalars); fp32, over the mesh.
     update: (state, gradients, clip_factor, slot) -> (state, compute,
       selection); donates state. `slot` and `selection` are bool masks by group.
       `compute` is () where replicas share the state.
-    digest: state -> u32[operators, 2], in the order of the partition's.
+    digest: state -> u32[operators, 2], in the partition's order.
     evaluate: (compute, inputs) -> y, or the mean loss f32[] in the last stage.
   """
 
@@ -91,7 +93,7 @@ class Programs:
 
 
 ORDER = tuple(f.name for f in dataclasses.fields(Programs))
-# Those that run over the devices of all replicas.
+# Programs that run over the devices of all replicas.
 IN_WORLD = frozenset({'reduce', 'gather'})
 
 
@@ -107,7 +109,7 @@ class LoweredPrograms:
     on_program: OnProgram = lambda _: None,
     world: jax.sharding.Mesh | None = None,
   ) -> Programs:
-    """As `compile_each`, all the programs of a stage."""
+    """Compiles all the programs of a stage; see `compile_each`."""
     return Programs(**self.compile_each(mesh, on_program, world))
 
   def compile_each(
@@ -119,10 +121,10 @@ class LoweredPrograms:
     """Compiles for `mesh`, or loads from the persistent compilation cache.
 
     Args:
-      mesh: of the abstract mesh's shape, its devices of the platform that the
-        programs were lowered for.
+      mesh: mesh of the abstract mesh's shape, with devices of the platform that
+        the programs were lowered for.
       on_program: called with each program's name before it is compiled.
-      world: of the programs IN_WORLD; None: `mesh` is all the world.
+      world: mesh for the programs IN_WORLD; None: `mesh` is all the world.
     """
     compiled = {}
     for name, lowered in self.lowered.items():
@@ -151,7 +153,7 @@ class TracedPrograms:
     """Lowers for a platform ('cpu', 'cuda', ...); needs no backend.
 
     Args:
-      platform: as of `platform_of`.
+      platform: the platform, as `platform_of` names it.
       on_program: called with each program's name before it is lowered.
     """
     lowered = {}
@@ -179,7 +181,7 @@ class TracedPrograms:
 
 
 def platform_of(mesh: jax.sharding.Mesh) -> str:
-  """The platform that programs of `mesh` are lowered for."""
+  """Returns the platform that programs of `mesh` are lowered for."""
   return jax_internals.platform_of(mesh.devices.flat[0].client)
 
 
@@ -194,15 +196,15 @@ def trace(
   """Traces a function of one device's share over the mesh.
 
   Args:
-    mesh: over whose axes the function may communicate.
-    function: on one device's share of each argument.
+    mesh: abstract mesh over whose axes the function may communicate.
+    function: the function; it works on one device's share of each argument.
     in_specs: mesh axes of the arguments.
-    out_specs: mesh axes of what it returns.
+    out_specs: mesh axes of the results.
     shapes: ShapeDtypeStructs of the arguments, over the whole mesh.
     donate: positions of arguments whose buffers are given away.
 
   Returns:
-    (traced, ShapeDtypeStructs of what it returns).
+    (traced, ShapeDtypeStructs of the results).
   """
   mapped = jax.shard_map(
     function,

@@ -1,8 +1,8 @@
-"""The pure functions of a stage, on one device's share (DESIGN section 4).
+"""Pure functions of a stage, on one device's share (DESIGN section 4).
 
 They take plain dicts and tuples of arrays, and are traced inside `shard_map`
 over axes 'data' (replicas) and 'expert' (a worker's devices). What is local to
-a device has a leading axis of size 1, so that outside it is one array over the
+a device has a leading dim of size 1, so that outside it is one array over the
 mesh.
 """
 
@@ -34,19 +34,21 @@ Tree: TypeAlias = Any
 
 
 class Functions:
-  """The functions of one stage, as one of its workers runs them.
+  """Functions of one stage, as one of its workers runs them.
 
-  `forward` is traced before `backward`, which joins the vjp function again.
+  `forward` is traced before `backward`, which puts the vjp function together
+  again.
 
   Attributes:
     model: the stage's model.
     shape: sizes that the programs are compiled for.
-    expert_devices: devices of the worker.
-    ownership: who owns what, where the replicas share the training state; None
-      where each has all of it.
-    order: the order in which sums over replicas are taken.
+    expert_devices: number of devices of the worker.
+    ownership: operators that each replica owns, where the replicas share the
+      training state; None where each has all of it.
+    order: order in which sums over replicas are taken.
     groups: parameter names by group.
-    own_groups: the same, of the groups of which this worker has training state.
+    own_groups: parameter names of the groups of which this worker has training
+      state.
     state_shapes: shapes of the training state that this worker has.
     partition: operators of that state.
   """
@@ -65,7 +67,7 @@ class Functions:
     self.expert_devices = expert_devices
     self.ownership = ownership
     self._optimizer = optimizer
-    self._recipe: residuals_lib.Recipe | None = None  # when forward was traced
+    self._recipe: residuals_lib.Recipe | None = None  # set by forward
     self.order = ordered_sum.Order.of_team(
       shape.replicas, shape.workers, expert_devices
     )
@@ -85,10 +87,10 @@ class Functions:
     )
 
   def sharded(self, position: int) -> Functions:
-    """The functions of the worker at `position`, which owns only its share.
+    """Makes the functions of worker `position`, which owns only its share.
 
     Raises:
-      base.ConfigError: there are more workers than can own something.
+      errors.ConfigError: there are more workers than can own something.
     """
     ownership = zero1.Ownership(
       self.model,
@@ -103,7 +105,7 @@ class Functions:
     )
 
   def init(self, masters: Mapping[str, jax.Array]) -> partition_lib.State:
-    """Training state 0 of this worker, from the fp32 masters of all parameters."""
+    """Makes this worker's training state 0 from the fp32 masters of all."""
     if self.ownership:
       masters = {
         n: self.ownership.rows(g, masters[n])
@@ -124,7 +126,7 @@ class Functions:
     return {n: w for n, w in compute.items() if n not in self.model.buffers}
 
   def forward(self, compute, inputs, position):
-    """(compute, inputs, position) -> (y, residuals, counts)."""
+    """Runs forward: (compute, inputs, position) -> (y, residuals, counts)."""
     trained = self._trained(compute)
     position = position._replace(microbatch=position.microbatch[0])
 
@@ -144,7 +146,7 @@ class Functions:
     return y, jax.tree.map(lambda r: r[None], residuals), _own(counts)
 
   def backward(self, compute, residuals, dy, acc):
-    """(compute, residuals, dy, acc) -> (dx, acc)."""
+    """Runs backward: (compute, residuals, dy, acc) -> (dx, acc)."""
     assert self._recipe is not None  # forward is traced first
     vjp = self._recipe.join(compute, [r[0] for r in residuals])
     # The objective is the mean over all replicas' devices and microbatches.
@@ -158,12 +160,12 @@ class Functions:
 
   @property
   def _terms(self) -> int:
-    """Of the mean that an iteration's loss is."""
+    """Number of terms of the mean that is an iteration's loss."""
     devices = self.expert_devices * self.shape.replicas
     return devices * self.shape.microbatches
 
   def reduce(self, accs, counts):
-    """(accs, counts) of this worker -> (gradients, scalars) of all replicas."""
+    """Sums over all replicas: (accs, counts) -> (gradients, scalars)."""
     gradients, squares = {}, {True: [], False: []}
     for group, names in self.groups.items():
       for name in names:
@@ -199,14 +201,14 @@ class Functions:
     return self.ownership.pack(compute) if self.ownership else compute
 
   def gather(self, words):
-    """The packed words of every replica -> all compute weights."""
+    """Gathers and unpacks the words of all replicas: words -> compute."""
     assert self.ownership is not None
     return self.ownership.unpack(
       {kind: jax.lax.all_gather(x[0], 'data') for kind, x in words.items()}
     )
 
   def update(self, state, gradients, clip_factor, slot):
-    """(state, gradients, clip_factor, slot) -> (state, compute, selection)."""
+    """Applies clipped gradients: ... -> (state, compute, selection)."""
     new = {}
     for group, names in self.own_groups.items():
       own = {n: gradients[n] for n in names}
@@ -223,7 +225,8 @@ class Functions:
         stacked=group.stacked,
         buffers=self.model.buffers,
       )
-    # The mask is returned as computed on the device, one with the step.
+    # The mask is returned by the program itself, so that it belongs to the
+    # step.
     selection = {g: jnp.asarray(mask) for g, mask in slot.items()}
     compute = () if self.ownership else self.compute_of(new)
     return new, compute, selection
@@ -233,24 +236,24 @@ class Functions:
     return copied(state)
 
   def digest(self, state):
-    """Digests a state: u32[operators, 2], in the order of `partition`."""
+    """Digests a state: state -> u32[operators, 2], in `partition`'s order."""
     found = []
     for name, group in self.partition.groups.items():
       rows = digest_lib.digest_leaves(state[name], group.stacked)
       if group.stacked and self.expert_devices > 1:
         rows = jax.lax.all_gather(rows, 'expert', tiled=True)
       found.append(rows)
-    return jnp.concatenate(found)  # one array: to read one costs the host
+    return jnp.concatenate(found)  # one array: each that is read costs the host
 
   def evaluate(self, compute, inputs):
-    """(compute, inputs) -> y, or f32[] mean loss in the last stage."""
+    """Evaluates: (compute, inputs) -> y, or the last stage's mean loss f32[]."""
     out = self.model.forward(compute, inputs, None)
     if out.y is not None:
       return out.y
     return jax.lax.pmean(out.counts['loss'], mesh_lib.AXES)
 
   def zeros(self):
-    """() -> acc, f32[1, ...] by parameter name."""
+    """Makes acc, zeros f32[1, ...] by parameter name."""
     acc = {}
     for group, names in self.groups.items():
       for name in names:

@@ -1,6 +1,6 @@
-"""Every use of what JAX does not promise, each with its reason.
+"""Uses of JAX internals: all that there are, each with its reason.
 
-JAX has no public name for these. Tests by the same names
+JAX has no public name for these. Tests of the same names
 (`tests/programs/jax_internals_test.py`) fail when a new release breaks one.
 Verified with jax 0.10.2 and 0.11.2.
 """
@@ -31,20 +31,20 @@ def platform_of(client: Any) -> str:
   Reason: `Device.platform` says 'gpu' where lowering wants 'cuda' or 'rocm'.
 
   Args:
-    client: of a device, `device.client`.
+    client: client of a device, `device.client`.
   """
   return getattr(client, '_raw_platform', client.platform)
 
 
 @dataclasses.dataclass(frozen=True)
 class _StandInClient:
-  """As much of a backend's client as lowering asks for."""
+  """Stands in for a backend's client, as far as lowering asks for it."""
 
   platform: str
   runtime_type: str = ''
 
 
-# `jax.default_device` lets types pass that have 'Device' in their name.
+# `jax.default_device` accepts types that have 'Device' in their name.
 @dataclasses.dataclass(frozen=True)
 class _StandInDevice:
   """Stands in for the default device, of which lowering wants the platform."""
@@ -64,7 +64,7 @@ def lowering_without_backend(platform: str) -> Iterator[None]:
   default device for its client on the way, which would create the backend.
 
   Args:
-    platform: as of `platform_of`.
+    platform: the platform, as `platform_of` names it.
   """
   device: Any = _StandInDevice(_StandInClient(platform))
   with jax.default_device(device):
@@ -74,14 +74,14 @@ def lowering_without_backend(platform: str) -> Iterator[None]:
 def compile_lowered(
   lowered: jax.stages.Lowered, devices: tuple[Any, ...]
 ) -> Callable[..., Any]:
-  """Compiles for devices what was lowered without a backend.
+  """Compiles for devices a program that was lowered without a backend.
 
-  Reason: what was lowered remembers the stand-in's client, and no public
+  Reason: the lowered program remembers the stand-in's client, and no public
   argument of `Lowered.compile` replaces it.
 
   Args:
-    lowered: over an abstract mesh.
-    devices: in the order of the mesh.
+    lowered: the program, lowered over an abstract mesh.
+    devices: the devices, in the order of the mesh.
   """
   lowered._lowering.compile_args['backend'] = devices[0].client
   return lowered.compile(device_assignment=devices)
@@ -92,8 +92,8 @@ def let_all_write_cache() -> None:
 
   Reason: JAX leaves that to process 0 of a world. But the key of a program on a
   process's own devices has their numbers in it (on CPU), so process 0 never
-  writes it, and the others would compile again in every generation. Call when
-  there is a backend, which needs to know the number.
+  writes it, and the others would compile again in every generation. Call it
+  when there is a backend: creating one needs the true number.
   """
   assert has_backend()
   distributed.global_state.process_id = 0
@@ -101,7 +101,7 @@ def let_all_write_cache() -> None:
 
 @contextlib.contextmanager
 def first_writes_cache() -> Iterator[None]:
-  """Has process 0 alone write the compilation cache, inside the block.
+  """Lets process 0 alone write the compilation cache, inside the block.
 
   Reason: all processes of a world have the same key for a program over all of
   its devices; `let_all_write_cache` would have each of them write it.

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'expert')
-# Said, since it is not what every release of JAX takes for granted: shardings
-# are those of a program's arguments and of `shard_map`, not of array types.
+# Stated, since it is not the default of every release of JAX: shardings belong
+# to a program's arguments and to `shard_map`, not to array types.
 _TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 OWN = PartitionSpec(AXES)  # a leading dim over all devices
 EXPERT = PartitionSpec('expert')  # a leading dim over a worker's devices
@@ -24,7 +24,7 @@ SAME = PartitionSpec()  # the same on every device
 
 
 def make_mesh(devices: Sequence[Any], replicas: int = 1) -> jax.sharding.Mesh:
-  """The stage world's mesh: replicas x devices of each worker."""
+  """Makes the stage world's mesh: replicas x devices of each worker."""
   return jax.sharding.Mesh(
     np.array(devices).reshape(replicas, -1), AXES, axis_types=_TYPES
   )
@@ -33,7 +33,7 @@ def make_mesh(devices: Sequence[Any], replicas: int = 1) -> jax.sharding.Mesh:
 def abstract_mesh(
   local_devices: int, replicas: int = 1
 ) -> jax.sharding.AbstractMesh:
-  """The shape of `make_mesh`; needs no backend."""
+  """Makes an abstract mesh in the shape of `make_mesh`; needs no backend."""
   return jax.sharding.AbstractMesh(
     (replicas, local_devices), AXES, axis_types=_TYPES
   )
@@ -42,7 +42,7 @@ def abstract_mesh(
 def shardings(
   mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, specs: Any
 ) -> Any:
-  """NamedShardings of a tree of specs."""
+  """Makes the NamedShardings of a tree of specs."""
   return jax.tree.map(
     lambda s: NamedSharding(mesh, s),
     specs,
@@ -51,12 +51,12 @@ def shardings(
 
 
 def widen(tree: Any, world: jax.sharding.Mesh) -> Any:
-  """Arrays on a worker's own mesh as its shares of arrays over the world.
+  """Makes arrays on a worker's own mesh its shares of arrays over the world.
 
   Args:
-    tree: of arrays, sharded over both axes along their first dim or, where that
-      is of size 1, over 'data' there and 'expert' along the second.
-    world: of which the arrays' mesh is one row.
+    tree: tree of arrays, sharded over both axes along their first dim or, where
+      that is of size 1, over 'data' there and 'expert' along the second.
+    world: mesh of which the arrays' mesh is one row.
   """
   replicas = world.shape['data']
 
@@ -71,7 +71,7 @@ def widen(tree: Any, world: jax.sharding.Mesh) -> Any:
 
 
 def narrow(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Arrays that are the same in all replicas, on a worker's own mesh."""
+  """Puts arrays that are the same in all replicas on a worker's own mesh."""
 
   def one(x: jax.Array) -> jax.Array:
     return jax.make_array_from_single_device_arrays(

@@ -1,14 +1,15 @@
 """Sums over a stage's replicas whose bits do not depend on who does what.
 
 Floating-point addition is not associative, and collectives add in an order of
-their own, another one for every size of the world. So that a stage may go on
-with fewer workers, each doing several replicas' microbatches, and come to the
-same bits: what replicas have is added in the order of their numbers, and what
-one replica's devices have in theirs. A worker brings what its replicas have in
-*lanes*, one each.
+their own, another one for every size of the world. A stage may go on with fewer
+workers, each doing several replicas' microbatches, and has to come to the same
+bits. Therefore terms of replicas are added in the order of the replicas'
+numbers, and terms of one replica's devices in that of the devices'. A worker
+brings the terms of its replicas in *lanes*, one each.
 
-As a ring would, an exchange gives every device a part of the numbers to add, in
-which it has everybody's, and the parts are gathered: as many bytes on the wire.
+An exchange gives every device one part of the numbers, with everybody's terms
+of that part; the device adds them, and the parts are gathered. A ring moves as
+many bytes.
 
 The functions are for use inside `shard_map`.
 """
@@ -30,12 +31,12 @@ from moetion_jax.state import division
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-  """Who has what, and in which order it is added.
+  """Order of a sum over replicas, and the worker and lane of each term.
 
   Attributes:
-    workers: of the stage world.
-    devices: of each.
-    places: of each replica, in the order of their numbers: worker and lane.
+    workers: number of workers in the stage world.
+    devices: number of devices of each worker.
+    places: worker and lane of each replica, in the order of their numbers.
   """
 
   workers: int
@@ -46,10 +47,12 @@ class Order:
   def of_team(
     cls, replicas: int, team: Sequence[int], devices: int = 1
   ) -> Order:
-    """Of the replicas that have a worker, by position in the stage world.
+    """Makes the order for a team: the replicas that have a worker.
+
+    Workers are numbered by their position in the stage world.
 
     Raises:
-      ValueError: nobody is left, or somebody is no replica.
+      ValueError: the team is empty, or a member of it is no replica.
     """
     place_of = {}
     stand_ins = division.stand_ins(replicas, team)
@@ -62,17 +65,17 @@ class Order:
 
   @property
   def lanes(self) -> int:
-    """Of each worker; those beyond its replicas are not read."""
+    """Number of lanes of each worker; those beyond its replicas are unread."""
     return 1 + max(lane for _, lane in self.places)
 
   def sum(
     self, lanes: Sequence[jax.Array], over_devices: bool = True
   ) -> jax.Array:
-    """The sum of what all replicas have, the same in all workers.
+    """Sums over all replicas; the result is the same in all workers.
 
     Args:
-      lanes: of this device, arrays of one shape.
-      over_devices: whether it is also that of what a worker's devices have.
+      lanes: this device's lanes, arrays of one shape.
+      over_devices: whether to sum over each worker's devices too.
     """
     if len(self.places) == 1:  # the usual collective: nothing to stand in for
       return jax.lax.psum(lanes[0], mesh.AXES if over_devices else 'data')
@@ -85,14 +88,14 @@ class Order:
     return _gathered(part, 'expert', shape)
 
   def sum_over_devices(self, x: jax.Array) -> jax.Array:
-    """The sum of what a worker's devices have; all workers have the same."""
+    """Sums over a worker's devices; all workers have the same terms."""
     if len(self.places) == 1 or self.devices <= 2:  # of two: in any order
       return jax.lax.psum(x, 'expert')
     parts = _exchange(x.reshape(1, -1), 'expert', self.devices)
     return _gathered(_left_to_right(list(parts))[0], 'expert', x.shape)
 
   def _over_workers(self, x: jax.Array) -> jax.Array:
-    """[lanes, numbers] of this worker -> [numbers] of all replicas."""
+    """Sums over replicas: [lanes, numbers] of this worker -> [numbers]."""
     if self.workers == 1:
       return _left_to_right([x[lane] for _, lane in self.places])
     if len(self.places) == self.workers == 2:  # of two: in any order
@@ -107,12 +110,12 @@ def _left_to_right(terms: Sequence[jax.Array]) -> jax.Array:
 
 
 def _exchange(x: jax.Array, axis: str, size: int) -> jax.Array:
-  """[lanes, numbers] -> [size, lanes, part]: everybody's, of this one's part.
+  """Exchanges parts: [lanes, numbers] -> [size, lanes, part].
 
   Args:
-    x: of this device.
-    axis: of the mesh.
-    size: of the axis.
+    x: this device's lanes. The result is everybody's, of this device's part.
+    axis: mesh axis to exchange over.
+    size: size of the axis.
   """
   part = -(-x.shape[1] // size)
   x = jnp.pad(x, ((0, 0), (0, part * size - x.shape[1])))
@@ -121,6 +124,6 @@ def _exchange(x: jax.Array, axis: str, size: int) -> jax.Array:
 
 
 def _gathered(part: jax.Array, axis: str, shape: Sequence[int]) -> jax.Array:
-  """Everybody's part -> all numbers, in a shape."""
+  """Gathers everybody's part: all numbers, in a shape."""
   numbers = jax.lax.all_gather(part, axis, tiled=True)
   return numbers[: math.prod(shape)].reshape(shape)

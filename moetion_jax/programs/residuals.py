@@ -1,4 +1,4 @@
-"""What `forward` hands to `backward`: a vjp function's leaves, each once.
+"""Residuals from `forward` to `backward`: a vjp function's leaves, each once.
 
 A `jax.vjp` function is a pytree. Compute weights among its leaves are left out
 (`backward` has them as an argument; returned, they would be copied for every
@@ -16,7 +16,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-  """Where one leaf of the vjp function comes from."""
+  """Source of one leaf of the vjp function."""
 
   weight: str | None  # a compute weight, by name
   index: int = 0  # else a residual
@@ -24,7 +24,7 @@ class _Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How a vjp function is put together again."""
+  """Recipe to put a vjp function together again."""
 
   structure: Any
   leaves: tuple[_Leaf, ...]
@@ -32,7 +32,7 @@ class Recipe:
   def join(
     self, compute: Mapping[str, jax.Array], residuals: Sequence[jax.Array]
   ) -> Callable[..., Any]:
-    """The vjp function of these weights and residuals."""
+    """Makes the vjp function of these weights and residuals."""
     leaves = [
       compute[leaf.weight] if leaf.weight is not None else residuals[leaf.index]
       for leaf in self.leaves
@@ -43,7 +43,7 @@ class Recipe:
 def split(
   vjp: Callable[..., Any], compute: Mapping[str, jax.Array]
 ) -> tuple[tuple[jax.Array, ...], Recipe]:
-  """The residuals of a vjp function, and the recipe of its inverse."""
+  """Splits a vjp function into its residuals and the recipe to join them."""
   leaves, structure = jax.tree.flatten(vjp)
   weights = {id(w): n for n, w in compute.items()}
   places: dict[int, int] = {}

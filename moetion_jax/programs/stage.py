@@ -1,16 +1,16 @@
-"""A stage's pure functions (DESIGN section 4), shardings and initial state.
+"""A stage's programs (DESIGN section 4), shardings and initial state.
 
 The functions take plain dicts and tuples of arrays and are compiled ahead of
 time: calling one with another shape or sharding is an error, never a silent
 recompilation. Training and replay run these same executables, which is what
-makes recovery bit-exact. Tracing needs no devices: see `programs`.
+makes recovery bit-exact. Tracing needs no devices: see `compilation`.
 
 Mesh axes: 'data' (replicas), 'expert' (a worker's devices); a device's share
-of a microbatch is its rows. Every program but `reduce` runs on the worker's own
-devices, so a worker meets its stage world once an iteration; twice where the
-replicas share the training state (`sharded`), in `gather`. Inside `shard_map`
-what is local to a device gets a leading axis of size 1 ('own'), so that outside
-it is one array over the mesh.
+of a microbatch is some of its rows. Every program but `reduce` runs on the
+worker's own devices, so a worker meets its stage world once an iteration; twice
+where the replicas share the training state (`sharded`), in `gather`. Inside
+`shard_map` what is local to a device gets a leading dim of size 1 ('own'), so
+that outside it is one array over the mesh.
 
 Dims: B sequences of a microbatch, T sequence, D model, M microbatches.
 """
@@ -47,13 +47,13 @@ Tree = functions_lib.Tree
 class Stage:
   """One stage: partition, shardings, initial state, programs.
 
-  Made with an abstract mesh it has no devices yet, and nothing that it does
-  creates a backend, `trace` included; `on` gives it devices.
+  A stage made with an abstract mesh has no devices yet, and nothing that it
+  does creates a backend, `trace` included; `on` gives it devices.
 
   Attributes:
     functions: the pure functions that its programs are traced from.
-    whole: those of a worker that has all of the training state; `functions`
-      itself, unless replicas share the state.
+    whole: the functions of a worker that has all of the training state;
+      `functions` itself, unless replicas share the state.
     abstract_mesh: shape of a worker's own mesh.
     abstract_world: shape of the stage world's mesh.
   """
@@ -65,7 +65,7 @@ class Stage:
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     shape: compilation.ProgramShape,
   ):
-    """Stores; `trace` and `compile` do the work."""
+    """Stores the arguments; `trace` and `compile` do the work."""
     expert_devices = mesh.shape['expert']
     self.functions = functions_lib.Functions(
       model, optimizer, shape, expert_devices
@@ -79,10 +79,10 @@ class Stage:
     self._world = self._mesh
 
   def sharded(self, position: int) -> Stage:
-    """The ZeRO-1 view of this stage: what worker `position` owns, no more.
+    """Makes the ZeRO-1 view of this stage: only what worker `position` owns.
 
     Raises:
-      base.ConfigError: there are more workers than can own something.
+      errors.ConfigError: there are more workers than can own something.
     """
     part = copy.copy(self)
     part.functions = self.functions.sharded(position)
@@ -100,7 +100,7 @@ class Stage:
 
   @property
   def ownership(self) -> zero1.Ownership | None:
-    """Who owns what, where replicas share the training state."""
+    """Operators that each replica owns, where they share the training state."""
     return self.functions.ownership
 
   @property
@@ -117,7 +117,7 @@ class Stage:
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
-    """Of the worker's own devices.
+    """Mesh of the worker's own devices.
 
     Raises:
       RuntimeError: the stage has no devices yet.
@@ -128,7 +128,7 @@ class Stage:
 
   @property
   def world(self) -> jax.sharding.Mesh:
-    """Of the devices of all replicas; see `mesh`."""
+    """Mesh of the devices of all replicas; raises as `mesh` does."""
     if self._world is None:
       raise RuntimeError('the stage has no devices yet: see Stage.on')
     return self._world
@@ -136,11 +136,12 @@ class Stage:
   def on(
     self, mesh: jax.sharding.Mesh, world: jax.sharding.Mesh | None = None
   ) -> Stage:
-    """This stage on devices.
+    """Returns this stage on devices.
 
     Args:
-      mesh: of the worker's own, in the shape of `abstract_mesh`.
-      world: of all replicas', in the shape of `abstract_world`; None with one.
+      mesh: mesh of the worker's own devices, in the shape of `abstract_mesh`.
+      world: mesh of all replicas' devices, in the shape of `abstract_world`;
+        None where there is one worker.
     """
     world = mesh if world is None else world
     for found, wanted in (
@@ -175,29 +176,29 @@ class Stage:
 
   @property
   def rows_sharding(self) -> NamedSharding:
-    """Of tokens, activations and their gradients: rows over all devices."""
+    """Sharding of tokens, activations, gradients of these: rows over devices."""
     return NamedSharding(self.mesh, _OWN)
 
   @property
   def same_sharding(self) -> NamedSharding:
-    """Of what every device holds whole."""
+    """Sharding of arrays that every device holds whole."""
     return NamedSharding(self.mesh, _SAME)
 
   def shardings(self, specs: Tree) -> Tree:
-    """NamedShardings of a tree of specs."""
+    """Makes the NamedShardings of a tree of specs."""
     return mesh_lib.shardings(self.mesh, specs)
 
   # ---- initial state -------------------------------------------------------
 
   def own_rows(self, group: str, leaf: Any) -> Any:
-    """Of a leaf of the stage's training state, what this worker has of it."""
+    """Selects this worker's rows of a leaf of the stage's training state."""
     found = {g.name: g for g in self.functions.groups}[group]
     return self.ownership.rows(found, leaf) if self.ownership else leaf
 
   def state_from_masters(
     self, masters: Mapping[str, jax.typing.ArrayLike]
   ) -> partition_lib.State:
-    """State 0 of given fp32 masters, all of them: fresh optimizer state."""
+    """Makes state 0 from all fp32 masters, with fresh optimizer state."""
     init = jax.jit(
       lambda masters: functions_lib.copied(self.functions.init(masters)),
       out_shardings=self.shardings(self.state_specs),
@@ -205,7 +206,7 @@ class Stage:
     return init(dict(masters))
 
   def initial_state(self) -> partition_lib.State:
-    """State 0 from the seed."""
+    """Makes state 0 from the seed."""
     return self.state_from_masters(self.model.initialize())
 
   def place_state(
@@ -215,14 +216,14 @@ class Stage:
   ) -> partition_lib.State:
     """Puts a host state (a tree of NumPy arrays) on the mesh.
 
-    When it returns, the host arrays are read no longer, and JAX owns every
+    When it returns, the host arrays are no longer read, and JAX owns every
     buffer: `update` may donate them.
 
     Args:
-      state: as of `state_shapes`.
-      place: of the stage's `Programs`; None compiles it here.
+      state: the host state, with the shapes of `state_shapes`.
+      place: `place` of the stage's `Programs`; None compiles it here.
     """
-    # device_put may alias host memory (FACTS), therefore a copy of all of it.
+    # device_put may alias host memory (FACTS): therefore all of it is copied.
     shardings = self.shardings(self.state_specs)
     copy_all = place or jax.jit(functions_lib.copied, out_shardings=shardings)
     return jax.block_until_ready(copy_all(jax.device_put(state, shardings)))
@@ -254,7 +255,7 @@ class Stage:
     )
 
   def _shapes_in_world(self, shapes: Tree) -> Tree:
-    """Of arrays of which every replica has a share, along their first dim."""
+    """Shapes over the world of arrays divided by replica along the first dim."""
     return jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(
         (s.shape[0] * self.shape.world_size, *s.shape[1:]), s.dtype
@@ -267,11 +268,11 @@ class Stage:
     programs: compilation.Programs,
     accumulated: Sequence[tuple[Tree, Sequence[Tree]]],
   ) -> tuple[Tree, Tree]:
-    """`programs.reduce` of this worker's share; waits for nobody yet.
+    """Runs `programs.reduce` on this worker's share; waits for nobody yet.
 
     Args:
-      programs: of the stage.
-      accumulated: acc and all M counts, of each replica that the worker does:
+      programs: the stage's programs.
+      accumulated: acc and all M counts of each replica that the worker does:
         first its own, the others ascending.
 
     Returns:
@@ -290,13 +291,13 @@ class Stage:
   def compute_of(
     self, programs: compilation.Programs, state: partition_lib.State
   ) -> Compute:
-    """All compute weights; waits for nobody yet.
+    """Returns all compute weights; waits for nobody yet.
 
     Where replicas share the state, all have to call this equally often.
 
     Args:
-      programs: of the stage.
-      state: of this worker.
+      programs: the stage's programs.
+      state: this worker's training state.
     """
     own = programs.compute_of(state)
     if programs.gather is None:
@@ -315,7 +316,8 @@ class Stage:
 
     Args:
       on_program: called with each program's name before it is traced.
-      state_only: only those that differ where workers have other shares.
+      state_only: whether to trace only the programs that depend on which share
+        of the training state a worker has.
     """
     traced: dict[str, jax.stages.Traced] = {}
 
@@ -337,7 +339,7 @@ class Stage:
     )
 
   def _trace_microbatches(self, program: Callable[..., Tree]) -> None:
-    """Up to the gradients; and evaluation."""
+    """Traces the programs up to the gradients, and evaluation."""
     compute_shapes = {
       n: jax.ShapeDtypeStruct(s.shape, self.model.compute_dtypes[n])
       for n, s in self.model.shapes.items()
@@ -384,7 +386,7 @@ class Stage:
     )
 
   def _trace_state(self, program: Callable[..., Tree]) -> None:
-    """What is done with the training state that this worker has."""
+    """Traces the programs on the training state that this worker has."""
     states, shapes = self.state_specs, self.state_shapes
     by_group = {g.name: self._group_spec(g) for g in self.functions.own_groups}
     slots = {
@@ -422,7 +424,7 @@ class Stage:
     """Traces and compiles every program for the stage's devices.
 
     Args:
-      on_program: called with a program's name before each step of it.
+      on_program: called with a program's name before each of its steps.
     """
     return self.trace(on_program).compile(self.mesh, on_program, self.world)
 
@@ -430,12 +432,14 @@ class Stage:
 def layout_of(
   stage: Stage, *, has_devices: bool = True, whole: bool = False
 ) -> layout.Layout:
-  """The layout of the training state that a worker of a stage has.
+  """Returns the layout of the training state that a worker of a stage has.
 
   Args:
-    stage: whose.
-    has_devices: False for one without: its layout says sizes, no more.
-    whole: of the stage's, whatever this worker has of it.
+    stage: the stage, as the worker has it.
+    has_devices: False for a stage without devices: its layout says sizes, no
+      more.
+    whole: True for the layout of the stage's whole training state, whatever
+      this worker has of it.
   """
   prefix = 'master/'
   shapes = stage.whole.state_shapes if whole else stage.state_shapes

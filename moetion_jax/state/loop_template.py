@@ -82,7 +82,7 @@ class Template:
     return arrays
 
   def weak(self, arrays: Sequence[jax.Array]) -> list[str]:
-    """Lists paths of arrays whose dtype gives way, as a Python number's does."""
+    """Lists the paths of arrays with the weak dtype of a Python number."""
     return [
       path
       for path, array in zip(self._paths, arrays, strict=True)

@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
 # Fields of what crosses jit are arrays, their shapes or their specs: Any.
 class Position(NamedTuple):
-  """Position in the data, and how a program works on it; keys its randomness."""
+  """Data that a program works on, and how; also keys its randomness."""
 
   iteration: Any  # u32[]
   microbatch: Any  # u32[]: global number within the iteration

@@ -105,7 +105,7 @@ class Partition:
     return tuple(keys.OperatorId(group, e) for e in self._experts[group])
 
   def rows_of(self, group: str) -> dict[keys.OperatorId, int]:
-    """Maps each operator of a stacked group to its row in the group's leaves."""
+    """Maps each operator of a stacked group to its row in the leaves."""
     return {o: row for row, o in enumerate(self.operators_of(group))}
 
   def devices(self, expert_devices: int) -> dict[keys.OperatorId, int | None]:
@@ -155,7 +155,7 @@ class Partition:
     return out
 
   def merge(self, operators: Mapping[keys.OperatorId, OperatorLeaves]) -> Any:
-    """Inverts `split`: joins a tree of NumPy arrays, bit for bit.
+    """Joins operators to a tree of NumPy arrays; inverts `split` bit for bit.
 
     Raises:
       KeyError: an operator or one of its leaves is missing.

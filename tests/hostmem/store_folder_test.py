@@ -1,7 +1,6 @@
 """The store folder: owner, lock, leftovers, removal."""
 
 import os
-import pathlib
 import subprocess
 import sys
 import uuid
@@ -12,8 +11,6 @@ from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits, store_folder
 
 pytestmark = pytest.mark.fast
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -43,11 +43,11 @@ class Host:
       os.kill(pid, signal.SIGKILL)
     subprocess.run(['rm', '-rf', self.path], check=True)
 
-  def start(self, *arguments, environment=()):
-    """Starts a command of ours."""
+  def start(self, *arguments, environment=(), root=helpers.ROOT):
+    """Starts a command of ours, of the checkout in `root`."""
     process = subprocess.Popen(
       [sys.executable, *arguments],
-      cwd=helpers.ROOT,
+      cwd=root,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       env=os.environ | {_MARK: self.mark} | dict(environment),
@@ -56,7 +56,7 @@ class Host:
     self.runs.append(process)
     return process
 
-  def train(self, workdir, *flags, environment=()):
+  def train(self, workdir, *flags, environment=(), root=helpers.ROOT):
     """Starts a run, by default of `ITERATIONS`."""
     return self.start(
       '-m',
@@ -68,6 +68,7 @@ class Host:
         *flags,
       ),
       environment=environment,
+      root=root,
     )
 
   def processes(self):

@@ -30,9 +30,8 @@ class MeasuredPace:
   """Pace of a run's iterations where nothing fails.
 
   Attributes:
-    iteration_seconds: length of an iteration; without snapshots where
-      `blocked_seconds` counts those.
-    blocked_seconds: time that each snapshot adds to its iteration.
+    iteration_seconds: length of an iteration, without `blocked_seconds`.
+    blocked_seconds: time that each snapshot adds to an iteration.
   """
 
   iteration_seconds: float
@@ -209,7 +208,7 @@ def costs(
 
   Args:
     runs: runs of one policy.
-    first: the warm-up; iterations up to this one do not count for the pace.
+    first: iterations up to this one do not count.
   """
   events = [event for run in runs for event in _of_those_that_died(run.events)]
   seconds = [event['seconds'] for event in events]

@@ -1,7 +1,7 @@
 """Whole runs of `launch.train` for benchmarks: start one, watch its progress.
 
-Results come from the files that a run leaves behind (DESIGN section 9), and from
-the times at which its lines appear.
+Results come from the files that a run leaves behind (DESIGN section 9), and
+from the times at which its lines appear.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _watch(run: WatchedRun) -> list[tuple[float, int]]:
 
 
 _TIMEOUT_SECONDS = 300.0
-_POLL_SECONDS = 0.002
+_LOOK_SECONDS = 0.002
 
 
 class WatchedRun:
@@ -247,7 +247,7 @@ class WatchedRun:
     while not (value := condition()):
       if self.process.poll() is not None or time.monotonic() > deadline:
         raise RuntimeError(f'the run ended or hangs:\n{self.output()[-2000:]}')
-      time.sleep(_POLL_SECONDS)
+      time.sleep(_LOOK_SECONDS)
     return value
 
   def close(self) -> None:

@@ -36,7 +36,7 @@ def folder(parent: str | os.PathLike[str] = '') -> Iterator[pathlib.Path]:
 def remove_abandoned(parent: str | os.PathLike[str]) -> None:
   """Removes this user's scratch folders whose programs have ended."""
   for path in pathlib.Path(parent).glob(_PREFIX + '*'):
-    with contextlib.suppress(OSError):  # in use, another user's, or just removed
+    with contextlib.suppress(OSError):  # in use, not ours, or just removed
       fd = _lock(path)
       try:
         if os.fstat(fd).st_uid == os.geteuid():

@@ -18,6 +18,8 @@ from moetion_jax.policies import decision
 
 pytestmark = pytest.mark.fast
 
+Failure, Pace, World = world_lib.Failure, world_lib.Pace, world_lib.World
+
 RUN = simulate_predict.Measured(
   policy='sparse',
   iterations=30,
@@ -41,7 +43,7 @@ def sparse(length=2, **changes) -> methods.Sparse:
   """Iterations of a second; a stage replays them in 0.75."""
   fields = {
     'name': 'sparse',
-    'pace': world_lib.Pace(iteration_seconds=1.0),
+    'pace': Pace(iteration_seconds=1.0),
     'detect_seconds': 0.25,
     'start_seconds': 0.25,
     'reads': methods.Reads(
@@ -75,7 +77,7 @@ def sparse(length=2, **changes) -> methods.Sparse:
   ],
 )
 def test_pace_says_how_far_one_gets(seconds, completed, since):
-  pace = world_lib.Pace(iteration_seconds=1.0, extra_seconds=(0, 0, 0, 0.5))
+  pace = Pace(iteration_seconds=1.0, extra_seconds=(0, 0, 0, 0.5))
   assert pace.after(seconds) == (completed, pytest.approx(since, abs=1e-9))
   assert pace.until(completed) == pytest.approx(seconds - since)
 
@@ -173,16 +175,16 @@ def test_partial_counts_lost_tokens_and_raises_k():
 
 
 def test_a_failure_during_a_recovery_begins_it_again():
-  world = world_lib.World(stages=4)
+  world = World(stages=4)
   # It replays iteration 10 and half of 11, at which the others wait.
-  first = 10.5, world_lib.Failure(gpu=1)
+  first = 10.5, Failure(gpu=1)
   alone = core.simulate(sparse(), world, [first], iterations=20)
   assert alone.wall_seconds == pytest.approx(20 + 0.5 + 1.5 * 0.75)
   for gpu in (1, 3):  # the same stage, or one that recovers beside it
     both = core.simulate(
       sparse(),
       world,
-      [first, (11.5, world_lib.Failure(gpu=gpu))],
+      [first, (11.5, Failure(gpu=gpu))],
       iterations=20,
     )
     assert both.wall_seconds == pytest.approx(11.5 + 0.5 + 1.5 * 0.75 + 9.5)
@@ -191,7 +193,7 @@ def test_a_failure_during_a_recovery_begins_it_again():
   # recovered; it was late for neither.
   dense = methods.Whole(
     name='dense',
-    pace=world_lib.Pace(iteration_seconds=1.0),
+    pace=Pace(iteration_seconds=1.0),
     detect_seconds=0.25,
     start_seconds=0.25,
     reads=methods.Reads(own_seconds=1.0),
@@ -199,41 +201,41 @@ def test_a_failure_during_a_recovery_begins_it_again():
     landing_seconds=0.25,
   )
   result = core.simulate(
-      dense, world, [(13.5, world_lib.Failure(gpu=0)), (14.5, world_lib.Failure(gpu=2))],
+      dense, world, [(13.5, Failure(gpu=0)), (14.5, Failure(gpu=2))],
       iterations=20,
     )  # fmt: skip
   assert result.wall_seconds == pytest.approx(14.5 + 0.5 + 1.0 + 10)
 
 
-HOST = world_lib.Failure(gpu=0, whole_host=True)
+HOST = Failure(gpu=0, whole_host=True)
 
 
 @pytest.mark.parametrize(
   'world,failures,changes,expected',
   [
     # Two adjacent stages replay together, from the peer: 10 is done again.
-    (world_lib.World(stages=4, gpus_per_host=2), [(10.5, HOST)], {},
+    (World(stages=4, gpus_per_host=2), [(10.5, HOST)], {},
      10.5 + 0.5 + 1.0 + 1.5 * 0.875 + 9.5),
     # No copies: all four train again from the initial state.
-    (world_lib.World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)], {},
+    (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)], {},
      10.5 + 0.5 + 20),
     # The peer dies while they recover: the same.
-    (world_lib.World(stages=4, gpus_per_host=2),
-     [(10.5, HOST), (11.5, world_lib.Failure(gpu=3, whole_host=True))], {},
+    (World(stages=4, gpus_per_host=2),
+     [(10.5, HOST), (11.5, Failure(gpu=3, whole_host=True))], {},
      11.5 + 0.5 + 20),
     # The durable tier has 8: everybody goes back.
-    (world_lib.World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)],
+    (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)],
      {'durable': methods.Durable(every=4, landing_seconds=2.0)},
      10.5 + 0.5 + 5.0 + 12),
     # ... or 4, if it takes longer to write.
-    (world_lib.World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)],
+    (World(stages=4, gpus_per_host=2, peers=0), [(10.5, HOST)],
      {'durable': methods.Durable(every=4, landing_seconds=3.0)},
      10.5 + 0.5 + 5.0 + 16),
     # One worker alone: its host's store is there.
-    (world_lib.World(stages=4, gpus_per_host=2), [(10.5, world_lib.Failure(gpu=0))], {},
+    (World(stages=4, gpus_per_host=2), [(10.5, Failure(gpu=0))], {},
      10.5 + 0.5 + 1.5 * 0.75 + 9.5),
     # Without logs all go back, at the pace of four neighbours.
-    (world_lib.World(stages=4, gpus_per_host=2), [(10.5, world_lib.Failure(gpu=0))],
+    (World(stages=4, gpus_per_host=2), [(10.5, Failure(gpu=0))],
      {'logs': False}, 10.5 + 0.5 + 0.75 + 3 * 0.125 + 10),
   ],
 )  # fmt: skip
@@ -245,27 +247,19 @@ def test_hosts_take_workers_snapshots_and_logs_along(
 
 
 def test_workers_of_a_host():
-  world = world_lib.World(
-    stages=3, replicas=2, expert_devices=2, gpus_per_host=4
-  )
+  world = World(stages=3, replicas=2, expert_devices=2, gpus_per_host=4)
   assert (world.gpus, world.hosts) == (12, 3)
-  assert world.workers_of(world_lib.Failure(gpu=5)) == {2}
-  assert world.workers_of(world_lib.Failure(gpu=5, whole_host=True)) == {2, 3}
+  assert world.workers_of(Failure(gpu=5)) == {2}
+  assert world.workers_of(Failure(gpu=5, whole_host=True)) == {2, 3}
   assert list(world.hosts_of_stage(1)) == [1]
-  large = world_lib.World(
-    stages=2, replicas=1, expert_devices=8, gpus_per_host=4
-  )
-  assert large.workers_of(world_lib.Failure(gpu=5, whole_host=True)) == {0}
+  large = World(stages=2, replicas=1, expert_devices=8, gpus_per_host=4)
+  assert large.workers_of(Failure(gpu=5, whole_host=True)) == {0}
   assert list(large.hosts_of_stage(1)) == [2, 3]
 
 
 def test_spare_hosts_run_out():
-  failures = [
-    (t, world_lib.Failure(gpu=0, needs_spare=True)) for t in (10.5, 30.5, 40.5)
-  ]
-  world = world_lib.World(
-    stages=2, replicas=2, spare_hosts=1, repair_seconds=100.0
-  )
+  failures = [(t, Failure(gpu=0, needs_spare=True)) for t in (10.5, 30.5, 40.5)]
+  world = World(stages=2, replicas=2, spare_hosts=1, repair_seconds=100.0)
   lost = 0.5 + 1.5 * 0.75
   wait = core.simulate(sparse(), world, failures[:2], iterations=40)
   # The second one waits for the host that the first one took.
@@ -286,21 +280,21 @@ def test_spare_hosts_run_out():
   with pytest.raises(errors.ConfigError, match='ran out'):
     core.simulate(
       sparse(),
-      world_lib.World(stages=2, spare_hosts=0),
+      World(stages=2, spare_hosts=0),
       failures,
       iterations=40,
     )
 
 
 def test_a_second_failure_does_not_make_a_repair_shorter():
-  world = world_lib.World(stages=4, spare_hosts=0, repair_seconds=100.0)
+  world = World(stages=4, spare_hosts=0, repair_seconds=100.0)
   failures = [
-    (10.5, world_lib.Failure(gpu=0, needs_spare=True)),
-    (20.0, world_lib.Failure(gpu=2)),
+    (10.5, Failure(gpu=0, needs_spare=True)),
+    (20.0, Failure(gpu=2)),
   ]
   dense = methods.Whole(
     name='dense',
-    pace=world_lib.Pace(iteration_seconds=1.0),
+    pace=Pace(iteration_seconds=1.0),
     detect_seconds=0.25,
     start_seconds=0.25,
     reads=methods.Reads(own_seconds=1.0),
@@ -316,10 +310,10 @@ def test_a_second_failure_does_not_make_a_repair_shorter():
 def test_back_at_a_durable_state_it_is_there_still():
   # Both die with all copies; the second time right after the first.
   method = sparse(durable=methods.Durable(every=4, landing_seconds=2.0))
-  host = world_lib.Failure(gpu=0, whole_host=True)
+  host = Failure(gpu=0, whole_host=True)
   result = core.simulate(
     method,
-    world_lib.World(stages=2, peers=0),
+    World(stages=2, peers=0),
     [(10.5, host), (17.0, host)],
     iterations=20,
   )
@@ -373,7 +367,7 @@ def test_dense_agrees_with_stepping_through_every_iteration(seed):
   times = np.cumsum(source.exponential(15.0, 100)).tolist()
   dense = methods.Whole(
     name='dense',
-    pace=world_lib.Pace(iteration_seconds=1.0),
+    pace=Pace(iteration_seconds=1.0),
     detect_seconds=0.5,
     start_seconds=0.75,
     reads=methods.Reads(own_seconds=1.0),
@@ -382,8 +376,8 @@ def test_dense_agrees_with_stepping_through_every_iteration(seed):
   )
   result = core.simulate(
     dense,
-    world_lib.World(stages=2),
-    [(t, world_lib.Failure(gpu=0)) for t in times],
+    World(stages=2),
+    [(t, Failure(gpu=0)) for t in times],
     horizon_seconds=500.0,
   )
   assert int(result.curve[-1][1]) == _step_by_step(times, 500.0)
@@ -396,7 +390,7 @@ def test_the_papers_approximation_of_an_aligned_window(window):
   mtbf, blocked = 60.0 * window, 0.02
   method = sparse(
     window,
-    pace=world_lib.Pace(iteration_seconds=1.0, extra_seconds=(blocked,)),
+    pace=Pace(iteration_seconds=1.0, extra_seconds=(blocked,)),
     decision=dataclasses.replace(sparse(window).decision, mode='aligned'),
     detect_seconds=0.0,
     start_seconds=0.0,
@@ -404,7 +398,7 @@ def test_the_papers_approximation_of_an_aligned_window(window):
     landing_seconds=(1.0 + blocked,) * window,
     replay_seconds=1.0 + blocked,
   )
-  world = world_lib.World(stages=1)
+  world = World(stages=1)
   ettrs = []
   for seed in range(20):
     failures = world_lib.poisson(
@@ -421,7 +415,7 @@ def test_the_papers_approximation_of_an_aligned_window(window):
 
 
 def test_seeds_repeat_and_curves_go_on():
-  world = world_lib.World(stages=3)
+  world = World(stages=3)
 
   def run():
     failures = world_lib.poisson(
