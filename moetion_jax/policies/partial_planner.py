@@ -1,4 +1,4 @@
-"""Planner of `--policy=partial`: the experts of each checkpoint (PEC), and when.
+"""Planner of `--policy=partial`: which experts to save (PEC), and when.
 
 It makes one decision a checkpoint, published before anybody begins its
 iteration. It is pure but for what it remembers.
@@ -28,7 +28,7 @@ _FIRST_INTERVAL = 6
 _WARM_UP_ITERATIONS = 12
 _MEASURED_ITERATIONS = 9
 _POPULARITY_ITERATIONS = 20  # iterations over which popularity is measured
-# An expert that was not saved for this many rounds (the checkpoints in which all
+# An expert that was not saved for this many rounds (checkpoints in which all
 # experts could be saved) is due, however few tokens choose it.
 _MAX_ROUNDS = 2
 # Data files beyond those of the snapshots that are kept.
@@ -42,7 +42,8 @@ class Loss:
   Attributes:
     lost_tokens: number of tokens that trained an expert and are forgotten; a
       token counts once for each expert that it went to.
-    plt: the PLT of all restores so far, see `partial.proportion_of_lost_tokens`.
+    plt: proportion of lost tokens, of all restores so far; see
+      `partial.proportion_of_lost_tokens`.
     experts: experts of each layer that a checkpoint saves from now on.
     capacity_until: iteration up to which experts take more tokens, to make up
       for what they lost; 0 if they do not.
@@ -113,7 +114,7 @@ class PartialPlanner:
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
-    """Decides on the checkpoints too soon to be told of; see `planner.Planner`."""
+    """See `planner.Planner`; for checkpoints too near to give notice of."""
     soon = _NOTICE // self.interval * self.interval
     return self._decide(first_iteration, first_iteration + soon, bool(soon))
 
@@ -145,7 +146,7 @@ class PartialPlanner:
     )
 
   def _select(self, first_iteration: int) -> frozenset[keys.OperatorId]:
-    """Selects the experts of the checkpoint at an iteration, or the next one."""
+    """Selects the experts of the checkpoint at an iteration, or the next."""
     unsaved = partial.lost_tokens(
       self._loads, self._versions, max(self._loads, default=0)
     )
@@ -176,7 +177,7 @@ class PartialPlanner:
     return total
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
-    """Sizes pools that reach back to the oldest expert; see `planner.Planner`."""
+    """See `planner.Planner`; reaches back as far as the oldest expert may."""
     rounds = 1 + _MAX_ROUNDS * (self._settings.partial_select != 'sequential')
     files = rounds * self._longest_round + self._settings.keep_windows
     files += _SPARE_FILES
@@ -221,7 +222,7 @@ class PartialPlanner:
     return planner.Change(kind='interval', fields=fields, decisions=decisions)
 
   def _choose(self, reports: Sequence[report.Report]) -> str:
-    """Sets the interval, once, from measurements; returns why, '' if it did not."""
+    """Sets the interval once, from measurements; returns why, or ''."""
     if (
       self._has_chosen
       or self._measured_iterations < _WARM_UP_ITERATIONS
@@ -289,9 +290,10 @@ class PartialPlanner:
   def _grow(
     self, start: int, lost_tokens: Mapping[keys.OperatorId, float]
   ) -> int:
-    """Lets experts that lost tokens take more; returns the last iteration, or 0.
+    """Lets experts that lost tokens take more of them; returns until when.
 
-    It lasts for as long as the oldest of them was not saved.
+    It lasts for as many iterations as the oldest of them was not saved; 0 means
+    that none takes more.
     """
     self.capacity_factors = {}
     lost = [self._versions[o] for o, tokens in lost_tokens.items() if tokens]

@@ -1,4 +1,4 @@
-"""What all planners share: sizes of stages and pools, changes, the interface."""
+"""Interface of the planners: sizes of stages and pools, and changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moetion_jax.policies import (
 )
 from moetion_jax.state import division
 
-# Of the iteration, that a copy may take: where it takes the very cores that
+# Share of an iteration that a copy may take: where it uses the very cores that
 # compute, and where it does not.
 _OVERLAP_TARGET = {'cpu': 0.02}
 _OTHER_OVERLAP_TARGET = 0.5
@@ -25,7 +25,7 @@ _OTHER_OVERLAP_TARGET = 0.5
 def overlap_target(
   settings: capture_settings.CaptureSettings, platform: str
 ) -> float:
-  """Share of an iteration that a copy may take, on a platform."""
+  """Returns the share of an iteration that a copy may take, on a platform."""
   return settings.overlap_target or _OVERLAP_TARGET.get(
     platform, _OTHER_OVERLAP_TARGET
   )
@@ -33,12 +33,13 @@ def overlap_target(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSizes:
-  """The operators of one stage, as its worker tells of them.
+  """The operators of one stage, as its worker reports them.
 
   Attributes:
-    state_bytes: training state of each.
-    compute_bytes: compute weights of each.
-    device: of the 'expert' axis that holds it; None: all do.
+    state_bytes: bytes of each operator's training state.
+    compute_bytes: bytes of each operator's compute weights.
+    device: device of the 'expert' axis that holds each operator; None if all
+      hold it.
   """
 
   state_bytes: Mapping[keys.OperatorId, int]
@@ -46,7 +47,7 @@ class StageSizes:
   device: Mapping[keys.OperatorId, int | None]
 
   def to_json(self) -> list[list[Any]]:
-    """Plain JSON; `from_json` is the inverse."""
+    """Converts to plain JSON; `from_json` is the inverse."""
     return [
       [o.group, o.expert, n, self.compute_bytes[o], self.device[o]]
       for o, n in self.state_bytes.items()
@@ -54,7 +55,7 @@ class StageSizes:
 
   @classmethod
   def from_json(cls, value: Sequence[Sequence[Any]]) -> StageSizes:
-    """The inverse of `to_json`."""
+    """Inverts `to_json`."""
     names = [keys.OperatorId(row[0], row[1]) for row in value]
     columns = [
       dict(zip(names, c, strict=True))
@@ -67,12 +68,12 @@ class StageSizes:
   def in_order(
     self, order: str, rates: popularity.Rates, replicas: int = 1
   ) -> window.StageOperators:
-    """The operators in an order of `slots.ORDERS`.
+    """Returns the operators in an order of `popularity.ORDERS`.
 
     Args:
-      order: which one.
-      rates: of experts; see `slots`.
-      replicas: that capture them together.
+      order: the order's name.
+      rates: rate of each expert; see `slots.order_operators`.
+      replicas: number of replicas that capture the operators together.
     """
     return window.StageOperators(
       order=slots.order_operators(order, self.state_bytes, rates),
@@ -88,7 +89,7 @@ class StageSizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolSize:
-  """Of the files for one worker's snapshots."""
+  """Number and size of the files for one worker's snapshots."""
 
   files: int
   size_bytes: int
@@ -96,12 +97,12 @@ class PoolSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-  """Something else is captured from an iteration on.
+  """A change of what is captured, from an iteration on.
 
   Attributes:
-    kind: of the event.
-    fields: of the event.
-    decisions: by stage; all begin with the same iteration.
+    kind: kind of the event to write; '' for none.
+    fields: fields of that event.
+    decisions: decisions by stage; all begin with the same iteration.
   """
 
   kind: str
@@ -110,27 +111,28 @@ class Change:
 
 
 class Planner(Protocol):
-  """The leader's decisions, for all stages alike."""
+  """Makes the leader's decisions, for all stages alike."""
 
   @property
   def lag_iterations(self) -> int:
-    """By how much the recovery line lags behind the newest snapshot."""
+    """Iterations by which the recovery line lags behind the newest snapshot."""
     ...
 
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
-    """What every stage captures from an iteration on, until a `Change`."""
+    """Returns what each stage captures from an iteration until a `Change`."""
     ...
 
   def pools(self, workers: int | None = None) -> list[PoolSize]:
-    """Room for the snapshots of every stage.
+    """Returns the room for the snapshots of each stage.
 
     Args:
-      workers: of a stage, that share them; None: all replicas do.
+      workers: number of a stage's workers that share the snapshots; None for
+        all replicas.
     """
     ...
 
   def add(self, reports: Sequence[report.Report]) -> Change | None:
-    """Takes an iteration in: reports of all stages; says what changes."""
+    """Takes in all stages' reports on an iteration; returns any change."""
     ...

@@ -1,4 +1,4 @@
-"""How popular each expert is, and when that asks for another order.
+"""Popularity of experts, and the check whether it asks for a new order.
 
 The paper is arXiv 2412.15411 (section 3.5, appendix B).
 """
@@ -19,17 +19,17 @@ Rates = Mapping[keys.OperatorId, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Popularity:
-  """Counts of experts in the last iterations (paper, appendix B).
+  """Experts' counts in the last iterations (paper, appendix B).
 
   Attributes:
     kind: one of ORDERS; 'static' counts nothing. 'count' takes routed tokens,
       'soft_count' sums of router probabilities; in 'time_decayed' an iteration
       n ago weighs decay**n; 'capacity_aware' takes routed tokens in shares of
       the capacity: those beyond it are dropped and do not train the expert.
-    window_iterations: that are looked back on.
-    decay: per iteration, in (0, 1], of 'time_decayed'.
+    window_iterations: number of iterations to look back on.
+    decay: factor per iteration of 'time_decayed', in (0, 1].
     capacity: tokens that an expert takes in one iteration at most (all its
-      microbatches), of 'capacity_aware'.
+      microbatches), for 'capacity_aware'.
     history: counts of the last iterations, oldest first.
   """
 
@@ -48,7 +48,7 @@ class Popularity:
 
 
 def observe(popularity: Popularity, counts: Rates) -> Popularity:
-  """Takes one iteration's counts in; an expert that is missing had none."""
+  """Takes one iteration's counts in; a missing expert had none."""
   for operator, count in counts.items():
     if not 0 <= count < math.inf:
       raise ValueError(f'{operator} has a count of {count}')
@@ -60,7 +60,7 @@ def observe(popularity: Popularity, counts: Rates) -> Popularity:
 
 
 def rates(popularity: Popularity) -> dict[keys.OperatorId, float]:
-  """Weighted mean per iteration of each expert that was observed."""
+  """Returns the weighted mean per iteration of each observed expert."""
   decay = popularity.decay if popularity.kind == 'time_decayed' else 1.0
   share = popularity.kind == 'capacity_aware'
   capacity = (popularity.capacity or 1.0) if share else 1.0
@@ -78,14 +78,15 @@ def rates(popularity: Popularity) -> dict[keys.OperatorId, float]:
 def should_reorder(
   old_rates: Rates, new_rates: Rates, change: float = 0.10, share: float = 0.25
 ) -> bool:
-  """Whether expert popularity moved enough for a new order (section 3.5).
+  """Returns True if popularity moved enough for a new order (section 3.5).
 
   Args:
-    old_rates: those that the order in force was made from.
-    new_rates: those of now. Whoever is in only one of the two had 0.
-    change: an expert changed when its rate moved by more than this fraction of
-      the old one; from 0, when it moved at all.
-    share: of all experts that must have changed, at least.
+    old_rates: the rates from which the order in force was made.
+    new_rates: the present rates. An expert that one of the two lacks has 0
+      there.
+    change: fraction of the old rate by which an expert's rate must move to
+      count as changed; from 0, any move counts.
+    share: least share of all experts that must have changed.
   """
   if change < 0 or not 0 < share <= 1:
     raise ValueError(f'change={change}, share={share}')

@@ -1,4 +1,4 @@
-"""How the training state is captured, and how much of it is kept."""
+"""Settings of capture: how state is captured, and how much of it is kept."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from moetion_jax.policies import (
   rules as rules_lib,
 )
 
-# Snapshots and iterations beyond what the line keeps: on their way, and until
-# everybody was told.
+# Snapshots and iterations beyond what the line keeps: those on their way, and
+# those kept until everybody has been told.
 _SLACK = 4
-# Where nobody goes back alone, logs are for neighbours that are a little late.
+# Where nobody goes back alone, logs serve neighbours that are a little late.
 _LATEST_ITERATIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptureSettings:
-  """How the training state is captured.
+  """The user's settings of capture.
 
   Attributes:
-    policy: one of POLICIES.
-    window_length: 0 to choose it from what is measured.
-    window_mode: one of `slots.MODES`; '' to choose.
-    order: one of `slots.ORDERS`.
-    max_window_length: of those that may be chosen.
-    overlap_target: share of an iteration that a copy may take; 0 for what
-      suits the platform.
-    keep_windows: of snapshots; the older ones are there in case that one of
-      the newest is damaged.
-    log_iterations: that there is room for; 0 for what the windows need.
-    interval: iterations between snapshots, of other policies than 'sparse'; 0
-      to choose it from what is measured.
+    policy: one of `rules.POLICIES`.
+    window_length: number of slots; 0 to choose it from measurements.
+    window_mode: one of `decision.MODES`; '' to choose it.
+    order: one of `popularity.ORDERS`.
+    max_window_length: the longest window that may be chosen.
+    overlap_target: share of an iteration that a copy may take; 0 for the
+      platform's default.
+    keep_windows: windows of snapshots to keep; the older ones are there in case
+      one of the newest is damaged.
+    log_iterations: iterations that the logs have room for; 0 for what the
+      windows need.
+    interval: iterations between snapshots, for policies other than 'sparse'; 0
+      to choose it from measurements.
     overhead_budget: share of the run that checkpoints of 'two_phase' may take.
-    partial_experts: of each layer that a checkpoint of 'partial' saves.
-    partial_select: one of `policies.SELECTIONS`.
+    partial_experts: experts of each layer that a checkpoint of 'partial' saves.
+    partial_select: one of `partial.SELECTIONS`.
     plt_budget: share of all tokens that restores of 'partial' may lose before
       more experts are saved.
   """
@@ -105,22 +106,22 @@ class CaptureSettings:
 
   @property
   def rules(self) -> rules_lib.Policy:
-    """What the policy promises."""
+    """The promises of the policy."""
     return rules_lib.of_name(self.policy)
 
   @property
   def grows_capacity(self) -> bool:
-    """Whether experts that lost tokens take more of them for some time."""
+    """True if experts that lost tokens take more of them for some time."""
     return self.policy == 'partial' and self.partial_select == 'popularity'
 
   @property
   def _windows(self) -> int:
-    """Windows between the recovery line and the newest snapshot, at most.
+    """Most windows between the recovery line and the newest snapshot.
 
-    With rolling windows that are always the same every snapshot is a start once
-    it is a window old, and the line is `keep_windows` - 1 windows older. An
-    aligned window is a start no earlier than at its end; and where slots
-    change, a start just before has to wait for a window of the new ones.
+    With rolling windows that never change, every snapshot is a start once it is
+    a window old, and the line is `keep_windows` - 1 windows older. An aligned
+    window is a start no earlier than at its end; and where slots change, a
+    start just before has to wait for a window of the new ones.
     """
     is_steady = (
       self.window_length > 0
@@ -130,16 +131,16 @@ class CaptureSettings:
     return self.keep_windows + (not is_steady)
 
   def kept_with(self, window_length: int) -> int:
-    """Iterations to keep with windows up to a length."""
+    """Returns the iterations to keep with windows up to a length."""
     return window_length * self._windows + _SLACK
 
   def kept_whole(self, every: int) -> int:
-    """Snapshots to keep if they are whole, one in so many iterations."""
+    """Returns the whole snapshots to keep, one in `every` iterations."""
     return self._windows + 1 + -(-_SLACK // every)
 
   @property
   def longest_window(self) -> int:
-    """The longest window that there may be."""
+    """The longest window that is allowed."""
     if self.window_length:
       return self.window_length
     if not self.log_iterations:
@@ -149,12 +150,12 @@ class CaptureSettings:
 
   @property
   def kept_iterations(self) -> int:
-    """Iterations whose entries and snapshots are kept, at most."""
+    """Most iterations whose entries and snapshots are kept."""
     if not self.rules.is_local:
       return self.log_iterations or _LATEST_ITERATIONS
     return self.log_iterations or self.kept_with(self.longest_window)
 
   @property
   def kept_snapshots(self) -> int:
-    """Snapshots that are kept, at most."""
+    """Most snapshots that are kept."""
     return self.kept_with(self.longest_window)

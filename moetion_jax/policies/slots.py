@@ -1,9 +1,10 @@
-"""Which operators each snapshot captures: order, slots, bytes, decisions.
+"""Slots: the operators that each snapshot captures, in order, and their bytes.
 
 A slot is the operators whose training state one snapshot holds, a window the
 slots that together cover every operator (DESIGN sections 2 and 5). All of it
-is pure: the leader plans, and every replica follows the published `Decision`.
-The paper is arXiv 2412.15411 (section 3.5, appendix B).
+is pure: the leader plans, and every replica follows the published
+`decision.CaptureDecision`. The paper is arXiv 2412.15411 (section 3.5, appendix
+B).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moetion_jax import errors, keys
 from moetion_jax.policies import decision, popularity as popularity_lib, rules
 
 Bytes = Mapping[keys.OperatorId, int]
-# Device of the 'expert' axis that holds an operator; None when all hold it.
+# Device of the 'expert' axis that holds an operator; None if all hold it.
 DeviceOf = Callable[[keys.OperatorId], int | None]
 
 
@@ -31,14 +32,14 @@ def order_operators(
   operators: Iterable[keys.OperatorId],
   popularity: popularity_lib.Rates,
 ) -> tuple[keys.OperatorId, ...]:
-  """Orders a stage's operators for capture; equals go by OperatorId.
+  """Orders a stage's operators for capture; ties go by OperatorId.
 
   Args:
-    kind: one of ORDERS. 'static' takes the experts of all layers in turn:
-      expert 0 of each, expert 1 of each, and so on. The others take them by
-      ascending popularity: what is captured last stays frozen longest in a
-      replay.
-    operators: of the stage.
+    kind: one of `popularity.ORDERS`. 'static' takes the experts of all layers
+      in turn: expert 0 of each, expert 1 of each, and so on. The others take
+      them by ascending popularity: what is captured last stays frozen longest
+      in a replay.
+    operators: all operators of the stage.
     popularity: rate of each expert (0 when missing); 'static' ignores it.
 
   Returns:
@@ -67,23 +68,26 @@ def make_slots(
   """Cuts operators into slots, balanced by `busiest_device_bytes`.
 
   With `keep_order` slots are contiguous pieces of the order, slot 0 the first,
-  and the largest slot is as small as contiguous pieces can be. Without, it is
-  the better of that and the longest-processing-time greedy: never larger than
-  with `keep_order`, and on one device at most 4/3 of the best there is.
+  and the largest slot is as small as contiguous pieces can be. Without, the cut
+  is the better of that and the longest-processing-time greedy: its largest slot
+  is never larger than with `keep_order`, and on one device at most 4/3 of the
+  best there is.
 
   Args:
-    order: from `order_operators`.
-    bytes_of: what capturing an operator costs, in general its training state.
-    window_length: slots to make; none is empty if there are operators enough.
-    device_of: where each operator is.
+    order: the result of `order_operators`.
+    bytes_of: bytes that capturing each operator costs, in general its training
+      state.
+    window_length: number of slots to make; none is empty if there are enough
+      operators.
+    device_of: device of each operator.
     keep_order: False for 'static', True for orders by popularity.
 
   Returns:
     Disjoint slots that cover `order`.
 
   Raises:
-    ConfigError: window_length is below 1.
-    ValueError: an operator comes twice, or has no or a negative size.
+    errors.ConfigError: `window_length` is below 1.
+    ValueError: an operator comes twice, or has no size or a negative one.
   """
   if window_length < 1:
     raise errors.ConfigError(
@@ -108,11 +112,12 @@ def make_slots(
 def busiest_device_bytes(
   slots: decision.Slots, bytes_of: Bytes, device_of: DeviceOf = on_no_device
 ) -> tuple[int, ...]:
-  """Bytes that the busiest device of the 'expert' axis has to copy, by slot.
+  """Returns the bytes that the busiest device of a slot has to copy, by slot.
 
-  An operator on one device is copied from there. One that all devices hold
-  costs its bytes once: its leaves are copied from whichever devices have the
-  least to copy, so that they count only in the average over devices.
+  Devices are those of the 'expert' axis. An operator on one device is copied
+  from there. One that all devices hold costs its bytes once: its leaves are
+  copied from whichever devices have the least to copy, so that they count only
+  in the average over devices.
   """
   devices = _devices(itertools.chain.from_iterable(slots), device_of)
   busiest = []
@@ -128,7 +133,7 @@ def busiest_device_bytes(
 def snapshot_bytes(
   slots: decision.Slots, state_bytes: Bytes, compute_bytes: Bytes, mode: str
 ) -> tuple[int, ...]:
-  """Bytes of each snapshot of a window, all devices together.
+  """Returns the bytes of each snapshot of a window, all devices together.
 
   'rolling': training state of the slot and compute weights of all others.
   'aligned': training state of the slot and compute weights of later slots.
@@ -145,7 +150,7 @@ def snapshot_bytes(
 def _devices(
   operators: Iterable[keys.OperatorId], device_of: DeviceOf
 ) -> list[int]:
-  """The devices of the 'expert' axis that hold operators of their own."""
+  """Returns the devices of the 'expert' axis that hold operators alone."""
   return sorted({d for o in operators if (d := device_of(o)) is not None})
 
 
@@ -155,11 +160,11 @@ def _cut(
   window_length: int,
   device_of: DeviceOf,
 ) -> decision.Slots:
-  """The contiguous cut whose largest slot is smallest."""
+  """Returns the contiguous cut whose largest slot is smallest."""
   count = len(order)
   devices = _devices(order, device_of)
-  # Bytes before each position: of each device, and of all, each with the
-  # number of devices that share them.
+  # Bytes before each position: all devices together, then each alone; each list
+  # comes with the number of devices that share its bytes.
   sizes = [bytes_of[o] for o in order]
   sums = [(list(itertools.accumulate(sizes, initial=0)), max(1, len(devices)))]
   for device in devices:
@@ -171,7 +176,7 @@ def _cut(
     found, start = [], 0
     for later in reversed(range(window_length)):
       end = min(bisect.bisect_right(s, s[start] + limit * n) for s, n in sums)
-      # One operator at least is left for every later slot.
+      # At least one operator is left for every later slot.
       start = min(end - 1, count - min(later, max(0, count - start - 1)))
       found.append(start)
     return found
@@ -198,13 +203,13 @@ def _greedy(
   own = [collections.Counter[int | None]() for _ in range(window_length)]
 
   def load(i: int, device: int | None) -> tuple[int, ...]:
-    """How full slot i is for an operator on the device."""
+    """Returns how full slot i is for an operator on the device, to compare."""
     total = own[i].total()
     average = -(-total // max(1, len(devices)))
     local = 0 if device is None else own[i][device]
     return max(local, average), total, len(members[i]), i
 
-  # Loads only grow, so a heap's first entry is the least if it is up to date.
+  # Loads only grow: a heap's first entry is the least once it is up to date.
   empty = [load(i, None) for i in range(window_length)]
   heaps = {device: empty.copy() for device in (None, *devices)}
   for operator in sorted(order, key=lambda o: -bytes_of[o]):

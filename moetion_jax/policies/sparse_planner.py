@@ -1,6 +1,6 @@
-"""The leader's decisions on what is captured when, from measurements.
+"""Planner of sparse snapshots: window and order, from measurements.
 
-Pure, but for what it remembers: reports go in, decisions come out.
+It is pure but for what it remembers: reports go in, decisions come out.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from moetion_jax.policies import (
   window,
 )
 
-FIRST_WINDOW = 4  # until something is measured
+FIRST_WINDOW = 4  # window length until something is measured
 _WARM_UP_ITERATIONS = 6
-_MEASURED_ITERATIONS = 5  # of the warm-up, the last ones
-# A decision holds from so many iterations after the newest that is reported: no
+_MEASURED_ITERATIONS = 5  # the last ones of the warm-up
+# A decision holds from this many iterations after the newest reported one: no
 # stage has begun that one. (If one had, nothing but its slots would differ.)
 NOTICE_ITERATIONS = 3
-# A snapshot a window of 1 is the whole state: room for that many of them is
-# not set aside, unless it is asked for with --window_length=1.
+# With a window of 1 each snapshot is the whole state: room for so many of those
+# is not set aside, unless it is asked for with --window_length=1.
 _SHORTEST_WINDOW = 2
-# An iteration that waited longer than this share of it for a copy was late;
-# after so many of them, among so many, the window grows.
+# An iteration that waited for a copy for longer than this share of it was late;
+# after this many late ones, among this many, the window grows.
 LATE_SHARE = 0.02
 _LATE_ITERATIONS = 3
 _LATE_AMONG = 20
-# After so many windows, and iterations, another look whether a shorter one
-# would do: while a run begins, copies and iterations are slower than later. It
-# has to be shorter by a quarter: what is measured is noisy.
+# After this many windows, and iterations, there is another look whether a
+# shorter window would do: while a run begins, copies and iterations are slower
+# than later. It has to be shorter by a quarter: measurements are noisy.
 _LOOK_WINDOWS = 4
 _LOOK_ITERATIONS = 12
 SHORTER = 0.75
 
 
 def looks_again(passed: int, window_iterations: int) -> bool:
-  """Whether it is time to see whether a shorter window would do.
+  """Returns True when it is time to look whether a shorter window would do.
 
   Args:
-    passed: iterations with this window.
-    window_iterations: of it.
+    passed: iterations since the window came into force.
+    window_iterations: iterations of one window.
   """
   every = max(_LOOK_WINDOWS * window_iterations, _LOOK_ITERATIONS)
   return passed > 0 and passed % every == 0
 
 
 class SparsePlanner:
-  """Decides, for all stages alike, on window and order.
+  """Decides on window and order, for all stages alike.
 
-  Between two decisions there is a whole window at least: so there is always a
+  Between two decisions there is at least a whole window, so there is always a
   window of one decision that a recovery can go through.
 
   Attributes:
     choice: the window in force, or soon to be.
-    lag_iterations: by how much the recovery line lags behind with it.
+    lag_iterations: iterations by which the recovery line lags behind with it.
   """
 
   def __init__(
@@ -76,21 +76,21 @@ class SparsePlanner:
     """Stores the arguments.
 
     Args:
-      settings: of the run.
-      stages: operators of each stage.
-      platform: as JAX calls it.
+      settings: the run's settings of capture.
+      stages: the operators of each stage.
+      platform: the platform, as JAX names it.
       capacity: tokens that an expert takes in an iteration at most.
-      replicas: of each stage.
+      replicas: number of replicas of each stage.
 
     Raises:
-      base.ConfigError: the window is longer than a stage can have.
+      errors.ConfigError: the window is longer than a stage can have.
     """
     self._settings = settings
     self._stages = stages
     self._replicas = replicas
     self._platform = platform
     self._target = planner.overlap_target(settings, platform)
-    # Of the last iterations; later ones are not looked at.
+    # Reports of the last iterations.
     self._measured: collections.deque[Sequence[report.Report]] = (
       collections.deque(maxlen=_MEASURED_ITERATIONS)
     )
@@ -100,20 +100,20 @@ class SparsePlanner:
       kind=settings.order, capacity=capacity
     )
     self._rates: popularity.Rates = {}
-    self._first_iteration = 0  # of the last decision
-    self._has_chosen = False  # from what was measured
+    self._first_iteration = 0  # that of the last decision
+    self._has_chosen = False  # from measurements
     self._has_grown = False  # since copies ran late
     self.choice = self._choose(None)
     self._lag_window = self._window_iterations
-    # Once and for all: a replacement must find files of its own size.
+    # Made once and for all: a replacement must find files of its own size.
     self._pools = {n: self._make_pools(n) for n in range(1, replicas + 1)}
 
   @property
   def lag_iterations(self) -> int:
-    """By how much the recovery line lags behind.
+    """Iterations by which the recovery line lags behind.
 
-    By shorter windows, for as long as there are some: the line is at the begin
-    of a window, and would be one further behind otherwise.
+    Shorter windows count for as long as some are kept: the line is at the begin
+    of a window, and would be one window further behind otherwise.
     """
     return self._lag_window * (self._settings.keep_windows - 1)
 
@@ -124,7 +124,7 @@ class SparsePlanner:
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
-    """What every stage captures from an iteration on, until a `Change`."""
+    """Returns what each stage captures from an iteration until a `Change`."""
     self._first_iteration = first_iteration
     return tuple(
       decision.CaptureDecision(
@@ -138,10 +138,11 @@ class SparsePlanner:
     )
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
-    """Room for the snapshots of every stage, whatever is decided.
+    """Returns the room for the snapshots of each stage, whatever is decided.
 
     Args:
-      workers: that share them; None: all replicas do.
+      workers: number of a stage's workers that share the snapshots; None for
+        all replicas.
     """
     return list(self._pools[workers or self._replicas])
 
@@ -165,10 +166,10 @@ class SparsePlanner:
     """Takes an iteration in.
 
     Args:
-      reports: one a stage, of the iteration after the last one's.
+      reports: one report a stage, of the iteration after the last one's.
 
     Returns:
-      What changes, if something does.
+      The change, if there is one.
     """
     if self._settings.policy == 'none':
       return None
@@ -180,7 +181,7 @@ class SparsePlanner:
     kept_iterations = self._settings.keep_windows * self._window_iterations
     if iteration >= self._first_iteration + kept_iterations - 1:
       self._lag_window = self._window_iterations
-    if iteration > self._first_iteration:  # the first waits for one before
+    if iteration > self._first_iteration:  # the first waits for an older copy
       self._late.append(
         any(r.blocked_seconds > LATE_SHARE * r.seconds for r in reports)
       )
@@ -208,14 +209,14 @@ class SparsePlanner:
 
   @property
   def _may_be_whole(self) -> bool:
-    """Whether devices have the memory for a copy of all that they train.
+    """True if devices have the memory for a copy of all that they train.
 
-    Where that is the host's, they have. A mode that is set means windows.
+    They have it where it is the host's. A mode that is set means windows.
     """
     return self._platform == 'cpu' and not self._settings.window_mode
 
   def _has_room_for(self, choice: window.WindowChoice) -> bool:
-    """Whether its snapshots fit; in another order slots may come out larger."""
+    """Returns True if its snapshots fit; a new order may give larger slots."""
     return all(
       self._fits(
         max(stage.snapshot_bytes(choice.window_length, choice.mode)),
@@ -226,10 +227,10 @@ class SparsePlanner:
     )
 
   def _fits(self, size_bytes: int, pool: planner.PoolSize, every: int) -> bool:
-    """Whether there is room for snapshots of a stage, the largest of a size.
+    """Returns True if there is room for a stage's snapshots of up to a size.
 
-    Whole ones that are larger than a file of the pool are few: its memory is
-    cut anew for them, while older snapshots have the files that they have.
+    Whole snapshots larger than a file of the pool are few: the pool's memory is
+    cut anew for them, while older snapshots keep their files.
     """
     if size_bytes <= pool.size_bytes:
       return True
@@ -244,7 +245,7 @@ class SparsePlanner:
     return kept_bytes <= pool.files * pool.size_bytes
 
   def _shortest(self) -> int:
-    """The shortest window that there will be room for."""
+    """Returns the shortest window that there will be room for."""
     return self._settings.window_length or min(
       _SHORTEST_WINDOW, self._settings.longest_window
     )
@@ -258,7 +259,7 @@ class SparsePlanner:
     ]
 
   def _budgets(self) -> list[window.CopyBudget]:
-    """What each stage can copy, from the last iterations of the warm-up."""
+    """Returns what each stage can copy, from the last measured iterations."""
     budgets = []
     for stage in range(len(self._stages)):
       reports = [r[stage] for r in self._measured]
@@ -276,7 +277,7 @@ class SparsePlanner:
   def _choose(
     self, budgets: Sequence[window.CopyBudget] | None
   ) -> window.WindowChoice:
-    """The longest window that a stage wants, or whole snapshots."""
+    """Chooses the longest window that a stage wants, or whole snapshots."""
     pinned_mode = self._settings.window_mode or None
     if self._is_pinned or budgets is None:
       length = self._settings.window_length or min(
@@ -329,10 +330,10 @@ class SparsePlanner:
     return max(enlarged, key=lambda c: (c.every, c.window_length))
 
   def _shortened(self, iteration: int) -> planner.Change | None:
-    """A window that is clearly shorter, if by now one fits.
+    """Changes to a window that is clearly shorter, if one fits by now.
 
-    Not after copies ran late: a window that was too short is not tried again.
-    Nor from whole snapshots to windows, or back.
+    It does not after copies ran late: a window that was too short is not tried
+    again. Nor does it go from whole snapshots to windows, or back.
     """
     passed = iteration - self._first_iteration + 1
     looks = self._has_chosen and not self._has_grown
@@ -348,7 +349,7 @@ class SparsePlanner:
   def _change(
     self, iteration: int, choice: window.WindowChoice
   ) -> planner.Change | None:
-    """Goes over to a window, if it is another one."""
+    """Changes to a window, if it is another one and there is room for it."""
     before = self.choice
     same = dataclasses.replace(
       before, reason=choice.reason, pinned=choice.pinned
@@ -390,9 +391,9 @@ class SparsePlanner:
     )
 
   def _next_first(self, iteration: int) -> int:
-    """From when on another decision may hold, which nobody has begun.
+    """Returns the first iteration, not yet begun, of another decision.
 
-    An aligned window is finished first: it is a start as a whole only.
+    An aligned window is finished first: only a whole one is a start.
     """
     first = iteration + NOTICE_ITERATIONS
     if self.choice.mode == 'aligned':

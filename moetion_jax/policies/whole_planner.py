@@ -1,8 +1,7 @@
-"""What is captured when, by policy: one interface for all of them.
+"""Planner of whole snapshots, and `make`, which makes the planner of a run.
 
-`make` gives the planner of a run. Those of the baselines are here; the one of
-sparse snapshots is `capture_plan.CapturePlanner`. Pure, but for what they
-remember: reports go in, decisions come out.
+All planners have the interface `planner.Planner`. They are pure but for what
+they remember: reports go in, decisions come out.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from moetion_jax.policies import (
 )
 
 _NOTICE = sparse_planner.NOTICE_ITERATIONS
-# Iterations between snapshots until something is measured. Before the first one
-# there are so many without any.
+# Iterations between snapshots until something is measured. As many come before
+# the first snapshot.
 _FIRST_INTERVAL = 6
 _WARM_UP_ITERATIONS = 12
 _MEASURED_ITERATIONS = 9
-# Data files beyond the snapshots that are kept: the one that is written, and
-# two until everybody was told what may go.
+# Data files beyond those of the snapshots that are kept: the one being written,
+# and two until everybody has been told what may go.
 _SPARE_FILES = 3
-# Of 'two_phase', in memory: what is being persisted, and the next one.
+# Data files of 'two_phase' in memory: the one being persisted, and the next.
 _MEMORY_FILES = 2
-# After so many late snapshots among so many iterations the interval grows.
+# After this many late iterations, among this many, the interval grows.
 _LATE = 3
 _LATE_AMONG = 20
 _GROWTH = 1.25
@@ -46,7 +45,7 @@ def make(
   capacity: float | None = None,
   replicas: int = 1,
 ) -> planner.Planner:
-  """The planner of a run; arguments as of `capture_plan.CapturePlanner`."""
+  """Makes the planner of a run; arguments as in `SparsePlanner.__init__`."""
   if settings.rules.is_whole:
     return WholePlanner(settings, stages, platform, replicas)
   if not settings.rules.is_exact:
@@ -57,7 +56,7 @@ def make(
 
 
 class WholePlanner:
-  """Whole snapshots at an interval: 'dense' and 'two_phase'.
+  """The `planner.Planner` of 'dense' and 'two_phase': whole snapshots.
 
   Attributes:
     interval: iterations between snapshots, in force or soon to be.
@@ -76,7 +75,7 @@ class WholePlanner:
     self._stages = stages
     self._replicas = replicas
     self._target = planner.overlap_target(settings, platform)
-    self._first_iteration = 0  # of the last decision
+    self._first_iteration = 0  # that of the last decision
     self._has_chosen = self._has_grown = False
     self._seconds: collections.deque[float] = collections.deque(
       maxlen=_MEASURED_ITERATIONS
@@ -90,13 +89,13 @@ class WholePlanner:
 
   @property
   def lag_iterations(self) -> int:
-    """See `Planner`."""
+    """See `planner.Planner`."""
     return self.interval * (self._settings.keep_windows - 1)
 
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
-    """See `Planner`."""
+    """See `planner.Planner`."""
     self._first_iteration = first_iteration
     return tuple(
       decision.CaptureDecision(
@@ -110,7 +109,7 @@ class WholePlanner:
     )
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
-    """See `Planner`."""
+    """See `planner.Planner`."""
     files = self._settings.keep_windows + _SPARE_FILES
     if self._settings.rules.is_durable:
       files = _MEMORY_FILES
@@ -120,14 +119,14 @@ class WholePlanner:
     ]
 
   def _worker_bytes(self, workers: int) -> list[int]:
-    """By stage, what the worker with most of the state has of it."""
+    """Returns the state bytes of the worker with most of them, by stage."""
     return [
       max(stage.in_order('static', {}, workers).snapshot_bytes(1, 'rolling'))
       for stage in self._stages
     ]
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
-    """See `Planner`."""
+    """See `planner.Planner`."""
     iteration = reports[0].iteration
     seconds = max(r.seconds for r in reports)
     takes_snapshot = any(r.snapshot_bytes for r in reports)
@@ -148,7 +147,7 @@ class WholePlanner:
       durable_seconds=durable_seconds if durable_seconds < math.inf else 0.0,
     )
     self._since_snapshot_seconds += seconds
-    if takes_snapshot:  # of the state at its end
+    if takes_snapshot:  # of the state at the iteration's end
       self._since_snapshot_seconds = 0.0
     if (
       self._settings.interval
@@ -162,7 +161,7 @@ class WholePlanner:
     return self._chosen(iteration, reports)
 
   def _durable_seconds(self, reports: Sequence[report.Report]) -> float:
-    """How long a snapshot takes, as measured; inf while that is not known."""
+    """Returns the measured duration of a snapshot; inf while it is unknown."""
     pairs = zip(reports, self._worker_bytes(self._replicas), strict=True)
     return max(
       size / r.copy_bytes_per_second if r.copy_bytes_per_second else math.inf
@@ -172,9 +171,10 @@ class WholePlanner:
   def _chosen(
     self, iteration: int, reports: Sequence[report.Report]
   ) -> planner.Change | None:
-    """Of `dense`: from what is measured, longer when copies are late.
+    """Chooses the interval of 'dense' by measurement; late copies lengthen it.
 
-    As of `capture_plan`, there is another look whether a shorter one would do.
+    As in `sparse_planner`, there is another look whether a shorter one would
+    do.
     """
     passed = iteration - self._first_iteration
     looks_again = sparse_planner.looks_again(passed, self.interval)
@@ -202,7 +202,7 @@ class WholePlanner:
     return self._change(iteration, interval, 'copies ran late')
 
   def _tuned(self, iteration: int) -> planner.Change | None:
-    """Of 'two_phase': whatever the measured overhead asks for."""
+    """Sets the interval of 'two_phase' that the measured costs ask for."""
     costs = self._tuner.costs
     self._tuner = intervals.tune(self._tuner)
     if costs is None or self._tuner.interval == self.interval:
@@ -218,11 +218,11 @@ class WholePlanner:
   def _change(
     self, iteration: int, interval: int, reason: str
   ) -> planner.Change | None:
-    """Goes over to an interval, if it is another one."""
+    """Changes to an interval, if it is another one."""
     self._late.clear()
     if interval == self.interval:
       return None
-    # With the first snapshot that nobody has begun: no other one is put in.
+    # It begins with the first snapshot that nobody has begun: none is added.
     first_iteration = iteration + _NOTICE
     passed = first_iteration - self._first_iteration
     first_iteration += -passed % self.interval

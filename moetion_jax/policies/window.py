@@ -1,6 +1,7 @@
-"""How long a window is: from measured times, as the paper's Algorithm 1.
+"""Choice of the window length from measured times (the paper's Algorithm 1).
 
-Pure: the leader measures, chooses, and publishes a `slots.Decision`.
+Pure functions: the leader measures, chooses, and publishes a
+`decision.CaptureDecision`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from collections.abc import Iterable, Sequence
 from moetion_jax import errors, keys
 from moetion_jax.policies import decision, rules, slots as slots_lib
 
-_GROWTH = 1.25  # a window whose copies run late grows by at least so much
+_GROWTH = 1.25  # least factor by which a window grows if copies run late
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageOperators:
-  """One stage's operators and what they cost.
+  """One stage's operators and their sizes.
 
   Attributes:
-    order: from `slots.order_operators`.
-    state_bytes: training state of each operator.
-    compute_bytes: compute weights of each operator.
-    device_of: where on the 'expert' axis each operator is.
+    order: the result of `slots.order_operators`.
+    state_bytes: bytes of each operator's training state.
+    compute_bytes: bytes of each operator's compute weights.
+    device_of: device of the 'expert' axis that holds each operator.
     keep_order: whether slots follow the order; False for 'static'.
-    shares: what each replica captures; () for one that captures all.
+    shares: operators that each replica captures; () if one captures all.
   """
 
   order: tuple[keys.OperatorId, ...]
@@ -36,7 +37,7 @@ class StageOperators:
   shares: tuple[frozenset[keys.OperatorId], ...] = ()
 
   def slots(self, window_length: int) -> decision.Slots:
-    """The slots of a window; see `slots.make_slots`."""
+    """Cuts the operators into a window's slots; see `slots.make_slots`."""
     return slots_lib.make_slots(
       self.order,
       self.state_bytes,
@@ -46,9 +47,9 @@ class StageOperators:
     )
 
   def snapshot_bytes(self, window_length: int, mode: str) -> tuple[int, ...]:
-    """Bytes of each snapshot of a window; see `slots.snapshot_bytes`.
+    """Returns the bytes of each snapshot of a window.
 
-    With several replicas those of the largest share.
+    See `slots.snapshot_bytes`. With several replicas the largest share counts.
     """
     slots = self.slots(window_length)
     if not self.shares:
@@ -69,11 +70,12 @@ class StageOperators:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CopyBudget:
-  """What can be copied to the host beside training, as measured.
+  """The measured room for copies to the host beside training.
 
   Attributes:
-    iteration_seconds: of an iteration without snapshots.
-    bandwidth_bytes_per_second: device to host, all of a worker's devices.
+    iteration_seconds: duration of an iteration without snapshots.
+    bandwidth_bytes_per_second: copy rate from device to host, of all of a
+      worker's devices together.
     overlap_target: fraction of an iteration that a copy may take, in (0, 1].
   """
 
@@ -92,25 +94,25 @@ class CopyBudget:
 
   @property
   def iteration_bytes(self) -> float:
-    """What a copy moves in a whole iteration; one of more runs late."""
+    """Bytes that a copy moves in a whole iteration; a larger copy runs late."""
     return self.iteration_seconds * self.bandwidth_bytes_per_second
 
   @property
   def target_bytes(self) -> float:
-    """What a snapshot should have at most."""
+    """Most bytes that a snapshot should have."""
     return self.overlap_target * self.iteration_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowChoice:
-  """A window and why it was chosen.
+  """A window, and the reason for it.
 
   Attributes:
     window_length: number of slots.
-    mode: one of `slots.MODES`.
-    every: a snapshot each so many iterations.
+    mode: one of `decision.MODES`.
+    every: iterations from one snapshot to the next.
     reason: a sentence for the event.
-    pinned: the user's setting; it never grows.
+    pinned: whether the user set the length; then it never grows.
   """
 
   window_length: int
@@ -130,7 +132,7 @@ def choose_window(
 ) -> WindowChoice:
   """Chooses the window of one stage (Algorithm 1, with measured inputs).
 
-  The first of these that there is:
+  It is the first of these that there is:
   1. the pinned length, rolling unless the mode is pinned as well;
   2. the shortest rolling window whose largest snapshot is within
      `target_bytes`. A rolling snapshot is never below all compute weights, so
@@ -138,7 +140,7 @@ def choose_window(
   3. the shortest aligned window whose snapshots are within `target_bytes` on
      average and each within `iteration_bytes`. The first ones are the largest;
      later ones leave the link to others. More than `iteration_bytes` would
-     make training wait in every window, since one copy is in flight at most;
+     make training wait in every window, since at most one copy is in flight;
   4. whole snapshots (a window of 1), each taking several iterations to copy.
      They must be whole: no replay gets across an iteration of which the
      compute weights of frozen operators are unknown.
@@ -146,14 +148,15 @@ def choose_window(
   A pinned mode leaves out the other one.
 
   Args:
-    stage: its operators.
-    budget: measured; None is allowed with a pinned length only.
-    max_window_length: that the boundary logs have room for.
-    pinned_length: --window_length.
-    pinned_mode: --window_mode.
+    stage: the stage's operators.
+    budget: the measured budget; None is allowed only with a pinned length.
+    max_window_length: the longest window that the boundary logs have room for;
+      None for no limit.
+    pinned_length: the length set by --window_length; None if not set.
+    pinned_mode: the mode set by --window_mode; None if not set.
 
   Raises:
-    ConfigError: the pinned length or mode is impossible.
+    errors.ConfigError: the pinned length or mode is impossible.
     ValueError: there are no operators, or an argument is missing.
   """
   limit = _limit(stage, max_window_length)
@@ -193,21 +196,21 @@ def choose_common_window(
 ) -> WindowChoice:
   """Chooses one window for all stages: the longest that one of them wants.
 
-  Or whole snapshots every few iterations, where fewer iterations have to be
-  done again after a failure that way. That is so where a copy may take a small
-  part of an iteration only, as on CPU, where it takes from training what it
-  takes. A copy that may take all of several iterations is late by those, and it
-  needs device memory for the whole state: that is what windows are for.
+  Or it chooses whole snapshots every few iterations, where that way fewer
+  iterations have to be done again after a failure. That is so where a copy may
+  take only a small part of an iteration, as on CPU, where training loses what a
+  copy takes. A copy that may take all of several iterations is late by those,
+  and it needs device memory for the whole state: that is what windows are for.
 
   Args:
-    stages: their operators.
-    budgets: measured, one a stage.
-    max_window_length: as of `choose_window`.
-    pinned_mode: as of `choose_window`.
+    stages: the operators of each stage.
+    budgets: the measured budget of each stage.
+    max_window_length: see `choose_window`.
+    pinned_mode: see `choose_window`.
     may_be_whole: whether devices have the memory for a copy of everything.
 
   Raises:
-    ConfigError, ValueError: as `choose_window`.
+    errors.ConfigError, ValueError: see `choose_window`.
   """
   pairs = list(zip(stages, budgets, strict=True))
   choice = longest(
@@ -242,7 +245,7 @@ def choose_common_window(
 
 
 def longest(choices: Iterable[WindowChoice]) -> WindowChoice:
-  """The one whose snapshots every stage can take, of what each wants."""
+  """Returns, of what each stage wants, the choice that every stage can take."""
   return max(
     choices, key=lambda c: (c.every, c.mode == 'aligned', c.window_length)
   )
@@ -251,16 +254,16 @@ def longest(choices: Iterable[WindowChoice]) -> WindowChoice:
 def done_again(
   choice: WindowChoice, stage: StageOperators, budget: CopyBudget
 ) -> float:
-  """Iterations that a stage does again after a failure, on average.
+  """Returns the iterations that a stage does again after a failure, on average.
 
   The interrupted one counts, and those in which the last copy was under way.
   Rolling: a window ends in every iteration. Aligned: 1.5 windows (the paper's
   E[R]). Whole snapshots: the newest is half their distance old.
 
   Args:
-    choice: what is captured.
-    stage: its operators.
-    budget: measured.
+    choice: the window in force.
+    stage: the stage's operators.
+    budget: the measured budget.
   """
   copied = stage.snapshot_bytes(choice.window_length, choice.mode)
   late = max(copied) / budget.iteration_bytes
@@ -275,7 +278,7 @@ def enlarge(
   *,
   max_window_length: int | None = None,
 ) -> WindowChoice:
-  """What to change to when copies run late.
+  """Chooses the window to change to when copies run late.
 
   Returns:
     The shortest window that is at least a quarter longer and whose largest
@@ -313,7 +316,7 @@ def _whole(
   max_window_length: int | None,
   least: int = 1,
 ) -> WindowChoice:
-  """Whole snapshots, as often as their copy stays within the budget."""
+  """Chooses whole snapshots, as often as the copies stay within the budget."""
   whole_bytes = _whole_bytes(stage)
   needed = max(least, math.ceil(whole_bytes / budget.target_bytes))
   every = min(needed, max_window_length or needed)
@@ -331,7 +334,7 @@ def _whole_bytes(stage: StageOperators) -> int:
 
 
 def _limit(stage: StageOperators, max_window_length: int | None) -> int:
-  """The longest window that makes sense and has room."""
+  """Returns the longest window that makes sense and has room."""
   if not stage.order:
     raise ValueError('a stage without operators has no window')
   if max_window_length is None:
@@ -359,7 +362,7 @@ def _check_pinned(
 def _shortest(
   stage: StageOperators, mode: str, limit: int, budget: CopyBudget
 ) -> int | None:
-  """The shortest window that fits the budget, if there is one."""
+  """Returns the shortest window that fits the budget, if there is one."""
   replicas = max(1, len(stage.shares))
   state = [stage.state_bytes[o] / replicas for o in stage.order]
   compute = [stage.compute_bytes[o] / replicas for o in stage.order]

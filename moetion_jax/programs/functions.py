@@ -105,7 +105,7 @@ class Functions:
     )
 
   def init(self, masters: Mapping[str, jax.Array]) -> partition_lib.State:
-    """Makes this worker's training state 0 from the fp32 masters of all."""
+    """Makes this worker's state 0 from the fp32 masters of all parameters."""
     if self.ownership:
       masters = {
         n: self.ownership.rows(g, masters[n])
@@ -208,7 +208,7 @@ class Functions:
     )
 
   def update(self, state, gradients, clip_factor, slot):
-    """Applies clipped gradients: ... -> (state, compute, selection)."""
+    """Clips and applies gradients; returns (state, compute, selection)."""
     new = {}
     for group, names in self.own_groups.items():
       own = {n: gradients[n] for n in names}
@@ -225,8 +225,7 @@ class Functions:
         stacked=group.stacked,
         buffers=self.model.buffers,
       )
-    # The mask is returned by the program itself, so that it belongs to the
-    # step.
+    # The mask is returned as the device computed it, at one with the step.
     selection = {g: jnp.asarray(mask) for g, mask in slot.items()}
     compute = () if self.ownership else self.compute_of(new)
     return new, compute, selection
@@ -246,7 +245,7 @@ class Functions:
     return jnp.concatenate(found)  # one array: each that is read costs the host
 
   def evaluate(self, compute, inputs):
-    """Evaluates: (compute, inputs) -> y, or the last stage's mean loss f32[]."""
+    """Evaluates: (compute, inputs) -> y, in the last stage mean loss f32[]."""
     out = self.model.forward(compute, inputs, None)
     if out.y is not None:
       return out.y

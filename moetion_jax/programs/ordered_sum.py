@@ -110,10 +110,10 @@ def _left_to_right(terms: Sequence[jax.Array]) -> jax.Array:
 
 
 def _exchange(x: jax.Array, axis: str, size: int) -> jax.Array:
-  """Exchanges parts: [lanes, numbers] -> [size, lanes, part].
+  """Gets its part of all lanes: [lanes, numbers] -> [size, lanes, part].
 
   Args:
-    x: this device's lanes. The result is everybody's, of this device's part.
+    x: this device's lanes.
     axis: mesh axis to exchange over.
     size: size of the axis.
   """

@@ -176,7 +176,7 @@ class Stage:
 
   @property
   def rows_sharding(self) -> NamedSharding:
-    """Sharding of tokens, activations, gradients of these: rows over devices."""
+    """Sharding of tokens, activations and gradients: rows over all devices."""
     return NamedSharding(self.mesh, _OWN)
 
   @property
@@ -255,7 +255,7 @@ class Stage:
     )
 
   def _shapes_in_world(self, shapes: Tree) -> Tree:
-    """Shapes over the world of arrays divided by replica along the first dim."""
+    """Widens shapes to the world: replicas share arrays along the first dim."""
     return jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(
         (s.shape[0] * self.shape.world_size, *s.shape[1:]), s.dtype

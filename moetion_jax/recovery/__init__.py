@@ -1,1 +1,1 @@
-"""Who goes back to where after a failure."""
+"""Recovery: who goes back after a failure, and to which state."""

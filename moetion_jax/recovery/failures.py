@@ -1,4 +1,4 @@
-"""Failures of stages: how often each has failed, and who is on the way back."""
+"""Failures of stages: their counts, and the recoveries under way."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class OngoingRecovery:
   """One stage on its way back.
 
   Attributes:
-    plan: the plan that it follows.
-    target: iteration in which its predecessor died.
+    plan: the plan that the stage follows.
+    target: iteration in which the predecessor died.
     reason: why the predecessor died, or why the stage joined.
-    failed_at: when the failure was noticed, `time.monotonic`.
-    detect_seconds: between the failure and its notice, where known.
-    resumed: what the new worker said when it began to train.
-    resumed_at: when it said so, `time.monotonic`.
+    failed_at: time at which the failure was noticed, `time.monotonic`.
+    detect_seconds: time between the failure and its notice, where known.
+    resumed: the new worker's message when it began to train; None before.
+    resumed_at: time of that message, `time.monotonic`.
     goes_back: whether the plan starts before the line.
   """
 
@@ -37,13 +37,13 @@ class OngoingRecovery:
 
 
 class Failures:
-  """Counts failures and says when there were too many."""
+  """Counts failures, and raises an error when there are too many."""
 
   def __init__(self, max_failures: int):
     """Stores the limit.
 
     Args:
-      max_failures: of one stage without progress of the line.
+      max_failures: failures of one stage allowed without progress of the line.
     """
     self._max_failures = max_failures
     self._of_stage: collections.Counter[int] = collections.Counter()
@@ -53,7 +53,7 @@ class Failures:
     """Counts a failure of each of some stages.
 
     Args:
-      failed: why, by stage.
+      failed: the reason of each failed stage.
       line: the recovery line, for the error.
 
     Raises:
@@ -72,8 +72,9 @@ class Failures:
     """Counts a rebuilt state whose digests are not those of before.
 
     Args:
-      failed: why, by stage.
-      stages: of the run; each may come out wrong once in one recovery.
+      failed: the reason of each failed stage.
+      stages: number of stages of the run; each may come out wrong once in one
+        recovery.
 
     Raises:
       errors.MoetionError: it happened more often than that.
@@ -83,20 +84,20 @@ class Failures:
       raise errors.MoetionError('; '.join(failed.values()))
 
   def line_moved(self) -> None:
-    """Begins to count anew: the run makes progress."""
+    """Counts all stages' failures anew: the run makes progress."""
     self._of_stage.clear()
 
   def all_caught_up(self) -> None:
-    """Nobody is on the way back any more."""
+    """Counts divergences anew: nobody is on the way back any more."""
     self._diverged = 0
 
   def is_crash_loop(self, stage: int) -> bool:
-    """Whether one more failure of a stage would be too many."""
+    """Returns True if one more failure of a stage would be too many."""
     return self._of_stage[stage] >= self._max_failures
 
   def forgive(self, stage: int) -> None:
     """Counts a stage's failures anew: something was done about them.
 
-    About the one at hand as well, which is yet to be counted.
+    That includes the one at hand, which is yet to be counted.
     """
     self._of_stage[stage] = -1

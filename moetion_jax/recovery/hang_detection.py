@@ -1,8 +1,8 @@
-"""Who hangs, who is stopped, and whether everybody waits: pure decisions.
+"""Detection of workers that hang or are stopped, and of deadlock.
 
-A worker that waits is never to blame: its neighbour is, or the network
-(DESIGN section 6). Nor are those of its stage world to blame, who wait for it
-in a collective that cannot tell.
+The decisions are pure functions. A worker that waits is never to blame: its
+neighbour is, or the network (DESIGN section 6). Nor are the others of its stage
+world, which wait for it in a collective that cannot tell.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-# Why a worker is blocked that may not overwrite any of its snapshots.
+# Reason of a blocked worker that may not overwrite any of its snapshots.
 SNAPSHOTS_FULL = 'all its snapshots are needed'
 
-# A worker speaks four times a second. One that is silent for so long is
+# A worker speaks four times a second. One that is silent for this long is
 # stopped, or so starved that nobody is served by waiting.
 _SILENCE_SECONDS = 10.0
 _STOPPED_SILENCE_SECONDS = 0.6  # if the kernel says that it is stopped
 _DEADLOCK_SECONDS = 30.0
-# States in which a worker has those who share its world wait for it.
+# States in which a worker lets the others of its world wait for it.
 _EXCUSES = ('waiting', 'blocked', 'compiling')
 _COLLECTIVE = 'reduce'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seen:
-  """What is known of one worker.
+  """The known state of one worker.
 
   Attributes:
-    stage: that it trains.
-    replica: of the stage.
+    stage: the stage that the worker trains.
+    replica: the worker's replica of the stage.
     state: 'compiling', 'running', 'waiting', 'done' or another one.
-    detail: the program, or the entry.
-    state_seconds: for how long it has been doing just that.
-    silent_seconds: for how long it has said nothing.
-    is_stopped: whether the kernel says so.
+    detail: the program that it runs, the entry that it waits for, or the like.
+    state_seconds: time for which it has been doing just that.
+    silent_seconds: time for which it has said nothing.
+    is_stopped: whether the kernel says that it is stopped.
   """
 
   stage: int
@@ -49,11 +49,11 @@ class Seen:
 def hanging(
   one: Seen, hang_timeout_seconds: float, everyone: Sequence[Seen] = ()
 ) -> str:
-  """Why a worker must be replaced; '' if it need not.
+  """Returns why a worker must be replaced; '' if it need not be.
 
   Args:
-    one: who.
-    hang_timeout_seconds: how long one program may run.
+    one: the worker.
+    hang_timeout_seconds: time that one program may run.
     everyone: all workers, among them those of its stage world.
   """
   if one.is_stopped and one.silent_seconds > _STOPPED_SILENCE_SECONDS:
@@ -82,12 +82,12 @@ def hanging(
 
 
 def _is_full(one: Seen) -> bool:
-  """Whether it waits until a snapshot may go."""
+  """Returns True if a worker waits until a snapshot may go."""
   return one.state == 'blocked' and one.detail == SNAPSHOTS_FULL
 
 
 def deadlock(everyone: Sequence[Seen]) -> str:
-  """Who waits for what, if all have been waiting too long; '' otherwise."""
+  """Returns who waits for what if all have waited too long; else ''."""
   waiters = [one for one in everyone if one.state == 'waiting']
   worlds = {one.stage for one in waiters}
   if not everyone or any(
@@ -105,11 +105,11 @@ def deadlock(everyone: Sequence[Seen]) -> str:
 
 
 def is_stopped(pid: int) -> bool:
-  """Whether the kernel has a process of this host stopped."""
+  """Returns True if the kernel has a process of this host stopped."""
   try:
     with open(f'/proc/{pid}/stat', 'rb') as file:
       stat = file.read()
   except OSError:
     return False
-  # The name, in parentheses, may hold anything.
+  # The process's name, in parentheses, may hold anything.
   return stat.rpartition(b')')[2].split()[:1] == [b'T']

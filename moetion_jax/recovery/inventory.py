@@ -1,7 +1,7 @@
-"""What every stage's host store holds, as the leader knows it.
+"""Inventory of every stage's host store, as the leader knows it.
 
-Workers tell of each snapshot once it counts; after a death the manifests are
-read instead, since a snapshot may have been committed and never told of.
+Workers report each snapshot once it counts; after a death the manifests are
+read instead, since a snapshot may have been committed and never reported.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ class Inventory:
   """All stages' snapshots, and the recovery line that follows from them.
 
   Attributes:
-    line: see `recovery.recovery_line`.
+    line: the recovery line, see `plan.recovery_line`.
   """
 
   def __init__(
     self, operators: Sequence[Collection[keys.OperatorId]], lag_iterations: int
   ):
-    """Knows of no snapshot but the initial state.
+    """Starts without any snapshot but the initial state.
 
     Args:
-      operators: of each stage.
-      lag_iterations: by how much the line lags behind, see `recovery_line`.
+      operators: the operators of each stage.
+      lag_iterations: iterations by which the line lags behind, see
+        `plan.recovery_line`.
     """
     self.line = 0
     self.lag_iterations = lag_iterations
@@ -44,31 +45,31 @@ class Inventory:
     self._excluded.discard((stage, share.iteration))
 
   def rescan(self, stage: int, shares: Iterable[coverage.Share]) -> None:
-    """Replaces what is known of a stage by what its store says."""
+    """Replaces what is known of a stage by what its store holds."""
     self._shares[stage] = {_name(share): share for share in shares}
 
   def lose(self, stage: int, iteration: int) -> None:
-    """A snapshot is damaged: it counts no longer."""
+    """Excludes a snapshot that is damaged: it no longer counts."""
     self._excluded.add((stage, iteration))
 
   def excluded(self, stage: int) -> tuple[int, ...]:
-    """Iterations of a stage's snapshots that are damaged, ascending."""
+    """Returns the iterations of a stage's damaged snapshots, ascending."""
     return tuple(sorted(i for s, i in self._excluded if s == stage))
 
   def lose_entry(self, stage: int, iteration: int) -> None:
-    """An entry of a stage's log is damaged."""
+    """Takes in that an entry of a stage's log is damaged."""
     self._corrupt.add((stage, iteration))
 
   def published_again(self, stage: int) -> None:
-    """A stage recovered: it has written again what was damaged of its log."""
+    """Forgets the damage to a stage's log: in recovering it wrote it again."""
     self._corrupt = {x for x in self._corrupt if x[0] != stage}
 
   def newest(self, stage: int) -> int:
-    """Iteration of a stage's newest snapshot; 0 for the initial state."""
+    """Returns the iteration of a stage's newest snapshot; 0 without any."""
     return max((name[0] for name in self._shares[stage]), default=0)
 
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
-    """The valid starts of a stage, the initial state included."""
+    """Returns the valid starts of a stage, the initial state included."""
     shares = [
       share
       for (iteration, *_), share in self._shares[stage].items()
@@ -84,14 +85,15 @@ class Inventory:
     )
 
   def begin_at(self, iteration: int) -> None:
-    """All stages begin with a start: it is the line."""
+    """Sets the line to the start with which all stages begin."""
     self.line = iteration
 
   def go_back(self, iteration: int) -> None:
-    """All stages go back to a state before the line, with empty logs.
+    """Takes all stages back to a state before the line, with empty logs.
 
     Args:
-      iteration: of the state; 0: the initial one, without any snapshot.
+      iteration: the state's iteration; 0 for the initial state, without any
+        snapshot.
     """
     self.line = iteration
     self._corrupt.clear()
@@ -103,14 +105,14 @@ class Inventory:
   def advance(
     self, reported: int, *, frozen: bool, keeps_older: bool = True
   ) -> bool:
-    """Moves the line on; whether it moved.
+    """Moves the line on; returns True if it moved.
 
     Args:
-      reported: iteration that is written down: what comes before the line is
-        never done again, and nobody needs entries of it.
-      frozen: see `recovery.recovery_line`.
-      keeps_older: whether the line lags behind, in case that the newest
-        snapshots are damaged.
+      reported: newest iteration that is written down: what comes before the
+        line is never done again, and nobody needs entries of it.
+      frozen: see `plan.recovery_line`.
+      keeps_older: whether the line lags behind, in case the newest snapshots
+        are damaged.
     """
     lag_iterations = self.lag_iterations if keeps_older else 0
     starts = [
@@ -131,10 +133,10 @@ class Inventory:
   def stage_inventories(
     self, newest: Sequence[int], lost: Collection[int] = ()
   ) -> list[recovery_plan.StageInventory]:
-    """The input of `recovery.plan`.
+    """Returns the input of `plan.plan`.
 
     Args:
-      newest: iteration that each stage has begun.
+      newest: the iteration that each stage has begun.
       lost: stages whose logs are gone.
     """
     return [

@@ -1,4 +1,4 @@
-"""Orders to workers: from where to train, and how large their stores are."""
+"""Orders to workers: the start of training, and the sizes of their stores."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Go:
-  """From where a worker trains, and how large its stores are.
+  """An order to train: from which start, and with how large stores.
 
   Attributes:
-    start: of its conversion: iteration 0 is the initial state.
-    complete_at: last snapshot of the conversion.
-    newest: snapshot that there is.
-    excluded: iterations of snapshots that are damaged, to be taken again.
-    target: iteration that its predecessor had begun; 0: there was none.
-    verify_until: entries up to this iteration are older than this worker.
+    start: the iteration from which the conversion starts; 0 is the initial
+      state.
+    complete_at: iteration of the last snapshot of the conversion.
+    newest: iteration of the newest existing snapshot.
+    excluded: iterations of damaged snapshots, to be taken again.
+    target: iteration that the worker's predecessor had begun; 0 without one.
+    verify_until: the last iteration that may have entries older than this
+      worker.
     line: the recovery line.
-    is_fresh: whether its log begins empty.
-    ring_bytes: size of its log.
-    cells: entries that its log can hold.
-    pool_files: how many snapshots there is room for; 0: none are taken.
-    pool_bytes: of each of them.
-    decisions: what is captured when (`decision.CaptureDecision`).
-    generation: of the worker, from now on; 0: as in its `Spec`.
-    keeps_entries: whether its log keeps what comes after the line; otherwise
-      only what neighbours may still read.
+    is_fresh: whether the log begins empty.
+    ring_bytes: size of the log.
+    cells: number of entries that the log can hold.
+    pool_files: number of snapshots that there is room for; 0 if none are taken.
+    pool_bytes: size of each of them.
+    decisions: what is captured when, as `decision.CaptureDecision.to_json`.
+    generation: the worker's generation from now on; 0 for that of its `Spec`.
+    keeps_entries: whether the log keeps what comes after the line; otherwise it
+      keeps only what neighbours may still read.
     merges: whether the state of the start is put together from snapshots of it
       and before, of which none holds everything.
-    capacity: of experts that take more tokens than usual: group, number, and
+    capacity: experts that take more tokens than usual: group, number, and
       factor of the usual capacity.
-    capacity_until: last iteration in which they do.
+    capacity_until: the last iteration in which they do.
   """
 
   start: int
@@ -55,12 +57,12 @@ class Go:
   capacity_until: int = 0
 
   def to_json(self) -> dict[str, Any]:
-    """Plain dicts; `from_json` is the inverse."""
+    """Converts to plain dicts; `from_json` is the inverse."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> Go:
-    """The inverse of `to_json`."""
+    """Inverts `to_json`."""
     lists = {k: tuple(value[k]) for k in ('decisions', 'excluded')}
     lists['capacity'] = tuple(tuple(x) for x in value['capacity'])
     return cls(**{**value, **lists})

@@ -1,7 +1,7 @@
-"""What the stores hold when no checkpoint holds everything.
+"""Inventory of the stores when no checkpoint holds everything.
 
-A checkpoint is a start if every expert is in it or in an older one. What is
-kept therefore begins with the oldest version that the line needs.
+A checkpoint is a start if every expert is in it or in an older one. The stores
+therefore keep all from the oldest version on that the line needs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from moetion_jax.snapshots import coverage
 
 
 class PartialInventory(inventory.Inventory):
-  """An `Inventory` of checkpoints of some experts.
+  """An `Inventory` of checkpoints that hold some experts only.
 
   Attributes:
-    line: from which iteration on checkpoints are kept. The first one from which
-      all can start may be a later one.
+    line: the iteration from which on checkpoints are kept. The first one from
+      which all can start may be later.
   """
 
   def __init__(
@@ -38,7 +38,7 @@ class PartialInventory(inventory.Inventory):
     return list(coverage.complete_records(shares))
 
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
-    """See `Inventory`. An expert that was never saved is the initial one."""
+    """See `Inventory`; an expert that was never saved is the initial one."""
     others = {o for o in self._operators[stage] if o.expert < 0}
     return tuple(
       coverage.Start(iteration=i, complete_at=i)
@@ -50,7 +50,7 @@ class PartialInventory(inventory.Inventory):
     )
 
   def versions(self, start: int) -> dict[keys.OperatorId, int]:
-    """Of which iteration every expert is that a start puts together."""
+    """Returns the version, an iteration, of each expert in a start's state."""
     found: dict[keys.OperatorId, int] = {}
     for stage, operators in enumerate(self._operators):
       found |= partial.restored_versions(

@@ -1,10 +1,10 @@
-"""What to do when something was lost: the recovery line and the plan.
+"""The recovery line, and the plan for a recovery.
 
-Pure functions of what the stores hold, with names and numbers only (DESIGN
-section 6). A plan is executed by the workers' ordinary loop, from the plan's
+Both are pure functions of what the stores hold, with names and numbers only
+(DESIGN section 6). The workers' ordinary loop executes a plan, from the plan's
 start with a partial state.
 
-Pure Python without JAX: the agent, which plans, uses it.
+Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _INITIAL_START = coverage.Start(iteration=0, complete_at=0)
 
 
 class UnrecoverableError(errors.MoetionError):
-  """There is no state from which the run could go on."""
+  """No state is left from which the run could go on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageInventory:
-  """What the stores hold of one stage, all its replicas together.
+  """The contents of the stores of one stage, all its replicas together.
 
   Attributes:
-    stage: from 0.
-    starts: where a conversion can start, ascending, counted from verified
-      copies in the places that are required. Contains iteration 0 where the
-      initial state can be made again (from the seed or `--init_from`).
-    log_first: first iteration of which the stage's log has all entries, up to
-      those of the iteration that it works on.
-    log_lost: its log is gone or damaged as a whole: it has no entries.
-    corrupt: iterations of which an entry of its log is known to be corrupt.
-    newest: newest iteration that it has begun; 0 before the first. A stage that
-      replays has begun what it replays. One that has finished may say one more
-      than the last: it needs nothing of the last any more.
-    sources: by start iteration, the names of places that have its snapshots,
-      best first. Where there are none it is the initial state for iteration 0
-      and the own store for others.
-    durable_starts: where a conversion can start from the durable tier.
+    stage: the stage's number, from 0.
+    starts: the starts of a conversion, ascending, counted from verified copies
+      in the places that are required. Contains iteration 0 where the initial
+      state can be made again (from the seed or `--init_from`).
+    log_first: the first iteration of which the stage's log has all entries, up
+      to those of the iteration that it works on.
+    log_lost: whether the log is gone or damaged as a whole: it has no entries.
+    corrupt: iterations of which a log entry is known to be corrupt.
+    newest: the newest iteration that the stage has begun; 0 before the first. A
+      stage that replays has begun what it replays. One that has finished may
+      say one more than the last: it needs nothing of the last any more.
+    sources: by start iteration, the names of places that have the stage's
+      snapshots, best first. Without any, the source is the initial state for
+      iteration 0 and the stage's own store for others.
+    durable_starts: the starts of a conversion from the durable tier.
   """
 
   stage: int
@@ -63,7 +63,7 @@ class StageInventory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveryPlan:
-  """Who goes back, and from where.
+  """A plan that says which stages go back, and from where.
 
   The members restart from snapshots of `start`, all of one iteration, replay
   and publish again all that they published since. Nobody else does anything.
@@ -73,8 +73,8 @@ class RecoveryPlan:
     start: the iteration from whose snapshots all members start.
     complete_at: by member, the last snapshot of its conversion.
     sources: by member, the name of the place to read the snapshots from.
-    is_job_wide: everybody goes back together to a job-wide durable iteration: the
-      logs and snapshots of later ones no longer count.
+    is_job_wide: whether everybody goes back together to a job-wide durable
+      iteration: then logs and snapshots of later ones no longer count.
     reasons: by member, why it is one.
   """
 
@@ -87,22 +87,22 @@ class RecoveryPlan:
 
   @property
   def first_iteration(self) -> int:
-    """The first one that is replayed."""
+    """The first iteration that is replayed."""
     return self.start + 1
 
 
 class Retention(NamedTuple):
-  """What everyone keeps: from these iterations on."""
+  """The first iterations of which everyone keeps snapshots and entries."""
 
   first_snapshot: int
   first_entry: int
 
 
 def retention(line: int) -> Retention:
-  """What a recovery that starts at the line or later may read.
+  """Returns what a recovery that starts at the line or later may read.
 
-  Snapshots of the line and later; entries of later iterations than the line,
-  since the first iteration that is replayed is the one after it.
+  It reads snapshots of the line and later, and entries of later iterations than
+  the line, since the first iteration that is replayed is the one after it.
   """
   return Retention(first_snapshot=line, first_entry=line + 1)
 
@@ -114,16 +114,16 @@ def recovery_line(
   *,
   frozen: bool = False,
 ) -> int:
-  """The iteration from which a recovery will always be able to start.
+  """Returns the iteration from which a recovery can always start.
 
-  The largest one that is a valid start of every stage and at least
+  It is the largest one that is a valid start of every stage and at least
   `lag_iterations` older than the newest such: if its successors turn out to be
   corrupt it is still there.
 
   Args:
-    starts_by_stage: valid starts of each stage, in any order.
+    starts_by_stage: the valid starts of each stage, in any order.
     previous: the line so far; the result is never below it.
-    lag_iterations: normally one window.
+    lag_iterations: iterations to lag behind, normally one window.
     frozen: whether a recovery is under way, which leaves the line as it is.
   """
   if frozen or not starts_by_stage:
@@ -137,11 +137,11 @@ def recovery_line(
 
 
 def replayed_iterations(plan: RecoveryPlan, newest: int) -> int:
-  """How many iterations a member does again.
+  """Returns the number of iterations that a member does again.
 
   Args:
-    plan: in which the stage is a member.
-    newest: iteration that it had begun, which is replayed as well.
+    plan: the plan in which the stage is a member.
+    newest: the iteration that the stage had begun, which is replayed as well.
   """
   return max(newest - plan.start, 0)
 
@@ -165,16 +165,16 @@ def plan(
     - contains every stage that works on an iteration, up to the start, whose
       entries a member lost and would not publish again.
   A start is possible if it is valid for each member of its set. Of the possible
-  ones that with the smallest set is taken, then the newest.
+  ones, the one with the smallest set is taken; of those, the newest.
 
   If there is none, or if everybody would go back anyway and the durable tier is
   newer, everybody goes back to the newest durable iteration of the whole job.
 
-  A failure during a recovery is a new plan: call it again, with both failures
-  and new inventories.
+  A failure during a recovery needs a new plan: call this again, with both
+  failures and new inventories.
 
   Args:
-    inventories: one a stage, of all stages.
+    inventories: one inventory a stage, of all stages.
     failed: stages of which a worker died, or is to be restarted.
     excluded: (stage, start iteration) of conversions that failed because what
       they read was corrupt; they are not tried again from any place. (If it is
@@ -241,14 +241,14 @@ def _common(starts: Sequence[_Starts]) -> set[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Case:
-  """What `plan` plans for; sequences are by stage."""
+  """The input of `plan`, checked; sequences are by stage."""
 
   inventories: Sequence[StageInventory]
   starts: Sequence[_Starts]
   durable_starts: Sequence[_Starts]
 
   def initial_members(self, failed: Collection[int]) -> dict[int, str]:
-    """Who recovers whatever the start is, and why."""
+    """Returns who recovers whatever the start is, with the reasons."""
     members = {stage: 'died' for stage in sorted(failed)}
     live = [i for i in self.inventories if i.stage not in members]
     for producer in live:
@@ -262,7 +262,7 @@ class _Case:
   def closed_members(
     self, initial: Mapping[int, str], start: int
   ) -> dict[int, str]:
-    """The recovering set for a start, with the reasons."""
+    """Returns the recovering set for a start, with the reasons."""
     members = dict(initial)
     queue = list(initial)
     for member in queue:  # which grows meanwhile
@@ -275,7 +275,7 @@ class _Case:
     return members
 
   def _join_reason(self, other: int, member: int, start: int) -> str | None:
-    """Why `other` has to join because `member` is one; None if it has not."""
+    """Returns why `other` must join, given `member`; None if it need not."""
     needed_from = start + 1
     if abs(other - member) > 1:  # scalars: conversion has those it needs
       needed_from = self.starts[member].get(start, start) + 1
@@ -292,7 +292,7 @@ class _Case:
     )
 
   def local_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
-    """The members start from their own or their peers' snapshots."""
+    """Makes the plan to start from snapshots of the members or their peers."""
     default = (INITIAL if start == 0 else OWN,)
     return RecoveryPlan(
       stages=tuple(sorted(members)),
@@ -308,7 +308,7 @@ class _Case:
   def job_wide_plan(
     self, start: int, initial: Mapping[int, str]
   ) -> RecoveryPlan:
-    """Everybody starts from the durable tier."""
+    """Makes the plan in which everybody starts from the durable tier."""
     stages = range(len(self.inventories))
     together = f'everybody goes back to durable iteration {start}'
     return RecoveryPlan(
@@ -323,7 +323,7 @@ class _Case:
   def explain(
     self, candidates: Collection[int], initial: Mapping[int, str]
   ) -> str:
-    """The message for a case without a plan."""
+    """Returns the error message for a case without a plan."""
     members, blamed, where = initial, sorted(initial), 'to recover'
     if candidates:
       start = max(candidates)
@@ -342,16 +342,16 @@ class _Case:
 
 
 def _working_on(inventory: StageInventory) -> int:
-  """The first iteration of which it still needs others' entries."""
+  """Returns the first iteration of which a stage needs others' entries."""
   return max(inventory.newest, 1)
 
 
 def _lack(
   producer: StageInventory, needed_from: int, reader: int
 ) -> str | None:
-  """What a stage that goes on as it is lacks of what a reader needs of it.
+  """Returns what a reader needs and a stage that goes on as it is lacks.
 
-  What it has not begun it will publish, so that is not lacking.
+  Entries of iterations not yet begun are not lacking: they will be published.
   """
   if producer.log_lost:
     if needed_from <= producer.newest:
@@ -371,9 +371,9 @@ def _lack(
 
 
 def _gap(member: StageInventory, first: int, last: int) -> int | None:
-  """The first of these iterations of which a member lacks entries.
+  """Returns the first of these iterations of which a member lacks entries.
 
-  Of the newest one that it had begun it may not have published all.
+  It may not have published all entries of the newest one that it had begun.
   """
   if first > last:
     return None
@@ -386,7 +386,7 @@ def _gap(member: StageInventory, first: int, last: int) -> int | None:
 
 
 def _listing(iterations: Collection[int]) -> str:
-  """The newest few, as text."""
+  """Returns the newest few iterations as text."""
   newest = sorted(iterations)[-5:]
   more = '..., ' if len(iterations) > len(newest) else ''
   return more + (', '.join(map(str, newest)) or 'none')

@@ -1,7 +1,7 @@
-"""What the leader knows and decides about snapshots and recoveries.
+"""The leader's knowledge of and decisions on snapshots and recoveries.
 
-It starts no process and sends nothing: the agent asks it, and does what it
-says.
+`Recoverer` starts no process and sends nothing: the agent asks it, and does
+what it says.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from moetion_jax.recovery import (
 )
 from moetion_jax.snapshots import coverage
 
-Event = Callable[..., None]  # kind, fields
+Event = Callable[..., None]  # called with the kind and the fields
 _TOGETHER = 'all stages go back together'
 
 
 class Recoverer:
-  """Snapshots of all stages, the line, plans; `begin` first.
+  """Keeps the snapshots of all stages, the line and plans; call `begin` first.
 
   Attributes:
     line: the recovery line.
-    failures: how often each stage has failed.
-    is_resumed: whether an earlier run's store is gone on with.
+    failures: the count of each stage's failures.
+    is_resumed: whether the run goes on with an earlier run's store.
   """
 
   def __init__(
@@ -53,11 +53,11 @@ class Recoverer:
     """Stores the arguments.
 
     Args:
-      config: of the run.
-      captures: how snapshots are taken.
-      max_failures: of one stage, without progress of the line, before the run
-        ends.
-      event: writes one.
+      config: the run's settings.
+      captures: the settings of capture.
+      max_failures: failures of one stage allowed without progress of the line;
+        one more ends the run.
+      event: writes one event.
     """
     self.is_resumed = False
     self._config = config
@@ -68,7 +68,7 @@ class Recoverer:
     self._verify_until = 0
     self._gone_back: recovery_plan.RecoveryPlan | None = None
     self._decisions: list[list[decision_lib.CaptureDecision]] = []
-    self._loss: partial_planner.Loss | None = None  # of the last recovery
+    self._loss: partial_planner.Loss | None = None  # that of the last recovery
 
   @property
   def line(self) -> int:
@@ -77,18 +77,18 @@ class Recoverer:
 
   @property
   def recovering(self) -> Collection[int]:
-    """Stages on their way back."""
+    """The stages on their way back."""
     return self._recoveries.keys()
 
   def log_size(self, stage: int) -> size.LogSize:
-    """Of a stage's log: what the line keeps, and some more."""
+    """Returns the size of a stage's log: what the line keeps, and some more."""
     return size.log_size(self._config, stage, self._settings.kept_iterations)
 
   def begin(self, ready: Mapping[int, Mapping[str, Any]]) -> None:
-    """Takes in what all stages consist of.
+    """Takes in each stage's `ready` message; makes planner and inventory.
 
     Raises:
-      base.ConfigError: the window is longer than a stage can have.
+      errors.ConfigError: the window is longer than a stage can have.
     """
     sizes = [
       planner.StageSizes.from_json(ready[stage]['operators'])
@@ -111,29 +111,30 @@ class Recoverer:
     self._pools = self._planner.pools()
 
   def room_bytes(self) -> int:
-    """Host memory that logs and snapshots of all stages take."""
+    """Returns the host memory that logs and snapshots of all stages take."""
     return self._config.train.replicas * sum(
       self.log_size(stage).file_bytes + pool.files * pool.size_bytes
       for stage, pool in enumerate(self._pools)
     )
 
   def rescan(self, stage: int, shares: Collection[coverage.Share]) -> None:
-    """Takes in what a stage's store holds."""
+    """Takes in the shares that a stage's store holds."""
     self._inventory.rescan(stage, shares)
     self.is_resumed = self.is_resumed or bool(shares)
 
   def newest_snapshot(self, stage: int) -> int:
-    """Iteration of a stage's newest snapshot; 0: the initial state."""
+    """Returns the iteration of a stage's newest snapshot; 0 without any."""
     return self._inventory.newest(stage)
 
   def first_plan(
     self, reported: int, newest: int
   ) -> recovery_plan.RecoveryPlan:
-    """From where all stages begin: the initial state, or what was left.
+    """Plans that all stages begin: from the initial state, or what was left.
 
     Args:
-      reported: iteration that is written down: a later one is done again.
-      newest: iteration of which there is something in the logs.
+      reported: newest iteration that is written down: later ones are done
+        again.
+      newest: newest iteration of which the logs hold anything.
     """
     stages = range(self._config.train.stages)
     self._verify_until = newest
@@ -151,13 +152,13 @@ class Recoverer:
   def _unreported(
     self, reported: int, *, whole_only: bool = False
   ) -> set[tuple[int, int]]:
-    """Starts after which an iteration would never be written down.
+    """Returns starts after which an iteration would never be written down.
 
     Args:
-      reported: iteration that all stages reported.
-      whole_only: starts with whole snapshots only: before others there is an
-        iteration after them that the stage has done, so that it had reported
-        them; reports are one iteration late.
+      reported: newest iteration that all stages reported.
+      whole_only: whether only starts with whole snapshots count. With any other
+        the stage has done an iteration after the start too, and so had
+        reported that of the start: reports are one iteration late.
     """
     return {
       (stage, start.iteration)
@@ -176,14 +177,14 @@ class Recoverer:
     workers: int = 1,
     generation: int = 0,
   ) -> orders.Go:
-    """What the workers of a member of `plan` are told.
+    """Returns the order to the workers of a member of `plan`.
 
     Args:
-      stage: a member.
-      plan: that is carried out.
+      stage: the member.
+      plan: the plan that is carried out.
       is_fresh: whether its logs begin empty.
-      workers: of the stage, which share its snapshots.
-      generation: of the workers.
+      workers: number of the stage's workers, which share its snapshots.
+      generation: the workers' generation.
     """
     log, pool = self.log_size(stage), self._planner.pools(workers)[stage]
     held = decision_lib.active(
@@ -223,17 +224,18 @@ class Recoverer:
   # ---- while it runs --------------------------------------------------------
 
   def stored(self, stage: int, share: coverage.Share) -> None:
-    """Takes in a snapshot that counts."""
+    """Takes in a snapshot that counts from now on."""
     self._inventory.stored(stage, share)
 
   def advance(self, reported: int, *, keeps_older: bool = True) -> bool:
-    """Moves the line on; whether it moved.
+    """Moves the line on; returns True if it moved.
 
     Args:
-      reported: iteration that all stages reported.
+      reported: newest iteration that all stages reported.
       keeps_older: see `Inventory.advance`.
     """
-    # Who goes back before the line has a long way: it fills stores and logs.
+    # A stage that goes back before the line has a long way: it fills stores and
+    # logs, so the line moves on.
     frozen = any(not one.goes_back for one in self._recoveries.values())
     moved = self._inventory.advance(
       reported, frozen=frozen, keeps_older=keeps_older
@@ -248,7 +250,7 @@ class Recoverer:
     """Takes in an iteration that all stages reported, in order.
 
     Returns:
-      What each stage captures from some iteration on, when that changes.
+      The new decision of each stage; None if nothing changes.
     """
     change = self._planner.add(reports)
     self._inventory.lag_iterations = self._planner.lag_iterations
@@ -257,13 +259,13 @@ class Recoverer:
     if change.kind:
       self._event(change.kind, **change.fields)
     for known, decision in zip(self._decisions, change.decisions, strict=True):
-      if not self._settings.rules.is_exact:  # nobody replays with older ones
+      if not self._settings.rules.is_exact:  # no replay needs older ones
         known.clear()
       known.append(decision)
     return list(change.decisions)
 
   def _capacity(self) -> float:
-    """Tokens that an expert takes in an iteration at most."""
+    """Returns the tokens that an expert takes in an iteration at most."""
     model, train = self._config.model, self._config.train
     tokens = train.microbatch_size * model.sequence_length
     per_device = model.capacity(tokens // train.local_devices)
@@ -281,12 +283,12 @@ class Recoverer:
     """Takes failures in.
 
     Args:
-      failed: why, by stage.
-      suspects: iterations of snapshots of those stages that are damaged.
-      corrupt: stage and iteration of a log entry that is damaged.
+      failed: the reason of each failed stage.
+      suspects: iterations of those stages' snapshots that may be damaged.
+      corrupt: stage and iteration of a damaged log entry.
 
     Raises:
-      base.MoetionError: there were too many.
+      errors.MoetionError: there were too many failures.
     """
     self.failures.add(failed, self.line)
     if corrupt:
@@ -311,16 +313,18 @@ class Recoverer:
     """Plans the recovery of stages whose workers are dead.
 
     Args:
-      failed: why, by stage.
-      newest: iteration that each stage had begun.
+      failed: the reason of each failed stage.
+      newest: the iteration that each stage had begun.
       lost: stages whose logs are gone.
       suspects: see `count`.
       corrupt: see `count`.
-      detect_seconds: between failure and notice, where known.
-      reported: iteration that all stages reported; None: they reported all.
+      detect_seconds: time between failure and notice, where known.
+      reported: newest iteration that all stages reported; None if they reported
+        all.
 
     Raises:
-      base.MoetionError: too many failures; nothing is left to start from.
+      errors.MoetionError: there were too many failures, or nothing is left to
+        start from.
     """
     self.count(failed, suspects=suspects, corrupt=corrupt)
     plan = recovery_plan.plan(
@@ -345,14 +349,15 @@ class Recoverer:
     """Plans that all stages go back together; nobody works any more.
 
     Args:
-      failed: why, by stage; counted already.
-      newest: iteration that each stage had begun.
-      reported: iteration that is written down: a later one is done again.
-      failed_at: when that was noticed, `time.monotonic`.
-      detect_seconds: between failure and notice, where known.
+      failed: the reason of each failed stage; already counted.
+      newest: the iteration that each stage had begun.
+      reported: newest iteration that is written down: later ones are done
+        again.
+      failed_at: time at which the failure was noticed, `time.monotonic`.
+      detect_seconds: time between failure and notice, where known.
 
     Raises:
-      base.MoetionError: nothing is left to start from.
+      errors.MoetionError: nothing is left to start from.
     """
     stages = range(len(newest))
     plan = recovery_plan.plan(
@@ -365,9 +370,9 @@ class Recoverer:
     return plan
 
   def lose(self, plan: recovery_plan.RecoveryPlan) -> partial_planner.Loss:
-    """What a plan loses, of a policy that is not exact; it is followed now.
+    """Takes in what a plan of a policy that is not exact loses; returns it.
 
-    What comes after its start is forgotten, here and in the stores.
+    Everything after the plan's start is forgotten, here and in the stores.
     """
     assert isinstance(self._planner, partial_planner.PartialPlanner)
     assert isinstance(self._inventory, partial_inventory.PartialInventory)
@@ -389,7 +394,7 @@ class Recoverer:
     now: float,
     detect_seconds: float,
   ) -> None:
-    """From now on the members of a plan are on their way back."""
+    """Puts the members of a plan on their way back."""
     goes_back = plan.start < self.line
     if goes_back:
       self._go_back(plan)
@@ -413,9 +418,9 @@ class Recoverer:
       )
 
   def goes_back(self, plan: recovery_plan.RecoveryPlan) -> bool:
-    """Whether a plan starts before the line: then all logs begin empty.
+    """Returns True if a plan starts before the line: all logs begin empty.
 
-    What its stages need is in nobody's log; everybody is one of them.
+    No log holds what its stages need, and all stages are members.
     """
     return plan is self._gone_back
 
@@ -433,15 +438,15 @@ class Recoverer:
     ]
 
   def resumed(self, stage: int, message: Mapping[str, Any]) -> None:
-    """A recovering worker has its state and begins to replay."""
+    """Takes in that a recovering worker has its state and begins to replay."""
     if one := self._recoveries.get(stage):
       one.resumed, one.resumed_at = message, time.monotonic()
 
   def caught_up(self, stage: int) -> str:
-    """A recovering worker has done what its predecessor had begun.
+    """Takes in that a worker has done what its predecessor had begun.
 
     Returns:
-      What to tell a person; '' for a worker that did not recover.
+      The text to show to the user; '' for a worker that did not recover.
     """
     one = self._recoveries.pop(stage, None)
     if one is None or one.resumed is None:
@@ -463,7 +468,7 @@ class Recoverer:
         'fetch': fetch,
         'replay': now - one.resumed_at,
       },
-      # A worker that finds another digest ends instead of catching up.
+      # A worker that finds another digest ends; it never catches up.
       digest_verified=self._settings.rules.is_exact,
       **self._lost_fields(),
     )
@@ -485,7 +490,7 @@ class Recoverer:
     return {'lost_tokens': self._loss.lost_tokens, 'plt': self._loss.plt}
 
   def _source(self, plan: recovery_plan.RecoveryPlan, stage: int) -> str:
-    """From where a stage got its state."""
+    """Returns the name of the place from which a stage got its state."""
     if plan.start and self._settings.rules.is_durable:
       return recovery_plan.DURABLE
     return plan.sources.get(stage, recovery_plan.OWN)

@@ -1,6 +1,6 @@
-"""How all stages end after the same iteration without a barrier.
+"""Stopping of all stages after the same iteration, without a barrier.
 
-The agent proposes a limit. A worker that has begun a later iteration already
+The agent proposes a limit. A worker that has already begun a later iteration
 says so; one that accepts goes on, and waits at the limit until the agent
 commits it or, because somebody was beyond, proposes a later one. So nobody
 trains beyond what others will do, and nobody ends where others need more.
@@ -18,11 +18,11 @@ _AHEAD = 2  # so that a proposal normally finds everyone before it
 
 @dataclasses.dataclass(frozen=True)
 class StopDecision:
-  """What to tell all workers.
+  """The limit to tell all workers.
 
   Attributes:
-    limit: last iteration.
-    commit: whether it holds, or is proposed only.
+    limit: the last iteration to train.
+    commit: True if the limit holds, False if it is only proposed.
   """
 
   limit: int
@@ -30,23 +30,23 @@ class StopDecision:
 
 
 def first_proposal(newest_iteration: int, iterations: int) -> StopDecision:
-  """What to propose when somebody works on `newest_iteration`."""
+  """Returns the proposal while somebody works on `newest_iteration`."""
   return StopDecision(min(newest_iteration + _AHEAD, iterations), False)
 
 
 def decide(
   limit: int, begun: Mapping[Any, int], workers: int, iterations: int
 ) -> StopDecision | None:
-  """What follows from the answers to a proposal.
+  """Decides what follows from the answers to a proposal.
 
   Args:
-    limit: that was proposed.
-    begun: by worker, the iteration it had begun when it got the proposal.
-    workers: how many must answer.
-    iterations: of the whole run.
+    limit: the proposed limit.
+    begun: the iteration that each worker had begun when it got the proposal.
+    workers: number of workers that must answer.
+    iterations: number of iterations of the whole run.
 
   Returns:
-    None while answers are missing.
+    What to tell all workers now; None while answers are missing.
   """
   if len(begun) < workers:
     return None
@@ -57,10 +57,10 @@ def decide(
 
 
 class IterationLimit:
-  """A worker's side: asked by its loop, told by its agent, in two threads."""
+  """A worker's limit: its loop asks, its agent sets, in two threads."""
 
   def __init__(self):
-    """There is no limit yet."""
+    """Starts without a limit."""
     self._changed = threading.Condition()  # guards what follows
     self._begun = 0
     self._limit: int | None = None
@@ -68,7 +68,7 @@ class IterationLimit:
     self._interrupted = False
 
   def propose(self, limit: int) -> int:
-    """Takes a limit unless it is passed; the iteration begun last."""
+    """Takes a limit unless it is passed; returns the iteration begun last."""
     with self._changed:
       if self._begun <= limit:
         self._limit = limit
@@ -76,19 +76,19 @@ class IterationLimit:
       return self._begun
 
   def commit(self, limit: int) -> None:
-    """Makes a limit that everyone accepted the end."""
+    """Makes the limit that everyone accepted final."""
     with self._changed:
       self._limit, self._committed = limit, True
       self._changed.notify_all()
 
   def interrupt(self, is_on: bool) -> None:
-    """Has `stop` say yes at once, or not any more: the worker goes back."""
+    """Sets whether `stop` returns True at once, for a worker to go back."""
     with self._changed:
       self._interrupted = is_on
       self._changed.notify_all()
 
   def stop(self, done: int) -> bool:
-    """Whether to end instead of beginning the next iteration; may wait.
+    """Returns True to end, False to begin the next iteration; may wait.
 
     Args:
       done: the iteration that is done.

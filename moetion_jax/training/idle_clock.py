@@ -1,4 +1,4 @@
-"""How long a stage had nothing to do: no entry to work on, no program running.
+"""Idle time of a stage: it has no entry to work on and runs no program.
 
 Programs are dispatched and run on their own, so a loop that waits for an entry
 says nothing of the device. The end of the last program does, and somebody has
@@ -25,10 +25,10 @@ class _Wait:
 
 
 class IdleClock:
-  """Measures the waits of one thread. `start` first, `close` last."""
+  """Measures the waits of one thread. Call `start` first, `close` last."""
 
   def __init__(self):
-    """Stores nothing yet."""
+    """Starts nothing yet."""
     self._waits: queue.SimpleQueue[_Wait | None] = queue.SimpleQueue()
     self._thread: threading.Thread | None = None
 
@@ -40,18 +40,18 @@ class IdleClock:
     self._thread.start()
 
   def close(self) -> None:
-    """Ends the thread, once the last program that it watches has."""
+    """Ends the thread, once the last program that it watches has ended."""
     if self._thread is not None:
       self._waits.put(None)
       self._thread.join()
       self._thread = None
 
   def begin(self, outputs: Any) -> _Wait:
-    """A wait begins.
+    """Begins a wait.
 
     Args:
-      outputs: pytree of what the program that was dispatched last returns; None
-        if it is known to have ended. Donating it meanwhile is fine.
+      outputs: pytree that the program dispatched last returns; None if the
+        program is known to have ended. Donating it meanwhile is fine.
     """
     leaves = jax.tree.leaves(outputs)
     wait = _Wait(leaves[0] if leaves else None)
@@ -62,7 +62,7 @@ class IdleClock:
     return wait
 
   def idle_seconds(self, wait: _Wait) -> float:
-    """Of a wait that ends now, how long no program ran."""
+    """Returns for how long no program ran during a wait that ends now."""
     if wait.ready_at is None:
       return 0.0
     return time.monotonic() - wait.ready_at

@@ -1,4 +1,4 @@
-"""What all stages decide alike from all stages' scalars, as a pure function."""
+"""Decisions that every stage takes alike from all stages' scalars; pure."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _PLACE = {name: place for place, name in enumerate(SCALARS)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-  """What all stages decide alike from all stages' scalars.
+  """Decisions that every stage takes alike from all stages' scalars.
 
   Attributes:
-    loss: f32.
-    auxiliary_loss: f32.
-    grad_norm: f32.
-    dropped: of all stages.
-    clip_factor: by which every gradient is multiplied.
+    loss: mean cross-entropy, f32.
+    auxiliary_loss: sum over stages, f32.
+    grad_norm: global norm before clipping, f32.
+    dropped: choices of an expert that found no seat, over all stages.
+    clip_factor: factor by which every gradient is multiplied.
     bad_stage: first stage whose loss or gradients are not finite, or None.
-    partials: the scalars it was made of, f32[stages, 4].
+    partials: the scalars that this was made from, f32[stages, 4].
   """
 
   loss: np.float32
@@ -36,11 +36,11 @@ class Verdict:
 
 
 def judge(partials: Sequence[np.ndarray], clip_norm: float) -> Verdict:
-  """Sums the stages' SCALARS in stage order, in fp32.
+  """Sums the stages' SCALARS in stage order, in fp32, and decides.
 
   Args:
-    partials: one SCALARS entry a stage.
-    clip_norm: 0 for no clipping.
+    partials: one SCALARS entry of each stage, in stage order.
+    clip_norm: norm to which gradients are clipped; 0 for no clipping.
   """
   total = np.zeros(len(SCALARS), np.float32)
   bad_stage = None

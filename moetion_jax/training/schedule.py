@@ -1,4 +1,4 @@
-"""The order in which a stage works on its microbatches, as a value."""
+"""Schedule of a stage's work on its microbatches, as a value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Task(NamedTuple):
 def one_forward_one_backward(
   stage: int, stages: int, microbatches: int
 ) -> tuple[Task, ...]:
-  """The 1F1B schedule of one stage (PipeDream-Flush, arXiv 2006.09503).
+  """Makes the 1F1B schedule of a stage (PipeDream-Flush, arXiv 2006.09503).
 
   A stage runs ahead by as many forwards as there are stages behind it, then
   alternates, so that at most stages - stage microbatches are in flight.
@@ -44,14 +44,14 @@ def one_forward_one_backward(
 
 
 def evaluation(microbatches: int) -> tuple[Task, ...]:
-  """The held-out microbatches that follow an iteration's update."""
+  """Lists the held-out microbatches that follow an iteration's update."""
   return tuple(Task(TaskKind.EVALUATE, m) for m in range(microbatches))
 
 
 def selection_by_group(
   operators: tuple[keys.OperatorId, ...], slot: frozenset[keys.OperatorId]
 ) -> dict[str, list[bool]]:
-  """Masks by group: which of its operators the slot captures."""
+  """Makes a mask for each group: True for operators that the slot captures."""
   masks: dict[str, list[bool]] = {}
   for operator in operators:
     masks.setdefault(operator.group, []).append(operator in slot)

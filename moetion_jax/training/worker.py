@@ -37,23 +37,23 @@ class Data(Protocol):
   """Random access to training and held-out text."""
 
   def batch(self, iteration: int, microbatch: int) -> Any:
-    """The Batch of a global microbatch; a pure function."""
+    """Returns the Batch of a global microbatch; a pure function."""
     ...
 
   def held_out_batch(self, index: int) -> Any:
-    """A held-out Batch."""
+    """Returns a held-out Batch."""
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrownCapacity:
-  """For some iterations experts take more tokens than usual.
+  """Larger capacities of experts for some iterations.
 
   Attributes:
-    forward: the stage's, of a model that scales experts' capacities.
-    backward: the same.
-    factors: f32[L, E], of the usual capacity.
-    until: last iteration of which this holds.
+    forward: the stage's forward program, of a model that scales capacities.
+    backward: the stage's backward program, of the same model.
+    factors: f32[L, E], factors of the usual capacities.
+    until: last iteration for which this holds.
   """
 
   forward: Callable[..., Any]
@@ -67,17 +67,18 @@ class Worker:
 
   It reads from the same replica of its neighbours.
 
-  `state` and `compute` are always whole: they are swapped together when an
-  update was dispatched. Only this object donates `state`. `iteration` and
-  `program` say what is being done, `steps` count it, for any thread that asks.
+  `state` and `compute` are always whole: they are swapped together once an
+  update is dispatched. Only this object donates `state`. For any thread that
+  asks, `iteration` and `program` say what is being done, and `steps` counts the
+  programs begun.
 
   Attributes:
-    replica: that it is.
-    on_phase: called when a program begins and when something was published,
-      with that and the iteration.
-    verify_until: entries up to this iteration are checked when they are read:
+    replica: this worker's replica.
+    on_phase: called with a phase and the iteration: the name of a program that
+      begins, or 'publish' when something was published.
+    verify_until: last iteration whose entries are checked when they are read:
       they were written some time ago.
-    grown: see `GrownCapacity`; None: capacities are what they are.
+    grown: larger capacities of experts; None: the usual ones.
   """
 
   def __init__(
@@ -90,7 +91,7 @@ class Worker:
     data: Data,
     replicas: Sequence[int] = (0,),
   ):
-    """Stores; `train` does the work."""
+    """Stores the arguments and makes `compute`; `train` does the work."""
     self.index = index
     self.replica = replicas[0]
     self._replicas = tuple(replicas)
@@ -126,26 +127,27 @@ class Worker:
     """Trains from `first_iteration` to the last one.
 
     Args:
-      config: of the run.
+      config: the run's settings.
       report: called once for each iteration, in order, one iteration late: a
         digest is read when the next iteration's work is already under way.
       stop: asked between iterations; True ends the loop early. With several
         stages all must stop after the same iteration.
-      first_iteration: the one after the current state's.
-      snapshots: takes one after every update; None for none.
-      conversion: that the current, partial state began; None: it is whole.
-      line: called after every iteration; what is older than the iteration it
-        returns may be let go of.
-      entries_line: the same for entries of the log, where those are let go of
-        earlier than snapshots.
+      first_iteration: the iteration after the current state's.
+      snapshots: takes a snapshot after every update; None for no snapshots.
+      conversion: conversion that began the current, partial state; None: the
+        state is whole.
+      line: called after every iteration, returns an iteration: snapshots from
+        before it, and log entries up to it, may be dropped.
+      entries_line: the same for entries of the log only, where they are dropped
+        earlier than snapshots; None: `line`.
 
     Returns:
       The last iteration that was done.
 
     Raises:
-      NonFiniteError: without `skip_nonfinite`, at the first loss or gradient
-        norm that is NaN or infinite.
-      DivergedError: the conversion came to other bits.
+      errors.NonFiniteError: without `skip_nonfinite`, at the first loss or
+        gradient norm that is NaN or infinite.
+      conversion.DivergedError: the conversion came to other bits.
     """
     self._idle.start()
     try:
@@ -262,7 +264,7 @@ class Worker:
     )
 
   def _gradients(self, iteration: int, config: config_lib.TrainConfig):
-    """All microbatches of an iteration: (gradients, own SCALARS entry)."""
+    """Runs an iteration's microbatches; returns (gradients, own scalars)."""
     accumulated = [
       self._accumulate(iteration, config, replica) for replica in self._replicas
     ]
@@ -272,7 +274,7 @@ class Worker:
   def _accumulate(
     self, iteration: int, config: config_lib.TrainConfig, replica: int
   ):
-    """The microbatches of one replica: (acc, counts of all of them)."""
+    """Runs the microbatches of one replica; returns (acc, counts of all)."""
     acc, counts = self.programs.zeros(), []
     programs: Any = self.programs
     grown, factors = self.grown, None
@@ -320,7 +322,7 @@ class Worker:
   ) -> scalars_lib.Verdict:
     """Publishes this stage's scalars, reads everyone's, decides.
 
-    Where a snapshot recorded everyone's, a conversion waits for nobody.
+    A conversion waits for nobody where a snapshot recorded everyone's.
 
     Waits for the device: `update` must be dispatched only when the gradients
     are ready, since dispatching it deletes the old state at once.
@@ -353,9 +355,9 @@ class Worker:
   def _evaluate(
     self, iteration: int, config: config_lib.TrainConfig
   ) -> float | None:
-    """Held-out loss of the state after `iteration`; None where unknown.
+    """Returns the held-out loss after `iteration`; None where unknown.
 
-    All replicas have the same state: the first ones evaluate it.
+    All replicas have the same state: the first one of each stage evaluates it.
     """
     if not config.evaluates(iteration) or _EVALUATOR not in self._replicas:
       return None
@@ -404,7 +406,7 @@ class Worker:
   # ---- entries ---------------------------------------------------------------
 
   def _global(self, replica: int, m: int) -> int:
-    """The number, among those of all replicas, of a replica's microbatch."""
+    """Numbers a replica's microbatch among those of all replicas."""
     return replica * self.stage.shape.microbatches + m
 
   def _key(
@@ -426,7 +428,7 @@ class Worker:
   def _inputs(
     self, kind: keys.EntryKind, iteration: int, replica: int, m: int
   ) -> model_lib.Inputs:
-    """A microbatch's tokens or activations, and the last stage's labels."""
+    """Gets a microbatch's tokens or activations; labels in the last stage."""
     model = self.stage.model
     batch: Any = None
     if model.has_embedding or model.has_head:
@@ -455,7 +457,7 @@ class Worker:
   def _prefetch(
     self, iteration: int, replica: int, task: schedule.Task | None
   ) -> None:
-    """Has the next task's input put on the device while this one runs."""
+    """Puts the next task's input on the device while this one runs."""
     model = self.stage.model
     if task and task.kind is schedule.TaskKind.FORWARD:
       kind, producer = keys.EntryKind.ACTIVATION, self.index - 1
