@@ -1,1 +1,1 @@
-"""Programs: flags, processes, data, files. The only place that has flags."""
+"""The programs: flags, processes, data, files; flags are defined only here."""

@@ -1,10 +1,10 @@
-"""One stage's dense state out of sparse snapshots, offline.
+"""Makes one stage's dense state from sparse snapshots, offline.
 
 `python -m launch.convert WORKDIR --stage=S` does what a recovery does, with
 what a stopped run left in its host store, and compares digests; with --out it
 writes the state as a plain Orbax checkpoint. Nothing in the store changes.
 
-Exit codes: 0, 1 there is no state to be had, 2 a flag is wrong.
+Exit codes: 0 the state was made, 1 no state can be made, 2 a flag is wrong.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _CACHE = flags.DEFINE_string(
 def load_data(
   run: stored_run.StoredRun, stage: int, path: str
 ) -> tuple[stored_run.StoredRun, Any]:
-  """The run's text, if the stage reads any.
+  """Loads the run's text, if the stage reads any.
 
   Args:
-    run: that the stage is of.
-    stage: its number.
-    path: where the text is; '' for where it was.
+    run: the stored run.
+    stage: the stage's number.
+    path: the path of the text; '' for the one that the run read.
 
   Returns:
-    The run with this path, and the data or None.
+    The run with this path, and its data; None for a stage that reads none.
 
   Raises:
-    base.ConfigError: it is not there, or another one.
+    errors.ConfigError: the text is missing, or is not that of the run.
   """
   from launch.lm import transformer_job
 
@@ -77,7 +77,7 @@ def load_data(
 
 
 def software_differences(run: stored_run.StoredRun) -> list[str]:
-  """What is another version here than where the run trained."""
+  """Describes each version here that differs from where the run trained."""
   from moetion_jax.runtime import xla_setup
 
   known, here = dict(run.found_out['software']), xla_setup.software()

@@ -1,6 +1,6 @@
-"""What a run left in its host store: `python -m launch.show WORKDIR`.
+"""Shows what a run left in its host store: `python -m launch.show WORKDIR`.
 
-Exit codes: 0, 1 something is damaged, 2 there is nothing to show.
+Exit codes: 0 all was shown, 1 something is damaged, 2 there is nothing to show.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ def describe(
   in_use: bool,
   verified: bool,
 ) -> dict[str, Any]:
-  """Everything that is shown, as plain JSON."""
+  """Describes a stored run: returns all that is shown, as plain JSON.
+
+  Args:
+    run: the stored run.
+    damaged: the damage that was found.
+    in_use: whether a living run uses the stores.
+    verified: whether all checksums were compared.
+  """
   return {
     'workdir': str(run.workdir),
     'stores': [str(folder) for folder in run.folders],
@@ -103,7 +110,7 @@ def _describe_share(one: stored_run.ShareInfo) -> dict[str, Any]:
 
 
 def _shares(snapshot: dict[str, Any]) -> str:
-  """Those that there are, of as many as make the snapshot."""
+  """Names how many shares are there, of as many as make the snapshot."""
   teams: dict[int, int] = {}
   for one in snapshot['shares']:
     teams[one['replicas']] = teams.get(one['replicas'], 0) + 1
@@ -111,7 +118,7 @@ def _shares(snapshot: dict[str, Any]) -> str:
 
 
 def _lines(value: dict[str, Any]) -> list[str]:
-  """What a person reads."""
+  """Returns the lines that a person reads."""
   state = 'in use by a living run' if value['in_use'] else 'of a stopped run'
   common = value['newest_common_start']
   lines = [

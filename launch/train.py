@@ -178,7 +178,11 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 
 
 def run_config() -> run_settings.RunConfig:
-  """The configuration that the flags describe; raises base.ConfigError."""
+  """Makes the run's settings from the flags.
+
+  Raises:
+    errors.ConfigError: a value is not allowed; names flag and value.
+  """
   overrides = list(_MODEL.value)
   for flag, field in ((_REMAT, 'remat'), (_DROPOUT, 'dropout_rate')):
     if flag.value is not None:

@@ -13,37 +13,39 @@ class ModelConfig:
 
   Attributes:
     vocab_size: number of token ids.
-    sequence_length: tokens a sequence is trained on.
-    num_layers: transformer blocks, dense ones included.
+    sequence_length: number of tokens that a sequence is trained on.
+    num_layers: number of transformer blocks, dense ones included.
     model_dim: width of the residual stream.
-    num_heads: query heads.
-    num_kv_heads: key/value heads; each serves num_heads / num_kv_heads query
-      heads (grouped-query attention).
+    num_heads: number of query heads.
+    num_kv_heads: number of key/value heads; each serves num_heads /
+      num_kv_heads query heads (grouped-query attention).
     head_dim: width of one head, even (rotary embedding turns pairs).
-    num_experts: routed experts of a MoE layer.
-    experts_per_token: routed experts that a token is sent to (top-k).
+    num_experts: number of routed experts of a MoE layer.
+    experts_per_token: number of routed experts that a token is sent to (top-k).
     expert_dim: hidden width of one routed expert.
     shared_dim: hidden width of the shared experts together, 0 for none. Several
       shared experts of one width are one SwiGLU of their summed width.
     dense_dim: hidden width of the feed-forward part of a dense layer.
-    first_dense_layers: so many first layers are dense (DeepSeek-MoE).
+    first_dense_layers: number of first layers that are dense (DeepSeek-MoE).
     moe_every: of the layers after those, every moe_every-th is a MoE layer, the
       others are dense (MoE-LLaVa: 2).
     normalize_gates: whether a token's k gates are scaled to sum to 1.
     capacity_factor: seats of an expert as a multiple of its even share of a
-      device's tokens; tokens beyond are dropped (and counted). 0 is dropless:
+      device's tokens; further tokens are dropped (and counted). 0 is dropless:
       every expert gets a seat for every token of the device, which makes the
       dispatch buffers num_experts / (experts_per_token * factor) times as
       large as with a factor: two of [num_experts, tokens, model_dim] and three
       of [num_experts, tokens, expert_dim] in compute dtype a layer.
-    balance: 'loss' adds the auxiliary loss of the Switch Transformer, 'bias'
-      steers the choice by a bias that follows the load (DeepSeek-V3).
+    balance: way of balancing the experts: 'loss' adds the auxiliary loss of the
+      Switch Transformer, 'bias' steers the choice by a bias that follows the
+      load (DeepSeek-V3).
     balance_rate: weight of the auxiliary loss, or step of the bias.
     z_loss_weight: weight of the router's squared logsumexp (ST-MoE).
-    dropout_rate: on the outputs of attention and feed-forward parts.
+    dropout_rate: rate of dropout on the outputs of attention and feed-forward
+      parts.
     rope_base: base wavelength of the rotary embedding.
     compute_dtype: dtype of activations and compute weights.
-    remat: recompute a block's activations in the backward pass.
+    remat: whether a block's activations are recomputed in the backward pass.
   """
 
   vocab_size: int = 256
@@ -109,12 +111,12 @@ class ModelConfig:
       self._refuse('compute_dtype', "must be 'bfloat16' or 'float32'")
 
   def is_moe(self, layer: int) -> bool:
-    """Whether `layer` (from 0) routes its tokens to experts."""
+    """Tells whether `layer` (from 0) routes its tokens to experts."""
     beyond = layer - self.first_dense_layers
     return beyond >= 0 and (beyond + 1) % self.moe_every == 0
 
   def capacity(self, tokens: int) -> int:
-    """Slots that each expert has for the `tokens` of one device."""
+    """Number of seats of each expert for the `tokens` of one device."""
     if self.capacity_factor == 0:
       return tokens
     share = tokens * self.experts_per_token / self.num_experts

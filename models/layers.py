@@ -20,7 +20,7 @@ _EMBEDDING_CHUNK = 4096
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Einsum with fp32 result."""
+  """Einsum with an fp32 result."""
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
@@ -83,7 +83,7 @@ _contract.defvjp(_contract_forward, _contract_backward)
 def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
   """RMSNorm over the last dim, computed in fp32.
 
-  Keeps its input and one number a row for the backward pass.
+  Keeps its input and one number per row for the backward pass.
   """
   return _rms_norm_forward(x, scale)[0]
 
@@ -110,7 +110,7 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rotate(x: jax.Array, rope_base: float) -> jax.Array:
-  """Rotary position embedding of [B, T, heads, head_dim], T from 0."""
+  """Rotary position embedding of [B, T, heads, K]; positions count from 0."""
   half = x.shape[-1] // 2
   frequency = rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
@@ -124,10 +124,10 @@ def rotate(x: jax.Array, rope_base: float) -> jax.Array:
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Causal grouped-query attention of [B, T, H, K] on [B, T, G, K].
 
-  Equals `jax.nn.dot_product_attention(is_causal=True)`. Written out because of
-  what it keeps for the backward pass: the probabilities once, in compute
-  dtype, where the library's keeps five tensors of [B, H, T, T] (measured at
-  `small` on CPU: half the time, a fifth of the memory).
+  Equals `jax.nn.dot_product_attention(is_causal=True)`. It is written out
+  because of what it keeps for the backward pass: the probabilities once, in
+  compute dtype, where the library's keeps five tensors of [B, H, T, T]
+  (measured at `small` on CPU: half the time, a fifth of the memory).
   """
   return _attention_forward(q, k, v)[0]
 
@@ -185,7 +185,7 @@ def swiglu(x: jax.Array, w_gate, w_up, w_down) -> jax.Array:
 
 @jax.custom_vjp
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-  """silu(gate) * up; keeps the sigmoid, whose exp is what costs."""
+  """silu(gate) * up; keeps the sigmoid, whose exp is the costly part."""
   return _gated_forward(gate, up)[0]
 
 
@@ -208,7 +208,7 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array, rows) -> jax.Array:
-  """Zeroes a share `rate` of x [B, ...] and scales the rest.
+  """Zeroes a fraction `rate` of x [B, ...] and scales the rest.
 
   Every row has its own key, `rows` [B] being the row's number in the global
   microbatch, so that the mask does not depend on how rows lie on devices.
@@ -222,7 +222,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array, rows) -> jax.Array:
 
 @jax.custom_vjp
 def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Rows `tokens` [B, T] of `table` [V, D].
+  """Looks up the rows `tokens` [B, T] of `table` [V, D].
 
   The gradient is a product with one-hot rows instead of a scatter-add; it
   costs what the head's weight gradient costs.
@@ -256,7 +256,7 @@ def _embed_backward(residuals, dy):
 embed.defvjp(_embed_forward, _embed_backward)
 
 
-# Recomputed in the backward pass: kept, the logits would be kept three times.
+# Recomputed in the backward pass: else the logits would be kept three times.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Negative log likelihood in nats of labels [...] under logits f32[..., V].

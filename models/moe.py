@@ -21,7 +21,7 @@ from models import config as model_config, layers
 
 
 class Routing(NamedTuple):
-  """Where each token goes and with which weight."""
+  """The experts that each token goes to, and their weights."""
 
   experts: jax.Array  # i32[N, K]
   gates: jax.Array  # f32[N, K]
@@ -65,10 +65,10 @@ def route(
 
 
 class Capacity(NamedTuple):
-  """How much more than usual the experts of a layer take."""
+  """Capacities of a layer's experts as multiples of the usual capacity."""
 
-  factors: jax.Array  # f32[E], of the usual capacity
-  max_factor: float  # that none exceeds: seats are there for so much
+  factors: jax.Array  # f32[E]
+  max_factor: float  # no factor exceeds it: there are no more seats
 
 
 def plan_dispatch(
@@ -80,10 +80,10 @@ def plan_dispatch(
   """Assigns seats to choices `experts` i32[N, K], first come first served.
 
   Args:
-    experts: that the choices went to.
+    experts: the expert of each choice.
     num_experts: E.
-    capacity: C, seats that there are for each expert.
-    limits: i32[E], how many of them each expert may use; None: all.
+    capacity: C, the number of seats of each expert.
+    limits: i32[E], the number of seats that each expert may use; None: all.
   """
   flat = experts.reshape(-1)
   n = flat.shape[0]
@@ -166,11 +166,11 @@ def experts_forward(
   Args:
     config: the model's shape.
     x: tokens of this device.
-    routing: of these tokens, over all E experts.
+    routing: routing of these tokens, over all E experts.
     weights: w_gate, w_up [E/A, D, F] and w_down [E/A, F, D] of this device.
     expert_devices: A; above 1 the call stands inside a `shard_map` with an axis
       'expert' of that size, and seats travel by `all_to_all`.
-    capacity: of each expert; None: what the model's shape gives it.
+    capacity: capacities of the experts; None: those of the model's shape.
 
   Returns:
     The gated sum over each token's experts [N, D], and the dispatch.
@@ -202,9 +202,9 @@ def balance_loss(
   """The Switch Transformer's auxiliary loss (arXiv 2101.03961, section 2.2).
 
   Args:
-    routing: of this device's tokens.
-    load: i32[E] choices of the whole microbatch per expert.
-    total_choices: their number.
+    routing: routing of this device's tokens.
+    load: i32[E], choices of the whole microbatch per expert.
+    total_choices: number of choices of the whole microbatch.
 
   Returns:
     f32[]; 1 when balanced. The mean over devices is the loss of the whole

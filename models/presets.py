@@ -107,7 +107,7 @@ def get(name: str) -> model_config.ModelConfig:
   """Returns the preset called `name`.
 
   Raises:
-    base.ConfigError: there is none.
+    errors.ConfigError: there is none.
   """
   if name not in PRESETS:
     raise errors.ConfigError(

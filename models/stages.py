@@ -1,7 +1,7 @@
 """A model as stages: cut by cost, named, initialized, made pure.
 
-A stage's NNX modules are split once into graph definition and leaves; what the
-library gets is a `StageModel`, pure functions of a plain dict from global
+A stage's NNX modules are split once into graph definition and leaves; the
+library gets a `StageModel`: pure functions of a plain dict from global
 parameter name to array. A parameter's name, and its initial bits, do not depend
 on how the model is cut.
 
@@ -46,7 +46,7 @@ def cut(
   """Cuts the model into stages so that the costliest stage is cheapest.
 
   Raises:
-    base.ConfigError: there are more stages than layers.
+    errors.ConfigError: there are more stages than layers.
   """
   if not 1 <= num_stages <= config.num_layers:
     raise errors.ConfigError(
@@ -58,7 +58,7 @@ def cut(
 
   @functools.cache
   def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-    """(cost of the costliest stage, ends) of layers [first, ...)."""
+    """Returns (cost of the costliest stage, ends) of layers [first, ...)."""
     if stages == 1:
       return sum(costs[first:]), (config.num_layers,)
     options = []
@@ -80,9 +80,10 @@ def cut(
 
 
 def partition(name: str) -> model.Group:
-  """The operator group of a parameter (DESIGN section 2).
+  """Returns the operator group of a parameter (DESIGN section 2).
 
-  One expert of one layer; the rest of a layer; the embedding; the head.
+  A group is the experts of one layer, each an operator; the rest of a layer;
+  the embedding; or the head.
   """
   parts = name.split('/')
   if parts[0] != 'layers':
@@ -93,7 +94,7 @@ def partition(name: str) -> model.Group:
 
 
 def compute_dtype(config: model_config.ModelConfig, name: str) -> jnp.dtype:
-  """The dtype forward reads a parameter in: fp32 for everything of routers."""
+  """Returns the dtype in which forward reads a parameter: fp32 for routers'."""
   last = name.rsplit('/', 1)[-1]
   fp32 = last in ('w_router', 'router_bias')
   return jnp.dtype(jnp.float32 if fp32 else config.compute_dtype)
@@ -107,9 +108,9 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def initialize(
   parameters: dict[str, transformer.Parameter], seed: int
 ) -> dict[str, jax.Array]:
-  """fp32 masters; a parameter's bits depend on seed, name and shape alone.
+  """Makes fp32 masters; their bits depend on seed, name and shape alone.
 
-  Each is drawn by a program of its own (one a shape): fused into one program
+  Each is drawn by a program of its own (one per shape): fused into one program
   with others, its last bits could depend on the stage it lies in.
   """
   key = jax.random.key(seed)
@@ -136,13 +137,13 @@ def build_stage(
   Args:
     config: the model's shape.
     spec: one element of `cut(config, ...)`.
-    seed: of the initial masters and of dropout.
+    seed: seed of the initial masters and of dropout.
     expert_devices: size of the mesh axis 'expert'.
-    max_capacity_factor: of `Position.capacity`, which then scales how many
-      tokens each expert takes; None: nothing does.
+    max_capacity_factor: upper bound of `Position.capacity`, which then scales
+      how many tokens each expert takes; None: nothing scales it.
 
   Raises:
-    base.ConfigError: the experts do not divide among the devices.
+    errors.ConfigError: the experts do not divide among the devices.
   """
   if config.num_experts % expert_devices:
     raise errors.ConfigError(
@@ -213,7 +214,12 @@ def build_stage(
 def num_parameters(
   config: model_config.ModelConfig, *, active: bool = False
 ) -> int:
-  """Parameters of the whole model, or those that one token meets."""
+  """Counts the whole model's parameters.
+
+  Args:
+    config: the model's shape.
+    active: whether only those that one token meets are counted.
+  """
   (spec,) = cut(config, 1)
   total = 0
   for name, leaf in build_stage(config, spec, seed=0).shapes.items():
@@ -227,7 +233,7 @@ def num_parameters(
 def _leaf_names(
   state: nnx.State, declared: dict[str, transformer.Parameter]
 ) -> Sequence[str]:
-  """Global names in the order of `state`'s leaves.
+  """Returns the global names in the order of `state`'s leaves.
 
   Attribute paths and declared names differ in the two places where a module
   groups things for itself (embedding, head); shapes are compared so that a

@@ -23,7 +23,7 @@ from moetion_jax.state import model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSpec:
-  """Which part of the model a stage is: layers [first, last)."""
+  """The part of the model that a stage is: layers [first, last)."""
 
   first_layer: int
   last_layer: int
@@ -48,20 +48,23 @@ class Scope:
     self._declared = declared
 
   def child(self, name: str) -> Scope:
-    """The scope of a module called `name` inside this one."""
+    """Returns the scope of a module called `name` inside this one."""
     return Scope(f'{self._prefix}{name}/', self._declared)
 
   def matrix(self, name: str, *shape: int, scale: float = 1.0) -> nnx.Param:
-    """A weight whose second last dim is summed over: stddev 1/sqrt of it."""
+    """Declares a weight; its stddev is `scale` / sqrt(its second last dim).
+
+    The second last dim is the one that is summed over.
+    """
     stddev = scale * shape[-2] ** -0.5
     return self._declare(name, Parameter(shape=shape, stddev=stddev))
 
   def table(self, name: str, *shape: int, stddev: float) -> nnx.Param:
-    """Normal numbers of the given deviation."""
+    """Declares a parameter of normal numbers with the given deviation."""
     return self._declare(name, Parameter(shape=shape, stddev=stddev))
 
   def constant(self, name: str, *shape: int, fill: float) -> nnx.Param:
-    """The same number everywhere."""
+    """Declares a parameter with the same number everywhere."""
     return self._declare(name, Parameter(shape=shape, fill=fill))
 
   def _declare(self, name: str, parameter: Parameter) -> nnx.Param:
@@ -71,12 +74,12 @@ class Scope:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """What a block needs besides its input; lives while a program is traced."""
+  """A block's arguments besides its input; lives while a program is traced."""
 
   expert_devices: int
   rows: jax.Array  # i32[B]: each row's number in the global microbatch
   key: jax.Array | None  # dropout key of (seed, iteration, microbatch)
-  capacity: Mapping[int, moe.Capacity]  # of layers where it is not the usual
+  capacity: Mapping[int, moe.Capacity]  # by layer; the usual one if absent
 
 
 class Attention(nnx.Module):
@@ -94,7 +97,7 @@ class Attention(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, T, D], before the residual sum."""
+    """Maps [B, T, D] to [B, T, D], before the residual sum."""
     c = self.config
     b, t, _ = x.shape
     h = layers.rms_norm(x, self.norm[...])
@@ -127,7 +130,7 @@ class Mlp(nnx.Module):
     )
 
   def weights(self) -> dict[str, jax.Array]:
-    """Its three matrices by name."""
+    """Returns its three matrices by name."""
     return {
       'w_gate': self.w_gate[...],
       'w_up': self.w_up[...],
@@ -135,7 +138,7 @@ class Mlp(nnx.Module):
     }
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[N, D] -> [N, D]."""
+    """Maps [N, D] to [N, D]."""
     return layers.swiglu(x, **self.weights())
 
 
@@ -229,7 +232,7 @@ class Stage(nnx.Module):
       self.head = scope.matrix('head/table', d, v)
 
   def __call__(self, inputs: model.Inputs, call: Call) -> model.Outputs:
-    """See `stage_model.StageModel.forward`; logits when there are no labels."""
+    """See `model.StageModel.forward`; gives logits when there are no labels."""
     x = inputs.x
     if hasattr(self, 'embedding'):
       x = layers.embed(self.embedding[...], x)
@@ -258,7 +261,7 @@ class Stage(nnx.Module):
     return model.Outputs(y=None, objective=objective + loss, counts=counts)
 
   def logits(self, x: jax.Array) -> jax.Array:
-    """f32[B, T, V] of the residual stream [B, T, D]."""
+    """Computes f32[B, T, V] from the residual stream [B, T, D]."""
     h = layers.rms_norm(x, self.head_norm[...])
     return layers.contract('btd,dv->btv', h, self.head[...]).astype(jnp.float32)
 

@@ -34,7 +34,7 @@ class StoredLog:
   """
 
   waiting_for: keys.EntryKey | None = None  # a missing entry never comes
-  blocked_seconds = late_seconds = 0.0
+  late_seconds = 0.0
   blocked_for: keys.EntryKey | None = None
   published_count = 0
 

@@ -21,7 +21,7 @@ import dataclasses
 import gc
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -52,23 +52,15 @@ class BoundaryLog:
     self,
     worker: keys.WorkerId,
     settings: log_interface.LogSettings,
-    on_wait: Callable[[keys.EntryKey | None], None] | None = None,
-    on_block: Callable[[keys.EntryKey | None], None] | None = None,
   ):
     """Stores the arguments.
 
     Args:
       worker: the worker that publishes and reads.
       settings: the log's settings.
-      on_wait: function called with an entry's key when `read` begins to wait
-        for it and with None when it has come; in the reading thread.
-      on_block: the same for an entry that waits for room; in the publisher
-        thread.
     """
     self._worker = worker
     self._settings = settings
-    self._on_wait = on_wait or (lambda key: None)
-    self._on_block = on_block or (lambda key: None)
     self._writer = segment.SegmentWriter(
       settings.folder, worker, settings.size_bytes, settings.cells
     )
@@ -87,8 +79,6 @@ class BoundaryLog:
     self._error: BaseException | None = None
     self._closing = False
     self._waiting_for: keys.EntryKey | None = None
-    self._blocked_seconds = 0.0
-    self._blocked_since: float | None = None
     self._blocked_for: keys.EntryKey | None = None
     self._late_nanoseconds = 0
 
@@ -136,13 +126,6 @@ class BoundaryLog:
   def waiting_for(self) -> keys.EntryKey | None:
     """The entry that `read` waits for at this moment, or None."""
     return self._waiting_for
-
-  @property
-  def blocked_seconds(self) -> float:
-    """Seconds that publishing has waited for room so far."""
-    since = self._blocked_since
-    now_seconds = 0.0 if since is None else time.monotonic() - since
-    return self._blocked_seconds + now_seconds
 
   @property
   def blocked_for(self) -> keys.EntryKey | None:
@@ -247,16 +230,16 @@ class BoundaryLog:
 
   def _put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
     """Writes an entry, waiting for room as long as the settings allow."""
+    blocked_since: float | None = None
     try:
       while not self._closing:
         try:
           return self._writer.put(key, array)
         except segment.SegmentFullError as error:
           now = time.monotonic()
-          if self._blocked_since is None:
-            self._blocked_since, self._blocked_for = now, key
-            self._on_block(key)
-          elif now - self._blocked_since > self._settings.full_seconds:
+          if blocked_since is None:
+            blocked_since, self._blocked_for = now, key
+          elif now - blocked_since > self._settings.full_seconds:
             raise errors.NoRoomError(
               f'{key}: no room for {self._settings.full_seconds:g} s: {error}'
             ) from error
@@ -265,10 +248,7 @@ class BoundaryLog:
             self._changed.wait(_LEASE_POLL_SECONDS)
       return False
     finally:
-      if self._blocked_since is not None:
-        self._blocked_seconds += time.monotonic() - self._blocked_since
-        self._blocked_since = self._blocked_for = None
-        self._on_block(None)
+      self._blocked_for = None
 
   # --- Reading ---------------------------------------------------------------
 
@@ -295,7 +275,6 @@ class BoundaryLog:
     waits = not read.future.done()
     if waits:
       self._waiting_for = key
-      self._on_wait(key)
     try:
       return read.future.result(timeout_seconds)
     except concurrent.futures.TimeoutError:
@@ -303,7 +282,6 @@ class BoundaryLog:
     finally:
       if waits:
         self._waiting_for = None
-        self._on_wait(None)
       with self._changed:
         if read.future.done():
           self._reads.pop(key, None)

@@ -21,11 +21,6 @@ class Log(Protocol):
     ...
 
   @property
-  def blocked_seconds(self) -> float:
-    """Seconds that publishing has waited for room so far."""
-    ...
-
-  @property
   def blocked_for(self) -> keys.EntryKey | None:
     """The entry that waits for room at this moment, or None."""
     ...

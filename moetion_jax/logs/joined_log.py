@@ -52,11 +52,6 @@ class JoinedLog:
     return next(filter(None, (x.waiting_for for x in self._all())), None)
 
   @property
-  def blocked_seconds(self) -> float:
-    """See `interface.Log`."""
-    return sum(log.blocked_seconds for log in self._all())
-
-  @property
   def blocked_for(self) -> keys.EntryKey | None:
     """See `interface.Log`."""
     return next(filter(None, (x.blocked_for for x in self._all())), None)

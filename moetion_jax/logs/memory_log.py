@@ -6,7 +6,6 @@ The device arrays themselves are handed on, by reference.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -27,7 +26,7 @@ class MemoryStore:
 class MemoryLog:
   """One worker's log in a `MemoryStore` (see `interface.Log`)."""
 
-  blocked_seconds = late_seconds = 0.0
+  late_seconds = 0.0
   blocked_for = None
 
   def __init__(
@@ -35,7 +34,6 @@ class MemoryLog:
     worker: keys.WorkerId,
     store: MemoryStore,
     compare: bool = True,
-    on_wait: Callable[[keys.EntryKey | None], None] | None = None,
   ):
     """Stores the arguments.
 
@@ -44,12 +42,10 @@ class MemoryLog:
       store: the store, shared with the other workers' logs.
       compare: whether publishing again compares the contents, on the host;
         otherwise the first contents stay.
-      on_wait: see `boundary_log.BoundaryLog`.
     """
     self._worker = worker
     self._store = store
     self._compare = compare
-    self._on_wait = on_wait or (lambda key: None)
     self._waiting_for: keys.EntryKey | None = None
     self._error: errors.MoetionError | None = None
 
@@ -102,14 +98,12 @@ class MemoryLog:
     with self._store.changed:
       if key not in self._store.entries:
         self._waiting_for = key
-        self._on_wait(key)
         try:
           self._store.changed.wait_for(
             lambda: key in self._store.entries or self._error, timeout_seconds
           )
         finally:
           self._waiting_for = None
-          self._on_wait(None)
       self._check()
       if key not in self._store.entries:
         raise TimeoutError(f'no {key} within {timeout_seconds} s')

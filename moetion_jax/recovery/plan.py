@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
 
 from moetion_jax import errors
 from moetion_jax.snapshots import coverage
@@ -89,22 +88,6 @@ class RecoveryPlan:
   def first_iteration(self) -> int:
     """The first iteration that is replayed."""
     return self.start + 1
-
-
-class Retention(NamedTuple):
-  """The first iterations of which everyone keeps snapshots and entries."""
-
-  first_snapshot: int
-  first_entry: int
-
-
-def retention(line: int) -> Retention:
-  """Returns what a recovery that starts at the line or later may read.
-
-  It reads snapshots of the line and later, and entries of later iterations than
-  the line, since the first iteration that is replayed is the one after it.
-  """
-  return Retention(first_snapshot=line, first_entry=line + 1)
 
 
 def recovery_line(

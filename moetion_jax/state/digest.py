@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax import numpy as jnp
-
-from moetion_jax import keys
 
 # From 64 rows on XLA leaves the vectorized path (measured: 8 times slower).
 _ROWS = 32
@@ -104,17 +102,3 @@ def _mix(x: jax.Array) -> jax.Array:
   x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
   return x ^ (x >> 16)
-
-
-def first_difference(
-  ours: Mapping[keys.OperatorId, np.ndarray],
-  theirs: Mapping[keys.OperatorId, np.ndarray],
-) -> Iterable[keys.OperatorId]:
-  """Lists, in order, operators whose digests differ or are on one side only."""
-  return sorted(
-    o
-    for o in ours.keys() | theirs.keys()
-    if o not in ours
-    or o not in theirs
-    or not np.array_equal(ours[o], theirs[o])
-  )

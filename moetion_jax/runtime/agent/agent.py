@@ -134,7 +134,7 @@ class Agent:
 
   @property
   def keeps_store(self) -> bool:
-    """Whether the host stores stay, for a run that goes on from them."""
+    """True if the host stores stay, for a run that goes on from them."""
     return self._ending.keeps_store
 
   def run(self) -> int:

@@ -1,4 +1,4 @@
-"""The agent's part in the final checkpoint: it asks workers for their states."""
+"""The agent's part in making the final checkpoint of all stages' states."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FinalState:
     return len(self._done) == workers
 
   def hand_over(self, givers: Sequence[child_process.WorkerProcess]) -> None:
-    """Asks for their states those who were not asked; all are done training.
+    """Asks each giver for its state, once; all have trained to the end.
 
     Args:
       givers: workers that together have the whole state, in the order of stage
@@ -53,7 +53,7 @@ class FinalState:
     givers: Sequence[child_process.WorkerProcess],
     iteration: int,
   ) -> None:
-    """Notes that a worker's state is there; at the last one, has all saved.
+    """Notes that a worker's state is there; with the last, has all saved.
 
     Args:
       worker: the worker whose state it is.

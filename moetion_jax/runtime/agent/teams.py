@@ -56,7 +56,8 @@ class Teams:
       The replicas of its stage that have a worker from now on.
 
     Raises:
-      errors.MoetionError: it cannot be replaced, and nobody may stand in for it.
+      errors.MoetionError: the worker cannot be replaced, and nobody may stand
+        in for it.
     """
     team = self._crew.team(worker.stage)
     has_none = not self._may_start(len(team))

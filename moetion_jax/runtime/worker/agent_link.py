@@ -50,7 +50,7 @@ class AgentLink:
     self._locations: list[messages.Message] = []
     self._decide: Callable[[messages.Message], None] = lambda message: None
     self._interrupt_lock = threading.Lock()  # guards the next two attributes
-    self._roll_backs = 0  # that `command` has not returned yet
+    self._roll_backs = 0  # those that `command` has not returned yet
     self._interrupt: Callable[[], None] = lambda: None
 
   def start(self) -> None:
@@ -74,7 +74,7 @@ class AgentLink:
 
   @property
   def is_interrupted(self) -> bool:
-    """Whether a command to go back waits to be taken."""
+    """True while a command to go back waits to be taken."""
     return self._roll_backs > 0
 
   def interrupting(self, interrupt: Callable[[], None]) -> None:

@@ -19,9 +19,6 @@ from moetion_jax.snapshots import (
 _CHANNELS = (keys.EntryKind.ACTIVATION, keys.EntryKind.GRADIENT)
 
 
-# ---- damage ------------------------------------------------------------------
-
-
 def flip_bit_in_snapshot(
   folder: str | os.PathLike[str],
   prefix: str,

@@ -146,7 +146,7 @@ class StageRun:
     self._link.deciding(lambda value: None)
     self._interrupts = []
     self._worker = None
-    gc.collect()  # the state, before there is another one
+    gc.collect()  # frees the state, before there is another one
 
   def _interrupt(self) -> None:
     """Makes whatever waits raise; called in another thread."""
@@ -154,7 +154,7 @@ class StageRun:
       interrupt()
 
   def _begin(self, phase: str, iteration: int) -> None:
-    """Is called when the loop begins a phase."""
+    """Begins a phase: raises if the worker is to go back, injects faults."""
     if self._link.is_interrupted:
       raise agent_link.RolledBackError
     self._injector.phase(phase, iteration)
@@ -300,7 +300,7 @@ class StageRun:
       self._closing.callback(self._injector.acts.pop, kind)
 
   def _between(self, target: int) -> bool:
-    """Is called between iterations; returns whether to stop."""
+    """Reports, between iterations, that `target` is reached; True: stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
       self._link.send('caught_up', iteration=target)
