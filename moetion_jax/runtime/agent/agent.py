@@ -270,7 +270,9 @@ class Agent:
     if self.has_begun:
       # A stage that never trained in this run may not have made its log yet.
       lost = self._stores.rescan([worker.stage]) & self._trained
-      self._find_iteration(worker)
+      if worker.stage not in self._recoverer.recovering:  # else: of another
+        reached = self._stores.reached(worker.stage)
+        worker.iteration = max(worker.iteration, reached)
     what = worker.describe_death()
     error = child_process.WorkerError(worker.stage, worker.iteration, what)
     if not self.has_begun:
@@ -310,16 +312,6 @@ class Agent:
     self._leader.view.note(f'{error}; it is started again.')
     for new in self._crew.replace(error.stage, has_begun=False):
       self._ready.pop((new.stage, new.replica), None)
-
-  def _find_iteration(self, worker: child_process.WorkerProcess) -> None:
-    """Finds how far a dead worker came: maybe further than it could say."""
-    if worker.stage in self._recoverer.recovering:
-      return  # what is in the stores is of its predecessor
-    worker.iteration = max(
-      worker.iteration,
-      self._stores.newest_entry([worker.stage]),
-      self._recoverer.newest_snapshot(worker.stage),
-    )
 
   def _on_rolled_back(self, worker, message: messages.Message) -> None:
     del message

@@ -100,6 +100,11 @@ class Stores:
       for path in self.log_paths(stage)
     )
 
+  def reached(self, stage: int) -> int:
+    """Newest iteration that a stage's logs and snapshots have."""
+    newest = self._recoverer.newest_snapshot(stage)
+    return max(self.newest_entry([stage]), newest)
+
   def drop_logs(self) -> None:
     """Removes all logs; call when nobody writes or may still read them."""
     for stage in self._stages:
