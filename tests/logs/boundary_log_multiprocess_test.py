@@ -26,6 +26,7 @@ from moetion_jax.logs import (
   remote,
   zmq_server,
 )
+from tests.support import runs
 
 pytestmark = pytest.mark.fast
 
@@ -294,11 +295,9 @@ sys.stdin.read()
   'script', [_READER_THAT_HOLDS, _JAX_READER_THAT_HOLDS], ids=['view', 'jax']
 )
 def test_lease_of_a_reader_that_is_killed(spawn, folder, script):
-  blocked = []
   log = boundary_log.BoundaryLog(
     keys.WorkerId(0, 0, 1),
     log_interface.LogSettings(folder=folder, size_bytes=4096),
-    on_block=blocked.append,
   )
   log.start()
   log.publish(_key(1), np.ones(1024, np.int32))
@@ -307,12 +306,13 @@ def test_lease_of_a_reader_that_is_killed(spawn, folder, script):
   assert reader.line() == '1024'
   log.retain(2)
   log.publish(_key(2), np.full(1024, 2, np.int32))
+  assert runs.wait_for(lambda: log.blocked_for, _SECONDS) == _key(2)
   with pytest.raises(TimeoutError):
     log.flush(0.2)
-  assert blocked == [_key(2)]
+  assert log.blocked_for == _key(2)
   reader.kill()
   log.flush(_SECONDS)
-  assert blocked == [_key(2), None]
+  assert log.blocked_for is None
   log.close()
 
 

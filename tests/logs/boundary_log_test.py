@@ -25,6 +25,7 @@ from moetion_jax.logs import (
   remote,
   zmq_server,
 )
+from tests.support import runs
 
 pytestmark = pytest.mark.fast
 
@@ -56,19 +57,16 @@ def folders():
 
 
 class _Pair:
-  """Logs of stages 0 and 1; `waits` and `blocks` record their callbacks."""
+  """Started logs of stages 0 and 1."""
 
   def __init__(self, kind, folders):
-    self.waits, self.blocks = queue.Queue(), queue.Queue()
     self.servers: list[zmq_server.StoreServer] = []
     self.logs: list[Any] = []
     if kind == 'memory':
       store = memory_log.MemoryStore()
       for stage in range(2):
         worker = keys.WorkerId(stage, 0, 1)
-        in_memory: log_interface.Log = memory_log.MemoryLog(
-          worker, store, on_wait=self.waits.put
-        )
+        in_memory: log_interface.Log = memory_log.MemoryLog(worker, store)
         self.logs.append(in_memory)
     else:
       self.folders = [folders()]
@@ -98,8 +96,6 @@ class _Pair:
     return boundary_log.BoundaryLog(
       keys.WorkerId(stage, 0, generation),
       dataclasses.replace(settings, **changes),
-      self.waits.put,
-      self.blocks.put,
     )
 
   def close(self):
@@ -142,6 +138,14 @@ class _Reading:
     return result
 
 
+def _until_waiting(log, key):
+  assert runs.wait_for(lambda: log.waiting_for, _SECONDS) == key
+
+
+def _until_blocked(log, key):
+  assert runs.wait_for(lambda: log.blocked_for, _SECONDS) == key
+
+
 def test_waits_for_what_exists_are_counted(pair):
   writer, reader = pair.logs
   if isinstance(writer, memory_log.MemoryLog):
@@ -149,7 +153,7 @@ def test_waits_for_what_exists_are_counted(pair):
     return
   # Not published yet: the wait counts from the commit, after the publication.
   reading = _Reading(reader, _key(1))
-  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  _until_waiting(reader, _key(1))
   before = time.monotonic()
   writer.publish(_key(1), jnp.ones(4))
   reading.get()
@@ -204,11 +208,9 @@ def test_numpy_arrays_may_be_published(pair):
 def test_read_of_an_absent_entry_waits_visibly(pair):
   writer, reader = pair.logs
   reading = _Reading(reader, _key(1))
-  assert pair.waits.get(timeout=_SECONDS) == _key(1)
-  assert reader.waiting_for == _key(1)
+  _until_waiting(reader, _key(1))
   writer.publish(_key(1), jnp.arange(4.0))
   assert reading.get().tolist() == [0, 1, 2, 3]
-  assert pair.waits.get(timeout=_SECONDS) is None
   assert reader.waiting_for is None
 
 
@@ -301,7 +303,7 @@ def test_nobody_publishes_for_another(pair):
 
 def test_close_ends_a_read_that_waits(pair):
   reading = _Reading(pair.logs[1], _key(1))
-  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  _until_waiting(pair.logs[1], _key(1))
   pair.logs[1].close()
   error = reading.get()
   assert isinstance(error, errors.StoreError)
@@ -316,7 +318,7 @@ def test_close_ends_a_read_that_waits(pair):
 
 def test_an_interrupted_log_raises_what_it_was_told(pair):
   reading = _Reading(pair.logs[1], _key(1))
-  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  _until_waiting(pair.logs[1], _key(1))
   reason = errors.MoetionError('the stages go back')
   pair.logs[1].interrupt(reason)
   assert reading.get() is reason
@@ -337,13 +339,12 @@ def test_device_array_is_the_mapped_memory_and_holds_its_lease(shared):
   assert reader.read(_key(1)).unsafe_buffer_pointer() == first  # no copy
   writer.retain(3)
   writer.publish(_key(3), half + 1)
-  assert shared.blocks.get(timeout=_SECONDS) == _key(3)
+  _until_blocked(writer, _key(3))
   np.testing.assert_array_equal(held, half)
   del held
   gc.collect()
   writer.flush(_SECONDS)
-  assert shared.blocks.get(timeout=_SECONDS) is None
-  assert writer.blocked_seconds > 0
+  assert writer.blocked_for is None
   found = reader.read(_key(3), timeout_seconds=_SECONDS)
   np.testing.assert_array_equal(found, half + 1)
 
@@ -391,15 +392,14 @@ def test_full_log_waits_visibly_then_fails(shared):
   shared.logs[1].close()
   log.start()
   page = np.zeros(mmap.PAGESIZE, np.uint8)
+  before = time.monotonic()
   log.publish(_key(1, stage=1), page)
   log.publish(_key(2, stage=1), page)
-  assert shared.blocks.get(timeout=_SECONDS) == _key(2, stage=1)
-  assert log.blocked_for == _key(2, stage=1)
+  _until_blocked(log, _key(2, stage=1))
   with pytest.raises(errors.StoreError, match='--log_iterations') as caught:
     log.flush(_SECONDS)
   assert 'iteration 2' in str(caught.value)
-  assert shared.blocks.get(timeout=_SECONDS) is None
-  assert log.blocked_seconds >= 0.3 and log.blocked_for is None
+  assert time.monotonic() - before >= 0.3 and log.blocked_for is None
   with pytest.raises(errors.StoreError):
     log.publish(_key(3, stage=1), page)
   log.close()
@@ -409,7 +409,7 @@ def test_full_log_goes_on_when_the_line_advances(shared):
   writer, reader = shared.logs
   for iteration in range(1, 4):
     writer.publish(_key(iteration), np.full(400_000, iteration, np.uint8))
-  assert shared.blocks.get(timeout=_SECONDS) == _key(3)
+  _until_blocked(writer, _key(3))
   writer.retain(2)
   found = reader.read(_key(3), timeout_seconds=_SECONDS)
   assert (np.asarray(found) == 3).all()
@@ -464,7 +464,7 @@ def test_replacement_publishes_the_same_again(shared):
   # Nobody is left, its entries are.
   assert reader.read(_key(1), timeout_seconds=_SECONDS).tolist() == [0, 1, 2]
   reading = _Reading(reader, _key(2))
-  assert shared.waits.get(timeout=_SECONDS) == _key(2)
+  _until_waiting(reader, _key(2))
   replacement = shared.make(0, generation=2)
   replacement.start()
   replacement.publish(_key(1), jnp.arange(3))
@@ -482,7 +482,7 @@ def test_reader_may_start_before_its_producer(folders):
   reader, writer = pair.make(1, 2), pair.make(0, 2)
   reader.start()
   reading = _Reading(reader, _key(1))
-  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  _until_waiting(reader, _key(1))
   writer.start()
   writer.publish(_key(1), jnp.ones(3))
   assert reading.get().tolist() == [1, 1, 1]
@@ -498,7 +498,7 @@ def test_locations_change_under_a_read_that_waits(folders):
   reader.update_locations({(0, 0): nobody})
   writer.publish(_key(1), jnp.ones(3))
   reading = _Reading(reader, _key(1))
-  assert pair.waits.get(timeout=_SECONDS) == _key(1)
+  _until_waiting(reader, _key(1))
   late = remote.Location(host=host, address=address, generation=2)
   reader.update_locations({(0, 0): late})  # from a map of before: ignored
   with pytest.raises(TimeoutError):

@@ -567,13 +567,6 @@ def test_replayed_iterations(newest, replayed):
   assert recovery_plan.replayed_iterations(plan, newest) == replayed
 
 
-def test_retention():
-  assert recovery_plan.retention(8) == (8, 9)
-  assert recovery_plan.retention(0) == recovery_plan.Retention(
-    first_snapshot=0, first_entry=1
-  )
-
-
 @pytest.mark.parametrize(
   ('starts', 'previous', 'lag', 'expected'),
   [
@@ -744,12 +737,13 @@ def test_the_line_always_qualifies(data):
   line = recovery_plan.recovery_line(
     [[s.iteration for s in i.starts] for i in inventories], 0, lag
   )
-  kept = recovery_plan.retention(line)
+  # What is kept: the line's snapshots and later ones, and the entries of the
+  # iterations after it, which are those that may be replayed.
   inventories = [
     recovery_plan.StageInventory(
       stage=i.stage,
-      starts=tuple(s for s in i.starts if s.iteration >= kept.first_snapshot),
-      log_first=kept.first_entry,
+      starts=tuple(s for s in i.starts if s.iteration >= line),
+      log_first=line + 1,
       log_lost=data.draw(st.booleans()),
       newest=i.newest,
     )

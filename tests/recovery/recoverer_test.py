@@ -2,98 +2,17 @@
 
 import pytest
 
-from moetion_jax import errors, keys
-from moetion_jax.policies import planner, settings as capture_settings
-from moetion_jax.recovery import plan as recovery_plan, recoverer
-from moetion_jax.snapshots import coverage
-from tests.support import helpers
+from moetion_jax.recovery import plan as recovery_plan
+from tests.support import recoveries
 
 pytestmark = pytest.mark.fast
-
-_EXPERTS = 6
-
-
-def _operators(stage):
-  return [keys.OperatorId(f'layers/{stage}', e) for e in range(_EXPERTS)]
-
-
-class _Run:
-  """A recoverer, and stages that store and report."""
-
-  def __init__(self, stages=2, iterations=60, max_failures=3, **captures):
-    self.events = []
-    self.stages = stages
-    self.one = recoverer.Recoverer(
-      helpers.micro_run(stages=stages, iterations=iterations),
-      capture_settings.CaptureSettings(**{'window_length': 3, **captures}),
-      max_failures,
-      lambda kind, **fields: self.events.append({'kind': kind, **fields}),
-    )
-    self.one.begin(
-      {
-        stage: {
-          'operators': planner.StageSizes(
-            state_bytes=dict.fromkeys(_operators(stage), 12),
-            compute_bytes=dict.fromkeys(_operators(stage), 2),
-            device=dict.fromkeys(_operators(stage)),
-          ).to_json(),
-          'platform': 'cpu',
-        }
-        for stage in range(stages)
-      }
-    )
-    self.begun = [0] * stages
-
-  def first_plan(self, reported=0, newest=0):
-    plan = self.one.first_plan(reported, newest)
-    self.begun = [plan.first_iteration] * self.stages
-    return plan
-
-  def decisions(self, stage, plan=None):
-    """Those that a worker of the stage would be told."""
-    plan = plan or recovery_plan.RecoveryPlan(
-      stages=(stage,),
-      start=self.one.line,
-      complete_at={stage: self.one.line},
-      sources={},
-      reasons={},
-    )
-    return self.one.go(stage, plan, is_fresh=False).decisions
-
-  def share(self, stage, iteration, length=3):
-    mine = _operators(stage)
-    slot = frozenset(mine[iteration % length :: length])
-    return coverage.Share(
-      iteration=iteration, state=slot, compute=frozenset(mine) - slot
-    )
-
-  def train(self, until, stages=None, **fields):
-    """All stages do the next iterations: they store, then they report."""
-    decided = {}
-    for iteration in range(min(self.begun), until + 1):
-      for stage in stages or range(self.stages):
-        self.one.stored(stage, self.share(stage, iteration))
-      made = self.one.add(
-        [
-          helpers.make_report(iteration, stage, **fields)
-          for stage in range(self.stages)
-        ]
-      )
-      if made:
-        decided[iteration] = made
-      self.one.advance(iteration)
-    self.begun = [until + 1] * self.stages
-    return decided
-
-  def of_kind(self, kind):
-    return [e for e in self.events if e['kind'] == kind]
 
 
 # ---- the beginning -----------------------------------------------------------
 
 
 def test_a_run_begins_with_the_initial_state():
-  run = _Run()
+  run = recoveries.Run()
   plan = run.first_plan()
   assert plan.stages == (0, 1) and plan.start == 0
   for stage in (0, 1):
@@ -113,7 +32,7 @@ def test_a_run_begins_with_the_initial_state():
 
 
 def test_without_snapshots_there_is_room_for_none():
-  run = _Run(policy='none')
+  run = recoveries.Run(policy='none')
   go = run.one.go(0, run.first_plan(), is_fresh=True)
   assert go.pool_files == 0
 
@@ -131,7 +50,7 @@ def test_without_snapshots_there_is_room_for_none():
 def test_a_run_goes_on_with_what_is_left(
   iterations, reported, start, complete_at
 ):
-  run = _Run()
+  run = recoveries.Run()
   for stage, found in enumerate(iterations):
     run.one.rescan(stage, [run.share(stage, i) for i in found])
   plan = run.first_plan(reported, newest=9)
@@ -148,7 +67,7 @@ def test_a_run_goes_on_with_what_is_left(
 
 
 def test_the_line_lags_by_a_window():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   lines = {}
   for iteration in range(1, 12):
@@ -159,7 +78,7 @@ def test_the_line_lags_by_a_window():
 
 
 def test_the_line_waits_for_the_slowest_stage():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   run.train(8, stages=[0])
   assert run.one.line == 0
@@ -169,7 +88,7 @@ def test_the_line_waits_for_the_slowest_stage():
 
 
 def test_the_line_is_frozen_while_somebody_recovers():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   run.train(10)
   line = run.one.line
@@ -189,7 +108,7 @@ def test_the_line_is_frozen_while_somebody_recovers():
 
 
 def test_a_worker_is_told_what_holds_and_what_comes():
-  run = _Run(window_length=0, max_window_length=6, overlap_target=0.5)
+  run = recoveries.Run(window_length=0, max_window_length=6, overlap_target=0.5)
   run.first_plan()
   fine = {'seconds': 2.0, 'copy_bytes_per_second': 26.0}
   decided = run.train(8, **fine)
@@ -214,9 +133,9 @@ def test_a_worker_is_told_what_holds_and_what_comes():
 
 
 def test_a_reorder_moves_the_line_as_before():
-  run = _Run(order='count')
+  run = recoveries.Run(order='count')
   run.first_plan()
-  loads = {o: 1.0 + o.expert for s in (0, 1) for o in _operators(s)}
+  loads = {o: 1.0 + o.expert for s in (0, 1) for o in recoveries.operators(s)}
   decided = run.train(9, load=loads)
   assert list(decided) == [2]
   (event,) = run.of_kind('reorder')
@@ -243,7 +162,7 @@ def test_a_reorder_moves_the_line_as_before():
 
 
 def test_one_stage_recovers():
-  run = _Run(stages=3)
+  run = recoveries.Run(stages=3)
   run.first_plan()
   run.train(10)
   plan = run.one.fail({1: 'it died'}, run.begun, detect_seconds=0.25)
@@ -281,7 +200,7 @@ def test_one_stage_recovers():
 
 
 def test_one_that_did_not_recover_has_not():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   assert run.one.caught_up(1) == ''
   run.one.resumed(1, {'fetch_seconds': 0.0})
@@ -289,7 +208,7 @@ def test_one_that_did_not_recover_has_not():
 
 
 def test_a_second_failure_while_it_recovers():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   run.train(10)
   run.one.fail({1: 'first'}, run.begun)
@@ -304,7 +223,7 @@ def test_a_second_failure_while_it_recovers():
 
 
 def test_two_stages_recover_together():
-  run = _Run(stages=3)
+  run = recoveries.Run(stages=3)
   run.first_plan()
   run.train(10)
   run.one.fail({1: 'it died'}, run.begun)
@@ -317,50 +236,8 @@ def test_two_stages_recover_together():
   assert not run.one.recovering
 
 
-def test_too_many_failures_of_a_stage_end_the_run():
-  run = _Run(max_failures=2)
-  run.first_plan()
-  run.train(10)
-  for _ in range(2):
-    run.one.fail({1: 'it died'}, run.begun)
-  run.one.fail({0: 'another one'}, run.begun)  # has its own count
-  with pytest.raises(errors.MoetionError) as caught:
-    run.one.fail({1: 'it fell over'}, run.begun)
-  words = str(caught.value)
-  assert '3 failure(s) of stage 1 since iteration 5' in words
-  assert 'it fell over' in words and '--max_failures=2' in words
-
-
-def test_failures_are_forgotten_when_the_line_moves_on():
-  run = _Run(max_failures=1)
-  run.first_plan()
-  for until in (10, 20, 30):
-    run.train(until)
-    run.one.fail({1: 'it died'}, run.begun)
-    run.one.resumed(1, {'fetch_seconds': 0.0})
-    run.one.caught_up(1)
-  assert len(run.of_kind('recovered')) == 3
-
-
-@pytest.mark.parametrize('max_failures', [0, 1])
-def test_a_failure_that_something_was_done_about_is_not_counted(max_failures):
-  run = _Run(max_failures=max_failures)
-  run.first_plan()
-  run.train(10)
-  for _ in range(2):
-    for _ in range(max_failures):
-      run.one.fail({1: 'it died'}, run.begun)
-    assert run.one.failures.is_crash_loop(1)
-    run.one.failures.forgive(1)
-    run.one.fail({1: 'it died'}, run.begun)
-  for _ in range(max_failures):
-    run.one.fail({1: 'it died'}, run.begun)
-  with pytest.raises(errors.MoetionError, match='max_failures'):
-    run.one.fail({1: 'it died'}, run.begun)
-
-
 def test_a_damaged_snapshot_means_an_older_start():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   run.train(10)
   assert run.one.fail({1: 'it died'}, run.begun).start == 8
@@ -371,33 +248,8 @@ def test_a_damaged_snapshot_means_an_older_start():
   assert run.one.fail({1: 'it died'}, run.begun).start == 6
 
 
-def test_a_run_that_comes_to_other_bits_again_and_again_ends():
-  run = _Run(max_failures=9)
-  run.first_plan()
-  run.train(10)
-  run.one.fail({1: 'it died'}, run.begun)
-  run.one.fail({1: 'other bits'}, run.begun, suspects=[10])
-  run.one.fail({1: 'other bits'}, run.begun, suspects=[9])
-  with pytest.raises(
-    errors.MoetionError, match='a/3 of state 8 has other bits'
-  ):
-    run.one.fail({1: 'a/3 of state 8 has other bits'}, run.begun, suspects=[8])
-
-
-def test_sources_that_were_bad_once_are_no_matter_for_ever():
-  run = _Run()
-  run.first_plan()
-  for until in (10, 20, 30, 40):
-    run.train(until)
-    run.one.fail({1: 'it died'}, run.begun)
-    run.one.fail({1: 'other bits'}, run.begun, suspects=[until])
-    run.one.resumed(1, {'fetch_seconds': 0.0})
-    run.one.caught_up(1)
-  assert len(run.of_kind('recovered')) == 4
-
-
 def test_a_damaged_entry_brings_its_sender_back():
-  run = _Run(stages=3)
+  run = recoveries.Run(stages=3)
   run.first_plan()
   run.train(10)
   plan = run.one.fail({1: 'it read damage'}, run.begun, corrupt=(0, 9))
@@ -413,7 +265,7 @@ def test_a_damaged_entry_brings_its_sender_back():
 
 
 def test_a_lost_log_brings_its_stage_back():
-  run = _Run(stages=3)
+  run = recoveries.Run(stages=3)
   run.first_plan()
   run.train(10)
   plan = run.one.fail({1: 'it died'}, run.begun, lost=[2])
@@ -425,7 +277,7 @@ def test_a_lost_log_brings_its_stage_back():
 
 @pytest.mark.parametrize('resumed_at', [0, 20])
 def test_all_begin_again_when_nothing_of_a_stage_is_left(resumed_at):
-  run = _Run()
+  run = recoveries.Run()
   if resumed_at:
     for stage in (0, 1):
       run.one.rescan(
@@ -469,7 +321,7 @@ def test_all_begin_again_when_nothing_of_a_stage_is_left(resumed_at):
 
 
 def test_going_back_to_the_initial_state_at_first_keeps_what_is_there():
-  run = _Run()
+  run = recoveries.Run()
   run.first_plan()
   run.train(2)
   plan = run.one.fail({1: 'it died'}, run.begun)
@@ -480,7 +332,7 @@ def test_going_back_to_the_initial_state_at_first_keeps_what_is_there():
 @pytest.mark.parametrize(('reported', 'start'), [(8, 8), (7, 7), (None, 8)])
 def test_an_iteration_that_was_not_reported_is_done_again(reported, start):
   """A worker that begins with a whole snapshot never reports its iteration."""
-  run = _Run(window_length=1)
+  run = recoveries.Run(window_length=1)
   run.first_plan()
   for iteration in range(1, 9):
     for stage in (0, 1):
@@ -490,7 +342,7 @@ def test_an_iteration_that_was_not_reported_is_done_again(reported, start):
 
 
 def test_what_a_replay_passes_is_reported_by_it():
-  run = _Run(window_length=3)
+  run = recoveries.Run(window_length=3)
   run.first_plan()
   for iteration in range(1, 9):
     for stage in (0, 1):

@@ -371,17 +371,3 @@ def test_any_bit_of_a_digest_changes_that_of_the_state(operator, bit):
   theirs = report.combine(_DIGESTS | {operator: changed})
   lane = slice(0, 8) if bit < 32 else slice(8, 16)
   assert ours[lane] != theirs[lane]
-
-
-def test_first_difference_names_operators_in_order():
-  assert list(digest.first_difference(_DIGESTS, dict(_DIGESTS))) == []
-  head = keys.OperatorId('head')
-  second, last = (keys.OperatorId('layers/0/experts', e) for e in (2, 5))
-  theirs = {
-    o: _flip(d, 1, 31) if o in (second, last) else d
-    for o, d in _DIGESTS.items()
-    if o != head
-  }
-  differ = [head, second, last]
-  assert list(digest.first_difference(_DIGESTS, theirs)) == differ
-  assert list(digest.first_difference(theirs, _DIGESTS)) == differ

@@ -150,6 +150,13 @@ def train_flags(workdir: object, *more: str) -> list[str]:
   ]
 
 
+def bits_of(tree: Any) -> Any:
+  """A tree's leaves as (dtype, shape, bytes): NaNs compare by their bits."""
+  return jax.tree.map(
+    lambda a: (str(a.dtype), a.shape, np.asarray(a).tobytes()), tree
+  )
+
+
 def make_report(iteration: int, stage: int = 0, **fields: Any) -> report.Report:
   """What a worker reports of an iteration in which nothing was special."""
   plain = {
