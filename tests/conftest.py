@@ -19,6 +19,16 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+def pytest_collection_modifyitems(items):
+  """A test is of the tier `fast` unless it says that it is of another."""
+  for item in items:
+    if not {'thorough', 'soak'} & {mark.name for mark in item.iter_markers()}:
+      item.add_marker('fast')
+  # The longest files first: what is left at the end is short, and both workers
+  # finish together (with --no-loadscope-reorder).
+  items.sort(key=lambda item: '_multiprocess_test' not in item.nodeid)
+
+
 @pytest.fixture
 def shm_folder():
   """A new folder in tmpfs."""

@@ -4,8 +4,6 @@ import pytest
 
 from tests.support import helpers, layering
 
-pytestmark = pytest.mark.fast
-
 _PACKAGES = ('moetion_jax', 'models', 'launch')
 
 

@@ -11,8 +11,6 @@ import pytest
 
 from tests.support import build_file, layering
 
-pytestmark = pytest.mark.fast
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ('moetion_jax', 'models', 'launch')
 
@@ -129,9 +127,3 @@ def test_wheel_holds_the_library_alone(tmp_path):
     assert module.replace('.', '/') + '.py' in names, module
   for other in ('models/', 'launch/', 'tests/'):
     assert other not in names
-
-
-def test_every_test_module_names_its_tier():
-  for path in (ROOT / 'tests').rglob('*_test.py'):
-    text = path.read_text()
-    assert 'pytest.mark.fast' in text or 'pytest.mark.soak' in text, path

@@ -56,7 +56,7 @@ def programs_are_shared():
   conversions.compiled.cache_clear()
 
 
-@pytest.mark.fast
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   ('optimizer', 'train', 'pieces', 'is_packed'),
   [
@@ -249,7 +249,6 @@ def _damage(path, kind):
 _SILENT = ('torn', 'flipped')  # seen only when all of it is read
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('iteration', [8, 9, 10])
 @pytest.mark.parametrize(
   'kind',
@@ -281,7 +280,6 @@ def test_an_older_start_is_used_when_a_snapshot_is_damaged(
   assert rebuilt.start.iteration == iteration - 3
 
 
-@pytest.mark.fast
 def test_a_lost_snapshot_is_named(two_stages):
   run = two_stages
   path = run.snapshots(0)[9]
@@ -295,7 +293,6 @@ def test_a_lost_snapshot_is_named(two_stages):
   assert f'{path}/data' in str(caught.value)
 
 
-@pytest.mark.fast
 def test_a_damaged_snapshot_that_is_not_needed_is_only_noted(two_stages):
   run = two_stages
   path = run.snapshots(0)[7]
@@ -323,7 +320,6 @@ def _plant(path, is_it, bit=1):
   return name
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('leaf', ['master/', 'optimizer/'])
 @pytest.mark.parametrize('iteration', [4, 5, 6])
 def test_a_planted_bit_of_training_state_is_found(two_stages, leaf, iteration):
@@ -343,7 +339,6 @@ def test_a_planted_bit_of_training_state_is_found(two_stages, leaf, iteration):
   assert f'state {iteration}' in str(caught.value)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize('iteration', [4, 5])
 @pytest.mark.parametrize('index', [0, 1])
 def test_a_planted_bit_of_compute_weights_is_found(
@@ -365,7 +360,6 @@ def test_a_planted_bit_of_compute_weights_is_found(
 # ---- a second time -----------------------------------------------------------
 
 
-@pytest.mark.fast
 def test_snapshots_taken_again_after_a_conversion_hold_the_same(two_stages):
   run, index, since = two_stages, 1, 7
   with contextlib.ExitStack() as stack:

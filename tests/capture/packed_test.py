@@ -7,8 +7,6 @@ import pytest
 from moetion_jax import keys
 from moetion_jax.capture import packed
 
-pytestmark = pytest.mark.fast
-
 
 def _queues(*counts):
   """Of each source, as many operators of each device."""

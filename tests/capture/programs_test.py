@@ -25,8 +25,6 @@ from moetion_jax.programs import stage as stage_lib
 from moetion_jax.snapshots import file as snapshot_file, memory_store, snapshot
 from tests.support import captures, helpers
 
-pytestmark = pytest.mark.fast
-
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 
 

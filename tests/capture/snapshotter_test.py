@@ -20,7 +20,7 @@ from moetion_jax.recovery import hang_detection
 from moetion_jax.snapshots import file as snapshot_file, memory_store, snapshot
 from tests.support import captures
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.timeout(60)
 
 _SIZE_BYTES = 1 << 16
 _SECONDS = 20.0  # longer than anything here takes

@@ -7,8 +7,6 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits
 
-pytestmark = pytest.mark.fast
-
 _MIB = 1 << 20
 _GIB = 1 << 30
 

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, raw_bytes, segment, segment_reader
 
-pytestmark = pytest.mark.fast
-
 _ME = keys.WorkerId(0, 0, 1)
 
 

@@ -10,8 +10,6 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits, store_folder
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def store():

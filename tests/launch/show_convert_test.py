@@ -26,7 +26,7 @@ from moetion_jax.capture import conversion
 from moetion_jax.snapshots import coverage
 from tests.support import helpers, runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 STAGES = 3
 ITERATIONS = 40
@@ -304,6 +304,7 @@ def test_show_names_what_is_damaged(left, copy, what):
 # --- convert -----------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('stage', [0, STAGES - 1])
 def test_convert_writes_the_undisturbed_state(
   left, undisturbed, tmp_path, stage
@@ -339,6 +340,7 @@ def test_convert_writes_the_undisturbed_state(
   chex.assert_trees_all_equal(host_tree(tree['optimizer']), optimizer)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('stage', range(STAGES))
 def test_every_reachable_state_from_the_newest_start(
   left, undisturbed, rebuilders, stage
@@ -392,6 +394,7 @@ def test_digests_are_not_of_operators_that_nobody_names(left):
   assert stage.digests(newest) is None
 
 
+@pytest.mark.thorough
 def test_all_killed(left, undisturbed, rebuilders, tmp_path):
   """In the middle of something: the stages were not equally far."""
   with runs.host() as host:
@@ -529,6 +532,7 @@ def test_metrics_of_another_run(left, copy, rebuilders, tmp_path):
 # --- refusals ----------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_living_run(tmp_path):
   with runs.host() as host:
     run = host.train(tmp_path / 'run', *FLAGS, '--iterations=4000')
@@ -608,6 +612,7 @@ def test_other_software(left, tmp_path, monkeypatch):
   assert difference.startswith('jaxlib 0.0.1 there, ')
 
 
+@pytest.mark.thorough
 def test_stages_on_several_hosts(undisturbed, rebuilders, tmp_path):
   with runs.host() as host:
     stop(host, tmp_path / 'run', '--local_hosts=2', at=8)

@@ -14,7 +14,7 @@ import pytest
 from moetion_jax import errors, report
 from tests.support import helpers, runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def _lines(workdir):
@@ -80,6 +80,7 @@ def test_a_checkpoint_needs_none_of_our_code(finished, tmp_path):
   assert result.stdout.split('\n')[-2] == '6 (4, 32, 32) float32 True'
 
 
+@pytest.mark.thorough
 def test_init_from_continues_from_the_exact_state(finished, tmp_path):
   """Iteration 1 of a run with no step at all leaves the checkpoint's state."""
   flags = helpers.train_flags(
@@ -156,6 +157,7 @@ def test_fresh_removes_no_foreign_folder(tmp_path):
   assert (tmp_path / 'thesis.tex').exists()
 
 
+@pytest.mark.thorough
 def test_sigterm_then_a_line_that_says_something_else(host, tmp_path):
   workdir = tmp_path / 'run'
   # Of a window the last iterations are done again.
@@ -208,6 +210,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, words):
   assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
 
+@pytest.mark.thorough
 def test_bad_init_from(finished, tmp_path):
   import shutil
 
@@ -243,6 +246,7 @@ def test_bad_init_from(finished, tmp_path):
   assert wide.returncode == 2 and 'the run needs' in wide.stderr
 
 
+@pytest.mark.thorough
 def test_nan_loss_ends_the_run(host, tmp_path):
   """At once: done again, it would be the same."""
   run = host.train(

@@ -28,8 +28,6 @@ from moetion_jax.logs import (
 )
 from tests.support import runs
 
-pytestmark = pytest.mark.fast
-
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _SECONDS = 60.0
 _SECRET = b'0123456789abcdef'
@@ -222,6 +220,7 @@ sys.stdin.read()
 )
 
 
+@pytest.mark.thorough
 def test_entries_outlive_their_producer_and_equal_those_of_its_heir(
   spawn, folder
 ):
@@ -380,6 +379,7 @@ def _pipeline_digests(stages, iterations):
   return [digest.hexdigest() for digest in digests]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('hosts', [1, 3], ids=['one host', 'three hosts'])
 def test_pipeline_equals_one_process(spawn, folders, hosts):
   made = [folders() for _ in range(hosts)]

@@ -27,8 +27,6 @@ from moetion_jax.logs import (
 )
 from tests.support import runs
 
-pytestmark = pytest.mark.fast
-
 _SECONDS = 30.0  # bounds every wait; nothing should come near it
 _SECRET = b'0123456789abcdef'
 

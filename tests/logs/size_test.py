@@ -8,8 +8,6 @@ from moetion_jax.hostmem import segment, store_folder
 from moetion_jax.logs import size as log_size
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 # [8 sequences, 16 tokens, 32 dims] in bfloat16.
 _HIDDEN = 8 * 16 * 32 * 2
 _SCALARS = 16

@@ -33,8 +33,6 @@ from moetion_jax.logs import (
   zmq_server,
 )
 
-pytestmark = pytest.mark.fast
-
 _SECONDS = 30.0
 _SECRET = b'0123456789abcdef'
 _ME = keys_lib.WorkerId(1, 0, 7)

@@ -13,8 +13,6 @@ import pytest
 
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 _SAVE = """
 import numpy, sys
 flat = jax.tree_util.tree_flatten_with_path(checkpointer.state)[0]
@@ -62,6 +60,7 @@ def _lines(process: subprocess.Popen, until: int = 10**9) -> dict[int, str]:
   return losses
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(240)
 def test_the_readme_program_killed_three_times_ends_with_the_same_bits(shm):
   with _start(_program(shm / 'whole'), shm / 'whole.npz') as process:

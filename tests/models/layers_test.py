@@ -7,8 +7,6 @@ from jax import numpy as jnp
 
 from models import layers
 
-pytestmark = pytest.mark.fast
-
 # Every contraction that the model uses, with shapes that differ in every dim.
 _CONTRACTIONS = {
   'btd,dh->bth': ((2, 3, 5), (5, 7)),

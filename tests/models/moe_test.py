@@ -18,8 +18,6 @@ from moetion_jax.programs import mesh
 from moetion_jax.state import model as model_lib
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 _CONFIG = helpers.FP32_MODEL
 
 _plan = jax.jit(moe.plan_dispatch, static_argnums=(1, 2))

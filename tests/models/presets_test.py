@@ -8,8 +8,6 @@ from models import config as model_config, presets, stages
 from moetion_jax import errors
 from moetion_jax.state import model as model_lib
 
-pytestmark = pytest.mark.fast
-
 _PAPER = [name for name in presets.PRESETS if name.startswith('paper_')]
 
 # Published counts in billions: in all, and those that one token meets.

@@ -15,8 +15,6 @@ from moetion_jax.programs import mesh
 from moetion_jax.state import model as model_lib
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 _CONFIG = helpers.FP32_MODEL
 _TWO_LAYERS = dataclasses.replace(_CONFIG, num_layers=2)
 _ONE_LAYER = dataclasses.replace(_CONFIG, num_layers=1, first_dense_layers=0)
@@ -338,6 +336,7 @@ def test_auxiliary_balancing_has_no_buffers():
   assert model.buffer_steps({'load': jnp.zeros((3, 4), jnp.int32)}) == {}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('num_layers', [3, 12])
 def test_every_layer_balances_by_its_own_load(num_layers):
   config = dataclasses.replace(

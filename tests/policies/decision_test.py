@@ -9,8 +9,6 @@ import pytest
 from moetion_jax.policies import decision as decision_lib, slots
 from tests.support import words
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize(
   ('mode', 'iteration', 'index', 'state', 'compute'),

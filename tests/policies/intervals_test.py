@@ -6,9 +6,6 @@ import pytest
 
 from moetion_jax.policies import intervals
 
-pytestmark = pytest.mark.fast
-
-
 # ---- dense -------------------------------------------------------------------
 
 

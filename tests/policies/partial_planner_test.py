@@ -1,11 +1,7 @@
 """What the leader decides when only some experts are saved, by hand."""
 
-import pytest
-
 from moetion_jax.policies import decision as decision_lib, partial_planner
 from tests.support import planning
-
-pytestmark = pytest.mark.fast
 
 
 def test_partial_saves_experts_in_turn():

@@ -5,8 +5,6 @@ import pytest
 from moetion_jax import errors, keys
 from moetion_jax.policies import partial
 
-pytestmark = pytest.mark.fast
-
 
 def _expert(index, layer=0):
   return keys.OperatorId(f'layers/{layer}/experts', index)

@@ -1,11 +1,7 @@
 """What all planners share."""
 
-import pytest
-
 from moetion_jax import keys
 from moetion_jax.policies import planner as planner_lib
-
-pytestmark = pytest.mark.fast
 
 
 def test_sizes_in_json():

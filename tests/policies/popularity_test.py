@@ -5,8 +5,6 @@ import pytest
 from moetion_jax.policies import popularity as popularity_lib
 from tests.support import words
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize(
   ('popularity', 'stream', 'rates'),

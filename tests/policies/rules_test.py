@@ -5,8 +5,6 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.policies import rules
 
-pytestmark = pytest.mark.fast
-
 
 def test_what_each_policy_promises():
   assert rules.POLICIES == (

@@ -5,8 +5,6 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.policies import settings as capture_settings
 
-pytestmark = pytest.mark.fast
-
 
 def _settings(**fields):
   return capture_settings.CaptureSettings(**fields)

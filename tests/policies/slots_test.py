@@ -15,8 +15,6 @@ from moetion_jax.policies import (
 )
 from tests.support import words
 
-pytestmark = pytest.mark.fast
-
 
 def _in_words(made: decision_lib.Slots) -> list[str]:
   return [

@@ -21,8 +21,6 @@ from moetion_jax.recovery import inventory
 from moetion_jax.snapshots import coverage
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 
 def _settings(**fields):
   return capture_settings.CaptureSettings(**fields)

@@ -6,9 +6,6 @@ from launch.lm import dry_run
 from moetion_jax.policies import settings as capture_settings
 from tests.support import planning
 
-pytestmark = pytest.mark.fast
-
-
 # ---- dense -------------------------------------------------------------------
 
 

@@ -9,8 +9,6 @@ import pytest
 from moetion_jax import errors, keys
 from moetion_jax.policies import decision, window
 
-pytestmark = pytest.mark.fast
-
 
 def _stage(*sizes: int, state=6, compute=1, keep_order=True):
   """A stage of experts; expert i has state * sizes[i] bytes of state."""

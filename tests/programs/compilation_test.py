@@ -15,8 +15,6 @@ import pytest
 from launch.lm import one_process, transformer_job
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 # Builds stage 1 of 2 as a worker or as a standby does, and works one iteration.
 _PROCESS = """
 import collections, json, sys
@@ -99,6 +97,7 @@ def _work(config, role, cache):
   return json.loads(result.stdout)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('devices', [1, 2])
 def test_a_standby_takes_its_programs_from_the_workers_cache(devices, tmp_path):
   config = helpers.micro_run(

@@ -14,8 +14,6 @@ from jax._src import distributed
 from moetion_jax.programs import compilation, jax_internals, mesh
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 
 def _run(code, *arguments):
   """Runs code in a process that has no backend yet."""

@@ -12,8 +12,6 @@ from launch.lm import transformer_job
 from moetion_jax.programs import compilation, mesh, ordered_sum
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 # Replicas, those with a worker, devices of each.
 _TEAMS = [
   (2, (0, 1), 1),
@@ -140,6 +138,7 @@ def _reduced(config, team):
   return jax.device_get(reduce(*map(lanes, traced.args_info[0])))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('balance', ['loss', 'bias'])
 @pytest.mark.parametrize(
   ('replicas', 'devices', 'teams'),

@@ -10,8 +10,6 @@ from moetion_jax import report
 from moetion_jax.state import model
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 
 
@@ -179,6 +177,7 @@ def test_selection_is_the_mask_of_the_slot(one_stage):
   chex.assert_trees_all_equal(jax.device_get(selection), slot)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('stages', [2, 4])
 def test_losses_of_a_cut_model(stages):
   whole = _losses(helpers.micro_run())
@@ -186,6 +185,7 @@ def test_losses_of_a_cut_model(stages):
   np.testing.assert_allclose(cut, whole, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('devices', [2, 4])
 def test_losses_with_experts_over_devices(devices):
   whole = _losses(helpers.micro_run(model={'capacity_factor': 0.0}))
@@ -195,6 +195,7 @@ def test_losses_with_experts_over_devices(devices):
   np.testing.assert_allclose(spread, whole, rtol=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   ('stages', 'devices'), [(2, 1), (4, 1), (1, 2), (1, 4), (2, 4)]
 )
@@ -207,6 +208,7 @@ def test_initial_digest_does_not_depend_on_the_cut(stages, devices):
   assert report.combine(whole) == report.combine(cut)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('balance', ['loss', 'bias'])
 @pytest.mark.parametrize('stages', [1, 2])
 def test_the_same_run_twice(balance, stages):
@@ -222,6 +224,7 @@ def test_the_same_run_twice(balance, stages):
       assert x.eval_loss == y.eval_loss
 
 
+@pytest.mark.thorough
 def test_bias_balancing_moves_biases_and_only_by_its_step():
   config = helpers.micro_run(
     model={'balance': 'bias', 'balance_rate': 0.125}, iterations=1
@@ -235,6 +238,7 @@ def test_bias_balancing_moves_biases_and_only_by_its_step():
     assert np.any(bias)
 
 
+@pytest.mark.thorough
 def test_remat_gives_the_same_losses():
   plain = _losses(helpers.micro_run())
   remat = _losses(helpers.micro_run(model={'remat': True}))
@@ -264,6 +268,7 @@ def test_place_state_is_the_state(one_stage):
   chex.assert_trees_all_equal(jax.tree.map(np.asarray, placed), host)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   'optimizer', ['adamw', 'lion', 'sgd', 'adafactor', 'muon']
 )

@@ -6,8 +6,6 @@ from moetion_jax import errors
 from moetion_jax.recovery import failures
 from tests.support import recoveries
 
-pytestmark = pytest.mark.fast
-
 
 def _do(counts, steps):
   """Does what was written: 'fail 01' is a failure of stages 0 and 1 at once."""

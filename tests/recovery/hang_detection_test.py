@@ -9,8 +9,6 @@ import pytest
 
 from moetion_jax.recovery import hang_detection
 
-pytestmark = pytest.mark.fast
-
 
 def _seen(state='running', **fields):
   return hang_detection.Seen(

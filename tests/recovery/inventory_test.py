@@ -5,8 +5,6 @@ import pytest
 from moetion_jax.recovery import inventory
 from tests.support import shares
 
-pytestmark = pytest.mark.fast
-
 
 def _inventory(*iterations_by_stage, lag=0):
   found = inventory.Inventory(

@@ -1,12 +1,8 @@
 """What the leader knows of checkpoints that hold some experts only."""
 
-import pytest
-
 from moetion_jax.recovery import partial_inventory
 from moetion_jax.snapshots import coverage
 from tests.support import planning
-
-pytestmark = pytest.mark.fast
 
 
 def _stored(found, iteration, experts):

@@ -8,8 +8,6 @@ import pytest
 from moetion_jax.recovery import plan as recovery_plan
 from moetion_jax.snapshots import coverage
 
-pytestmark = pytest.mark.fast
-
 _WINDOW = 4
 
 

@@ -5,9 +5,6 @@ import pytest
 from moetion_jax.recovery import plan as recovery_plan
 from tests.support import recoveries
 
-pytestmark = pytest.mark.fast
-
-
 # ---- the beginning -----------------------------------------------------------
 
 

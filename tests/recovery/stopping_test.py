@@ -4,8 +4,6 @@ import pytest
 
 from moetion_jax.recovery import stopping
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.mark.parametrize(
   ('limit', 'begun', 'expected'),

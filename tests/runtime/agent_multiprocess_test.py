@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import helpers, runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope='module')
@@ -31,6 +31,7 @@ assert 'jax' not in sys.modules  # so the agent has no backend either
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   ('stages', 'microbatches'), [(1, 3), (2, 1), (3, 3), (4, 8)]
 )
@@ -83,6 +84,7 @@ def test_killed_workers_recover(host, tmp_path, undisturbed):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_workers_that_die_before_they_train(host, tmp_path, undisturbed):
   workdir = tmp_path / 'run'
   run = host.train(workdir)
@@ -108,6 +110,7 @@ def test_a_death_before_training_may_end_the_run(host, tmp_path):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_without_snapshots_a_death_ends_the_run(host, tmp_path):
   workdir = tmp_path / 'run'
   run = host.train(workdir, '--policy=none', '--stages=1')
@@ -135,6 +138,7 @@ schedule.one_forward_one_backward = scripted
 """
 
 
+@pytest.mark.thorough
 def test_an_exception_that_comes_again(host, tmp_path):
   """It is shown with its traceback each time, then the run ends."""
   (tmp_path / 'sitecustomize.py').write_text(_RAISE_IN_STAGE_1)
@@ -158,6 +162,7 @@ def test_an_exception_that_comes_again(host, tmp_path):
 # ---- ends, after which the same command goes on -----------------------------
 
 
+@pytest.mark.thorough
 def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   workdir = tmp_path / 'run'
   run = host.train(workdir, '--max_failures=0')
@@ -200,6 +205,7 @@ def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   """By a second signal, and by a SIGKILL of its agent."""
   workdir = tmp_path / 'run'
@@ -224,6 +230,7 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_a_full_disk_ends_a_run_that_can_go_on(host, tmp_path, undisturbed):
   workdir = tmp_path / 'run'
   run = host.train(workdir)
@@ -239,6 +246,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(host, tmp_path, undisturbed):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_a_run_that_compiles(host, tmp_path):
   """Its workdir is in use, and a signal ends it at once."""
   workdir = tmp_path / 'run'

@@ -11,8 +11,6 @@ from moetion_jax import errors
 from moetion_jax.runtime import faults
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 
 def _fault(**fields):
   return faults.Fault(

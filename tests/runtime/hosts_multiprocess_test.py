@@ -11,7 +11,7 @@ import zmq
 from moetion_jax.hostmem import run_store, store_folder
 from tests.support import helpers, runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 _TWO = '--local_hosts=2'
 
@@ -58,6 +58,7 @@ def test_more_hosts_than_stages(host, tmp_path):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_a_host_agent_that_was_killed(host, tmp_path, undisturbed):
   """The run ends, goes on, is stopped, goes on, is ended at once, goes on."""
   workdir = tmp_path / 'run'
@@ -99,6 +100,7 @@ def test_a_host_agent_that_was_killed(host, tmp_path, undisturbed):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_a_leader_that_was_killed(host, tmp_path, undisturbed):
   """All hosts end with it; later one of their agents hangs."""
   workdir = tmp_path / 'run'
@@ -155,6 +157,7 @@ def _send_garbage(address):
     intruder.close(linger=50)
 
 
+@pytest.mark.thorough
 def test_a_worker_of_another_host(host, tmp_path, undisturbed):
   """What it prints is shown; killed, it recovers, whatever strangers send."""
   (tmp_path / 'sitecustomize.py').write_text(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(400)]
 
 # Many more iterations than are kept, which are 2 windows of 2 and 4 more.
 _ITERATIONS = 24

@@ -7,8 +7,6 @@ import pytest
 
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 # An agent, the agent of a further host, and the commands that only look.
 _WITHOUT_JAX = (
   'moetion_jax.runtime.agent.run',

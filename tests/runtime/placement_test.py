@@ -3,8 +3,6 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.runtime import placement
 
-pytestmark = pytest.mark.fast
-
 _FLAG = placement.DETERMINISM_FLAG
 
 

@@ -17,7 +17,7 @@ STAGES = 2
 ITERATIONS = 14
 SECONDS = 240.0
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
 def _train(host, workdir, *faults, flags=()):

@@ -19,7 +19,7 @@ WINDOW = 3
 # A worker starts in seconds; on a machine with other work it may take long.
 SECONDS = 240.0
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
 def _train(host, workdir, *faults, flags=()):

@@ -17,7 +17,7 @@ from moetion_jax import keys
 from moetion_jax.hostmem import segment_reader
 from tests.support import runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope='module')

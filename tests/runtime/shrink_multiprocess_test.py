@@ -6,7 +6,7 @@ from launch.lm import checkpoint, transformer_job
 from moetion_jax import report
 from tests.support import helpers, runs, worlds
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,7 @@ from moetion_jax import report
 from moetion_jax.snapshots import file as snapshot_file
 from tests.support import helpers, runs
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 STAGES, REPLICAS = 2, 2
 WINDOW = 3

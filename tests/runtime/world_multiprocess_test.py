@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import runs, worlds
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope='module')

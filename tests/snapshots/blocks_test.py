@@ -10,8 +10,6 @@ from moetion_jax import errors, keys
 from moetion_jax.snapshots import blocks
 from moetion_jax.state import layout, model, partition
 
-pytestmark = pytest.mark.fast
-
 
 def _of(group, *experts):
   return tuple(keys.OperatorId(group, e) for e in experts or (-1,))

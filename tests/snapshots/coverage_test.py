@@ -9,8 +9,6 @@ import pytest
 from moetion_jax import keys
 from moetion_jax.snapshots import coverage
 
-pytestmark = pytest.mark.fast
-
 
 def _operators(letters: str) -> frozenset[keys.OperatorId]:
   return frozenset(keys.OperatorId(x) for x in letters)

@@ -14,8 +14,6 @@ from moetion_jax.snapshots import (
   memory_store,
 )
 
-pytestmark = pytest.mark.fast
-
 _BYTES = 1 << 16
 
 

@@ -18,7 +18,7 @@ from moetion_jax.snapshots import (
   manifest as manifest_lib,
 )
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _METADATA = {

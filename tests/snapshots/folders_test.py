@@ -1,12 +1,8 @@
 """Shares as the folders of snapshots tell of them."""
 
-import pytest
-
 from moetion_jax import keys
 from moetion_jax.snapshots import coverage, file as snapshot_file, folders
 from tests.support import captures, shares
-
-pytestmark = pytest.mark.fast
 
 
 def _write(folder, iteration, **metadata):

@@ -27,7 +27,7 @@ from moetion_jax.snapshots import (
   orbax_handler,
 )
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.timeout(200)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _PAGE = os.sysconf('SC_PAGE_SIZE')

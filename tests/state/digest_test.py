@@ -14,8 +14,6 @@ from moetion_jax import keys, report
 from moetion_jax.programs import mesh as mesh_lib
 from moetion_jax.state import digest
 
-pytestmark = pytest.mark.fast
-
 # LLVM's optimizations are most of the time that these small programs take.
 _digest = jax.jit(
   digest.digest_leaves,

@@ -7,8 +7,6 @@ import pytest
 from moetion_jax import keys
 from moetion_jax.state import division
 
-pytestmark = pytest.mark.fast
-
 
 def _stage(layers, experts, expert=100, rest=70):
   sizes = {}

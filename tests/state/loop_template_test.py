@@ -17,11 +17,12 @@ from moetion_jax.loop import (
 from moetion_jax.snapshots import file as snapshot_file
 from tests.support import helpers, loops
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 _STOP, _LAST = 13, 18
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
   'make',
   [

@@ -20,8 +20,6 @@ from moetion_jax.state import (
 )
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 # Wide enough that adafactor factors the second moment of an expert's matrix.
 _SHAPES = {
   'embedding/table': (33, 2),

@@ -12,8 +12,6 @@ from jax import numpy as jnp
 from moetion_jax import config, errors
 from moetion_jax.state import optimizers
 
-pytestmark = pytest.mark.fast
-
 # LLVM's optimizations are most of the time that these small programs take.
 _jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}

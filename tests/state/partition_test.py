@@ -12,8 +12,6 @@ from moetion_jax import keys as keys_lib
 from moetion_jax.state import model as model_lib, partition as partition_lib
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 _DTYPES = ('float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool')
 _GROUPS = (
   model_lib.Group('body', False),

@@ -26,8 +26,6 @@ from moetion_jax.snapshots import snapshot
 from moetion_jax.state import model, optimizers
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 _GROUPS = {
   'experts': model.Group('experts', True),
   'rest': model.Group('rest', False),
@@ -188,6 +186,7 @@ def _assert_same_bits(ours, theirs):
     assert a.tobytes() == b.tobytes(), name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('name', config_lib.OPTIMIZERS)
 def test_updates_have_the_bits_of_one_who_has_everything(name):
   members, whole = _world(name)
@@ -397,6 +396,7 @@ def _taken(member, state, slot, captures):
   return snapshot.from_arrays(whole, metadata, arrays)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('is_packed', [False, True])
 @pytest.mark.parametrize('devices', [1, 2])
 def test_shares_of_a_snapshot_make_states_of_any_team(devices, is_packed):

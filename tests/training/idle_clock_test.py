@@ -8,8 +8,6 @@ from jax import numpy as jnp
 
 from moetion_jax.training import idle_clock
 
-pytestmark = pytest.mark.fast
-
 
 class _Output:
   """An array whose program ends when the test says so."""

@@ -3,8 +3,6 @@ import pytest
 
 from moetion_jax.training import scalars
 
-pytestmark = pytest.mark.fast
-
 
 def _partial(square, loss=0.0, auxiliary=0.0, dropped=0):
   return np.array([square, loss, auxiliary, dropped], np.float32)

@@ -5,8 +5,6 @@ import pytest
 from moetion_jax import keys
 from moetion_jax.training import schedule
 
-pytestmark = pytest.mark.fast
-
 _F, _B, _E = (
   schedule.TaskKind.FORWARD,
   schedule.TaskKind.BACKWARD,

@@ -8,8 +8,6 @@ from launch.lm import one_process, transformer_job
 from moetion_jax import errors
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 
 class _Poisoned:
   """Data whose embedding rows the test has made NaN in one iteration."""
@@ -66,6 +64,7 @@ def test_skip_nonfinite_leaves_the_update_out():
     np.testing.assert_array_equal(value, reports[1].digests[operator])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('stages', [1, 3])
 def test_all_stages_stop_after_the_same_iteration(stages):
   config = helpers.micro_run(stages=stages, iterations=50, eval_every=0)
@@ -112,6 +111,7 @@ def test_evaluation_is_of_the_state_after_the_update():
   )
 
 
+@pytest.mark.thorough
 def test_evaluation_changes_nothing():
   often, _ = helpers.train_locally(helpers.micro_run(eval_every=1))
   never, _ = helpers.train_locally(helpers.micro_run(eval_every=0))
@@ -120,6 +120,7 @@ def test_evaluation_changes_nothing():
     assert b[0].eval_loss is None
 
 
+@pytest.mark.thorough
 def test_clipping_bounds_the_step():
   free = helpers.micro_run(
     iterations=1, eval_every=0, optimizer={'optimizer': 'sgd'}

@@ -6,7 +6,7 @@ import pytest
 from launch.benchmark import boundary
 from tests.support import helpers
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 _MORE = ('host', 'tcp', 'tcp, CURVE')
 

@@ -11,8 +11,6 @@ from launch.benchmark.harness import (
   runs as benchmark_runs,
 )
 
-pytestmark = pytest.mark.fast
-
 
 def _run(moments, events=(), losses=None, eval_every=0, every=1, script=()):
   """A run that wrote iteration i at the i-th moment, in seconds."""

@@ -10,7 +10,6 @@ from moetion_jax.runtime import faults as faults_lib
 from tests.support import helpers
 
 
-@pytest.mark.fast
 def test_a_drawn_script_is_a_script():
   for seed in range(200):
     source = random.Random(seed)
@@ -21,7 +20,6 @@ def test_a_drawn_script_is_a_script():
     assert draw.draw_script(again, 12, stages=3, iterations=20) == script
 
 
-@pytest.mark.fast
 def test_everything_is_drawn():
   source = random.Random(0)
   script = faults_lib.parse_all(
@@ -46,7 +44,6 @@ def _recovered(stage, seconds):
   return {'kind': 'recovered', 'stage': stage, 'seconds': {'replay': seconds}}
 
 
-@pytest.mark.fast
 def test_tally():
   tally = draw.Tally()
   tally.add(
@@ -72,7 +69,6 @@ def test_tally():
   assert 'gone on with: 1' in table
 
 
-@pytest.mark.fast
 def test_differences():
   line = {'iteration': 3, 'loss_hex': '0x1p+0', 'digest': 'ab', 'seconds': 1.0}
   assert not draw.differences([line], [{**line, 'seconds': 2.0}])
@@ -82,13 +78,12 @@ def test_differences():
   assert draw.differences([], [line]) == ['0 iterations, not 1']
 
 
-@pytest.mark.fast
 def test_it_says_how_long():
   result = helpers.launch('chaos')
   assert result.returncode == 2 and '--minutes' in result.stderr
 
 
-@pytest.mark.fast
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_a_few(tmp_path):
   result = helpers.launch(

@@ -15,8 +15,6 @@ import pytest
 from launch.lm import data
 from moetion_jax import errors
 
-pytestmark = pytest.mark.fast
-
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 

@@ -6,8 +6,6 @@ import pytest
 from launch.lm import settings as run_settings
 from moetion_jax import errors
 
-pytestmark = pytest.mark.fast
-
 
 def _make(preset='tiny', model=(), train=None, optimizer=None):
   return run_settings.make(

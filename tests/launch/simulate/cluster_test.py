@@ -25,8 +25,6 @@ from models import stages
 from moetion_jax import errors
 from moetion_jax.policies import intervals, rules, window
 
-pytestmark = pytest.mark.fast
-
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 

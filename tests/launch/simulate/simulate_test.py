@@ -16,8 +16,6 @@ from launch.simulate import (
 from moetion_jax import errors, keys
 from moetion_jax.policies import decision
 
-pytestmark = pytest.mark.fast
-
 Failure, Pace, World = world_lib.Failure, world_lib.Pace, world_lib.World
 
 RUN = simulate_predict.Measured(

@@ -8,8 +8,6 @@ from moetion_jax.runtime import messages
 from moetion_jax.runtime.hosts import child_process, standbys
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 SPEC = helpers.worker_spec(helpers.micro_run())
 
 

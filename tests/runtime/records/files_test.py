@@ -11,8 +11,6 @@ from moetion_jax import errors
 from moetion_jax.runtime.records import files as record_files, merge
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
-
 
 def _line(iteration, loss=1.5):
   return merge.make_line([helpers.make_report(iteration, loss=loss)], 64)

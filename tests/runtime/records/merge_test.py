@@ -8,8 +8,6 @@ import pytest
 from moetion_jax import keys, report
 from moetion_jax.runtime.records import merge
 
-pytestmark = pytest.mark.fast
-
 
 def _report(stage=0, iteration=1, loss=1.5, seed=0, **more):
   fields = {

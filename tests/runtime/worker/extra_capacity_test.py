@@ -11,7 +11,7 @@ from moetion_jax.runtime.worker import extra_capacity
 from moetion_jax.training import worker as worker_lib
 from tests.support import helpers
 
-pytestmark = pytest.mark.fast
+pytestmark = pytest.mark.thorough
 
 GO = orders.Go(
   start=0,

@@ -8,8 +8,6 @@ from moetion_jax.hostmem import entry, segment, segment_reader
 from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.snapshots import file as snapshot_file, manifest
 
-pytestmark = pytest.mark.fast
-
 
 def _snapshot(folder, iteration):
   path = folder / str(iteration)

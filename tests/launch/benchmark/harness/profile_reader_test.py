@@ -8,8 +8,6 @@ import pytest
 
 from launch.benchmark.harness import profile_reader
 
-pytestmark = pytest.mark.fast
-
 _NAMES = [
   {
     'ph': 'M',

@@ -9,7 +9,7 @@ import pytest
 
 from launch.benchmark.harness import scratch
 
-pytestmark = [pytest.mark.fast, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 _PROGRAM = """
 import pathlib, sys
