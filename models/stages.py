@@ -153,7 +153,7 @@ def build_stage(
     )
   declared: dict[str, transformer.Parameter] = {}
   graph, state = nnx.split(
-    transformer.Stage(config, spec, transformer.Scope('', declared))
+    transformer.TransformerStage(config, spec, transformer.Scope('', declared))
   )
   names = _leaf_names(state, declared)
   structure = jax.tree.structure(state)

@@ -1,4 +1,4 @@
-"""The transformer's modules in Flax NNX, one `Stage` holding a part of them.
+"""The transformer in Flax NNX; a `TransformerStage` holds a part of it.
 
 Modules declare their parameters (shape, initializer, global name) and allocate
 nothing; `stages.build_stage` splits them once into graph definition and leaves
@@ -142,7 +142,7 @@ class Mlp(nnx.Module):
     return layers.swiglu(x, **self.weights())
 
 
-class Block(nnx.Module):
+class TransformerBlock(nnx.Module):
   """One layer: attention, then a dense SwiGLU or shared and routed experts."""
 
   def __init__(
@@ -211,7 +211,7 @@ class Block(nnx.Module):
     return layers.dropout(x, self.config.dropout_rate, key, call.rows)
 
 
-class Stage(nnx.Module):
+class TransformerStage(nnx.Module):
   """A stage's modules, under the names they have in the whole model."""
 
   def __init__(
@@ -223,7 +223,7 @@ class Stage(nnx.Module):
       self.embedding = scope.table('embedding/table', v, d, stddev=1.0)
     self.layers = nnx.Dict(
       {
-        str(i): Block(config, i, scope.child(f'layers/{i}'))
+        str(i): TransformerBlock(config, i, scope.child(f'layers/{i}'))
         for i in range(spec.first_layer, spec.last_layer)
       }
     )
@@ -265,7 +265,7 @@ class Stage(nnx.Module):
     h = layers.rms_norm(x, self.head_norm[...])
     return layers.contract('btd,dv->btv', h, self.head[...]).astype(jnp.float32)
 
-  def _apply(self, block: Block, x: jax.Array, call: Call):
+  def _apply(self, block: TransformerBlock, x: jax.Array, call: Call):
     if not self.config.remat:
       return block(x, call)
     # The block's weights are arguments, not captured values: a checkpoint

@@ -123,7 +123,24 @@ def test_wheel_holds_the_library_alone(tmp_path):
       [sys.executable, '-m', 'zipfile', '-l', str(wheel)],
       capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-  for module in layering.read_tree(ROOT, 'moetion_jax'):
+  tree = layering.read_tree(ROOT, 'moetion_jax')
+  for module in tree:
     assert module.replace('.', '/') + '.py' in names, module
   for other in ('models/', 'launch/', 'tests/'):
     assert other not in names
+  # What does not need `launch` works without it.
+  works = sorted(
+    m.removesuffix('.__init__') for m in tree.keys() - layering.REACHES_LAUNCH
+  )
+  code = (
+    'import importlib, sys\n'
+    'sys.path.insert(0, sys.argv[1])\n'
+    'for name in sys.argv[2:]:\n'
+    '  assert sys.argv[1] in importlib.import_module(name).__file__, name\n'
+  )
+  subprocess.run(
+    [sys.executable, '-c', code, wheel, *works],
+    cwd=tmp_path,
+    check=True,
+    timeout=120,
+  )

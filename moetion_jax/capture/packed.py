@@ -104,7 +104,7 @@ class Packed:
       )
 
 
-class Call(NamedTuple):
+class PackedCall(NamedTuple):
   """The operators that a call captures.
 
   Attributes:
@@ -121,7 +121,7 @@ class Call(NamedTuple):
 def deal(
   queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]],
   sizes: Sequence[int],
-) -> list[Call]:
+) -> list[PackedCall]:
   """Deals operators of a stacked family to few calls, half full if possible.
 
   Args:
@@ -151,7 +151,7 @@ def deal(
         for row, operator in enumerate(queue[:rows]):
           picked[place, device, row] = operator
         del queue[:rows]
-    calls.append(Call(sources, rows, picked))
+    calls.append(PackedCall(sources, rows, picked))
   return calls
 
 
@@ -244,16 +244,16 @@ class Family:
 
   def _all(
     self, queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]]
-  ) -> list[Call]:
+  ) -> list[PackedCall]:
     """Deals sources that are not stacked to calls, half full in bytes."""
     asked = {i: queue[0] for i, (queue,) in enumerate(queues) if queue}
     sizes = [_row_bytes(source) for source in self._sources]
     everyone = tuple(range(len(sizes)))
     if len(asked) > 1 and 2 * sum(sizes[i] for i in asked) >= sum(sizes):
-      return [Call(everyone, 1, {(i, 0, 0): o for i, o in asked.items()})]
-    return [Call((i,), 1, {(0, 0, 0): o}) for i, o in asked.items()]
+      return [PackedCall(everyone, 1, {(i, 0, 0): o for i, o in asked.items()})]
+    return [PackedCall((i,), 1, {(0, 0, 0): o}) for i, o in asked.items()]
 
-  def _planned_call(self, call: Call) -> _Planned:
+  def _planned_call(self, call: PackedCall) -> _Planned:
     sources = [self._sources[i] for i in call.sources]
     index = None
     if self._is_stacked:

@@ -192,6 +192,7 @@ def trace(
   out_specs: Tree,
   shapes: tuple[Tree, ...],
   donate: tuple[int, ...] = (),
+  name: str | None = None,
 ) -> tuple[jax.stages.Traced, Tree]:
   """Traces a function of one device's share over the mesh.
 
@@ -202,6 +203,9 @@ def trace(
     out_specs: mesh axes of the results.
     shapes: ShapeDtypeStructs of the arguments, over the whole mesh.
     donate: positions of arguments whose buffers are given away.
+    name: name of the program; None takes the function's. It is part of the key
+      in the compilation cache: under another name a run that goes on would
+      compile anew, and an accelerator might pick other algorithms.
 
   Returns:
     (traced, ShapeDtypeStructs of the results).
@@ -213,6 +217,8 @@ def trace(
     out_specs=out_specs,
     check_vma=False,
   )
+  if name is not None:
+    mapped.__name__ = mapped.__qualname__ = name
   traced = jax.jit(
     mapped,
     in_shardings=mesh_lib.shardings(mesh, in_specs),

@@ -327,7 +327,7 @@ class Stage:
       in_world = name in compilation.IN_WORLD
       mesh = self.abstract_world if in_world else self.abstract_mesh
       traced[name], results = compilation.trace(
-        mesh, function, in_specs, out_specs, shapes, donate
+        mesh, function, in_specs, out_specs, shapes, donate, name=f'_{name}'
       )
       return results
 

@@ -320,7 +320,7 @@ class _Case:
     )
     return (
       f'no common start is left. Valid starts that {stages}. Start over with '
-      '--fresh; --replication or --durable_dir would have kept more copies'
+      '--fresh'
     )
 
 

@@ -337,7 +337,7 @@ class Recoverer:
     self._follow(plan, failed, newest, time.monotonic(), detect_seconds)
     return plan
 
-  def roll_back(
+  def plan_together(
     self,
     failed: Mapping[int, str],
     newest: Sequence[int],

@@ -18,7 +18,7 @@ then:
     report    an iteration is done: `report` (`report.Report.to_json`)
     answer    the reply to `propose`: `limit`, `begun`
     done      the loop ended: `iteration`
-    rolled_back  it has stopped, as it was told, and waits for `go`
+    stopped_here  it has stopped, as it was told, and waits for `go`
     handed_over, saved: what `hand_over` or `save` asked for is done
     fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
     refused   a setting is wrong: `flag`, `value`, `reason`
@@ -31,7 +31,7 @@ then:
     locations where every stage's entries are: `locations`, a list of `stage`,
               `replica`, `host`, `address`, `generation`; sent again on a change
     go        train, once the programs are compiled: `go` (`orders.Go`)
-    roll_back stop where you are, and keep process and programs: another `go`
+    stop_here stop where you are, and keep process and programs: another `go`
               follows; never sent before the first `go`
     line      the recovery line: `iteration`; older things may be let go of
     decide    what is captured from now on: `decision`

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax._src import distributed
+from jax.experimental.compilation_cache import compilation_cache
 
+from launch.lm import transformer_job
 from moetion_jax.programs import compilation, jax_internals, mesh
 from tests.support import helpers
 
@@ -76,17 +78,17 @@ def test_compile_lowered():
   devices = tuple(jax.devices()[1:3])  # not the default ones
   compiled = jax_internals.compile_lowered(lowered, devices)
   sharding = jax.sharding.NamedSharding(mesh.make_mesh(devices), mesh.EXPERT)
-  found = compiled(jax.device_put(np.float32([1, 2]), sharding))
+  found = compiled(jax.device_put(np.array([1, 2], np.float32), sharding))
   assert found.sharding.device_set == set(devices)
-  np.testing.assert_array_equal(found, np.float32([3]))
+  np.testing.assert_array_equal(found, np.array([3], np.float32))
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """Says how many programs were written since it was asked last."""
-  before = jax.config.jax_compilation_cache_dir
+  before = getattr(jax.config, 'jax_compilation_cache_dir')  # noqa: B009
   jax.config.update('jax_compilation_cache_dir', str(tmp_path))
-  jax.experimental.compilation_cache.compilation_cache.reset_cache()
+  compilation_cache.reset_cache()
   # As in the second process of a world.
   monkeypatch.setattr(distributed.global_state, 'process_id', 1)
   seen = set()
@@ -99,7 +101,7 @@ def cache(tmp_path, monkeypatch):
 
   yield written
   jax.config.update('jax_compilation_cache_dir', before)
-  jax.experimental.compilation_cache.compilation_cache.reset_cache()
+  compilation_cache.reset_cache()
 
 
 def _compile(number):
@@ -124,6 +126,13 @@ def test_first_writes_cache(cache, monkeypatch):
   with jax_internals.first_writes_cache():
     _compile(4.25)
   assert cache() == 0
+
+
+def test_names_of_programs_stay():
+  """They are part of the key in the compilation cache of runs that go on."""
+  stage = transformer_job.declare_stage(helpers.micro_run(stages=2), 0)
+  for name, lowered in stage.trace().lower('cpu').lowered.items():
+    assert f'module @jit__{name} ' in lowered.as_text(), name
 
 
 def test_nothing_else_uses_internals():

@@ -500,7 +500,7 @@ def test_the_durable_tier(changes, failed, excluded, expected):
     (
       {1: dict(starts=())},
       {1},
-      ['stage 1 (died)', 'none, durable: none', '--fresh', '--durable_dir'],
+      ['stage 1 (died)', 'none, durable: none', 'Start over with --fresh'],
     ),
     (
       {1: dict(starts=_starts(14)), 2: dict(starts=_starts(15))},

@@ -78,6 +78,41 @@ _ENVIRONMENT = frozenset(
   }
 )
 
+# Modules of the library that need `launch` because of the imports above, of
+# their own or of what they import. Anyone else's loop must not need it.
+REACHES_LAUNCH = frozenset(
+  {
+    'moetion_jax.logs.size',
+    'moetion_jax.recovery.recoverer',
+    'moetion_jax.runtime.agent.agent',
+    'moetion_jax.runtime.agent.beginning',
+    'moetion_jax.runtime.agent.comeback',
+    'moetion_jax.runtime.agent.ending',
+    'moetion_jax.runtime.agent.final_checkpoint',
+    'moetion_jax.runtime.agent.rollback',
+    'moetion_jax.runtime.agent.run',
+    'moetion_jax.runtime.agent.stopper',
+    'moetion_jax.runtime.agent.teams',
+    'moetion_jax.runtime.agent.watcher',
+    'moetion_jax.runtime.hosts.child_process',
+    'moetion_jax.runtime.hosts.crew',
+    'moetion_jax.runtime.hosts.host_agent',
+    'moetion_jax.runtime.hosts.hosts',
+    'moetion_jax.runtime.hosts.remote_host',
+    'moetion_jax.runtime.hosts.standbys',
+    'moetion_jax.runtime.hosts.stores',
+    'moetion_jax.runtime.messages',
+    'moetion_jax.runtime.records.recorder',
+    'moetion_jax.runtime.records.workdir',
+    'moetion_jax.runtime.worker.agent_link',
+    'moetion_jax.runtime.worker.extra_capacity',
+    'moetion_jax.runtime.worker.generation',
+    'moetion_jax.runtime.worker.main',
+    'moetion_jax.runtime.worker.prepared',
+    'moetion_jax.runtime.worker.standby',
+  }
+)
+
 Tree = Mapping[str, str]  # source by dotted name of the module
 
 
@@ -147,6 +182,40 @@ def check_order(
       f'{module} no longer imports {used}: strike the pair from UPWARD, so '
       'that nobody brings it back'
     )
+
+
+def check_relative(tree: Tree) -> Iterator[str]:
+  """Imports name the whole module, so that everybody sees it."""
+  for module, source in sorted(tree.items()):
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.ImportFrom) and node.level:
+        yield (
+          f'{module}:{node.lineno} has a relative import: write the name of '
+          'the module from its root on'
+        )
+
+
+def reaching_launch(tree: Tree) -> set[str]:
+  """Modules of the library that import `launch`, by way of others too."""
+  uses = {module: imports(source, tree) for module, source in tree.items()}
+  found = {m for m in tree if m.startswith('launch.')}
+  size = 0
+  while size < len(found):
+    size = len(found)
+    found |= {module for module, used in uses.items() if used & found}
+  return {module for module in found if module.startswith('moetion_jax.')}
+
+
+def check_reach(tree: Tree, allowed: frozenset[str]) -> Iterator[str]:
+  """Those that need `launch` are those that are known to."""
+  found = reaching_launch(tree)
+  for module in sorted(found - allowed):
+    yield (
+      f'{module} now needs launch, which the wheel does not have: do not '
+      'import a module of REACHES_LAUNCH there'
+    )
+  for module in sorted(allowed - found):
+    yield f'{module} needs no launch any more: strike it from REACHES_LAUNCH'
 
 
 def check_circles(tree: Tree) -> Iterator[str]:

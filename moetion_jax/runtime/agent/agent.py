@@ -69,9 +69,9 @@ class Agent:
     self._where = where
     self._folder = folder
     self._store = store
-    self._leader = recorder.Recorder(config, folder, view)
+    self._recorder = recorder.Recorder(config, folder, view)
     self._recoverer = recoverer.Recoverer(
-      config, where.captures, where.max_failures, self._leader.event
+      config, where.captures, where.max_failures, self._recorder.event
     )
     self._hosts = hosts.Hosts(
       config.train.stages,
@@ -93,7 +93,7 @@ class Agent:
       self._book,
     )
     self._ending = ending.Ending(
-      self._leader, self._hosts, self._crew, keeps_store=keeps_store
+      self._recorder, self._hosts, self._crew, keeps_store=keeps_store
     )
     self._ready: dict[tuple[int, int], messages.Message] = {}
     self._stores = stores.Stores(
@@ -101,7 +101,7 @@ class Agent:
       config.train.replicas,
       self._hosts,
       self._recoverer,
-      self._leader,
+      self._recorder,
       where.durable_folder(str(folder.path)),
     )
     self._stopper = stopper.Stopper(
@@ -114,9 +114,9 @@ class Agent:
       self._crew,
       self._recoverer,
       self._stores,
-      self._leader,
+      self._recorder,
     )
-    self._final = final_checkpoint.FinalState(folder.checkpoint)
+    self._final = final_checkpoint.FinalCheckpoint(folder.checkpoint)
     self._comeback = comeback.Comeback(
       config.train.stages,
       where.captures.rules,
@@ -124,7 +124,7 @@ class Agent:
       self._hosts,
       self._recoverer,
       self._stores,
-      self._leader,
+      self._recorder,
       self._final,
       self._stopper,
       lambda new: new.open_log(folder.log_path(new.name)),
@@ -146,10 +146,11 @@ class Agent:
     Raises:
       errors.ConfigError: the run cannot begin.
     """
+    self._hosts.keep(self.keeps_store)
     with contextlib.ExitStack() as stack:
       stack.callback(self._selector.close)
       stack.enter_context(self._signal_pipe.open())
-      stack.enter_context(self._leader)
+      stack.enter_context(self._recorder)
       stack.callback(self._crew.close)
       self._selector.register(
         self._signal_pipe.fd, selectors.EVENT_READ, self._on_signal
@@ -162,12 +163,7 @@ class Agent:
       except errors.MoetionError as error:
         self._failed(error)
       except OSError as error:  # a full disk, most likely
-        self._failed(
-          errors.StoreError(
-            f'{error.filename or self._folder.path}: {error.strerror}; make '
-            'that possible, then start again'
-          )
-        )
+        self._failed(ending.of_system(error, self._folder.path))
     assert self._ending.result is not None
     code, state = self._ending.result
     with contextlib.suppress(OSError):
@@ -178,7 +174,7 @@ class Agent:
     """Reacts to what happens until all workers have ended, or must end."""
     while any(w.exit_code is None for w in self._crew.workers):
       timeout = watcher.WATCH_SECONDS
-      if (due_seconds := self._leader.workers_due_seconds) is not None:
+      if (due_seconds := self._recorder.workers_due_seconds) is not None:
         if due_seconds <= 0:
           self._write_workers()
           continue
@@ -204,7 +200,7 @@ class Agent:
     sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
     beginning.check_room(self._where, self._store, sum(sizes) * replicas)
     each = f' of {replicas} replicas' if replicas > 1 else ''
-    self._leader.view.note(f'Starting {stages} stage(s){each} ...')
+    self._recorder.view.note(f'Starting {stages} stage(s){each} ...')
     newest = max(
       run_store.newest_generation(self._hosts.store_of(s))
       for s in range(stages)
@@ -224,7 +220,7 @@ class Agent:
     beginning.check_room(
       self._where, self._store, self._recoverer.room_bytes() + states
     )
-    self._leader.accept(by_stage)
+    self._recorder.accept(by_stage)
     self._begin()
 
   def _begin(self) -> None:
@@ -234,30 +230,30 @@ class Agent:
     lost = self._stores.rescan(on_unreadable=wrong.append)
     lost |= self._stores.too_small()
     if wrong:
-      self._leader.view.note(
+      self._recorder.view.note(
         f'{len(wrong)} snapshot(s) cannot be read and will be written again, '
         f'the first of them: {wrong[0]}'
       )
     plan = self._recoverer.first_plan(
-      self._leader.last_recorded, self._stores.newest_entry()
+      self._recorder.last_recorded, self._stores.newest_entry()
     )
-    self._leader.iteration = plan.start
+    self._recorder.iteration = plan.start
     self.has_begun = True
     self._ending.keep(bool(plan.start))
     if plan.start:
-      self._leader.event('resumed', first_iteration=plan.first_iteration)
-      self._leader.view.note(
+      self._recorder.event('resumed', first_iteration=plan.first_iteration)
+      self._recorder.view.note(
         f'Going on with iteration {plan.first_iteration}, from the snapshots '
         f'in {self._ending.store_names()}.'
       )
-    elif self._leader.last_recorded:
-      self._leader.view.note(
-        f'{self._folder.path} has {self._leader.last_recorded} iterations of '
+    elif self._recorder.last_recorded:
+      self._recorder.view.note(
+        f'{self._folder.path} has {self._recorder.last_recorded} iterations of '
         'this run; they are done again and compared.'
       )
     for worker in self._crew.workers:
       worker.open_log(self._folder.log_path(worker.name))
-    self._comeback.begin(plan, lost, self._leader.last_recorded)
+    self._comeback.begin(plan, lost, self._recorder.last_recorded)
     self._write_workers()
 
   # ---- failures --------------------------------------------------------------
@@ -278,7 +274,7 @@ class Agent:
     if not self.has_begun:
       self._start_again(error)
       return
-    self._leader.event(
+    self._recorder.event(
       'failure',
       **worker.event_fields(),
       error=str(error),
@@ -289,7 +285,7 @@ class Agent:
     try:
       team = self._teams.without(worker, what)
       if not self._where.captures.rules.is_local:
-        self._leader.view.note(f'{error}; all stages go back together.')
+        self._recorder.view.note(f'{error}; all stages go back together.')
       plan = self._comeback.after(worker, what, lost, team)
     except errors.MoetionError as why:
       raise child_process.WorkerError(
@@ -299,7 +295,7 @@ class Agent:
     if plan is None:
       return
     stages = ', '.join(map(str, plan.stages))
-    self._leader.view.note(
+    self._recorder.view.note(
       f'{error}; stage(s) {stages} recover(s) from iteration '
       f'{plan.first_iteration} on, the others wait.'
     )
@@ -309,13 +305,13 @@ class Agent:
     self._early_deaths += 1
     if self._early_deaths > self._where.max_failures:
       raise error
-    self._leader.view.note(f'{error}; it is started again.')
+    self._recorder.view.note(f'{error}; it is started again.')
     for new in self._crew.replace(error.stage, has_begun=False):
       self._ready.pop((new.stage, new.replica), None)
 
-  def _on_rolled_back(self, worker, message: messages.Message) -> None:
+  def _on_stopped_here(self, worker, message: messages.Message) -> None:
     del message
-    worker.rolled_back()
+    worker.stopped_here()
     if self._ending.result is None:
       self._comeback.together()
       self._write_workers()
@@ -343,7 +339,7 @@ class Agent:
     del message
     seconds = time.monotonic() - worker.state_since
     self._crew.warmed(worker)
-    self._leader.event('standby', replica=worker.replica, seconds=seconds)
+    self._recorder.event('standby', replica=worker.replica, seconds=seconds)
     self._write_workers()
 
   def _on_state(self, worker, message: messages.Message) -> None:
@@ -355,7 +351,7 @@ class Agent:
       if time.monotonic() - worker.state_since > _FULL_SECONDS:
         self._advance(keeps_older=False)
     elif message['state'] == 'blocked' != worker.state:
-      self._leader.view.note(
+      self._recorder.view.note(
         f'{worker.name} is blocked: {message["detail"]}; the run ends '
         f'if that lasts {self._where.full_seconds:g} s'
       )
@@ -366,7 +362,7 @@ class Agent:
       message['steps'],
     )
     workers = self._crew.workers
-    self._leader.view.stages([f'{w.state} {w.detail}' for w in workers])
+    self._recorder.view.stages([f'{w.state} {w.detail}' for w in workers])
     self._write_workers()
 
   def _on_resumed(self, worker, message: messages.Message) -> None:
@@ -380,7 +376,7 @@ class Agent:
     if not all(w.has_caught_up for w in self._crew.of_stage(worker.stage)):
       return
     if note := self._recoverer.caught_up(worker.stage):
-      self._leader.view.note(note)
+      self._recorder.view.note(note)
     self._advance()
 
   def _on_stored(self, worker, message: messages.Message) -> None:
@@ -393,7 +389,9 @@ class Agent:
 
   def _advance(self, *, keeps_older: bool = True) -> None:
     """Moves the recovery line on, if it can."""
-    if self._recoverer.advance(self._leader.iteration, keeps_older=keeps_older):
+    if self._recoverer.advance(
+      self._recorder.iteration, keeps_older=keeps_older
+    ):
       for each in self._crew.workers:
         each.send('line', iteration=self._recoverer.line)
       self._stores.retain_orphans(self._recoverer.line)
@@ -402,7 +400,7 @@ class Agent:
     one = report.Report.from_json(message['report'])
     worker.iteration = max(worker.iteration, one.iteration)
     stages = range(self._config.train.stages)
-    reports = self._leader.add(one, [self._crew.team(s) for s in stages])
+    reports = self._recorder.add(one, [self._crew.team(s) for s in stages])
     if reports:
       self._advance()
       self._warm_standby()
@@ -430,7 +428,9 @@ class Agent:
 
   def _on_handed_over(self, worker, message: messages.Message) -> None:
     del message
-    self._final.handed_over(worker, self._crew.givers(), self._leader.iteration)
+    self._final.handed_over(
+      worker, self._crew.givers(), self._recorder.iteration
+    )
 
   def _on_saved(self, worker, message: messages.Message) -> None:
     del worker, message
@@ -440,7 +440,7 @@ class Agent:
     error = errors.ConfigError(
       message['flag'], message['value'], message['reason']
     )
-    if self._leader.accepted:
+    if self._recorder.accepted:
       raise child_process.WorkerError(
         worker.stage, worker.iteration, str(error)
       )
@@ -457,7 +457,7 @@ class Agent:
 
   def _on_fault(self, worker, message: messages.Message) -> None:
     fault = self._book.happens(message['number'])
-    self._leader.event(faults.EVENT, **faults.event_fields(fault))
+    self._recorder.event(faults.EVENT, **faults.event_fields(fault))
     worker.fault_at = message['at']
     if fault.phase not in faults.START_PHASES:
       worker.iteration = max(worker.iteration, fault.iteration)
@@ -478,7 +478,7 @@ class Agent:
       self._ending.stopped(has_begun=self.has_begun)
       self._ending.end_now()
       return
-    self._leader.view.note(
+    self._recorder.view.note(
       'Stopping after this iteration; again to stop at once.'
     )
     self._stopper.begin()
@@ -488,7 +488,7 @@ class Agent:
 
   def _failed(self, error: errors.MoetionError) -> None:
     logs = []
-    if self._leader.accepted and isinstance(error, child_process.WorkerError):
+    if self._recorder.accepted and isinstance(error, child_process.WorkerError):
       logs = [
         self._folder.log_path(w.name) for w in self._crew.of_stage(error.stage)
       ]
@@ -496,4 +496,4 @@ class Agent:
 
   def _write_workers(self, state: str | None = None) -> None:
     everyone = self._crew.everyone() if state is None else self._crew.workers
-    self._leader.write_workers(everyone, self._hosts.agents(), state)
+    self._recorder.write_workers(everyone, self._hosts.agents(), state)

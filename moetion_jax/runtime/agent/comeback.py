@@ -26,7 +26,7 @@ from moetion_jax.runtime.hosts import (
   hosts as hosts_lib,
   stores as stores_lib,
 )
-from moetion_jax.runtime.records import recorder
+from moetion_jax.runtime.records import recorder as recorder_lib
 
 
 class Comeback:
@@ -40,8 +40,8 @@ class Comeback:
     hosts: hosts_lib.Hosts,
     recoverer: recoverer_lib.Recoverer,
     stores: stores_lib.Stores,
-    leader: recorder.Recorder,
-    final: final_checkpoint.FinalState,
+    recorder: recorder_lib.Recorder,
+    final: final_checkpoint.FinalCheckpoint,
     stopper: stopper_lib.Stopper,
     on_replaced: Callable[[child_process.WorkerProcess], None],
   ):
@@ -54,7 +54,7 @@ class Comeback:
       hosts: the hosts, which know the workers' addresses.
       recoverer: the maker of plans.
       stores: the host stores with logs and snapshots.
-      leader: the recorder, which knows what was reported.
+      recorder: the recorder, which knows what was reported.
       final: the record of who is done; workers that go back are not.
       stopper: tells workers when to stop.
       on_replaced: called with each new worker.
@@ -65,7 +65,7 @@ class Comeback:
     self._hosts = hosts
     self._recoverer = recoverer
     self._stores = stores
-    self._leader = leader
+    self._recorder = recorder
     self._final = final
     self._stopper = stopper
     self._on_replaced = on_replaced
@@ -136,7 +136,7 @@ class Comeback:
       detect_seconds=0.0
       if worker.fault_at is None
       else time.monotonic() - worker.fault_at,
-      reported=self._leader.iteration,
+      reported=self._recorder.iteration,
     )
     for stage in plan.stages:
       self._final.forget(stage)
@@ -165,7 +165,7 @@ class Comeback:
     Raises:
       errors.MoetionError: nothing is left to start from.
     """
-    plan = self._rollback.finish(self._leader.iteration)
+    plan = self._rollback.finish(self._recorder.iteration)
     if plan is None:
       return
     for stage in plan.stages:
@@ -180,7 +180,7 @@ class Comeback:
     """Drops all after a plan's start: it will not come out the same again."""
     self._stores.forget_newer(plan.start)
     self._recoverer.lose(plan)
-    self._leader.forget_after(plan.start)
+    self._recorder.forget_after(plan.start)
 
   def _let_go(
     self,

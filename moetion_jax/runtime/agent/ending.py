@@ -47,7 +47,7 @@ class Ending:
     self._recorder = recorder
     self._hosts = hosts
     self._crew = crew
-    self.keep(keeps_store)
+    self.keeps_store = keeps_store
 
   def keep(self, keep: bool) -> None:
     """Sets whether the host stores stay, whatever ends the run from now on."""
@@ -135,3 +135,16 @@ class Ending:
   def store_names(self) -> str:
     """Names the host stores' folders, for people."""
     return ' and '.join(map(str, self._hosts.stores()))
+
+
+def of_system(error: OSError, path: pathlib.Path) -> errors.StoreError:
+  """Says of an error of the system what to do.
+
+  Args:
+    error: the error.
+    path: the run's workdir, named where the error names no file.
+  """
+  return errors.StoreError(
+    f'{error.filename or path}: {error.strerror}; make that possible, then '
+    'start again'
+  )

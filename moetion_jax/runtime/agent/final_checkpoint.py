@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moetion_jax.runtime.hosts import child_process
 
 
-class FinalState:
+class FinalCheckpoint:
   """Keeps who is done, and who has put its state into the store.
 
   Once all states are there, the first worker saves them. A worker that dies

@@ -89,7 +89,7 @@ class Rollback:
           self._on_replaced(new)
         continue
       for member in members:
-        member.roll_back()
+        member.stop_here()
 
   def finish(self, reported: int) -> recovery_plan.RecoveryPlan | None:
     """Plans what all do now, if everybody has stopped to go back.
@@ -106,7 +106,7 @@ class Rollback:
     if not self._failed or not all(w.is_idle for w in self._crew.workers):
       return None
     self._stores.rescan()
-    plan = self._recoverer.roll_back(
+    plan = self._recoverer.plan_together(
       self._failed,
       self._newest,
       reported,

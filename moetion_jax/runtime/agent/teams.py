@@ -10,7 +10,7 @@ from moetion_jax.runtime.hosts import (
   crew as crew_lib,
   stores as stores_lib,
 )
-from moetion_jax.runtime.records import recorder
+from moetion_jax.runtime.records import recorder as recorder_lib
 
 
 class Teams:
@@ -23,7 +23,7 @@ class Teams:
     crew: crew_lib.Crew,
     recoverer: recoverer_lib.Recoverer,
     stores: stores_lib.Stores,
-    leader: recorder.Recorder,
+    recorder: recorder_lib.Recorder,
   ):
     """Stores the arguments.
 
@@ -33,14 +33,14 @@ class Teams:
       crew: the workers, of which the teams are made.
       recoverer: the counter of failures.
       stores: the host stores, in which snapshots lose and get their writer.
-      leader: the recorder, which is told.
+      recorder: the recorder, which is told.
     """
     self._everybody = tuple(range(replicas))
     self._where = where
     self._crew = crew
     self._recoverer = recoverer
     self._stores = stores
-    self._leader = leader
+    self._recorder = recorder
     self._shrunk_at: dict[int, int] = {}  # iteration, by stage
 
   def without(
@@ -67,12 +67,12 @@ class Teams:
     if is_hopeless and self._where.on_failure == 'shrink' and len(team) > 1:
       team = tuple(r for r in team if r != worker.replica)
       self._recoverer.failures.forgive(worker.stage)
-      self._shrunk_at[worker.stage] = self._leader.iteration
+      self._shrunk_at[worker.stage] = self._recorder.iteration
       self._stores.orphan(worker.stage, team)
-      self._leader.event(
+      self._recorder.event(
         'shrunk', stage=worker.stage, replica=worker.replica, team=team
       )
-      self._leader.view.note(
+      self._recorder.view.note(
         f'stage {worker.stage} goes on without replica {worker.replica}: the '
         'others do its microbatches'
       )
@@ -88,13 +88,13 @@ class Teams:
     if not self._where.grow_after or self._recoverer.recovering:
       return []
     for stage, iteration in self._shrunk_at.items():
-      is_time = self._leader.iteration >= iteration + self._where.grow_after
+      is_time = self._recorder.iteration >= iteration + self._where.grow_after
       if is_time and self._may_start(len(self._everybody)):
         del self._shrunk_at[stage]
         self._stores.orphan(stage, self._everybody)
         # That the stage begins again is no failure.
         self._recoverer.failures.forgive(stage)
-        self._leader.event('grown', stage=stage, team=self._everybody)
+        self._recorder.event('grown', stage=stage, team=self._everybody)
         return [stage]  # one at a time
     return []
 

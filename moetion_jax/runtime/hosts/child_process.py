@@ -274,14 +274,14 @@ class WorkerProcess(ChildProcess):
       self.corrupt = message['corrupt'][0], message['corrupt'][1]
     self.kill()  # quicker than its own end, and cannot hang
 
-  def roll_back(self) -> None:
-    """Tells it to stop but keep its process; it answers `rolled_back`."""
+  def stop_here(self) -> None:
+    """Tells it to stop but keep its process; it answers `stopped_here`."""
     if not self.is_idle and not self.is_going_back:
       self.is_going_back = True
-      self.send('roll_back')
+      self.send('stop_here')
 
-  def rolled_back(self) -> None:
-    """Takes in the message `rolled_back`; begins the next generation."""
+  def stopped_here(self) -> None:
+    """Takes in the message `stopped_here`; begins the next generation."""
     self.is_idle, self.is_going_back = True, False
     self.has_caught_up = False
     self.reason, self.suspects, self.corrupt = '', (), None

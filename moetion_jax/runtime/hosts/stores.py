@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from moetion_jax.hostmem import segment
 from moetion_jax.recovery import recoverer as recoverer_lib
 from moetion_jax.runtime.hosts import hosts as hosts_lib
-from moetion_jax.runtime.records import recorder
+from moetion_jax.runtime.records import recorder as recorder_lib
 from moetion_jax.snapshots import file as snapshot_file, folders
 
 
@@ -25,7 +25,7 @@ class Stores:
     replicas: int,
     hosts: hosts_lib.Hosts,
     recoverer: recoverer_lib.Recoverer,
-    leader: recorder.Recorder,
+    recorder: recorder_lib.Recorder,
     durable_folder: str = '',
   ):
     """Stores the arguments.
@@ -35,7 +35,7 @@ class Stores:
       replicas: number of replicas of each stage.
       hosts: the run's hosts.
       recoverer: the recoverer, which is told what the stores hold.
-      leader: the recorder, which writes an event for each dropped entry.
+      recorder: the recorder, which writes an event for each dropped entry.
       durable_folder: folder of the snapshots; '': they lie in the hosts'
         stores.
     """
@@ -44,7 +44,7 @@ class Stores:
     self._replicas = range(replicas)
     self._hosts = hosts
     self._recoverer = recoverer
-    self._leader = leader
+    self._recorder = recorder
     self._orphans: set[pathlib.Path] = set()
 
   def log_paths(self, stage: int) -> list[pathlib.Path]:
@@ -161,7 +161,7 @@ class Stores:
     """
     for path in self.log_paths(stage):
       for key in segment.drop_damaged(path, first_iteration):
-        self._leader.event(
+        self._recorder.event(
           'entry_dropped',
           stage=stage,
           replica=key.replica,

@@ -17,7 +17,7 @@ from moetion_jax.runtime import messages
 _STATE_SECONDS = 0.25  # between two looks at what the worker does
 
 
-class RolledBackError(errors.MoetionError):
+class StopHereError(errors.MoetionError):
   """The worker goes back to an earlier state, in this process."""
 
   def __init__(self):
@@ -50,7 +50,7 @@ class AgentLink:
     self._locations: list[messages.Message] = []
     self._decide: Callable[[messages.Message], None] = lambda message: None
     self._interrupt_lock = threading.Lock()  # guards the next two attributes
-    self._roll_backs = 0  # those that `command` has not returned yet
+    self._stops_here = 0  # those that `command` has not returned yet
     self._interrupt: Callable[[], None] = lambda: None
 
   def start(self) -> None:
@@ -66,16 +66,16 @@ class AgentLink:
   def command(self) -> messages.Message:
     """Waits for the agent's next command."""
     message = self._commands.get()
-    if message['kind'] == 'roll_back':
+    if message['kind'] == 'stop_here':
       with self._interrupt_lock:
-        self._roll_backs -= 1
+        self._stops_here -= 1
         self.limit.interrupt(self.is_interrupted)
     return message
 
   @property
   def is_interrupted(self) -> bool:
     """True while a command to go back waits to be taken."""
-    return self._roll_backs > 0
+    return self._stops_here > 0
 
   def interrupting(self, interrupt: Callable[[], None]) -> None:
     """Sets the function that is called when the worker is to go back."""
@@ -84,9 +84,9 @@ class AgentLink:
       if self.is_interrupted:
         interrupt()
 
-  def _roll_back(self, message: messages.Message) -> None:
+  def _stop_here(self, message: messages.Message) -> None:
     with self._interrupt_lock:
-      self._roll_backs += 1
+      self._stops_here += 1
       self.limit.interrupt(True)
       self._interrupt()
     self._commands.put(message)
@@ -150,8 +150,8 @@ class AgentLink:
           self.line = max(self.line, message['iteration'])
         elif kind == 'decide':
           self._decide(message['decision'])
-        elif kind == 'roll_back':
-          self._roll_back(message)
+        elif kind == 'stop_here':
+          self._stop_here(message)
         elif kind == 'locations':
           with self._lock:
             self._locations = message['locations']

@@ -133,7 +133,7 @@ class StageRun:
           raise
         self._link.command()
       self._let_go()
-      self._link.send('rolled_back')
+      self._link.send('stopped_here')
       began = time.monotonic()
     self._closing.close()
 
@@ -156,7 +156,7 @@ class StageRun:
   def _begin(self, phase: str, iteration: int) -> None:
     """Begins a phase: raises if the worker is to go back, injects faults."""
     if self._link.is_interrupted:
-      raise agent_link.RolledBackError
+      raise agent_link.StopHereError
     self._injector.phase(phase, iteration)
 
   def _train(self, go: orders.Go, began: float) -> None:
@@ -178,7 +178,7 @@ class StageRun:
     log.start()
     self._closing.callback(log.close)
     link.locating(log)
-    self._interrupts = [lambda: log.interrupt(agent_link.RolledBackError())]
+    self._interrupts = [lambda: log.interrupt(agent_link.StopHereError())]
     link.interrupting(self._interrupt)
     started = time.monotonic()
     restoring = self._conversion(go)
@@ -221,7 +221,7 @@ class StageRun:
         else lambda iteration: iteration - 2,
       )
       if link.is_interrupted:
-        raise agent_link.RolledBackError
+        raise agent_link.StopHereError
     except errors.EntryMismatchError as error:
       if self._worker.iteration > go.newest:
         raise
@@ -422,11 +422,11 @@ class StageRun:
     return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
 
   def _finish(self) -> messages.Message:
-    """Obeys the agent after the end, until it says `exit` or `roll_back`."""
+    """Obeys the agent after the end, until it says `exit` or `stop_here`."""
     spec, link = self._spec, self._link
     while True:
       command = link.command()
-      if command['kind'] in ('exit', 'roll_back'):
+      if command['kind'] in ('exit', 'stop_here'):
         return command
       if command['kind'] == 'hand_over':
         final_state.put(
