@@ -23,6 +23,7 @@ from launch.offline import run_flags, scan, stored_run
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store
 
+flags.adopt_module_key_flags(run_flags)
 _STAGE = flags.DEFINE_integer('stage', None, 'Which one.', required=True)
 _ITERATION = flags.DEFINE_integer(
   'iteration', None, 'Whose state; by default the newest that can be made.'

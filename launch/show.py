@@ -16,6 +16,7 @@ from launch.offline import run_flags, scan, stored_run
 from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits, run_store
 
+flags.adopt_module_key_flags(run_flags)
 _VERIFY = flags.DEFINE_bool(
   'verify', False, 'Read everything and compare the checksums.'
 )

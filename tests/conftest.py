@@ -19,8 +19,13 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def pytest_collection_modifyitems(items):
-  """A test is of the tier `fast` unless it says that it is of another."""
+def pytest_collection_modifyitems(config, items):
+  """A test is of the tier `fast` unless it says that it is of another.
+
+  Those of the tier `soak` run only where `-m` asks for something.
+  """
+  if not config.option.markexpr:
+    items[:] = [i for i in items if not i.get_closest_marker('soak')]
   for item in items:
     if not {'thorough', 'soak'} & {mark.name for mark in item.iter_markers()}:
       item.add_marker('fast')

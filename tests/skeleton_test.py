@@ -49,8 +49,8 @@ def _build_targets() -> dict[str, list[str]]:
 
 def test_build_is_of_this_tree():
   assert (ROOT / 'BUILD').read_text() == build_file.build_file(ROOT), (
-    'modules or imports changed: run '
-    '`python -m tests.support.build_file > BUILD`'
+    'modules or imports changed: mend what tests/layering_test.py says, if it '
+    'says anything, then run `python -m tests.support.build_file`'
   )
 
 

@@ -1,4 +1,4 @@
-"""Writes BUILD from the tree: `python -m tests.support.build_file > BUILD`.
+"""Writes BUILD from the tree: `python -m tests.support.build_file`.
 
 A library target a package, a binary a program, a test target a test file; their
 deps are the packages that their sources import. What still imports upward
@@ -41,7 +41,7 @@ _STARTS = {
   'tests_support': ('launch', 'launch_chaos', 'launch_simulate'),
 }
 _HEAD = """# One library a package, a binary a program, a test a test file.
-# Written by `python -m tests.support.build_file > BUILD`, and held against the
+# Written by `python -m tests.support.build_file`, and held against the
 # tree by //:skeleton_test. Third-party packages come from the Python
 # environment (requirements.txt).
 
@@ -154,4 +154,5 @@ def build_file(root: pathlib.Path = ROOT) -> str:
 
 
 if __name__ == '__main__':
-  print(build_file(), end='')
+  text = build_file()  # first: an error must not leave half a file
+  (ROOT / 'BUILD').write_text(text)

@@ -156,7 +156,7 @@ def imports(source: str, tree: Tree) -> set[str]:
 
 
 def upward_imports(tree: Tree) -> set[tuple[str, str]]:
-  """Pairs (module, imported module) of which the second stands below."""
+  """Pairs (module, imported one) of which the second comes later in ORDER."""
   places = {package: place for place, package in enumerate(ORDER)}
   return {
     (module, used)
@@ -173,9 +173,9 @@ def check_order(
   found = upward_imports(tree)
   for module, used in sorted(found - allowed):
     yield (
-      f'{module} imports {used}, which stands above it: packages import only '
-      'from those before them in ORDER. Move what is needed down, or hand it '
-      'in as an argument'
+      f'{module} imports {used}, whose package comes later in ORDER '
+      '(tests/support/layering.py, the table of the README): move what is '
+      'needed into an earlier package, or hand it in as an argument'
     )
   for module, used in sorted(allowed - found):
     yield (
@@ -292,7 +292,7 @@ def check_commands(tree: Tree) -> Iterator[str]:
     if 'command_line.run_main(' not in source:
       yield (
         f'{module} is no command (it does not call command_line.run_main): '
-        'move it into a package below launch'
+        'move it into a package below launch (lm, offline, ...)'
       )
 
 
