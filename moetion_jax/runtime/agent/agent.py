@@ -7,9 +7,7 @@ ends and for signals (DESIGN section 3). It computes nothing and imports no JAX.
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
-import signal
 import time
 
 from launch.lm import settings as run_settings
@@ -22,6 +20,7 @@ from moetion_jax.runtime.agent import (
   comeback,
   ending,
   final_checkpoint,
+  scripted,
   settings as agent_settings,
   stopper,
   teams,
@@ -80,7 +79,6 @@ class Agent:
       str(folder.path),
       config.train.replicas,
     )
-    self._early_deaths = 0
     self._trained: set[int] = set()  # stages of which a worker began to train
     self._selector = selectors.DefaultSelector()
     self._book = faults.FaultBook(where.faults)
@@ -95,7 +93,7 @@ class Agent:
     self._ending = ending.Ending(
       self._recorder, self._hosts, self._crew, keeps_store=keeps_store
     )
-    self._ready: dict[tuple[int, int], messages.Message] = {}
+    self._ready = beginning.Readiness(where.max_failures)
     self._stores = stores.Stores(
       config.train.stages,
       config.train.replicas,
@@ -210,10 +208,9 @@ class Agent:
   def _on_ready(self, worker, message: messages.Message) -> None:
     if self.has_begun:
       return
-    self._ready[worker.stage, worker.replica] = message
-    if len(self._ready) < len(self._crew.workers):
+    by_stage = self._ready.add(worker, message, len(self._crew.workers))
+    if by_stage is None:
       return
-    by_stage = {s: m for (s, replica), m in self._ready.items() if not replica}
     self._recoverer.begin(by_stage)
     # In the end the stores hold the logs and all states (`final_state`).
     states = sum(m['state_bytes'] for m in by_stage.values())
@@ -302,12 +299,10 @@ class Agent:
 
   def _start_again(self, error: child_process.WorkerError) -> None:
     """Replaces a worker that died before there was anything to recover."""
-    self._early_deaths += 1
-    if self._early_deaths > self._where.max_failures:
-      raise error
+    self._ready.count_death(error)
     self._recorder.view.note(f'{error}; it is started again.')
     for new in self._crew.replace(error.stage, has_begun=False):
-      self._ready.pop((new.stage, new.replica), None)
+      self._ready.forget(new)
 
   def _on_stopped_here(self, worker, message: messages.Message) -> None:
     del message
@@ -416,7 +411,7 @@ class Agent:
     """Warms standbys between iterations: starts, recoveries need the cores."""
     is_quiet = not self._signals and not self._recoverer.recovering
     if self._where.standby and not self._hosts.others and is_quiet:
-      self._crew.warm_standbys(self._ready[0, 0]['lowering_platform'])
+      self._crew.warm_standbys(self._ready.lowering_platform)
 
   def _on_done(self, worker, message: messages.Message) -> None:
     if not self._final.done(worker, len(self._crew.workers)):
@@ -456,16 +451,9 @@ class Agent:
     worker.failed(message)
 
   def _on_fault(self, worker, message: messages.Message) -> None:
-    fault = self._book.happens(message['number'])
-    self._recorder.event(faults.EVENT, **faults.event_fields(fault))
-    worker.fault_at = message['at']
-    if fault.phase not in faults.START_PHASES:
-      worker.iteration = max(worker.iteration, fault.iteration)
-    if fault.kind == 'kill_all':
-      for each in self._crew.everyone():
-        each.kill()
-    if fault.kind in faults.AGENT_KINDS:
-      os.kill(os.getpid(), signal.SIGKILL)
+    scripted.happens(
+      self._book, worker, message, self._recorder.event, self._crew.everyone
+    )
 
   # ---- ends ------------------------------------------------------------------
 

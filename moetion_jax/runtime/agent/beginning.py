@@ -1,4 +1,4 @@
-"""The beginning of a run: room in host memory, and the spec of its workers."""
+"""The beginning of a run: its workers' spec, their readiness, host memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,58 @@ from launch.lm import settings as run_settings
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime import messages
 from moetion_jax.runtime.agent import settings as agent_settings
+from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import workdir
+
+
+class Readiness:
+  """Who can train, and who died before that."""
+
+  def __init__(self, max_failures: int):
+    """Stores the limit.
+
+    Args:
+      max_failures: the number of deaths that the beginning bears.
+    """
+    self._max_failures = max_failures
+    self._deaths = 0
+    self._ready: dict[tuple[int, int], messages.Message] = {}
+
+  def add(
+    self,
+    worker: child_process.WorkerProcess,
+    message: messages.Message,
+    workers: int,
+  ) -> dict[int, messages.Message] | None:
+    """Takes in a worker's `ready` message.
+
+    Args:
+      worker: the worker that can train.
+      message: the message.
+      workers: the number of all workers.
+
+    Returns:
+      The first replica's message of every stage if all can train, else None.
+    """
+    self._ready[worker.stage, worker.replica] = message
+    if len(self._ready) < workers:
+      return None
+    return {s: m for (s, replica), m in self._ready.items() if not replica}
+
+  @property
+  def lowering_platform(self) -> str:
+    """The platform for which programs are lowered, once all are ready."""
+    return self._ready[0, 0]['lowering_platform']
+
+  def count_death(self, error: child_process.WorkerError) -> None:
+    """Counts a death; raises `error` if there were too many."""
+    self._deaths += 1
+    if self._deaths > self._max_failures:
+      raise error
+
+  def forget(self, worker: child_process.WorkerProcess) -> None:
+    """Forgets that a replaced worker was ready."""
+    self._ready.pop((worker.stage, worker.replica), None)
 
 
 def worker_spec(
