@@ -1,3 +1,4 @@
+import json
 import os
 import uuid
 
@@ -25,6 +26,24 @@ def test_boundary_measures_every_subject_and_leaves_nothing():
           'memcpy', 'socket', *_MORE, *(f'{name}, latency' for name in _MORE)
         }  # fmt: skip
     assert all(s > 0 for values in seconds.values() for s in values)
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(400)
+def test_programs_measures_ours_beside_plain_steps(tmp_path):
+  result = helpers.launch(
+    'benchmark',
+    'pipeline',
+    '--preset=tiny',
+    '--part=programs',
+    '--rounds=1',
+    f'--compilation_cache_dir={helpers.CACHE}',
+    f'--out={tmp_path}',
+    timeout_seconds=380,
+  )
+  assert not result.returncode, result.stderr
+  found = json.loads((tmp_path / 'pipeline.json').read_text())
+  assert 'digest / plain AdamW update' in json.dumps(found)
 
 
 def test_boundary_without_host_memory():
