@@ -287,7 +287,11 @@ def main(argv: list[str]) -> int:
   if tally.problems:
     print(f'What they left is in {folder}')
     return 1
-  shutil.rmtree(folder)
+  # By name: with --workdir the folder may hold more than these runs.
+  for workdir in (run.workdir, *(workdir for workdir, _ in results)):
+    shutil.rmtree(workdir)
+  if made:
+    os.rmdir(made)
   print('Left over: nothing.')
   return 0
 
