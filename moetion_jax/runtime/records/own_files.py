@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moetion_jax import errors
+from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import file as snapshot_file
 
 CONFIG = 'config.json'
@@ -66,7 +67,7 @@ RUN: Tree = {
   DURABLE_NAME: DURABLE,
   **{re.escape(name): None for name in _FILES},
   LOGS_NAME: _LOGS,
-  r'\.json-[a-z0-9_]{8}': None,  # see `files.write_json`
+  re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None,
 }
 
 

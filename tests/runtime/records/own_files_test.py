@@ -28,14 +28,14 @@ OWN = (
   'workers.json',
   'logs/stage-0.log',
   'logs/stage-11.replica-1.log',
-  '.json-ab_0189z',
+  '.moetion-json-ab_0189z',
 )
 # Also of kinds and names that are nearly those.
 OTHERS = (
   'corpus/a.txt',
   'model.safetensors',
   'metrics.jsonl.bak',
-  '.json-settings',
+  '.moetion-json-settings.bak',
   'checkpoint/notes.txt',
   'checkpoint/d/notes.txt',
   'checkpoint/commit_success.txt.mine',
@@ -163,7 +163,10 @@ def test_the_names_that_a_durable_store_gives(tmp_path):
   ('names', 'expected'),
   [
     ((), []),
-    (('corpus.txt', 'logs/mine.log', 'durable/x/y', '.json-ab_0189z'), []),
+    (
+      ('corpus.txt', 'logs/mine.log', 'durable/x/y', '.moetion-json-ab_0189z'),
+      [],
+    ),
     (('checkpoint/anything',), ['checkpoint']),
     (('metrics.jsonl',), ['metrics.jsonl']),
     (('logs/stage-0.log',), ['logs/']),

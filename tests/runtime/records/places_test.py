@@ -132,7 +132,7 @@ def test_data_through_a_link_that_fresh_removes(here):
 @pytest.mark.parametrize(
   'fields',
   [
-    {'data': 'shm/moetion-1/text'},
+    {'data': 'shm/moetion-1/lock'},
     {'init_from': 'disk/moetion-1/checkpoint'},
     {'durable_dir': 'r/checkpoint'},
     {'durable_dir': 'to-checkpoint/x'},
