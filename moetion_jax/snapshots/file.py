@@ -40,7 +40,7 @@ MANIFEST_NAME = 'manifest.json'
 # Of a snapshot that is being replaced: it counts until its successor exists.
 REPLACED_SUFFIX = '.replaced'
 
-# What lies in the directory of a snapshot, whole or not, Orbax's marks included.
+# What lies in a snapshot's directory, whole or not; Orbax's marks included.
 _OWN_NAMES = frozenset(
   {
     DATA_NAME,
