@@ -68,9 +68,12 @@ def _run(
   view: recorder.View,
 ) -> int:
   """Runs in a workdir that is locked and checked; see `run`."""
-  if note := run_ids.settle(folder, where.hostmem_dir, where.durable_dir):
+  run_id, note = run_ids.choose(
+    folder.path, folder.locked_id, where.hostmem_dir, where.durable_dir
+  )
+  if note:
     print(note, flush=True)
-  run_id = folder.run_id
+  folder.take_id(run_id)
   on_disk = where.durable_folder(str(folder.path), run_id)
   _check_places(config, where, folder, on_disk)
   if folder.is_finished():

@@ -7,42 +7,40 @@ import pathlib
 from collections.abc import Iterable
 
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime.records import held_run, workdir as workdir_lib
+from moetion_jax.runtime.records import held_run
 
 
-def settle(
-  folder: workdir_lib.Workdir, hostmem_dir: str, durable_dir: str
-) -> str:
-  """Gives a workdir the id of its run: the stored one, or a new one.
+def choose(
+  path: str | os.PathLike[str],
+  locked_id: str,
+  hostmem_dir: str,
+  durable_dir: str,
+) -> tuple[str, str]:
+  """Chooses the id of the run in a workdir: the stored one, or a new one.
 
   A copy of another workdir gets an id of its own: the store stays with the
   other one, which may live.
 
   Args:
-    folder: the workdir, locked and checked.
+    path: the workdir, locked and checked.
+    locked_id: the id in its lock file; '' for none.
     hostmem_dir: the directory of the stores.
     durable_dir: the directory of snapshots on disk; '' for none.
 
   Returns:
-    What to tell the user, if anything.
-
-  Raises:
-    errors.ConfigError: the id cannot be written.
+    The id, and what to tell the user, if anything.
   """
-  run_id = held_run.read_id(folder.path)
+  run_id = held_run.read_id(path)
   if not run_id:
-    run_id = _former(folder.path, hostmem_dir, durable_dir)
-    run_id = run_id or folder.locked_id or held_run.new_id()
-  original = original_of(folder.path, run_id, hostmem_dir)
-  if original:
-    run_id = held_run.new_id()
-  folder.take_id(run_id)
+    run_id = _former(path, hostmem_dir, durable_dir)
+    run_id = run_id or locked_id or held_run.new_id()
+  original = original_of(path, run_id, hostmem_dir)
   if not original:
-    return ''
-  return (
-    f'{folder.path} is a copy of {original}, whose store is left alone: '
-    'iterations of which this folder has no snapshots are done again, and '
-    'compared with the lines it has.'
+    return run_id, ''
+  return held_run.new_id(), (
+    f'{path} is a copy of {original}, whose store is left alone: iterations of '
+    'which this folder has no snapshots are done again, and compared with the '
+    'lines it has.'
   )
 
 

@@ -33,10 +33,19 @@ def _begin(path, hostmem, *, fresh=False, config=None, durable=''):
   folder = _opened(path, fresh=fresh)
   try:
     folder.check(config or _config())
-    said = run_ids.settle(folder, str(hostmem), durable)
+    said = _settle(folder, hostmem, durable)
     return said, folder.accept(config or _config())
   finally:
     folder.close()
+
+
+def _settle(folder, hostmem, durable=''):
+  """Gives a workdir its id, as a run does; returns what was said."""
+  run_id, said = run_ids.choose(
+    folder.path, folder.locked_id, str(hostmem), durable
+  )
+  folder.take_id(run_id)
+  return said
 
 
 def _refused(path, *, fresh, config=None):
@@ -203,7 +212,7 @@ def test_fresh_removes_what_is_the_runs_and_when_it_can_begin(run, hostmem):
   before = _contents(run)
   folder = _opened(run, fresh=True)
   folder.check(_config(seed=7))
-  run_ids.settle(folder, str(hostmem), '')
+  _settle(folder, hostmem)
   assert folder.begins_anew and not folder.is_finished()
   assert _contents(run) == before
   order = []
@@ -271,10 +280,10 @@ def test_fresh_after_a_link_took_the_checkpoints_place(run, hostmem, tmp_path):
 def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
   """As after a kill -9: nothing was closed."""
   folder = _opened(tmp_path / 'run')
-  run_ids.settle(folder, str(hostmem), '')
+  _settle(folder, hostmem)
   os.close(folder.lock_fd)
   again = _opened(tmp_path / 'run')
-  run_ids.settle(again, str(hostmem), '')
+  _settle(again, hostmem)
   assert again.run_id == folder.run_id == held_run.read_id(tmp_path / 'run')
   again.accept(_config())
   again.close()
@@ -335,7 +344,7 @@ def test_a_copy_keeps_its_new_id_through_a_kill(run, hostmem, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(run, copy)
   folder = _opened(copy)
-  assert run_ids.settle(folder, str(hostmem), '')
+  assert _settle(folder, hostmem)
   os.close(folder.lock_fd)
   said, _ = _begin(copy, hostmem)
   assert not said and held_run.read_id(copy) == folder.run_id
@@ -343,7 +352,7 @@ def test_a_copy_keeps_its_new_id_through_a_kill(run, hostmem, tmp_path):
 
 def test_a_copy_of_a_run_that_had_not_begun(hostmem, tmp_path):
   first = _opened(tmp_path / 'run')
-  run_ids.settle(first, str(hostmem), '')
+  _settle(first, hostmem)
   store = store_folder.StoreFolder(hostmem, first.run_id, first.path)
   store.start()
   shutil.copytree(first.path, tmp_path / 'copy')
