@@ -79,19 +79,19 @@ def check(
     ('init_from', places.init_from, _checkpoint_files(places, workdir, doomed)),
     ('data', places.data, _data_files(places.data, doomed)),
   ):
-    for path in paths:
-      for stop in stops(path):
-        where = next((f for f in removed if is_inside(stop, f)), '')
-        what = 'the run removes that folder at its end'
-        if not where and stop in doomed:
-          where, what = stop, '--fresh removes that'
-        if where:
-          raise errors.ConfigError(
-            name,
-            value,
-            f'needs {where}, and {what}; move it out first (mv {where} '
-            'ELSEWHERE), and name it there',
-          )
+    for path, stop in ((path, stop) for path in paths for stop in stops(path)):
+      if any(is_inside(stop, folder) for folder in removed):
+        what = 'the run removes at its end'
+      elif stop in doomed:
+        what = '--fresh removes'
+      else:
+        continue
+      remedy = f'move it out first (mv {stop} ELSEWHERE), and name it there'
+      if path != value:
+        remedy = 'name a place without it'
+      raise errors.ConfigError(
+        name, value, f'needs {stop}, which {what}; {remedy}'
+      )
 
 
 def check_output(
@@ -144,7 +144,7 @@ def _checkpoint_files(
   yield places.init_from
   path = os.path.realpath(places.init_from)
   if is_inside(path, workdir):
-    yield from (file for file in doomed if is_inside(file, path))
+    yield from sorted(file for file in doomed if is_inside(file, path))
 
 
 def _data_files(data: str, doomed: Collection[str]) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _data_files(data: str, doomed: Collection[str]) -> Iterator[str]:
   if not os.path.isdir(path) or not doomed:
     return
   root = os.path.realpath(path)
-  for file in doomed:
+  for file in sorted(doomed):
     if is_inside(file, root):
       parts = pathlib.Path(file).relative_to(root).parts
       if not any(part.startswith('.') for part in parts):

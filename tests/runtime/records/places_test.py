@@ -56,7 +56,6 @@ def _check(fresh, workdir='r', **fields):
     'r/../r/./checkpoint',
     'to-r/checkpoint',
     'to-checkpoint',
-    'r',
   ],
 )
 def test_init_from_that_fresh_removes(here, init_from):
@@ -67,6 +66,12 @@ def test_init_from_that_fresh_removes(here, init_from):
   with pytest.raises(errors.ConfigError, match='ELSEWHERE'):
     _check(True, workdir='to-r', init_from=init_from)
   _check(False, init_from=init_from)  # nothing is removed
+
+
+def test_the_whole_workdir_as_a_checkpoint(here):
+  with pytest.raises(errors.ConfigError, match='name a place without it'):
+    _check(True, init_from='r')
+  _check(False, init_from='r')
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_what_is_not_in_the_way(here, fields, fresh):
   ],
 )
 def test_data_that_fresh_removes(here, data):
-  with pytest.raises(errors.ConfigError, match='ELSEWHERE') as caught:
+  with pytest.raises(errors.ConfigError, match='--fresh removes') as caught:
     _check(True, data=data)
   assert caught.value.flag == 'data' and caught.value.value == data
   _check(False, data=data)
