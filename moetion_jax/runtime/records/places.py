@@ -79,19 +79,42 @@ def check(
     ('init_from', places.init_from, _checkpoint_files(places, workdir, doomed)),
     ('data', places.data, _data_files(places.data, doomed)),
   ):
-    for path, stop in ((path, stop) for path in paths for stop in stops(path)):
-      if any(is_inside(stop, folder) for folder in removed):
-        what = 'the run removes at its end'
-      elif stop in doomed:
-        what = '--fresh removes'
-      else:
-        continue
-      remedy = f'move it out first (mv {stop} ELSEWHERE), and name it there'
-      if path != value:
-        remedy = 'name a place without it'
-      raise errors.ConfigError(
-        name, value, f'needs {stop}, which {what}; {remedy}'
-      )
+    for path in paths:
+      _check_input(name, value, path, removed, doomed)
+
+
+def _check_input(
+  name: str,
+  value: str,
+  path: str,
+  removed: Collection[str],
+  doomed: Collection[str],
+) -> None:
+  """Checks that what a run reads stays there.
+
+  Args:
+    name: the name of the setting.
+    value: its value.
+    path: a path that is read because of it.
+    removed: folders that the run removes at its end.
+    doomed: paths that --fresh removes.
+
+  Raises:
+    errors.ConfigError: it is removed.
+  """
+  for stop in stops(path):
+    if any(is_inside(stop, folder) for folder in removed):
+      what = 'the run removes at its end'
+    elif stop in doomed:
+      what = '--fresh removes'
+    else:
+      continue
+    remedy = f'move it out first (mv {stop} ELSEWHERE), and name it there'
+    if path != value:
+      remedy = 'name a place without it'
+    raise errors.ConfigError(
+      name, value, f'needs {stop}, which {what}; {remedy}'
+    )
 
 
 def check_output(
