@@ -96,7 +96,8 @@ def find(folder: str | os.PathLike[str], tree: Tree) -> Found:
     OSError: a folder cannot be read.
   """
   entries: dict[str, os.DirEntry[str]] = {}
-  with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+  missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+  with missing, os.scandir(folder) as found:
     entries = {entry.name: entry for entry in found}
   own: list[pathlib.Path] = []
   others: list[str] = []
