@@ -58,6 +58,7 @@ def test_files_of_others_are_no_run(host, workdir, fresh, files, words):
   assert host.is_clean()
 
 
+@pytest.mark.thorough
 def test_fresh_keeps_what_no_run_made(host, workdir, tmp_path):
   """Text, notes in every folder of the run, a state that is to be read."""
   (workdir / 'corpus').mkdir(parents=True)

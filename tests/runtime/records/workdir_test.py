@@ -48,6 +48,11 @@ def _settle(folder, hostmem, durable=''):
   return said
 
 
+def _held(path):
+  """The content of config.json."""
+  return json.loads((path / 'config.json').read_text())
+
+
 def _refused(path, *, fresh, config=None):
   """The reason for which a run does not begin; nothing is changed by that."""
   before = _contents(path)
@@ -227,7 +232,7 @@ def test_fresh_removes_what_is_the_runs_and_when_it_can_begin(run, hostmem):
     'config.json',
     'logs',
   ]
-  assert held_run.read_config(run)['train']['seed'] == 7
+  assert _held(run)['train']['seed'] == 7
   assert held_run.read_id(run) == first_id
 
 
@@ -287,7 +292,7 @@ def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
   assert again.run_id == folder.run_id == held_run.read_id(tmp_path / 'run')
   again.accept(_config())
   again.close()
-  assert held_run.read_config(tmp_path / 'run')['run_id'] == again.run_id
+  assert _held(tmp_path / 'run')['run_id'] == again.run_id
 
 
 def test_the_id_goes_with_the_folder(run, hostmem, tmp_path, monkeypatch):
@@ -309,7 +314,7 @@ def test_the_id_goes_with_the_folder(run, hostmem, tmp_path, monkeypatch):
   moved.parent.mkdir()
   run.rename(moved)
   check(moved)
-  assert held_run.read_config(moved)['workdir'] == str(moved)
+  assert _held(moved)['workdir'] == str(moved)
   # Across file systems a folder is copied and then removed.
   shutil.copytree(moved, tmp_path / 'again')
   shutil.rmtree(moved)
@@ -375,7 +380,7 @@ def test_a_run_of_a_version_that_stored_no_id(
   (tmp_path / tier).mkdir(exist_ok=True)
   (tmp_path / tier / f'moetion-{run_id}').mkdir(mode=0o700)
   _begin(tmp_path / spelling, hostmem, durable=str(tmp_path / 'disk'))
-  assert held_run.read_config(run)['run_id'] == run_id
+  assert _held(run)['run_id'] == run_id
   run.rename(tmp_path / 'moved')
   _begin(tmp_path / 'moved', hostmem)
   assert held_run.read_id(tmp_path / 'moved') == run_id
