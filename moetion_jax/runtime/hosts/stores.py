@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterable
 
@@ -117,7 +116,7 @@ class Stores:
     """Removes all snapshots of stages that begin anew; they only take room."""
     for stage in stages:
       for path in folders.snapshots_folders(self._snapshots_of(stage), stage):
-        self._remove(path, own_files.SNAPSHOTS)
+        self._remove(path)
       self._recoverer.rescan(stage, ())
 
   def forget_newer(self, iteration: int) -> None:
@@ -147,32 +146,27 @@ class Stores:
         self._orphans.add(path)
         for other in path.iterdir():
           if not snapshot_file.is_snapshot_name(other.name):
-            self._remove(other, own_files.SNAPSHOT)
+            self._remove(other)
 
   def retain_orphans(self, first_iteration: int) -> None:
     """Removes earlier snapshots that have no writer to do so."""
     for folder in self._orphans:
       for iteration, path in snapshot_file.list_snapshots(folder).items():
         if iteration < first_iteration:
-          self._remove(path, own_files.SNAPSHOT)
+          self._remove(path)
 
-  def _remove(self, path: pathlib.Path, tree: own_files.Tree) -> None:
-    """Removes a file or folder of the run.
+  def _remove(self, path: pathlib.Path) -> None:
+    """Removes a file or folder among the snapshots.
 
     On disk, where others may have put files, only what a run makes.
-
-    Args:
-      path: the path.
-      tree: what a run makes in it, if it is a folder.
     """
-    if not path.is_dir():
-      path.unlink(missing_ok=True)
-    elif not self._durable_folder:
+    if self._durable_folder:
+      with contextlib.suppress(OSError):
+        own_files.remove_snapshots(self._durable_folder, path)
+    elif path.is_dir():
       shutil.rmtree(path, ignore_errors=True)
     else:
-      name = re.escape(path.name)
-      with contextlib.suppress(OSError):
-        own_files.remove(own_files.find(path.parent, {name: tree}))
+      path.unlink(missing_ok=True)
 
   def drop_damaged(self, stage: int, first_iteration: int) -> None:
     """Drops a stage's damaged entries, which its new worker publishes again.

@@ -173,6 +173,22 @@ def remove_durable(folder: str) -> tuple[str, ...]:
   return tuple(os.path.join(folder, other) for other in found.others)
 
 
+def remove_snapshots(
+  folder: str | os.PathLike[str], path: str | os.PathLike[str]
+) -> None:
+  """Removes what a run made at a path, or below it, in its folder on disk.
+
+  Args:
+    folder: the folder of all its snapshots.
+    path: a path in it.
+
+  Raises:
+    OSError: something cannot be removed.
+  """
+  own = (p for p in find(folder, DURABLE).own if p.is_relative_to(path))
+  remove(Found(own=tuple(own)))
+
+
 def run_names(workdir: str | os.PathLike[str]) -> list[str]:
   """Names what looks like a run's in a folder, whoever made it.
 

@@ -144,6 +144,20 @@ def test_snapshots_on_disk(tmp_path):
   assert own_files.remove_durable('') == ()
 
 
+def test_a_part_of_the_snapshots_on_disk(tmp_path):
+  stage = 'stage-1.replica-0.snapshots'
+  own = [f'{stage}/{n}/data' for n in ('3', '4', '5.tmp')]
+  others = [f'{stage}/5/notes', f'{stage}/free-0', f'{stage}/mine/data']
+  _make(tmp_path, [*own, *others])
+  own_files.remove_snapshots(tmp_path, tmp_path / stage / '3')
+  assert _files(tmp_path) == sorted([*own[1:], *others])
+  own_files.remove_snapshots(tmp_path, tmp_path / stage / 'mine')
+  own_files.remove_snapshots(tmp_path, tmp_path / stage / 'free-0')
+  assert _files(tmp_path) == sorted([*own[1:], *others])
+  own_files.remove_snapshots(tmp_path, tmp_path / stage)
+  assert _files(tmp_path) == sorted(others)
+
+
 def test_the_names_that_a_durable_store_gives(tmp_path):
   """They are in `DURABLE`; a name that is added there is added here."""
   for suffix in (
