@@ -125,21 +125,22 @@ def _check_places(
       f'{on_disk} is a symbolic link, through which no run writes; remove it, '
       'and name its target with --durable_dir',
     )
-  places.check(
-    places.Places(
-      workdir=str(folder.path),
-      data=config.data,
-      init_from=config.init_from,
-      durable_dir=where.durable_dir,
-      hostmem_dir=where.hostmem_dir,
-      compilation_cache_dir=where.compilation_cache_dir,
-    ),
-    of_run=[
-      *run_store.paths(where.hostmem_dir, folder.run_id, where.local_hosts),
-      *([on_disk] if on_disk else []),
-    ],
-    fresh=where.fresh,
-  )
+  of_run = run_store.paths(where.hostmem_dir, folder.run_id, where.local_hosts)
+  try:
+    places.check(
+      places.Places(
+        workdir=str(folder.path),
+        data=config.data,
+        init_from=config.init_from,
+        durable_dir=where.durable_dir,
+        hostmem_dir=where.hostmem_dir,
+        compilation_cache_dir=where.compilation_cache_dir,
+      ),
+      of_run=[*of_run, *([on_disk] if on_disk else [])],
+      fresh=where.fresh,
+    )
+  except OSError as error:
+    raise own_files.config_error(error, 'workdir', folder.path) from error
 
 
 def _remove_earlier(
