@@ -22,6 +22,7 @@ from launch.lm import command_line, settings as run_settings
 from launch.offline import run_flags, scan, stored_run
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store
+from moetion_jax.runtime.records import places
 
 flags.adopt_module_key_flags(run_flags)
 _STAGE = flags.DEFINE_integer('stage', None, 'Which one.', required=True)
@@ -151,8 +152,9 @@ def main(argv: list[str]) -> int:
     raise errors.ConfigError(
       'stage', _STAGE.value, f'must be 0 to {stages - 1}'
     )
-  if _OUT.value and os.path.exists(_OUT.value):
-    raise errors.ConfigError('out', _OUT.value, 'exists')
+  if _OUT.value and os.path.lexists(_OUT.value):
+    raise errors.ConfigError('out', _OUT.value, 'exists; name another folder')
+  places.check_output('out', _OUT.value, str(run.workdir), run.folders)
   with contextlib.ExitStack() as stack:
     try:
       stack.enter_context(run_store.hold(run.folders))

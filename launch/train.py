@@ -37,7 +37,7 @@ _DROPOUT = flags.DEFINE_float('dropout_rate', None, 'Share of zeroed outputs.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'run', 'Folder for everything that the run leaves behind.'
 )
-_FRESH = flags.DEFINE_bool('fresh', False, 'Remove an earlier run and start.')
+_FRESH = flags.DEFINE_bool('fresh', False, 'Remove an earlier run, start over.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of weights, data order, dropout.')
 _DATA = flags.DEFINE_string(
   'data', '', "Text: file, folder, glob or .bin; '' for Python's own sources."

@@ -11,6 +11,7 @@ and digests in every iteration, and left neither processes nor files. Flags of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -287,7 +288,11 @@ def main(argv: list[str]) -> int:
   if tally.problems:
     print(f'What they left is in {folder}')
     return 1
-  shutil.rmtree(folder)
+  # By name: with --workdir the folder may hold more than these runs.
+  for workdir in (run.workdir, *(workdir for workdir, _ in results)):
+    shutil.rmtree(workdir)
+  with contextlib.suppress(OSError):
+    folder.rmdir()
   print('Left over: nothing.')
   return 0
 

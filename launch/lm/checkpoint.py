@@ -22,6 +22,7 @@ from orbax import checkpoint as ocp
 from launch.lm import settings as run_settings
 from moetion_jax import errors
 from moetion_jax.programs import stage as stage_lib
+from moetion_jax.runtime.records import checkpoint_folder
 from moetion_jax.snapshots import orbax_handler
 from moetion_jax.state import partition
 
@@ -38,7 +39,10 @@ def save(
   iteration: int,
   config: run_settings.RunConfig,
 ) -> None:
-  """Writes all stages' training states; returns when they are committed."""
+  """Writes all stages' training states; returns when they are committed.
+
+  An earlier checkpoint at `path` is replaced; files of others in it stay.
+  """
   parameters: dict[str, np.ndarray] = {}
   optimizer: dict[str, dict[str, np.ndarray]] = {}
   for state in states:
@@ -54,16 +58,16 @@ def save(
     'parameters': parameters,
     'optimizer': optimizer,
   }
-  with ocp.StandardCheckpointer(
-    # The other workers of a stage world know nothing of it.
-    multiprocessing_options=orbax_handler.alone('final'),
-    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-  ) as checkpointer:
+  with (
+    checkpoint_folder.replacing(path) as place,
+    ocp.StandardCheckpointer(
+      # The other workers of a stage world know nothing of it.
+      multiprocessing_options=orbax_handler.alone('final'),
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    ) as checkpointer,
+  ):
     checkpointer.save(
-      os.path.abspath(path),
-      tree,
-      force=True,
-      custom_metadata={'moetion_config': config.to_json()},
+      place, tree, custom_metadata={'moetion_config': config.to_json()}
     )
     checkpointer.wait_until_finished()
 

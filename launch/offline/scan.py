@@ -19,7 +19,12 @@ from moetion_jax.hostmem import (
   segment_reader,
   store_folder,
 )
-from moetion_jax.runtime.records import workdir
+from moetion_jax.runtime.records import (
+  checkpoint_folder,
+  own_files,
+  run_ids,
+  workdir,
+)
 from moetion_jax.snapshots import file as snapshot_file, folders as folders_lib
 
 
@@ -29,16 +34,18 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
   Raises:
     errors.ConfigError: there is no run, or it left no store.
   """
-  # As the agent does: symbolic links are not followed.
   absolute = os.path.abspath(path)
   config, found_out = workdir.read_run(absolute)
   run_store.check_hostmem_dir(hostmem_dir)
-  folders = run_store.folders(hostmem_dir, absolute)
+  run_id = run_ids.find(absolute, hostmem_dir)
+  original = run_ids.original_of(absolute, run_id, hostmem_dir)
+  folders = [] if original else run_store.folders(hostmem_dir, run_id)
   if not folders:
-    run_id = run_store.run_id(absolute)
-    where = f'no {store_folder.StoreFolder(hostmem_dir, run_id).path}'
-    checkpoint = pathlib.Path(absolute, 'checkpoint')
-    if checkpoint.is_dir():
+    where = f'no {run_store.paths(hostmem_dir, run_id, 1)[0]}'
+    if original:
+      where = f'it is a copy of {original}'
+    checkpoint = pathlib.Path(absolute, own_files.CHECKPOINT_NAME)
+    if checkpoint_folder.is_committed(checkpoint):
       what = f'the run is finished, its state is {checkpoint}'
     else:
       what = (

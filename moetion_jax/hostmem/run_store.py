@@ -21,45 +21,96 @@ _TEMPORARY_SUFFIXES = ('.new', '.tmp')
 _DYING_SECONDS = 2.0
 
 
-def run_id(workdir: str, host: int = 0) -> str:
-  """Names the store of a workdir (absolute) on one of the run's hosts."""
-  name = hashlib.blake2b(workdir.encode(), digest_size=8).hexdigest()
-  return f'{name}-host{host}' if host else name
+def host_id(run_id: str, host: int) -> str:
+  """Names the store of a run on one of its hosts."""
+  return f'{run_id}-host{host}' if host else run_id
 
 
-def report_leftovers(hostmem_dir: str, run_id: str, *, fresh: bool) -> bool:
-  """Prints what dead runs left; with `fresh`, removes what this run left.
+def folder_name(run_id: str) -> str:
+  """Names what a run has in a directory that it shares with other runs."""
+  return store_folder.StoreFolder('', run_id).path.name
+
+
+def former_id(workdir: str | os.PathLike[str]) -> str:
+  """Returns the id of a run whose workdir stores none, from its path.
+
+  Versions before the id was stored named stores like that.
+
+  Args:
+    workdir: the path of the workdir as that version was given it, absolute.
+  """
+  return hashlib.blake2b(os.fsencode(workdir), digest_size=8).hexdigest()
+
+
+def report_leftovers(hostmem_dir: str, run_id: str, *, anew: bool) -> bool:
+  """Prints what dead runs left; removes nothing.
 
   Args:
     hostmem_dir: existing directory in tmpfs.
-    run_id: id of the run's store on host 0.
-    fresh: whether to remove what this run left, on all its hosts.
+    run_id: id of the run.
+    anew: whether the run begins without what it left.
 
   Returns:
-    True if this run left something and it is still there.
+    True if this run left something.
+  """
+  found = False
+  for leftover in store_folder.find_leftovers(hostmem_dir):
+    is_ours = _is_of(leftover, run_id)
+    found = found or is_ours
+    of_workdir = f' of {leftover.workdir}' if leftover.workdir else ''
+    what = f'start the run{of_workdir} again, or remove the folder.'
+    if is_ours:
+      what = 'going on with it.'
+      if anew:
+        what = 'removed as soon as the new run can begin.'
+    print(
+      f'{leftover.path}: '
+      f'{memory_limits.format_bytes(leftover.size_bytes)} left by '
+      f'pid {leftover.pid}; {what}',
+      flush=True,
+    )
+  return found
+
+
+def empty(hostmem_dir: str, run_id: str, hosts: int) -> None:
+  """Empties a run's stores, for a run that begins anew in them.
+
+  Args:
+    hostmem_dir: existing directory in tmpfs.
+    run_id: id of the run.
+    hosts: the number of its hosts, whose processes live and hold their stores;
+      stores of hosts beyond them are removed.
 
   Raises:
     errors.ConfigError: something cannot be removed.
   """
-  found = False
+  living = paths(hostmem_dir, run_id, hosts)
   try:
-    for leftover in store_folder.find_leftovers(hostmem_dir):
-      is_ours = _is_of(leftover, run_id)
-      what = 'start it again, or remove the folder.'
-      if is_ours:
-        what = 'removed.' if fresh else 'going on with it.'
-      print(
-        f'{leftover.path}: '
-        f'{memory_limits.format_bytes(leftover.size_bytes)} left by '
-        f'pid {leftover.pid}; {what}',
-        flush=True,
-      )
-      if is_ours and fresh:
-        store_folder.remove_store(leftover.path)
-      found = found or (is_ours and not fresh)
+    for path in folders(hostmem_dir, run_id):
+      if path not in living:
+        store_folder.remove_store(path)
+    for path in filter(pathlib.Path.is_dir, living):
+      store_folder.empty_store(path)
   except errors.StoreError as error:
     raise _error(hostmem_dir, error) from error
-  return found
+  except OSError as error:
+    raise errors.ConfigError(
+      'hostmem_dir',
+      hostmem_dir,
+      f'{error.filename}, of the earlier run: {error.strerror}; remove it',
+    ) from error
+
+
+def paths(hostmem_dir: str, run_id: str, hosts: int) -> list[pathlib.Path]:
+  """Lists where a run's hosts have their store folders, existing or not.
+
+  Args:
+    hostmem_dir: existing directory in tmpfs.
+    run_id: id of the run.
+    hosts: the number of hosts.
+  """
+  names = (host_id(run_id, host) for host in range(hosts))
+  return [store_folder.StoreFolder(hostmem_dir, name).path for name in names]
 
 
 def remove_leftovers(hostmem_dir: str, run_id: str) -> None:
@@ -67,7 +118,7 @@ def remove_leftovers(hostmem_dir: str, run_id: str) -> None:
 
   Args:
     hostmem_dir: existing directory in tmpfs.
-    run_id: id of the run's store on host 0.
+    run_id: id of the run.
   """
   for leftover in store_folder.find_leftovers(hostmem_dir):
     if _is_of(leftover, run_id):
@@ -76,7 +127,8 @@ def remove_leftovers(hostmem_dir: str, run_id: str) -> None:
 
 
 def _is_of(leftover: store_folder.Leftover, run_id: str) -> bool:
-  return f'{leftover.run_id}-'.startswith(f'{run_id}-')
+  pattern = rf'{re.escape(run_id)}(-host\d+)?'
+  return re.fullmatch(pattern, leftover.run_id) is not None
 
 
 def newest_generation(folder: str | os.PathLike[str]) -> int:
@@ -91,14 +143,21 @@ def newest_generation(folder: str | os.PathLike[str]) -> int:
   return newest
 
 
-def open_store(hostmem_dir: str, run_id: str) -> store_folder.StoreFolder:
+def open_store(
+  hostmem_dir: str, run_id: str, workdir: str = ''
+) -> store_folder.StoreFolder:
   """Opens and locks the store folder of this name.
+
+  Args:
+    hostmem_dir: existing directory in tmpfs.
+    run_id: name of the store, see `host_id`.
+    workdir: the run's workdir, absolute, for the owner file; '' for none.
 
   Raises:
     errors.ConfigError: the folder cannot be used.
   """
   try:
-    store = store_folder.StoreFolder(hostmem_dir, run_id)
+    store = store_folder.StoreFolder(hostmem_dir, run_id, workdir)
     store.start()
   except errors.StoreError as error:
     raise _error(hostmem_dir, error) from error
@@ -145,9 +204,9 @@ def remove_store(hostmem_dir: str, run_id: str) -> None:
     time.sleep(0.05)
 
 
-def folders(hostmem_dir: str, workdir: str) -> list[pathlib.Path]:
-  """Lists the existing store folders of a workdir (absolute), by host."""
-  first = store_folder.StoreFolder(hostmem_dir, run_id(workdir)).path
+def folders(hostmem_dir: str, run_id: str) -> list[pathlib.Path]:
+  """Lists the existing store folders of a run, by host."""
+  first = store_folder.StoreFolder(hostmem_dir, run_id).path
   others = (
     (int(name[1]), path)
     for path in first.parent.glob(f'{first.name}-host*')

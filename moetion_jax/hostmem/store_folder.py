@@ -25,6 +25,7 @@ from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits
 
 _PREFIX = 'moetion-'
+_OWN_NAMES = ('lock', 'owner')
 _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
 
 
@@ -39,14 +40,22 @@ class StoreFolder:
 
   Attributes:
     path: the folder.
+    run_id: id of the run.
+    workdir: the run's workdir, absolute; '' if there is none.
   """
 
-  def __init__(self, hostmem_dir: str | os.PathLike[str], run_id: str):
+  def __init__(
+    self,
+    hostmem_dir: str | os.PathLike[str],
+    run_id: str,
+    workdir: str | os.PathLike[str] = '',
+  ):
     """Stores the names; nothing is created before `start`.
 
     Args:
       hostmem_dir: an existing directory in tmpfs, such as '/dev/shm'.
       run_id: id of the run: letters, digits, '.', '_' and '-'.
+      workdir: the run's workdir, absolute, for the owner file; '' for none.
 
     Raises:
       StoreError: the run id is not usable as a name.
@@ -54,7 +63,8 @@ class StoreFolder:
     if not _RUN_ID.fullmatch(run_id):
       raise errors.StoreError(f'{run_id!r} cannot be a run id')
     self.path = pathlib.Path(hostmem_dir) / (_PREFIX + run_id)
-    self._run_id = run_id
+    self.run_id = run_id
+    self.workdir = str(workdir)
     self._lock_fd = -1
 
   @property
@@ -69,6 +79,7 @@ class StoreFolder:
       StoreError: a living process uses the folder, it is not ours or not
         private, or it cannot be created.
     """
+    is_new = not self.path.exists()
     try:
       self.path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
@@ -78,15 +89,33 @@ class StoreFolder:
       ) from error
     check_private(self.path)
     self._lock_fd = _lock(self.path)
+    try:
+      self._write_owner()
+    except OSError as error:
+      if is_new:
+        self.remove()
+      self.close()
+      raise errors.StoreError(
+        f'{self.path}: its owner file cannot be written ({error.strerror}); '
+        'make room there, or name another directory in tmpfs with --hostmem_dir'
+      ) from error
+
+  def _write_owner(self) -> None:
+    """Says in the folder whose it is; replaces what was said before."""
     owner = {
-      'run_id': self._run_id,
+      'run_id': self.run_id,
+      'workdir': self.workdir,
       'pid': os.getpid(),
       'host': socket.gethostname(),
       'started': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     }
     temporary = self.path / 'owner.tmp'
-    temporary.write_text(json.dumps(owner) + '\n')
-    temporary.rename(self.path / 'owner')
+    try:
+      temporary.write_text(json.dumps(owner) + '\n')
+      temporary.rename(self.path / 'owner')
+    except OSError:
+      temporary.unlink(missing_ok=True)
+      raise
 
   def close(self) -> None:
     """Gives the lock back and keeps the folder; may be called twice."""
@@ -114,14 +143,20 @@ def check_private(path: str | os.PathLike[str]) -> None:
     )
 
 
-def _lock(path: pathlib.Path) -> int:
+def _lock(path: pathlib.Path, *, create: bool = True) -> int:
   """Locks a store folder; the descriptor holds the lock until closed.
 
+  Args:
+    path: the folder.
+    create: whether to make the lock file if there is none.
+
   Raises:
-    StoreError: a living process holds the lock, or is removing the folder.
+    StoreError: a living process holds the lock, or is removing the folder, or
+      there is no lock file.
   """
   name = path / 'lock'
-  flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+  flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+  flags |= os.O_CREAT if create else 0
   try:
     fd = os.open(name, flags, 0o600)
   except OSError as error:
@@ -134,15 +169,17 @@ def _lock(path: pathlib.Path) -> int:
   except FileNotFoundError:
     reason = 'was just removed by its run'
   except BlockingIOError:
-    reason = f'in use by a living run (pid {_owner(path).get("pid")})'
+    reason = f'in use by a living run (pid {read_owner(path).get("pid")})'
+  except OSError as error:
+    reason = f'cannot be locked ({error.strerror})'
   os.close(fd)
   raise errors.StoreError(f'{path}: {reason}')
 
 
-def _owner(path: pathlib.Path) -> dict[str, object]:
+def read_owner(path: str | os.PathLike[str]) -> dict[str, object]:
   """Reads the owner file; empty when there is none or it is damaged."""
   try:
-    owner = json.loads((path / 'owner').read_text())
+    owner = json.loads(pathlib.Path(path, 'owner').read_text())
   except (OSError, ValueError):
     return {}
   return owner if isinstance(owner, dict) else {}
@@ -174,30 +211,37 @@ class Leftover:
     path: the folder.
     run_id: id of the run.
     pid: process id of the agent that owned it; 0 if unknown.
+    workdir: the run's workdir when it was last started; '' if unknown.
     size_bytes: host memory that it occupies.
   """
 
   path: pathlib.Path
   run_id: str
   pid: int
+  workdir: str
   size_bytes: int
 
 
 def find_leftovers(hostmem_dir: str | os.PathLike[str]) -> list[Leftover]:
-  """Lists this user's store folders that no living process holds, by name."""
+  """Lists this user's store folders that no living process holds, by name.
+
+  A folder without a lock file only looks like one of ours; it stays as it is.
+  """
   leftovers = []
   for path in sorted(pathlib.Path(hostmem_dir).glob(_PREFIX + '*')):
     try:
       check_private(path)
-      os.close(_lock(path))
+      os.close(_lock(path, create=False))
     except (OSError, errors.StoreError):
       continue
-    pid = _owner(path).get('pid')
+    owner = read_owner(path)
+    pid, workdir = owner.get('pid'), owner.get('workdir')
     leftovers.append(
       Leftover(
         path=path,
         run_id=path.name.removeprefix(_PREFIX),
         pid=pid if isinstance(pid, int) else 0,
+        workdir=workdir if isinstance(workdir, str) else '',
         size_bytes=used_bytes(path),
       )
     )
@@ -225,6 +269,18 @@ def remove_store(path: str | os.PathLike[str]) -> None:
   fd = _lock(folder)
   shutil.rmtree(folder, ignore_errors=True)
   os.close(fd)
+
+
+def empty_store(path: str | os.PathLike[str]) -> None:
+  """Removes all that runs put into a store folder; its run holds the lock.
+
+  What the processes that live need stays: lock, owner, and their sockets.
+  """
+  for entry in pathlib.Path(path).iterdir():
+    if entry.is_dir() and not entry.is_symlink():
+      shutil.rmtree(entry)
+    elif entry.name not in _OWN_NAMES and not entry.is_socket():
+      entry.unlink()
 
 
 def reserve(path: str | os.PathLike[str], size_bytes: int) -> int:

@@ -186,6 +186,7 @@ class SparseCheckpointer:
     self._kept_iterations = window_length * _KEPT_WINDOWS
     if self._folder.is_dir():
       store_folder.check_private(self._folder)
+      snapshot_file.check_is_ours(self._folder)
       if restored := self._restored():
         self.state, self.iteration, self.replayed_iterations = restored
     self._snapshots = snapshotter.Snapshotter(

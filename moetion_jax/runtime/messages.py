@@ -162,6 +162,7 @@ class HostSpec:
     name: the host's name in the location map.
     run_id: the name of its store folder.
     hostmem_dir: the directory of that folder.
+    workdir: the run's workdir, absolute, for the folder's owner file.
     secret: the job's secret, in hex.
     agent_pid: pid of the leader, with which this process dies.
     lock_fds: descriptors of locks that it holds and hands on to its workers.
@@ -172,6 +173,7 @@ class HostSpec:
   name: str
   run_id: str
   hostmem_dir: str
+  workdir: str
   secret: str = dataclasses.field(repr=False)
   agent_pid: int
   lock_fds: tuple[int, ...]

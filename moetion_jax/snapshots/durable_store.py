@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from moetion_jax.snapshots import (
 
 _TEMPORARY_SUFFIX = '.tmp'
 _OLD_SUFFIX = '.old'
+_UNFINISHED = re.compile(
+  rf'\d+({re.escape(_TEMPORARY_SUFFIX)}|{re.escape(_OLD_SUFFIX)})'
+)
 _PIECE_BYTES = 1 << 22
 _ALL = 1 << 62  # nothing in memory is kept: no iteration is this late
 
@@ -70,7 +74,7 @@ class DurableStore:
     except OSError as error:
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
     for path in self.folder.iterdir():
-      if path.suffix in (_TEMPORARY_SUFFIX, _OLD_SUFFIX):
+      if _UNFINISHED.fullmatch(path.name):
         shutil.rmtree(path, ignore_errors=True)
     self._memory.start()
     self._memory.retain(_ALL)

@@ -40,6 +40,17 @@ MANIFEST_NAME = 'manifest.json'
 # Of a snapshot that is being replaced: it counts until its successor exists.
 REPLACED_SUFFIX = '.replaced'
 
+# What lies in a snapshot's directory, whole or not; Orbax's marks included.
+_OWN_NAMES = frozenset(
+  {
+    DATA_NAME,
+    MANIFEST_NAME,
+    f'{MANIFEST_NAME}.new',
+    '_CHECKPOINT_METADATA',
+    'commit_success.txt',
+  }
+)
+
 _SNAPSHOT_NAME = re.compile(
   rf'(0|[1-9][0-9]*)({re.escape(REPLACED_SUFFIX)})?', re.ASCII
 )
@@ -361,6 +372,25 @@ def is_snapshot_name(name: str) -> bool:
   It is one if it has a manifest.
   """
   return _SNAPSHOT_NAME.fullmatch(name) is not None
+
+
+def check_is_ours(folder: str | os.PathLike[str]) -> None:
+  """Checks that nobody else keeps checkpoints in a folder of snapshots.
+
+  Others name theirs by numbers too, and a store removes what is no snapshot.
+
+  Raises:
+    StoreError: a directory that may be a snapshot holds something else.
+  """
+  for path in pathlib.Path(folder).iterdir():
+    if not path.name[0].isdecimal() or not path.is_dir():
+      continue
+    names = set(os.listdir(path))
+    if DATA_NAME not in names and names - _OWN_NAMES:
+      raise errors.StoreError(
+        f'{path}: no snapshot of ours, it holds {min(names - _OWN_NAMES)}; '
+        'name another folder, or move that away'
+      )
 
 
 def try_recycle(

@@ -1,6 +1,8 @@
 """The store folder: owner, lock, leftovers, removal."""
 
 import os
+import resource
+import socket
 import subprocess
 import sys
 import uuid
@@ -101,6 +103,58 @@ def test_folder_that_is_not_private(tmp_path):
     store_folder.StoreFolder(tmp_path, 'link').start()
   with pytest.raises(errors.StoreError, match='not a store folder'):
     store_folder.remove_store(tmp_path / 'target')
+
+
+def test_a_folder_that_only_looks_like_a_store(tmp_path):
+  """It is not listed, and no lock file is made in it."""
+  folder = tmp_path / 'moetion-thesis'
+  folder.mkdir(mode=0o700)
+  (folder / 'data').write_text('mine')
+  assert store_folder.find_leftovers(tmp_path) == []
+  assert [path.name for path in folder.iterdir()] == ['data']
+
+
+def test_the_owner_is_who_started_last(store):
+  store.close()
+  name = store.path.name.removeprefix('moetion-')
+  for workdir in ('/a/run', '/b/moved'):
+    other = store_folder.StoreFolder('/dev/shm', name, workdir)
+    other.start()
+    assert store_folder.read_owner(store.path)['workdir'] == workdir
+    other.close()
+  found = store_folder.find_leftovers('/dev/shm')
+  assert [x.workdir for x in found if x.path == store.path] == ['/b/moved']
+
+
+@pytest.mark.parametrize('is_new', [True, False])
+def test_no_room_for_the_owner_file(tmp_path, is_new):
+  """Nothing stays that was not there, and no descriptor."""
+  store = store_folder.StoreFolder(tmp_path, 'x')
+  if not is_new:
+    store.start()
+    store.close()
+  before = sorted(tmp_path.rglob('*')), os.listdir('/proc/self/fd')
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+  try:
+    with pytest.raises(errors.StoreError, match='--hostmem_dir') as caught:
+      store.start()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert str(store.path) in str(caught.value) and store.lock_fd == -1
+  assert (sorted(tmp_path.rglob('*')), os.listdir('/proc/self/fd')) == before
+  store.start()
+  store.remove()
+
+
+def test_an_emptied_store_keeps_its_lock_and_sockets(store):
+  (store.path / 'stage-0.replica-0.segment').write_bytes(b'x')
+  (store.path / 'stage-0.replica-0.snapshots' / '3').mkdir(parents=True)
+  (store.path / 'state-stage-0').mkdir()
+  with socket.socket(socket.AF_UNIX) as bell:
+    bell.bind(str(store.path / 'bell'))
+    store_folder.empty_store(store.path)
+  assert sorted(os.listdir(store.path)) == ['bell', 'lock', 'owner']
 
 
 def test_damaged_owner_file(store):

@@ -575,6 +575,8 @@ def test_nothing_to_look_at(left, tmp_path):
   finished = tmp_path / 'finished'
   shutil.copytree(left.workdir, finished)
   (finished / 'checkpoint').mkdir()
+  _refused(show(finished, empty), f'a copy of {left.workdir}', '--hostmem_dir')
+  (finished / 'checkpoint' / 'commit_success.txt').touch()
   _refused(show(finished, empty), 'is finished', str(finished / 'checkpoint'))
   (finished / 'config.json').write_text('{"preset": ')
   _refused(show(finished, empty), 'config.json is damaged')
@@ -584,6 +586,10 @@ def test_wrong_flags_of_convert(left, tmp_path):
   refuse = lambda *flags: convert(left.workdir, left.hostmem_dir, *flags)  # noqa: E731
   _refused(refuse('--stage=3'), '--stage=3', '0 to 2')
   _refused(refuse('--stage=0', f'--out={tmp_path}'), '--out', 'exists')
+  # It would pass for the checkpoint of the finished run.
+  for folder in (left.workdir / 'checkpoint', left.run.folders[0] / 'x'):
+    _refused(refuse('--stage=0', f'--out={folder}'), '--out', 'name a folder')
+    assert not folder.exists()
   other = tmp_path / 'other.txt'
   other.write_text('Something else. ' * 10000)
   _refused(refuse('--stage=0', f'--data={other}'), 'not the text of the run')

@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime.records import held_run
 from tests.support import helpers, runs
 
 pytestmark = pytest.mark.timeout(600)
@@ -27,21 +28,31 @@ def _agents(workdir):
   return json.loads(path.read_text())['agents'] if path.exists() else []
 
 
+def _begin(workdir):
+  """Leaves a workdir as a kill before the run begins does; returns its id."""
+  workdir.mkdir()
+  run_id = held_run.new_id()
+  (workdir / '.lock').write_text(f'{run_id}\n')
+  return run_id
+
+
 def _stores(host):
   return sorted(os.listdir(host.path))
 
 
 def test_the_bits_of_the_one_process_cut(host, tmp_path):
-  """What is left of a run whose workdir is gone is removed."""
+  """What is left of a run that was killed before it could begin is removed."""
   workdir = tmp_path / 'run'
+  run_id = _begin(workdir)
   for index in range(3):
-    name = run_store.run_id(str(workdir), index)
-    store = store_folder.StoreFolder(host.path, name)
+    name = run_store.host_id(run_id, index)
+    store = store_folder.StoreFolder(host.path, name, str(workdir))
     store.start()
+    (store.path / 'stage-0.replica-0.snapshots' / '7').mkdir(parents=True)
     store.close()
   flags = '--stages=3', '--iterations=4', f'--data={helpers.DATA}'
   out, _ = runs.end(host.train(workdir, _TWO, *flags))
-  assert out.count('removed.') == 3
+  assert out.count('removed as soon as the new run can begin.') == 3
   assert host.is_clean()
   lines = runs.bits(runs.metrics(workdir))
   assert lines == runs.one_process_bits(workdir)
@@ -125,7 +136,7 @@ def test_a_leader_that_was_killed(host, tmp_path, undisturbed):
 
 
 def test_a_store_of_another_host_that_is_in_use(host, tmp_path):
-  name = run_store.run_id(str(tmp_path / 'run'), 1)
+  name = run_store.host_id(_begin(tmp_path / 'run'), 1)
   store = store_folder.StoreFolder(host.path, name)
   store.start()
   _, err = runs.end(host.train(tmp_path / 'run', _TWO), 2)

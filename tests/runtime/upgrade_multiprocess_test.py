@@ -12,6 +12,8 @@ import tarfile
 
 import pytest
 
+from moetion_jax.hostmem import run_store
+from moetion_jax.runtime.records import held_run
 from tests.support import helpers, runs
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
@@ -64,3 +66,5 @@ def test_a_run_of_before_is_finished(
   (first,) = runs.resumptions(workdir)
   assert 1 < first <= written + 1
   runs.check_finished(host, workdir, runs.bits(runs.metrics(undisturbed)))
+  # From now on it is found wherever it is moved.
+  assert held_run.read_id(workdir) == run_store.former_id(workdir)

@@ -370,3 +370,24 @@ print('done', flush=True)
         assert 'No such file' in str(error) or 'recycled' in str(error)
   assert writer.communicate(timeout=60)[0] == 'done\n'
   assert read >= 100
+
+
+@pytest.mark.parametrize(
+  ('names', 'is_ours'),
+  [
+    (['7/data', '7/manifest.json', 'free-0', 'retired-1/data'], True),
+    (['7/data', '7/of a later Orbax'], True),
+    (['7/_CHECKPOINT_METADATA', '8.orbax-checkpoint-tmp/data'], True),
+    (['notes', 'runs/7/x', 'x7/y'], True),  # which no store removes
+    (['100/default/x', '100/_CHECKPOINT_METADATA'], False),
+    (['100/model.safetensors'], False),
+  ],
+)
+def test_checkpoints_of_others(folder, names, is_ours):
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).touch()
+  if is_ours:
+    return snapshot_file.check_is_ours(folder)
+  with pytest.raises(errors.StoreError, match='100.*name another folder'):
+    snapshot_file.check_is_ours(folder)

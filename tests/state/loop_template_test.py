@@ -203,6 +203,15 @@ def _with_a_new_number(state):
   return {**state, 'number': jnp.zeros(())}
 
 
+def test_checkpoints_of_others_in_the_folder_stay(shm_folder):
+  """Those of Orbax's CheckpointManager have numbers for names as well."""
+  (shm_folder / '100' / 'default').mkdir(parents=True)
+  (shm_folder / '100' / 'default' / '_METADATA').write_text('mine')
+  with pytest.raises(errors.StoreError, match='name another folder'):
+    loops.key_and_number().checkpointer(shm_folder).start()
+  assert (shm_folder / '100' / 'default' / '_METADATA').read_text() == 'mine'
+
+
 @pytest.mark.parametrize(
   'change',
   [_of_other_experts, _of_other_width, _with_a_new_leaf, _with_a_new_number],

@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 
 # Never the name of a store folder: those outlive a run, for the next one.
 _PREFIX = 'moetion_scratch-'
+_NAME = re.compile(_PREFIX + '[a-z0-9_]{8}')  # as `tempfile` makes them
 
 
 @contextlib.contextmanager
@@ -36,10 +38,13 @@ def folder(parent: str | os.PathLike[str] = '') -> Iterator[pathlib.Path]:
 def remove_abandoned(parent: str | os.PathLike[str]) -> None:
   """Removes this user's scratch folders whose programs have ended."""
   for path in pathlib.Path(parent).glob(_PREFIX + '*'):
+    if not _NAME.fullmatch(path.name):
+      continue
     with contextlib.suppress(OSError):  # in use, not ours, or just removed
       fd = _lock(path)
       try:
-        if os.fstat(fd).st_uid == os.geteuid():
+        status = os.fstat(fd)
+        if (status.st_uid, status.st_mode & 0o777) == (os.geteuid(), 0o700):
           shutil.rmtree(path)
       finally:
         os.close(fd)

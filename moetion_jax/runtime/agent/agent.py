@@ -76,7 +76,6 @@ class Agent:
       config.train.stages,
       where.local_hosts,
       store,
-      str(folder.path),
       config.train.replicas,
     )
     self._trained: set[int] = set()  # stages of which a worker began to train
@@ -91,7 +90,11 @@ class Agent:
       self._book,
     )
     self._ending = ending.Ending(
-      self._recorder, self._hosts, self._crew, keeps_store=keeps_store
+      self._recorder,
+      self._hosts,
+      self._crew,
+      keeps_store=keeps_store,
+      starts_over=where.fresh,
     )
     self._ready = beginning.Readiness(where.max_failures)
     self._stores = stores.Stores(
@@ -100,7 +103,7 @@ class Agent:
       self._hosts,
       self._recoverer,
       self._recorder,
-      where.durable_folder(str(folder.path)),
+      where.durable_folder(str(folder.path), folder.run_id),
     )
     self._stopper = stopper.Stopper(
       config.train.iterations, lambda: self._crew.workers
@@ -196,7 +199,7 @@ class Agent:
     if not self._where.fresh:
       self._book.read(self._folder.path / 'events.jsonl')
     sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
-    beginning.check_room(self._where, self._store, sum(sizes) * replicas)
+    beginning.check_room(self._where, self._folder, sum(sizes) * replicas)
     each = f' of {replicas} replicas' if replicas > 1 else ''
     self._recorder.view.note(f'Starting {stages} stage(s){each} ...')
     newest = max(
@@ -215,7 +218,7 @@ class Agent:
     # In the end the stores hold the logs and all states (`final_state`).
     states = sum(m['state_bytes'] for m in by_stage.values())
     beginning.check_room(
-      self._where, self._store, self._recoverer.room_bytes() + states
+      self._where, self._folder, self._recoverer.room_bytes() + states
     )
     self._recorder.accept(by_stage)
     self._begin()

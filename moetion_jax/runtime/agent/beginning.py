@@ -86,7 +86,7 @@ def worker_spec(
     cores=(),
     compilation_cache_dir=where.compilation_cache_dir,
     folder=str(store.path),
-    durable_folder=where.durable_folder(str(folder.path)),
+    durable_folder=where.durable_folder(str(folder.path), folder.run_id),
     handover_folder=str(store.path),
     host='',
     secret=secret,
@@ -102,18 +102,25 @@ def worker_spec(
 
 def check_room(
   where: agent_settings.AgentSettings,
-  store: store_folder.StoreFolder,
+  folder: workdir.Workdir,
   needed_bytes: int,
 ) -> None:
   """Checks that host memory has room for a run.
 
+  What its stores hold already is used again or removed, so it counts as room;
+  if the run begins anew, so do the stores of hosts that it no longer has.
+
   Args:
     where: the settings of where it runs.
-    store: the store of the leader's host; what is in it already counts as room.
+    folder: the workdir.
     needed_bytes: size of all that the run puts into host memory.
 
   Raises:
     errors.ConfigError: there is too little room.
   """
-  used_bytes = store_folder.used_bytes(store.path)
+  if folder.begins_anew:
+    found = run_store.folders(where.hostmem_dir, folder.run_id)
+  else:
+    found = run_store.paths(where.hostmem_dir, folder.run_id, where.local_hosts)
+  used_bytes = sum(map(store_folder.used_bytes, found))
   run_store.check_room(where.hostmem_dir, needed_bytes - used_bytes)

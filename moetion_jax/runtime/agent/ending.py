@@ -33,6 +33,7 @@ class Ending:
     crew: crew_lib.Crew,
     *,
     keeps_store: bool,
+    starts_over: bool = False,
   ):
     """Stores the arguments.
 
@@ -41,6 +42,7 @@ class Ending:
       hosts: the hosts, whose stores stay or go.
       crew: the workers, which are told.
       keeps_store: whether an earlier run left something in the host stores.
+      starts_over: whether that is removed when this run begins.
     """
     self.result: tuple[int, str] | None = None
     self.kill_at: float | None = None
@@ -48,6 +50,7 @@ class Ending:
     self._hosts = hosts
     self._crew = crew
     self.keeps_store = keeps_store
+    self._starts_over = starts_over
 
   def keep(self, keep: bool) -> None:
     """Sets whether the host stores stay, whatever ends the run from now on."""
@@ -125,6 +128,8 @@ class Ending:
       print(how, file=sys.stderr)
 
   def _how_to_go_on(self, *, has_begun: bool) -> str:
+    if self._starts_over and not has_begun:
+      return 'Nothing of the earlier run was removed.' * self.keeps_store
     if self.keeps_store:
       return (
         'The same command goes on from the snapshots in '

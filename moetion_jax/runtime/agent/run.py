@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+from collections.abc import Sequence
+
 from launch.lm import settings as run_settings
+from moetion_jax import errors
 from moetion_jax.hostmem import run_store
 from moetion_jax.logs import size as log_size
 from moetion_jax.runtime import placement
@@ -11,7 +17,13 @@ from moetion_jax.runtime.agent import (
   settings as agent_settings,
 )
 from moetion_jax.runtime.hosts import stores
-from moetion_jax.runtime.records import recorder, workdir
+from moetion_jax.runtime.records import (
+  own_files,
+  places,
+  recorder,
+  run_ids,
+  workdir,
+)
 
 
 def run(
@@ -33,7 +45,8 @@ def run(
     The exit code.
 
   Raises:
-    errors.ConfigError: the run cannot begin; nothing was written.
+    errors.ConfigError: the run cannot begin; nothing was removed, and nothing
+      but the run's id was written.
   """
   log_size.check_shape(config)
   placement.host_of_stages(
@@ -43,35 +56,111 @@ def run(
   folder.lock()
   try:
     folder.check(config.to_json())
-    run_id = run_store.run_id(str(folder.path))
-    on_disk = where.durable_folder(str(folder.path))
-    if folder.is_finished():
-      # A run killed between its checkpoint and its end left something.
-      run_store.remove_leftovers(where.hostmem_dir, run_id)
-      print(
-        f'This run is finished: {folder.checkpoint}. Pass --fresh to start '
-        'over.'
-      )
-      return 0
-    # Without the workdir's files nothing says which run the store is of.
-    fresh = where.fresh or not (folder.path / 'config.json').exists()
-    left = run_store.report_leftovers(where.hostmem_dir, run_id, fresh=fresh)
-    if fresh:
-      stores.remove_durable(on_disk)
-    left = left or stores.has_left_durable(on_disk)
-    store = run_store.open_store(where.hostmem_dir, run_id)
-    try:
-      agent = agent_lib.Agent(
-        config, where, folder, store, view, keeps_store=left
-      )
-      try:
-        return agent.run()
-      finally:
-        left = agent.keeps_store
-    finally:
-      run_store.close_store(store, keep=left)
-      if not left:
-        run_store.remove_leftovers(where.hostmem_dir, run_id)
-        stores.remove_durable(on_disk)
+    return _run(config, where, folder, view)
   finally:
     folder.close()
+
+
+def _run(
+  config: run_settings.RunConfig,
+  where: agent_settings.AgentSettings,
+  folder: workdir.Workdir,
+  view: recorder.View,
+) -> int:
+  """Runs in a workdir that is locked and checked; see `run`."""
+  run_id, note = run_ids.choose(
+    folder.path, folder.locked_id, where.hostmem_dir, where.durable_dir
+  )
+  if note:
+    print(note, flush=True)
+  folder.take_id(run_id)
+  on_disk = where.durable_folder(str(folder.path), run_id)
+  _check_places(config, where, folder, on_disk)
+  if folder.is_finished():
+    # A run killed between its checkpoint and its end left something.
+    _remove_rest(where, run_id, on_disk)
+    print(
+      f'This run is finished: {folder.checkpoint}. Pass --fresh to start over.'
+    )
+    return 0
+  left = run_store.report_leftovers(
+    where.hostmem_dir, run_id, anew=folder.begins_anew
+  )
+  left = left or stores.has_left_durable(on_disk)
+  folder.remove_elsewhere = functools.partial(
+    _remove_earlier, where, run_id, on_disk
+  )
+  try:
+    store = run_store.open_store(where.hostmem_dir, run_id, str(folder.path))
+  except errors.ConfigError:
+    if not run_ids.original_of(folder.path, run_id, where.hostmem_dir):
+      raise
+    # Another folder with this id was quicker: this one is taken for the copy.
+    return _run(config, where, folder, view)
+  try:
+    agent = agent_lib.Agent(
+      config, where, folder, store, view, keeps_store=left
+    )
+    try:
+      return agent.run()
+    finally:
+      left = agent.keeps_store
+  finally:
+    run_store.close_store(store, keep=left)
+    if not left:
+      _remove_rest(where, run_id, on_disk)
+
+
+def _check_places(
+  config: run_settings.RunConfig,
+  where: agent_settings.AgentSettings,
+  folder: workdir.Workdir,
+  on_disk: str,
+) -> None:
+  """Raises errors.ConfigError if a setting is a path that the run removes."""
+  if os.path.islink(on_disk):
+    raise errors.ConfigError(
+      'workdir',
+      str(folder.path),
+      f'{on_disk} is a symbolic link, through which no run writes; remove it, '
+      'and name its target with --durable_dir',
+    )
+  of_run = run_store.paths(where.hostmem_dir, folder.run_id, where.local_hosts)
+  try:
+    places.check(
+      places.Places(
+        workdir=str(folder.path),
+        data=config.data,
+        init_from=config.init_from,
+        durable_dir=where.durable_dir,
+        hostmem_dir=where.hostmem_dir,
+        compilation_cache_dir=where.compilation_cache_dir,
+      ),
+      of_run=[*of_run, *([on_disk] if on_disk else [])],
+      fresh=where.fresh,
+    )
+  except OSError as error:
+    raise own_files.config_error(error, 'workdir', folder.path) from error
+
+
+def _remove_earlier(
+  where: agent_settings.AgentSettings, run_id: str, on_disk: str
+) -> Sequence[str]:
+  """Removes what an earlier run left outside the workdir.
+
+  Returns:
+    What is not the run's and stays.
+  """
+  run_store.empty(where.hostmem_dir, run_id, where.local_hosts)
+  return own_files.remove_durable(on_disk if where.durable_dir else '')
+
+
+def _remove_rest(
+  where: agent_settings.AgentSettings, run_id: str, on_disk: str
+) -> None:
+  """Removes stores and snapshots on disk, which nobody needs any more."""
+  run_store.remove_leftovers(where.hostmem_dir, run_id)
+  try:
+    own_files.remove_durable(on_disk)
+  except OSError as error:
+    print(f'Not removed: {error.filename}: {error.strerror}', file=sys.stderr)

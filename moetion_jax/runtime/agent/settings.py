@@ -9,8 +9,7 @@ from moetion_jax import errors
 from moetion_jax.hostmem import run_store
 from moetion_jax.policies import settings as capture_settings
 from moetion_jax.runtime import faults as faults_lib
-
-_DURABLE_NAME = 'durable'  # the name of a folder in the workdir
+from moetion_jax.runtime.records import own_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,15 +74,16 @@ class AgentSettings:
       )
     run_store.check_hostmem_dir(self.hostmem_dir)
 
-  def durable_folder(self, workdir: str) -> str:
+  def durable_folder(self, workdir: str, run_id: str) -> str:
     """Returns a run's folder of snapshots on disk; '' if its policy has none.
 
     Args:
       workdir: the run's folder, absolute.
+      run_id: the run's id.
     """
     if not self.captures.rules.is_durable:
       return ''
     if not self.durable_dir:
-      return os.path.join(workdir, _DURABLE_NAME)
-    name = f'moetion-{run_store.run_id(workdir)}'
+      return os.path.join(workdir, own_files.DURABLE_NAME)
+    name = run_store.folder_name(run_id)
     return os.path.join(os.path.abspath(self.durable_dir), name)

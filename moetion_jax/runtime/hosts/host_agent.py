@@ -50,7 +50,7 @@ class HostAgent:
     spec = self._spec
     with contextlib.ExitStack() as stack:
       stack.callback(self._selector.close)
-      store = run_store.open_store(spec.hostmem_dir, spec.run_id)
+      store = run_store.open_store(spec.hostmem_dir, spec.run_id, spec.workdir)
       self._store = store
       stack.callback(self._close_store)
       server = zmq_server.StoreServer(

@@ -38,7 +38,6 @@ class Hosts:
     stages: int,
     local_hosts: int,
     store: store_folder.StoreFolder,
-    workdir: str,
     replicas: int = 1,
   ):
     """Stores the arguments; nothing runs before `start`.
@@ -47,7 +46,6 @@ class Hosts:
       stages: number of stages of the run.
       local_hosts: number of hosts.
       store: the first host's store, started.
-      workdir: the run's workdir, absolute.
       replicas: number of replicas of each stage.
 
     Raises:
@@ -62,7 +60,10 @@ class Hosts:
     self.secret = secrets.token_hex(_SECRET_BYTES) if local_hosts > 1 else ''
     self.others = [
       remote_host.RemoteHost(
-        name, str(store.path.parent), run_store.run_id(workdir, host)
+        name,
+        str(store.path.parent),
+        run_store.host_id(store.run_id, host),
+        store.workdir,
       )
       for host, name in enumerate(names[1:], 1)
     ]

@@ -104,14 +104,22 @@ class RemoteHost:
     keeps_store: whether the store stays when the host is closed.
   """
 
-  def __init__(self, name: str, hostmem_dir: str, run_id: str):
-    """Stores the host's name and its store's place; nothing runs yet."""
+  def __init__(self, name: str, hostmem_dir: str, run_id: str, workdir: str):
+    """Stores the host's name and its store's place; nothing runs yet.
+
+    Args:
+      name: the host's name in the location map.
+      hostmem_dir: the directory of its store.
+      run_id: the name of its store.
+      workdir: the run's workdir, absolute.
+    """
     self.name = name
     self.address = ''
     self.store = store_folder.StoreFolder(hostmem_dir, run_id).path
     self.keeps_store = False
     self._hostmem_dir = hostmem_dir
     self._run_id = run_id
+    self._workdir = workdir
     self._transcript = child_process.Transcript(name)
     self._process = child_process.ChildProcess(
       'moetion_jax.runtime.hosts.host_agent', self._transcript.add
@@ -131,6 +139,7 @@ class RemoteHost:
       name=self.name,
       run_id=self._run_id,
       hostmem_dir=self._hostmem_dir,
+      workdir=self._workdir,
       secret=secret,
       agent_pid=os.getpid(),
       lock_fds=lock_fds,

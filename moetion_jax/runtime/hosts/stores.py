@@ -5,6 +5,7 @@ All hosts are on this machine for now.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterable
@@ -12,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from moetion_jax.hostmem import segment
 from moetion_jax.recovery import recoverer as recoverer_lib
 from moetion_jax.runtime.hosts import hosts as hosts_lib
-from moetion_jax.runtime.records import recorder as recorder_lib
+from moetion_jax.runtime.records import own_files, recorder as recorder_lib
 from moetion_jax.snapshots import file as snapshot_file, folders
 
 
@@ -115,7 +116,7 @@ class Stores:
     """Removes all snapshots of stages that begin anew; they only take room."""
     for stage in stages:
       for path in folders.snapshots_folders(self._snapshots_of(stage), stage):
-        shutil.rmtree(path, ignore_errors=True)
+        self._remove(path)
       self._recoverer.rescan(stage, ())
 
   def forget_newer(self, iteration: int) -> None:
@@ -145,14 +146,27 @@ class Stores:
         self._orphans.add(path)
         for other in path.iterdir():
           if not snapshot_file.is_snapshot_name(other.name):
-            _remove(other)
+            self._remove(other)
 
   def retain_orphans(self, first_iteration: int) -> None:
     """Removes earlier snapshots that have no writer to do so."""
     for folder in self._orphans:
       for iteration, path in snapshot_file.list_snapshots(folder).items():
         if iteration < first_iteration:
-          _remove(path)
+          self._remove(path)
+
+  def _remove(self, path: pathlib.Path) -> None:
+    """Removes a file or folder among the snapshots.
+
+    On disk, where others may have put files, only what a run makes.
+    """
+    if self._durable_folder:
+      with contextlib.suppress(OSError):
+        own_files.remove_snapshots(self._durable_folder, path)
+    elif path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
 
   def drop_damaged(self, stage: int, first_iteration: int) -> None:
     """Drops a stage's damaged entries, which its new worker publishes again.
@@ -170,19 +184,6 @@ class Stores:
         )
 
 
-def _remove(path: pathlib.Path) -> None:
-  if path.is_dir():
-    shutil.rmtree(path, ignore_errors=True)
-  else:
-    path.unlink(missing_ok=True)
-
-
 def has_left_durable(folder: str) -> bool:
   """Returns whether a durable folder holds snapshots to go on with."""
   return bool(folder) and any(pathlib.Path(folder).glob('*.snapshots/*'))
-
-
-def remove_durable(folder: str) -> None:
-  """Removes a durable folder with all that it holds."""
-  if folder:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -16,6 +16,8 @@ from typing import Any
 
 from moetion_jax import errors
 
+# Of a JSON file that is being written, before eight characters.
+TEMPORARY_PREFIX = '.moetion-json-'
 # Fields in which two runs of one iteration must agree exactly.
 _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
 
@@ -147,12 +149,17 @@ def write_json(path: str, value: Any) -> None:
   """Replaces a JSON file atomically: readers see the old or the new one."""
   folder = os.path.dirname(path) or '.'
   with tempfile.NamedTemporaryFile(
-    'w', dir=folder, prefix='.json-', delete=False
+    'w', dir=folder, prefix=TEMPORARY_PREFIX, delete=False
   ) as f:
-    json.dump(value, f, indent=2)
-    f.write('\n')
-  os.chmod(f.name, 0o644)
-  os.replace(f.name, path)
+    try:
+      json.dump(value, f, indent=2)
+      f.write('\n')
+      f.flush()
+      os.chmod(f.name, 0o644)
+      os.replace(f.name, path)
+    except BaseException:  # a full disk, most likely
+      os.unlink(f.name)
+      raise
 
 
 def _nonfinite(value: Any) -> bool:

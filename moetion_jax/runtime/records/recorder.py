@@ -9,7 +9,12 @@ from typing import Any, Protocol
 from launch.lm import settings as run_settings
 from moetion_jax import report
 from moetion_jax.runtime import messages
-from moetion_jax.runtime.records import files as record_files, merge, workdir
+from moetion_jax.runtime.records import (
+  files as record_files,
+  merge,
+  own_files,
+  workdir,
+)
 
 _WORKERS_FILE_SECONDS = 0.25  # between two versions of workers.json
 _KEPT_REPORTS = 256  # iterations, for workers that replay them
@@ -109,11 +114,16 @@ class Recorder:
     """
     first, train = ready[0], self._config.train
     self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
-    self._folder.accept(
+    kept = self._folder.accept(
       self._config.to_json()
       | {k: first[k] for k in ('data_fingerprint', 'software')}
     )
     self.accepted = True
+    if kept:
+      self.view.note(
+        f'Kept in {self._folder.path}, since no run made it: '
+        f'{own_files.name_some(kept)}.'
+      )
     self._lines.start()
     self.event(
       'start',

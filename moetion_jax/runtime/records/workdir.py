@@ -7,30 +7,43 @@ import fcntl
 import json
 import os
 import pathlib
-import shutil
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from launch.lm import settings as run_settings
 from moetion_jax import errors
-from moetion_jax.runtime.records import files as record_files
+from moetion_jax.runtime.records import (
+  checkpoint_folder,
+  files as record_files,
+  held_run,
+  own_files,
+)
 
-_LOCK = '.lock'
 _DYING_SECONDS = 2.0
+_LOCK_BYTES = 64  # more than an id takes
 # Fields of config.json known only once a worker has a backend and the data.
 _FOUND_OUT = ('data_fingerprint', 'software')
+# Fields that are no settings: they say which run it is, and where.
+_MARKS = (held_run.RUN_ID, held_run.WORKDIR)
 
 
 class Workdir:
   """A run's folder, locked while the run lives.
 
-  Call `lock`, `check`, then, once the run is known to be able to begin,
-  `accept`; `close` last. Nothing but the lock is written before `accept`.
+  Call `lock`, `check`, `take_id`, then, once the run is known to be able to
+  begin, `accept`; `close` last. Nothing but the run's id is written, and
+  nothing is removed, before `accept`.
 
   Attributes:
     path: the folder, absolute.
     lock_fd: the descriptor of the lock; a process that inherits it keeps the
       lock. -1 when closed.
+    locked_id: the run's id that stands in the lock file; '' for none.
+    run_id: the run's id, from `take_id` on.
+    remove_elsewhere: removes what an earlier run left outside the folder, and
+      returns what is not the run's and stays; `accept` calls it if the run
+      begins anew.
   """
 
   def __init__(self, path: str, *, fresh: bool):
@@ -42,13 +55,16 @@ class Workdir:
     """
     self.path = pathlib.Path(os.path.abspath(path))
     self.lock_fd = -1
+    self.locked_id = ''
+    self.run_id = ''
+    self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self._fresh = fresh
-    self._created: list[pathlib.Path] = []
+    self._created: list[pathlib.Path] = []  # what goes again without a run
 
   @property
   def checkpoint(self) -> pathlib.Path:
     """Path of the final checkpoint, written or not."""
-    return self.path / 'checkpoint'
+    return self.path / own_files.CHECKPOINT_NAME
 
   def log_path(self, worker: str) -> pathlib.Path:
     """Path of the log file for a worker's output.
@@ -57,26 +73,29 @@ class Workdir:
       worker: the worker's name, as in `WorkerProcess.name`.
     """
     name = worker.replace(' ', '-').replace('-replica', '.replica')
-    return self.path / 'logs' / f'{name}.log'
+    return self.path / own_files.LOGS_NAME / f'{name}.log'
 
   def lock(self) -> None:
     """Creates the folder if need be, and locks it.
 
     Raises:
-      errors.ConfigError: a living run uses it, or it cannot be created.
+      errors.ConfigError: a living run uses it, it cannot be created, or its
+        lock file is another program's.
     """
     missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+    lock = self.path / own_files.LOCK
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._created = missing
-      flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-      self.lock_fd = os.open(self.path / _LOCK, flags, 0o644)
+      if not os.path.lexists(lock):
+        self._created = [lock, *missing]
+      flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+      self.lock_fd = os.open(lock, flags, 0o644)
       _lock(self.lock_fd)
-      in_place = os.path.samestat(
-        os.stat(self.path / _LOCK), os.fstat(self.lock_fd)
-      )
-    except BlockingIOError:
-      in_place = False
+      in_place = os.path.samestat(os.stat(lock), os.fstat(self.lock_fd))
+      content = os.pread(self.lock_fd, _LOCK_BYTES, 0)
+    except (BlockingIOError, FileNotFoundError):
+      in_place, content = False, b''  # or its run just removed it
     except OSError as error:
       self._created = []
       self.close()
@@ -85,18 +104,30 @@ class Workdir:
       self._created = []
       self.close()
       raise self._error('a living run uses it; stop that one first')
+    text = content.decode(errors='replace').strip('\0\n ')
+    self.locked_id = held_run.valid_id(text)
+    if text and not self.locked_id:
+      self.close()
+      raise self._error(
+        f'{own_files.LOCK} in it is not of a run of ours; name another '
+        '--workdir, or move that file away'
+      )
 
   def close(self) -> None:
     """Gives the lock back; removes what `lock` created for no run."""
     if self.lock_fd < 0:
       return
-    if self._created:
-      with contextlib.suppress(OSError):  # somebody else put something there
-        (self.path / _LOCK).unlink()
-        for folder in self._created:
-          folder.rmdir()
+    with contextlib.suppress(OSError):  # somebody else put something there
+      for path in self._created:
+        path.rmdir() if path.is_dir() else path.unlink()
+    self._created = []
     os.close(self.lock_fd)
     self.lock_fd = -1
+
+  @property
+  def begins_anew(self) -> bool:
+    """Whether nothing of an earlier run is gone on with."""
+    return self._fresh or not os.path.lexists(self.path / own_files.CONFIG)
 
   def check(self, config: dict[str, Any]) -> None:
     """Checks that `config` describes the run that the folder holds, if any.
@@ -108,52 +139,113 @@ class Workdir:
     Raises:
       errors.ConfigError: the folder holds another run, or something else.
     """
-    path = self.path / 'config.json'
-    if self._fresh:
-      if set(os.listdir(self.path)) - {_LOCK} and not path.exists():
-        raise errors.ConfigError(
-          'fresh', True, f'{self.path} holds no run of ours; remove it by hand'
-        )
+    known = self._known()
+    if known is None or self._fresh:
       return
-    if not path.exists():
-      return
-    try:
-      known = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-      raise self._error(
-        f'config.json is damaged ({error}); pass --fresh'
-      ) from error
     for name in _FOUND_OUT:
       if name not in config:
         known.pop(name, None)
+    for name in _MARKS:
+      known.pop(name, None)
     if changed := run_settings.differences(known, config):
       raise self._error(
         f'holds a run with other settings ({", ".join(changed[:5])}); pass '
         '--fresh to remove it, or another --workdir'
       )
 
-  def accept(self, config: dict[str, Any]) -> None:
-    """Makes the folder that of the run which `config` describes.
+  def _known(self) -> dict[str, Any] | None:
+    """Returns the config.json of the folder's run; None if it holds none.
 
     Raises:
-      errors.ConfigError: see `check`.
+      errors.ConfigError: what is there is no run of ours, or in the way of one.
+    """
+    away = 'name another --workdir, or move that away first'
+    try:
+      known = held_run.read_config(self.path)
+      names = own_files.run_names(self.path) if known is None else []
+    except held_run.NotOursError as error:
+      raise self._error(
+        f'{own_files.CONFIG} in it is not of a run of ours ({error}); {away}'
+      ) from error
+    except OSError as error:
+      raise own_files.config_error(error, 'workdir', self.path) from error
+    if names:
+      raise self._error(
+        f'holds {own_files.name_some(names)}, but no {own_files.CONFIG} of a '
+        f'run of ours; {away}'
+      )
+    reason = own_files.in_the_way(self.path, fresh=self._fresh)
+    if reason and not self.is_finished():
+      raise self._error(f'{reason}; {away}')
+    return known
+
+  def take_id(self, run_id: str) -> None:
+    """Writes the run's id where the same command finds it, whatever happens.
+
+    Raises:
+      errors.ConfigError: it cannot be written.
+    """
+    self.run_id = run_id
+    try:
+      if run_id != self.locked_id:
+        data = f'{run_id}\n'.encode()
+        os.pwrite(self.lock_fd, data, 0)
+        os.ftruncate(self.lock_fd, len(data))
+        self.locked_id = run_id
+      known = held_run.read_config(self.path) or {}
+      if known.get(held_run.RUN_ID, run_id) != run_id:  # it is its original's
+        self._write_config(known | {held_run.RUN_ID: run_id})
+    except OSError as error:
+      raise self._error(error.strerror or str(error)) from error
+
+  def accept(self, config: dict[str, Any]) -> list[str]:
+    """Makes the folder that of the run which `config` describes.
+
+    If the run begins anew, what an earlier one left is removed, by name; last
+    of all its config.json is replaced. So a death on the way leaves the earlier
+    run, or a part of it, which `fresh` removes.
+
+    Returns:
+      Names of what --fresh did not remove since it is not a run's.
+
+    Raises:
+      errors.ConfigError: see `check`; or something cannot be removed.
     """
     self.check(config)
-    if self._fresh:
-      for entry in self.path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-          shutil.rmtree(entry)
-        elif entry.name != _LOCK:
-          entry.unlink()
-      self._fresh = False
+    known = held_run.read_config(self.path)
+    marks = {held_run.RUN_ID: self.run_id, held_run.WORKDIR: str(self.path)}
+    kept: list[str] = []
+    if self.begins_anew:
+      kept += self._remove_earlier()
+      known = None
+    self._fresh = False
     self._created = []
-    (self.path / 'logs').mkdir(exist_ok=True)
-    if not (self.path / 'config.json').exists():
-      record_files.write_json(str(self.path / 'config.json'), config)
+    (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)
+    now = (config if known is None else known) | marks
+    if now != known:
+      self._write_config(now)
+    return kept
+
+  def _remove_earlier(self) -> list[str]:
+    """Removes all that an earlier run left; returns what else there is."""
+    try:
+      kept = list(self.remove_elsewhere())
+      if not self._fresh:
+        return kept
+      found = own_files.find_run(self.path)
+      own_files.remove(found)
+    except OSError as error:
+      raise own_files.config_error(error, 'workdir', self.path) from error
+    return [*found.others, *kept]
+
+  def _write_config(self, value: dict[str, Any]) -> None:
+    record_files.write_json(str(self.path / own_files.CONFIG), value)
 
   def is_finished(self) -> bool:
     """Tells whether the folder holds a finished run that is kept."""
-    return not self._fresh and self.checkpoint.is_dir()
+    return not self.begins_anew and checkpoint_folder.is_committed(
+      self.checkpoint
+    )
 
   def _error(self, reason: str) -> errors.ConfigError:
     return errors.ConfigError('workdir', str(self.path), reason)
@@ -175,9 +267,11 @@ def read_run(
     errors.ConfigError: the folder holds no run, or one of another version of
       this program.
   """
-  file = pathlib.Path(path) / 'config.json'
+  file = pathlib.Path(path) / own_files.CONFIG
   try:
     value = json.loads(file.read_text())
+    for name in _MARKS:
+      value.pop(name, None)
     found_out = {name: value.pop(name, {}) for name in _FOUND_OUT}
     return run_settings.RunConfig.from_json(value), found_out
   except FileNotFoundError:

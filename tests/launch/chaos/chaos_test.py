@@ -86,6 +86,8 @@ def test_it_says_how_long():
 @pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_a_few(tmp_path):
+  (tmp_path / 'chaos').mkdir()
+  (tmp_path / 'chaos' / 'notes').write_text('mine')
   result = helpers.launch(
     'chaos',
     '--seed=3',
@@ -101,7 +103,7 @@ def test_a_few(tmp_path):
   )
   assert result.returncode == 0, result.stdout + result.stderr
   assert 'equal to the undisturbed one in every bit' in result.stdout
-  assert not os.path.exists(tmp_path / 'chaos')
+  assert os.listdir(tmp_path / 'chaos') == ['notes']
 
 
 @pytest.mark.soak

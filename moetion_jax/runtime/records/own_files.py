@@ -1,0 +1,244 @@
+"""What a run makes in folders that a user names: its names, its removal.
+
+Whatever has another name, or is of another kind, is somebody else's. It stays,
+wherever it lies, and with it the folders that it lies in. Symbolic links are
+links: they are removed, what they point to is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moetion_jax import errors
+from moetion_jax.runtime.records import files as record_files
+from moetion_jax.snapshots import file as snapshot_file
+
+CONFIG = 'config.json'
+LOCK = '.lock'
+CHECKPOINT_NAME = 'checkpoint'
+LOGS_NAME = 'logs'
+DURABLE_NAME = 'durable'
+# A checkpoint has the name of the one that it replaces, and this.
+ASIDE_SUFFIX = '.moetion-new'
+# The suffix of folders that Orbax writes, before it renames them.
+ORBAX_SUFFIX = '.orbax-checkpoint-tmp'
+# What says that a checkpoint is committed: the first to go, the last to come.
+COMMIT_NAMES = ('commit_success.txt', '_CHECKPOINT_METADATA')
+_SHOWN = 5  # names in one line
+
+# A folder's contents: the pattern of a name, and None for a file or the
+# contents of the folder. In this order they are removed.
+Tree = Mapping[str, Any]
+
+_OCDBT: Tree = {
+  r'manifest\.ocdbt(\.__lock)?': None,
+  'd': {r'[0-9a-f]{32}(\.__lock)?': None},
+}
+# As Orbax's StandardCheckpointer writes it (a test looks at a real one).
+CHECKPOINT: Tree = {
+  **{re.escape(name): None for name in COMMIT_NAMES},
+  r'_METADATA|_sharding|_strings\.json': None,
+  r'ocdbt\.process_\d+': _OCDBT,
+  r'array_metadatas': {r'process_\d+': None},
+  **_OCDBT,
+}
+# A folder of snapshots on disk (see `snapshots.durable_store`).
+SNAPSHOT: Tree = {
+  re.escape(snapshot_file.MANIFEST_NAME) + r'(\.new)?': None,
+  re.escape(snapshot_file.DATA_NAME): None,
+}
+SNAPSHOTS: Tree = {r'\d+(\.tmp|\.old|\.replaced)?': SNAPSHOT}
+# All of a run's folders of snapshots.
+DURABLE: Tree = {r'stage-\d+\.replica-\d+\.snapshots': SNAPSHOTS}
+_LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None}
+_FILES = ('metrics.jsonl', 'events.jsonl', 'workers.json')
+# A workdir without its config.json, which goes last, and its lock.
+RUN: Tree = {
+  CHECKPOINT_NAME: CHECKPOINT,
+  rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'
+  rf'({re.escape(ORBAX_SUFFIX)}.*)?': CHECKPOINT,
+  DURABLE_NAME: DURABLE,
+  **{re.escape(name): None for name in _FILES},
+  LOGS_NAME: _LOGS,
+  re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+  """The contents of a folder.
+
+  Attributes:
+    own: paths of the run's files and folders, in the order of their removal.
+    others: names of all else, as paths inside the folder; those of folders end
+      with a slash.
+  """
+
+  own: tuple[pathlib.Path, ...] = ()
+  others: tuple[str, ...] = ()
+
+
+def find(folder: str | os.PathLike[str], tree: Tree) -> Found:
+  """Tells a folder's own files from others; changes nothing.
+
+  Args:
+    folder: the folder, which need not exist.
+    tree: what a run makes in it.
+
+  Raises:
+    OSError: a folder cannot be read.
+  """
+  entries: dict[str, os.DirEntry[str]] = {}
+  missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+  with missing, os.scandir(folder) as found:
+    entries = {entry.name: entry for entry in found}
+  own: list[pathlib.Path] = []
+  others: list[str] = []
+  for pattern, inner in tree.items():
+    for name in sorted(entries):
+      if not re.fullmatch(pattern, name) or not _is_a(entries[name], inner):
+        continue
+      entry = entries.pop(name)
+      if inner is not None and not entry.is_symlink():
+        below = find(entry.path, inner)
+        own += below.own
+        others += [f'{name}/{other}' for other in below.others]
+      own.append(pathlib.Path(entry.path))
+  others += [
+    name + '/' * entry.is_dir(follow_symlinks=False)
+    for name, entry in sorted(entries.items())
+  ]
+  return Found(own=tuple(own), others=tuple(others))
+
+
+def _is_a(entry: os.DirEntry[str], inner: Tree | None) -> bool:
+  """Whether an entry is a link, or a file or a folder as a run makes it."""
+  if entry.is_symlink():
+    return True
+  if inner is None:
+    return entry.is_file(follow_symlinks=False)
+  return entry.is_dir(follow_symlinks=False)
+
+
+def remove(found: Found) -> None:
+  """Removes a run's own files; folders go unless others' files are in them.
+
+  Raises:
+    OSError: something cannot be removed; what comes after it is still there.
+  """
+  for path in found.own:
+    try:
+      if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+      else:
+        path.unlink()
+    except FileNotFoundError:
+      continue
+    except OSError as error:
+      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        raise
+
+
+def find_run(workdir: str | os.PathLike[str]) -> Found:
+  """Tells a workdir's files from others, config.json and the lock left out."""
+  found = find(workdir, RUN)
+  others = (x for x in found.others if x not in (CONFIG, LOCK))
+  return dataclasses.replace(found, others=tuple(others))
+
+
+def remove_durable(folder: str) -> tuple[str, ...]:
+  """Removes a run's folders of snapshots, and the folder they are in.
+
+  Args:
+    folder: that folder; '' for none.
+
+  Returns:
+    What is not the run's and stays, as paths.
+
+  Raises:
+    OSError: something cannot be removed.
+  """
+  if not folder or not os.path.isdir(folder) or os.path.islink(folder):
+    return ()
+  found = find(folder, DURABLE)
+  own = (*found.own, pathlib.Path(folder))
+  remove(dataclasses.replace(found, own=own))
+  return tuple(os.path.join(folder, other) for other in found.others)
+
+
+def remove_snapshots(
+  folder: str | os.PathLike[str], path: str | os.PathLike[str]
+) -> None:
+  """Removes what a run made at a path, or below it, in its folder on disk.
+
+  Args:
+    folder: the folder of all its snapshots.
+    path: a path in it.
+
+  Raises:
+    OSError: something cannot be removed.
+  """
+  own = (p for p in find(folder, DURABLE).own if p.is_relative_to(path))
+  remove(Found(own=tuple(own)))
+
+
+def run_names(workdir: str | os.PathLike[str]) -> list[str]:
+  """Names what looks like a run's in a folder, whoever made it.
+
+  Raises:
+    OSError: a folder cannot be read.
+  """
+  folder = pathlib.Path(workdir)
+  names = [
+    name
+    for name in (CONFIG, *_FILES, CHECKPOINT_NAME)
+    if os.path.lexists(folder / name)
+  ]
+  for name, tree in ((LOGS_NAME, _LOGS), (DURABLE_NAME, DURABLE)):
+    if find(folder / name, tree).own:
+      names.append(f'{name}/')
+  return names
+
+
+def in_the_way(workdir: str | os.PathLike[str], *, fresh: bool) -> str:
+  """Says why a run cannot write a file or folder of its own; '' if it can.
+
+  Args:
+    workdir: the folder.
+    fresh: whether links of such names are removed before.
+  """
+  folder = pathlib.Path(workdir)
+  for name in (CONFIG, *_FILES, CHECKPOINT_NAME, LOGS_NAME, DURABLE_NAME):
+    path = folder / name
+    if not os.path.lexists(path) or (fresh and path.is_symlink()):
+      continue
+    if name in (CONFIG, *_FILES) and not path.is_file():
+      return f'{name} in it is no file'
+    if name not in (CONFIG, *_FILES) and not path.is_dir():
+      return f'{name} in it is no folder'
+    if name == CHECKPOINT_NAME and path.is_symlink():
+      return f'{name} in it is a symbolic link, through which no run writes'
+  return ''
+
+
+def name_some(names: Sequence[str]) -> str:
+  """Names a few of several things, then their number."""
+  more = len(names) - _SHOWN
+  text = ', '.join(names[:_SHOWN])
+  return f'{text} and {more} more' if more > 0 else text
+
+
+def config_error(
+  error: OSError, flag: str, value: object
+) -> errors.ConfigError:
+  """Says that a file of the run cannot be read or removed."""
+  return errors.ConfigError(
+    flag, value, f'{error.filename}: {error.strerror}; make that possible'
+  )

@@ -1,0 +1,116 @@
+"""Which store is a run's: by the id in its workdir, told from its copies'."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterable
+
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime.records import held_run
+
+
+def choose(
+  path: str | os.PathLike[str],
+  locked_id: str,
+  hostmem_dir: str,
+  durable_dir: str,
+) -> tuple[str, str]:
+  """Chooses the id of the run in a workdir: the stored one, or a new one.
+
+  A copy of another workdir gets an id of its own: the store stays with the
+  other one, which may live.
+
+  Args:
+    path: the workdir, locked and checked.
+    locked_id: the id in its lock file; '' for none.
+    hostmem_dir: the directory of the stores.
+    durable_dir: the directory of snapshots on disk; '' for none.
+
+  Returns:
+    The id, and what to tell the user, if anything.
+  """
+  run_id = held_run.read_id(path)
+  if not run_id:
+    run_id = _former(path, hostmem_dir, durable_dir)
+    run_id = run_id or locked_id or held_run.new_id()
+  original = original_of(path, run_id, hostmem_dir)
+  if not original:
+    return run_id, ''
+  return held_run.new_id(), (
+    f'{path} is a copy of {original}, whose store is left alone: iterations of '
+    'which this folder has no snapshots are done again, and compared with the '
+    'lines it has.'
+  )
+
+
+def find(path: str | os.PathLike[str], hostmem_dir: str) -> str:
+  """Finds the id of the run in a folder that is not locked; changes nothing.
+
+  Returns:
+    The id; if none is stored and nothing lies under a former one, that one.
+  """
+  found = held_run.read_id(path) or _former(path, hostmem_dir, '')
+  return found or run_store.former_id(os.path.abspath(path))
+
+
+def original_of(
+  path: str | os.PathLike[str], run_id: str, hostmem_dir: str
+) -> str:
+  """Returns the folder of which another one is a copy; '' if it is none.
+
+  A folder that was moved is no copy: where it was is nothing now, or another
+  run.
+
+  Args:
+    path: the folder that may be a copy.
+    run_id: the id that it has.
+    hostmem_dir: the directory of the stores.
+  """
+  for recorded in _recorded(path, run_id, hostmem_dir):
+    if _is_other(path, recorded) and held_run.read_id(recorded) == run_id:
+      return recorded
+  return ''
+
+
+def _recorded(
+  path: str | os.PathLike[str], run_id: str, hostmem_dir: str
+) -> Iterable[str]:
+  """Yields the paths that the run's workdir had when the run last began."""
+  for store in run_store.folders(hostmem_dir, run_id):
+    yield str(store_folder.read_owner(store).get('workdir') or '')
+  try:
+    config = held_run.read_config(path)
+  except (OSError, held_run.NotOursError):
+    return
+  yield str((config or {}).get(held_run.WORKDIR) or '')
+
+
+def _is_other(path: str | os.PathLike[str], recorded: str) -> bool:
+  try:
+    return os.path.isabs(recorded) and not os.path.samefile(path, recorded)
+  except OSError:  # it is not there any more
+    return False
+
+
+def _former(
+  path: str | os.PathLike[str], hostmem_dir: str, durable_dir: str
+) -> str:
+  """Finds what a version left that named stores after the workdir's path.
+
+  Returns:
+    The id under which something lies; '' if nothing does.
+  """
+  try:
+    if held_run.read_config(path) is None:
+      return ''
+  except (OSError, held_run.NotOursError):
+    return ''
+  for spelling in (os.path.abspath(path), os.path.realpath(path)):
+    run_id = run_store.former_id(spelling)
+    on_disk = pathlib.Path(durable_dir, run_store.folder_name(run_id))
+    if run_store.folders(hostmem_dir, run_id) or (
+      durable_dir and on_disk.is_dir()
+    ):
+      return run_id
+  return ''

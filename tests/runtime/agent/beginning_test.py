@@ -1,0 +1,60 @@
+"""Room in host memory at the beginning of a run: what counts as free."""
+
+import subprocess
+
+import pytest
+
+from moetion_jax import errors
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime.agent import beginning, settings as agent_settings
+from moetion_jax.runtime.records import held_run, workdir
+
+_MIB = 1 << 20
+
+
+@pytest.fixture
+def hostmem(tmp_path):
+  """A tmpfs of 64 MiB."""
+  path = tmp_path / 'shm'
+  path.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64m', 'none', str(path)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting a tmpfs is not allowed here')
+  yield path
+  subprocess.run(['umount', '--lazy', str(path)], check=True)
+
+
+@pytest.mark.parametrize(
+  ('is_new', 'fresh', 'local_hosts', 'fits'),
+  [
+    (False, False, 2, True),  # both hosts' stores are used again
+    (False, False, 1, False),  # the other one stays to the end of the run
+    (False, True, 1, True),  # it is removed first
+    (True, False, 1, True),  # of a run that was killed before it began
+  ],
+)
+def test_what_stores_hold(hostmem, tmp_path, is_new, fresh, local_hosts, fits):
+  folder = workdir.Workdir(str(tmp_path / 'run'), fresh=fresh)
+  folder.lock()
+  folder.take_id(held_run.new_id())
+  if not is_new:
+    (tmp_path / 'run' / 'config.json').write_text('{}')
+  for host in range(2):
+    name = run_store.host_id(folder.run_id, host)
+    store = store_folder.StoreFolder(hostmem, name)
+    store.start()
+    (store.path / 'stage-0.replica-0.segment').write_bytes(bytes(16 * _MIB))
+    store.close()
+  where = agent_settings.AgentSettings(
+    workdir=str(tmp_path / 'run'),
+    fresh=fresh,
+    hostmem_dir=str(hostmem),
+    local_hosts=local_hosts,
+  )
+  beginning.check_room(where, folder, 40 * _MIB)  # 32 are free, 16 in host 0's
+  if fits:
+    beginning.check_room(where, folder, 56 * _MIB)
+  else:
+    with pytest.raises(errors.ConfigError, match='hostmem_dir'):
+      beginning.check_room(where, folder, 56 * _MIB)
+  folder.close()

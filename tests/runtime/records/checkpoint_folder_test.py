@@ -1,0 +1,110 @@
+"""A checkpoint is replaced whole, and files of others stay in its folder."""
+
+import numpy as np
+import pytest
+from orbax import checkpoint as ocp
+
+from moetion_jax import errors
+from moetion_jax.runtime.records import checkpoint_folder, own_files
+
+_TREE = {'iteration': np.int64(3), 'parameters': {'a': np.arange(5000.0)}}
+
+
+def _write(place, tree=_TREE):
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(place, tree, custom_metadata={'x': 1})
+    checkpointer.wait_until_finished()
+
+
+def _save(path, tree=_TREE):
+  with checkpoint_folder.replacing(path) as place:
+    _write(place, tree)
+
+
+def _read(path):
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(path)
+
+
+def test_a_real_checkpoint_has_no_names_but_known_ones(tmp_path):
+  assert own_files.ORBAX_SUFFIX == ocp.path.atomicity.TMP_DIR_SUFFIX
+  path = tmp_path / 'checkpoint'
+  assert not checkpoint_folder.is_committed(path)
+  _save(path)
+  assert checkpoint_folder.is_committed(path)
+  found = own_files.find_run(tmp_path)
+  assert found.others == () and len(found.own) > 5
+  (path / 'commit_success.txt').unlink()
+  assert checkpoint_folder.is_committed(path)  # a version before that file
+  own_files.remove(found)
+  assert not path.exists()
+
+
+def test_files_of_others_stay(tmp_path):
+  path = tmp_path / 'checkpoint'
+  for name in ('notes.txt', 'd/notes.txt', 'mine/deep/notes.txt'):
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_text(name)
+  temporary = tmp_path / f'checkpoint{own_files.ORBAX_SUFFIX}'
+  temporary.mkdir()
+  (temporary / 'notes.txt').write_text('Orbax would remove this')
+  for factor in (1.0, 2.0):  # the second replaces the first
+    tree = {'a': factor * np.arange(5000.0)}
+    assert checkpoint_folder.is_committed(path) == (factor == 2.0)
+    _save(path, tree)
+    assert checkpoint_folder.is_committed(path)
+    np.testing.assert_array_equal(_read(path)['a'], tree['a'])
+    for name in ('notes.txt', 'd/notes.txt', 'mine/deep/notes.txt'):
+      assert (path / name).read_text() == name
+  assert [p.name for p in temporary.iterdir()] == ['notes.txt']
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    path.name,
+    temporary.name,
+  ]
+
+
+def test_a_death_at_any_moment_leaves_none_or_a_whole_one(tmp_path):
+  """Files are moved in one by one: whoever dies between moved some of them."""
+  source, path = tmp_path / 'whole', tmp_path / 'checkpoint'
+  _write(source)
+  names = sorted(p.name for p in source.iterdir())
+  last = names.index('commit_success.txt')
+  names.append(names.pop(last))
+  for count in range(len(names)):
+    (path / 'd').mkdir(parents=True)
+    (path / 'd' / 'notes.txt').write_text('mine')
+    with pytest.raises(KeyboardInterrupt):
+      with checkpoint_folder.replacing(path) as place:
+        _write(place)
+        for name in [n for n in names if n not in own_files.COMMIT_NAMES][
+          :count
+        ]:
+          if not (path / name).exists():
+            (tmp_path / 'checkpoint.moetion-new' / name).rename(path / name)
+        raise KeyboardInterrupt
+    assert not checkpoint_folder.is_committed(path)
+    _save(path)
+    assert checkpoint_folder.is_committed(path)
+    np.testing.assert_array_equal(_read(path)['iteration'], 3)
+    assert (path / 'd' / 'notes.txt').read_text() == 'mine'
+    (path / 'd' / 'notes.txt').unlink()
+    own_files.remove(own_files.find_run(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ['whole']
+
+
+def test_a_link_is_not_written_through(tmp_path):
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / '_METADATA').write_text('mine')
+  (tmp_path / 'checkpoint').symlink_to(tmp_path / 'other')
+  with pytest.raises(errors.StoreError, match='symbolic link'):
+    _save(tmp_path / 'checkpoint')
+  assert (tmp_path / 'other' / '_METADATA').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+  'content', ['', '{}', '[]', '{"commit_timestamp_nsecs": null}']
+)
+def test_what_is_not_committed(tmp_path, content):
+  (tmp_path / '_CHECKPOINT_METADATA').write_text(content)
+  (tmp_path / 'notes.txt').write_text('mine')
+  assert not checkpoint_folder.is_committed(tmp_path)

@@ -1,0 +1,174 @@
+"""Paths of settings that lie where a run removes something."""
+
+import os
+
+import pytest
+
+from moetion_jax import errors
+from moetion_jax.runtime.records import places as places_lib
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+  """A folder with a run `r`, its store `shm/moetion-1`, and other things."""
+  for name in (
+    'r/config.json',
+    'r/metrics.jsonl',
+    'r/logs/stage-0.log',
+    'r/logs/mine.txt',
+    'r/checkpoint/_METADATA',
+    'r/checkpoint/mine/_METADATA',
+    'r/corpus/a.txt',
+    'shm/moetion-1/lock',
+    'disk/moetion-1/stage-0.replica-0.snapshots/1/data',
+    'text/a.txt',
+    'linked/b.txt',
+    'old/checkpoint/_METADATA',
+    '.hidden/config.json',
+  ):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name)
+  (tmp_path / 'to-r').symlink_to('r')
+  (tmp_path / 'to-checkpoint').symlink_to('to-r/checkpoint')
+  (tmp_path / 'linked' / 'link.txt').symlink_to('../r/metrics.jsonl')
+  (tmp_path / 'r' / 'to-text').symlink_to('../text')
+  (tmp_path / 'to-logs').symlink_to(tmp_path / 'r' / 'logs')
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def _check(fresh, workdir='r', **fields):
+  places_lib.check(
+    places_lib.Places(
+      **{'workdir': workdir, 'hostmem_dir': 'shm', **fields},
+    ),
+    of_run=['shm/moetion-1', 'disk/moetion-1'],
+    fresh=fresh,
+  )
+
+
+@pytest.mark.parametrize(
+  'init_from',
+  [
+    'r/checkpoint',
+    'r/checkpoint/',
+    'r/../r/./checkpoint',
+    'to-r/checkpoint',
+    'to-checkpoint',
+  ],
+)
+def test_init_from_that_fresh_removes(here, init_from):
+  with pytest.raises(errors.ConfigError, match='ELSEWHERE') as caught:
+    _check(True, init_from=init_from)
+  assert caught.value.flag == 'init_from'
+  assert f'mv {here}/r/' in caught.value.reason
+  with pytest.raises(errors.ConfigError, match='ELSEWHERE'):
+    _check(True, workdir='to-r', init_from=init_from)
+  _check(False, init_from=init_from)  # nothing is removed
+
+
+def test_the_whole_workdir_as_a_checkpoint(here):
+  with pytest.raises(errors.ConfigError, match='name a place without it'):
+    _check(True, init_from='r')
+  _check(False, init_from='r')
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'init_from': 'old/checkpoint'},
+    {
+      'init_from': 'r/checkpoint/mine'
+    },  # it stays, as all that others put there
+    {'init_from': 'no/such/folder'},
+    {'data': 'text'},
+    {'data': 'r/corpus'},
+    {'data': 'r/corpus/*.txt'},
+    {'data': 'r/logs/mine.txt'},
+    {'data': 'r/to-text'},
+    {'data': 'no/such/*'},
+    {'data': '.', 'workdir': '.hidden'},  # of a folder no hidden file is read
+    {'durable_dir': 'r'},
+    {'durable_dir': 'r/disk'},
+    {'durable_dir': 'r/durable'},
+    {'durable_dir': 'disk'},
+    {'compilation_cache_dir': 'r/cache'},
+    {'hostmem_dir': 'r'},
+  ],
+)
+@pytest.mark.parametrize('fresh', [False, True])
+def test_what_is_not_in_the_way(here, fields, fresh):
+  _check(fresh, **fields)
+
+
+@pytest.mark.parametrize(
+  'data',
+  [
+    'r/metrics.jsonl',
+    'r/config.json',
+    'to-r/../to-r/metrics.jsonl',
+    'r/*.jsonl',
+    'r/**/*.log',
+    'r',
+    'r/',
+    '.',
+    'linked',
+    'linked/*',
+    'linked/link.txt',
+    'to-logs',
+  ],
+)
+def test_data_that_fresh_removes(here, data):
+  with pytest.raises(errors.ConfigError, match='--fresh removes') as caught:
+    _check(True, data=data)
+  assert caught.value.flag == 'data' and caught.value.value == data
+  _check(False, data=data)
+
+
+def test_data_through_a_link_that_fresh_removes(here):
+  """What it points to stays, but is not found any more."""
+  (here / 'r' / 'events.jsonl').symlink_to('../text/a.txt')
+  with pytest.raises(errors.ConfigError, match=f'{here}/r/events.jsonl'):
+    _check(True, data='r/events.jsonl')
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'data': 'shm/moetion-1/lock'},
+    {'init_from': 'disk/moetion-1/checkpoint'},
+    {'durable_dir': 'r/checkpoint'},
+    {'durable_dir': 'to-checkpoint/x'},
+    {'durable_dir': 'r/logs/x'},
+    {'durable_dir': 'shm'},
+    {'durable_dir': 'shm/moetion-1'},
+    {'hostmem_dir': 'r/checkpoint'},
+    {'hostmem_dir': 'r/checkpoint.orbax-checkpoint-tmp'},
+    {'compilation_cache_dir': 'to-logs'},
+    {'compilation_cache_dir': 'disk/moetion-1/cache'},
+  ],
+)
+def test_what_is_always_in_the_way(here, fields, fresh):
+  (flag,) = fields
+  with pytest.raises(errors.ConfigError) as caught:
+    _check(fresh, **fields)
+  assert caught.value.flag == flag
+
+
+def test_where_a_path_leads(here):
+  stops = lambda path: list(places_lib.stops(path))  # noqa: E731
+  assert stops('text/a.txt') == [f'{here}/text/a.txt']
+  assert stops('to-checkpoint/mine') == [
+    f'{here}/to-checkpoint',
+    f'{here}/to-r',
+    f'{here}/r/checkpoint/mine',
+  ]
+  assert stops('r/to-text/../linked') == [
+    f'{here}/r/to-text',
+    f'{here}/linked',
+  ]
+  assert stops('to-logs')[-1] == os.path.realpath('to-logs')
+  (here / 'loop').symlink_to('loop')
+  assert len(stops('loop/x')) < 50

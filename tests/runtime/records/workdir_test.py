@@ -1,0 +1,398 @@
+"""The folder of a run: what it may hold, what --fresh removes, its id."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import pytest
+
+from launch.lm import settings as run_settings
+from moetion_jax import errors
+from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime.records import held_run, own_files, run_ids, workdir
+
+_FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'software': {'jax': '1'}}
+
+
+def _config(**train):
+  made = run_settings.make(
+    'tiny', model_overrides=[], train_overrides=train, optimizer_overrides={}
+  )
+  return json.loads(json.dumps(made.to_json())) | _FOUND_OUT
+
+
+def _opened(path, *, fresh=False):
+  folder = workdir.Workdir(str(path), fresh=fresh)
+  folder.lock()
+  return folder
+
+
+def _begin(path, hostmem, *, fresh=False, config=None, durable=''):
+  """Begins a run; returns what was said and kept."""
+  folder = _opened(path, fresh=fresh)
+  try:
+    folder.check(config or _config())
+    said = _settle(folder, hostmem, durable)
+    return said, folder.accept(config or _config())
+  finally:
+    folder.close()
+
+
+def _settle(folder, hostmem, durable=''):
+  """Gives a workdir its id, as a run does; returns what was said."""
+  run_id, said = run_ids.choose(
+    folder.path, folder.locked_id, str(hostmem), durable
+  )
+  folder.take_id(run_id)
+  return said
+
+
+def _held(path):
+  """The content of config.json."""
+  return json.loads((path / 'config.json').read_text())
+
+
+def _refused(path, *, fresh, config=None):
+  """The reason for which a run does not begin; nothing is changed by that."""
+  before = _contents(path)
+  folder = _opened(path, fresh=fresh)
+  try:
+    with pytest.raises(errors.ConfigError) as caught:
+      folder.check(config or _config())
+  finally:
+    folder.close()
+  assert _contents(path) == before
+  return str(caught.value)
+
+
+def _contents(folder):
+  return {
+    str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+    for p in sorted(pathlib.Path(folder).rglob('*'))
+  }
+
+
+def _leave_all(path):
+  """What a finished run leaves, beside config.json."""
+  for name in (
+    'metrics.jsonl',
+    'events.jsonl',
+    'workers.json',
+    'logs/stage-0.log',
+    'checkpoint/commit_success.txt',
+    'checkpoint/_CHECKPOINT_METADATA',
+    'checkpoint/d/' + 'a' * 32,
+    'durable/stage-0.replica-0.snapshots/3/data',
+  ):
+    file = path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('of the first run')
+
+
+@pytest.fixture
+def hostmem(tmp_path):
+  folder = tmp_path / 'shm'
+  folder.mkdir()
+  return folder
+
+
+@pytest.fixture
+def run(tmp_path, hostmem):
+  """A workdir of a run that began."""
+  _begin(tmp_path / 'run', hostmem)
+  return tmp_path / 'run'
+
+
+def _store(hostmem, path):
+  """The store of a run that was stopped."""
+  run_id = held_run.read_id(path)
+  store = store_folder.StoreFolder(hostmem, run_id, path)
+  store.start()
+  store.close()
+  return store.path
+
+
+# --- What the folder may hold ------------------------------------------------
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    ('{"architectures": ["X"]}', '"architectures"'),
+    ('{"preset": "tiny", "model": {}, "train": {}}', 'data_fingerprint'),
+    ('{"preset": ', 'damaged'),
+    ('[1]', 'no JSON object'),
+    ('{}', 'nothing'),
+    ('\udcff', 'damaged'),
+  ],
+)
+def test_a_config_of_others(tmp_path, fresh, content, words):
+  data = content.encode(errors='surrogateescape')
+  (tmp_path / 'config.json').write_bytes(data)
+  (tmp_path / 'model.safetensors').write_text('weights')
+  reason = _refused(tmp_path, fresh=fresh)
+  assert words in reason and '--fresh' not in reason
+  assert '--workdir' in reason
+
+
+@pytest.mark.parametrize('missing', [*_FOUND_OUT, 'preset', 'model', 'train'])
+def test_every_field_of_a_config_is_needed(tmp_path, missing):
+  config = _config()
+  del config[missing]
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert missing in _refused(tmp_path, fresh=True)
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+@pytest.mark.parametrize(
+  'name', ['checkpoint/x', 'metrics.jsonl', 'logs/stage-0.log']
+)
+def test_files_that_look_like_a_runs(tmp_path, fresh, name):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text('of others')
+  reason = _refused(tmp_path, fresh=fresh)
+  assert name.split('/')[0] in reason and '--fresh' not in reason
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+def test_other_files_are_no_obstacle(tmp_path, hostmem, fresh):
+  path = tmp_path / 'run'
+  for name in ('corpus/a.txt', 'thesis.tex', 'logs/mine'):
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_text(name)
+  _, kept = _begin(path, hostmem, fresh=fresh)
+  assert kept == (['logs/mine', 'corpus/', 'thesis.tex'] if fresh else [])
+  assert (path / 'thesis.tex').read_text() == 'thesis.tex'
+  assert held_run.read_config(path)
+
+
+def test_another_run(run):
+  reason = _refused(run, fresh=False, config=_config(seed=7))
+  assert 'train.seed' in reason and '--fresh' in reason
+
+
+def test_a_lock_file_of_others(tmp_path):
+  (tmp_path / '.lock').write_text('pid 17')
+  with pytest.raises(errors.ConfigError, match=r'\.lock'):
+    _opened(tmp_path)
+  (tmp_path / '.lock').unlink()
+  (tmp_path / 'precious').write_text('')
+  (tmp_path / '.lock').symlink_to('precious')
+  with pytest.raises(errors.ConfigError):
+    _opened(tmp_path)
+  assert (tmp_path / 'precious').read_bytes() == b''
+
+
+def test_what_was_locked_for_no_run_leaves_nothing(tmp_path):
+  folder = _opened(tmp_path / 'a' / 'b')
+  folder.take_id(held_run.new_id())
+  folder.close()
+  assert list(tmp_path.iterdir()) == []
+  folder = _opened(tmp_path)
+  folder.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_alone_is_no_finished_run(run):
+  folder = _opened(run)
+  (run / 'checkpoint').mkdir()
+  (run / 'checkpoint' / 'notes.txt').write_text('mine')
+  assert not folder.is_finished()
+  (run / 'checkpoint' / 'commit_success.txt').write_text('')
+  assert folder.is_finished()
+  (run / 'config.json').unlink()
+  assert not folder.is_finished()
+  folder.close()
+
+
+# --- What a fresh run removes ------------------------------------------------
+
+
+def test_fresh_removes_what_is_the_runs_and_when_it_can_begin(run, hostmem):
+  _leave_all(run)
+  (run / 'checkpoint' / 'notes.txt').write_text('mine')
+  first_id = held_run.read_id(run)
+  before = _contents(run)
+  folder = _opened(run, fresh=True)
+  folder.check(_config(seed=7))
+  _settle(folder, hostmem)
+  assert folder.begins_anew and not folder.is_finished()
+  assert _contents(run) == before
+  order = []
+  folder.remove_elsewhere = lambda: order.append(_contents(run)) or ['x']
+  assert folder.accept(_config(seed=7)) == ['checkpoint/notes.txt', 'x']
+  folder.close()
+  assert order == [before]  # the stores go first
+  assert sorted(_contents(run)) == [
+    '.lock',
+    'checkpoint',
+    'checkpoint/notes.txt',
+    'config.json',
+    'logs',
+  ]
+  assert _held(run)['train']['seed'] == 7
+  assert held_run.read_id(run) == first_id
+
+
+def test_a_death_while_an_earlier_run_is_removed(tmp_path, hostmem):
+  """Whatever is gone by then, the run is ours, and --fresh goes on."""
+  path, moments = tmp_path / 'run', 1
+  moment = 0
+  while moment < moments:
+    _begin(path, hostmem)
+    _leave_all(path)
+    (path / 'corpus').write_text('mine')
+    own = own_files.find_run(path).own
+    moments = len(own) + 1
+    own_files.remove(own_files.Found(own=own[:moment]))
+    folder = _opened(path)
+    folder.check(_config())
+    assert folder.is_finished() == (moment == 0)
+    folder.close()
+    _, kept = _begin(path, hostmem, fresh=True, config=_config(seed=7))
+    assert kept == ['corpus']
+    names = ['.lock', 'config.json', 'corpus', 'logs']
+    assert sorted(p.name for p in path.iterdir()) == names
+    (path / 'config.json').unlink()
+    moment += 1
+  assert moments > 10
+
+
+def test_fresh_after_a_link_took_the_checkpoints_place(run, hostmem, tmp_path):
+  """A finished run whose checkpoint was moved to where there is room."""
+  _leave_all(run)
+  (run / 'checkpoint').rename(tmp_path / 'elsewhere')
+  (run / 'checkpoint').symlink_to(tmp_path / 'elsewhere')
+  folder = _opened(run)
+  folder.check(_config())
+  assert folder.is_finished()
+  folder.close()
+  moved = _contents(tmp_path / 'elsewhere')
+  _begin(run, hostmem, fresh=True)
+  assert not os.path.lexists(run / 'checkpoint')
+  assert _contents(tmp_path / 'elsewhere') == moved
+  (run / 'checkpoint').symlink_to(tmp_path / 'empty')
+  assert 'no folder' in _refused(run, fresh=False)
+  (tmp_path / 'empty').mkdir()
+  assert 'symbolic link' in _refused(run, fresh=False)
+
+
+# --- The id ------------------------------------------------------------------
+
+
+def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
+  """As after a kill -9: nothing was closed."""
+  folder = _opened(tmp_path / 'run')
+  _settle(folder, hostmem)
+  os.close(folder.lock_fd)
+  again = _opened(tmp_path / 'run')
+  _settle(again, hostmem)
+  assert again.run_id == folder.run_id == held_run.read_id(tmp_path / 'run')
+  again.accept(_config())
+  again.close()
+  assert _held(tmp_path / 'run')['run_id'] == again.run_id
+
+
+def test_the_id_goes_with_the_folder(run, hostmem, tmp_path, monkeypatch):
+  run_id = held_run.read_id(run)
+  _store(hostmem, run)
+
+  def check(path):
+    said, _ = _begin(path, hostmem)
+    assert not said and held_run.read_id(path) == run_id
+
+  (tmp_path / 'link').symlink_to('run')
+  check(tmp_path / 'link')
+  check(run)
+  monkeypatch.chdir(run)
+  check('.')
+  check('../link')
+  monkeypatch.chdir(tmp_path)
+  moved = tmp_path / 'deep' / 'moved'
+  moved.parent.mkdir()
+  run.rename(moved)
+  check(moved)
+  assert _held(moved)['workdir'] == str(moved)
+  # Across file systems a folder is copied and then removed.
+  shutil.copytree(moved, tmp_path / 'again')
+  shutil.rmtree(moved)
+  check(tmp_path / 'again')
+  # Another run is now where it was.
+  _begin(moved, hostmem)
+  assert held_run.read_id(moved) != run_id
+  check(tmp_path / 'again')
+
+
+@pytest.mark.parametrize('has_store', [False, True])
+@pytest.mark.parametrize('fresh', [False, True])
+def test_a_copy_gets_an_id_of_its_own(run, hostmem, tmp_path, has_store, fresh):
+  run_id, copy = held_run.read_id(run), tmp_path / 'copy'
+  if has_store:
+    _store(hostmem, run)
+  shutil.copytree(run, copy)
+  assert run_ids.original_of(copy, run_id, str(hostmem)) == str(run)
+  living = _opened(run)  # it does not matter whether the original lives
+  said, _ = _begin(copy, hostmem, fresh=fresh)
+  living.close()
+  assert f'copy of {run}' in said
+  own_id = held_run.read_id(copy)
+  assert own_id not in ('', run_id)
+  assert held_run.read_id(run) == run_id
+  for path, expected in ((run, run_id), (copy, own_id)):
+    said, _ = _begin(path, hostmem)
+    assert not said and held_run.read_id(path) == expected
+
+
+def test_a_copy_keeps_its_new_id_through_a_kill(run, hostmem, tmp_path):
+  copy = tmp_path / 'copy'
+  shutil.copytree(run, copy)
+  folder = _opened(copy)
+  assert _settle(folder, hostmem)
+  os.close(folder.lock_fd)
+  said, _ = _begin(copy, hostmem)
+  assert not said and held_run.read_id(copy) == folder.run_id
+
+
+def test_a_copy_of_a_run_that_had_not_begun(hostmem, tmp_path):
+  first = _opened(tmp_path / 'run')
+  _settle(first, hostmem)
+  store = store_folder.StoreFolder(hostmem, first.run_id, first.path)
+  store.start()
+  shutil.copytree(first.path, tmp_path / 'copy')
+  said, _ = _begin(tmp_path / 'copy', hostmem)
+  assert f'copy of {first.path}' in said
+  assert held_run.read_id(tmp_path / 'copy') != first.run_id
+  store.remove()
+  first.close()
+
+
+@pytest.mark.parametrize('spelling', ['run', 'link'])
+@pytest.mark.parametrize('tier', ['shm', 'disk'])
+def test_a_run_of_a_version_that_stored_no_id(
+  run, hostmem, tmp_path, spelling, tier
+):
+  (run / '.lock').write_text('')
+  (run / 'config.json').write_text(json.dumps(_config()))
+  (tmp_path / 'link').symlink_to('run')
+  run_id = run_store.former_id(tmp_path / 'run')
+  (tmp_path / tier).mkdir(exist_ok=True)
+  (tmp_path / tier / f'moetion-{run_id}').mkdir(mode=0o700)
+  _begin(tmp_path / spelling, hostmem, durable=str(tmp_path / 'disk'))
+  assert _held(run)['run_id'] == run_id
+  run.rename(tmp_path / 'moved')
+  _begin(tmp_path / 'moved', hostmem)
+  assert held_run.read_id(tmp_path / 'moved') == run_id
+
+
+def test_a_run_of_that_version_which_left_nothing(run, hostmem):
+  (run / '.lock').write_text('')
+  (run / 'config.json').write_text(json.dumps(_config()))
+  _begin(run, hostmem)
+  assert held_run.read_id(run) not in ('', run_store.former_id(run))
+
+
+def test_settings_are_read_without_the_id(run):
+  config, found_out = workdir.read_run(run)
+  assert config.to_json().keys() | found_out.keys() == _config().keys()
