@@ -174,8 +174,7 @@ _FAIL = flags.DEFINE_multi_string(
   + ', '.join(faults.KINDS)
   + '. P: '
   + ', '.join(faults.PHASES)
-  + '; I may be left out in start, compile, replay, '
-  'hand_over and save.',
+  + '. I may be left out in start, compile, replay, hand_over and save.',
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print the configuration as JSON and exit.'

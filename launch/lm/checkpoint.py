@@ -12,6 +12,7 @@ travel along as Orbax custom metadata.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from moetion_jax.state import host_digest, partition
 
 _MASTER = checkpoint_proof.MASTER
 _ATTEMPTS = 2
+_METADATA_NAME = '_CHECKPOINT_METADATA'  # Orbax's
 _PARTS = frozenset(('iteration', 'parameters', 'optimizer'))
 _OTHER_OPTIMIZER = (
   ': it is of a run with another optimizer; --init_weights_only begins with a '
@@ -82,10 +84,7 @@ def save(
     except errors.ConfigError as error:
       damage = error.reason
       continue
-    if os.path.isdir(path):
-      shutil.rmtree(path)
-    os.rename(aside, path)
-    return
+    return _replace(path, aside)
   _remove(aside)
   raise errors.StoreError(
     f'{path}: the checkpoint was written {_ATTEMPTS} times and read back with '
@@ -97,6 +96,19 @@ def save(
 def unproven(path: str) -> str:
   """Returns the folder of a checkpoint that was not read back yet."""
   return path + '.unproven'
+
+
+def _replace(path: str, aside: str) -> None:
+  """Puts a proven checkpoint in its place."""
+  try:
+    if os.path.isdir(path):
+      shutil.rmtree(path)
+    os.rename(aside, path)
+  except OSError as error:
+    raise errors.StoreError(
+      f'{path}: the checkpoint in {aside} cannot take its place: '
+      f'{error.strerror}; make that possible, then start again'
+    ) from error
 
 
 def _remove(aside: str) -> None:
@@ -209,14 +221,16 @@ def _metadata(
   if not os.path.isdir(path):
     raise errors.ConfigError(flag, path, 'no such folder')
   try:
-    with _checkpointer() as checkpointer:
-      metadata = checkpointer.metadata(os.path.abspath(path)).custom_metadata
+    # Not by Orbax, which logs what is wrong and then returns none.
+    with open(os.path.join(path, _METADATA_NAME), 'rb') as file:
+      metadata = json.load(file)['custom_metadata']
     proof = checkpoint_proof.from_metadata(metadata)
-  except Exception as e:  # as above
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.ConfigError(
       flag,
       path,
-      f'its metadata is damaged, or none of ours: {_first_line(e)}',
+      f'its {_METADATA_NAME} is damaged, or not that of a checkpoint of ours: '
+      f'{_first_line(e)}',
     ) from e
   return metadata[checkpoint_proof.CONFIG], proof
 

@@ -178,8 +178,8 @@ def _edit(copied, change):
 )
 def test_edited_metadata(copied, change):
   _edit(copied, change)
-  _refused(copied, 'metadata is damaged')
-  with pytest.raises(errors.ConfigError, match='metadata is damaged'):
+  _refused(copied, '_CHECKPOINT_METADATA is damaged')
+  with pytest.raises(errors.ConfigError, match='METADATA is damaged'):
     checkpoint.load_config(str(copied), 'init_from')
 
 
