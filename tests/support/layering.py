@@ -91,6 +91,7 @@ REACHES_LAUNCH = frozenset(
     'moetion_jax.runtime.agent.final_checkpoint',
     'moetion_jax.runtime.agent.rollback',
     'moetion_jax.runtime.agent.run',
+    'moetion_jax.runtime.agent.scripted',
     'moetion_jax.runtime.agent.stopper',
     'moetion_jax.runtime.agent.teams',
     'moetion_jax.runtime.agent.watcher',
