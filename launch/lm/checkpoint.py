@@ -142,7 +142,8 @@ def _write(
 ) -> None:
   """Writes a checkpoint; when this returns, it is committed."""
   with _checkpointer() as checkpointer:
-    checkpointer.save(path, tree, force=True, custom_metadata=metadata)
+    # With `force` Orbax removes what it finds, a file of somebody else's too.
+    checkpointer.save(path, tree, custom_metadata=metadata)
     checkpointer.wait_until_finished()
 
 

@@ -106,4 +106,4 @@ def _columns(words: np.ndarray, count: int) -> np.ndarray:
 
 
 def _sum(x: np.ndarray) -> np.ndarray:
-  return np.sum(x, axis=1, dtype=np.uint32)
+  return np.asarray(np.sum(x, axis=1, dtype=np.uint32))

@@ -49,9 +49,9 @@ def test_every_file_of_a_store(host, workdir, policy):
   finally:
     os.umask(before)
   runs.until(run, 'iteration 1/')
+  (store,) = host.path.glob('moetion-*')
   kinds = set()
   while run.poll() is None:
-    (store,) = host.path.glob('moetion-*')
     wrong, found = _wrong_modes(store)
     assert not wrong
     kinds |= found

@@ -7,6 +7,7 @@ them with what the devices had, and saves them.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -77,9 +78,7 @@ class Finish:
     folder = final_state.folder_of(
       spec.handover_folder, spec.stage, spec.replica
     )
-    self._injector.acts[faults.FINAL_KIND] = lambda fault, iteration: (
-      fault_damage.flip_bit_in_largest(folder)
-    )
+    self._script(folder)
     self._injector.phase('hand_over', last.iteration)
     self._link.send('handed_over')
 
@@ -110,11 +109,18 @@ class Finish:
     self._link.send('saved')
 
   def _on_written(self, path: str) -> None:
-    """Lets a scripted fault damage the checkpoint before it is read back."""
-    self._injector.acts[faults.FINAL_KIND] = lambda fault, iteration: (
-      fault_damage.flip_bit_in_largest(path)
-    )
+    """Performs the fault that is due before the checkpoint is read back."""
+    self._script(path)
     self._injector.phase('save', self._last.iteration)
+
+  def _script(self, folder: str | os.PathLike[str]) -> None:
+    """Lets a scripted fault damage what was just written into a folder."""
+
+    def damage(fault: faults.Fault, iteration: int) -> None:
+      del fault, iteration
+      fault_damage.flip_bit_in_largest(folder)
+
+    self._injector.acts[faults.FINAL_KIND] = damage
 
 
 def check_whole(
