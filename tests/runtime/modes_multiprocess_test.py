@@ -20,7 +20,12 @@ SECONDS = 240.0
 def _wrong_modes(folder: pathlib.Path):
   """Modes below a folder that others could use, or that are not as promised."""
   wrong, kinds = {}, set()
-  for path in folder.rglob('*'):
+  # What vanishes meanwhile is passed over, as `Path.rglob` would not.
+  for path in (
+    pathlib.Path(parent, name)
+    for parent, folders, files in os.walk(folder)
+    for name in (*folders, *files)
+  ):
     try:
       mode = os.lstat(path).st_mode
     except FileNotFoundError:  # retired, renamed, removed
