@@ -211,10 +211,10 @@ def _read_leaf(file: pathlib.Path, fields: Sequence[Any]) -> np.ndarray:
   """Reads or maps a leaf; OSError or ValueError if its size is another."""
   _, _, dtype, shape, *_ = fields
   size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-  header_bytes = file.stat().st_size - size_bytes
-  if header_bytes != _NPY_HEADER_BYTES:
+  found_bytes, header_bytes = file.stat().st_size, _NPY_HEADER_BYTES
+  if found_bytes != header_bytes + size_bytes:
     raise ValueError(
-      f'{file.name} holds {header_bytes - _NPY_HEADER_BYTES:+d} bytes'
+      f'{file.name} has {found_bytes} bytes, not {header_bytes + size_bytes}'
     )
   if size_bytes > _MAPPED_BYTES:
     data: np.ndarray = np.memmap(file, np.uint8, 'r', offset=header_bytes)
