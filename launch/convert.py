@@ -140,7 +140,9 @@ def _convert(run: stored_run.StoredRun) -> None:
   if not done.is_verified and done.iteration:
     _warn(f'No digest of state {done.iteration} was recorded anywhere.')
   if _OUT.value:
-    checkpoint.save(_OUT.value, [done.state], done.iteration, run.config)
+    checkpoint.save(
+      _OUT.value, [done.state], done.iteration, run.config, done.digests
+    )
     print(f'Written: {os.path.abspath(_OUT.value)}')
 
 

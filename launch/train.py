@@ -170,7 +170,11 @@ _FAIL = flags.DEFINE_multi_string(
   'fail',
   [],
   'KIND:stage=S,replica=R,iteration=I,phase=P: a fault that happens once; '
-  'repeatable.',
+  'repeatable. KIND: '
+  + ', '.join(faults.KINDS)
+  + '. P: '
+  + ', '.join(faults.PHASES)
+  + '. I may be left out in start, compile, replay, hand_over and save.',
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print the configuration as JSON and exit.'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,7 @@ class Report:
     for name in _FLOATS:
       if value[name] is not None:
         value[name] = float(value[name]).hex()
-    value['digests'] = [
-      [operator.group, operator.expert, *(f'{lane:08x}' for lane in lanes)]
-      for operator, lanes in self.digests.items()
-    ]
+    value['digests'] = digests_to_json(self.digests)
     value['load'] = [[o.group, o.expert, n] for o, n in self.load.items()]
     return value
 
@@ -87,12 +84,7 @@ class Report:
     for name in _FLOATS:
       if fields[name] is not None:
         fields[name] = float.fromhex(fields[name])
-    fields['digests'] = {
-      keys.OperatorId(group, expert): np.array(
-        [int(lane, 16) for lane in lanes], np.uint32
-      )
-      for group, expert, *lanes in fields['digests']
-    }
+    fields['digests'] = digests_from_json(fields['digests'])
     fields['load'] = {
       keys.OperatorId(group, expert): count
       for group, expert, count in fields['load']
@@ -100,17 +92,39 @@ class Report:
     return cls(**fields)
 
 
+def digests_to_json(
+  digests: Mapping[keys.OperatorId, np.ndarray],
+) -> list[list[str | int]]:
+  """Lists operators' digests as [group, expert, lane, lane], lanes in hex."""
+  return [
+    [operator.group, operator.expert, *(f'{lane:08x}' for lane in lanes)]
+    for operator, lanes in digests.items()
+  ]
+
+
+def digests_from_json(
+  value: Iterable[Sequence[Any]],
+) -> dict[keys.OperatorId, np.ndarray]:
+  """Inverts `digests_to_json`."""
+  return {
+    keys.OperatorId(group, expert): np.array(
+      [int(lane, 16) for lane in lanes], np.uint32
+    )
+    for group, expert, *lanes in value
+  }
+
+
 def combine(digests: Mapping[keys.OperatorId, np.ndarray]) -> str:
   """Combines a state's operator digests, in any order, into 16 hex digits."""
   lanes = np.zeros(2, np.uint32)
   for operator, digest in digests.items():
     salt = np.uint32(zlib.crc32(str(operator).encode()))
-    lanes += _mix_host(np.asarray(digest, np.uint32) ^ salt)
+    lanes += mix(np.asarray(digest, np.uint32) ^ salt)
   return f'{lanes[0]:08x}{lanes[1]:08x}'
 
 
-def _mix_host(x: np.ndarray) -> np.ndarray:
-  """Mixes as `state/digest.py` does, in NumPy."""
+def mix(x: np.ndarray) -> np.ndarray:
+  """Mixes 32 bits invertibly, as `state/digest.py` does, in NumPy."""
   with np.errstate(over='ignore'):
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)

@@ -22,6 +22,7 @@ _WEIGHTS = {
   'corrupt_weights': 1,
   'torn_snapshot': 1,
   'corrupt_log': 1,
+  'corrupt_final': 1,
   'kill_agent': 2,
   'kill_all': 1,
 }
@@ -99,6 +100,12 @@ def draw_script(
       iteration = source.choice((0, iteration))
     if kind == 'corrupt_log':
       phase, iteration = 'forward', source.randint(2, max(2, iterations - 1))
+    elif kind == faults.FINAL_KIND:
+      phase = source.choice(faults.END_PHASES)
+    if phase in faults.END_PHASES:
+      iteration = 0
+    if phase == 'save':
+      stage, of = 0, 'replica=0,'
     of = f'replica={_replica(source, replicas)},'
     script.append(
       f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'

@@ -65,7 +65,13 @@ def load(
         state.setdefault(operator, rows)
   if newest is None:
     raise errors.StoreError(f'{root}: stage {stage} has no snapshot {start}')
-  if missing := frozenset(layout.operators) - frozenset(state):
+  missing = frozenset(layout.operators) - frozenset(state)
+  if lost := sorted(o for o in missing if o.expert < 0):
+    raise errors.StoreError(
+      f'{root}: snapshot {start} of stage {stage} lacks {lost[0]}, which every '
+      'checkpoint holds: it is of another model, or its manifest is damaged'
+    )
+  if missing:
     state |= _rows(layout, initial(), missing)
   return dataclasses.replace(newest, state=state, compute={}, extras={})
 

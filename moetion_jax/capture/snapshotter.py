@@ -329,8 +329,8 @@ class Snapshotter:
     Raises:
       NoRoomError: there was no host memory, and none came in time.
     """
-    full_at: float | None = None
-    is_blocked = False
+    full_at: float | None = None  # since when there has been no room at all
+    reason = ''
     if job.is_whole:  # the files may be sized for the parts of a window
       self._store.enlarge(
         manifest.data_bytes(buffer.nbytes for buffer in buffers)
@@ -345,23 +345,26 @@ class Snapshotter:
           if isinstance(error, OSError):
             if error.errno != errno.ENOSPC:
               raise
-            if full_at is None:
-              full_at, is_blocked = time.monotonic(), True
-              self._on_block(f'no room for snapshot {job.iteration}')
+            full_at = time.monotonic() if full_at is None else full_at
+            found = f'no room for snapshot {job.iteration}'
             if time.monotonic() > full_at + self._full_seconds:
               raise errors.NoRoomError(
                 f'snapshot {job.iteration}: no room for '
                 f'{self._full_seconds:g} s: {error.strerror}; free host '
                 'memory, or name a larger tmpfs with --hostmem_dir'
               ) from error
-          elif not is_blocked:
-            is_blocked = True
-            self._on_block(hang_detection.SNAPSHOTS_FULL)
+          else:
+            full_at, found = None, hang_detection.SNAPSHOTS_FULL
+          if found != reason:
+            if reason:
+              self._on_block('')
+            reason = found
+            self._on_block(reason)
           with self._changed:
             if self._closing:
               raise
             self._changed.wait(_FULL_POLL_SECONDS)
             self._store.retain(self._first_iteration)
     finally:
-      if is_blocked:
+      if reason:
         self._on_block('')

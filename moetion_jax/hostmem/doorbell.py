@@ -17,6 +17,7 @@ import pathlib
 import socket
 
 from moetion_jax import errors
+from moetion_jax.hostmem import private
 
 _SUFFIX = '.bell'
 
@@ -55,7 +56,9 @@ class Doorbell:
         socket.AF_UNIX,
         socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
       )
+      private.restrict(self._socket.fileno())  # its file begins with that mode
       self._socket.bind(self._address(self._name))
+      private.restrict(self._folder / self._name)
     except OSError as error:
       self.close()
       raise errors.StoreError(f'{self._folder}: {error.strerror}') from error

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 
 from moetion_jax import errors
-from moetion_jax.hostmem import memory_limits
+from moetion_jax.hostmem import memory_limits, private
 
 _PREFIX = 'moetion-'
 _OWN_NAMES = ('lock', 'owner')
@@ -81,7 +81,7 @@ class StoreFolder:
     """
     is_new = not self.path.exists()
     try:
-      self.path.mkdir(mode=0o700, exist_ok=True)
+      private.make_folder(self.path, exist_ok=True)
     except OSError as error:
       raise errors.StoreError(
         f'{self.path}: cannot be created ({error.strerror}); name another '
@@ -111,7 +111,7 @@ class StoreFolder:
     }
     temporary = self.path / 'owner.tmp'
     try:
-      temporary.write_text(json.dumps(owner) + '\n')
+      private.write(temporary, json.dumps(owner).encode() + b'\n')
       temporary.rename(self.path / 'owner')
     except OSError:
       temporary.unlink(missing_ok=True)
@@ -159,6 +159,7 @@ def _lock(path: pathlib.Path, *, create: bool = True) -> int:
   flags |= os.O_CREAT if create else 0
   try:
     fd = os.open(name, flags, 0o600)
+    private.restrict(fd)  # the umask may have taken bits away
   except OSError as error:
     raise errors.StoreError(f'{name}: {error.strerror}') from error
   try:
@@ -296,8 +297,7 @@ def reserve(path: str | os.PathLike[str], size_bytes: int) -> int:
   memory_limits.check_room(
     size_bytes, memory_limits.read_room(pathlib.Path(path).parent)
   )
-  flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-  fd = os.open(path, flags, 0o600)
+  fd = private.create(path, exclusive=True)
   try:
     os.posix_fallocate(fd, 0, size_bytes)
   except OSError as error:

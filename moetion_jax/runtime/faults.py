@@ -23,6 +23,7 @@ from moetion_jax import errors
 # What happens. The agent performs its own kinds itself: it must note them.
 AGENT_KINDS = ('kill_agent', 'kill_all')
 SNAPSHOT_KINDS = ('corrupt_snapshot', 'corrupt_weights', 'torn_snapshot')
+FINAL_KIND = 'corrupt_final'
 KINDS = (
   'kill',
   'stop',
@@ -31,11 +32,15 @@ KINDS = (
   'oom',
   *SNAPSHOT_KINDS,
   'corrupt_log',
+  FINAL_KIND,
   *AGENT_KINDS,
 )
 # When: phases as the loop names them; START_PHASES, before it is known which
-# iteration the worker begins with; REPLAY, anything done again after a failure.
+# iteration the worker begins with; REPLAY, anything done again after a failure;
+# END_PHASES, after the last iteration: a worker's state is in the store, the
+# final checkpoint (by the first worker) is written and not yet read back.
 START_PHASES = ('start', 'compile')
+END_PHASES = ('hand_over', 'save')
 REPLAY = 'replay'
 PHASES = (
   *START_PHASES,
@@ -45,6 +50,7 @@ PHASES = (
   'capture',
   'publish',
   REPLAY,
+  *END_PHASES,
 )
 
 _EXIT_CODE = 3
@@ -62,7 +68,8 @@ class Fault:
     replica: the replica of that worker.
     iteration: the iteration in which it happens. In START_PHASES the
       replacement of a worker that had begun this iteration has the fault; 0
-      means the first worker. In REPLAY 0 means the first replayed iteration.
+      means the first worker. In REPLAY 0 means the first replayed iteration,
+      in END_PHASES the last one, whichever that is.
     phase: one of PHASES.
   """
 
@@ -115,10 +122,10 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
     if name in found:
       refuse(f'{name} is there twice')
     found[name] = value
-  phase = found.pop('phase', 'forward')
+  phase = found.pop('phase', END_PHASES[0] if kind == FINAL_KIND else 'forward')
   if phase not in PHASES:
     refuse(f'phase must be one of {", ".join(PHASES)}')
-  may_be_0 = phase in (*START_PHASES, REPLAY)
+  may_be_0 = phase in (*START_PHASES, REPLAY, *END_PHASES)
   fields = {'replica': 0}
   if may_be_0:
     fields['iteration'] = 0
@@ -135,7 +142,14 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
     if name not in fields:
       refuse(f'{name}= is missing')
   if not fields['iteration'] and not may_be_0:
-    refuse('iteration must be at least 1, but for start, compile and replay')
+    refuse(
+      'iteration must be at least 1, but for start, compile, replay, hand_over '
+      'and save'
+    )
+  if kind == FINAL_KIND and phase not in END_PHASES:
+    refuse(f'{kind} happens in one of {", ".join(END_PHASES)}')
+  if phase == 'save' and (fields['stage'] or fields['replica']):
+    refuse('stage 0 replica 0 saves, nobody else')
   if kind in (*SNAPSHOT_KINDS, 'corrupt_log') and phase in START_PHASES:
     refuse(f'nothing is there to corrupt in phase {phase}')
   if kind in AGENT_KINDS and phase in START_PHASES and not fields['iteration']:
@@ -226,6 +240,8 @@ class FaultInjector:
     if fault.phase == REPLAY:
       is_replayed = 0 < iteration <= self.replays_until
       return is_replayed and fault.iteration in (0, iteration)
+    if fault.phase in END_PHASES:
+      return fault.phase == phase and fault.iteration in (0, iteration)
     return (fault.phase, fault.iteration) == (phase, iteration)
 
 

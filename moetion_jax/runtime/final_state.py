@@ -1,36 +1,71 @@
 """Training states on their way from all stages into one checkpoint.
 
 Each worker puts its state into the store folder: one `.npy` file of bytes per
-leaf, and an index. One worker maps them all and writes the checkpoint; where
-the state of a stage is divided among replicas, it joins their rows.
+leaf, and an index with checksums and with the digests that the device computed.
+One worker maps them all, compares them with both and writes the checkpoint;
+where the state of a stage is divided among replicas, it joins their rows.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moetion_jax import errors
-from moetion_jax.hostmem import raw_bytes, run_store
-from moetion_jax.state import partition as partition_lib
+from moetion_jax import errors, keys, report
+from moetion_jax.hostmem import private, raw_bytes, run_store
+from moetion_jax.state import host_digest, partition as partition_lib
 
 _MAPPED_BYTES = 1 << 16  # smaller files are read
 _NPY_HEADER_BYTES = 128
+_INDEX_NAME = 'index.json'
+_FILE_NAME = '{}.npy'
 _FULL_POLL_SECONDS = 0.05  # tmpfs does not notify when it has room again
+
+
+class DamagedError(errors.StoreError):
+  """What a worker handed over is not what it had.
+
+  Attributes:
+    stage: the worker's stage.
+    replica: the worker's replica.
+  """
+
+  def __init__(self, stage: int, replica: int, what: str):
+    super().__init__(
+      f'the final state of stage {stage} replica {replica} arrived damaged: '
+      f'{what}'
+    )
+    self.stage = stage
+    self.replica = replica
+
+
+class StageState(NamedTuple):
+  """A stage's whole state on the host, compared with its digests.
+
+  Attributes:
+    state: the leaves by group, some of them mapped files.
+    digests: the digests of all operators, as devices computed them.
+  """
+
+  state: Mapping[str, Mapping[str, np.ndarray]]
+  digests: Mapping[keys.OperatorId, np.ndarray]
 
 
 def put(
   folder: str | os.PathLike[str],
   stage: int,
   state: partition_lib.State,
+  digests: Mapping[keys.OperatorId, np.ndarray],
   full_seconds: float = 0.0,
   on_block: Callable[[], None] = lambda: None,
   *,
@@ -43,6 +78,7 @@ def put(
     folder: the store folder of the run's first host.
     stage: the worker's stage.
     state: the worker's part of the state, on the device.
+    digests: the digests of its operators, as the device computed them.
     full_seconds: seconds to wait when there is no room.
     on_block: called when that wait begins.
     replica: the worker's replica of the stage.
@@ -52,26 +88,30 @@ def put(
     errors.NoRoomError: there was no room, and none became free in time.
     errors.StoreError: the state cannot be written for another reason.
   """
-  path = _folder(folder, stage, replica)
+  path = folder_of(folder, stage, replica)
   index = []
   try:
     shutil.rmtree(path, ignore_errors=True)  # left by a worker that died
-    path.mkdir()
+    private.make_folder(path)
     for group, leaves in state.items():
       rows = None
       if partition and partition.groups[group].stacked:
         rows = [o.expert for o in partition.operators_of(group)]
       for leaf, value in leaves.items():
         host = np.asarray(jax.device_get(value))
-        with open(path / f'{len(index)}.npy', 'wb') as file:
+        name = _FILE_NAME.format(len(index))
+        with open(private.create(path / name), 'wb') as file:
           # Reserve first: NumPy does not say why it could not write.
           size_bytes = host.nbytes + _NPY_HEADER_BYTES
           _reserve(file.fileno(), size_bytes, full_seconds, on_block)
           np.save(file, raw_bytes.as_bytes(host))
           file.truncate()
+        checksum = f'{raw_bytes.checksum(host):016x}'
         shape = list(host.shape)
-        index.append([group, leaf, host.dtype.name, shape, rows])
-    (path / 'index.json').write_text(json.dumps(index))
+        index.append([group, leaf, host.dtype.name, shape, rows, checksum])
+    own = report.digests_to_json(digests)
+    body = json.dumps({'leaves': index, 'digests': own}).encode()
+    private.write(path / _INDEX_NAME, _checksum_of(body) + b'\n' + body)
   except OSError as error:
     kind = (
       errors.NoRoomError if error.errno == errno.ENOSPC else errors.StoreError
@@ -102,38 +142,90 @@ def _reserve(
 
 
 def get(
-  folder: str | os.PathLike[str], stage: int, replicas: Collection[int] = (0,)
-) -> partition_lib.State:
+  folder: str | os.PathLike[str], stage: int, replicas: Sequence[int] = (0,)
+) -> StageState:
   """Returns a stage's state, joined from what some of its workers `put`.
 
   Large leaves are mapped, not read, unless their rows come from several
-  workers.
+  workers. All of it is read once here, and compared.
 
   Args:
     folder: the same folder as for `put`.
     stage: the stage.
     replicas: the replicas of these workers, which together had the whole state.
+
+  Raises:
+    DamagedError: it is not what a worker had.
   """
   parts: dict[str, dict[str, list[tuple[list[int] | None, np.ndarray]]]] = {}
+  digests: dict[keys.OperatorId, np.ndarray] = {}
+  givers: dict[keys.OperatorId, int] = {}
+  damaged: dict[int, str] = {}  # the first damaged file of each replica
   for replica in replicas:
-    for group, leaf, value, rows in _read(_folder(folder, stage, replica)):
-      parts.setdefault(group, {}).setdefault(leaf, []).append((rows, value))
-  return {
+    path = folder_of(folder, stage, replica)
+    try:
+      of_replica, own = _read_index(path)
+      for number, fields in enumerate(of_replica):
+        group, leaf, *_, rows, checksum = fields
+        value = _read_leaf(path / _FILE_NAME.format(number), fields)
+        if f'{raw_bytes.checksum(value):016x}' != checksum:
+          damaged.setdefault(replica, _FILE_NAME.format(number))
+        parts.setdefault(group, {}).setdefault(leaf, []).append((rows, value))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+      raise DamagedError(stage, replica, f'{path}: {error}') from error
+    digests |= own
+    givers |= dict.fromkeys(own, replica)
+  state = {
     group: {leaf: _join(of_leaf) for leaf, of_leaf in sorted(leaves.items())}
     for group, leaves in sorted(parts.items())
-  }  # type: ignore[return-value]
+  }
+  found = host_digest.digest_state(state, host_digest.stacked_groups(digests))
+  wrong = host_digest.differences(found, digests)
+  if wrong or damaged:
+    replica = givers.get(wrong[0], replicas[0]) if wrong else min(damaged)
+    of_replica = [o for o in wrong if givers.get(o, replicas[0]) == replica]
+    names = ', '.join(map(str, of_replica)) or 'see its checksum'
+    where = folder_of(folder, stage, replica) / damaged.get(replica, '')
+    raise DamagedError(
+      stage, replica, f'{where}: other bits than the device had: {names}'
+    )
+  return StageState(state, digests)
 
 
-def _read(
+def _read_index(
   path: pathlib.Path,
-) -> Iterator[tuple[str, str, np.ndarray, list[int] | None]]:
-  index = json.loads((path / 'index.json').read_text())
-  for number, (group, leaf, dtype, shape, rows) in enumerate(index):
-    file = path / f'{number}.npy'
-    is_large = file.stat().st_size > _MAPPED_BYTES
-    data = np.load(file, mmap_mode='r' if is_large else None)
-    value = np.asarray(data).view(np.dtype(dtype)).reshape(shape)
-    yield group, leaf, value, rows
+) -> tuple[list[list[Any]], dict[keys.OperatorId, np.ndarray]]:
+  """Reads the fields of each leaf, and the digests of the operators.
+
+  Raises:
+    OSError, ValueError: the index is missing or damaged.
+  """
+  checksum, _, body = (path / _INDEX_NAME).read_bytes().partition(b'\n')
+  if checksum != _checksum_of(body):
+    raise ValueError(f'{_INDEX_NAME} does not have its own checksum')
+  value = json.loads(body)
+  return value['leaves'], report.digests_from_json(value['digests'])
+
+
+def _read_leaf(file: pathlib.Path, fields: Sequence[Any]) -> np.ndarray:
+  """Reads or maps a leaf; OSError or ValueError if its size is another."""
+  _, _, dtype, shape, *_ = fields
+  size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+  found_bytes, header_bytes = file.stat().st_size, _NPY_HEADER_BYTES
+  if found_bytes != header_bytes + size_bytes:
+    raise ValueError(
+      f'{file.name} has {found_bytes} bytes, not {header_bytes + size_bytes}'
+    )
+  if size_bytes > _MAPPED_BYTES:
+    data: np.ndarray = np.memmap(file, np.uint8, 'r', offset=header_bytes)
+  else:
+    data = np.fromfile(file, np.uint8, offset=header_bytes)
+  return np.asarray(data).view(np.dtype(dtype)).reshape(shape)
+
+
+def _checksum_of(body: bytes) -> bytes:
+  checksum = raw_bytes.checksum(np.frombuffer(body, np.uint8))
+  return f'{checksum:016x}'.encode()
 
 
 def _join(parts: Sequence[tuple[list[int] | None, np.ndarray]]) -> np.ndarray:
@@ -148,8 +240,9 @@ def _join(parts: Sequence[tuple[list[int] | None, np.ndarray]]) -> np.ndarray:
   return whole
 
 
-def _folder(
+def folder_of(
   folder: str | os.PathLike[str], stage: int, replica: int
 ) -> pathlib.Path:
+  """Returns the folder of what one worker puts into a store folder."""
   name = f'{run_store.STATE_PREFIX}{stage}.replica-{replica}'
   return pathlib.Path(folder) / name

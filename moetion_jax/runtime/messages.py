@@ -20,6 +20,8 @@ then:
     done      the loop ended: `iteration`
     stopped_here  it has stopped, as it was told, and waits for `go`
     handed_over, saved: what `hand_over` or `save` asked for is done
+    damaged   not saved: what a worker handed over is not what it had: `stage`
+              and `replica` of that worker, `what`
     fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
     refused   a setting is wrong: `flag`, `value`, `reason`
     failed    the worker ends now: `error`, `iteration`; `final`: another
@@ -40,7 +42,8 @@ then:
     commit    end after iteration `limit`
     hand_over put the training state into the store folder
     save      write everyone's state as the final checkpoint: `path`,
-              `iteration`, `replicas` (per stage, those that have put theirs)
+              `iteration`, `digest` (as in metrics.jsonl), `replicas` (per
+              stage, those that have put theirs)
     exit      end
   further host's agent -> leader
     serving   its store is open: `address` of its server

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moetion_jax import errors
+from moetion_jax.hostmem import private
 from moetion_jax.snapshots import (
   file as snapshot_file,
   manifest as manifest_lib,
@@ -68,9 +69,11 @@ class DurableStore:
     missing = [self.folder, *self.folder.parents]
     missing = [path for path in missing if not path.exists()]
     try:
-      self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-      for path in missing:  # else its contents reach the disk without it
+      for path in reversed(missing):
+        private.make_folder(path, exist_ok=True)
+        # Else its contents reach the disk without it.
         _sync_folder(path.parent)
+      private.make_folder(self.folder, exist_ok=True)  # it may be a file
     except OSError as error:
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
     for path in self.folder.iterdir():
@@ -137,7 +140,7 @@ class DurableStore:
     temporary = final.with_name(final.name + _TEMPORARY_SUFFIX)
     used_bytes = snapshot_file.read_manifest(source).used_bytes
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(mode=0o700)
+    private.make_folder(temporary)
     self._copy(source, temporary, snapshot_file.DATA_NAME, used_bytes)
     manifest = snapshot_file.MANIFEST_NAME
     self._copy(source, temporary, manifest, (source / manifest).stat().st_size)
@@ -156,7 +159,10 @@ class DurableStore:
     name: str,
     size_bytes: int,
   ) -> None:
-    with open(source / name, 'rb') as old, open(target / name, 'wb') as new:
+    with (
+      open(source / name, 'rb') as old,
+      open(private.create(target / name), 'wb') as new,
+    ):
       offset = 0
       while offset < size_bytes:
         if self._is_interrupted:

@@ -32,7 +32,13 @@ from typing import Any
 import numpy as np
 
 from moetion_jax import errors
-from moetion_jax.hostmem import locks, memory_limits, raw_bytes, store_folder
+from moetion_jax.hostmem import (
+  locks,
+  memory_limits,
+  private,
+  raw_bytes,
+  store_folder,
+)
 from moetion_jax.snapshots import manifest as manifest_lib
 
 DATA_NAME = 'data'
@@ -179,7 +185,7 @@ def write(
     metadata=metadata, buffers=stored, used_bytes=used_bytes
   )
   temporary = directory / (MANIFEST_NAME + '.new')
-  temporary.write_bytes(manifest.pack())
+  private.write(temporary, manifest.pack())
   temporary.rename(directory / MANIFEST_NAME)
   return sum(buffer.nbytes for buffer in buffers)
 
@@ -410,19 +416,24 @@ def try_recycle(
 
   Raises:
     FileNotFoundError: the directory has no data file.
-    OSError: the data file cannot be opened.
+    OSError: the data file cannot be opened or moved, or the directory cannot be
+      removed; a data file that is opened here is closed again.
     ValueError: the data file is empty.
   """
   directory = pathlib.Path(directory)
   data = data_file or DataFile.open(directory / DATA_NAME)
-  if not data.try_lock():
+  with contextlib.ExitStack() as on_error:
     if data_file is None:
-      data.close()
-    return None
-  # From here on it is no longer a snapshot, wherever we are killed.
-  (directory / MANIFEST_NAME).unlink(missing_ok=True)
-  data.path = directory / DATA_NAME
-  data.move(target)
+      on_error.callback(data.close)
+    if not data.try_lock():
+      return None
+    on_error.callback(data.unlock)
+    # From here on it is no longer a snapshot, wherever we are killed.
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    data.path = directory / DATA_NAME
+    data.move(target)
+    on_error.callback(data.path.unlink)  # nobody would know of it
+    shutil.rmtree(directory)
+    on_error.pop_all()
   data.unlock()
-  shutil.rmtree(directory)
   return data

@@ -26,7 +26,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from moetion_jax import errors
-from moetion_jax.hostmem import memory_limits, store_folder
+from moetion_jax.hostmem import memory_limits, private, store_folder
 from moetion_jax.snapshots import file as snapshot_file, manifest, orbax_handler
 
 _POOL_PREFIX = 'free-'
@@ -82,7 +82,7 @@ class SnapshotStore:
         or there is no room; what was reserved is given back then.
     """
     try:
-      self.folder.mkdir(mode=0o700, exist_ok=True)
+      private.make_folder(self.folder, exist_ok=True)
     except OSError as error:
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
     store_folder.check_private(self.folder)

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.future import Future
 
+from moetion_jax.hostmem import private
 from moetion_jax.snapshots import file as snapshot_file, manifest
 
 TEMPORARY_SUFFIX = ocp.path.atomicity.TMP_DIR_SUFFIX
@@ -135,7 +136,7 @@ class _Rename(ocp.path.atomicity.AtomicRenameTemporaryPath):
   async def create(self) -> epath.Path:
     """Makes the temporary directory."""
     path = self.get()
-    os.mkdir(path, 0o700)
+    private.make_folder(path)
     return path
 
   async def finalize(self) -> None:

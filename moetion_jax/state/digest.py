@@ -29,10 +29,10 @@ import numpy as np
 from jax import numpy as jnp
 
 # From 64 rows on XLA leaves the vectorized path (measured: 8 times slower).
-_ROWS = 32
-_SUM_ROWS = 256
-_ODD = 0x9E3779B1
-_STEP = 0x243F6A89
+ROWS = 32
+SUM_ROWS = 256
+ODD = 0x9E3779B1
+STEP = 0x243F6A89
 
 
 def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
@@ -56,11 +56,11 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
     columns.append(_columns(words.reshape(count, words.size // max(count, 1))))
   u = jnp.concatenate(columns, axis=1)  # u32[operators, columns]
   width = max(u.shape[1], 1)  # leaves may be empty
-  padded = width + -width % _SUM_ROWS
+  padded = width + -width % SUM_ROWS
   u = jnp.pad(u, ((0, 0), (0, padded - u.shape[1])))
   position = jnp.arange(u.shape[1], dtype=jnp.uint32)
   salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
-  mixed = _mix(u + position * np.uint32(_STEP) + salt)
+  mixed = _mix(u + position * np.uint32(STEP) + salt)
   return jnp.stack([_sum(mixed), _sum(mixed * (2 * position + 1))], axis=-1)
 
 
@@ -80,8 +80,8 @@ def _columns(words: jax.Array) -> jax.Array:
   count, n = words.shape
   if not n:
     return words
-  rows = math.gcd(n, _ROWS)
-  powers = np.array([pow(_ODD, i, 1 << 32) for i in range(rows)], np.uint32)
+  rows = math.gcd(n, ROWS)
+  powers = np.array([pow(ODD, i, 1 << 32) for i in range(rows)], np.uint32)
   return jnp.sum(
     (words ^ (words >> 15)).reshape(count, rows, -1) * powers[None, :, None],
     axis=1,
@@ -92,7 +92,7 @@ def _columns(words: jax.Array) -> jax.Array:
 def _sum(x: jax.Array) -> jax.Array:
   """Sums u32[operators, n] over n, mostly along a middle dim."""
   partial = jnp.sum(
-    x.reshape(x.shape[0], _SUM_ROWS, -1), axis=1, dtype=jnp.uint32
+    x.reshape(x.shape[0], SUM_ROWS, -1), axis=1, dtype=jnp.uint32
   )
   return jnp.sum(partial, axis=1, dtype=jnp.uint32)
 

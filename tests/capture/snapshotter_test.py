@@ -438,6 +438,34 @@ def test_a_host_that_stays_without_memory_ends_the_run(training):
   assert said[-1] == ''
 
 
+class _BusyStore(memory_store.SnapshotStore):
+  """Has no room, then files that are all in use, then no room again."""
+
+  tries = 0
+  fails = (*'nsss', *'nsss', *'nsss')
+
+  def save(self, *arguments, **options):
+    self.tries += 1
+    if self.tries > len(self.fails):
+      return super().save(*arguments, **options)
+    if self.fails[self.tries - 1] == 'n':
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise memory_store.SnapshotFullError('all in use')
+
+
+def test_times_without_room_are_not_added_up_and_each_is_said(training):
+  """0.1 s between tries: the third time without room is after 0.8 s."""
+  said: list[str] = []
+  taker = training.start(
+    training.store(kind=_BusyStore), on_block=said.append, full_seconds=0.5
+  )
+  training.take(taker, 1)
+  taker.flush()
+  no_room, full = 'no room for snapshot 1', hang_detection.SNAPSHOTS_FULL
+  assert said == [no_room, '', full, ''] * 3
+  assert training.on_disk() == [1]
+
+
 def test_any_other_error_of_the_file_system_is_raised(training):
   store = training.store(kind=_NoRoomStore)
   store.number = errno.EIO

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from orbax import checkpoint as ocp
 
-from launch.lm import one_process, transformer_job
+from launch.lm import checkpoint, one_process, transformer_job
 from launch.offline import rebuild, scan as offline_scan, stored_run
 from moetion_jax import (
   config as config_lib,
@@ -327,7 +327,11 @@ def test_convert_writes_the_undisturbed_state(
     assert line in result.stdout
   with ocp.StandardCheckpointer() as checkpointer:
     tree = checkpointer.restore(out)
+    metadata = checkpointer.metadata(out).custom_metadata
   assert tree['iteration'] == last
+  assert f'digest {metadata["moetion_digests"]["state"]}: ' in result.stdout
+  proven = checkpoint.load(str(out), 'init_from')  # or it raises
+  assert helpers.bits_of(proven) == helpers.bits_of(tree)
   expected = undisturbed[stage][last]
   parameters, optimizer = {}, {}
   for group, leaves in expected.items():

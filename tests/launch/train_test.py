@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,8 +206,6 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, words):
 
 @pytest.mark.thorough
 def test_bad_init_from(finished, tmp_path):
-  import shutil
-
   corrupt = tmp_path / 'corrupt'
   shutil.copytree(finished / 'checkpoint', corrupt)
   for path in corrupt.rglob('*'):
@@ -237,6 +236,39 @@ def test_bad_init_from(finished, tmp_path):
     ),
   )
   assert wide.returncode == 2 and 'the run needs' in wide.stderr
+
+
+@pytest.mark.thorough
+def test_a_damaged_checkpoint_is_used_by_nobody(finished, tmp_path):
+  """16 bytes of the largest file, which Orbax restores without a word."""
+  path = tmp_path / 'damaged'
+  shutil.copytree(finished / 'checkpoint', path)
+  reads = {
+    'generate': ['generate', f'--checkpoint={path}', '--tokens=2'],
+    'init_from': ['train', f'--init_from={path}'],
+    'weights': ['train', f'--init_from={path}', '--init_weights_only'],
+  }
+
+  def read(name):
+    module, *flags = reads[name]
+    if module == 'train':
+      workdir = tmp_path / name
+      flags = helpers.train_flags(workdir, *flags, '--stages=1', '--fresh')
+    return helpers.launch(module, *flags)
+
+  for name in reads:
+    assert read(name).returncode == 0
+  files = [file for file in path.rglob('*') if file.is_file()]
+  largest = max(files, key=lambda file: file.stat().st_size)
+  content = largest.read_bytes()
+  middle = len(content) // 2
+  damaged = b'\x5a' * 16
+  largest.write_bytes(content[:middle] + damaged + content[middle + 16 :])
+  for name in reads:
+    result = read(name)
+    assert result.returncode == 2, (name, result.stdout, result.stderr)
+    assert f'={path}: ' in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
 @pytest.mark.thorough

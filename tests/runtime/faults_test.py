@@ -29,6 +29,10 @@ def _fault(**fields):
     ('exit:stage=1,phase=start',
      {'kind': 'exit', 'iteration': 0, 'phase': 'start'}),
     ('kill_all:iteration=5', {'kind': 'kill_all', 'stage': 0}),
+    ('corrupt_final:stage=1',
+     {'kind': 'corrupt_final', 'iteration': 0, 'phase': 'hand_over'}),
+    ('kill:stage=0,phase=save',
+     {'stage': 0, 'iteration': 0, 'phase': 'save'}),
   ],
 )  # fmt: skip
 def test_parse(text, fields):
@@ -54,6 +58,8 @@ def test_parse(text, fields):
     ('kill:stage=0,when=1', "'when=1' is not one of"),
     ('corrupt_log:stage=0,phase=start', 'nothing is there'),
     ('kill_agent:stage=0,phase=start', 'before the run has begun'),
+    ('corrupt_final:stage=0,iteration=1,phase=update', 'of hand_over, save'),
+    ('kill:stage=1,phase=save', 'stage 0 replica 0 saves'),
   ],
 )
 def test_refused(text, words):
@@ -115,6 +121,16 @@ def test_start_and_replay():
   calls = [('start',), ('compile',)]
   calls += [('forward', i) for i in range(6, 12)]
   assert _happened(script, calls, 8) == [(0, 0), (1, 6), (2, 8)]
+
+
+def test_the_end():
+  script = [
+    _fault(phase='hand_over', iteration=0),
+    _fault(number=1, phase='save', iteration=9),
+    _fault(number=2, phase='save', iteration=8),
+  ]
+  calls = [('update', 9), ('hand_over', 9), ('hand_over', 9), ('save', 9)]
+  assert _happened(script, calls) == [(0, 9), (1, 9)]
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,38 @@ def test_a_snapshot_that_is_read_is_not_recycled(folder):
   data.close()
 
 
+def _descriptors(path):
+  """How many of this process's descriptors are of a file, now or once there."""
+  found = 0
+  for fd in os.listdir('/proc/self/fd'):
+    try:
+      found += os.readlink(f'/proc/self/fd/{fd}').startswith(str(path))
+    except FileNotFoundError:  # the one that lists
+      continue
+  return found
+
+
+@pytest.mark.parametrize('step', ['manifest', 'move'])
+def test_a_failed_recycling_keeps_no_descriptor_and_no_lock(folder, step):
+  path, _ = _write(folder)
+  target = folder / 'pool'
+  if step == 'manifest':  # which cannot be unlinked
+    (path / 'manifest.json').unlink()
+    (path / 'manifest.json').mkdir()
+  else:
+    target.mkdir()
+  with pytest.raises(OSError):
+    snapshot_file.try_recycle(path, target)
+  assert _descriptors(path) == 0
+  data = snapshot_file.DataFile.open(path / 'data')
+  with pytest.raises(OSError):
+    snapshot_file.try_recycle(path, target, data)
+  other = snapshot_file.DataFile.open(path / 'data')
+  assert other.try_lock()  # a reader could take its lease
+  other.close()
+  data.close()
+
+
 def test_nobody_opens_what_is_being_recycled(folder):
   path, _ = _write(folder)
   data = snapshot_file.DataFile.open(path / 'data')

@@ -22,8 +22,9 @@ from moetion_jax.programs import (
   stage as stage_lib,
 )
 from moetion_jax.runtime import final_state
+from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.snapshots import snapshot
-from moetion_jax.state import model, optimizers
+from moetion_jax.state import host_digest, model, optimizers
 from tests.support import helpers
 
 _GROUPS = {
@@ -349,17 +350,56 @@ def test_a_checkpoint_to_start_from(weights_only):
 def test_the_final_state_of_all(shm_folder):
   members, whole = _world()
   host = _host_state(whole.stage)
+  digests = _digests(whole, host)
   for replica, member in zip((2, 5), members, strict=True):
     final_state.put(
       shm_folder,
       1,
       member.place(host),
+      {o: digests[o] for o in member.stage.partition.operators},
       replica=replica,
       partition=member.stage.partition,
     )
-  final_state.put(shm_folder, 0, whole.place(host))
-  chex.assert_trees_all_equal(final_state.get(shm_folder, 1, [2, 5]), host)
-  chex.assert_trees_all_equal(final_state.get(shm_folder, 0), host)
+  final_state.put(shm_folder, 0, whole.place(host), digests)
+  for found in (
+    final_state.get(shm_folder, 1, [2, 5]),
+    final_state.get(shm_folder, 0),
+  ):
+    chex.assert_trees_all_equal(dict(found.state), host)
+    assert found.digests.keys() == digests.keys()
+
+
+def test_a_damaged_part_of_the_final_state_names_its_replica(shm_folder):
+  members, whole = _world()
+  host = _host_state(whole.stage)
+  digests = _digests(whole, host)
+  for replica, member in zip((2, 5), members, strict=True):
+    final_state.put(
+      shm_folder,
+      1,
+      member.place(host),
+      {o: digests[o] for o in member.stage.partition.operators},
+      replica=replica,
+      partition=member.stage.partition,
+    )
+  path = fault_damage.flip_bit_in_largest(
+    final_state.folder_of(shm_folder, 1, 5)
+  )
+  with pytest.raises(final_state.DamagedError) as caught:
+    final_state.get(shm_folder, 1, [2, 5])
+  assert (caught.value.stage, caught.value.replica) == (1, 5)
+  text, _, names = str(caught.value).rpartition(': ')
+  assert str(path) in text
+  assert names in map(str, members[1].stage.partition.operators)
+  # Without one of them there is no whole state.
+  with pytest.raises(final_state.DamagedError, match='replica 2'):
+    final_state.get(shm_folder, 1, [2])
+
+
+def _digests(whole, host):
+  """Of all operators of a state on the host."""
+  partition = whole.stage.partition
+  return host_digest.digest_state(host, partition.stacked_groups)
 
 
 def _taken(member, state, slot, captures):

@@ -426,9 +426,11 @@ class Agent:
 
   def _on_handed_over(self, worker, message: messages.Message) -> None:
     del message
-    self._final.handed_over(
-      worker, self._crew.givers(), self._recorder.iteration
-    )
+    self._final.handed_over(worker, self._crew.givers(), self._recorder)
+
+  def _on_damaged(self, worker, message: messages.Message) -> None:
+    givers = self._crew.givers()
+    self._final.damaged(worker, message, givers, self._recorder)
 
   def _on_saved(self, worker, message: messages.Message) -> None:
     del worker, message

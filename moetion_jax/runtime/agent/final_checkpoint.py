@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Sequence
 
+from moetion_jax.runtime import messages
 from moetion_jax.runtime.hosts import child_process
+from moetion_jax.runtime.records import recorder as recorder_lib
+
+_MAX_DAMAGED = 3  # hand-overs of one worker
 
 
 class FinalCheckpoint:
   """Keeps who is done, and who has put its state into the store.
 
   Once all states are there, the first worker saves them. A worker that dies
-  meanwhile is asked again, when it is back.
+  meanwhile is asked again, when it is back; and so is one whose state arrives
+  damaged, which it still has.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -21,6 +27,7 @@ class FinalCheckpoint:
     self._done: set[tuple[int, int]] = set()
     self._asked: set[tuple[int, int]] = set()
     self._handed_over: set[tuple[int, int]] = set()
+    self._damaged: collections.Counter[tuple[int, int]] = collections.Counter()
 
   def done(self, worker: child_process.WorkerProcess, workers: int) -> bool:
     """Notes that a worker has trained to the end of the run.
@@ -51,14 +58,14 @@ class FinalCheckpoint:
     self,
     worker: child_process.WorkerProcess,
     givers: Sequence[child_process.WorkerProcess],
-    iteration: int,
+    recorder: recorder_lib.Recorder,
   ) -> None:
     """Notes that a worker's state is there; with the last, has all saved.
 
     Args:
       worker: the worker whose state it is.
       givers: see `hand_over`.
-      iteration: the iteration of the states.
+      recorder: the recorder, which knows the states' iteration and digest.
     """
     self._handed_over.add(_name(worker))
     if self._handed_over.issuperset(map(_name, givers)):
@@ -68,9 +75,52 @@ class FinalCheckpoint:
       givers[0].send(
         'save',
         path=str(self._path),
-        iteration=iteration,
+        iteration=recorder.iteration,
+        digest=recorder.digest,
         replicas=[of_stage for _, of_stage in sorted(replicas.items())],
       )
+
+  def damaged(
+    self,
+    worker: child_process.WorkerProcess,
+    message: messages.Message,
+    givers: Sequence[child_process.WorkerProcess],
+    recorder: recorder_lib.Recorder,
+  ) -> None:
+    """Asks a worker again whose state arrived damaged, a few times.
+
+    Args:
+      worker: the worker that was to save.
+      message: its message `damaged`.
+      givers: see `hand_over`.
+      recorder: the recorder, which notes it.
+
+    Raises:
+      child_process.WorkerError: that state has arrived damaged too often.
+    """
+    name = message['stage'], message['replica']
+    if worker.is_going_back or name not in self._handed_over:
+      return  # its worker goes back, and will hand over another one
+    self._damaged[name] += 1
+    count, what = self._damaged[name], message['what']
+    recorder.event(
+      'final_state_damaged',
+      stage=message['stage'],
+      replica=message['replica'],
+      error=what,
+    )
+    if count == _MAX_DAMAGED:
+      raise child_process.WorkerError(
+        message['stage'],
+        recorder.iteration,
+        f'{what}; that was {count} times: host memory is damaged. '
+        'Have it tested, or name another tmpfs with --hostmem_dir',
+      )
+    recorder.view.note(f'{what}; it is handed over again.')
+    self._handed_over.discard(name)
+    for giver in givers:
+      if _name(giver) == name:
+        giver.send('hand_over')
 
   def forget(self, stage: int) -> None:
     """Forgets what the workers of a stage did, since they go back."""

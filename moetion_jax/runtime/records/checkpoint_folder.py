@@ -39,9 +39,9 @@ def is_committed(path: str | os.PathLike[str]) -> bool:
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Gives a place to write a checkpoint to, then moves it to where it belongs.
 
-  What an earlier save left there, or on its way there, is removed by name
-  first. Files of others stay where they are: the new checkpoint is then
-  written beside them and moved in, what commits it last.
+  The place lies beside the path. When the body has ended, the checkpoint that
+  was at the path is removed by name, and the new one takes its place; files of
+  others stay, then it is moved in beside them, what commits it last.
 
   Args:
     path: the folder of the checkpoint.
@@ -57,27 +57,54 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     place = _prepare(folder)
   except OSError as error:
     raise _error(folder, error) from error
-  yield str(place)
-  if place != folder:
-    try:
+  try:
+    yield str(place)
+  except Exception:
+    with contextlib.suppress(OSError):
+      clear(place)
+    raise
+  try:
+    _clear(folder, re.escape(folder.name))
+    if folder.is_dir():
       _move_into(place, folder)
-    except OSError as error:
-      raise _error(folder, error) from error
+    else:
+      place.rename(folder)
+  except OSError as error:
+    raise _error(folder, error) from error
+
+
+def clear(path: str | os.PathLike[str]) -> None:
+  """Removes a checkpoint, and what a killed Orbax left of it, by name.
+
+  Args:
+    path: the checkpoint's folder.
+
+  Raises:
+    OSError: something cannot be removed.
+  """
+  folder = pathlib.Path(path)
+  orbax = re.escape(own_files.ORBAX_SUFFIX)
+  _clear(folder, rf'{re.escape(folder.name)}({orbax}.*)?')
+
+
+def _clear(folder: pathlib.Path, name: str) -> None:
+  """Removes the checkpoints beside a folder that have names of a pattern."""
+  if folder.parent.is_dir():
+    own_files.remove(
+      own_files.find(folder.parent, {name: own_files.CHECKPOINT})
+    )
 
 
 def _prepare(folder: pathlib.Path) -> pathlib.Path:
-  """Removes earlier saves of ours; returns a path at which nothing is."""
+  """Removes what earlier saves left; returns a path at which nothing is."""
   if folder.is_symlink():
     raise OSError(0, 'is a symbolic link, and no folder', str(folder))
   aside = re.escape(own_files.ASIDE_SUFFIX)
   orbax = re.escape(own_files.ORBAX_SUFFIX)
-  name = rf'{re.escape(folder.name)}({aside}(-\d+)?)?({orbax}.*)?'
-  if folder.parent.is_dir():
-    found = own_files.find(folder.parent, {name: own_files.CHECKPOINT})
-    own_files.remove(found)
-  for number in itertools.count(0):
-    suffix = own_files.ASIDE_SUFFIX if number else ''
-    suffix += f'-{number}' if number > 1 else ''
+  name = re.escape(folder.name)
+  _clear(folder, rf'{name}({aside}(-\d+)?({orbax}.*)?|{orbax}.*)')
+  for number in itertools.count(1):
+    suffix = own_files.ASIDE_SUFFIX + (f'-{number}' if number > 1 else '')
     place = folder.with_name(folder.name + suffix)
     # Orbax removes whatever has the name of its temporary folder.
     written = place.with_name(place.name + own_files.ORBAX_SUFFIX)

@@ -94,6 +94,10 @@ class MetricsFile:
     """The newest iteration that has a line; 0 for none."""
     return max(self._known, default=0)
 
+  def digest(self, iteration: int) -> str:
+    """Returns the digest in an iteration's line; '' if it has none."""
+    return str(self._known.get(iteration, {}).get('digest', ''))
+
   def write(self, line: dict[str, Any]) -> None:
     """Writes one iteration's line, or compares it with the one that exists.
 

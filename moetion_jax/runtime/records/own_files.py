@@ -25,8 +25,8 @@ LOCK = '.lock'
 CHECKPOINT_NAME = 'checkpoint'
 LOGS_NAME = 'logs'
 DURABLE_NAME = 'durable'
-# A checkpoint has the name of the one that it replaces, and this.
-ASIDE_SUFFIX = '.moetion-new'
+# A checkpoint that was not read back yet has its name to be, and this.
+ASIDE_SUFFIX = '.unproven'
 # The suffix of folders that Orbax writes, before it renames them.
 ORBAX_SUFFIX = '.orbax-checkpoint-tmp'
 # What says that a checkpoint is committed: the first to go, the last to come.

@@ -1,4 +1,4 @@
-"""Damage that scripted faults do to the files of snapshots and logs."""
+"""Damage that scripted faults do to what a run stores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 
 from moetion_jax import keys
-from moetion_jax.hostmem import raw_bytes, segment
+from moetion_jax.hostmem import private, raw_bytes, segment
 from moetion_jax.snapshots import (
   file as snapshot_file,
   manifest as manifest_lib,
@@ -57,7 +57,7 @@ def flip_bit_in_snapshot(
     used_bytes=manifest.used_bytes,
   )
   temporary = path / (snapshot_file.MANIFEST_NAME + '.new')
-  temporary.write_bytes(new.pack())
+  private.write(temporary, new.pack())
   temporary.rename(path / snapshot_file.MANIFEST_NAME)
   return iteration
 
@@ -71,6 +71,21 @@ def tear_snapshot(folder: str | os.PathLike[str]) -> int:
   used_bytes = snapshot_file.read_manifest(path).used_bytes
   os.truncate(path / snapshot_file.DATA_NAME, used_bytes // 2)
   return iteration
+
+
+def flip_bit_in_largest(folder: str | os.PathLike[str]) -> pathlib.Path:
+  """Flips a bit in the middle of the largest file below a folder.
+
+  Returns:
+    The path of that file.
+  """
+  files = [p for p in sorted(pathlib.Path(folder).rglob('*')) if p.is_file()]
+  path = max(files, key=lambda file: file.stat().st_size)
+  with open(path, 'r+b') as file:
+    memory = mmap.mmap(file.fileno(), 0)
+    memory[len(memory) // 2] ^= 1
+    memory.close()
+  return path
 
 
 def flip_bit_in_log(

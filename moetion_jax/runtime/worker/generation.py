@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from launch.lm import transformer_job
-from moetion_jax import errors, keys
+from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.capture import (
   conversion,
   merged_restore,
@@ -26,11 +28,12 @@ from moetion_jax.logs import (
 from moetion_jax.policies import decision as decision_lib, planner
 from moetion_jax.programs import stage as stage_lib
 from moetion_jax.recovery import orders
-from moetion_jax.runtime import faults, final_state, messages
+from moetion_jax.runtime import faults, messages
 from moetion_jax.runtime.worker import (
   agent_link,
   extra_capacity,
   fault_damage,
+  finish,
   prepared as prepared_lib,
 )
 from moetion_jax.snapshots import (
@@ -70,6 +73,7 @@ class StageRun:
     self._data = data
     self._initial: Any = None
     self._worker: Any = None
+    self._digests: Mapping[keys.OperatorId, np.ndarray] = {}
     self._interrupts: list[Callable[[], None]] = []
     self._layout = stage_lib.layout_of(stage)
     self._whole = stage_lib.layout_of(stage, whole=True)
@@ -173,7 +177,7 @@ class StageRun:
     if go.generation:
       self._spec = dataclasses.replace(self._spec, generation=go.generation)
     spec, link = self._spec, self._link
-    link.line, self._told = go.line, 0
+    link.line, self._told, self._digests = go.line, 0, {}
     log = self._log(go)
     log.start()
     self._closing.callback(log.close)
@@ -209,7 +213,7 @@ class StageRun:
     try:
       last = self._worker.train(
         spec.config.train,
-        lambda report: link.send('report', report=report.to_json()),
+        self._report,
         lambda: self._between(go.target),
         first_iteration=go.start + 1,
         snapshots=snapshots,
@@ -235,6 +239,10 @@ class StageRun:
       snapshots.flush()
     link.finished()
     link.send('done', iteration=last)
+
+  def _report(self, report: report_lib.Report) -> None:
+    self._digests = report.digests
+    self._link.send('report', report=report.to_json())
 
   def _log(self, go: orders.Go) -> Any:
     """Makes this worker's log, joined with those of replicas it stands for."""
@@ -423,31 +431,18 @@ class StageRun:
 
   def _finish(self) -> messages.Message:
     """Obeys the agent after the end, until it says `exit` or `stop_here`."""
-    spec, link = self._spec, self._link
-    while True:
-      command = link.command()
-      if command['kind'] in ('exit', 'stop_here'):
-        return command
-      if command['kind'] == 'hand_over':
-        final_state.put(
-          spec.handover_folder,
-          spec.stage,
-          self._worker.state,
-          spec.full_seconds,
-          lambda: link.blocked('no room for the final state'),
-          replica=spec.replica,
-          partition=self._stage.partition,
-        )
-        link.blocked('')
-        link.send('handed_over')
-      elif command['kind'] == 'save':
-        from launch.lm import checkpoint
-
-        states = [
-          final_state.get(spec.handover_folder, stage, replicas)
-          for stage, replicas in enumerate(command['replicas'])
-        ]
-        checkpoint.save(
-          command['path'], states, command['iteration'], spec.config
-        )
-        link.send('saved')
+    last = self._worker
+    digests = self._digests or self._stage.partition.by_operator(
+      self._programs.digest(last.state)  # there was no iteration to do
+    )
+    return finish.Finish(
+      self._spec,
+      self._link,
+      self._injector,
+      finish.LastState(
+        iteration=last.iteration,
+        state=last.state,
+        digests=digests,
+        partition=self._stage.partition,
+      ),
+    ).obey()

@@ -80,7 +80,7 @@ def test_a_death_at_any_moment_leaves_none_or_a_whole_one(tmp_path):
           :count
         ]:
           if not (path / name).exists():
-            (tmp_path / 'checkpoint.moetion-new' / name).rename(path / name)
+            (tmp_path / 'checkpoint.unproven' / name).rename(path / name)
         raise KeyboardInterrupt
     assert not checkpoint_folder.is_committed(path)
     _save(path)

@@ -23,6 +23,7 @@ def test_lines_that_are_done_otherwise_are_cut(tmp_path):
       f.write(_line(iteration))
     f.cut(3)
     assert f.last_iteration == 3
+    assert f.digest(3) == _line(3)['digest'] and f.digest(4) == ''
     f.write(_line(3))  # is compared still
     f.write(_line(4, loss=9.0))
     f.cut(7)  # there is nothing

@@ -1,0 +1,256 @@
+"""The final checkpoint and its proof: what was saved, or an error."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from orbax import checkpoint as ocp
+
+from launch.lm import checkpoint, transformer_job
+from moetion_jax import errors, report
+from moetion_jax.runtime.records import own_files
+from tests.support import helpers
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope='module')
+def run():
+  """A run's settings, its state 0, and the digests of it."""
+  config = helpers.micro_run(model={'num_layers': 2}, stages=1)
+  stage = transformer_job.build_stage(config, 0, (0,))
+  state = stage.initial_state()
+  return config, state, helpers.digests_of(stage, state)
+
+
+@pytest.fixture(scope='module')
+def saved(run, tmp_path_factory):
+  """A checkpoint, and its tree as bits."""
+  path = str(tmp_path_factory.mktemp('saved') / 'checkpoint')
+  config, state, digests = run
+  checkpoint.save(path, [state], 7, config, digests)
+  return path, helpers.bits_of(checkpoint.load(path, 'init_from'))
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+  path = tmp_path / 'copy'
+  shutil.copytree(saved[0], path)
+  return path
+
+
+def _files(folder):
+  files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
+  return sorted(files, key=lambda p: -p.stat().st_size)
+
+
+def _refused(path, *words):
+  with pytest.raises(errors.ConfigError) as caught:
+    checkpoint.load(str(path), 'init_from')
+  assert f'--init_from={path}' in str(caught.value)
+  assert len(str(caught.value).splitlines()) == 1
+  for word in words:
+    assert word in caught.value.reason, caught.value.reason
+
+
+def test_what_is_saved_is_read(run, saved):
+  config, state, digests = run
+  path, bits = saved
+  tree = checkpoint.load(path, 'init_from')
+  assert int(tree['iteration']) == 7
+  assert checkpoint.load_config(path, 'init_from') == config
+  with ocp.StandardCheckpointer() as checkpointer:  # as the README says
+    metadata = checkpointer.metadata(path).custom_metadata
+  assert metadata['moetion_digests']['state'] == report.combine(digests)
+  assert len(metadata['moetion_digests']['operators']) == len(digests)
+  assert set(bits['optimizer']) == {
+    g for g, leaves in state.items() if any('optimizer' in x for x in leaves)
+  }
+  assert not os.path.exists(path + own_files.ASIDE_SUFFIX)
+
+
+def test_16_bytes_anywhere_are_found_or_change_nothing(saved, copied):
+  """Orbax writes files that nobody needs to read the arrays."""
+  largest, *_ = files = _files(copied)
+  for file in files:
+    content = file.read_bytes()
+    for start in {0, len(content) // 2, max(0, len(content) - 16)}:
+      end = min(start + 16, len(content))
+      other = bytes(x ^ 0xA5 for x in content[start:end])
+      file.write_bytes(content[:start] + other + content[end:])
+      try:
+        tree = checkpoint.load(str(copied), 'init_from')
+      except errors.ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+      else:
+        assert file != largest or start != len(content) // 2, start
+        assert helpers.bits_of(tree) == saved[1], (file, start)
+    file.write_bytes(content)
+  assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
+
+
+def test_a_torn_or_missing_file(saved, copied):
+  largest, *_ = files = _files(copied)
+  for file in files:
+    content = file.read_bytes()
+    for torn in (content[: len(content) // 2], b'', None):
+      file.unlink()
+      if torn is not None:
+        file.write_bytes(torn)
+      try:
+        tree = checkpoint.load(str(copied), 'init_from')
+      except errors.ConfigError:
+        pass
+      else:
+        assert file != largest
+        assert helpers.bits_of(tree) == saved[1], (file, torn)
+      file.write_bytes(content)
+
+
+def _rewrite(saved, path, change):
+  """Saves the tree with a change, by Orbax alone, with the same metadata."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    tree = checkpointer.restore(saved[0])
+    metadata = checkpointer.metadata(saved[0]).custom_metadata
+    tree = {k: dict(v) if k == 'parameters' else v for k, v in tree.items()}
+    change(tree)
+    checkpointer.save(path, tree, custom_metadata=metadata)
+    checkpointer.wait_until_finished()
+
+
+_UP = 'layers/1/experts/w_up'
+
+
+def _swap(tree):
+  w = np.array(tree['parameters'][_UP])
+  w[[0, 2]] = w[[2, 0]]
+  tree['parameters'][_UP] = w
+
+
+def _reshape(tree):
+  w = np.array(tree['parameters'][_UP])
+  tree['parameters'][_UP] = w.reshape(w.shape[0], 2, -1)
+
+
+def _retype(tree):
+  w = np.array(tree['parameters'][_UP])
+  tree['parameters'][_UP] = w.view(np.int32)
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (_swap, ['layers/1/experts/0, layers/1/experts/2 have other bits']),
+    (_reshape, [_UP, 'float32', 'when it was saved']),
+    (_retype, [_UP, 'int32', 'when it was saved']),
+    (lambda tree: tree['parameters'].pop(_UP), [_UP, 'is missing']),
+    (lambda tree: tree['parameters'].update(x=np.zeros(3)), ['was missing']),
+    (lambda tree: tree.update(iteration=np.int64(8)), ['of iteration 8']),
+    (lambda tree: tree.pop('optimizer'), ['not a checkpoint of ours']),
+  ],
+  ids=['swap', 'reshape', 'retype', 'missing', 'extra', 'iteration', 'part'],
+)
+def test_a_tree_that_is_another_one(saved, tmp_path, change, words):
+  _rewrite(saved, tmp_path / 'other', change)
+  _refused(tmp_path / 'other', *words)
+
+
+def _edit(copied, change):
+  path = copied / '_CHECKPOINT_METADATA'
+  value = json.loads(path.read_text())
+  change(value['custom_metadata'])
+  path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    lambda x: x['moetion_config']['model'].update(experts_per_token=1),
+    lambda x: x['moetion_digests'].update(iteration=8),
+    lambda x: x['moetion_digests']['operators'][0].__setitem__(2, '00000000'),
+    lambda x: x['moetion_digests']['operators'].pop(),
+    lambda x: x.pop('moetion_checksum'),
+    lambda x: x.pop('moetion_digests'),
+    lambda x: x.pop('moetion_config'),
+    lambda x: x.clear(),
+  ],
+)
+def test_edited_metadata(copied, change):
+  _edit(copied, change)
+  _refused(copied, '_CHECKPOINT_METADATA is damaged')
+  with pytest.raises(errors.ConfigError, match='METADATA is damaged'):
+    checkpoint.load_config(str(copied), 'init_from')
+
+
+def test_one_of_before_cannot_be_proven(saved, copied, capsys):
+  checkpoint.load(str(copied), 'init_from')
+  assert capsys.readouterr().err == ''
+
+  def change(metadata):
+    del metadata['moetion_digests'], metadata['moetion_checksum']
+
+  _edit(copied, change)
+  tree = checkpoint.load(str(copied), 'init_from')
+  assert helpers.bits_of(tree) == saved[1]
+  (line,) = capsys.readouterr().err.splitlines()
+  assert str(copied) in line and 'no digests' in line
+
+
+# ---- written, read back, and only then there ---------------------------------
+
+
+def _damage(path):
+  """Overwrites 16 bytes in the largest file below a folder, for real."""
+  largest = max(
+    (os.path.join(d, f) for d, _, fs in os.walk(path) for f in fs),
+    key=os.path.getsize,
+  )
+  with open(largest, 'r+b') as file:
+    file.seek(os.path.getsize(largest) // 2)
+    file.write(b'\xff' * 16)
+
+
+def test_what_does_not_compare_is_saved_once_more(run, saved, tmp_path):
+  config, state, digests = run
+  path, written = tmp_path / 'checkpoint', []
+
+  def damage_first(aside):
+    assert not path.exists()  # whoever kills us now leaves no checkpoint
+    written.append(aside)
+    if len(written) == 1:
+      _damage(aside)
+
+  checkpoint.save(str(path), [state], 7, config, digests, damage_first)
+  assert written == [str(path) + own_files.ASIDE_SUFFIX] * 2
+  assert helpers.bits_of(checkpoint.load(str(path), 'x')) == saved[1]
+  assert os.listdir(tmp_path) == ['checkpoint']
+
+
+def test_what_never_compares_is_not_there(run, saved, copied, tmp_path):
+  """What was there before stays."""
+  config, state, digests = run
+  for path in (tmp_path / 'checkpoint', copied):
+    with pytest.raises(errors.StoreError, match='2 times and read back'):
+      checkpoint.save(str(path), [state], 7, config, digests, _damage)
+  assert os.listdir(tmp_path) == ['copy']
+  assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
+
+
+def test_a_state_that_is_not_the_one_of_the_digests(run, tmp_path):
+  config, state, digests = run
+  head = {k: np.array(v) for k, v in state['head'].items()}
+  head['master/head/table'][0, 0] += 1
+  with pytest.raises(errors.StoreError, match='head has other bits'):
+    checkpoint.save(
+      str(tmp_path / 'x'), [{**state, 'head': head}], 7, config, digests
+    )
+  assert not os.listdir(tmp_path)
+
+
+def test_where_nothing_can_be_written(run, tmp_path):
+  config, state, digests = run
+  (tmp_path / 'file').touch()
+  with pytest.raises(errors.StoreError, match='cannot be written'):
+    checkpoint.save(str(tmp_path / 'file' / 'x'), [state], 7, config, digests)
