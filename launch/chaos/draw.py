@@ -22,6 +22,8 @@ _WEIGHTS = {
   'corrupt_weights': 1,
   'torn_snapshot': 1,
   'corrupt_log': 1,
+  'corrupt_read': 1,
+  'poison_read': 1,
   'kill_agent': 2,
   'kill_all': 1,
 }

@@ -23,6 +23,7 @@ from moetion_jax import errors
 # What happens. The agent performs its own kinds itself: it must note them.
 AGENT_KINDS = ('kill_agent', 'kill_all')
 SNAPSHOT_KINDS = ('corrupt_snapshot', 'corrupt_weights', 'torn_snapshot')
+READ_KINDS = ('corrupt_read', 'poison_read')
 KINDS = (
   'kill',
   'stop',
@@ -31,6 +32,7 @@ KINDS = (
   'oom',
   *SNAPSHOT_KINDS,
   'corrupt_log',
+  *READ_KINDS,
   *AGENT_KINDS,
 )
 # When: phases as the loop names them; START_PHASES, before it is known which
@@ -136,7 +138,8 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
       refuse(f'{name}= is missing')
   if not fields['iteration'] and not may_be_0:
     refuse('iteration must be at least 1, but for start, compile and replay')
-  if kind in (*SNAPSHOT_KINDS, 'corrupt_log') and phase in START_PHASES:
+  damages = (*SNAPSHOT_KINDS, 'corrupt_log', *READ_KINDS)
+  if kind in damages and phase in START_PHASES:
     refuse(f'nothing is there to corrupt in phase {phase}')
   if kind in AGENT_KINDS and phase in START_PHASES and not fields['iteration']:
     refuse('before the run has begun nobody notes that it happened')

@@ -379,7 +379,7 @@ def test_donated_input_does_not_write_to_the_log(shared):
   double = jax.jit(lambda x: x * 2, donate_argnums=0)
   result = double(reader.read(_key(1), timeout_seconds=_SECONDS))
   np.testing.assert_array_equal(result, np.arange(4096.0) * 2)
-  found = reader.read(_key(1), verify=True)
+  found = reader.read(_key(1))
   np.testing.assert_array_equal(found, np.arange(4096.0))
 
 
@@ -440,7 +440,9 @@ def test_failed_computation_reaches_the_caller(shared):
 
 
 @pytest.mark.parametrize('kind', ['host', 'hosts'])
-def test_corrupt_entry(folders, kind):
+@pytest.mark.parametrize('is_prefetched', [False, True])
+def test_corrupt_entry(folders, kind, is_prefetched):
+  """Its first read finds it, in the reader's thread as well."""
   pair = _Pair(kind, folders)
   writer, reader = pair.logs
   writer.publish(_key(1), np.zeros(1000, np.uint8))
@@ -449,8 +451,10 @@ def test_corrupt_entry(folders, kind):
   with path.open('r+b') as file:
     file.seek(path.stat().st_size - (1 << 20) + 500)
     file.write(b'\1')
+  if is_prefetched:
+    reader.prefetch(_key(1))
   with pytest.raises(entry.EntryCorruptError, match=str(_key(1))):
-    reader.read(_key(1), verify=True, timeout_seconds=_SECONDS)
+    reader.read(_key(1), timeout_seconds=_SECONDS)
   pair.close()
 
 

@@ -55,7 +55,7 @@ def test_a_run_goes_on_with_what_is_left(
   assert plan.start == run.one.line == start
   assert set(plan.complete_at.values()) == {complete_at}
   go = run.one.go(1, plan, is_fresh=False)
-  assert (go.start, go.target, go.verify_until) == (start, 0, 9)
+  assert (go.start, go.target, go.replays_until) == (start, 0, 9)
   assert go.newest == max(iterations[1])
   assert [d['first_iteration'] for d in go.decisions] == [start]
 
@@ -176,7 +176,7 @@ def test_one_stage_recovers():
   }
   go = run.one.go(1, plan, is_fresh=False)
   assert (go.start, go.complete_at, go.newest) == (8, 10, 10)
-  assert go.target == go.verify_until == 11
+  assert go.target == go.replays_until == 11
   assert go.line == run.one.line == 5
   run.one.resumed(1, {'fetch_seconds': 0.0})
   assert 'stage 1 recovered' in run.one.caught_up(1)

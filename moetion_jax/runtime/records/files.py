@@ -20,7 +20,7 @@ from moetion_jax import errors
 _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
 
 
-class MetricsMismatchError(errors.MoetionError):
+class MetricsMismatchError(errors.WrongBitsError):
   """An iteration came out differently than the line written for it."""
 
 
