@@ -346,3 +346,30 @@ def test_what_a_replay_passes_is_reported_by_it():
       run.one.stored(stage, run.share(stage, iteration))
   plan = run.one.fail({0: 'died'}, [9, 9], reported=5)
   assert plan.start == 6
+
+
+# ---- all go back because entries were damaged --------------------------------
+
+
+def test_logs_that_begin_at_the_start_have_nothing_from_before_it():
+  """Whoever needs more takes all others along; the line is not frozen."""
+  run = recoveries.Run()
+  run.first_plan()
+  run.train(12)
+  line = run.one.line
+  for stage in (0, 1):  # 10 is the first iteration with a damaged entry
+    run.one.rescan(stage, [run.share(stage, i) for i in range(line, 10)])
+  plan = run.one.plan_together(
+    {1: 'it read damage'}, run.begun, 9, failed_at=0.0
+  )
+  assert plan.stages == (0, 1) and line < plan.start == 7
+  assert run.one.line == 7 and run.one.goes_back(plan)
+  for stage in (0, 1):
+    go = run.one.go(stage, plan, is_fresh=True)
+    assert (go.line, go.newest, go.complete_at) == (7, 9, 9)
+  alone = run.one.fail({0: 'died'}, [9, 9])
+  assert alone.stages == (0,) and alone.start == 7
+  run.one.count({0: 'it is damaged'}, suspects=[7])
+  further = run.one.fail({0: 'again'}, [9, 9])
+  assert further.stages == (0, 1) and further.start < 7
+  assert run.one.goes_back(further)
