@@ -356,7 +356,7 @@ def verification_rows(
 ) -> list[tuple[str, summary.Summary, str]]:
   """Measures the verification of all entries of one iteration.
 
-  Each is verified twice: when it is read, and some iterations later.
+  Each is verified twice: when it is read, and two iterations later.
 
   Args:
     preset: preset of the model, in two stages.

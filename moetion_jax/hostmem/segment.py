@@ -47,7 +47,7 @@ _CELLS_OFFSET = mmap.PAGESIZE
 _CELL_BYTES = 256
 # Iterations after which an entry is verified once more. By then all programs
 # that read it have ended, and states from before it are still there.
-_LOOK_BACK_ITERATIONS = 3
+_LOOK_BACK_ITERATIONS = 2
 
 
 class SegmentFullError(errors.StoreError):
