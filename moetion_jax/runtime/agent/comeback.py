@@ -103,7 +103,7 @@ class Comeback:
     self._stores.forget_newer(finding.trusted)
     self._recorder.forget_after(finding.trusted)
 
-  def suspect(self, error: str) -> str:
+  def suspect(self, error: str, *, counts_dropped: bool = True) -> str:
     """Checks all logs, because bits are wrong that a damaged entry may explain.
 
     If one is damaged, all stages go back to before it as soon as the worker
@@ -111,6 +111,9 @@ class Comeback:
 
     Args:
       error: what is wrong.
+      counts_dropped: whether those count that were found to be damaged before
+        and written again. Whoever finds one has not used it, but others may
+        have.
 
     Returns:
       '' if that is so; otherwise the error, and what the check says.
@@ -121,7 +124,9 @@ class Comeback:
     if self._rollback.trusted is not None:
       return ''
     finding = suspicion.find(
-      self._stores.check_logs(), self._dropped, self._recoverer.line
+      self._stores.check_logs(),
+      self._dropped if counts_dropped else (),
+      self._recoverer.line,
     )
     if finding.trusted is None:
       return f'{error} ({finding})'
@@ -165,7 +170,7 @@ class Comeback:
     Args:
       worker: any worker; it is ended if all go back.
     """
-    if self.suspect('the run is done'):
+    if self.suspect('the run is done', counts_dropped=False):
       return False
     worker.reason = 'was ended, since the last iterations are wrong'
     worker.kill()
