@@ -48,6 +48,7 @@ _CELL_BYTES = 256
 # Iterations after which an entry is verified once more. By then all programs
 # that read it have ended, and states from before it are still there.
 _LOOK_BACK_ITERATIONS = 2
+_LOOK_BACK_ENTRIES = 2  # for each new one, so that none has to wait
 
 
 class SegmentFullError(errors.StoreError):
@@ -327,15 +328,13 @@ class SegmentWriter:
   def put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
     """Writes an entry; it is there for every reader when this returns.
 
-    Older entries are verified once more on the way: memory may be damaged
-    between a reader's verification and the end of the program that reads.
-
     Returns:
       True, or False if an equal entry existed.
 
     Raises:
       EntryMismatchError: an unequal entry of this name exists.
-      EntryDecayedError: this entry exists and is damaged, or an older one is.
+      EntryDecayedError: this entry exists and is damaged; or an older one is,
+        which is to make room.
       SegmentFullError: there is no room until `retain` advances or a lease
         ends.
       StoreError: the entry is larger than the segment, or not of a dtype of
@@ -349,10 +348,6 @@ class SegmentWriter:
       )
     if array.dtype not in raw_bytes.DTYPES:
       raise errors.StoreError(f'{key}: dtype {array.dtype} cannot be stored')
-    while self._unverified and (
-      self._unverified[0].key.iteration <= key.iteration - _LOOK_BACK_ITERATIONS
-    ):
-      self._verify(self._unverified.popleft())
     if known := self._by_key.get(key):
       self._compare(known, array, data)
       return False
@@ -380,6 +375,24 @@ class SegmentWriter:
     self._unverified.append(header)
     self._by_key[key] = header
     return True
+
+  def look_back(self, iteration: int) -> None:
+    """Verifies a few older entries once more; call after every `put`.
+
+    Memory may be damaged between a reader's verification and the end of the
+    program that reads.
+
+    Args:
+      iteration: the iteration of which entries are written now.
+
+    Raises:
+      EntryDecayedError: an entry is damaged.
+    """
+    last = iteration - _LOOK_BACK_ITERATIONS
+    for _ in range(_LOOK_BACK_ENTRIES):
+      if not self._unverified or self._unverified[0].key.iteration > last:
+        return
+      self._verify(self._unverified.popleft())
 
   def _verify(self, header: entry.EntryHeader) -> None:
     stored = self._layout.ring[header.offset : header.offset + header.nbytes]

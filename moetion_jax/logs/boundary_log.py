@@ -225,6 +225,7 @@ class BoundaryLog:
           if key in self._reads:
             self._bell.ring()
           self._changed.notify_all()
+        self._writer.look_back(key.iteration)
     except BaseException as error:  # reported by every later call
       self._fail(error)
 

@@ -134,19 +134,28 @@ def test_damage_is_detected_also_by_publishing_again(start, tmp_path):
     writer.put(_key(1), array)
 
 
-@pytest.mark.parametrize(('cells', 'new'), [(16, _key(3)), (2, _key(2, 1))])
-def test_damage_after_everybody_read_is_noticed(start, tmp_path, cells, new):
-  """Two iterations later, or before the entry is retired."""
-  writer = start(cells=cells)
+def test_damage_is_noticed_two_iterations_later(start, tmp_path):
+  writer = start()
+  for microbatch in range(5):
+    writer.put(_key(1, microbatch), np.full(100, microbatch))
+  path = segment.segment_path(tmp_path, 0, 0)
+  assert fault_damage.damage_entry(path, _key(1, 3))
+  writer.look_back(2)
+  writer.look_back(3)  # a few at a time
+  with pytest.raises(entry.EntryDecayedError, match=str(_key(1, 3))):
+    writer.look_back(3)
+  writer.look_back(3)  # others are not to blame
+
+
+def test_damage_is_noticed_before_the_entry_is_gone(start, tmp_path):
+  writer = start(cells=2)
   for iteration in (1, 2):
     writer.put(_key(iteration), np.full(100, iteration))
   path = segment.segment_path(tmp_path, 0, 0)
   assert fault_damage.damage_entry(path, _key(1))
   writer.retain(3)
   with pytest.raises(entry.EntryDecayedError, match=str(_key(1))):
-    writer.put(new, np.zeros(100))
-  # Others are not to blame, and what was found is not found again.
-  assert writer.put(new, np.zeros(100))
+    writer.put(_key(3), np.zeros(100))
 
 
 def test_a_damaged_header_says_nothing(start, tmp_path):
