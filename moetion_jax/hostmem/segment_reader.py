@@ -172,9 +172,10 @@ class SegmentReader:
     """Indexes what was committed since the last look."""
     while self._layout.commits[self._next_sequence % self._layout.cells]:
       header = self._layout.header(self._next_sequence % self._layout.cells)
-      if header is None or header.sequence < self._next_sequence:
+      if header is not None and header.sequence < self._next_sequence:
         return
-      if header.sequence > self._next_sequence:  # overtaken by a whole round
+      # Damaged, which hides nothing but itself; or overtaken by a whole round.
+      if header is None or header.sequence > self._next_sequence:
         self._rescan()
         return
       cell = self._cell(header)

@@ -170,6 +170,7 @@ def test_a_damaged_header_says_nothing(start, tmp_path):
     file.write(b'\1')
   assert segment.newest_iteration(path) == 4
   assert start.index.take(_key(5)) is None
+  assert start.index.take(_key(4)) is not None  # which comes after it
 
 
 def test_retention_frees_space_in_order(start):
