@@ -100,9 +100,10 @@ class Failures:
     self._damaged += 1
     if self._damaged > self._max_failures:
       raise errors.MoetionError(
-        f'{reason}; that is the {self._damaged}th time without progress beyond '
-        f'iteration {self._damaged_at}, and --max_failures='
-        f'{self._max_failures}: is the memory of this machine sound?'
+        f'{reason}; that happened {self._damaged} time(s) without progress '
+        f'beyond iteration {self._damaged_at}, and more than --max_failures='
+        f'{self._max_failures} end the run: is the memory of this machine '
+        'sound?'
       )
 
   def line_moved(self) -> None:

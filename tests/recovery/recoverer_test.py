@@ -357,19 +357,19 @@ def test_logs_that_begin_at_the_start_have_nothing_from_before_it():
   run.first_plan()
   run.train(12)
   line = run.one.line
-  for stage in (0, 1):  # 10 is the first iteration with a damaged entry
-    run.one.rescan(stage, [run.share(stage, i) for i in range(line, 10)])
+  for stage in (0, 1):  # 12 is the first iteration with a damaged entry
+    run.one.rescan(stage, [run.share(stage, i) for i in range(line, 12)])
   plan = run.one.plan_together(
-    {1: 'it read damage'}, run.begun, 9, failed_at=0.0
+    {1: 'it read damage'}, run.begun, 11, failed_at=0.0
   )
-  assert plan.stages == (0, 1) and line < plan.start == 7
-  assert run.one.line == 7 and run.one.goes_back(plan)
+  assert plan.stages == (0, 1) and line < plan.start == 9
+  assert run.one.line == 9 and run.one.goes_back(plan)
   for stage in (0, 1):
     go = run.one.go(stage, plan, is_fresh=True)
-    assert (go.line, go.newest, go.complete_at) == (7, 9, 9)
-  alone = run.one.fail({0: 'died'}, [9, 9])
-  assert alone.stages == (0,) and alone.start == 7
-  run.one.count({0: 'it is damaged'}, suspects=[7])
-  further = run.one.fail({0: 'again'}, [9, 9])
-  assert further.stages == (0, 1) and further.start < 7
+    assert (go.line, go.newest, go.complete_at) == (9, 11, 11)
+  alone = run.one.fail({0: 'died'}, [11, 11])
+  assert alone.stages == (0,) and alone.start == 9
+  run.one.count({0: 'it is damaged'}, suspects=[9])
+  further = run.one.fail({0: 'again'}, [11, 11])
+  assert further.stages == (0, 1) and further.start < 9
   assert run.one.goes_back(further)
