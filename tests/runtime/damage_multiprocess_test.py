@@ -226,7 +226,7 @@ def test_everything_dies_before_it_shows(host, workdir, undisturbed):
   assert runs.bits(runs.metrics(workdir)) != runs.bits(
     runs.metrics(undisturbed)[: len(runs.metrics(workdir))]
   )
-  runs.wait_for(host.has_ended)
+  runs.wait_for(lambda: not host.processes())
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
   _check(host, workdir, undisturbed)
   assert _found(workdir) == {(0, 6)}
