@@ -99,9 +99,9 @@ class Comeback:
     if finding.trusted is None:
       return
     self._tell(finding, 'The run that is resumed')
-    self._stores.drop_logs()
-    self._stores.forget_newer(finding.trusted)
     self._recorder.forget_after(finding.trusted)
+    self._stores.forget_newer(finding.trusted)
+    self._stores.drop_logs()  # last: until then, the next start finds it again
 
   def suspect(self, error: str, *, counts_dropped: bool = True) -> str:
     """Checks all logs, because bits are wrong that a damaged entry may explain.

@@ -139,7 +139,7 @@ class Rollback:
     )
     self._failed, self._newest = {}, [0] * len(self._stages)
     self.trusted = None
-    self._stores.drop_logs()
+    self._stores.drop_logs()  # only now: a start meanwhile finds it again
     if not plan.start:
       self._stores.forget_snapshots(plan.stages)
     return plan
