@@ -1,3 +1,4 @@
+import json
 import os
 import uuid
 
@@ -31,6 +32,24 @@ def test_boundary_measures_every_subject_and_leaves_nothing():
 def test_verification_of_all_entries_of_an_iteration():
   ((name, value, _),) = boundary.verification_rows('tiny', 3)
   assert 'verified twice' in name and value.median > 0
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(400)
+def test_programs_measures_ours_beside_plain_steps(tmp_path):
+  result = helpers.launch(
+    'benchmark',
+    'pipeline',
+    '--preset=tiny',
+    '--part=programs',
+    '--rounds=1',
+    f'--compilation_cache_dir={helpers.CACHE}',
+    f'--out={tmp_path}',
+    timeout_seconds=380,
+  )
+  assert not result.returncode, result.stderr
+  found = json.loads((tmp_path / 'pipeline.json').read_text())
+  assert 'digest / plain AdamW update' in json.dumps(found)
 
 
 def test_boundary_without_host_memory():
