@@ -25,11 +25,19 @@ class ConfigError(MoetionError):
     self.reason = reason
 
 
-class NonFiniteError(MoetionError):
+class WrongBitsError(MoetionError):
+  """Bits are not what they must be.
+
+  A log entry that was damaged after it was verified may be the cause: whoever
+  acts on such an error has all logs checked first.
+  """
+
+
+class NonFiniteError(WrongBitsError):
   """The loss or the gradient norm of an iteration is NaN or infinite."""
 
 
-class EntryMismatchError(MoetionError):
+class EntryMismatchError(WrongBitsError):
   """An entry was published twice with unequal contents: bits diverged."""
 
 

@@ -87,7 +87,10 @@ def pipeline(preset: str, rounds: int) -> dict[str, Any]:
 
   memory, cache = _HOSTMEM_DIR.value, _CACHE.value
   parts: dict[str, Callable[[], list[summary.Row]]] = {
-    'boundary': lambda: boundary.rows(memory, rounds),
+    'boundary': lambda: [
+      *boundary.rows(memory, rounds),
+      *boundary.verification_rows(preset, rounds),
+    ],
     'start': lambda: benchmark_pipeline.start(5, memory, cache),
     'stages': lambda: benchmark_pipeline.stages(
       preset, _RUN_PAIRS.value, memory, cache

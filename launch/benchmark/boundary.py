@@ -3,6 +3,7 @@
 A publisher and a reader run on cores of their own, as two workers do, and for
 TCP the agent's server runs beside them. The baselines, measured in turn with
 them, are a plain copy of the same bytes in memory and one through a socket.
+What the verification of entries costs is measured beside the copy.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from launch.benchmark.harness import scratch, summary
+from launch.lm import settings as run_settings
 from moetion_jax import keys
-from moetion_jax.hostmem import run_store, segment
-from moetion_jax.logs import remote
+from moetion_jax.hostmem import raw_bytes, run_store, segment
+from moetion_jax.logs import remote, size as log_size
 from moetion_jax.runtime import linux_process, placement
 
 SIZES_BYTES = (64 << 10, 8 << 20, 64 << 20)
@@ -189,6 +191,12 @@ def _measure(
       np.copyto(targets[number % len(targets)], hosts[number % window])
     return time.monotonic_ns() - begin
 
+  def verify() -> float:
+    begin = time.monotonic_ns()
+    for number in range(count):
+      raw_bytes.checksum(hosts[number % window])
+    return time.monotonic_ns() - begin
+
   def send() -> float:
     reader.send(('socket', 0, count, nbytes))
     begin = time.monotonic_ns()
@@ -215,7 +223,11 @@ def _measure(
     times = list(transfer(name, count, window))
     return times[-1][1] - times[0][0]
 
-  subjects: dict[str, Callable[[], float]] = {'memcpy': copy, 'socket': send}
+  subjects: dict[str, Callable[[], float]] = {
+    'memcpy': copy,
+    'checksum': verify,
+    'socket': send,
+  }
   for name in logs:
     subjects[name] = lambda name=name: stream_through(name)
   seconds: dict[str, list[float]] = {name: [] for name in subjects}
@@ -243,9 +255,9 @@ def measure(
 ) -> dict[int, dict[str, list[float]]]:
   """Measures the seconds an entry takes, by size and subject.
 
-  Subjects are 'memcpy', 'socket' and the transports (a stream of entries), and
-  each transport with ', latency' (one entry at a time, from `publish` to the
-  array being ready on the reader's device).
+  Subjects are 'memcpy', 'checksum', 'socket' and the transports (a stream of
+  entries), and each transport with ', latency' (one entry at a time, from
+  `publish` to the array being ready on the reader's device).
 
   Raises:
     errors.ConfigError: `hostmem_dir` is missing or has too little space.
@@ -316,9 +328,11 @@ def rows(
   for nbytes, seconds in measure(hostmem_dir, rounds).items():
     size = f'{nbytes >> 10} KiB' if nbytes < 1 << 20 else f'{nbytes >> 20} MiB'
     is_small = nbytes == min(SIZES_BYTES)
-    for name in ('memcpy', 'socket', *_TRANSPORTS):
+    for name in ('memcpy', 'checksum', 'socket', *_TRANSPORTS):
       speeds = [nbytes / 1e9 / s for s in seconds[name]]
       found.append((f'{size}, {name}, GB/s', summary.summarize(speeds), ''))
+    ratio = summary.paired_ratio(seconds['memcpy'], seconds['checksum'])
+    found.append((f'{size}, checksum / memcpy', ratio, ''))
     for name in _TRANSPORTS:
       beside, goal = ('memcpy', 0.35) if name == 'host' else ('socket', 0.7)
       ratio = summary.paired_ratio(seconds[beside], seconds[name])
@@ -335,3 +349,32 @@ def rows(
         )
       )
   return found
+
+
+def verification_rows(
+  preset: str, rounds: int
+) -> list[tuple[str, summary.Summary, str]]:
+  """Measures the verification of all entries of one iteration.
+
+  Each is verified twice: when it is read, and two iterations later.
+
+  Args:
+    preset: preset of the model, in two stages.
+    rounds: number of measurements.
+  """
+  config = run_settings.make(
+    preset,
+    model_overrides=[],
+    train_overrides={'stages': 2},
+    optimizer_overrides={},
+  )
+  sizes = [n for stage in (0, 1) for n in log_size.entry_sizes(config, stage)]
+  entries = [np.full(n, number, np.uint8) for number, n in enumerate(sizes)]
+  milliseconds = []
+  for _ in range(rounds):
+    begin = time.monotonic_ns()
+    for one in (*entries, *entries):
+      raw_bytes.checksum(one)
+    milliseconds.append((time.monotonic_ns() - begin) / 1e6)
+  what = f'{len(sizes)} entries of an iteration ({sum(sizes) / 1e6:.1f} MB)'
+  return [(f'{what}, verified twice, ms', summary.summarize(milliseconds), '')]

@@ -23,6 +23,8 @@ _WEIGHTS = {
   'torn_snapshot': 1,
   'corrupt_log': 1,
   'corrupt_final': 1,
+  'corrupt_read': 1,
+  'poison_read': 1,
   'kill_agent': 2,
   'kill_all': 1,
 }

@@ -96,15 +96,14 @@ class StoredLog:
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
     *,
-    verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """Reads an entry, always verified; never waits. See `interface.Log`.
+    """Reads an entry; never waits. See `interface.Log`.
 
     Raises:
       EntryLostError: the entry is missing or damaged.
     """
-    del verify, timeout_seconds
+    del timeout_seconds
     one = self._stages[key.stage]
     path, taken = one.segment_path(key.replica), None
     try:
@@ -122,8 +121,6 @@ class StoredLog:
     self,
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
-    *,
-    verify: bool = False,
   ) -> None:
     """Does nothing: an entry is there already, or never comes."""
 

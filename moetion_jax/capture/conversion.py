@@ -22,7 +22,7 @@ from moetion_jax.state import partition
 DIGESTS, PARTIALS = snapshot_lib.DIGESTS, 'partials'
 
 
-class DivergedError(errors.MoetionError):
+class DivergedError(errors.WrongBitsError):
   """A rebuilt operator has other bits than the one that was lost.
 
   Attributes:
@@ -45,7 +45,7 @@ class DivergedError(errors.MoetionError):
     self.suspects = tuple(suspects)
 
 
-class ReplayMismatchError(errors.MoetionError):
+class ReplayMismatchError(errors.WrongBitsError):
   """A replay published an entry with other bits than before the failure.
 
   Attributes:

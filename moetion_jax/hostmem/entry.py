@@ -37,6 +37,13 @@ class EntryCorruptError(errors.StoreError):
     self.key = key
 
 
+class EntryDecayedError(errors.WrongBitsError):
+  """An entry was damaged after it was written: somebody may have read that."""
+
+  def __init__(self, key: keys.EntryKey):
+    super().__init__(f'{key}: damaged after it was written')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EntryHeader:
   """Description of one entry; `pack` gives its form in files and messages.

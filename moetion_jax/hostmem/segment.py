@@ -45,6 +45,10 @@ _GENERATION = struct.Struct('<Q')
 _GENERATION_OFFSET = 24
 _CELLS_OFFSET = mmap.PAGESIZE
 _CELL_BYTES = 256
+# Iterations after which an entry is verified once more. By then all programs
+# that read it have ended, and states from before it are still there.
+_LOOK_BACK_ITERATIONS = 2
+_LOOK_BACK_ENTRIES = 2  # for each new one, so that none has to wait
 
 
 class SegmentFullError(errors.StoreError):
@@ -141,7 +145,14 @@ class SegmentLayout:
   def newest_iteration(self) -> int:
     """Newest iteration of the committed entries; 0 when there are none."""
     iterations = self._words[:, entry.ITERATION_OFFSET // 8]
-    return int(np.max(iterations, initial=0, where=self.commits != 0))
+    for cell in np.argsort(iterations)[::-1].tolist():
+      if self.commits[cell] and (header := self.header(cell)):
+        return header.key.iteration
+    return 0
+
+  def sequence(self, cell: int) -> int:
+    """Returns the number that a cell says its entry has, damaged or not."""
+    return int(self._words[cell, 0])
 
   def headers(self) -> list[entry.EntryHeader]:
     """Lists the committed entries, retired ones included, oldest first."""
@@ -224,6 +235,7 @@ class SegmentWriter:
     self._first_iteration = 0
     self._live: collections.deque[entry.EntryHeader] = collections.deque()
     self._by_key: dict[keys.EntryKey, entry.EntryHeader] = {}
+    self._unverified: collections.deque[entry.EntryHeader] = collections.deque()
     self._next_sequence = 0
     self._head = 0  # ring offset of the next payload
 
@@ -296,6 +308,7 @@ class SegmentWriter:
       cell = header.sequence % self._layout.cells
       if not self._layout.retired[cell]:
         self._by_key[header.key] = header
+        self._unverified.append(header)
       elif self._is_free(cell):
         continue
       self._live.append(header)  # or retired, and a reader still has it
@@ -315,14 +328,13 @@ class SegmentWriter:
   def put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
     """Writes an entry; it is there for every reader when this returns.
 
-    A damaged payload of an entry that exists is rewritten when `array` has the
-    checksum that the entry was written with.
-
     Returns:
       True, or False if an equal entry existed.
 
     Raises:
       EntryMismatchError: an unequal entry of this name exists.
+      EntryDecayedError: this entry exists and is damaged; or an older one is,
+        which is to make room.
       SegmentFullError: there is no room until `retain` advances or a lease
         ends.
       StoreError: the entry is larger than the segment, or not of a dtype of
@@ -360,8 +372,32 @@ class SegmentWriter:
     self._next_sequence += 1
     self._head = offset + raw_bytes.padded(len(data))
     self._live.append(header)
+    self._unverified.append(header)
     self._by_key[key] = header
     return True
+
+  def look_back(self, iteration: int) -> None:
+    """Verifies a few older entries once more; call after every `put`.
+
+    Memory may be damaged between a reader's verification and the end of the
+    program that reads.
+
+    Args:
+      iteration: the iteration of which entries are written now.
+
+    Raises:
+      EntryDecayedError: an entry is damaged.
+    """
+    last = iteration - _LOOK_BACK_ITERATIONS
+    for _ in range(_LOOK_BACK_ENTRIES):
+      if not self._unverified or self._unverified[0].key.iteration > last:
+        return
+      self._verify(self._unverified.popleft())
+
+  def _verify(self, header: entry.EntryHeader) -> None:
+    stored = self._layout.ring[header.offset : header.offset + header.nbytes]
+    if raw_bytes.checksum(stored) != header.checksum:
+      raise entry.EntryDecayedError(header.key)
 
   def _compare(
     self, known: entry.EntryHeader, array: np.ndarray, data: np.ndarray
@@ -371,8 +407,7 @@ class SegmentWriter:
       if np.array_equal(stored, data):
         return
       if known.checksum == raw_bytes.checksum(data):
-        stored[:] = data
-        return
+        raise entry.EntryDecayedError(known.key)
     raise errors.EntryMismatchError(
       f'{known.key}: published again with other contents: was '
       f'{known.dtype}{list(known.shape)} checksum {known.checksum:016x}, now '
@@ -428,6 +463,10 @@ class SegmentWriter:
         'keep less with --log_iterations'
       )
     cell = oldest.sequence % self._layout.cells
+    while self._unverified and (
+      self._unverified[0].sequence <= oldest.sequence
+    ):
+      self._verify(self._unverified.popleft())
     self._layout.retired[cell] = 1
     if not self._is_free(cell):
       raise SegmentFullError(f'{oldest.key}: a reader holds its memory')

@@ -119,6 +119,28 @@ class SegmentReader:
       if all(is_damaged(s) for _ in range(2))
     ]
 
+  def oldest_iteration(self, cell: int) -> int | None:
+    """Returns the first iteration that a damaged cell's entry can be of.
+
+    Entries are written in order: it is not older than the one before it, or, if
+    that is gone, not older by more than one than the oldest one.
+
+    Args:
+      cell: a damaged cell.
+
+    Returns:
+      The iteration, at least 1; None if nobody needs the entry any more.
+    """
+    if self._layout.retired[cell]:
+      return None
+    live = self.entries()
+    sequence = self._layout.sequence(cell)
+    for header in live:
+      is_before = self._cell(header) == (cell - 1) % self._layout.cells
+      if is_before and header.sequence == sequence - 1:
+        return header.key.iteration
+    return max(1, min((h.key.iteration for h in live), default=1) - 1)
+
   def view(self, header: entry.EntryHeader) -> np.ndarray | None:
     """Returns an entry's memory, read-only; None if it vanished meanwhile.
 
@@ -150,9 +172,10 @@ class SegmentReader:
     """Indexes what was committed since the last look."""
     while self._layout.commits[self._next_sequence % self._layout.cells]:
       header = self._layout.header(self._next_sequence % self._layout.cells)
-      if header is None or header.sequence < self._next_sequence:
+      if header is not None and header.sequence < self._next_sequence:
         return
-      if header.sequence > self._next_sequence:  # overtaken by a whole round
+      # Damaged, which hides nothing but itself; or overtaken by a whole round.
+      if header is None or header.sequence > self._next_sequence:
         self._rescan()
         return
       cell = self._cell(header)
@@ -192,14 +215,21 @@ class StoreIndex:
       self._readers.clear()
 
   def take(
-    self, key: keys.EntryKey
+    self, key: keys.EntryKey, *, is_current: bool = False
   ) -> tuple[entry.EntryHeader, np.ndarray] | None:
     """Returns an entry's header and memory, leased; None if it is not there.
+
+    Args:
+      key: name of the entry.
+      is_current: whether only a segment counts that was not replaced since the
+        last `refresh`.
 
     Raises:
       StoreError: the segment is damaged.
     """
     with self._lock:
+      if is_current:
+        self._forget_replaced((key.stage, key.replica))
       reader = self._reader(key.stage, key.replica)
       if reader is None or (header := reader.find(key)) is None:
         return None
@@ -209,10 +239,14 @@ class StoreIndex:
   def refresh(self) -> None:
     """Lets go of segments whose file was replaced or removed."""
     with self._lock:
-      for name, reader in list(self._readers.items()):
-        if not reader.is_current():
-          reader.close()
-          del self._readers[name]
+      self._forget_replaced(*self._readers)
+
+  def _forget_replaced(self, *names: tuple[int, int]) -> None:
+    for name in names:
+      reader = self._readers.get(name)
+      if reader is not None and not reader.is_current():
+        reader.close()
+        del self._readers[name]
 
   def entries(self) -> list[entry.EntryHeader]:
     """Lists every committed entry of the folder, segment by segment.

@@ -225,6 +225,7 @@ class BoundaryLog:
           if key in self._reads:
             self._bell.ring()
           self._changed.notify_all()
+        self._writer.look_back(key.iteration)
     except BaseException as error:  # reported by every later call
       self._fail(error)
 
@@ -257,7 +258,6 @@ class BoundaryLog:
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
     *,
-    verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
     """See `interface.Log`."""
@@ -266,8 +266,8 @@ class BoundaryLog:
       self._check()
       read = self._reads.get(key)
     if read is None:
-      read = Read(sharding, verify)
-      if self._address(key) is None and (taken := self._index.take(key)):
+      read = Read(sharding)
+      if self._address(key) is None and (taken := self._take(key)):
         array = read.put(*taken)
         self._note_late(begin, taken[0].committed_nanoseconds)
         return array
@@ -297,11 +297,9 @@ class BoundaryLog:
     self,
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
-    *,
-    verify: bool = False,
   ) -> None:
     """See `interface.Log`."""
-    self._start_read(key, Read(sharding, verify))
+    self._start_read(key, Read(sharding))
 
   def _start_read(self, key: keys.EntryKey, read: Read) -> Read:
     with self._changed:
@@ -311,6 +309,22 @@ class BoundaryLog:
       self._reads[key] = read
     self._bell.ring()
     return read
+
+  def _take(
+    self, key: keys.EntryKey
+  ) -> tuple[entry.EntryHeader, np.ndarray] | None:
+    """Returns an entry of this host, verified; None if it is not there.
+
+    Memory that was written a moment ago can be damaged as well; what comes from
+    other hosts was verified on its way.
+
+    Raises:
+      EntryCorruptError: the entry is damaged.
+      StoreError: the segment is damaged.
+    """
+    if taken := self._index.take(key):
+      entry.verify(*taken)
+    return taken
 
   def _address(self, key: keys.EntryKey) -> str | None:
     """Returns the store server to ask for an entry; None for this host."""
@@ -357,7 +371,12 @@ class BoundaryLog:
         client.want(key, address)
         continue
       client.forget(key)
-      if taken := self._index.take(key):
+      try:
+        taken = self._take(key)
+      except entry.EntryCorruptError as error:
+        read.complete(None, error)
+        continue
+      if taken:
         read.complete(*taken)
     for key, header, result in client.collect():
       if key in waiting:
@@ -387,27 +406,19 @@ class Read:
 
   Attributes:
     sharding: sharding of the array; None for the default device.
-    verify: whether to check the checksum of an entry in shared memory.
     committed_nanoseconds: time of the commit, see `entry.EntryHeader`; 0 until
       the read is done.
     future: future of the array on the device.
   """
 
   sharding: jax.sharding.Sharding | None
-  verify: bool
   committed_nanoseconds: int = 0
   future: concurrent.futures.Future[jax.Array] = dataclasses.field(
     default_factory=concurrent.futures.Future
   )
 
   def put(self, header: entry.EntryHeader, array: np.ndarray) -> jax.Array:
-    """Puts the entry on the device.
-
-    Raises:
-      EntryCorruptError: the entry is damaged.
-    """
-    if self.verify:
-      entry.verify(header, array)
+    """Puts the entry on the device."""
     self.committed_nanoseconds = header.committed_nanoseconds
     return jax.device_put(array, self.sharding)
 

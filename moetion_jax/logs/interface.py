@@ -65,18 +65,15 @@ class Log(Protocol):
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
     *,
-    verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """Waits for an entry and returns it on the device.
+    """Waits for an entry and returns it on the device, verified.
 
-    After a `prefetch` the `sharding` and `verify` given there hold.
+    After a `prefetch` the `sharding` given there holds.
 
     Args:
       key: name of the entry.
       sharding: sharding of the array; None for the default device.
-      verify: whether to check the checksum, as recovery does (other hosts'
-        entries are always checked).
       timeout_seconds: seconds to wait; None waits forever.
 
     Raises:
@@ -91,8 +88,6 @@ class Log(Protocol):
     self,
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
-    *,
-    verify: bool = False,
   ) -> None:
     """Starts a `read` in the background; a second call joins the first."""
     ...

@@ -85,23 +85,20 @@ class JoinedLog:
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
     *,
-    verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
     """See `interface.Log`."""
     return self._logs[key.replica].read(
-      key, sharding, verify=verify, timeout_seconds=timeout_seconds
+      key, sharding, timeout_seconds=timeout_seconds
     )
 
   def prefetch(
     self,
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
-    *,
-    verify: bool = False,
   ) -> None:
     """See `interface.Log`."""
-    self._logs[key.replica].prefetch(key, sharding, verify=verify)
+    self._logs[key.replica].prefetch(key, sharding)
 
   def retain(self, first_iteration: int) -> None:
     """See `interface.Log`."""

@@ -89,11 +89,9 @@ class MemoryLog:
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
     *,
-    verify: bool = False,
     timeout_seconds: float | None = None,
   ) -> jax.Array:
-    """See `interface.Log`."""
-    del verify  # nothing is copied, so there is nothing to compare with
+    """See `interface.Log`; there is no copy that could be damaged."""
     self._check()
     with self._store.changed:
       if key not in self._store.entries:
@@ -116,8 +114,6 @@ class MemoryLog:
     self,
     key: keys.EntryKey,
     sharding: jax.sharding.Sharding | None = None,
-    *,
-    verify: bool = False,
   ) -> None:
     """Does nothing: entries are on the device when they are published."""
 

@@ -202,7 +202,8 @@ class StoreServer:
   def _answer(self, key: keys_lib.EntryKey) -> None:
     """Sends an entry to all who wait for it, if it exists."""
     try:
-      taken = self._index.take(key)
+      # What all stages went back from may still be mapped here, and be wrong.
+      taken = self._index.take(key, is_current=True)
     except (errors.StoreError, OSError) as error:
       self.malformed_count += 1
       self._complain(str(error))

@@ -48,6 +48,7 @@ class Failures:
     self._max_failures = max_failures
     self._of_stage: collections.Counter[int] = collections.Counter()
     self._diverged = 0
+    self._damaged, self._damaged_at = 0, -1
 
   def add(self, failed: Mapping[int, str], line: int) -> None:
     """Counts a failure of each of some stages.
@@ -82,6 +83,28 @@ class Failures:
     self._diverged += 1
     if self._diverged > stages:
       raise errors.MoetionError('; '.join(failed.values()))
+
+  def add_damage(self, reached: int, reason: str) -> None:
+    """Counts that all stages go back because log entries are damaged.
+
+    Args:
+      reached: the newest iteration that was begun. That the line moves says
+        nothing, since it went back too.
+      reason: the damage.
+
+    Raises:
+      errors.MoetionError: it happened too often without a newer iteration.
+    """
+    if reached > self._damaged_at:
+      self._damaged, self._damaged_at = 0, reached
+    self._damaged += 1
+    if self._damaged > self._max_failures:
+      raise errors.MoetionError(
+        f'{reason}; that happened {self._damaged} time(s) without progress '
+        f'beyond iteration {self._damaged_at}, and more than --max_failures='
+        f'{self._max_failures} end the run: is the memory of this machine '
+        'sound?'
+      )
 
   def line_moved(self) -> None:
     """Counts all stages' failures anew: the run makes progress."""

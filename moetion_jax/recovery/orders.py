@@ -18,8 +18,7 @@ class Go:
     newest: iteration of the newest existing snapshot.
     excluded: iterations of damaged snapshots, to be taken again.
     target: iteration that the worker's predecessor had begun; 0 without one.
-    verify_until: the last iteration that may have entries older than this
-      worker.
+    replays_until: the last iteration that had already been begun before.
     line: the recovery line.
     is_fresh: whether the log begins empty.
     ring_bytes: size of the log.
@@ -42,7 +41,7 @@ class Go:
   newest: int
   excluded: tuple[int, ...] = ()
   target: int
-  verify_until: int
+  replays_until: int
   line: int
   is_fresh: bool
   ring_bytes: int

@@ -65,7 +65,7 @@ class Recoverer:
     self._event = event
     self._recoveries: dict[int, failures_lib.OngoingRecovery] = {}
     self.failures = failures_lib.Failures(max_failures)
-    self._verify_until = 0
+    self._replays_until = 0
     self._gone_back: recovery_plan.RecoveryPlan | None = None
     self._decisions: list[list[decision_lib.CaptureDecision]] = []
     self._loss: partial_planner.Loss | None = None  # that of the last recovery
@@ -137,7 +137,7 @@ class Recoverer:
       newest: newest iteration of which the logs hold anything.
     """
     stages = range(self._config.train.stages)
-    self._verify_until = newest
+    self._replays_until = newest
     plan = recovery_plan.plan(
       self._inventory.stage_inventories([0] * len(stages)),
       stages,
@@ -206,7 +206,7 @@ class Recoverer:
       newest=self._inventory.newest(stage),
       excluded=self._inventory.excluded(stage),
       target=target,
-      verify_until=max(target, self._verify_until),
+      replays_until=max(target, self._replays_until),
       line=self.line,
       is_fresh=is_fresh,
       ring_bytes=log.ring_bytes,
@@ -366,6 +366,8 @@ class Recoverer:
       excluded=self._unreported(reported),
     )
     reasons = dict.fromkeys(stages, _TOGETHER) | dict(failed)
+    if self._settings.rules.is_local:  # no log goes on from the line
+      self._go_back(plan)
     self._follow(plan, reasons, newest, failed_at, detect_seconds)
     return plan
 
@@ -395,9 +397,9 @@ class Recoverer:
     detect_seconds: float,
   ) -> None:
     """Puts the members of a plan on their way back."""
-    goes_back = plan.start < self.line
-    if goes_back:
+    if plan.start < self.line:
       self._go_back(plan)
+    goes_back = self.goes_back(plan)
     for stage in plan.stages:
       before = self._recoveries.get(stage)
       self._recoveries[stage] = failures_lib.OngoingRecovery(

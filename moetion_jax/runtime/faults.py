@@ -24,6 +24,7 @@ from moetion_jax import errors
 AGENT_KINDS = ('kill_agent', 'kill_all')
 SNAPSHOT_KINDS = ('corrupt_snapshot', 'corrupt_weights', 'torn_snapshot')
 FINAL_KIND = 'corrupt_final'
+READ_KINDS = ('corrupt_read', 'poison_read')
 KINDS = (
   'kill',
   'stop',
@@ -33,6 +34,7 @@ KINDS = (
   *SNAPSHOT_KINDS,
   'corrupt_log',
   FINAL_KIND,
+  *READ_KINDS,
   *AGENT_KINDS,
 )
 # When: phases as the loop names them; START_PHASES, before it is known which
@@ -150,7 +152,8 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
     refuse(f'{kind} happens in one of {", ".join(END_PHASES)}')
   if phase == 'save' and (fields['stage'] or fields['replica']):
     refuse('stage 0 replica 0 saves, nobody else')
-  if kind in (*SNAPSHOT_KINDS, 'corrupt_log') and phase in START_PHASES:
+  damages = (*SNAPSHOT_KINDS, 'corrupt_log', *READ_KINDS)
+  if kind in damages and phase in START_PHASES:
     refuse(f'nothing is there to corrupt in phase {phase}')
   if kind in AGENT_KINDS and phase in START_PHASES and not fields['iteration']:
     refuse('before the run has begun nobody notes that it happened')

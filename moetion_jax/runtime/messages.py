@@ -27,7 +27,8 @@ then:
     failed    the worker ends now: `error`, `iteration`; `final`: another
               attempt would end the same way; `suspects`: iterations of
               snapshots that may be damaged; `corrupt`: stage and iteration of
-              a damaged log entry, or null
+              a damaged log entry, or null; `has_wrong_bits`: a damaged log
+              entry may be the cause, though nobody found it
   agent -> worker
     promote   a standby becomes a worker: `spec`, `environment`
     locations where every stage's entries are: `locations`, a list of `stage`,

@@ -22,7 +22,9 @@ class Verdict:
     grad_norm: global norm before clipping, f32.
     dropped: choices of an expert that found no seat, over all stages.
     clip_factor: factor by which every gradient is multiplied.
-    bad_stage: first stage whose loss or gradients are not finite, or None.
+    is_finite: whether everything that the update needs is finite.
+    bad_stage: first stage whose loss or gradients are not finite; None if all
+      are, or if only the sum over all stages is not.
     partials: the scalars that this was made from, f32[stages, 4].
   """
 
@@ -31,6 +33,7 @@ class Verdict:
   grad_norm: np.float32
   dropped: int
   clip_factor: np.float32
+  is_finite: bool
   bad_stage: int | None
   partials: np.ndarray
 
@@ -53,14 +56,21 @@ def judge(partials: Sequence[np.ndarray], clip_norm: float) -> Verdict:
   factor = np.float32(1)
   if clip_norm and norm > clip_norm:
     factor = np.float32(clip_norm) / norm
-  if bad_stage is None and not np.isfinite(norm):
-    bad_stage = len(partials) - 1
   return Verdict(
     loss=total[_PLACE['loss']],
     auxiliary_loss=total[_PLACE['auxiliary_loss']],
     grad_norm=norm,
     dropped=int(total[_PLACE['dropped']]),
     clip_factor=factor,
+    is_finite=bad_stage is None and bool(np.isfinite(norm)),
     bad_stage=bad_stage,
     partials=np.stack(partials),
   )
+
+
+def explain(verdict: Verdict) -> str:
+  """Says what is not finite, for the error that ends a run."""
+  what = f'loss {verdict.loss} and gradient norm {verdict.grad_norm}'
+  if verdict.bad_stage is None:
+    return f'{what}: each stage is finite, the norm over all stages is not'
+  return f'{what} are not finite, first in stage {verdict.bad_stage}'

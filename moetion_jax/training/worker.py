@@ -76,8 +76,7 @@ class Worker:
     replica: this worker's replica.
     on_phase: called with a phase and the iteration: the name of a program that
       begins, or 'publish' when something was published.
-    verify_until: last iteration whose entries are checked when they are read:
-      they were written some time ago.
+    on_read: called with the name of each entry that was read.
     grown: larger capacities of experts; None: the usual ones.
   """
 
@@ -104,7 +103,7 @@ class Worker:
     self.program = ''
     self.steps = 0
     self.on_phase: Callable[[str, int], None] = lambda phase, iteration: None
-    self.verify_until = 0
+    self.on_read: Callable[[keys.EntryKey], None] = lambda key: None
     self.grown: GrownCapacity | None = None
     self._data = data
     self._waited = self._late = 0.0
@@ -187,7 +186,7 @@ class Worker:
       verdict = self._verdict(iteration, scalars, config, conversion)
       slot = snapshots.slot(iteration) if snapshots else frozenset()
       blocked_seconds = snapshots.release() if snapshots else 0.0
-      if verdict.bad_stage is None:
+      if verdict.is_finite:
         self._begin('update')
         self.state, self.compute, _ = self.programs.update(
           self.state, gradients, verdict.clip_factor, self._masks(slot)
@@ -260,7 +259,7 @@ class Worker:
         conversion_lib.PARTIALS: verdict.partials,
       },
       clip_factor=float(verdict.clip_factor).hex(),
-      updated=verdict.bad_stage is None,
+      updated=verdict.is_finite,
     )
 
   def _gradients(self, iteration: int, config: config_lib.TrainConfig):
@@ -343,12 +342,10 @@ class Worker:
         )
         partials.append(np.asarray(self._read(key)))
     verdict = scalars_lib.judge(partials, config.optimizer.clip_norm)
-    if verdict.bad_stage is not None and not config.skip_nonfinite:
+    if not verdict.is_finite and not config.skip_nonfinite:
       raise errors.NonFiniteError(
-        f'iteration {iteration}: loss {verdict.loss} and gradient norm '
-        f'{verdict.grad_norm} are not finite, first in stage '
-        f'{verdict.bad_stage}; lower --learning_rate, or pass '
-        '--skip_nonfinite to leave such updates out'
+        f'iteration {iteration}: {scalars_lib.explain(verdict)}; lower '
+        '--learning_rate, or pass --skip_nonfinite to leave such updates out'
       )
     return verdict
 
@@ -391,7 +388,7 @@ class Worker:
       auxiliary_loss=float(verdict.auxiliary_loss),
       grad_norm=float(verdict.grad_norm),
       dropped=verdict.dropped,
-      updated=verdict.bad_stage is None,
+      updated=verdict.is_finite,
       digests={**found, **frozen},
       load={
         operator: int(count)
@@ -448,9 +445,8 @@ class Worker:
     sharding = self.stage.rows_sharding
     if key.kind is keys.EntryKind.SCALARS:
       sharding = self.stage.same_sharding
-    value = self.log.read(
-      key, sharding, verify=key.iteration <= self.verify_until
-    )
+    value = self.log.read(key, sharding)
+    self.on_read(key)
     self._waited += self._idle.idle_seconds(wait)
     return value
 
@@ -469,7 +465,6 @@ class Worker:
       self.log.prefetch(
         self._key(kind, iteration, replica, task.microbatch, producer),
         self.stage.rows_sharding,
-        verify=iteration <= self.verify_until,
       )
 
   def _send(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, raw_bytes, segment, segment_reader
+from moetion_jax.runtime.worker import fault_damage
 
 _ME = keys.WorkerId(0, 0, 1)
 
@@ -116,7 +117,7 @@ def test_publishing_again(start):
     writer.put(_key(2), np.array([np.nan, 0.0], np.float32))
 
 
-def test_damage_is_detected_and_repaired_by_publishing_again(start, tmp_path):
+def test_damage_is_detected_also_by_publishing_again(start, tmp_path):
   writer = start()
   array = np.arange(1000, dtype=np.int32)
   writer.put(_key(1), array)
@@ -129,8 +130,47 @@ def test_damage_is_detected_and_repaired_by_publishing_again(start, tmp_path):
   header, found = start.index.take(_key(1))
   with pytest.raises(entry.EntryCorruptError, match=str(_key(1))):
     entry.verify(header, found)
-  assert not writer.put(_key(1), array)
-  entry.verify(*start.index.take(_key(1)))
+  with pytest.raises(entry.EntryDecayedError, match=str(_key(1))):
+    writer.put(_key(1), array)
+
+
+def test_damage_is_noticed_two_iterations_later(start, tmp_path):
+  writer = start()
+  for microbatch in range(5):
+    writer.put(_key(1, microbatch), np.full(100, microbatch))
+  path = segment.segment_path(tmp_path, 0, 0)
+  assert fault_damage.damage_entry(path, _key(1, 3))
+  writer.look_back(2)
+  writer.look_back(3)  # a few at a time
+  with pytest.raises(entry.EntryDecayedError, match=str(_key(1, 3))):
+    writer.look_back(3)
+  writer.look_back(3)  # others are not to blame
+
+
+def test_damage_is_noticed_before_the_entry_is_gone(start, tmp_path):
+  writer = start(cells=2)
+  for iteration in (1, 2):
+    writer.put(_key(iteration), np.full(100, iteration))
+  path = segment.segment_path(tmp_path, 0, 0)
+  assert fault_damage.damage_entry(path, _key(1))
+  writer.retain(3)
+  with pytest.raises(entry.EntryDecayedError, match=str(_key(1))):
+    writer.put(_key(3), np.zeros(100))
+
+
+def test_a_damaged_header_says_nothing(start, tmp_path):
+  """Neither its iteration nor its contents; the entry is lost."""
+  writer = start()
+  for iteration in (3, 5, 4):  # as a replay does
+    writer.put(_key(iteration), np.zeros(10))
+  path = segment.segment_path(tmp_path, 0, 0)
+  assert segment.newest_iteration(path) == 5
+  with path.open('r+b') as file:
+    file.seek(segment.cell_offset(1) + entry.ITERATION_OFFSET + 2)
+    file.write(b'\1')
+  assert segment.newest_iteration(path) == 4
+  assert start.index.take(_key(5)) is None
+  assert start.index.take(_key(4)) is not None  # which comes after it
 
 
 def test_retention_frees_space_in_order(start):

@@ -233,7 +233,7 @@ def test_entries_outlive_their_producer_and_equal_those_of_its_heir(
     for iteration in range(1, 5)
   ]
   for iteration in range(1, 4):
-    found = reader.read(_key(iteration), verify=True, timeout_seconds=_SECONDS)
+    found = reader.read(_key(iteration), timeout_seconds=_SECONDS)
     np.testing.assert_array_equal(found, expected[iteration - 1])
   reader.prefetch(_key(4))
   heir = spawn(_PRODUCER, folder, 2, 4, -1)
@@ -250,7 +250,7 @@ def test_entries_outlive_their_producer_and_equal_those_of_its_heir(
   assert 'EntryMismatchError' in diverged.errors
   assert 'iteration 2' in diverged.errors
   # What diverged has replaced nothing.
-  found = reader.read(_key(2), verify=True)
+  found = reader.read(_key(2))
   np.testing.assert_array_equal(found, expected[1])
   del found
   late = spawn(_PRODUCER, folder, 2, 1, -1)

@@ -60,6 +60,7 @@ class _Pair:
   def __init__(self, kind, folders):
     self.servers: list[zmq_server.StoreServer] = []
     self.logs: list[Any] = []
+    self.locations = {}
     if kind == 'memory':
       store = memory_log.MemoryStore()
       for stage in range(2):
@@ -75,16 +76,15 @@ class _Pair:
     for log in self.logs:
       log.start()
     if kind == 'hosts':
-      locations = {}
       for stage, folder in enumerate(self.folders):
         server = zmq_server.StoreServer(folder, secret=_SECRET)
         server.start()
         self.servers.append(server)
-        locations[stage, 0] = remote.Location(
+        self.locations[stage, 0] = remote.Location(
           host=str(folder), address=server.address
         )
       for log in self.logs:
-        log.update_locations(locations)
+        log.update_locations(self.locations)
 
   def make(self, stage, generation=1, **changes):
     folder = self.folders[stage]
@@ -379,7 +379,7 @@ def test_donated_input_does_not_write_to_the_log(shared):
   double = jax.jit(lambda x: x * 2, donate_argnums=0)
   result = double(reader.read(_key(1), timeout_seconds=_SECONDS))
   np.testing.assert_array_equal(result, np.arange(4096.0) * 2)
-  found = reader.read(_key(1), verify=True)
+  found = reader.read(_key(1))
   np.testing.assert_array_equal(found, np.arange(4096.0))
 
 
@@ -440,7 +440,9 @@ def test_failed_computation_reaches_the_caller(shared):
 
 
 @pytest.mark.parametrize('kind', ['host', 'hosts'])
-def test_corrupt_entry(folders, kind):
+@pytest.mark.parametrize('is_prefetched', [False, True])
+def test_corrupt_entry(folders, kind, is_prefetched):
+  """Its first read finds it, in the reader's thread as well."""
   pair = _Pair(kind, folders)
   writer, reader = pair.logs
   writer.publish(_key(1), np.zeros(1000, np.uint8))
@@ -449,8 +451,31 @@ def test_corrupt_entry(folders, kind):
   with path.open('r+b') as file:
     file.seek(path.stat().st_size - (1 << 20) + 500)
     file.write(b'\1')
+  if is_prefetched:
+    reader.prefetch(_key(1))
   with pytest.raises(entry.EntryCorruptError, match=str(_key(1))):
-    reader.read(_key(1), verify=True, timeout_seconds=_SECONDS)
+    reader.read(_key(1), timeout_seconds=_SECONDS)
+  pair.close()
+
+
+@pytest.mark.parametrize('kind', ['host', 'hosts'])
+def test_logs_that_begin_anew_hide_the_old_ones(folders, kind):
+  """At once: all went back because what was in them is wrong."""
+  pair = _Pair(kind, folders)
+  for generation in (1, 2, 3):
+    writer, reader = pair.logs
+    writer.publish(_key(1), np.full(8, generation))
+    writer.flush(_SECONDS)
+    found = reader.read(_key(1), timeout_seconds=_SECONDS)
+    assert found.tolist() == [generation] * 8
+    for stage, log in enumerate(pair.logs):
+      log.close()
+      segment.segment_path(pair.folders[stage], stage, 0).unlink()
+      pair.logs[stage] = pair.make(
+        stage, generation + 1, fresh=True, secret=_SECRET
+      )
+      pair.logs[stage].start()
+      pair.logs[stage].update_locations(pair.locations)
   pair.close()
 
 

@@ -15,6 +15,8 @@ def _do(counts, steps):
         counts.add({int(s): f'{s} died' for s in stages}, line=7)
       case ['diverge', stages]:
         counts.add_divergence({int(s): f'{s} differs' for s in stages}, 2)
+      case ['damage', reached]:
+        counts.add_damage(int(reached), 'it is damaged')
       case ['forgive', stage]:
         counts.forgive(int(stage))
       case ['line_moved']:
@@ -32,6 +34,14 @@ def _do(counts, steps):
   ('max_failures', 'steps', 'ends'),
   [
     pytest.param(0, ['fail 0'], True, id='none is allowed'),
+    pytest.param(0, ['damage 3'], True, id='no damage is allowed'),
+    pytest.param(
+      1, ['damage 3', 'line_moved', 'damage 3'], True, id='damage again'
+    ),
+    pytest.param(
+      1, ['damage 3', 'damage 4', 'damage 5'], False, id='damage further on'
+    ),
+    pytest.param(1, ['damage 4', 'damage 3'], True, id='damage before that'),
     pytest.param(1, ['fail 0'], False, id='as many as allowed'),
     pytest.param(1, ['fail 0', 'fail 0'], True, id='one more'),
     pytest.param(2, ['fail 0', 'fail 0', 'fail 0'], True, id='two and one'),

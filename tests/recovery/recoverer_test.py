@@ -55,7 +55,7 @@ def test_a_run_goes_on_with_what_is_left(
   assert plan.start == run.one.line == start
   assert set(plan.complete_at.values()) == {complete_at}
   go = run.one.go(1, plan, is_fresh=False)
-  assert (go.start, go.target, go.verify_until) == (start, 0, 9)
+  assert (go.start, go.target, go.replays_until) == (start, 0, 9)
   assert go.newest == max(iterations[1])
   assert [d['first_iteration'] for d in go.decisions] == [start]
 
@@ -176,7 +176,7 @@ def test_one_stage_recovers():
   }
   go = run.one.go(1, plan, is_fresh=False)
   assert (go.start, go.complete_at, go.newest) == (8, 10, 10)
-  assert go.target == go.verify_until == 11
+  assert go.target == go.replays_until == 11
   assert go.line == run.one.line == 5
   run.one.resumed(1, {'fetch_seconds': 0.0})
   assert 'stage 1 recovered' in run.one.caught_up(1)
@@ -346,3 +346,30 @@ def test_what_a_replay_passes_is_reported_by_it():
       run.one.stored(stage, run.share(stage, iteration))
   plan = run.one.fail({0: 'died'}, [9, 9], reported=5)
   assert plan.start == 6
+
+
+# ---- all go back because entries were damaged --------------------------------
+
+
+def test_logs_that_begin_at_the_start_have_nothing_from_before_it():
+  """Whoever needs more takes all others along; the line is not frozen."""
+  run = recoveries.Run()
+  run.first_plan()
+  run.train(12)
+  line = run.one.line
+  for stage in (0, 1):  # 12 is the first iteration with a damaged entry
+    run.one.rescan(stage, [run.share(stage, i) for i in range(line, 12)])
+  plan = run.one.plan_together(
+    {1: 'it read damage'}, run.begun, 11, failed_at=0.0
+  )
+  assert plan.stages == (0, 1) and line < plan.start == 9
+  assert run.one.line == 9 and run.one.goes_back(plan)
+  for stage in (0, 1):
+    go = run.one.go(stage, plan, is_fresh=True)
+    assert (go.line, go.newest, go.complete_at) == (9, 11, 11)
+  alone = run.one.fail({0: 'died'}, [11, 11])
+  assert alone.stages == (0,) and alone.start == 9
+  run.one.count({0: 'it is damaged'}, suspects=[9])
+  further = run.one.fail({0: 'again'}, [11, 11])
+  assert further.stages == (0, 1) and further.start < 9
+  assert run.one.goes_back(further)

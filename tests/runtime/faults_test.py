@@ -57,6 +57,7 @@ def test_parse(text, fields):
     ('kill:stage=0,iteration=1,phase=lunch', 'one of start, compile, forward'),
     ('kill:stage=0,when=1', "'when=1' is not one of"),
     ('corrupt_log:stage=0,phase=start', 'nothing is there'),
+    ('poison_read:stage=0,phase=compile', 'nothing is there'),
     ('kill_agent:stage=0,phase=start', 'before the run has begun'),
     ('corrupt_final:stage=0,iteration=1,phase=update', 'of hand_over, save'),
     ('kill:stage=1,phase=save', 'stage 0 replica 0 saves'),

@@ -300,7 +300,11 @@ def test_damaged_compute_weights(host, workdir, undisturbed):
 
 def test_a_damaged_entry_of_a_live_sender(host, workdir, undisturbed):
   """Its sender goes back as well, and writes it again."""
-  faults = ['corrupt_log:stage=0,iteration=7', 'kill:stage=1,iteration=8']
+  faults = [
+    'corrupt_log:stage=0,iteration=7',
+    # Before the sender itself has looked at the entry once more.
+    'kill:stage=1,iteration=7,phase=backward',
+  ]
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
   runs.check_finished(host, workdir, undisturbed)
   first, second = runs.of_kind(workdir, 'failure')

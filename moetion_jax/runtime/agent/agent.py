@@ -108,7 +108,9 @@ class Agent:
     self._stopper = stopper.Stopper(
       config.train.iterations, lambda: self._crew.workers
     )
-    self._watcher = watcher.Watcher(where.hang_timeout_seconds)
+    self._watcher = watcher.Watcher(
+      where.hang_timeout_seconds, lambda why: self._comeback.suspect(why)
+    )
     self._teams = teams.Teams(
       config.train.replicas,
       where,
@@ -226,6 +228,7 @@ class Agent:
   def _begin(self) -> None:
     """Lets everybody train: from what an earlier run left, if it left any."""
     wrong: list[str] = []
+    self._comeback.check_stored()
     # A log that is too small now is not needed: everybody goes back alike.
     lost = self._stores.rescan(on_unreadable=wrong.append)
     lost |= self._stores.too_small()
@@ -284,7 +287,7 @@ class Agent:
       raise child_process.WorkerError(worker.stage, worker.iteration, what)
     try:
       team = self._teams.without(worker, what)
-      if not self._where.captures.rules.is_local:
+      if self._comeback.goes_together:
         self._recorder.view.note(f'{error}; all stages go back together.')
       plan = self._comeback.after(worker, what, lost, team)
     except errors.MoetionError as why:
@@ -397,8 +400,7 @@ class Agent:
   def _on_report(self, worker, message: messages.Message) -> None:
     one = report.Report.from_json(message['report'])
     worker.iteration = max(worker.iteration, one.iteration)
-    stages = range(self._config.train.stages)
-    reports = self._recorder.add(one, [self._crew.team(s) for s in stages])
+    reports = self._comeback.record(worker, one)
     if reports:
       self._advance()
       self._warm_standby()
@@ -422,7 +424,8 @@ class Agent:
     if message['iteration'] < self._config.train.iterations:
       self._ending.stopped(has_begun=self.has_begun)
       return
-    self._final.hand_over(self._crew.givers())
+    if not self._comeback.is_wrong_at_end(worker):
+      self._final.hand_over(self._crew.givers())
 
   def _on_handed_over(self, worker, message: messages.Message) -> None:
     del message
@@ -449,6 +452,8 @@ class Agent:
   def _on_failed(self, worker, message: messages.Message) -> None:
     if self._ending.result is not None:
       return
+    if message['has_wrong_bits'] and self.has_begun:
+      message = self._comeback.weigh(message)
     if message['final'] or not self.has_begun:
       raise child_process.WorkerError(
         worker.stage, message['iteration'], message['error']

@@ -7,14 +7,19 @@ what no longer counts.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
+from moetion_jax import errors, report
+from moetion_jax.hostmem import segment_check
 from moetion_jax.policies import rules as rules_lib
 from moetion_jax.recovery import (
   plan as recovery_plan,
   recoverer as recoverer_lib,
+  suspicion,
 )
+from moetion_jax.runtime import messages
 from moetion_jax.runtime.agent import (
   final_checkpoint,
   rollback,
@@ -27,6 +32,8 @@ from moetion_jax.runtime.hosts import (
   stores as stores_lib,
 )
 from moetion_jax.runtime.records import recorder as recorder_lib
+
+_DAMAGE_EVENTS = 20  # at most, of one check
 
 
 class Comeback:
@@ -72,6 +79,114 @@ class Comeback:
     self._rollback = rollback.Rollback(
       stages, crew, recoverer, stores, on_replaced
     )
+    # Damaged entries that were written again: their readers may be wrong.
+    self._dropped: list[segment_check.Damage] = []
+
+  @property
+  def goes_together(self) -> bool:
+    """Whether at a failure of this moment all stages go back."""
+    return not self._rules.is_local or self._rollback.is_under_way
+
+  # ---- damaged entries -------------------------------------------------------
+
+  def check_stored(self) -> None:
+    """Drops what an earlier run made of damaged entries, before anybody trains.
+
+    An error that an earlier run ended with may have come of them: then it would
+    come again.
+    """
+    finding = suspicion.find(self._stores.check_logs(drops_unreadable=True))
+    if finding.trusted is None:
+      return
+    self._tell(finding, 'The run that is resumed')
+    self._recorder.forget_after(finding.trusted)
+    self._stores.forget_newer(finding.trusted)
+    self._stores.drop_logs()  # last: until then, the next start finds it again
+
+  def suspect(self, error: str, *, counts_dropped: bool = True) -> str:
+    """Checks all logs, because bits are wrong that a damaged entry may explain.
+
+    If one is damaged, all stages go back to before it as soon as the worker
+    that found the wrong bits is dead (`after`).
+
+    Args:
+      error: what is wrong.
+      counts_dropped: whether those count that were found to be damaged before
+        and written again. Whoever finds one has not used it, but others may
+        have.
+
+    Returns:
+      '' if that is so; otherwise the error, and what the check says.
+
+    Raises:
+      errors.MoetionError: that happened too often, or there are no snapshots.
+    """
+    if self._rollback.trusted is not None:
+      return ''
+    finding = suspicion.find(
+      self._stores.check_logs(),
+      self._dropped if counts_dropped else (),
+      self._recoverer.line,
+    )
+    if finding.trusted is None:
+      return f'{error} ({finding})'
+    if not self._rules.takes_snapshots:
+      raise errors.WrongBitsError(
+        f'{error} ({finding}; with --policy=none there is nothing to go back '
+        'to)'
+      )
+    self._tell(finding, error)
+    reached = max(worker.iteration for worker in self._crew.workers)
+    self._recoverer.failures.add_damage(reached, f'{error} ({finding})')
+    self._rollback.trusted = finding.trusted
+    return ''
+
+  def weigh(self, message: messages.Message) -> messages.Message:
+    """Returns a worker's last message, of wrong bits, as it is to be taken."""
+    if text := self.suspect(message['error']):
+      return message | {'error': text}
+    return message | {'final': False}
+
+  def record(
+    self, worker: child_process.WorkerProcess, one: report.Report
+  ) -> list[report.Report] | None:
+    """Records a report (`Recorder.add`); a wrong one ends its worker.
+
+    Raises:
+      errors.WrongBitsError: it is wrong, and no damaged entry explains it.
+    """
+    try:
+      return self._recorder.add(one, [self._crew.team(s) for s in self._stages])
+    except errors.WrongBitsError as error:
+      if text := self.suspect(str(error)):
+        raise errors.WrongBitsError(text) from error
+      worker.reason = f'reported other bits: {error}'
+      worker.kill()
+      return None
+
+  def is_wrong_at_end(self, worker: child_process.WorkerProcess) -> bool:
+    """Checks all logs once more, when all are done; True: all go back.
+
+    Args:
+      worker: any worker; it is ended if all go back.
+    """
+    if self.suspect('the run is done', counts_dropped=False):
+      return False
+    worker.reason = 'was ended, since the last iterations are wrong'
+    worker.kill()
+    return True
+
+  def _tell(self, finding: suspicion.Finding, what: str) -> None:
+    """Tells the user and the events of damaged entries."""
+    for one in finding.damaged[:_DAMAGE_EVENTS]:
+      self._recorder.event('damage_found', **dataclasses.asdict(one))
+    assert finding.trusted is not None
+    self._recorder.view.note(
+      f'{what}: {finding}. All that came after iteration {finding.trusted} is '
+      'dropped, lines of metrics.jsonl too, and done again.'
+    )
+
+  # ---- going back ------------------------------------------------------------
 
   def begin(
     self,
@@ -120,7 +235,7 @@ class Comeback:
       errors.MoetionError: there were too many failures, or nothing is left to
         start from.
     """
-    if not self._rules.is_local:
+    if self.goes_together:
       self._rollback.begin(worker, reason, team)
       self.together()
       return None
@@ -144,7 +259,9 @@ class Comeback:
       for new in self._crew.replace(stage, team=new_team):
         self._on_replaced(new)
     if worker.corrupt and worker.corrupt[0] in plan.stages:
-      self._stores.drop_damaged(worker.corrupt[0], plan.first_iteration)
+      self._dropped += self._stores.drop_damaged(
+        worker.corrupt[0], plan.first_iteration
+      )
     # If everybody goes back, what they need is no longer in anybody's log.
     goes_back = self._recoverer.goes_back(plan)
     if goes_back and not plan.start:
@@ -165,6 +282,10 @@ class Comeback:
     Raises:
       errors.MoetionError: nothing is left to start from.
     """
+    trusted = self._rollback.trusted
+    if trusted is not None and self._rollback.is_ready:
+      self._recorder.forget_after(trusted)
+      self._dropped.clear()
     plan = self._rollback.finish(self._recorder.iteration)
     if plan is None:
       return
@@ -180,7 +301,7 @@ class Comeback:
     """Drops all after a plan's start: it will not come out the same again."""
     self._stores.forget_newer(plan.start)
     self._recoverer.lose(plan)
-    self._recorder.forget_after(plan.start)
+    self._recorder.forget_after(plan.start, is_replanned=True)
 
   def _let_go(
     self,

@@ -1,4 +1,8 @@
-"""All stages go back together: the recovery of every policy but 'sparse'.
+"""All stages go back together.
+
+That is the recovery of every policy but 'sparse', and of that one too when
+entries of the logs were damaged after somebody had verified them: all that was
+made of them since then is dropped, whatever its checksums say.
 
 A dead worker is replaced. All others stop where they are and keep their
 process and their programs; with replicas they are replaced as well, since they
@@ -26,6 +30,9 @@ class Rollback:
   """One roll back of all stages.
 
   Call `begin` at a failure, and `finish` whenever a worker has stopped.
+
+  Attributes:
+    trusted: the newest state that is made of nothing damaged; None: every one.
   """
 
   def __init__(
@@ -50,10 +57,21 @@ class Rollback:
     self._recoverer = recoverer
     self._stores = stores
     self._on_replaced = on_replaced
+    self.trusted: int | None = None
     self._failed: dict[int, str] = {}
     self._newest = [0] * stages
     self._failed_at = 0.0
     self._detect_seconds = 0.0
+
+  @property
+  def is_under_way(self) -> bool:
+    """Whether all stages are to go back, and have not begun again."""
+    return self.trusted is not None or bool(self._failed)
+
+  @property
+  def is_ready(self) -> bool:
+    """Whether everybody has stopped to go back."""
+    return bool(self._failed) and all(w.is_idle for w in self._crew.workers)
 
   def begin(
     self,
@@ -77,7 +95,10 @@ class Rollback:
       self._detect_seconds = now - (worker.fault_at or now)
     self._failed[worker.stage] = reason
     self._recoverer.count(
-      {worker.stage: reason}, suspects=worker.suspects, corrupt=None
+      {worker.stage: reason},
+      # Older snapshots are to be trusted, and newer ones are dropped anyway.
+      suspects=() if self.trusted is not None else worker.suspects,
+      corrupt=None,
     )
     for stage in self._stages:
       members = self._crew.of_stage(stage)
@@ -103,9 +124,12 @@ class Rollback:
     Raises:
       errors.MoetionError: nothing is left to start from.
     """
-    if not self._failed or not all(w.is_idle for w in self._crew.workers):
+    if not self.is_ready:
       return None
-    self._stores.rescan()
+    if self.trusted is None:
+      self._stores.rescan()
+    else:
+      self._stores.forget_newer(self.trusted)
     plan = self._recoverer.plan_together(
       self._failed,
       self._newest,
@@ -114,7 +138,8 @@ class Rollback:
       detect_seconds=self._detect_seconds,
     )
     self._failed, self._newest = {}, [0] * len(self._stages)
-    self._stores.drop_logs()
+    self.trusted = None
+    self._stores.drop_logs()  # only now: a start meanwhile finds it again
     if not plan.start:
       self._stores.forget_snapshots(plan.stages)
     return plan

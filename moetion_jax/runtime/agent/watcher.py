@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moetion_jax import errors
 from moetion_jax.recovery import hang_detection
@@ -17,8 +17,19 @@ _ASLEEP_SECONDS = 2.0
 class Watcher:
   """Looks for hanging workers now and then; may be called often."""
 
-  def __init__(self, hang_timeout_seconds: float):
-    """Stores the seconds after which a program that runs counts as hanging."""
+  def __init__(
+    self, hang_timeout_seconds: float, suspect: Callable[[str], str]
+  ):
+    """Stores the arguments.
+
+    Args:
+      hang_timeout_seconds: seconds after which a program that runs counts as
+        hanging.
+      suspect: checks the logs when everybody waits; returns '' if a damaged
+        entry explains it and all go back once a worker is dead, else the error
+        (`Comeback.suspect`).
+    """
+    self._suspect = suspect
     self._hang_timeout_seconds = hang_timeout_seconds
     self._looked_at = time.monotonic()
 
@@ -32,7 +43,8 @@ class Watcher:
       excused: whether no worker is to blame now, whatever it does.
 
     Raises:
-      errors.MoetionError: everybody waits for somebody.
+      errors.MoetionError: everybody waits for somebody, and no damaged entry
+        explains it.
     """
     now = time.monotonic()
     if now - self._looked_at < WATCH_SECONDS:
@@ -62,4 +74,7 @@ class Watcher:
         worker.kill()
         return
     if why := hang_detection.deadlock(seen):
-      raise errors.MoetionError(f'{why}; this is a defect of the program')
+      if text := self._suspect(why):
+        raise errors.MoetionError(f'{text}; this is a defect of the program')
+      everyone[0].reason = f'waits for an entry that was lost: {why}'
+      everyone[0].kill()

@@ -10,7 +10,8 @@ import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterable
 
-from moetion_jax.hostmem import segment
+from moetion_jax import errors
+from moetion_jax.hostmem import segment, segment_check
 from moetion_jax.recovery import recoverer as recoverer_lib
 from moetion_jax.runtime.hosts import hosts as hosts_lib
 from moetion_jax.runtime.records import own_files, recorder as recorder_lib
@@ -168,13 +169,22 @@ class Stores:
     else:
       path.unlink(missing_ok=True)
 
-  def drop_damaged(self, stage: int, first_iteration: int) -> None:
+  def drop_damaged(
+    self, stage: int, first_iteration: int
+  ) -> list[segment_check.Damage]:
     """Drops a stage's damaged entries, which its new worker publishes again.
 
-    Call before anybody reads them again.
+    Call before anybody reads them again. A log that is gone has none.
+
+    Returns:
+      The dropped entries.
     """
+    dropped = []
     for path in self.log_paths(stage):
-      for key in segment.drop_damaged(path, first_iteration):
+      keys = []
+      with contextlib.suppress(FileNotFoundError):
+        keys = segment.drop_damaged(path, first_iteration)
+      for key in keys:
         self._recorder.event(
           'entry_dropped',
           stage=stage,
@@ -182,6 +192,41 @@ class Stores:
           iteration=key.iteration,
           entry=str(key),
         )
+        dropped.append(
+          segment_check.Damage(key.iteration, stage, key.replica, str(key))
+        )
+    return dropped
+
+  def check_logs(
+    self, *, drops_unreadable: bool = False
+  ) -> list[segment_check.SegmentCheck]:
+    """Reads all entries of all logs; their writers may go on.
+
+    Args:
+      drops_unreadable: whether a log that cannot be read at all is removed, as
+        is right before anybody trains; else all of it counts as damaged.
+
+    Returns:
+      The result for each log.
+    """
+    found = []
+    for stage in self._stages:
+      for replica, path in zip(
+        self._replicas, self.log_paths(stage), strict=True
+      ):
+        try:
+          found.append(segment_check.check(path, stage, replica))
+        except FileNotFoundError:
+          continue
+        except errors.StoreError as error:
+          if drops_unreadable:
+            path.unlink()
+            continue
+          damage = segment_check.Damage(
+            self._recoverer.line + 1, stage, replica, str(error)
+          )
+          found.append(segment_check.SegmentCheck(1, (damage,)))
+    return found
 
 
 def has_left_durable(folder: str) -> bool:

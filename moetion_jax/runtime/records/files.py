@@ -22,7 +22,7 @@ TEMPORARY_PREFIX = '.moetion-json-'
 _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
 
 
-class MetricsMismatchError(errors.MoetionError):
+class MetricsMismatchError(errors.WrongBitsError):
   """An iteration came out differently than the line written for it."""
 
 

@@ -17,7 +17,7 @@ from moetion_jax import errors, report
 _ALIKE = ('loss', 'auxiliary_loss', 'grad_norm', 'dropped', 'updated')
 
 
-class ReplicaMismatchError(errors.MoetionError):
+class ReplicaMismatchError(errors.WrongBitsError):
   """Replicas of a stage have different states: one computed wrongly."""
 
 

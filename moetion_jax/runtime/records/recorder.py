@@ -91,6 +91,7 @@ class Recorder:
     # The number of each stage's operators.
     self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
+    self._newest = 0  # that was returned by `add`
     self._workers_file_at = 0.0
     self._workers_file_is_old = False
 
@@ -160,7 +161,8 @@ class Recorder:
       teams: by stage, the replicas that have a worker.
 
     Returns:
-      The reports of all stages if the iteration is complete and new, else None.
+      The reports of all stages if the iteration is complete and was never
+      before, else None.
 
     Raises:
       files.MetricsMismatchError: the iteration came out differently before.
@@ -182,12 +184,21 @@ class Recorder:
     self.iteration = one.iteration
     self._reports.pop(one.iteration - _KEPT_REPORTS, None)
     self.view.show(line, [r.busy_share for r in reports])
-    return reports
+    is_new = one.iteration > self._newest
+    self._newest = max(one.iteration, self._newest)
+    return reports if is_new else None
 
-  def forget_after(self, iteration: int) -> None:
-    """Drops all after an iteration: it will be done again, with other bits."""
+  def forget_after(self, iteration: int, *, is_replanned: bool = False) -> None:
+    """Drops all after an iteration: it will be done again, with other bits.
+
+    Args:
+      iteration: the last iteration that counts.
+      is_replanned: whether `add` returns later ones again, as if they were new.
+    """
     self._lines.cut(iteration)
-    self.iteration = iteration
+    self.iteration = min(iteration, self.iteration)
+    if is_replanned:
+      self._newest = iteration
     self._reports = {i: x for i, x in self._reports.items() if i <= iteration}
 
   @property

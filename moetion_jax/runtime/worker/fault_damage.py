@@ -11,6 +11,7 @@ import numpy as np
 
 from moetion_jax import keys
 from moetion_jax.hostmem import private, raw_bytes, segment
+from moetion_jax.runtime import faults
 from moetion_jax.snapshots import (
   file as snapshot_file,
   manifest as manifest_lib,
@@ -109,3 +110,60 @@ def flip_bit_in_log(
       layout.ring[header.offset + header.nbytes // 2] ^= 1
       return key
   return None
+
+
+class ReadDamage:
+  """Damages an entry between its verification and the program that reads it.
+
+  On CPU the program reads the very memory of the segment. The entry's producer
+  must be on the same host.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str]):
+    """Stores the store folder."""
+    self._folder = folder
+    self._armed: faults.Fault | None = None
+
+  def arm(self, fault: faults.Fault, iteration: int) -> None:
+    """Has the next activation or gradient that is read be damaged."""
+    del iteration
+    self._armed = fault
+
+  def after_read(self, key: keys.EntryKey) -> None:
+    """Damages an entry that was just read, if it is to be.
+
+    Raises:
+      FileNotFoundError: the entry is on another host.
+    """
+    if self._armed is None or key.kind not in _CHANNELS:
+      return
+    path = segment.segment_path(self._folder, key.stage, key.replica)
+    damage_entry(path, key, is_poison=self._armed.kind == 'poison_read')
+    self._armed = None
+
+
+def damage_entry(
+  path: str | os.PathLike[str], key: keys.EntryKey, *, is_poison: bool = False
+) -> bool:
+  """Damages the payload of a committed entry; its checksum stays as it was.
+
+  Args:
+    path: the segment's file.
+    key: the entry's key.
+    is_poison: whether eight bytes become 0xff, which is NaN; else one bit is
+      flipped.
+
+  Returns:
+    False if there is no such entry.
+  """
+  with open(path, 'r+b') as file:
+    layout = segment.SegmentLayout(file.fileno(), writable=True)
+  for header in layout.headers():
+    if header.key == key:
+      middle = header.offset + header.nbytes // 2 // 8 * 8
+      if is_poison:
+        layout.ring[middle : middle + 8] = 0xFF
+      else:
+        layout.ring[middle] ^= 0x10
+      return True
+  return False

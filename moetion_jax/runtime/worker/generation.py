@@ -199,7 +199,6 @@ class StageRun:
       (spec.replica, *spec.stands_for),
     )
     self._worker.iteration = go.start
-    self._worker.verify_until = go.verify_until
     self._worker.grown = extra_capacity.make(go, self._stage, self._grown)
     self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
@@ -273,7 +272,7 @@ class StageRun:
     snapshots: snapshotter.Snapshotter | None,
   ) -> None:
     """Lets scripted faults damage what this worker stores."""
-    self._injector.replays_until = go.verify_until
+    self._injector.replays_until = go.replays_until
 
     def damage_snapshot(fault: faults.Fault, iteration: int) -> None:
       del iteration
@@ -299,9 +298,12 @@ class StageRun:
       # The iteration before: everybody has read its entries.
       fault_damage.flip_bit_in_log(path, iteration - 1)
 
+    reads = fault_damage.ReadDamage(self._spec.folder)
+    self._worker.on_read = reads.after_read
     acts = {
       **dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot),
       'corrupt_log': damage_log,
+      **dict.fromkeys(faults.READ_KINDS, reads.arm),
     }
     self._injector.acts |= acts
     for kind in acts:  # they would keep the log and the snapshots alive

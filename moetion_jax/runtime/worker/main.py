@@ -225,6 +225,7 @@ def main() -> int:
       error=text,
       iteration=link.iteration,
       final=isinstance(error, _FINAL),
+      has_wrong_bits=isinstance(error, errors.WrongBitsError),
       suspects=list(getattr(error, 'suspects', ())),
       corrupt=[error.key.stage, error.key.iteration]
       if isinstance(error, entry.EntryCorruptError)

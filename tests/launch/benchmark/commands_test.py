@@ -23,9 +23,15 @@ def test_boundary_measures_every_subject_and_leaves_nothing():
   assert set(found) == {1000, 100_000}
   for seconds in found.values():
     assert set(seconds) == {
-          'memcpy', 'socket', *_MORE, *(f'{name}, latency' for name in _MORE)
+          'memcpy', 'checksum', 'socket',
+          *_MORE, *(f'{name}, latency' for name in _MORE),
         }  # fmt: skip
     assert all(s > 0 for values in seconds.values() for s in values)
+
+
+def test_verification_of_all_entries_of_an_iteration():
+  ((name, value, _),) = boundary.verification_rows('tiny', 3)
+  assert 'verified twice' in name and value.median > 0
 
 
 @pytest.mark.thorough

@@ -5,6 +5,7 @@ import pytest
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, segment, segment_reader
+from moetion_jax.runtime import faults
 from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.snapshots import file as snapshot_file, manifest
 
@@ -31,6 +32,30 @@ def test_a_bit_of_a_snapshot_that_only_its_content_shows(tmp_path):
   np.testing.assert_array_equal(arrays[0]['compute|a'], arrays[1]['compute|a'])
   bits = [np.unpackbits(a['state|b'].view(np.uint8)) for a in arrays]
   assert np.sum(bits[0] != bits[1]) == 1
+
+
+@pytest.mark.parametrize('kind', faults.READ_KINDS)
+def test_an_entry_is_damaged_after_it_was_read(tmp_path, kind):
+  writer = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 1), 4096, 8)
+  writer.start()
+  value = np.arange(16, dtype=np.float32)
+  for iteration in (4, 5):
+    writer.put(_key(iteration), value)
+  index = segment_reader.StoreIndex(tmp_path)
+  damage = fault_damage.ReadDamage(tmp_path)
+  taken = _take(index, 4)
+  damage.after_read(_key(4))
+  entry.verify(*taken)
+  fault = faults.Fault(number=0, kind=kind, stage=1, iteration=4)
+  damage.arm(fault, 4)
+  damage.after_read(_key(4, keys.EntryKind.SCALARS))
+  entry.verify(*taken)
+  damage.after_read(_key(4))
+  with pytest.raises(entry.EntryCorruptError):
+    entry.verify(*taken)
+  assert np.isnan(taken[1]).any() == (kind == 'poison_read')
+  damage.after_read(_key(5))  # it happens once
+  entry.verify(*_take(index, 5))
 
 
 def test_a_torn_snapshot(tmp_path):

@@ -1,0 +1,69 @@
+"""What the leader does with logs that are damaged, cut or gone."""
+
+import numpy as np
+import pytest
+
+from moetion_jax import keys
+from moetion_jax.hostmem import segment, segment_check, store_folder
+from moetion_jax.runtime.hosts import hosts, stores
+from moetion_jax.runtime.records import recorder, workdir
+from moetion_jax.runtime.worker import fault_damage
+from tests.support import helpers, recoveries
+
+
+def _key(iteration, stage):
+  return keys.EntryKey(iteration, stage, 0, keys.EntryKind.ACTIVATION, 0)
+
+
+@pytest.fixture
+def one(shm_folder, tmp_path):
+  """Of two stages, whose logs have iterations 3 to 6."""
+  store = store_folder.StoreFolder(shm_folder, 'moetion-test')
+  store.start()
+  for stage in (0, 1):
+    writer = segment.SegmentWriter(
+      store.path, keys.WorkerId(stage, 0, 1), 1 << 14, 16
+    )
+    writer.start()
+    for iteration in range(3, 7):
+      writer.put(_key(iteration, stage), np.full(100, iteration))
+    writer.close()
+  run = recoveries.Run()
+  run.first_plan()
+  folder = workdir.Workdir(str(tmp_path), fresh=False)
+  view = None  # nothing is shown before a run is accepted
+  yield stores.Stores(
+    2,
+    1,
+    hosts.Hosts(2, 1, store, str(tmp_path)),
+    run.one,
+    recorder.Recorder(helpers.micro_run(stages=2), folder, view),  # type: ignore
+  )
+  store.close()
+
+
+def test_damaged_entries_are_dropped_also_where_the_log_is_gone(one):
+  (path,) = one.log_paths(1)
+  for iteration in (4, 6):
+    assert fault_damage.damage_entry(path, _key(iteration, 1))
+  assert one.drop_damaged(1, 5) == [
+    segment_check.Damage(6, 1, 0, str(_key(6, 1)))
+  ]
+  assert one.drop_damaged(1, 5) == []
+  path.unlink()
+  assert one.drop_damaged(1, 1) == []
+
+
+def test_all_logs_are_checked(one):
+  assert one.check_logs() == [segment_check.SegmentCheck(4, ())] * 2
+  (first,), (second,) = one.log_paths(0), one.log_paths(1)
+  assert fault_damage.damage_entry(second, _key(4, 1))
+  damage = segment_check.Damage(4, 1, 0, str(_key(4, 1)))
+  assert one.check_logs()[1] == segment_check.SegmentCheck(4, (damage,))
+  second.unlink()
+  assert len(one.check_logs()) == 1
+  first.write_bytes(b'\0' * (1 << 13))
+  (check,) = one.check_logs()  # nothing of it is to be believed
+  assert [d.iteration for d in check.damaged] == [1]
+  assert one.check_logs(drops_unreadable=True) == []
+  assert not first.exists()

@@ -1,0 +1,77 @@
+"""What the recorder forgets, and what it says again."""
+
+import numpy as np
+import pytest
+
+from moetion_jax import keys
+from moetion_jax.runtime.records import files, recorder, workdir
+from tests.support import helpers
+
+_OPERATOR = keys.OperatorId('head')
+
+
+class _View:
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    pass
+
+  def show(self, line, busy):
+    pass
+
+  def stages(self, states):
+    pass
+
+  def note(self, text):
+    pass
+
+
+@pytest.fixture
+def one(tmp_path):
+  folder = workdir.Workdir(str(tmp_path / 'run'), fresh=False)
+  folder.lock()
+  with recorder.Recorder(helpers.micro_run(), folder, _View()) as made:
+    made.accept(
+      {
+        0: {
+          'operators': [_OPERATOR],
+          'data_fingerprint': '',
+          'software': {},
+          'platform': 'cpu',
+          'device': '',
+        }
+      }
+    )
+    yield made
+  folder.close()
+
+
+def _add(one, iteration, loss=1.0):
+  digests = {_OPERATOR: np.zeros(2, np.uint32)}
+  return one.add(
+    helpers.make_report(iteration, loss=loss, digests=digests), [[0]]
+  )
+
+
+@pytest.mark.parametrize(
+  ('is_replanned', 'new'), [(False, [5]), (True, [3, 4, 5])]
+)
+def test_what_is_done_again_after_damage(one, is_replanned, new):
+  """Lines may differ then; reports are passed on only once."""
+  for iteration in range(1, 5):
+    assert _add(one, iteration)
+  with pytest.raises(files.MetricsMismatchError):
+    _add(one, 3, loss=2.0)
+  one.forget_after(2, is_replanned=is_replanned)
+  assert (one.iteration, one.last_recorded) == (2, 2)
+  with pytest.raises(files.MetricsMismatchError):
+    _add(one, 2, loss=2.0)
+  again = [i for i in range(3, 6) if _add(one, i, loss=2.0)]
+  assert again == new and one.iteration == 5
+
+
+def test_what_is_newer_than_the_newest_is_not_made_up(one):
+  _add(one, 1)
+  one.forget_after(7)
+  assert one.iteration == 1
