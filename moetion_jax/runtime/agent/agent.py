@@ -217,7 +217,10 @@ class Agent:
     beginning.check_room(
       self._where, self._store, self._recoverer.room_bytes() + states
     )
-    self._recorder.accept(by_stage)
+    environment = self._ready.environment()
+    self._recorder.accept(by_stage, environment)
+    self._crew.expect(environment)
+    self._recoverer.splice(self._recorder.splices, is_running=False)
     self._begin()
 
   def _begin(self) -> None:
@@ -234,6 +237,8 @@ class Agent:
     plan = self._recoverer.first_plan(
       self._recorder.last_recorded, self._stores.newest_entry()
     )
+    if self._comeback.splice(plan):
+      lost = frozenset(plan.stages)
     self._recorder.iteration = plan.start
     self.has_begun = True
     self._ending.keep(bool(plan.start))

@@ -9,16 +9,23 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from launch.lm import settings as run_settings
 from moetion_jax import errors
-from moetion_jax.runtime.records import files as record_files
+from moetion_jax.runtime import environment as environment_lib
+from moetion_jax.runtime.records import changes as changes_lib
 
 _LOCK = '.lock'
 _DYING_SECONDS = 2.0
 # Fields of config.json known only once a worker has a backend and the data.
-_FOUND_OUT = ('data_fingerprint', 'software')
+_FOUND_OUT = (
+  'data_fingerprint',
+  changes_lib.ENVIRONMENT,
+  changes_lib.CHANGES,
+  changes_lib.SOFTWARE,
+)
 
 
 class Workdir:
@@ -31,16 +38,23 @@ class Workdir:
     path: the folder, absolute.
     lock_fd: the descriptor of the lock; a process that inherits it keeps the
       lock. -1 when closed.
+    changes: the environments that the run had; call `check` first.
   """
 
-  def __init__(self, path: str, *, fresh: bool):
+  def __init__(
+    self, path: str, *, fresh: bool, accept_changes: Sequence[str] = ()
+  ):
     """Stores the arguments.
 
     Args:
       path: the folder.
       fresh: whether an earlier run in it is removed.
+      accept_changes: names of what may have changed in the run's environment.
     """
     self.path = pathlib.Path(os.path.abspath(path))
+    self.changes = changes_lib.Changes(
+      self.path / 'config.json', accept_changes
+    )
     self.lock_fd = -1
     self._fresh = fresh
     self._created: list[pathlib.Path] = []
@@ -123,6 +137,7 @@ class Workdir:
       raise self._error(
         f'config.json is damaged ({error}); pass --fresh'
       ) from error
+    self.changes.known = dict(known)
     for name in _FOUND_OUT:
       if name not in config:
         known.pop(name, None)
@@ -132,13 +147,20 @@ class Workdir:
         '--fresh to remove it, or another --workdir'
       )
 
-  def accept(self, config: dict[str, Any]) -> None:
+  def accept(
+    self, config: dict[str, Any], environment: environment_lib.Record
+  ) -> None:
     """Makes the folder that of the run which `config` describes.
 
+    Args:
+      config: see `check`.
+      environment: what the workers compute with.
+
     Raises:
-      errors.ConfigError: see `check`.
+      errors.ConfigError: see `check`; or the environment has changed.
     """
     self.check(config)
+    self.changes.check(environment)
     if self._fresh:
       for entry in self.path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
@@ -148,8 +170,7 @@ class Workdir:
       self._fresh = False
     self._created = []
     (self.path / 'logs').mkdir(exist_ok=True)
-    if not (self.path / 'config.json').exists():
-      record_files.write_json(str(self.path / 'config.json'), config)
+    self.changes.write(config)
 
   def is_finished(self) -> bool:
     """Tells whether the folder holds a finished run that is kept."""
@@ -169,7 +190,7 @@ def read_run(
 
   Returns:
     The run's settings, and what its workers found out: `data_fingerprint`,
-    `software`.
+    `environment`, `changes`; of an earlier version, `software`.
 
   Raises:
     errors.ConfigError: the folder holds no run, or one of another version of

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from moetion_jax import errors
 from moetion_jax.hostmem import entry
-from moetion_jax.runtime import faults, linux_process, messages
+from moetion_jax.runtime import environment, faults, linux_process, messages
 from moetion_jax.runtime.worker import agent_link
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
@@ -153,6 +153,7 @@ def _work(
 
   from launch.lm import transformer_job
   from moetion_jax.programs import compilation
+  from moetion_jax.runtime import read_environment
   from moetion_jax.runtime.worker import generation
 
   position = spec.team.index(spec.replica)
@@ -169,6 +170,8 @@ def _work(
     stage = transformer_job.bind(config, lowered.declared)
   else:
     stage = transformer_job.build_stage(config, spec.stage, spec.team, position)
+  found = read_environment.read()
+  environment.check_replacement(spec.environment, found)
   run = generation.StageRun(spec, link, stage, data, injector)
   run.check_initial()
   if not spec.is_replacement:  # the agent knows all that of a replacement
@@ -182,7 +185,7 @@ def _work(
         for leaf in jax.tree.leaves(stage.whole.state_shapes)
       ),
       operators=run.sizes().to_json(),
-      software=xla_setup.software(),
+      environment=found,
       data_fingerprint=None
       if spec.stage or spec.replica
       else data.fingerprint(),
