@@ -25,9 +25,11 @@ from moetion_jax import errors
 # 'libtpu_flags', environment 'variables'; in each by name.
 Record = dict[str, dict[str, Any]]
 
-# Reductions and scatters of GPUs in a fixed order (FACTS: exactness). Every
-# worker has it, so it is no part of a record: only another value is.
+# Reductions and scatters of GPUs in a fixed order (FACTS: exactness).
 DETERMINISM = ('xla_gpu_deterministic_ops', 'true')
+# Sections in which a name that is missing says nothing: an earlier version did
+# not record it, or another version of JAX has no such option.
+_OPEN = ('device', 'options')
 # The one thing that may differ between the workers of a run.
 CORES = 'cores'
 
@@ -169,7 +171,7 @@ def parse_flags(
   """Returns the flags that can change a program, sorted by name.
 
   Of a flag that is given twice the last one holds, as in XLA. A flag without a
-  value is 'true'. Our own determinism flag is left out.
+  value is 'true'.
 
   Args:
     text: see `flags_of`.
@@ -179,8 +181,6 @@ def parse_flags(
   for flag in flags_of(text, read_file):
     name, _, value = flag.lstrip('-').partition('=')
     found[name] = value or 'true'
-  if _is_determinism(found):
-    del found[DETERMINISM[0]]
   return {
     name: value
     for name, value in sorted(found.items())
@@ -248,13 +248,13 @@ def completed(known: Record, here: Record) -> Record:
   """Fills in what an earlier version did not record, as it is here.
 
   Args:
-    known: the recorded one; it may lack sections, and options of JAX that were
-      not known then.
+    known: the recorded one; it may lack sections, and names in open ones.
     here: the record of now.
   """
   filled = {**here, **known}
-  options = {**here.get('options', {}), **known.get('options', {})}
-  return {**filled, 'options': options} if options else filled
+  for section in set(_OPEN) & filled.keys():
+    filled[section] = {**here.get(section, {}), **known.get(section, {})}
+  return filled
 
 
 def from_software(software: Mapping[str, Any], here: Record) -> Record:
@@ -279,14 +279,14 @@ def from_software(software: Mapping[str, Any], here: Record) -> Record:
 def changes(known: Record, here: Record) -> list[Change]:
   """Returns what is not as it was, sorted by name.
 
-  An option of JAX that only one of two versions of JAX has is no change of its
-  own: the version is.
+  An option that only one of two versions of JAX has is no change of its own:
+  the version is.
   """
   found: dict[str, Change] = {}
   for section in known.keys() | here.keys():
     before, now = known.get(section, {}), here.get(section, {})
     names = before.keys() | now.keys()
-    if section == 'options':
+    if section in _OPEN:
       names = before.keys() & now.keys()
     for name in names:
       was, value = before.get(name), now.get(name)
@@ -386,11 +386,6 @@ def check_replacement(known: Record, here: Record) -> None:
       'come back with the same bits. Undo that and give the same command, or '
       f'pass --accept_changes={names_of(found)}',
     )
-
-
-def _is_determinism(flags: Mapping[str, str]) -> bool:
-  name, value = DETERMINISM
-  return flags.get(name, '').lower() in (value, '1')
 
 
 def _read(path: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from moetion_jax.runtime import environment
+from moetion_jax.runtime import environment, xla_setup
 
 _PACKAGES = (
   'jax',
@@ -250,15 +250,6 @@ def unclassified(names: Iterable[str]) -> list[str]:
   ]
 
 
-def cores() -> str:
-  """Returns the number of cores that XLA computes with on CPU, as text.
-
-  The bits depend on it: matrix products are cut into as many parts as there are
-  threads (measured at `tiny`: one core and two differ from iteration 1 on).
-  """
-  return str(len(os.sched_getaffinity(0)))
-
-
 def _device(device: jax.Device) -> dict[str, Any]:
   """Describes a device and its platform, and how many a worker has."""
   found: dict[str, Any] = {
@@ -270,7 +261,7 @@ def _device(device: jax.Device) -> dict[str, Any]:
   if found['platform'] == 'cpu':
     model, instructions = processor(_content('/proc/cpuinfo'))
     return found | {
-      environment.CORES: cores(),
+      environment.CORES: xla_setup.cores(),
       'processor': model,
       'instructions': instructions,
     }

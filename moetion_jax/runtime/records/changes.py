@@ -33,13 +33,17 @@ class Changes:
     known: the content of config.json; {} for a run that is new.
   """
 
-  def __init__(self, path: pathlib.Path, accepted: Sequence[str] = ()):
+  def __init__(
+    self, path: pathlib.Path, accepted: Sequence[str] = (), mode: int = 0o644
+  ):
     """Stores the arguments.
 
     Args:
       path: path of config.json.
       accepted: names of what may have changed.
+      mode: the file's mode.
     """
+    self._mode = mode
     self.known: dict[str, Any] = {}
     self._path = path
     self._accepted = tuple(accepted)
@@ -66,13 +70,7 @@ class Changes:
       errors.ConfigError: something has changed that is not accepted, or an
         accepted name is unknown.
     """
-    self._here = here
-    if not self.known:
-      return
-    self._changed = environment.changes(recorded(self.known, here), here)
-    environment.check_names(self._accepted, self._changed, here)
-    refused = [x for x in self._changed if x.name not in self._accepted]
-    if refused:
+    if refused := self.refused(here):
       raise errors.ConfigError(
         'workdir',
         str(self._path.parent),
@@ -80,6 +78,25 @@ class Changes:
         'would follow. Go on with what it was made with, or pass '
         f'--accept_changes={environment.names_of(self._changed)}',
       )
+
+  def refused(self, here: environment.Record) -> list[environment.Change]:
+    """Compares the recorded environment with that of now.
+
+    Args:
+      here: the environment of now.
+
+    Returns:
+      What has changed and is not accepted.
+
+    Raises:
+      errors.ConfigError: an accepted name is unknown.
+    """
+    self._here = here
+    if not self.known:
+      return []
+    self._changed = environment.changes(recorded(self.known, here), here)
+    environment.check_names(self._accepted, self._changed, here)
+    return [x for x in self._changed if x.name not in self._accepted]
 
   def write(self, config: Mapping[str, Any]) -> None:
     """Records the environment; one that has changed is left to `begin`.
@@ -137,7 +154,7 @@ class Changes:
 
   def _replace(self, value: Mapping[str, Any]) -> None:
     self.known = {k: v for k, v in value.items() if k != SOFTWARE}
-    record_files.write_json(str(self._path), self.known)
+    record_files.write_json(str(self._path), self.known, self._mode)
 
 
 def recorded(

@@ -199,7 +199,7 @@ def read_run(
   file = pathlib.Path(path) / 'config.json'
   try:
     value = json.loads(file.read_text())
-    found_out = {name: value.pop(name, {}) for name in _FOUND_OUT}
+    found_out = {name: value.pop(name) for name in _FOUND_OUT if name in value}
     return run_settings.RunConfig.from_json(value), found_out
   except FileNotFoundError:
     reason = f'holds no run: there is no {file}; name the --workdir of one'
