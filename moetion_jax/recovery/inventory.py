@@ -162,6 +162,7 @@ class Inventory:
         log_lost=stage in lost,
         corrupt=frozenset(i for s, i in self._corrupt if s == stage),
         newest=begun,
+        unrecorded_until=splice_lib.unverified_until(self.splices, stage),
       )
       for stage, begun in enumerate(newest)
     ]

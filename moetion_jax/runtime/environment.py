@@ -7,9 +7,11 @@ without JAX.
 Not recorded, since none of it reaches a program: fractions of memory and
 allocators, huge pages and other GLIBC_TUNABLES, cache folders (a program that
 is loaded has the bits with which it was compiled), which of equal devices are
-visible, logs, dumps and profiles, timeouts and addresses. What JAX itself
-records of a program's cache key (`jax/_src/cache_key.py`) is recorded here too,
-but for the program and the compile options, which follow from the settings.
+visible, logs, dumps and profiles, timeouts and addresses. Nor is the version of
+this program itself: a new one has to go on with the same bits (a test finishes
+a run of an earlier one). What JAX itself records of a program's cache key
+(`jax/_src/cache_key.py`) is recorded here too, but for the program and the
+compile options, which follow from the settings.
 """
 
 from __future__ import annotations
@@ -351,7 +353,7 @@ def check_same_everywhere(records: Mapping[str, Record]) -> None:
     records: by worker's name.
 
   Raises:
-    errors.ConfigError: two differ; names both.
+    errors.MoetionError: two differ; names both.
   """
   (first, expected), *others = records.items()
   for name, record in others:
@@ -360,11 +362,10 @@ def check_same_everywhere(records: Mapping[str, Record]) -> None:
       device = {**expected['device'], CORES: cores}
       expected = {**expected, 'device': device}
     if found := changes(expected, record):
-      raise errors.ConfigError(
-        'local_hosts',
-        name,
-        f'it differs from {first}: {describe(found, f"in {name}")}; give all '
-        'of them the same software, devices and variables',
+      raise errors.MoetionError(
+        f'{name} does not compute as {first} does: there '
+        f'{describe(found, "here")}; give all workers the same software, '
+        'devices and variables'
       )
 
 

@@ -50,7 +50,7 @@ class Readiness:
     """Returns what all workers compute with, once all are ready.
 
     Raises:
-      errors.ConfigError: two of them differ.
+      errors.MoetionError: two of them differ.
     """
     records = {
       f'stage {stage} replica {replica}': message['environment']
