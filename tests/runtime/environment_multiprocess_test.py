@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.support import runs
+from tests.support import helpers, runs
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(400)]
 
@@ -44,6 +44,18 @@ def _copy(source, target):
   """Copies a folder's content: what is there afterwards is as in `source`."""
   shutil.rmtree(target, ignore_errors=True)
   shutil.copytree(source, target)
+
+
+def _check_convert(host, workdir, start):
+  """Offline the state is rebuilt across a splice too, where software fits."""
+  command = (
+    '-m', 'launch.convert', str(workdir), f'--hostmem_dir={host.path}',
+    '--stage=1', f'--compilation_cache_dir={helpers.CACHE}',
+  )  # fmt: skip
+  _, err = runs.end(host.start(*command), 2)
+  assert 'xla_cpu_enable_fast_math=true, here (not set)' in err
+  out, _ = runs.end(host.start(*command, environment=_FAST))
+  assert f'from snapshot {start}' in out and 'all equal' in out
 
 
 def _config(workdir):
@@ -127,6 +139,7 @@ def test_an_accepted_change_and_failures_soon_after(host, tmp_path, policy):
       -signal.SIGKILL,
     )
     runs.wait_for(lambda: not host.processes())
+    _check_convert(host, workdir, exact)
     runs.end(_train(host, workdir, *flags, *faults, environment=_FAST))
     runs.check_finished(host, workdir, expected)
     assert len(runs.of_kind(workdir, 'failure')) == 3

@@ -159,6 +159,8 @@ def _work(
   position = spec.team.index(spec.replica)
   if spec.world and not (prepared and prepared.loaded):
     xla_setup.join_world(spec.world, len(spec.team), position)
+  found = read_environment.read()
+  environment.check_replacement(spec.environment, found)
   data = prepared.data if prepared else transformer_job.load_data(config)
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
@@ -170,8 +172,6 @@ def _work(
     stage = transformer_job.bind(config, lowered.declared)
   else:
     stage = transformer_job.build_stage(config, spec.stage, spec.team, position)
-  found = read_environment.read()
-  environment.check_replacement(spec.environment, found)
   run = generation.StageRun(spec, link, stage, data, injector)
   run.check_initial()
   if not spec.is_replacement:  # the agent knows all that of a replacement
