@@ -7,6 +7,7 @@ recorded: a new JAX may have it. A test fails until it is put into one of them.
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 import pathlib
 import platform
@@ -259,7 +260,7 @@ def _device(device: jax.Device) -> dict[str, Any]:
     'local_devices': jax.local_device_count(),
   }
   if found['platform'] == 'cpu':
-    model, instructions = processor(_content('/proc/cpuinfo'))
+    model, instructions = processor(_first_block('/proc/cpuinfo'))
     return found | {
       environment.CORES: xla_setup.cores(),
       'processor': model,
@@ -327,6 +328,15 @@ def _content(path: str) -> str:
   """Reads a file; '' if there is none."""
   try:
     return pathlib.Path(path).read_text()
+  except OSError:
+    return ''
+
+
+def _first_block(path: str) -> str:
+  """Reads a file up to the first empty line; '' if there is none."""
+  try:
+    with open(path) as file:
+      return ''.join(itertools.takewhile(str.strip, file))
   except OSError:
     return ''
 
