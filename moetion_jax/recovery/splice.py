@@ -43,7 +43,10 @@ class Splice:
 
   def to_json(self) -> dict[str, Any]:
     """Returns plain values; `from_json` is the inverse."""
-    return dataclasses.asdict(self)
+    return {
+      'exact_until': self.exact_until,
+      'complete_at': list(self.complete_at),
+    }
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> Splice:

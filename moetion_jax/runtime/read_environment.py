@@ -251,7 +251,7 @@ def unclassified(names: Iterable[str]) -> list[str]:
   ]
 
 
-def _device(device: jax.Device) -> dict[str, Any]:
+def _device(device: Any) -> dict[str, Any]:
   """Describes a device and its platform, and how many a worker has."""
   found: dict[str, Any] = {
     'platform': jax.default_backend(),
