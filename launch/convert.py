@@ -22,7 +22,8 @@ from launch.lm import command_line, settings as run_settings
 from launch.offline import run_flags, scan, stored_run
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store
-from moetion_jax.runtime.records import places
+from moetion_jax.runtime import environment
+from moetion_jax.runtime.records import changes, places
 
 flags.adopt_module_key_flags(run_flags)
 _STAGE = flags.DEFINE_integer('stage', None, 'Which one.', required=True)
@@ -37,6 +38,9 @@ _OUT = flags.DEFINE_string(
 )
 _DATA = flags.DEFINE_string(
   'data', '', "The run's text, if it is elsewhere now."
+)
+_ACCEPT_CHANGES = flags.DEFINE_list(
+  'accept_changes', [], 'Names of what may differ from what the run had.'
 )
 _CACHE = flags.DEFINE_string(
   'compilation_cache_dir', '~/.cache/moetion_jax', 'As of launch.train.'
@@ -67,7 +71,8 @@ def load_data(
   if 0 < stage < run.config.train.stages - 1:
     return run, None
   data = transformer_job.load_data(run.config)
-  known, here = dict(run.found_out['data_fingerprint']), data.fingerprint()
+  known = dict(run.found_out.get('data_fingerprint', {}))
+  here = data.fingerprint()
   if changed := run_settings.differences(known, here):
     raise errors.ConfigError(
       'data',
@@ -78,15 +83,50 @@ def load_data(
   return run, data
 
 
-def software_differences(run: stored_run.StoredRun) -> list[str]:
-  """Describes each version here that differs from where the run trained."""
-  from moetion_jax.runtime import xla_setup
+def check_environment(
+  run: stored_run.StoredRun,
+  stage: int,
+  here: environment.Record,
+  accepted: Sequence[str],
+) -> str:
+  """Checks that a replay here comes to the bits of the run.
 
-  known, here = dict(run.found_out['software']), xla_setup.software()
-  return [
-    f'{name} {known.get(name)} there, {here.get(name)} here'
-    for name in run_settings.differences(known, here)
-  ]
+  Args:
+    run: the stored run.
+    stage: the stage's number.
+    here: what this process computes with.
+    accepted: names of what may differ all the same.
+
+  Returns:
+    A description of what differs; '' where nothing does.
+
+  Raises:
+    errors.ConfigError: something that is not accepted differs.
+  """
+  known = environment.of_worker(
+    changes.recorded(run.found_out, here), stage * run.config.train.replicas
+  )
+  found = environment.changes(known, here)
+  environment.check_names(accepted, found, here)
+  if refused := [x for x in found if x.name not in accepted]:
+    raise errors.ConfigError(
+      'workdir',
+      str(run.workdir),
+      f'holds a run made with {environment.describe(refused)}: a replay would '
+      'not come to its bits. Convert it with what it was made with, or pass '
+      f'--accept_changes={environment.names_of(found)}',
+    )
+  return environment.describe(found)
+
+
+def recorded_cores(run: stored_run.StoredRun, stage: int) -> str | None:
+  """Returns the number of cores of a stage's worker; None if not recorded."""
+  known = run.found_out.get(changes.ENVIRONMENT)
+  if not known:
+    known = {'device': run.found_out.get(changes.SOFTWARE, {})}
+  number = stage * run.config.train.replicas
+  cores = environment.of_worker(known, number)['device'].get(environment.CORES)
+  return None if cores is None else str(cores)
 
 
 def _warn(text: str) -> None:
@@ -98,10 +138,10 @@ def _ranges(iterations: Sequence[int]) -> str:
 
 
 def _convert(run: stored_run.StoredRun) -> None:
-  from moetion_jax.runtime import xla_setup
+  from moetion_jax.runtime import read_environment, xla_setup
 
-  cores = run.found_out['software'].get('cores')
-  xla_setup.use_cores(None if cores is None else str(cores))
+  stage = _STAGE.value
+  xla_setup.use_cores(recorded_cores(run, stage))
   xla_setup.configure(
     local_devices=run.config.train.local_devices,
     compilation_cache_dir=_CACHE.value,
@@ -110,12 +150,13 @@ def _convert(run: stored_run.StoredRun) -> None:
   from launch.offline import rebuild
   from moetion_jax import report
 
-  stage = _STAGE.value
   run, data = load_data(run, stage, _DATA.value)
-  if changed := software_differences(run):
+  if changed := check_environment(
+    run, stage, read_environment.read(), _ACCEPT_CHANGES.value
+  ):
     _warn(
-      f'Other software or hardware than the run had: {"; ".join(changed)}. '
-      'The bits may differ; digests will tell.'
+      f'Other than what the run had: {changed}. The bits may differ; digests '
+      'will tell.'
     )
   rebuilder = rebuild.Rebuilder(run.config, stage, data)
   rebuilder.start()

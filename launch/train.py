@@ -93,6 +93,12 @@ _CACHE = flags.DEFINE_string(
   '~/.cache/moetion_jax',
   "Compiled programs are kept here; '' for nowhere.",
 )
+_ACCEPT_CHANGES = flags.DEFINE_list(
+  'accept_changes',
+  [],
+  'Names of what may differ from what the run was begun with: libraries, '
+  'options of JAX, flags, variables. Other bits follow.',
+)
 _HOSTMEM_DIR = flags.DEFINE_string(
   'hostmem_dir', '/dev/shm', 'Folder in tmpfs for logs and snapshots.'
 )
@@ -273,6 +279,7 @@ def main(argv: list[str]) -> int:
       max_workers=_MAX_WORKERS.value,
       grow_after=_GROW_AFTER.value,
       compilation_cache_dir=_CACHE.value,
+      accept_changes=tuple(_ACCEPT_CHANGES.value),
       local_hosts=_LOCAL_HOSTS.value,
       full_seconds=_FULL_SECONDS.value,
       faults=faults.parse_all(

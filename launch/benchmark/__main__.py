@@ -279,7 +279,7 @@ def show(result: dict[str, Any]) -> None:
   import rich.console
   import rich.table
 
-  from moetion_jax.runtime import xla_setup
+  from moetion_jax.runtime import read_environment
 
   table = rich.table.Table(title=f'{result["subcommand"]}, {result["preset"]}')
   for column in ('figure', 'median', '95 % interval', 'quartiles', 'n', 'goal'):
@@ -302,7 +302,8 @@ def show(result: dict[str, Any]) -> None:
     path = os.path.join(_OUT.value, f'{result["subcommand"]}.json')
     with open(path, 'w') as f:
       json.dump(
-        result | {'software': xla_setup.software(), 'cores': os.cpu_count()},
+        result
+        | {'environment': read_environment.read(), 'cores': os.cpu_count()},
         f,
         indent=2,
       )

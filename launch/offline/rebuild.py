@@ -182,6 +182,7 @@ class _Attempt:
       self._load,
       self._start,
       newest=max(one.snapshots, default=0),
+      unverified_until=one.unverified_until,
     )
     with contextlib.closing(log):
       log.start()
@@ -242,7 +243,10 @@ class _Attempt:
     except errors.StoreError as error:
       self.damaged[iteration] = str(error)
       raise
-    if conversion.DIGESTS in snapshot.extras:
+    is_compared = (
+      iteration > self._run.stages[self._tools.index].unverified_until
+    )
+    if is_compared and conversion.DIGESTS in snapshot.extras:
       self._read.add(iteration)
     return snapshot
 
@@ -257,7 +261,7 @@ class _Attempt:
     for other in self._run.stages:
       if other.stage != self._tools.index:
         theirs = other.digests(one.iteration)
-        if theirs is None:
+        if theirs is None or one.iteration <= other.unverified_until:
           return
         digests |= theirs
     found = report.combine(digests)

@@ -19,7 +19,9 @@ from moetion_jax.hostmem import (
   segment_reader,
   store_folder,
 )
+from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import (
+  changes,
   checkpoint_folder,
   own_files,
   run_ids,
@@ -78,10 +80,16 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
     hostmem_dir = str(run.folders[0].parent)
     raise errors.ConfigError('hostmem_dir', hostmem_dir, str(error)) from error
   stages, replicas = range(run.config.train.stages), run.config.train.replicas
+  splices = splice_lib.in_force(
+    changes.splices_of(run.found_out.get(changes.CHANGES, ()))
+  )
   return dataclasses.replace(
     run,
     stages=tuple(
-      _scan_stage(run.folders, stage, replicas, in_use) for stage in stages
+      dataclasses.replace(
+        _scan_stage(run.folders, stage, replicas, in_use), splices=splices
+      )
+      for stage in stages
     ),
   )
 

@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from launch.lm import settings as run_settings
 from moetion_jax import config as config_lib, errors, keys
 from moetion_jax.hostmem import entry, raw_bytes, segment
+from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import coverage, file as snapshot_file
 
@@ -145,6 +147,8 @@ class StoredStage:
     snapshots: its snapshots by iteration, ascending; some may lack a share.
     entries: the entries of its logs, by key.
     damage: damage seen without reading any data.
+    splices: where the run went on with other software; none lies between a
+      start and what can be made of it.
   """
 
   stage: int
@@ -154,6 +158,7 @@ class StoredStage:
   snapshots: Mapping[int, SnapshotInfo]
   entries: Mapping[keys.EntryKey, entry.EntryHeader]
   damage: tuple[Damage, ...] = ()
+  splices: tuple[splice_lib.Splice, ...] = ()
 
   def segment_path(self, replica: int) -> pathlib.Path:
     """Returns the path of a replica's log file."""
@@ -172,13 +177,25 @@ class StoredStage:
   def starts(self) -> tuple[coverage.Start, ...]:
     """Valid starts of a conversion, the initial state included."""
     shares = [x.share for s in self.snapshots.values() for x in s.shares]
-    return coverage.valid_starts(
+    starts = coverage.valid_starts(
       (
         coverage.initial_record(self.operators),
         *coverage.complete_records(shares),
       ),
       self.operators,
     )
+    return tuple(
+      start
+      for start in starts
+      if splice_lib.allows(
+        self.splices, self.stage, start.iteration, is_running=True
+      )
+    )
+
+  @property
+  def unverified_until(self) -> int:
+    """The last iteration whose recorded digests say nothing; 0: none."""
+    return splice_lib.unverified_until(self.splices, self.stage)
 
   def digests(self, iteration: int) -> dict[keys.OperatorId, np.ndarray] | None:
     """Reads the digests of all operators from an iteration's snapshot.
@@ -242,7 +259,7 @@ class StoredRun:
 
   workdir: pathlib.Path
   config: run_settings.RunConfig
-  found_out: Mapping[str, Mapping[str, object]]
+  found_out: Mapping[str, Any]
   folders: tuple[pathlib.Path, ...]
   stages: tuple[StoredStage, ...] = ()
 
@@ -259,15 +276,18 @@ class StoredRun:
 
   def candidates(self, stage: int) -> tuple[Candidate, ...]:
     """Returns a stage's valid starts, ascending, and how far each leads."""
-    train, snapshots = self.config.train, self.stages[stage].snapshots
+    train, one = self.config.train, self.stages[stage]
     found: list[Candidate] = []
-    for start in reversed(self.stages[stage].starts):
+    for start in reversed(one.starts):
       reaches, missing = start.iteration, None
       while reaches < train.iterations and missing is None:
         if found and reaches == found[-1].start.iteration:
           reaches, missing = found[-1].reaches, found[-1].missing
           break
-        info = snapshots.get(reaches + 1)
+        info = one.snapshots.get(reaches + 1)
+        has_scalars = reaches + 1 > one.unverified_until and bool(
+          info and info.has_partials
+        )
         missing = next(
           (
             key
@@ -275,7 +295,7 @@ class StoredRun:
               train,
               stage,
               reaches + 1,
-              scalars=not (info and info.has_partials),
+              scalars=not has_scalars,
             )
             if key not in self.stages[key.stage].entries
           ),

@@ -92,6 +92,7 @@ class Conversion:
     load: Callable[[int], snapshot_lib.Snapshot],
     start: coverage.Start,
     newest: int,
+    unverified_until: int = 0,
   ):
     """Stores the arguments.
 
@@ -102,6 +103,10 @@ class Conversion:
       load: reads the snapshot of an iteration and verifies it.
       start: a valid start.
       newest: iteration of the newest snapshot that `load` can give.
+      unverified_until: the last iteration whose snapshot was taken with other
+        software (`recovery/splice`). What is replayed up to there comes to
+        other bits than its digests and scalars say; what is folded in has its
+        digests all the same.
     """
     self.start = start
     self.active: frozenset[keys.OperatorId] = frozenset()
@@ -111,6 +116,7 @@ class Conversion:
     self._initial = initial
     self._load = load
     self._newest = newest
+    self._unverified_until = unverified_until
     self._own = frozenset(programs.layout.operators)
     self._expected: dict[keys.OperatorId, np.ndarray] = {}
     self._loaded: tuple[int, snapshot_lib.Snapshot] | None = None
@@ -134,6 +140,8 @@ class Conversion:
 
   def partials(self, iteration: int) -> np.ndarray | None:
     """Returns all stages' scalars, f32[stages, 4]; None if not recorded."""
+    if iteration <= self._unverified_until:
+      return None  # those of another trajectory
     snapshot = self._snapshot(iteration)
     return snapshot.extras.get(PARTIALS) if snapshot else None
 
@@ -193,8 +201,10 @@ class Conversion:
       for operator, row in zip(names, np.array(recorded), strict=True)
       if operator in self._own
     }
+    is_other = iteration <= self._unverified_until
+    compared = folded & self.active if is_other else self.active
     found = layout.partition.by_operator(self._digest(state))
-    for operator in sorted(self.active):
+    for operator in sorted(compared):
       if not np.array_equal(found[operator], self._expected[operator]):
         first = iteration if operator in folded else self.start.iteration
         raise DivergedError(operator, iteration, range(first, iteration + 1))

@@ -35,7 +35,7 @@ from moetion_jax.capture import (
   snapshotter,
 )
 from moetion_jax.hostmem import raw_bytes, store_folder
-from moetion_jax.loop import settings as loop_settings
+from moetion_jax.loop import settings as loop_settings, trajectory
 from moetion_jax.policies import decision, slots
 from moetion_jax.snapshots import (
   coverage,
@@ -57,6 +57,7 @@ Batch = Callable[[int], Any]
 # The group of a leaf, by its path; None: the leaf belongs to no operator (a
 # count, a random key) and is part of every snapshot.
 Rule = Callable[[str], model.Group | None]
+_NOTHING = coverage.Start(iteration=0, complete_at=0)  # the initial state
 _SHARED = model.Group('(shared)', False)
 _KEPT_WINDOWS = 2
 _SLACK = 3  # snapshots: one on its way, the next one, one that a reader holds
@@ -140,6 +141,9 @@ class SparseCheckpointer:
     self._batch = batch
     self._settings = settings
     self._folder = pathlib.Path(settings.folder)
+    self._trajectory = trajectory.Trajectory(
+      self._folder, settings.accept_changes
+    )
     self._template = loop_template.Template(state)
     self._layout = _layout(self._template, state, rule, settings)
     self._programs = capture_programs.CapturePrograms(self._layout)
@@ -159,7 +163,8 @@ class SparseCheckpointer:
 
     Raises:
       StoreError: the folder cannot be used, or holds snapshots of another
-        state.
+        state, or of other software.
+      ConfigError: a name in `accept_changes` is unknown.
       NotExactError: the restored state is not what was captured.
     """
     window_length = min(
@@ -187,8 +192,15 @@ class SparseCheckpointer:
     if self._folder.is_dir():
       store_folder.check_private(self._folder)
       snapshot_file.check_is_ours(self._folder)
+      self._trajectory.check()
+      start = _NOTHING
       if restored := self._restored():
-        self.state, self.iteration, self.replayed_iterations = restored
+        self.state, start = restored
+      self.iteration = start.complete_at
+      self.replayed_iterations = start.complete_at - start.iteration
+      self._trajectory.go_on(start)
+    else:
+      self._trajectory.check()
     self._snapshots = snapshotter.Snapshotter(
       self._programs,
       store,
@@ -201,6 +213,7 @@ class SparseCheckpointer:
       {},
     )
     self._snapshots.start()
+    self._trajectory.record()
     for later in self._paths():
       if later > self.iteration:  # of no use or damaged: it is taken again
         self._snapshots.distrust(later)
@@ -273,7 +286,7 @@ class SparseCheckpointer:
         f'{self._folder}: no whole window of snapshots after iteration '
         f'{self.iteration}'
       )
-    return restored[1]
+    return restored[1].complete_at
 
   def _shared_bytes(self) -> int:
     return sum(
@@ -306,11 +319,11 @@ class SparseCheckpointer:
 
   # ---- restoration ---------------------------------------------------------
 
-  def _restored(self) -> tuple[Any, int, int] | None:
+  def _restored(self) -> tuple[Any, coverage.Start] | None:
     """Restores the newest state that the snapshots allow.
 
     Returns:
-      The state, its iteration and the number of replayed iterations; None if
+      The state, and where its conversion started and was complete; None if
       there is none.
 
     Raises:
@@ -326,6 +339,7 @@ class SparseCheckpointer:
         start
         for start in coverage.valid_starts(records, self._layout.operators)
         if start not in [tried for tried, _ in diverged]
+        and self._trajectory.allows(start)
       ]
       if not starts:
         break
@@ -396,7 +410,7 @@ class SparseCheckpointer:
 
   def _converted(
     self, start: coverage.Start, newest: int, *, is_compared: bool = True
-  ) -> tuple[Any, int, int]:
+  ) -> tuple[Any, coverage.Start]:
     """Folds and replays up to `start.complete_at`.
 
     Raises:
@@ -428,6 +442,7 @@ class SparseCheckpointer:
       load,
       start,
       newest,
+      self._trajectory.unverified_until(start),
     )
     plain = going.begin()
     for iteration in range(start.iteration + 1, start.complete_at + 1):
@@ -435,8 +450,7 @@ class SparseCheckpointer:
       state = self._step(state, self._batch(iteration))[0]
       arrays = self._template.plain(state)
       plain = going.advance(iteration, self._layout.partition.unflatten(arrays))
-    state = self._state(plain, weak[start.complete_at])
-    return state, start.complete_at, start.complete_at - start.iteration
+    return self._state(plain, weak[start.complete_at]), start
 
   def _state(self, plain: Any, weak: list[str]) -> Any:
     return self._template.state(jax.tree.leaves(plain), weak)

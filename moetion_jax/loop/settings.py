@@ -27,6 +27,9 @@ class LoopSettings:
       `compute_dtype` for all.
     must_be_exact: whether to refuse a restored state that has other bits than
       the captured one; False: it is taken, and that is logged.
+    accept_changes: names of libraries, options of JAX, flags and variables that
+      may be other ones than those with which the snapshots were taken. Other
+      bits follow, from the iteration on that is logged.
   """
 
   folder: str | os.PathLike[str]
@@ -35,3 +38,4 @@ class LoopSettings:
   is_master: Callable[[str], bool] = lambda path: path.startswith('params/')
   compute_dtype_of: Callable[[str], Any] | None = None
   must_be_exact: bool = True
+  accept_changes: tuple[str, ...] = ()

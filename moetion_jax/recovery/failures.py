@@ -35,6 +35,45 @@ class OngoingRecovery:
   resumed_at: float = 0.0
   goes_back: bool = False
 
+  @property
+  def replayed_iterations(self) -> int:
+    """Number of iterations that the stage does again."""
+    return recovery_plan.replayed_iterations(self.plan, self.target)
+
+  def measured(self, now: float) -> dict[str, Any]:
+    """Returns what an event says of the way back, once it is done.
+
+    Args:
+      now: the time at which the stage had caught up, `time.monotonic`.
+    """
+    assert self.resumed is not None, 'it has not begun to train yet'
+    fetch_seconds = self.resumed['fetch_seconds']
+    return {
+      'first_iteration': self.plan.first_iteration,
+      'replayed_iterations': self.replayed_iterations,
+      'seconds': {
+        'detect': self.detect_seconds,
+        'start': self.resumed_at - self.failed_at - fetch_seconds,
+        'fetch': fetch_seconds,
+        'replay': now - self.resumed_at,
+      },
+    }
+
+  def describe(self, now: float, *, is_exact: bool) -> str:
+    """Says for people how long it took, and what came of it.
+
+    Args:
+      now: as of `measured`.
+      is_exact: whether the policy brings the same bits back.
+    """
+    return (
+      f'in {now - self.failed_at:.1f} s: {self.replayed_iterations} '
+      'iteration(s) done again, '
+      + (
+        'with the same digests' if is_exact else 'from experts of different age'
+      )
+    )
+
 
 class Failures:
   """Counts failures, and raises an error when there are too many."""

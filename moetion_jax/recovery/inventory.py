@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from moetion_jax import keys
-from moetion_jax.recovery import plan as recovery_plan
+from moetion_jax.recovery import plan as recovery_plan, splice as splice_lib
 from moetion_jax.snapshots import coverage
 
 
@@ -18,6 +18,8 @@ class Inventory:
 
   Attributes:
     line: the recovery line, see `plan.recovery_line`.
+    splices: where the run went on with other software, in order.
+    is_running: whether the run goes on already, see `splice.allows`.
   """
 
   def __init__(
@@ -31,6 +33,8 @@ class Inventory:
         `plan.recovery_line`.
     """
     self.line = 0
+    self.splices: tuple[splice_lib.Splice, ...] = ()
+    self.is_running = False
     self.lag_iterations = lag_iterations
     self._operators = [frozenset(o) for o in operators]
     self._shares: list[dict[tuple[int, int, int], coverage.Share]] = [
@@ -76,12 +80,19 @@ class Inventory:
       if (stage, iteration) not in self._excluded
     ]
     operators = self._operators[stage]
-    return coverage.valid_starts(
+    starts = coverage.valid_starts(
       (
         coverage.initial_record(operators),
         *coverage.complete_records(shares),
       ),
       operators,
+    )
+    return tuple(
+      start
+      for start in starts
+      if splice_lib.allows(
+        self.splices, stage, start.iteration, is_running=self.is_running
+      )
     )
 
   def begin_at(self, iteration: int) -> None:
@@ -115,6 +126,10 @@ class Inventory:
         are damaged.
     """
     lag_iterations = self.lag_iterations if keeps_older else 0
+    if self.splices and self.line == self.splices[-1].exact_until:
+      # Until the first start behind a splice all is kept since its own: stores
+      # and logs have no room for more.
+      lag_iterations = 0
     starts = [
       [s.iteration for s in self.starts(stage) if s.iteration <= reported]
       for stage in range(len(self._operators))
@@ -147,6 +162,7 @@ class Inventory:
         log_lost=stage in lost,
         corrupt=frozenset(i for s, i in self._corrupt if s == stage),
         newest=begun,
+        unrecorded_until=splice_lib.unverified_until(self.splices, stage),
       )
       for stage, begun in enumerate(newest)
     ]

@@ -34,6 +34,8 @@ class Go:
     capacity: experts that take more tokens than usual: group, number, and
       factor of the usual capacity.
     capacity_until: the last iteration in which they do.
+    unverified_until: the last iteration whose snapshot was taken with other
+      software, see `conversion.Conversion`; 0 for none.
   """
 
   start: int
@@ -54,6 +56,7 @@ class Go:
   merges: bool = False
   capacity: tuple[tuple[str, int, float], ...] = ()
   capacity_until: int = 0
+  unverified_until: int = 0
 
   def to_json(self) -> dict[str, Any]:
     """Converts to plain dicts; `from_json` is the inverse."""

@@ -46,6 +46,8 @@ class StageInventory:
       snapshots, best first. Without any, the source is the initial state for
       iteration 0 and the stage's own store for others.
     durable_starts: the starts of a conversion from the durable tier.
+    unrecorded_until: the last iteration whose snapshot does not say the scalars
+      that others publish now: it is of other software. 0 for none.
   """
 
   stage: int
@@ -58,6 +60,7 @@ class StageInventory:
     default_factory=dict
   )
   durable_starts: tuple[coverage.Start, ...] = ()
+  unrecorded_until: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,7 +263,9 @@ class _Case:
   def _join_reason(self, other: int, member: int, start: int) -> str | None:
     """Returns why `other` must join, given `member`; None if it need not."""
     needed_from = start + 1
-    if abs(other - member) > 1:  # scalars: conversion has those it needs
+    recorded = start >= self.inventories[member].unrecorded_until
+    if recorded and abs(other - member) > 1:
+      # Scalars: the conversion has those that it needs.
       needed_from = self.starts[member].get(start, start) + 1
     if lack := _lack(self.inventories[other], needed_from, member):
       return lack

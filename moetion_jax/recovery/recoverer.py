@@ -27,6 +27,7 @@ from moetion_jax.recovery import (
   orders,
   partial_inventory,
   plan as recovery_plan,
+  splice as splice_lib,
 )
 from moetion_jax.snapshots import coverage
 
@@ -149,6 +150,13 @@ class Recoverer:
     ]
     return plan
 
+  def splice(
+    self, splices: Sequence[splice_lib.Splice], *, is_running: bool
+  ) -> None:
+    """Takes in all splices of the run; `is_running`: see `splice.allows`."""
+    self._inventory.splices = splice_lib.in_force(splices)
+    self._inventory.is_running = is_running
+
   def _unreported(
     self, reported: int, *, whole_only: bool = False
   ) -> set[tuple[int, int]]:
@@ -219,6 +227,9 @@ class Recoverer:
       merges=bool(plan.start) and not self._settings.rules.is_exact,
       capacity=capacity,
       capacity_until=self._loss.capacity_until if self._loss else 0,
+      unverified_until=splice_lib.unverified_until(
+        self._inventory.splices, stage
+      ),
     )
 
   # ---- while it runs --------------------------------------------------------
@@ -455,36 +466,20 @@ class Recoverer:
       return ''
     self._inventory.published_again(stage)
     now = time.monotonic()
-    fetch = one.resumed['fetch_seconds']
-    replayed = recovery_plan.replayed_iterations(one.plan, one.target)
     self._event(
       'recovered',
       stage=stage,
       replica=0,
       source=self._source(one.plan, stage),
-      first_iteration=one.plan.first_iteration,
-      replayed_iterations=replayed,
-      seconds={
-        'detect': one.detect_seconds,
-        'start': one.resumed_at - one.failed_at - fetch,
-        'fetch': fetch,
-        'replay': now - one.resumed_at,
-      },
+      **one.measured(now),
       # A worker that finds another digest ends; it never catches up.
       digest_verified=self._settings.rules.is_exact,
       **self._lost_fields(),
     )
     if not self._recoveries:
       self.failures.all_caught_up()
-    return (
-      f'stage {stage} recovered in {now - one.failed_at:.1f} s: {replayed} '
-      'iteration(s) done again, '
-      + (
-        'with the same digests'
-        if self._settings.rules.is_exact
-        else 'from experts of different age'
-      )
-    )
+    is_exact = self._settings.rules.is_exact
+    return f'stage {stage} recovered {one.describe(now, is_exact=is_exact)}'
 
   def _lost_fields(self) -> dict[str, float]:
     if self._loss is None:

@@ -8,7 +8,7 @@ then:
     ready     the worker is able to train: `device`, `platform`,
               `lowering_platform` (`compilation.platform_of`),
               `state_bytes`, `operators` (`planner.StageSizes`),
-              `software`, `data_fingerprint`
+              `environment` (`environment.Record`), `data_fingerprint`
     state     what it does now, a few times a second: `state`, `detail`,
               `iteration`, `steps` (a count of what it did)
     resumed   it trains from now on: `first_iteration`, `start_seconds` (up to
@@ -68,7 +68,10 @@ import os
 from typing import Any
 
 from launch.lm import settings as run_settings
-from moetion_jax.runtime import faults as faults_lib
+from moetion_jax.runtime import (
+  environment as environment_lib,
+  faults as faults_lib,
+)
 
 Message = dict[str, Any]
 
@@ -102,6 +105,8 @@ class Spec:
     full_seconds: seconds that the log waits for room before the run ends.
     is_replacement: whether the run had begun before this worker.
     grows_capacity: whether an `orders.Go` may have a `capacity`.
+    environment: the record that the worker's own must equal, see
+      `environment.check_replacement`; {} for any.
     faults: the scripted faults that the worker performs.
     status_fd: the descriptor to which the worker writes.
     control_fd: the descriptor from which the worker reads.
@@ -126,6 +131,7 @@ class Spec:
   full_seconds: float
   is_replacement: bool = False
   grows_capacity: bool = False
+  environment: environment_lib.Record = dataclasses.field(default_factory=dict)
   faults: tuple[faults_lib.Fault, ...] = ()
   status_fd: int
   control_fd: int

@@ -19,9 +19,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from moetion_jax import errors
+from moetion_jax.runtime import environment as environment_lib
 
-# GPU reductions and scatters in a fixed order (FACTS: exactness).
-DETERMINISM_FLAG = '--xla_gpu_deterministic_ops=true'
 # A host with at most this many cores shares them among its workers.
 _SHARED_CORES = 4
 # Fraction of one GPU's memory, for all workers that share it.
@@ -69,8 +68,8 @@ def place(
   for index in range(workers):
     variables = memory_variables(environment)
     flags = environment.get('XLA_FLAGS', '')
-    if 'xla_gpu_deterministic_ops' not in flags:
-      variables['XLA_FLAGS'] = f'{flags} {DETERMINISM_FLAG}'.strip()
+    if (all_flags := environment_lib.with_determinism(flags)) != flags:
+      variables['XLA_FLAGS'] = all_flags
     if groups:
       group = index % groups
       first = group * local_devices

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import sys
-from importlib import metadata
 
 import jax
 
 from moetion_jax import errors
 from moetion_jax.programs import jax_internals
-from moetion_jax.runtime import placement
+from moetion_jax.runtime import environment
 
 _WORLD_SECONDS = 60  # members may have to import and compile first
-# Packages on whose versions the bits of a run depend.
-_PACKAGES = (
-  'jax',
-  'jaxlib',
-  'flax',
-  'optax',
-  'orbax-checkpoint',
-  'grain',
-)
 
 # mallopt parameters of glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -40,8 +29,7 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
   """
   _keep_freed_memory()
   flags = os.environ.get('XLA_FLAGS', '')
-  if 'xla_gpu_deterministic_ops' not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} {placement.DETERMINISM_FLAG}'.strip()
+  os.environ['XLA_FLAGS'] = environment.with_determinism(flags)
   jax.config.update('jax_num_cpu_devices', local_devices)
   if compilation_cache_dir:
     jax.config.update(
@@ -100,17 +88,6 @@ def touch_memory(size_bytes: int) -> None:
   if pointer := libc.malloc(size_bytes):
     ctypes.memset(pointer, 0, size_bytes)
     libc.free(pointer)
-
-
-def software() -> dict[str, str]:
-  """Returns what the bits of a run depend on; creates the backend."""
-  return {
-    'python': platform.python_version(),
-    **{name: metadata.version(name) for name in _PACKAGES},
-    'platform': jax.default_backend(),
-    'device': jax.devices()[0].device_kind,
-    **({'cores': cores()} if jax.default_backend() == 'cpu' else {}),
-  }
 
 
 def cores() -> str:

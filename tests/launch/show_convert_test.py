@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from orbax import checkpoint as ocp
 
+from launch import convert as convert_lib
 from launch.lm import checkpoint, one_process, transformer_job
 from launch.offline import rebuild, scan as offline_scan, stored_run
 from moetion_jax import (
   config as config_lib,
+  errors,
   keys as keys_lib,
   report as report_lib,
 )
@@ -604,22 +606,29 @@ def test_wrong_flags_of_convert(left, tmp_path):
   assert result.returncode == 1 and 'cannot be reached' in result.stderr
 
 
-def test_other_software(left, tmp_path, monkeypatch):
-  from launch import convert as convert_lib
-  from moetion_jax.runtime import xla_setup
+def test_another_environment_is_refused_by_name(left):
+  here = left.run.found_out['environment']
+  there = {**here, 'versions': {**here['versions'], 'jaxlib': '0.0.1'}}
+  run = dataclasses.replace(left.run, found_out={'environment': there})
+  with pytest.raises(errors.ConfigError) as refused:
+    convert_lib.check_environment(run, 0, here, [])
+  assert 'jaxlib=0.0.1, here ' in str(refused.value)
+  assert '--accept_changes=jaxlib' in str(refused.value)
+  assert convert_lib.check_environment(run, 0, here, ['jaxlib'])
+  with pytest.raises(errors.ConfigError, match='accept_changes=jaxlob'):
+    convert_lib.check_environment(run, 0, here, ['jaxlob', 'jaxlib'])
+  assert not convert_lib.check_environment(left.run, 0, here, [])
 
-  # `convert` itself computes with as many cores as the worker did.
-  same = {**left.run.found_out['software'], 'cores': xla_setup.cores()}
-  run = dataclasses.replace(
-    left.run, found_out={**left.run.found_out, 'software': same}
-  )
-  assert not convert_lib.software_differences(run)
-  software = {**same, 'jaxlib': '0.0.1'}
-  run = dataclasses.replace(
-    left.run, found_out={**left.run.found_out, 'software': software}
-  )
-  (difference,) = convert_lib.software_differences(run)
-  assert difference.startswith('jaxlib 0.0.1 there, ')
+
+def test_the_environment_of_an_earlier_version_is_compared(left):
+  here = left.run.found_out['environment']
+  software = {**here['versions'], **here['device']}
+  run = dataclasses.replace(left.run, found_out={'software': software})
+  assert not convert_lib.check_environment(run, 0, here, [])
+  assert convert_lib.recorded_cores(run, 0) == here['device']['cores']
+  software['jax'] = '0.0.1'
+  with pytest.raises(errors.ConfigError, match='jax=0.0.1'):
+    convert_lib.check_environment(run, 0, here, [])
 
 
 @pytest.mark.thorough

@@ -40,7 +40,7 @@ def test_the_files_of_a_run(finished):
   assert all(float.fromhex(x['loss_hex']) == x['loss'] for x in lines)
   assert len({x['digest'] for x in lines}) == 6
   config = json.loads((finished / 'config.json').read_text())
-  assert config['preset'] == 'tiny' and config['software']['jax']
+  assert config['preset'] == 'tiny' and config['environment']['versions']['jax']
   assert len(config['data_fingerprint']['blake2b']) >= 32
   workers = json.loads((finished / 'workers.json').read_text())
   assert [w['state'] for w in workers['workers']] == ['finished'] * 2

@@ -135,6 +135,17 @@ def _corrupt(*iterations: int) -> dict:
       4, {3: _corrupt(20)}, {0}, (0, 3), 16, id='corrupt scalars, far away'
     ),
     pytest.param(
+      4, {3: _corrupt(18)}, {0}, (0,), 16, id='corrupt scalars, recorded'
+    ),
+    pytest.param(
+      4,
+      {0: {'unrecorded_until': 19}, 3: _corrupt(18)},
+      {0},
+      (0, 3),
+      16,
+      id='corrupt scalars, recorded by other software',
+    ),
+    pytest.param(
       4, {3: _corrupt(19)}, {0}, (0,), 16, id='conversion needs no scalars'
     ),
     pytest.param(

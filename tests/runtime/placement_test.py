@@ -3,7 +3,7 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.runtime import placement
 
-_FLAG = placement.DETERMINISM_FLAG
+_FLAG = '--xla_gpu_deterministic_ops=true'
 
 
 def _place(workers, cores=2, gpus=(), local_devices=1, **environment):

@@ -68,11 +68,13 @@ UPWARD = frozenset(
   }
 )
 
-# Those that start processes hand the environment on; XLA reads its flags there.
+# Those that start processes hand the environment on; XLA reads its flags there,
+# which is why it is recorded.
 _ENVIRONMENT = frozenset(
   {
     'moetion_jax.runtime.hosts.child_process',
     'moetion_jax.runtime.hosts.crew',
+    'moetion_jax.runtime.read_environment',
     'moetion_jax.runtime.worker.main',
     'moetion_jax.runtime.xla_setup',
   }

@@ -222,7 +222,10 @@ class Agent:
     beginning.check_room(
       self._where, self._folder, self._recoverer.room_bytes() + states
     )
-    self._recorder.accept(by_stage)
+    environment = self._ready.environment()
+    self._recorder.accept(by_stage, environment)
+    self._crew.expect(environment)
+    self._recoverer.splice(self._recorder.splices, is_running=False)
     self._begin()
 
   def _begin(self) -> None:
@@ -240,6 +243,8 @@ class Agent:
     plan = self._recoverer.first_plan(
       self._recorder.last_recorded, self._stores.newest_entry()
     )
+    if self._comeback.splice(plan):
+      lost = frozenset(plan.stages)
     self._recorder.iteration = plan.start
     self.has_begun = True
     self._ending.keep(bool(plan.start))
@@ -400,15 +405,12 @@ class Agent:
   def _on_report(self, worker, message: messages.Message) -> None:
     one = report.Report.from_json(message['report'])
     worker.iteration = max(worker.iteration, one.iteration)
-    reports = self._comeback.record(worker, one)
-    if reports:
+    if reports := self._comeback.record(worker, one):
       self._advance()
       self._warm_standby()
-    decisions = self._recoverer.add(reports) if reports else None
-    if decisions:
-      for each in self._crew.workers:
-        each.send('decide', decision=decisions[each.stage].to_json())
-    if reports:
+      if decisions := self._recoverer.add(reports):
+        for each in self._crew.workers:
+          each.send('decide', decision=decisions[each.stage].to_json())
       self._grow()
     self._write_workers()
 

@@ -6,7 +6,7 @@ import os
 
 from launch.lm import settings as run_settings
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.agent import settings as agent_settings
 from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import workdir
@@ -45,6 +45,19 @@ class Readiness:
     if len(self._ready) < workers:
       return None
     return {s: m for (s, replica), m in self._ready.items() if not replica}
+
+  def environment(self) -> environment_lib.Record:
+    """Returns what all workers compute with, once all are ready.
+
+    Raises:
+      errors.MoetionError: two of them differ.
+    """
+    records = {
+      f'stage {stage} replica {replica}': message['environment']
+      for (stage, replica), message in sorted(self._ready.items())
+    }
+    environment_lib.check_same_everywhere(records)
+    return environment_lib.joined(list(records.values()))
 
   @property
   def lowering_platform(self) -> str:

@@ -17,6 +17,7 @@ from moetion_jax.policies import rules as rules_lib
 from moetion_jax.recovery import (
   plan as recovery_plan,
   recoverer as recoverer_lib,
+  splice as splice_lib,
   suspicion,
 )
 from moetion_jax.runtime import messages
@@ -100,7 +101,7 @@ class Comeback:
       return
     self._tell(finding, 'The run that is resumed')
     self._recorder.forget_after(finding.trusted)
-    self._stores.forget_newer(finding.trusted)
+    self._stores.forget_newer(dict.fromkeys(self._stages, finding.trusted))
     self._stores.drop_logs()  # last: until then, the next start finds it again
 
   def suspect(self, error: str, *, counts_dropped: bool = True) -> str:
@@ -187,6 +188,30 @@ class Comeback:
     )
 
   # ---- going back ------------------------------------------------------------
+
+  def splice(self, plan: recovery_plan.RecoveryPlan) -> bool:
+    """Splices what comes to the run, if it has other bits than what was.
+
+    Call before `begin`. All that comes after the plan's start is removed, but
+    for the snapshots that its conversions fold.
+
+    Args:
+      plan: the plan with which all stages begin.
+
+    Returns:
+      True if all logs are gone.
+    """
+    one = splice_lib.Splice(
+      exact_until=plan.start,
+      complete_at=tuple(plan.complete_at[stage] for stage in self._stages),
+    )
+    is_due = self._recorder.begin_splice(one)
+    if is_due:
+      self._stores.drop_logs()
+      self._stores.forget_newer(plan.complete_at)
+      self._recorder.finish_splice(one)
+    self._recoverer.splice(self._recorder.splices, is_running=True)
+    return is_due
 
   def begin(
     self,
@@ -299,7 +324,7 @@ class Comeback:
 
   def _forget_after(self, plan: recovery_plan.RecoveryPlan) -> None:
     """Drops all after a plan's start: it will not come out the same again."""
-    self._stores.forget_newer(plan.start)
+    self._stores.forget_newer(plan.complete_at)
     self._recoverer.lose(plan)
     self._recorder.forget_after(plan.start, is_replanned=True)
 

@@ -52,10 +52,14 @@ def run(
   placement.host_of_stages(
     config.train.stages, where.local_hosts, config.train.replicas
   )
-  folder = workdir.Workdir(where.workdir, fresh=where.fresh)
+  folder = workdir.Workdir(
+    where.workdir, fresh=where.fresh, accept_changes=where.accept_changes
+  )
   folder.lock()
   try:
     folder.check(config.to_json())
+    if folder.changes.may_splice:
+      where = where.with_room_for_splice()
     return _run(config, where, folder, view)
   finally:
     folder.close()

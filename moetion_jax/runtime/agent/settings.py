@@ -34,6 +34,8 @@ class AgentSettings:
     grow_after: iterations after which a shrunk stage gets its workers back; 0:
       never.
     compilation_cache_dir: see `xla_setup.configure`.
+    accept_changes: names of libraries, options, flags and variables that may
+      be other ones than those with which the run was begun.
     local_hosts: the number of virtual hosts on this machine over which the
       stages are spread; they talk over TCP.
     full_seconds: seconds that a full log waits before the run ends.
@@ -54,6 +56,7 @@ class AgentSettings:
   max_workers: int = 0
   grow_after: int = 0
   compilation_cache_dir: str = ''
+  accept_changes: tuple[str, ...] = ()
   local_hosts: int = 1
   full_seconds: float = 60.0
   faults: tuple[faults_lib.Fault, ...] = ()
@@ -73,6 +76,16 @@ class AgentSettings:
         'local_hosts', self.local_hosts, 'must be 1 with --policy=partial'
       )
     run_store.check_hostmem_dir(self.hostmem_dir)
+
+  def with_room_for_splice(self) -> AgentSettings:
+    """Returns the same settings with room for snapshots of two windows.
+
+    Until there is a start behind a splice, all is kept from its own start on: a
+    window of the old software, and one of the new.
+    """
+    windows = max(2, self.captures.keep_windows)
+    captures = dataclasses.replace(self.captures, keep_windows=windows)
+    return dataclasses.replace(self, captures=captures)
 
   def durable_folder(self, workdir: str, run_id: str) -> str:
     """Returns a run's folder of snapshots on disk; '' if its policy has none.

@@ -16,7 +16,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from launch.lm import settings as run_settings
-from moetion_jax.runtime import faults, messages as messages_lib, placement
+from moetion_jax.runtime import (
+  environment as environment_lib,
+  faults,
+  messages as messages_lib,
+  placement,
+)
 from moetion_jax.runtime.hosts import (
   child_process,
   hosts as hosts_lib,
@@ -106,6 +111,14 @@ class Crew:
         worker = self._hosts.worker(stage, replica, generation)
         self._of_stage[stage].append(worker)
         self._begin(worker, self._spec_of(worker, world, everybody))
+
+  def expect(self, environment: environment_lib.Record) -> None:
+    """Has workers that start from now on compare what they compute with.
+
+    Args:
+      environment: the record that all workers have in common.
+    """
+    self._spec = dataclasses.replace(self._spec, environment=environment)
 
   @property
   def workers(self) -> list[child_process.WorkerProcess]:
@@ -255,6 +268,9 @@ class Crew:
       stands_for=stand_ins[worker.replica],
       host=worker.host,
       cores=place.cores if place else (),
+      environment=environment_lib.of_worker(
+        self._spec.environment, worker.stage * self._replicas + worker.replica
+      ),
       faults=self._book.of_worker(worker.stage, begun, worker.replica),
     )
 

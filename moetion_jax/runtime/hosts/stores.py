@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from moetion_jax import errors
 from moetion_jax.hostmem import segment, segment_check
@@ -120,12 +120,15 @@ class Stores:
         self._remove(path)
       self._recoverer.rescan(stage, ())
 
-  def forget_newer(self, iteration: int) -> None:
-    """Invalidates all snapshots after an iteration, which will be different.
+  def forget_newer(self, iterations: Mapping[int, int]) -> None:
+    """Invalidates all later snapshots, which will be different.
 
     Call while nobody writes. The pages stay for whoever writes here next.
+
+    Args:
+      iterations: by stage, the newest snapshot that still counts.
     """
-    for stage in self._stages:
+    for stage, iteration in iterations.items():
       root = self._snapshots_of(stage)
       for folder in folders.snapshots_folders(root, stage):
         for newer, path in snapshot_file.list_snapshots(folder).items():

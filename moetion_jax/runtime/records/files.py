@@ -149,7 +149,7 @@ class EventsFile:
       f.write(json.dumps(event | fields).encode() + b'\n')
 
 
-def write_json(path: str, value: Any) -> None:
+def write_json(path: str, value: Any, mode: int = 0o644) -> None:
   """Replaces a JSON file atomically: readers see the old or the new one."""
   folder = os.path.dirname(path) or '.'
   with tempfile.NamedTemporaryFile(
@@ -159,7 +159,7 @@ def write_json(path: str, value: Any) -> None:
       json.dump(value, f, indent=2)
       f.write('\n')
       f.flush()
-      os.chmod(f.name, 0o644)
+      os.chmod(f.name, mode)
       os.replace(f.name, path)
     except BaseException:  # a full disk, most likely
       os.unlink(f.name)

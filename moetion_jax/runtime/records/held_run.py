@@ -14,7 +14,7 @@ import re
 import secrets
 from typing import Any
 
-from moetion_jax.runtime.records import own_files
+from moetion_jax.runtime.records import changes, own_files
 
 RUN_ID = 'run_id'
 # The path that the folder had when a run in it last began.
@@ -27,8 +27,9 @@ _FIELDS = {
   'model': dict,
   'train': dict,
   'data_fingerprint': dict,
-  'software': dict,
 }
+# The one that has what the run computes with; the second of earlier versions.
+_SOFTWARE_FIELDS = (changes.ENVIRONMENT, changes.SOFTWARE)
 _TRAIN_FIELDS = ('stages', 'optimizer')
 _SHOWN = 3
 
@@ -67,6 +68,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     for name, kind in _FIELDS.items()
     if not isinstance(value.get(name), kind)
   ]
+  if not any(isinstance(value.get(name), dict) for name in _SOFTWARE_FIELDS):
+    missing.append(_SOFTWARE_FIELDS[0])
   if 'train' not in missing:
     train = value['train']
     missing += [f'train.{name}' for name in _TRAIN_FIELDS if name not in train]

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from launch.lm import settings as run_settings
 from moetion_jax import report
-from moetion_jax.runtime import messages
+from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.records import (
   files as record_files,
   merge,
@@ -103,11 +104,16 @@ class Recorder:
     self._lines.close()
     self.view.__exit__()
 
-  def accept(self, ready: Mapping[int, messages.Message]) -> None:
+  def accept(
+    self,
+    ready: Mapping[int, messages.Message],
+    environment: environment_lib.Record,
+  ) -> None:
     """Begins the run's files, when every stage can train.
 
     Args:
       ready: the `ready` message of every stage.
+      environment: what all workers compute with.
 
     Raises:
       errors.ConfigError: the workdir holds another run.
@@ -116,8 +122,8 @@ class Recorder:
     first, train = ready[0], self._config.train
     self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
     kept = self._folder.accept(
-      self._config.to_json()
-      | {k: first[k] for k in ('data_fingerprint', 'software')}
+      self._config.to_json() | {'data_fingerprint': first['data_fingerprint']},
+      environment,
     )
     self.accepted = True
     if kept:
@@ -200,6 +206,33 @@ class Recorder:
     if is_replanned:
       self._newest = iteration
     self._reports = {i: x for i, x in self._reports.items() if i <= iteration}
+
+  @property
+  def splices(self) -> tuple[splice_lib.Splice, ...]:
+    """Where the run went on with another environment, in order."""
+    return self._folder.changes.splices
+
+  def begin_splice(self, splice: splice_lib.Splice) -> bool:
+    """Records a splice, if the run needs one to go on there.
+
+    Returns:
+      True if it does: what comes after it is to be removed now, then call
+      `finish_splice`.
+    """
+    if not self._folder.changes.is_due(splice.exact_until):
+      return False
+    self._folder.changes.begin(splice)
+    return True
+
+  def finish_splice(self, splice: splice_lib.Splice) -> None:
+    """Cuts what is written of later iterations, and tells of the splice."""
+    self.forget_after(splice.exact_until)
+    done = self._folder.changes.finish()
+    self.event('changes_accepted', **done)
+    self.view.note(
+      f'Other bits than before from iteration {splice.exact_until + 1} on: '
+      f'{", ".join(done["names"])} changed, as --accept_changes allows.'
+    )
 
   @property
   def workers_due_seconds(self) -> float | None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from launch.lm import settings as run_settings
 from moetion_jax import errors
+from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
+  changes as changes_lib,
   checkpoint_folder,
   files as record_files,
   held_run,
@@ -23,7 +25,12 @@ from moetion_jax.runtime.records import (
 _DYING_SECONDS = 2.0
 _LOCK_BYTES = 64  # more than an id takes
 # Fields of config.json known only once a worker has a backend and the data.
-_FOUND_OUT = ('data_fingerprint', 'software')
+_FOUND_OUT = (
+  'data_fingerprint',
+  changes_lib.ENVIRONMENT,
+  changes_lib.CHANGES,
+  changes_lib.SOFTWARE,
+)
 # Fields that are no settings: they say which run it is, and where.
 _MARKS = (held_run.RUN_ID, held_run.WORKDIR)
 
@@ -44,16 +51,23 @@ class Workdir:
     remove_elsewhere: removes what an earlier run left outside the folder, and
       returns what is not the run's and stays; `accept` calls it if the run
       begins anew.
+    changes: the environments that the run had; call `check` first.
   """
 
-  def __init__(self, path: str, *, fresh: bool):
+  def __init__(
+    self, path: str, *, fresh: bool, accept_changes: Sequence[str] = ()
+  ):
     """Stores the arguments.
 
     Args:
       path: the folder.
       fresh: whether an earlier run in it is removed.
+      accept_changes: names of what may have changed in the run's environment.
     """
     self.path = pathlib.Path(os.path.abspath(path))
+    self.changes = changes_lib.Changes(
+      self.path / 'config.json', accept_changes
+    )
     self.lock_fd = -1
     self.locked_id = ''
     self.run_id = ''
@@ -142,6 +156,7 @@ class Workdir:
     known = self._known()
     if known is None or self._fresh:
       return
+    self.changes.known = dict(known)
     for name in _FOUND_OUT:
       if name not in config:
         known.pop(name, None)
@@ -198,32 +213,36 @@ class Workdir:
     except OSError as error:
       raise self._error(error.strerror or str(error)) from error
 
-  def accept(self, config: dict[str, Any]) -> list[str]:
+  def accept(
+    self, config: dict[str, Any], environment: environment_lib.Record
+  ) -> list[str]:
     """Makes the folder that of the run which `config` describes.
 
     If the run begins anew, what an earlier one left is removed, by name; last
     of all its config.json is replaced. So a death on the way leaves the earlier
     run, or a part of it, which `fresh` removes.
 
+    Args:
+      config: see `check`.
+      environment: what the workers compute with.
+
     Returns:
       Names of what --fresh did not remove since it is not a run's.
 
     Raises:
-      errors.ConfigError: see `check`; or something cannot be removed.
+      errors.ConfigError: see `check`; the environment has changed; or something
+        cannot be removed.
     """
     self.check(config)
-    known = held_run.read_config(self.path)
-    marks = {held_run.RUN_ID: self.run_id, held_run.WORKDIR: str(self.path)}
-    kept: list[str] = []
-    if self.begins_anew:
-      kept += self._remove_earlier()
-      known = None
+    self.changes.check(environment)
+    kept = self._remove_earlier() if self.begins_anew else []
     self._fresh = False
     self._created = []
     (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)
-    now = (config if known is None else known) | marks
-    if now != known:
-      self._write_config(now)
+    self.changes.write(
+      config,
+      {held_run.RUN_ID: self.run_id, held_run.WORKDIR: str(self.path)},
+    )
     return kept
 
   def _remove_earlier(self) -> list[str]:
@@ -261,7 +280,7 @@ def read_run(
 
   Returns:
     The run's settings, and what its workers found out: `data_fingerprint`,
-    `software`.
+    `environment`, `changes`; of an earlier version, `software`.
 
   Raises:
     errors.ConfigError: the folder holds no run, or one of another version of
@@ -272,7 +291,7 @@ def read_run(
     value = json.loads(file.read_text())
     for name in _MARKS:
       value.pop(name, None)
-    found_out = {name: value.pop(name, {}) for name in _FOUND_OUT}
+    found_out = {name: value.pop(name) for name in _FOUND_OUT if name in value}
     return run_settings.RunConfig.from_json(value), found_out
   except FileNotFoundError:
     reason = f'holds no run: there is no {file}; name the --workdir of one'

@@ -324,6 +324,7 @@ class StageRun:
       self._load_merged if go.merges else self._load,
       coverage.Start(iteration=go.start, complete_at=go.complete_at),
       go.newest,
+      go.unverified_until,
     )
 
   def _initial_state(self) -> partition.State:

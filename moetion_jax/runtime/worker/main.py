@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from moetion_jax import errors
 from moetion_jax.hostmem import entry
-from moetion_jax.runtime import faults, linux_process, messages
+from moetion_jax.runtime import environment, faults, linux_process, messages
 from moetion_jax.runtime.worker import agent_link
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
@@ -153,11 +153,14 @@ def _work(
 
   from launch.lm import transformer_job
   from moetion_jax.programs import compilation
+  from moetion_jax.runtime import read_environment
   from moetion_jax.runtime.worker import generation
 
   position = spec.team.index(spec.replica)
   if spec.world and not (prepared and prepared.loaded):
     xla_setup.join_world(spec.world, len(spec.team), position)
+  found = read_environment.read()
+  environment.check_replacement(spec.environment, found)
   data = prepared.data if prepared else transformer_job.load_data(config)
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
@@ -182,7 +185,7 @@ def _work(
         for leaf in jax.tree.leaves(stage.whole.state_shapes)
       ),
       operators=run.sizes().to_json(),
-      software=xla_setup.software(),
+      environment=found,
       data_fingerprint=None
       if spec.stage or spec.replica
       else data.fingerprint(),

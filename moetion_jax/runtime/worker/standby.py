@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import moetion_jax.runtime.read_environment  # noqa: F401  versions as of now
 import moetion_jax.runtime.worker.generation  # noqa: F401  with all it imports
 from launch.lm import settings as run_settings, transformer_job
 from moetion_jax.capture import programs as capture_programs

@@ -1,0 +1,142 @@
+"""What a loop's snapshots were taken with, and where that changed.
+
+`environment.json` in the folder holds it. A loop that goes on with other
+software, options or flags comes to other bits; that is refused by name, or
+accepted: then nothing that is captured from then on is folded together with
+what was there (`recovery/splice`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from moetion_jax import errors
+from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.runtime import environment, read_environment
+from moetion_jax.runtime.records import changes as changes_lib
+from moetion_jax.snapshots import coverage, file as snapshot_file
+
+_NAME = 'environment.json'
+_STAGE = 0  # a loop is one stage
+
+_log = logging.getLogger(__name__)
+
+
+class Trajectory:
+  """The bits that a loop's snapshots belong to.
+
+  Call `check` before anything is restored, `go_on` once it is, before the store
+  opens the folder, and `record` when it has.
+  """
+
+  def __init__(self, folder: pathlib.Path, accepted: Sequence[str]):
+    """Stores the arguments.
+
+    Args:
+      folder: the folder of the snapshots, which may not exist yet.
+      accepted: see `LoopSettings.accept_changes`.
+    """
+    self._folder = folder
+    self._changes = changes_lib.Changes(folder / _NAME, accepted, 0o600)
+
+  def check(self) -> None:
+    """Compares what this process computes with.
+
+    Raises:
+      errors.ConfigError: an accepted name is unknown.
+      errors.StoreError: something has changed that is not accepted, or what is
+        recorded cannot be read.
+    """
+    path = self._folder / _NAME
+    try:
+      self._changes.known = json.loads(path.read_text())
+    except FileNotFoundError:
+      pass
+    except (OSError, ValueError) as error:
+      raise errors.StoreError(
+        f'{path}: {error}; without it nothing says what the snapshots were '
+        'taken with: remove the folder'
+      ) from error
+    refused = self._changes.refused(read_environment.read())
+    if refused:
+      raise errors.StoreError(
+        f'{self._folder} holds snapshots taken with '
+        f'{environment.describe(refused)}: other bits would follow. Go on with '
+        'what they were taken with, or name what may differ in LoopSettings: '
+        f'accept_changes={tuple(one.name for one in refused)}'
+      )
+
+  def allows(self, start: coverage.Start) -> bool:
+    """Returns whether a conversion from `start` folds one trajectory only."""
+    return splice_lib.allows(
+      self._splices, _STAGE, start.iteration, is_running=False
+    )
+
+  def unverified_until(self, start: coverage.Start) -> int:
+    """Returns the last iteration whose digests a replay does not come to."""
+    if self._changes.is_due(start.iteration):
+      return start.complete_at
+    return splice_lib.unverified_until(self._splices, _STAGE)
+
+  def go_on(self, start: coverage.Start) -> None:
+    """Goes on with what was restored.
+
+    After a change all snapshots are removed that its conversion did not fold.
+
+    Args:
+      start: the start of the restoration; iteration 0 for the initial state.
+
+    Raises:
+      errors.StoreError: another living process writes there.
+    """
+    if not self._changes.is_due(start.iteration):
+      return
+    with _locked(self._folder):
+      self._changes.begin(
+        splice_lib.Splice(
+          exact_until=start.iteration, complete_at=(start.complete_at,)
+        )
+      )
+      for iteration, path in snapshot_file.list_snapshots(self._folder).items():
+        if iteration > start.complete_at:
+          (path / snapshot_file.MANIFEST_NAME).unlink()
+      done = self._changes.finish()
+    _log.warning(
+      '%s: other bits than before from iteration %d on: %s changed',
+      self._folder,
+      start.iteration + 1,
+      ', '.join(done['names']),
+    )
+
+  def record(self) -> None:
+    """Writes down what the snapshots are taken with."""
+    self._changes.write({})
+
+  @property
+  def _splices(self) -> tuple[splice_lib.Splice, ...]:
+    return splice_lib.in_force(self._changes.splices)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes from opening the folder's store meanwhile.
+
+  Raises:
+    errors.StoreError: one has opened it already.
+  """
+  fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  except BlockingIOError as error:
+    raise errors.StoreError(
+      f'{folder}: another living process writes snapshots here'
+    ) from error
+  finally:
+    os.close(fd)

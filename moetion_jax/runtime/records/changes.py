@@ -1,0 +1,183 @@
+"""The environments that a run had, and where it changed, in config.json.
+
+`environment` is the record of what the run computes with now. `changes` has an
+entry for each time that a user accepted another one: `names`, the values `from`
+and `to`, and the fields of the splice; `pending` while what the old software
+did after the splice is not removed yet.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moetion_jax import errors
+from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.runtime import environment
+from moetion_jax.runtime.records import files as record_files
+
+ENVIRONMENT, CHANGES = 'environment', 'changes'
+# Of versions of this program before there was an environment.
+SOFTWARE = 'software'
+_PENDING = 'pending'
+
+
+class Changes:
+  """Compares a run's environment with the recorded one, and records it.
+
+  Set `known`, then call `check` and `write`; where `is_due`, `begin` and
+  `finish` as well.
+
+  Attributes:
+    known: the content of config.json; {} for a run that is new.
+  """
+
+  def __init__(
+    self, path: pathlib.Path, accepted: Sequence[str] = (), mode: int = 0o644
+  ):
+    """Stores the arguments.
+
+    Args:
+      path: path of config.json.
+      accepted: names of what may have changed.
+      mode: the file's mode.
+    """
+    self._mode = mode
+    self.known: dict[str, Any] = {}
+    self._path = path
+    self._accepted = tuple(accepted)
+    self._changed: list[environment.Change] = []
+    self._here: environment.Record = {}
+
+  @property
+  def splices(self) -> tuple[splice_lib.Splice, ...]:
+    """Where the run went on with another environment, in order."""
+    return splices_of(self.known.get(CHANGES, ()))
+
+  @property
+  def may_splice(self) -> bool:
+    """True if the run was spliced, or may be now."""
+    return bool(self._accepted or self.known.get(CHANGES))
+
+  def check(self, here: environment.Record) -> None:
+    """Compares the recorded environment with that of all workers.
+
+    Args:
+      here: the environment of now.
+
+    Raises:
+      errors.ConfigError: something has changed that is not accepted, or an
+        accepted name is unknown.
+    """
+    if refused := self.refused(here):
+      raise errors.ConfigError(
+        'workdir',
+        str(self._path.parent),
+        f'holds a run made with {environment.describe(refused)}: other bits '
+        'would follow. Go on with what it was made with, or pass '
+        f'--accept_changes={environment.names_of(self._changed)}',
+      )
+
+  def refused(self, here: environment.Record) -> list[environment.Change]:
+    """Compares the recorded environment with that of now.
+
+    Args:
+      here: the environment of now.
+
+    Returns:
+      What has changed and is not accepted.
+
+    Raises:
+      errors.ConfigError: an accepted name is unknown.
+    """
+    self._here = here
+    if not self.known:
+      return []
+    self._changed = environment.changes(recorded(self.known, here), here)
+    environment.check_names(self._accepted, self._changed, here)
+    return [x for x in self._changed if x.name not in self._accepted]
+
+  def write(
+    self,
+    config: Mapping[str, Any],
+    marks: Mapping[str, str] | None = None,
+  ) -> None:
+    """Records the environment; one that has changed is left to `begin`.
+
+    Args:
+      config: the content of config.json of a new run, without environment.
+      marks: further content, which says which run it is.
+    """
+    here = {} if self.known and self._changed else {ENVIRONMENT: self._here}
+    value = {**(self.known or config), **here, **(marks or {})}
+    if value != self.known:
+      self._replace(value)
+
+  def is_due(self, start: int) -> bool:
+    """Returns whether going on from `start` needs a splice.
+
+    It does if the environment has changed, if the last splice was not finished,
+    and if nothing is left from which the run could go on behind it.
+    """
+    entries = self.known.get(CHANGES, ())
+    is_pending = bool(entries) and _PENDING in entries[-1]
+    splices = self.splices
+    is_before = bool(splices) and start < splices[-1].exact_until
+    return bool(self._changed) or is_pending or is_before
+
+  def begin(self, splice: splice_lib.Splice) -> None:
+    """Records a splice, before anything is removed for it.
+
+    Whoever dies before `finish` has it done again by the next start.
+    """
+    entries = [dict(entry) for entry in self.known.get(CHANGES, ())]
+    if self._changed:
+      what: dict[str, Any] = {
+        'names': [one.name for one in self._changed],
+        'from': {one.name: one.was for one in self._changed},
+        'to': {one.name: one.now for one in self._changed},
+      }
+    else:
+      what = {name: entries[-1][name] for name in ('names', 'from', 'to')}
+    if entries and entries[-1].pop(_PENDING, False) and not self._changed:
+      entries.pop()
+    entries.append({**what, **splice.to_json(), _PENDING: True})
+    self._changed = []
+    self._replace({**self.known, ENVIRONMENT: self._here, CHANGES: entries})
+
+  def finish(self) -> dict[str, Any]:
+    """Records that all is removed that the splice left behind.
+
+    Returns:
+      The entry: `names`, `from`, `to`, `exact_until`, `complete_at`.
+    """
+    *others, last = self.known[CHANGES]
+    last = {name: value for name, value in last.items() if name != _PENDING}
+    self._replace({**self.known, CHANGES: [*others, last]})
+    return last
+
+  def _replace(self, value: Mapping[str, Any]) -> None:
+    self.known = {k: v for k, v in value.items() if k != SOFTWARE}
+    record_files.write_json(str(self._path), self.known, self._mode)
+
+
+def recorded(
+  config: Mapping[str, Any], here: environment.Record
+) -> environment.Record:
+  """Returns a run's recorded environment, completed by that of now.
+
+  Args:
+    config: the content of config.json, perhaps of an earlier version.
+    here: the environment of now.
+  """
+  if known := config.get(ENVIRONMENT):
+    return environment.completed(known, here)
+  return environment.from_software(config.get(SOFTWARE) or {}, here)
+
+
+def splices_of(
+  entries: Sequence[Mapping[str, Any]],
+) -> tuple[splice_lib.Splice, ...]:
+  """Returns the splices of `changes` in config.json."""
+  return tuple(splice_lib.Splice.from_json(entry) for entry in entries)

@@ -1,0 +1,113 @@
+"""What may be folded together when a run went on with other software."""
+
+import pytest
+
+from moetion_jax.recovery import inventory, plan, splice
+from tests.support import recoveries, shares
+
+
+def _splice(exact_until, *complete_at):
+  return splice.Splice(exact_until=exact_until, complete_at=complete_at)
+
+
+def test_json():
+  one = _splice(4, 6, 7)
+  assert splice.Splice.from_json(one.to_json() | {'names': ['jax']}) == one
+
+
+@pytest.mark.parametrize(
+  ('splices', 'in_force'),
+  [
+    ([], []),
+    ([(4, 6)], [(4, 6)]),
+    ([(4, 6), (9, 11)], [(4, 6), (9, 11)]),
+    ([(4, 6), (4, 6)], [(4, 6)]),  # accepted again before it had come far
+    ([(4, 6), (9, 11), (3, 5)], [(3, 5)]),  # nothing newer was left
+    ([(4, 6), (9, 11), (9, 11)], [(4, 6), (9, 11)]),
+    ([(4, 6), (0, 0)], [(0, 0)]),
+  ],
+)
+def test_splices_in_force(splices, in_force):
+  found = splice.in_force([_splice(*one) for one in splices])
+  assert list(found) == [_splice(*one) for one in in_force]
+
+
+@pytest.mark.parametrize(
+  ('splices', 'at_first', 'running'),
+  [
+    ([], {0, 3, 4, 5, 6, 7, 8}, {0, 3, 4, 5, 6, 7, 8}),
+    ([(4, 6)], {0, 3, 4, 7, 8}, {4, 7, 8}),
+    ([(4, 4)], {0, 3, 4, 5, 6, 7, 8}, {4, 5, 6, 7, 8}),  # whole snapshots
+    ([(0, 0)], {0, 3, 4, 5, 6, 7, 8}, {0, 3, 4, 5, 6, 7, 8}),
+    ([(3, 5), (6, 7)], {0, 3, 6, 8}, {6, 8}),
+  ],
+)
+def test_starts_that_are_allowed(splices, at_first, running):
+  made = [_splice(*one) for one in splices]
+  for is_running, allowed in ((False, at_first), (True, running)):
+    assert allowed == {
+      start
+      for start in (0, 3, 4, 5, 6, 7, 8)
+      if splice.allows(made, 0, start, is_running=is_running)
+    }
+
+
+def test_each_stage_has_its_own_end():
+  one = _splice(4, 5, 7)
+  assert [one.bars(stage, 6) for stage in (0, 1)] == [False, True]
+  assert [splice.unverified_until([one], stage) for stage in (0, 1)] == [5, 7]
+  assert splice.unverified_until([], 0) == 0
+
+
+def test_no_conversion_folds_both_trajectories():
+  """Windows of three: whatever has landed, no start reaches over a splice."""
+  old, one = range(1, 7), _splice(4, 6)
+  for newest in range(6, 14):
+    found = inventory.Inventory([shares.OPERATORS], 3)
+    for iteration in (*old, *range(7, newest + 1)):
+      found.stored(0, shares.rolling_share(iteration))
+    found.splices, found.is_running = (one,), True
+    starts = [(s.iteration, s.complete_at) for s in found.starts(0)]
+    new = [(i, i + 2) for i in range(7, newest - 1)]
+    assert starts == [(4, 6), *new]
+
+
+def test_the_first_line_behind_a_splice_does_not_lag():
+  found = inventory.Inventory([shares.OPERATORS], 3)
+  found.splices, found.is_running = (_splice(4, 6),), True
+  found.begin_at(4)
+  lines = []
+  for iteration in range(4, 15):
+    found.stored(0, shares.rolling_share(iteration))
+    found.advance(iteration, frozen=False)
+    lines.append(found.line)
+  # At once with the first window of its own, which begins with 7.
+  assert lines == [4, 4, 4, 4, 4, 7, 7, 7, 7, 8, 9]
+
+
+def test_a_run_that_goes_on_behind_a_splice():
+  run = recoveries.Run()
+  for stage in range(2):
+    run.one.rescan(stage, [run.share(stage, i) for i in (4, 5, 6, 7, 8)])
+  made = [_splice(4, 6, 6)]
+  run.one.splice(made, is_running=False)
+  assert run.first_plan(reported=6, newest=9).start == 4
+  run.one.splice(made, is_running=True)
+  recovery = run.one.fail({0: 'died'}, [9, 9])
+  go = run.one.go(0, recovery, is_fresh=False)
+  assert (go.start, go.complete_at, go.unverified_until) == (4, 6, 6)
+  assert type(go).from_json(go.to_json()) == go
+
+
+def test_behind_a_splice_nothing_older_is_taken():
+  made = [_splice(4, 6)]
+  run = recoveries.Run(stages=1)
+  run.one.rescan(0, [run.share(0, i) for i in range(1, 7)])
+  run.one.splice(made, is_running=False)
+  assert run.first_plan(reported=9, newest=9).start == 4
+  run.one.splice(made, is_running=True)
+  with pytest.raises(plan.UnrecoverableError, match='no common start is left'):
+    run.one.fail({0: 'died'}, [7], suspects=[4])
+  # The same command may: then all after it is removed again.
+  run.one.splice(made, is_running=False)
+  assert run.first_plan(reported=9, newest=9).start == 1

@@ -1,0 +1,116 @@
+"""Every option of JAX is classified, and what is read is what there is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax._src import cache_key
+
+from moetion_jax.runtime import environment, read_environment
+from tests.support import helpers
+
+
+def test_every_option_of_jax_is_in_one_list():
+  wrong = read_environment.unclassified(jax.config.values)
+  assert not wrong, '\n'.join(wrong)
+
+
+def test_an_option_in_none_or_both_lists_is_named(monkeypatch):
+  (text,) = read_environment.unclassified(['jax_enable_x64', 'jax_new'])
+  assert text.startswith('jax_new is in none of the lists')
+  both = read_environment.HARMLESS | {'jax_enable_x64'}
+  monkeypatch.setattr(read_environment, 'HARMLESS', both)
+  (text,) = read_environment.unclassified(['jax_enable_x64'])
+  assert text.startswith('jax_enable_x64 is in both of the lists')
+
+
+def test_what_is_in_no_list_is_recorded():
+  found = read_environment.options(
+    {'jax_new': True, 'jax_enable_x64': False, 'jax_log_compiles': True}
+  )
+  assert found == {'jax_enable_x64': False, 'jax_new': True}
+
+
+def test_flags_that_jax_leaves_out_of_its_cache_key_do_not_count():
+  flags = cache_key.xla_flags_to_exclude_from_cache_key
+  assert len(flags) > 20
+  assert environment.parse_flags(' '.join(flags)) == {}
+
+
+_READ = """
+from moetion_jax.runtime import read_environment, xla_setup
+xla_setup.configure(local_devices=2, compilation_cache_dir='/nowhere')
+import json
+print(json.dumps(read_environment.read()))
+"""
+
+
+def _read(**variables):
+  ended = subprocess.run(
+    [sys.executable, '-c', _READ],
+    cwd=helpers.ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | variables,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert ended.returncode == 0, ended.stderr
+  return json.loads(ended.stdout)
+
+
+def test_only_what_can_change_a_program_differs(tmp_path):
+  expected = _read()
+  assert expected['versions']['jaxlib'] == jax.lib.__version__
+  assert expected['device']['local_devices'] == 2
+  assert expected['device']['processor']
+  harmless = _read(
+    JAX_LOG_COMPILES='1',
+    JAX_ENABLE_COMPILATION_CACHE='0',
+    XLA_FLAGS=f'--xla_dump_to={tmp_path}',
+    XLA_PYTHON_CLIENT_MEM_FRACTION='0.5',
+    TF_CPP_MIN_LOG_LEVEL='3',
+  )
+  assert environment.changes(expected, harmless) == []
+  changed = _read(
+    JAX_ENABLE_X64='1',
+    JAX_DEFAULT_MATMUL_PRECISION='highest',
+    XLA_FLAGS='--xla_cpu_enable_fast_math=true',
+    NPROC='1',
+  )
+  found = environment.changes(expected, changed)
+  assert [(x.name, x.was, x.now) for x in found] == [
+    ('NPROC', None, '1'),
+    ('jax_default_matmul_precision', None, 'highest'),
+    ('jax_enable_x64', False, True),
+    ('xla_cpu_enable_fast_math', None, 'true'),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('cpuinfo', 'found'),
+  [
+    ('model name\t: Fast 1\nflags\t: fpu avx2 fma ibrs avx\n\n'
+     'model name\t: Fast 2\nflags\t: fpu\n', ('Fast 1', 'avx avx2 fma')),
+    ('CPU implementer\t: 0x41\nCPU part\t: 0xd40\nFeatures\t: fp asimd sve\n',
+     ('0x41 0xd40', 'asimd sve')),
+  ],
+)  # fmt: skip
+def test_processors(cpuinfo, found):
+  assert read_environment.processor(cpuinfo) == found
+
+
+def test_installed_packages_by_the_beginnings_of_their_names(tmp_path):
+  for name in (
+    'nvidia_cudnn_cu12-9.1.0.dist-info',
+    'Jax_CUDA12_plugin-0.10.2.dist-info',
+    'numpy-2.0.dist-info',
+    'nvidia',
+  ):
+    (tmp_path / name).mkdir()
+  found = read_environment.installed(
+    [str(tmp_path), str(tmp_path / 'none')], ('nvidia_', 'jax_cuda')
+  )
+  assert found == {'Jax_CUDA12_plugin': '0.10.2', 'nvidia_cudnn_cu12': '9.1.0'}

@@ -1,0 +1,133 @@
+"""What config.json says of the environments that a run had."""
+
+import json
+
+import pytest
+
+from moetion_jax import errors
+from moetion_jax.recovery import splice
+from moetion_jax.runtime.records import changes
+
+_HERE = {
+  'versions': {'jax': '2'},
+  'device': {'platform': 'cpu', 'cores': '2'},
+  'options': {'jax_enable_x64': False},
+  'xla_flags': {},
+  'libtpu_flags': {},
+  'variables': {},
+}
+_BEFORE = {**_HERE, 'versions': {'jax': '1'}}
+
+
+def _changes(path, *accepted, environment=_HERE):
+  """What a start sees, with the environment of now compared."""
+  one = changes.Changes(path, accepted)
+  one.known = json.loads(path.read_text())
+  one.check(environment)
+  one.write({})
+  return one
+
+
+def _write(path, **fields):
+  path.write_text(json.dumps({'seed': 1} | fields))
+  return path
+
+
+def _splice(exact_until, *complete_at):
+  return splice.Splice(exact_until=exact_until, complete_at=complete_at)
+
+
+@pytest.fixture
+def path(tmp_path):
+  return tmp_path / 'config.json'
+
+
+def test_a_new_run_is_recorded(path):
+  one = changes.Changes(path)
+  one.check(_HERE)
+  one.write({'seed': 1})
+  assert json.loads(path.read_text()) == {'seed': 1, 'environment': _HERE}
+  again = _changes(path)
+  assert not again.is_due(0) and not again.may_splice
+
+
+@pytest.mark.parametrize(
+  'known',
+  [
+    {},
+    {'software': {'jax': '2', 'cores': '2'}},
+    {'environment': {'versions': {'jax': '2'}}},
+  ],
+)
+def test_what_an_earlier_version_did_not_record_is_added(path, known):
+  one = _changes(_write(path, **known))
+  assert not one.is_due(0)
+  assert json.loads(path.read_text()) == {'seed': 1, 'environment': _HERE}
+
+
+def test_a_change_is_refused_and_nothing_is_written(path):
+  _write(path, environment=_BEFORE)
+  before = path.read_text()
+  with pytest.raises(errors.ConfigError) as refused:
+    _changes(path)
+  assert str(refused.value) == (
+    f'--workdir={path.parent}: holds a run made with jax=1, here 2: other bits '
+    'would follow. Go on with what it was made with, or pass '
+    '--accept_changes=jax'
+  )
+  assert path.read_text() == before
+
+
+def test_an_accepted_change_is_recorded_with_its_splice(path):
+  one = _changes(_write(path, environment=_BEFORE), 'jax')
+  # Not before the splice: a start that dies here leaves the old record.
+  assert json.loads(path.read_text())['environment'] == _BEFORE
+  assert one.may_splice and one.is_due(4)
+  one.begin(_splice(4, 6, 7))
+  entry = {
+    'names': ['jax'],
+    'from': {'jax': '1'},
+    'to': {'jax': '2'},
+    'exact_until': 4,
+    'complete_at': [6, 7],
+  }
+  assert json.loads(path.read_text()) == {
+    'seed': 1,
+    'environment': _HERE,
+    'changes': [entry | {'pending': True}],
+  }
+  assert one.finish() == entry
+  assert not one.is_due(4)
+  value = {'seed': 1, 'environment': _HERE, 'changes': [entry]}
+  assert json.loads(path.read_text()) == value
+  again = _changes(path)
+  assert again.splices == (_splice(4, 6, 7),) and again.may_splice
+  # If all that came after is lost, what is left is spliced once more.
+  assert [again.is_due(start) for start in (3, 4, 8)] == [True, False, False]
+  again.begin(_splice(3, 5, 5))
+  again.finish()
+  assert again.splices == (_splice(4, 6, 7), _splice(3, 5, 5))
+  assert json.loads(path.read_text())['changes'][1]['names'] == ['jax']
+
+
+def test_a_start_that_died_in_the_middle_is_done_again(path):
+  one = _changes(_write(path, environment=_BEFORE), 'jax')
+  one.begin(_splice(4, 6))
+  again = _changes(path)  # nothing needs to be accepted again
+  assert again.is_due(4)
+  again.begin(_splice(4, 6))
+  again.finish()
+  (entry,) = json.loads(path.read_text())['changes']
+  assert entry['names'] == ['jax'] and 'pending' not in entry
+
+
+def test_another_change_in_the_middle_is_another_entry(path):
+  one = _changes(_write(path, environment=_BEFORE), 'jax')
+  one.begin(_splice(4, 6))
+  wide = {**_HERE, 'options': {'jax_enable_x64': True}}
+  again = _changes(path, 'jax_enable_x64', environment=wide)
+  again.begin(_splice(4, 6))
+  again.finish()
+  first, second = json.loads(path.read_text())['changes']
+  assert (first['names'], second['names']) == (['jax'], ['jax_enable_x64'])
+  assert 'pending' not in first and 'pending' not in second
