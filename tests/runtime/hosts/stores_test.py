@@ -35,7 +35,7 @@ def one(shm_folder, tmp_path):
   yield stores.Stores(
     2,
     1,
-    hosts.Hosts(2, 1, store, str(tmp_path)),
+    hosts.Hosts(2, 1, store),
     run.one,
     recorder.Recorder(helpers.micro_run(stages=2), folder, view),  # type: ignore
   )

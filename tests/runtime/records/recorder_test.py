@@ -37,11 +37,11 @@ def one(tmp_path):
         0: {
           'operators': [_OPERATOR],
           'data_fingerprint': '',
-          'software': {},
           'platform': 'cpu',
           'device': '',
         }
-      }
+      },
+      {},
     )
     yield made
   folder.close()

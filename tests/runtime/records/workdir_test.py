@@ -12,7 +12,8 @@ from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.records import held_run, own_files, run_ids, workdir
 
-_FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'software': {'jax': '1'}}
+_ENVIRONMENT = {'versions': {'jax': '1'}}
+_FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'environment': _ENVIRONMENT}
 
 
 def _config(**train):
@@ -34,7 +35,7 @@ def _begin(path, hostmem, *, fresh=False, config=None, durable=''):
   try:
     folder.check(config or _config())
     said = _settle(folder, hostmem, durable)
-    return said, folder.accept(config or _config())
+    return said, folder.accept(config or _config(), _ENVIRONMENT)
   finally:
     folder.close()
 
@@ -222,7 +223,10 @@ def test_fresh_removes_what_is_the_runs_and_when_it_can_begin(run, hostmem):
   assert _contents(run) == before
   order = []
   folder.remove_elsewhere = lambda: order.append(_contents(run)) or ['x']
-  assert folder.accept(_config(seed=7)) == ['checkpoint/notes.txt', 'x']
+  assert folder.accept(_config(seed=7), _ENVIRONMENT) == [
+    'checkpoint/notes.txt',
+    'x',
+  ]
   folder.close()
   assert order == [before]  # the stores go first
   assert sorted(_contents(run)) == [
@@ -290,7 +294,7 @@ def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
   again = _opened(tmp_path / 'run')
   _settle(again, hostmem)
   assert again.run_id == folder.run_id == held_run.read_id(tmp_path / 'run')
-  again.accept(_config())
+  again.accept(_config(), _ENVIRONMENT)
   again.close()
   assert _held(tmp_path / 'run')['run_id'] == again.run_id
 
