@@ -106,9 +106,10 @@ def draw_script(
       phase = source.choice(faults.END_PHASES)
     if phase in faults.END_PHASES:
       iteration = 0
+    replica = _replica(source, replicas)
     if phase == 'save':
-      stage, of = 0, 'replica=0,'
-    of = f'replica={_replica(source, replicas)},'
+      stage, replica = 0, 0  # who saves
+    of = f'replica={replica},'
     script.append(
       f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'
     )

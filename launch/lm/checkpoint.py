@@ -26,12 +26,11 @@ from launch.lm import checkpoint_proof, settings as run_settings
 from moetion_jax import errors
 from moetion_jax.programs import stage as stage_lib
 from moetion_jax.runtime.records import checkpoint_folder
-from moetion_jax.snapshots import orbax_handler
+from moetion_jax.snapshots import file as snapshot_file, orbax_handler
 from moetion_jax.state import host_digest, partition
 
 _MASTER = checkpoint_proof.MASTER
 _ATTEMPTS = 2
-_METADATA_NAME = '_CHECKPOINT_METADATA'  # Orbax's
 _PARTS = frozenset(('iteration', 'parameters', 'optimizer'))
 _OTHER_OPTIMIZER = (
   ': it is of a run with another optimizer; --init_weights_only begins with a '
@@ -199,15 +198,17 @@ def _metadata(
     raise errors.ConfigError(flag, path, 'no such folder')
   try:
     # Not by Orbax, which logs what is wrong and then returns none.
-    with open(os.path.join(path, _METADATA_NAME), 'rb') as file:
+    with open(
+      os.path.join(path, snapshot_file.ORBAX_METADATA_NAME), 'rb'
+    ) as file:
       metadata = json.load(file)['custom_metadata']
     proof = checkpoint_proof.from_metadata(metadata)
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise errors.ConfigError(
       flag,
       path,
-      f'its {_METADATA_NAME} is damaged, or not that of a checkpoint of ours: '
-      f'{_first_line(e)}',
+      f'its {snapshot_file.ORBAX_METADATA_NAME} is damaged, or not '
+      f'that of a checkpoint of ours: {_first_line(e)}',
     ) from e
   return metadata[checkpoint_proof.CONFIG], proof
 

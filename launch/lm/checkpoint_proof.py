@@ -3,7 +3,9 @@
 It travels in Orbax's custom metadata, as plain JSON:
 
   'moetion_config': the run's settings
-  'moetion_digests': {'iteration', 'state' (as in metrics.jsonl),
+  'moetion_digests': {'iteration',
+     'state' (as in metrics.jsonl if all stages are in it, else of those that
+     are: `launch.convert` writes one stage alone),
      'operators': [[group, expert or -1, lane, lane], ...],
      'leaves': {group: {leaf: [dtype, shape]}}}
   'moetion_checksum': of both, written as sorted JSON: BLAKE2b, 128 bits
@@ -51,7 +53,10 @@ class Proof:
 
   @property
   def state(self) -> str:
-    """Digest of the whole state, as in metrics.jsonl."""
+    """Digest of all that the checkpoint holds.
+
+    If those are all stages, it is the one in metrics.jsonl.
+    """
     return report.combine(self.digests)
 
   def damage(self, tree: Tree) -> str:

@@ -33,6 +33,12 @@ class EntryCorruptError(errors.StoreError):
   """
 
   def __init__(self, key: keys.EntryKey, reason: str):
+    """Makes the message of the entry's name and the reason.
+
+    Args:
+      key: name of the entry.
+      reason: what is wrong with it, as the end of a sentence.
+    """
     super().__init__(f'{key}: {reason}')
     self.key = key
 
@@ -41,6 +47,11 @@ class EntryDecayedError(errors.WrongBitsError):
   """An entry was damaged after it was written: somebody may have read that."""
 
   def __init__(self, key: keys.EntryKey):
+    """Makes the message of the entry's name.
+
+    Args:
+      key: name of the entry.
+    """
     super().__init__(f'{key}: damaged after it was written')
 
 

@@ -40,7 +40,17 @@ def create(path: str | os.PathLike[str], *, exclusive: bool = False) -> int:
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file; raises OSError."""
+  """Writes a file; whatever is there already is replaced, its mode too.
+
+  It is not written at once: who reads meanwhile may find a part of it.
+
+  Args:
+    path: the file's path; a link is not followed.
+    data: all that the file will hold.
+
+  Raises:
+    OSError: it cannot be written; what was there may be gone.
+  """
   with open(create(path), 'wb') as file:
     file.write(data)
 

@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from moetion_jax import errors
 from moetion_jax.recovery import splice as splice_lib
@@ -53,16 +54,7 @@ class Trajectory:
       errors.StoreError: something has changed that is not accepted, or what is
         recorded cannot be read.
     """
-    path = self._folder / _NAME
-    try:
-      self._changes.known = json.loads(path.read_text())
-    except FileNotFoundError:
-      pass
-    except (OSError, ValueError) as error:
-      raise errors.StoreError(
-        f'{path}: {error}; without it nothing says what the snapshots were '
-        'taken with: remove the folder'
-      ) from error
+    self._changes.known = _read(self._folder / _NAME)
     refused = self._changes.refused(read_environment.read())
     if refused:
       raise errors.StoreError(
@@ -121,6 +113,32 @@ class Trajectory:
   @property
   def _splices(self) -> tuple[splice_lib.Splice, ...]:
     return splice_lib.in_force(self._changes.splices)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what is recorded; {} if nothing is.
+
+  Raises:
+    errors.StoreError: the file cannot be read, or is damaged.
+  """
+  try:
+    known = json.loads(path.read_text())
+    if not isinstance(known, dict):
+      raise ValueError(f'is {str(known)[:40]}, and no JSON object')
+    if not isinstance(known.get(changes_lib.ENVIRONMENT), dict):
+      raise ValueError(f'has no object {changes_lib.ENVIRONMENT!r}')
+    try:
+      changes_lib.splices_of(known.get(changes_lib.CHANGES, ()))
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(f'{changes_lib.CHANGES!r} in it: {error!r}') from error
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise errors.StoreError(
+      f'{path}: {error}; without it nothing says what the snapshots were '
+      'taken with: remove the folder'
+    ) from error
+  return known
 
 
 @contextlib.contextmanager

@@ -41,6 +41,13 @@ class DamagedError(errors.StoreError):
   """
 
   def __init__(self, stage: int, replica: int, what: str):
+    """Makes the message of the worker's name and what is wrong.
+
+    Args:
+      stage: the stage of the worker that handed the state over.
+      replica: its replica.
+      what: what is damaged, as the end of a sentence.
+    """
     super().__init__(
       f'the final state of stage {stage} replica {replica} arrived damaged: '
       f'{what}'

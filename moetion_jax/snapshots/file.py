@@ -46,14 +46,18 @@ MANIFEST_NAME = 'manifest.json'
 # Of a snapshot that is being replaced: it counts until its successor exists.
 REPLACED_SUFFIX = '.replaced'
 
+# What Orbax puts into what it has committed: the first to go, the last to come.
+COMMIT_MARKER_NAME = 'commit_success.txt'
+ORBAX_METADATA_NAME = '_CHECKPOINT_METADATA'
+COMMIT_NAMES = (COMMIT_MARKER_NAME, ORBAX_METADATA_NAME)
+
 # What lies in a snapshot's directory, whole or not; Orbax's marks included.
 _OWN_NAMES = frozenset(
   {
     DATA_NAME,
     MANIFEST_NAME,
     f'{MANIFEST_NAME}.new',
-    '_CHECKPOINT_METADATA',
-    'commit_success.txt',
+    *COMMIT_NAMES,
   }
 )
 

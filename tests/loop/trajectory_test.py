@@ -8,6 +8,7 @@ import chex
 import pytest
 
 from moetion_jax import errors
+from moetion_jax.loop import trajectory
 from moetion_jax.recovery import splice
 from moetion_jax.runtime import read_environment
 from moetion_jax.runtime.records import changes
@@ -38,6 +39,25 @@ def test_other_software_is_refused_by_name(shm_folder):
   with pytest.raises(errors.ConfigError, match='jaxlob'):
     case.checkpointer(folder, accept_changes=('jaxlob',)).start()
   assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  'content',
+  ['[]', 'null', '{}', '3', '{"environment": []}', '{', 'CHANGES'],
+)
+def test_a_damaged_record_is_refused(tmp_path, content):
+  damaged = {'environment': read_environment.read(), 'changes': [{}]}
+  content = content.replace('CHANGES', json.dumps(damaged))
+  (tmp_path / 'environment.json').write_text(content)
+  with pytest.raises(errors.StoreError, match='environment.json: .*: remove'):
+    trajectory.Trajectory(tmp_path, ()).check()
+  assert (tmp_path / 'environment.json').read_text() == content
+
+
+def test_an_unknown_name_is_refused_of_a_new_loop_too(tmp_path):
+  with pytest.raises(errors.ConfigError, match='jaxlob'):
+    trajectory.Trajectory(tmp_path / 'new', ('jaxlob',)).check()
+  trajectory.Trajectory(tmp_path / 'new', ('jaxlib',)).check()
 
 
 def test_a_folder_of_an_earlier_version_goes_on(shm_folder):

@@ -94,7 +94,7 @@ class Agent:
       self._hosts,
       self._crew,
       keeps_store=keeps_store,
-      starts_over=where.fresh,
+      starts_over=folder.begins_anew,
     )
     self._ready = beginning.Readiness(where.max_failures)
     self._stores = stores.Stores(

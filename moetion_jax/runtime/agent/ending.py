@@ -42,7 +42,7 @@ class Ending:
       hosts: the hosts, whose stores stay or go.
       crew: the workers, which are told.
       keeps_store: whether an earlier run left something in the host stores.
-      starts_over: whether that is removed when this run begins.
+      starts_over: whether that is removed before this run begins.
     """
     self.result: tuple[int, str] | None = None
     self.kill_at: float | None = None
@@ -129,6 +129,8 @@ class Ending:
 
   def _how_to_go_on(self, *, has_begun: bool) -> str:
     if self._starts_over and not has_begun:
+      if self._recorder.removed_earlier:
+        return 'The same command starts over.'
       return 'Nothing of the earlier run was removed.' * self.keeps_store
     if self.keeps_store:
       return (

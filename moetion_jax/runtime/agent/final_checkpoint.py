@@ -22,7 +22,11 @@ class FinalCheckpoint:
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    """Stores the path of the checkpoint."""
+    """Stores the path.
+
+    Args:
+      path: the folder that the checkpoint is saved to.
+    """
     self._path = path
     self._done: set[tuple[int, int]] = set()
     self._asked: set[tuple[int, int]] = set()

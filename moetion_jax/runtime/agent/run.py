@@ -45,8 +45,9 @@ def run(
     The exit code.
 
   Raises:
-    errors.ConfigError: the run cannot begin; nothing was removed, and nothing
-      but the run's id was written.
+    errors.ConfigError: the run cannot begin. Nothing but the run's id was
+      written, and nothing was removed, unless the error is that something
+      cannot be: then a part of the earlier run may be gone.
   """
   log_size.check_shape(config)
   placement.host_of_stages(

@@ -92,9 +92,9 @@ class Changes:
       errors.ConfigError: an accepted name is unknown.
     """
     self._here = here
-    if not self.known:
-      return []
-    self._changed = environment.changes(recorded(self.known, here), here)
+    self._changed = []
+    if self.known:
+      self._changed = environment.changes(recorded(self.known, here), here)
     environment.check_names(self._accepted, self._changed, here)
     return [x for x in self._changed if x.name not in self._accepted]
 
@@ -146,15 +146,23 @@ class Changes:
     self._changed = []
     self._replace({**self.known, ENVIRONMENT: self._here, CHANGES: entries})
 
+  @property
+  def newest(self) -> dict[str, Any]:
+    """The last splice, whether it is finished or not.
+
+    It has `names`, `from`, `to`, `exact_until`, `complete_at`.
+    """
+    last = self.known[CHANGES][-1]
+    return {name: value for name, value in last.items() if name != _PENDING}
+
   def finish(self) -> dict[str, Any]:
     """Records that all is removed that the splice left behind.
 
     Returns:
-      The entry: `names`, `from`, `to`, `exact_until`, `complete_at`.
+      The entry, as `newest` has it.
     """
-    *others, last = self.known[CHANGES]
-    last = {name: value for name, value in last.items() if name != _PENDING}
-    self._replace({**self.known, CHANGES: [*others, last]})
+    last = self.newest
+    self._replace({**self.known, CHANGES: [*self.known[CHANGES][:-1], last]})
     return last
 
   def _replace(self, value: Mapping[str, Any]) -> None:

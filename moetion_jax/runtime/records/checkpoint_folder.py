@@ -15,8 +15,7 @@ from collections.abc import Iterator
 
 from moetion_jax import errors
 from moetion_jax.runtime.records import own_files
-
-_MARKER, _METADATA = own_files.COMMIT_NAMES
+from moetion_jax.snapshots import file as snapshot_file
 
 
 def is_committed(path: str | os.PathLike[str]) -> bool:
@@ -26,10 +25,11 @@ def is_committed(path: str | os.PathLike[str]) -> bool:
     path: the folder, which need not exist.
   """
   folder = pathlib.Path(path)
-  if (folder / _MARKER).is_file():
+  if (folder / snapshot_file.COMMIT_MARKER_NAME).is_file():
     return True
   try:  # versions before that file, and copies without it
-    value = json.loads((folder / _METADATA).read_bytes())
+    data = (folder / snapshot_file.ORBAX_METADATA_NAME).read_bytes()
+    value = json.loads(data)
   except (OSError, ValueError):
     return False
   return isinstance(value, dict) and bool(value.get('commit_timestamp_nsecs'))
@@ -116,9 +116,9 @@ def _prepare(folder: pathlib.Path) -> pathlib.Path:
 def _move_into(source: pathlib.Path, target: pathlib.Path) -> None:
   """Moves all that is in a folder into another one, what commits it last."""
   target.mkdir(exist_ok=True)
-  commits = own_files.COMMIT_NAMES
+  marker, commits = snapshot_file.COMMIT_MARKER_NAME, snapshot_file.COMMIT_NAMES
   for name in sorted(
-    os.listdir(source), key=lambda n: (n in commits, n == _MARKER, n)
+    os.listdir(source), key=lambda n: (n in commits, n == marker, n)
   ):
     inner = source / name
     if inner.is_dir() and (target / name).is_dir():

@@ -29,8 +29,6 @@ DURABLE_NAME = 'durable'
 ASIDE_SUFFIX = '.unproven'
 # The suffix of folders that Orbax writes, before it renames them.
 ORBAX_SUFFIX = '.orbax-checkpoint-tmp'
-# What says that a checkpoint is committed: the first to go, the last to come.
-COMMIT_NAMES = ('commit_success.txt', '_CHECKPOINT_METADATA')
 _SHOWN = 5  # names in one line
 
 # A folder's contents: the pattern of a name, and None for a file or the
@@ -43,7 +41,7 @@ _OCDBT: Tree = {
 }
 # As Orbax's StandardCheckpointer writes it (a test looks at a real one).
 CHECKPOINT: Tree = {
-  **{re.escape(name): None for name in COMMIT_NAMES},
+  **{re.escape(name): None for name in snapshot_file.COMMIT_NAMES},
   r'_METADATA|_sharding|_strings\.json': None,
   r'ocdbt\.process_\d+': _OCDBT,
   r'array_metadatas': {r'process_\d+': None},
@@ -61,7 +59,6 @@ _LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None}
 _FILES = ('metrics.jsonl', 'events.jsonl', 'workers.json')
 # A workdir without its config.json, which goes last, and its lock.
 RUN: Tree = {
-  CHECKPOINT_NAME: CHECKPOINT,
   rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'
   rf'({re.escape(ORBAX_SUFFIX)}.*)?': CHECKPOINT,
   DURABLE_NAME: DURABLE,

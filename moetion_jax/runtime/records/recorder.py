@@ -141,6 +141,11 @@ class Recorder:
     )
 
   @property
+  def removed_earlier(self) -> bool:
+    """Whether an earlier run was removed, or a part of it."""
+    return self._folder.removed_earlier
+
+  @property
   def last_recorded(self) -> int:
     """Iteration of the newest line that an earlier run wrote; 0 for none."""
     return self._lines.last_iteration
@@ -225,10 +230,17 @@ class Recorder:
     return True
 
   def finish_splice(self, splice: splice_lib.Splice) -> None:
-    """Cuts what is written of later iterations, and tells of the splice."""
+    """Cuts what is written of later iterations, and tells of the splice.
+
+    Whoever dies before the end has it done, and told, again by the next start.
+
+    Args:
+      splice: the splice that `begin_splice` recorded.
+    """
     self.forget_after(splice.exact_until)
-    done = self._folder.changes.finish()
+    done = self._folder.changes.newest
     self.event('changes_accepted', **done)
+    self._folder.changes.finish()
     self.view.note(
       f'Other bits than before from iteration {splice.exact_until + 1} on: '
       f'{", ".join(done["names"])} changed, as --accept_changes allows.'

@@ -51,6 +51,8 @@ class Workdir:
     remove_elsewhere: removes what an earlier run left outside the folder, and
       returns what is not the run's and stays; `accept` calls it if the run
       begins anew.
+    removed_earlier: whether the removal of what an earlier run left has begun,
+      and perhaps ended.
     changes: the environments that the run had; call `check` first.
   """
 
@@ -72,6 +74,7 @@ class Workdir:
     self.locked_id = ''
     self.run_id = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
+    self.removed_earlier = False
     self._fresh = fresh
     self._created: list[pathlib.Path] = []  # what goes again without a run
 
@@ -247,6 +250,7 @@ class Workdir:
 
   def _remove_earlier(self) -> list[str]:
     """Removes all that an earlier run left; returns what else there is."""
+    self.removed_earlier = True
     try:
       kept = list(self.remove_elsewhere())
       if not self._fresh:

@@ -6,6 +6,7 @@ import dataclasses
 import mmap
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -102,14 +103,9 @@ def flip_bit_in_log(
   Returns:
     The entry's key; None when there is no such entry.
   """
-  with open(pathlib.Path(path), 'r+b') as file:
-    layout = segment.SegmentLayout(file.fileno(), writable=True)
-  for header in layout.headers():
-    key = header.key
-    if key.iteration == iteration and key.kind in _CHANNELS:
-      layout.ring[header.offset + header.nbytes // 2] ^= 1
-      return key
-  return None
+  return _damage_first(
+    path, lambda key: key.iteration == iteration and key.kind in _CHANNELS
+  )
 
 
 class ReadDamage:
@@ -156,14 +152,34 @@ def damage_entry(
   Returns:
     False if there is no such entry.
   """
+  hit = _damage_first(path, lambda found: found == key, is_poison=is_poison)
+  return hit is not None
+
+
+def _damage_first(
+  path: str | os.PathLike[str],
+  is_meant: Callable[[keys.EntryKey], bool],
+  *,
+  is_poison: bool = False,
+) -> keys.EntryKey | None:
+  """Damages the first entry that is meant; see `damage_entry`.
+
+  Args:
+    path: the segment's file.
+    is_meant: whether the entry of a key may be hit.
+    is_poison: see `damage_entry`.
+
+  Returns:
+    The entry's key; None when there is no such entry.
+  """
   with open(path, 'r+b') as file:
     layout = segment.SegmentLayout(file.fileno(), writable=True)
   for header in layout.headers():
-    if header.key == key:
+    if is_meant(header.key):
       middle = header.offset + header.nbytes // 2 // 8 * 8
       if is_poison:
         layout.ring[middle : middle + 8] = 0xFF
       else:
         layout.ring[middle] ^= 0x10
-      return True
-  return False
+      return header.key
+  return None

@@ -47,7 +47,14 @@ class Finish:
     injector: faults.FaultInjector,
     last: LastState,
   ):
-    """Stores the arguments."""
+    """Stores the arguments.
+
+    Args:
+      spec: the worker's spec.
+      link: the link to the agent, whose commands are obeyed.
+      injector: performs the faults that are due in END_PHASES.
+      last: the worker's state after the last iteration.
+    """
     self._spec = spec
     self._link = link
     self._injector = injector

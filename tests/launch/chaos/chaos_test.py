@@ -10,29 +10,37 @@ from moetion_jax.runtime import faults as faults_lib
 from tests.support import helpers
 
 
-def test_a_drawn_script_is_a_script():
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_a_drawn_script_is_a_script(replicas):
+  size = {'stages': 3, 'iterations': 20, 'replicas': replicas}
   for seed in range(200):
     source = random.Random(seed)
-    script = draw.draw_script(source, 12, stages=3, iterations=20)
+    script = draw.draw_script(source, 12, **size)
     assert len(script) == 12
-    assert faults_lib.parse_all(script, stages=3)
-    again = random.Random(seed)
-    assert draw.draw_script(again, 12, stages=3, iterations=20) == script
+    assert faults_lib.parse_all(script, stages=3, replicas=replicas)
+    assert draw.draw_script(random.Random(seed), 12, **size) == script
 
 
-def test_everything_is_drawn():
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_everything_is_drawn(replicas):
   source = random.Random(0)
   script = faults_lib.parse_all(
-    draw.draw_script(source, 3000, stages=3, iterations=20), stages=3
+    draw.draw_script(source, 3000, 3, iterations=20, replicas=replicas),
+    stages=3,
+    replicas=replicas,
   )
+  everybody = {(s, r) for s in range(3) for r in range(replicas)}
+  assert {(fault.stage, fault.replica) for fault in script} == everybody
   drawn = {(fault.kind, fault.phase) for fault in script}
   assert {phase for kind, phase in drawn if kind == 'kill'} == set(
     faults_lib.PHASES
   )
   assert {kind for kind, _ in drawn} == set(faults_lib.KINDS)
-  outside = draw.draw_outside(source, 300, stages=3, mean_seconds=2.0)
+  outside = draw.draw_outside(
+    source, 300, stages=3, mean_seconds=2.0, replicas=replicas
+  )
   assert {fault.kind for fault in outside} == set(draw.OUTSIDE)
-  assert {fault.stage for fault in outside} == {0, 1, 2}
+  assert {(fault.stage, fault.replica) for fault in outside} == everybody
   assert 1.5 < sum(f.after_seconds for f in outside) / len(outside) < 2.5
 
 

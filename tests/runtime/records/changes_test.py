@@ -51,6 +51,18 @@ def test_a_new_run_is_recorded(path):
   assert not again.is_due(0) and not again.may_splice
 
 
+@pytest.mark.parametrize('is_new', [True, False])
+def test_an_unknown_name_is_refused_of_a_new_run_too(path, is_new):
+  one = changes.Changes(path, ['jxa'])
+  one.known = {} if is_new else {'environment': _HERE}
+  with pytest.raises(errors.ConfigError, match='--accept_changes=jxa'):
+    one.check(_HERE)
+  known = changes.Changes(path, ['jax'])
+  known.check(_HERE)
+  known.write({'seed': 1})
+  assert json.loads(path.read_text()) == {'seed': 1, 'environment': _HERE}
+
+
 @pytest.mark.parametrize(
   'known',
   [

@@ -1,11 +1,15 @@
 """A checkpoint is replaced whole, and files of others stay in its folder."""
 
+import re
+import shutil
+
 import numpy as np
 import pytest
 from orbax import checkpoint as ocp
 
 from moetion_jax import errors
 from moetion_jax.runtime.records import checkpoint_folder, own_files
+from moetion_jax.snapshots import file as snapshot_file
 
 _TREE = {'iteration': np.int64(3), 'parameters': {'a': np.arange(5000.0)}}
 
@@ -63,32 +67,42 @@ def test_files_of_others_stay(tmp_path):
   ]
 
 
-def test_a_death_at_any_moment_leaves_none_or_a_whole_one(tmp_path):
-  """Files are moved in one by one: whoever dies between moved some of them."""
+def _stand_in_the_way(path, is_folder):
+  """Puts something at a path that nothing of the other kind replaces."""
+  if is_folder:
+    path.mkdir()
+    (path / 'notes.txt').write_text('mine')
+  else:
+    path.write_text('mine')
+
+
+def test_an_end_at_any_moment_leaves_none_or_a_whole_one(tmp_path):
+  """Files are moved in one by one: each move once is the one that fails."""
   source, path = tmp_path / 'whole', tmp_path / 'checkpoint'
   _write(source)
-  names = sorted(p.name for p in source.iterdir())
-  last = names.index('commit_success.txt')
-  names.append(names.pop(last))
-  for count in range(len(names)):
-    (path / 'd').mkdir(parents=True)
-    (path / 'd' / 'notes.txt').write_text('mine')
-    with pytest.raises(KeyboardInterrupt):
-      with checkpoint_folder.replacing(path) as place:
-        _write(place)
-        for name in [n for n in names if n not in own_files.COMMIT_NAMES][
-          :count
-        ]:
-          if not (path / name).exists():
-            (tmp_path / 'checkpoint.unproven' / name).rename(path / name)
-        raise KeyboardInterrupt
-    assert not checkpoint_folder.is_committed(path)
+  marker = snapshot_file.COMMIT_MARKER_NAME
+  names = {p.name: p.is_dir() for p in source.iterdir()}
+  assert names.keys() > set(snapshot_file.COMMIT_NAMES)
+  for name, is_folder in names.items():
+    (path / 'others').mkdir(parents=True)
+    (path / 'others' / 'notes.txt').write_text('mine')
+    _stand_in_the_way(path / name, is_folder=not is_folder)
+    with pytest.raises(errors.StoreError, match=re.escape(name)):
+      _save(path)
+    # What commits comes last; with the first of its two files all is there.
+    assert checkpoint_folder.is_committed(path) == (name == marker), name
+    (path / name).rename(tmp_path / 'away')
+    if name == marker:
+      np.testing.assert_array_equal(
+        _read(path)['parameters']['a'], _TREE['parameters']['a']
+      )
     _save(path)
     assert checkpoint_folder.is_committed(path)
     np.testing.assert_array_equal(_read(path)['iteration'], 3)
-    assert (path / 'd' / 'notes.txt').read_text() == 'mine'
-    (path / 'd' / 'notes.txt').unlink()
-    own_files.remove(own_files.find_run(tmp_path))
+    assert (path / 'others' / 'notes.txt').read_text() == 'mine'
+    shutil.rmtree(path)
+    away = tmp_path / 'away'
+    shutil.rmtree(away) if away.is_dir() else away.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ['whole']
 
 

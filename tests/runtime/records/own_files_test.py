@@ -89,7 +89,7 @@ def test_nothing_is_left_of_a_run_alone(tmp_path):
 def test_what_commits_a_checkpoint_goes_first(tmp_path):
   _make(tmp_path, OWN)
   first, second, *_ = own_files.find_run(tmp_path).own
-  assert (first.name, second.name) == own_files.COMMIT_NAMES
+  assert (first.name, second.name) == snapshot_file.COMMIT_NAMES
 
 
 def test_links_are_removed_and_never_followed(tmp_path):

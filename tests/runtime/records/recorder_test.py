@@ -1,9 +1,13 @@
 """What the recorder forgets, and what it says again."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 
 from moetion_jax import keys
+from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files, recorder, workdir
 from tests.support import helpers
 
@@ -27,24 +31,30 @@ class _View:
     pass
 
 
-@pytest.fixture
-def one(tmp_path):
-  folder = workdir.Workdir(str(tmp_path / 'run'), fresh=False)
+@contextlib.contextmanager
+def _opened(path, environment, *accepted):
+  folder = workdir.Workdir(str(path), fresh=False, accept_changes=accepted)
   folder.lock()
   with recorder.Recorder(helpers.micro_run(), folder, _View()) as made:
     made.accept(
       {
         0: {
           'operators': [_OPERATOR],
-          'data_fingerprint': '',
+          'data_fingerprint': {},
           'platform': 'cpu',
           'device': '',
         }
       },
-      {},
+      environment,
     )
     yield made
   folder.close()
+
+
+@pytest.fixture
+def one(tmp_path):
+  with _opened(tmp_path / 'run', {}) as made:
+    yield made
 
 
 def _add(one, iteration, loss=1.0):
@@ -75,3 +85,33 @@ def test_what_is_newer_than_the_newest_is_not_made_up(one):
   _add(one, 1)
   one.forget_after(7)
   assert one.iteration == 1
+
+
+def _accepted(path):
+  lines = (path / 'events.jsonl').read_text().splitlines()
+  events = map(json.loads, lines)
+  return [e['names'] for e in events if e['kind'] == 'changes_accepted']
+
+
+def test_a_splice_is_told_before_it_is_done(tmp_path):
+  """Whoever ends between the two tells it again, rather than never."""
+  path = tmp_path / 'run'
+  config = path / 'config.json'
+  here = {'versions': {'jax': '2'}}
+  splice = splice_lib.Splice(exact_until=4, complete_at=(6,))
+  with _opened(path, {'versions': {'jax': '1'}}):
+    pass
+  with _opened(path, here, 'jax') as one:
+    assert one.begin_splice(splice)
+    config.rename(tmp_path / 'kept')
+    config.mkdir()  # in its place no file can be put
+    with pytest.raises(IsADirectoryError):
+      one.finish_splice(splice)
+  assert _accepted(path) == [['jax']]
+  config.rmdir()
+  (tmp_path / 'kept').rename(config)
+  with _opened(path, here) as one:
+    assert one.begin_splice(splice)
+    one.finish_splice(splice)
+    assert not one.begin_splice(splice)
+  assert _accepted(path) == [['jax'], ['jax']]
