@@ -392,6 +392,8 @@ def check_is_ours(folder: str | os.PathLike[str]) -> None:
     if not path.name[0].isdecimal() or not path.is_dir():
       continue
     others = set(os.listdir(path)) - _OWN_NAMES
+    if (path / MANIFEST_NAME).is_file():
+      continue  # whatever Orbax adds to it
     if (path / DATA_NAME).is_dir():
       others.add(DATA_NAME)
     if others:
