@@ -46,7 +46,8 @@ _GENERATION_OFFSET = 24
 _CELLS_OFFSET = mmap.PAGESIZE
 _CELL_BYTES = 256
 # Iterations after which an entry is verified once more. By then all programs
-# that read it have ended, and states from before it are still there.
+# that read it have ended, and states from before it are still there (with
+# --keep_windows=1, or windows of one iteration, perhaps the initial one only).
 _LOOK_BACK_ITERATIONS = 2
 _LOOK_BACK_ENTRIES = 2  # for each new one, so that none has to wait
 

@@ -128,7 +128,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(known.get(changes_lib.ENVIRONMENT), dict):
       raise ValueError(f'has no object {changes_lib.ENVIRONMENT!r}')
     try:
-      changes_lib.splices_of(known.get(changes_lib.CHANGES, ()))
+      entries = known.get(changes_lib.CHANGES, ())
+      changes_lib.splices_of(entries)
+      _ = [list(entry['names']) for entry in entries]
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f'{changes_lib.CHANGES!r} in it: {error!r}') from error
   except FileNotFoundError:

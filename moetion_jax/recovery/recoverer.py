@@ -81,6 +81,12 @@ class Recoverer:
     """The stages on their way back."""
     return self._recoveries.keys()
 
+  def trusted(self, iteration: int) -> dict[int, int]:
+    """Returns what damaged entries leave of each stage (`splice.trusted`)."""
+    return splice_lib.trusted(
+      self._inventory.splices, iteration, self._config.train.stages
+    )
+
   def log_size(self, stage: int) -> size.LogSize:
     """Returns the size of a stage's log: what the line keeps, and some more."""
     return size.log_size(self._config, stage, self._settings.kept_iterations)

@@ -90,6 +90,25 @@ def allows(
   return not (is_running and splices and start < splices[-1].exact_until)
 
 
+def trusted(
+  splices: Sequence[Splice], iteration: int, stages: int
+) -> dict[int, int]:
+  """Returns, by stage, the newest snapshot that a damaged entry leaves.
+
+  What the conversion of the last splice folds was captured by the old software:
+  no entry that the logs have went into it.
+
+  Args:
+    splices: those in force, in order.
+    iteration: the newest state that no damaged entry went into.
+    stages: the number of stages.
+  """
+  if not splices or iteration < splices[-1].exact_until:
+    return dict.fromkeys(range(stages), iteration)
+  folded = splices[-1].complete_at
+  return {stage: max(iteration, folded[stage]) for stage in range(stages)}
+
+
 def unverified_until(splices: Sequence[Splice], stage: int) -> int:
   """Returns the last iteration whose recorded digests say nothing; 0: none.
 

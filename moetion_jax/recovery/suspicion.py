@@ -13,6 +13,22 @@ from collections.abc import Iterable, Sequence
 from moetion_jax.hostmem import segment_check
 
 _NAMED = 3
+# When an iteration is reported by all, entries so much older were verified by
+# their writers after all programs that had read them ended: one iteration until
+# it is reported, two until the look back, and some for a look back that has
+# fallen behind, and for a damaged header, whose iteration is a guess.
+_SETTLED_ITERATIONS = 6
+
+
+def settled(reported: int) -> int:
+  """Returns the last iteration whose entries nobody read damaged.
+
+  Whoever reads one again verifies it.
+
+  Args:
+    reported: the newest iteration that all stages reported.
+  """
+  return max(0, reported - _SETTLED_ITERATIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +65,8 @@ class Finding:
     if more > 0:
       names += f'; and {more} more'
     return (
-      f'{len(self.damaged)} of the {self.entries} entries of the logs are '
-      f'damaged: {names}'
+      f'{len(self.damaged)} of the {self.entries} entries of the logs '
+      f'{"is" if len(self.damaged) == 1 else "are"} damaged: {names}'
     )
 
 
@@ -58,6 +74,7 @@ def find(
   checks: Iterable[segment_check.SegmentCheck],
   dropped: Sequence[segment_check.Damage] = (),
   line: int = 0,
+  settled_until: int = 0,
 ) -> Finding:
   """Puts together what the checks of all segments found.
 
@@ -67,10 +84,21 @@ def find(
       whoever had read them may have read the damage.
     line: the recovery line; nobody goes back to a state before it for an entry
       that was dropped.
+    settled_until: see `settled`; damage up to it counts for nothing.
   """
   checks = list(checks)
   known = [one for one in dropped if one.iteration > line]
   return Finding(
     entries=sum(one.entries for one in checks) + len(known),
-    damaged=tuple(sorted({d for c in checks for d in c.damaged} | {*known})),
+    damaged=tuple(
+      sorted(
+        {
+          one
+          for check in checks
+          for one in check.damaged
+          if one.iteration > settled_until
+        }
+        | {*known}
+      )
+    ),
   )

@@ -66,7 +66,12 @@ _PREFIXES = (
   'ROCBLAS_',
   'HIPBLAS',
   'MIOPEN_',
-  'TF_',
+  # Not all of 'TF_': Terraform's variables, secrets among them, begin so.
+  'TF_CUDNN_',
+  'TF_DETERMINISTIC',
+  'TF_ENABLE_',
+  'TF_USE_',
+  'TF_XLA_',
   'TRITON_',
   'MOSAIC_',
   'PALLAS_',
@@ -86,14 +91,10 @@ _HARMLESS_VARIABLES = (
   # Memory: how much, and from which allocator.
   'XLA_PYTHON_CLIENT_',
   'XLA_CLIENT_MEM_FRACTION',
-  'TF_GPU_ALLOCATOR',
-  'TF_FORCE_GPU_ALLOW_GROWTH',
   # Logs, profiles.
-  'TF_CPP_',
-  'TF_DISABLE_PROFILING',
-  'TF_PROFILER_',
   'FLAX_PROFILE',
   'NCCL_DEBUG',
+  'NCCL_SOCKET_',
   'RCCL_DEBUG',
   'CUDNN_LOG',
   'CUBLAS_LOG',
@@ -172,8 +173,9 @@ def parse_flags(
 ) -> dict[str, str]:
   """Returns the flags that can change a program, sorted by name.
 
-  Of a flag that is given twice the last one holds, as in XLA. A flag without a
-  value is 'true'.
+  Of most flags that are given twice the last one holds, but some add up
+  (`xla_disable_hlo_passes`): all their values are there, in order. A flag
+  without a value is 'true'.
 
   Args:
     text: see `flags_of`.
@@ -182,7 +184,10 @@ def parse_flags(
   found = {}
   for flag in flags_of(text, read_file):
     name, _, value = flag.lstrip('-').partition('=')
-    found[name] = value or 'true'
+    value = value or 'true'
+    if found.get(name, value) != value:
+      value = f'{found[name]} {value}'
+    found[name] = value
   return {
     name: value
     for name, value in sorted(found.items())
@@ -322,7 +327,10 @@ def names_of(found: Sequence[Change]) -> str:
 
 
 def check_names(
-  names: Collection[str], found: Sequence[Change], here: Record
+  names: Collection[str],
+  found: Sequence[Change],
+  here: Record,
+  earlier: Collection[str] = (),
 ) -> None:
   """Checks the names in --accept_changes: each could be that of a change.
 
@@ -330,12 +338,13 @@ def check_names(
     names: the names.
     found: the changes that there are.
     here: the record of now.
+    earlier: names of changes that were accepted before.
 
   Raises:
     errors.ConfigError: nothing has that name.
   """
   known = {name for section in here.values() for name in section}
-  known |= {one.name for one in found}
+  known |= {one.name for one in found} | {*earlier}
   for name in names:
     if name in known or may_matter(name) or name.startswith('xla_'):
       continue

@@ -6,6 +6,7 @@ recorded: a new JAX may have it. A test fails until it is put into one of them.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import itertools
 import os
@@ -14,7 +15,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from importlib import metadata
+from importlib import metadata, util
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ _PACKAGES = (
   'numpy',
   'ml_dtypes',
 )
+# Where they are imported from, if not by their own names.
+_MODULES = {'orbax-checkpoint': 'orbax.checkpoint'}
 # Beginnings of the names of packages that bring a runtime or a compiler for
 # accelerators, as they are spelled in the names of their folders.
 _RUNTIMES = (
@@ -318,10 +321,29 @@ def _versions() -> dict[str, str]:
   found = {'python': platform.python_version()}
   for name in _PACKAGES:
     try:
-      found[name] = metadata.version(name)
+      found[name] = metadata.version(name) + _elsewhere(name)
     except metadata.PackageNotFoundError:
       continue
   return found | installed(sys.path, _RUNTIMES)
+
+
+def _elsewhere(name: str) -> str:
+  """Says where a package is imported from, if not from where it is installed.
+
+  A source tree on PYTHONPATH hides the installed package, whose version then
+  says nothing.
+  """
+  spec = None
+  module = _MODULES.get(name, name.replace('-', '_'))
+  with contextlib.suppress(ImportError, ValueError):
+    spec = util.find_spec(module)
+  installed_at = str(metadata.distribution(name).locate_file(''))
+  found = spec.origin if spec else None
+  if found is None or os.path.realpath(found).startswith(
+    os.path.realpath(installed_at) + os.sep
+  ):
+    return ''
+  return f' at {os.path.dirname(os.path.realpath(found))}'
 
 
 def _content(path: str) -> str:

@@ -395,11 +395,15 @@ def check_is_ours(folder: str | os.PathLike[str]) -> None:
   for path in pathlib.Path(folder).iterdir():
     if not path.name[0].isdecimal() or not path.is_dir():
       continue
-    names = set(os.listdir(path))
-    if DATA_NAME not in names and names - _OWN_NAMES:
+    others = set(os.listdir(path)) - _OWN_NAMES
+    if (path / MANIFEST_NAME).is_file():
+      continue  # whatever Orbax adds to it
+    if (path / DATA_NAME).is_dir():
+      others.add(DATA_NAME)
+    if others:
       raise errors.StoreError(
-        f'{path}: no snapshot of ours, it holds {min(names - _OWN_NAMES)}; '
-        'name another folder, or move that away'
+        f'{path}: no snapshot of ours, it holds {min(others)}; name another '
+        'folder, or move that away'
       )
 
 

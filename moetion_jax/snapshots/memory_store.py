@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,12 @@ from moetion_jax.snapshots import file as snapshot_file, manifest, orbax_handler
 
 _POOL_PREFIX = 'free-'
 _RETIRED_PREFIX = 'retired-'
+# Whatever has another name is somebody else's.
+_POOL_NAME = re.compile(rf'{_POOL_PREFIX}\d+')
+_RETIRED_NAME = re.compile(rf'{_RETIRED_PREFIX}\d+')
+_TEMPORARY_NAME = re.compile(
+  rf'\d+.*{re.escape(orbax_handler.TEMPORARY_SUFFIX)}.*'
+)
 
 
 class SnapshotFullError(errors.StoreError):
@@ -365,15 +372,15 @@ class SnapshotStore:
           shutil.rmtree(self._path(iteration), ignore_errors=True)
           path.rename(self._path(iteration))
         self._snapshots[iteration] = None
-      elif path.name.startswith(_POOL_PREFIX):
+      elif _POOL_NAME.fullmatch(path.name) and path.is_file():
         try:
           self._pool(snapshot_file.DataFile.open(path))
         except (OSError, ValueError):  # killed while it was reserved
           path.unlink()
       elif (
         snapshot_file.is_snapshot_name(path.name)
-        or path.name.startswith(_RETIRED_PREFIX)
-        or orbax_handler.TEMPORARY_SUFFIX in path.name
+        or _RETIRED_NAME.fullmatch(path.name)
+        or _TEMPORARY_NAME.fullmatch(path.name)
       ):
         self._leftovers[self._retire(path)] = None
     self._recycle_leftovers()

@@ -43,11 +43,13 @@ def test_other_software_is_refused_by_name(shm_folder):
 
 @pytest.mark.parametrize(
   'content',
-  ['[]', 'null', '{}', '3', '{"environment": []}', '{', 'CHANGES'],
+  ['[]', 'null', '{}', '3', '{"environment": []}', '{', 'CHANGES', 'NAMELESS'],
 )
 def test_a_damaged_record_is_refused(tmp_path, content):
   damaged = {'environment': read_environment.read(), 'changes': [{}]}
+  nameless = damaged | {'changes': [{'exact_until': 1, 'complete_at': [1]}]}
   content = content.replace('CHANGES', json.dumps(damaged))
+  content = content.replace('NAMELESS', json.dumps(nameless))
   (tmp_path / 'environment.json').write_text(content)
   with pytest.raises(errors.StoreError, match='environment.json: .*: remove'):
     trajectory.Trajectory(tmp_path, ()).check()

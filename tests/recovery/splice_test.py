@@ -111,3 +111,17 @@ def test_behind_a_splice_nothing_older_is_taken():
   # The same command may: then all after it is removed again.
   run.one.splice(made, is_running=False)
   assert run.first_plan(reported=9, newest=9).start == 1
+
+
+@pytest.mark.parametrize(
+  ('iteration', 'expected'),
+  [(9, [9, 9]), (10, [13, 12]), (12, [13, 12]), (13, [13, 13]), (20, [20, 20])],
+)
+def test_damaged_entries_leave_what_the_old_software_captured(
+  iteration, expected
+):
+  """Only entries of the new software are in the logs."""
+  one = splice.Splice(exact_until=10, complete_at=(13, 12))
+  found = splice.trusted([one], iteration, 2)
+  assert found == dict(enumerate(expected))
+  assert splice.trusted([], iteration, 2) == {0: iteration, 1: iteration}

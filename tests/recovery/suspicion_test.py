@@ -38,6 +38,24 @@ def test_find(checks, dropped, line, trusted, count):
   assert list(found.damaged) == sorted(found.damaged)
 
 
+@pytest.mark.parametrize(
+  ('damaged', 'reported', 'trusted'),
+  [
+    pytest.param(9, 9, 8, id='just read'),
+    pytest.param(9, 14, 8, id='a writer may not have looked back yet'),
+    pytest.param(9, 15, None, id='damaged after everybody had read it'),
+    pytest.param(1, 6, 0, id='at the beginning nothing is settled'),
+  ],
+)
+def test_damage_that_nobody_read(damaged, reported, trusted):
+  settled = suspicion.settled(reported)
+  found = suspicion.find([_check(damaged)], settled_until=settled)
+  assert found.trusted == trusted
+  # What was read before it was written again counts all the same.
+  again = suspicion.find([], [_damage(damaged)], 0, settled)
+  assert again.trusted == damaged - 1
+
+
 def test_words():
   whole = suspicion.find([_check(), _check(stage=1, entries=7)])
   assert str(whole) == 'all 17 entries of the logs were checked and are whole'

@@ -11,7 +11,8 @@ from moetion_jax.runtime import environment
   [
     ('', {}),
     ('  --b=2   --a\n', {'a': 'true', 'b': '2'}),
-    ('--a=1 --a=2', {'a': '2'}),  # as in XLA the last one holds
+    ('--a=1 --a=2', {'a': '1 2'}),  # some flags add up
+    ('--a=1 --a=1', {'a': '1'}),
     ('--a=x=y', {'a': 'x=y'}),
     ('--xla_dump_to=/tmp/x --xla_cpu_enable_fast_math=true',
      {'xla_cpu_enable_fast_math': 'true'}),
@@ -57,6 +58,9 @@ def test_a_file_of_flags_is_read(tmp_path):
     ('NVIDIA_TF32_OVERRIDE', True),
     ('TF_CPP_MIN_LOG_LEVEL', False),
     ('TF_XLA_FLAGS', True),
+    ('TF_VAR_db_password', False),  # Terraform's
+    ('TF_TOKEN_app_terraform_io', False),
+    ('NCCL_SOCKET_IFNAME', False),
     ('XLA_FLAGS', False),  # by flag
     ('XLA_PYTHON_CLIENT_MEM_FRACTION', False),
     ('TPU_WORKER_ID', False),

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import jax
+import optax
 import pytest
 from jax._src import cache_key
 
@@ -114,3 +116,13 @@ def test_installed_packages_by_the_beginnings_of_their_names(tmp_path):
     [str(tmp_path), str(tmp_path / 'none')], ('nvidia_', 'jax_cuda')
   )
   assert found == {'Jax_CUDA12_plugin': '0.10.2', 'nvidia_cudnn_cu12': '9.1.0'}
+
+
+def test_sources_that_hide_an_installed_package_are_named(tmp_path):
+  """They have no version of their own, and may be anything."""
+  shutil.copytree(os.path.dirname(optax.__file__), tmp_path / 'optax')
+  path = os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])
+  here, there = _read(), _read(PYTHONPATH=path)
+  (change,) = environment.changes(here, there)
+  assert change.name == 'optax'
+  assert change.now == f'{change.was} at {tmp_path / "optax"}'

@@ -408,11 +408,14 @@ print('done', flush=True)
   ('names', 'is_ours'),
   [
     (['7/data', '7/manifest.json', 'free-0', 'retired-1/data'], True),
-    (['7/data', '7/of a later Orbax'], True),
+    (['7/data', '7/manifest.json', '7/of a later Orbax'], True),
+    (['7/data'], True),
     (['7/_CHECKPOINT_METADATA', '8.orbax-checkpoint-tmp/data'], True),
     (['notes', 'runs/7/x', 'x7/y'], True),  # which no store removes
     (['100/default/x', '100/_CHECKPOINT_METADATA'], False),
     (['100/model.safetensors'], False),
+    (['100/data', '100/labels.csv'], False),
+    (['100/data/train.bin'], False),
   ],
 )
 def test_checkpoints_of_others(folder, names, is_ours):

@@ -132,7 +132,8 @@ def check_room(
     errors.ConfigError: there is too little room.
   """
   if folder.begins_anew:
-    found = run_store.folders(where.hostmem_dir, folder.run_id)
+    ids = filter(None, (folder.run_id, folder.earlier_id))
+    found = [p for x in ids for p in run_store.folders(where.hostmem_dir, x)]
   else:
     found = run_store.paths(where.hostmem_dir, folder.run_id, where.local_hosts)
   used_bytes = sum(map(store_folder.used_bytes, found))

@@ -96,12 +96,15 @@ class Comeback:
     An error that an earlier run ended with may have come of them: then it would
     come again.
     """
-    finding = suspicion.find(self._stores.check_logs(drops_unreadable=True))
+    reached = min(self._stores.newest_entry([s]) for s in self._stages)
+    settled = suspicion.settled(min(self._recorder.last_recorded, reached))
+    checks = self._stores.check_logs(settled, drops_unreadable=True)
+    finding = suspicion.find(checks, settled_until=settled)
     if finding.trusted is None:
       return
     self._tell(finding, 'The run that is resumed')
     self._recorder.forget_after(finding.trusted)
-    self._stores.forget_newer(dict.fromkeys(self._stages, finding.trusted))
+    self._stores.forget_newer(self._recoverer.trusted(finding.trusted))
     self._stores.drop_logs()  # last: until then, the next start finds it again
 
   def suspect(self, error: str, *, counts_dropped: bool = True) -> str:
@@ -124,10 +127,14 @@ class Comeback:
     """
     if self._rollback.trusted is not None:
       return ''
+    # A stage that replays may have begun its log anew.
+    begun = min(worker.iteration for worker in self._crew.workers)
+    settled = suspicion.settled(min(self._recorder.iteration, begun))
     finding = suspicion.find(
-      self._stores.check_logs(),
+      self._stores.check_logs(settled),
       self._dropped if counts_dropped else (),
       self._recoverer.line,
+      settled,
     )
     if finding.trusted is None:
       return f'{error} ({finding})'
@@ -183,8 +190,9 @@ class Comeback:
       self._recorder.event('damage_found', **dataclasses.asdict(one))
     assert finding.trusted is not None
     self._recorder.view.note(
-      f'{what}: {finding}. All that came after iteration {finding.trusted} is '
-      'dropped, lines of metrics.jsonl too, and done again.'
+      f'Damaged host memory: {finding}. All that came after iteration '
+      f'{finding.trusted} is dropped, lines of metrics.jsonl too, and done '
+      f'again. What showed it: {what}'
     )
 
   # ---- going back ------------------------------------------------------------

@@ -129,7 +129,7 @@ class Rollback:
     if self.trusted is None:
       self._stores.rescan()
     else:
-      self._stores.forget_newer(dict.fromkeys(self._stages, self.trusted))
+      self._stores.forget_newer(self._recoverer.trusted(self.trusted))
     plan = self._recoverer.plan_together(
       self._failed,
       self._newest,

@@ -73,11 +73,13 @@ def _run(
   view: recorder.View,
 ) -> int:
   """Runs in a workdir that is locked and checked; see `run`."""
-  run_id, note = run_ids.choose(
-    folder.path, folder.locked_id, where.hostmem_dir, where.durable_dir
-  )
-  if note:
-    print(note, flush=True)
+  known = folder.path, folder.locked_id, where.hostmem_dir, where.durable_dir
+  if where.fresh:
+    run_id, folder.earlier_id = run_ids.choose_new(*known)
+  else:
+    run_id, note = run_ids.choose(*known)
+    if note:
+      print(note, flush=True)
   folder.take_id(run_id)
   on_disk = where.durable_folder(str(folder.path), run_id)
   _check_places(config, where, folder, on_disk)
@@ -89,12 +91,10 @@ def _run(
     )
     return 0
   left = run_store.report_leftovers(
-    where.hostmem_dir, run_id, anew=folder.begins_anew
+    where.hostmem_dir, folder.earlier_id or run_id, anew=folder.begins_anew
   )
   left = left or stores.has_left_durable(on_disk)
-  folder.remove_elsewhere = functools.partial(
-    _remove_earlier, where, run_id, on_disk
-  )
+  folder.remove_elsewhere = functools.partial(_remove_earlier, where, folder)
   try:
     store = run_store.open_store(where.hostmem_dir, run_id, str(folder.path))
   except errors.ConfigError:
@@ -149,15 +149,22 @@ def _check_places(
 
 
 def _remove_earlier(
-  where: agent_settings.AgentSettings, run_id: str, on_disk: str
+  where: agent_settings.AgentSettings, folder: workdir.Workdir
 ) -> Sequence[str]:
   """Removes what an earlier run left outside the workdir.
 
   Returns:
     What is not the run's and stays.
   """
-  run_store.empty(where.hostmem_dir, run_id, where.local_hosts)
-  return own_files.remove_durable(on_disk if where.durable_dir else '')
+  run_store.empty(where.hostmem_dir, folder.run_id, where.local_hosts)
+  kept: list[str] = []
+  for run_id in filter(None, (folder.run_id, folder.earlier_id)):
+    if where.durable_dir:
+      on_disk = where.durable_folder(str(folder.path), run_id)
+      kept += own_files.remove_durable(on_disk)
+  if folder.earlier_id:
+    run_store.remove_leftovers(where.hostmem_dir, folder.earlier_id)
+  return kept
 
 
 def _remove_rest(

@@ -201,11 +201,12 @@ class Stores:
     return dropped
 
   def check_logs(
-    self, *, drops_unreadable: bool = False
+    self, settled_until: int, *, drops_unreadable: bool = False
   ) -> list[segment_check.SegmentCheck]:
     """Reads all entries of all logs; their writers may go on.
 
     Args:
+      settled_until: the last iteration whose entries were read whole.
       drops_unreadable: whether a log that cannot be read at all is removed, as
         is right before anybody trains; else all of it counts as damaged.
 
@@ -226,7 +227,7 @@ class Stores:
             path.unlink()
             continue
           damage = segment_check.Damage(
-            self._recoverer.line + 1, stage, replica, str(error)
+            settled_until + 1, stage, replica, str(error)
           )
           found.append(segment_check.SegmentCheck(1, (damage,)))
     return found

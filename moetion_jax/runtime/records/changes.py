@@ -95,7 +95,8 @@ class Changes:
     self._changed = []
     if self.known:
       self._changed = environment.changes(recorded(self.known, here), here)
-    environment.check_names(self._accepted, self._changed, here)
+    earlier = {n for one in self.known.get(CHANGES, ()) for n in one['names']}
+    environment.check_names(self._accepted, self._changed, here, earlier)
     return [x for x in self._changed if x.name not in self._accepted]
 
   def write(
@@ -166,7 +167,12 @@ class Changes:
     return last
 
   def _replace(self, value: Mapping[str, Any]) -> None:
-    self.known = {k: v for k, v in value.items() if k != SOFTWARE}
+    # Until the environment is there, `software` says what the run is of.
+    self.known = {
+      k: v
+      for k, v in value.items()
+      if k != SOFTWARE or ENVIRONMENT not in value
+    }
     record_files.write_json(str(self._path), self.known, self._mode)
 
 

@@ -44,6 +44,38 @@ def choose(
   )
 
 
+def choose_new(
+  path: str | os.PathLike[str],
+  locked_id: str,
+  hostmem_dir: str,
+  durable_dir: str,
+) -> tuple[str, str]:
+  """Chooses the id of a run that begins anew where another one was.
+
+  It is not the other one's: what that left, wherever, is never gone on with.
+
+  Args:
+    path: the workdir, locked and checked.
+    locked_id: the id in its lock file; '' for none.
+    hostmem_dir: the directory of the stores.
+    durable_dir: the directory of snapshots on disk; '' for none.
+
+  Returns:
+    The id, and that of the run whose stores go; '' if there are none, or they
+    may be those of another folder, of which this one is a copy.
+  """
+  config = held_run.read_config(path)
+  if config is None:
+    return locked_id or held_run.new_id(), ''
+  earlier = held_run.read_id(path) or _former(path, hostmem_dir, durable_dir)
+  run_id = locked_id if locked_id != earlier else ''
+  is_another = any(
+    recorded and not _is_same(path, recorded)
+    for recorded in _recorded(path, earlier, hostmem_dir)
+  )
+  return run_id or held_run.new_id(), '' if is_another else earlier
+
+
 def find(path: str | os.PathLike[str], hostmem_dir: str) -> str:
   """Finds the id of the run in a folder that is not locked; changes nothing.
 
@@ -84,6 +116,13 @@ def _recorded(
   except (OSError, held_run.NotOursError):
     return
   yield str((config or {}).get(held_run.WORKDIR) or '')
+
+
+def _is_same(path: str | os.PathLike[str], recorded: str) -> bool:
+  try:
+    return os.path.samefile(path, recorded)
+  except OSError:  # it is not there any more
+    return False
 
 
 def _is_other(path: str | os.PathLike[str], recorded: str) -> bool:

@@ -48,6 +48,7 @@ class Workdir:
       lock. -1 when closed.
     locked_id: the run's id that stands in the lock file; '' for none.
     run_id: the run's id, from `take_id` on.
+    earlier_id: the id of the run that `accept` removes; '' for none.
     remove_elsewhere: removes what an earlier run left outside the folder, and
       returns what is not the run's and stays; `accept` calls it if the run
       begins anew.
@@ -73,6 +74,7 @@ class Workdir:
     self.lock_fd = -1
     self.locked_id = ''
     self.run_id = ''
+    self.earlier_id = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self.removed_earlier = False
     self._fresh = fresh
@@ -211,7 +213,8 @@ class Workdir:
         os.ftruncate(self.lock_fd, len(data))
         self.locked_id = run_id
       known = held_run.read_config(self.path) or {}
-      if known.get(held_run.RUN_ID, run_id) != run_id:  # it is its original's
+      is_other = known.get(held_run.RUN_ID, run_id) != run_id
+      if is_other and not self._fresh:  # it is its original's
         self._write_config(known | {held_run.RUN_ID: run_id})
     except OSError as error:
       raise self._error(error.strerror or str(error)) from error

@@ -55,15 +55,15 @@ def test_damaged_entries_are_dropped_also_where_the_log_is_gone(one):
 
 
 def test_all_logs_are_checked(one):
-  assert one.check_logs() == [segment_check.SegmentCheck(4, ())] * 2
+  assert one.check_logs(0) == [segment_check.SegmentCheck(4, ())] * 2
   (first,), (second,) = one.log_paths(0), one.log_paths(1)
   assert fault_damage.damage_entry(second, _key(4, 1))
   damage = segment_check.Damage(4, 1, 0, str(_key(4, 1)))
-  assert one.check_logs()[1] == segment_check.SegmentCheck(4, (damage,))
+  assert one.check_logs(0)[1] == segment_check.SegmentCheck(4, (damage,))
   second.unlink()
-  assert len(one.check_logs()) == 1
+  assert len(one.check_logs(0)) == 1
   first.write_bytes(b'\0' * (1 << 13))
-  (check,) = one.check_logs()  # nothing of it is to be believed
+  (check,) = one.check_logs(0)  # nothing of it is to be believed
   assert [d.iteration for d in check.damaged] == [1]
-  assert one.check_logs(drops_unreadable=True) == []
+  assert one.check_logs(0, drops_unreadable=True) == []
   assert not first.exists()

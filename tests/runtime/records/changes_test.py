@@ -143,3 +143,25 @@ def test_another_change_in_the_middle_is_another_entry(path):
   first, second = json.loads(path.read_text())['changes']
   assert (first['names'], second['names']) == (['jax'], ['jax_enable_x64'])
   assert 'pending' not in first and 'pending' not in second
+
+
+def test_a_run_of_before_is_known_until_its_splice(path):
+  """Whoever dies in between leaves a config.json that says what it is of."""
+  one = changes.Changes(_write(path, software={'jax': '1'}), ('jax',))
+  one.known = json.loads(path.read_text())
+  one.check(_HERE)
+  one.write({}, {'run_id': 'x'})
+  held = json.loads(path.read_text())
+  assert held == {'seed': 1, 'software': {'jax': '1'}, 'run_id': 'x'}
+  one.begin(_splice(4, 6))
+  assert 'software' not in json.loads(path.read_text())
+
+
+def test_the_same_command_goes_on_where_something_is_gone(path):
+  before = {**_HERE, 'versions': {'jax': '2', 'nvidia_cudnn_cu12': '9'}}
+  one = _changes(_write(path, environment=before), 'nvidia_cudnn_cu12')
+  one.begin(_splice(4, 6))
+  one.finish()
+  assert not _changes(path, 'nvidia_cudnn_cu12').is_due(4)
+  with pytest.raises(errors.ConfigError, match='cu11'):
+    _changes(path, 'nvidia_cudnn_cu11')

@@ -400,3 +400,18 @@ def test_a_run_of_that_version_which_left_nothing(run, hostmem):
 def test_settings_are_read_without_the_id(run):
   config, found_out = workdir.read_run(run)
   assert config.to_json().keys() | found_out.keys() == _config().keys()
+
+
+def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
+  """Nothing that the earlier one left, wherever, can be taken for its own."""
+  earlier = held_run.read_id(run)
+  (hostmem / f'moetion-{earlier}').mkdir(mode=0o700, exist_ok=True)
+  run_id, gone = run_ids.choose_new(run, earlier, str(hostmem), '')
+  assert gone == earlier != run_id
+  # The same command after a death before it was accepted: the same store.
+  assert run_ids.choose_new(run, run_id, str(hostmem), '')[0] == run_id
+  # The store of a folder that may be elsewhere stays.
+  shutil.copytree(run, tmp_path / 'copy')
+  run.rename(tmp_path / 'kept')
+  found = run_ids.choose_new(tmp_path / 'copy', earlier, str(hostmem), '')
+  assert found[0] != earlier and not found[1]
