@@ -94,6 +94,7 @@ def _run(
     where.hostmem_dir, folder.earlier_id or run_id, anew=folder.begins_anew
   )
   left = left or stores.has_left_durable(on_disk)
+  left = left and not where.fresh  # it is not this run's
   folder.remove_elsewhere = functools.partial(_remove_earlier, where, folder)
   try:
     store = run_store.open_store(where.hostmem_dir, run_id, str(folder.path))
@@ -112,7 +113,7 @@ def _run(
       left = agent.keeps_store
   finally:
     run_store.close_store(store, keep=left)
-    if not left:
+    if not left and not folder.begins_anew:  # else: not accepted
       _remove_rest(where, run_id, on_disk)
 
 

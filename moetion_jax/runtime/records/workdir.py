@@ -75,6 +75,7 @@ class Workdir:
     self.locked_id = ''
     self.run_id = ''
     self.earlier_id = ''
+    self._id_before = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self.removed_earlier = False
     self._fresh = fresh
@@ -137,6 +138,8 @@ class Workdir:
     if self.lock_fd < 0:
       return
     with contextlib.suppress(OSError):  # somebody else put something there
+      if self._fresh and self._id_before:  # the earlier run was not removed
+        self._write_lock(self._id_before)
       for path in self._created:
         path.rmdir() if path.is_dir() else path.unlink()
     self._created = []
@@ -208,9 +211,8 @@ class Workdir:
     self.run_id = run_id
     try:
       if run_id != self.locked_id:
-        data = f'{run_id}\n'.encode()
-        os.pwrite(self.lock_fd, data, 0)
-        os.ftruncate(self.lock_fd, len(data))
+        self._id_before = self.locked_id
+        self._write_lock(run_id)
         self.locked_id = run_id
       known = held_run.read_config(self.path) or {}
       is_other = known.get(held_run.RUN_ID, run_id) != run_id
@@ -218,6 +220,11 @@ class Workdir:
         self._write_config(known | {held_run.RUN_ID: run_id})
     except OSError as error:
       raise self._error(error.strerror or str(error)) from error
+
+  def _write_lock(self, run_id: str) -> None:
+    data = f'{run_id}\n'.encode()
+    os.pwrite(self.lock_fd, data, 0)
+    os.ftruncate(self.lock_fd, len(data))
 
   def accept(
     self, config: dict[str, Any], environment: environment_lib.Record
