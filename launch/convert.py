@@ -152,7 +152,10 @@ def _convert(run: stored_run.StoredRun) -> None:
 
   run, data = load_data(run, stage, _DATA.value)
   if changed := check_environment(
-    run, stage, read_environment.read(), _ACCEPT_CHANGES.value
+    run,
+    stage,
+    read_environment.read(),
+    environment.canonical(_ACCEPT_CHANGES.value),
   ):
     _warn(
       f'Other than what the run had: {changed}. The bits may differ; digests '

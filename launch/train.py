@@ -20,7 +20,7 @@ from moetion_jax.policies import (
   rules,
   settings as capture_settings,
 )
-from moetion_jax.runtime import faults
+from moetion_jax.runtime import environment, faults
 from moetion_jax.runtime.agent import (
   run as agent_run,
   settings as agent_settings,
@@ -279,7 +279,7 @@ def main(argv: list[str]) -> int:
       max_workers=_MAX_WORKERS.value,
       grow_after=_GROW_AFTER.value,
       compilation_cache_dir=_CACHE.value,
-      accept_changes=tuple(_ACCEPT_CHANGES.value),
+      accept_changes=environment.canonical(_ACCEPT_CHANGES.value),
       local_hosts=_LOCAL_HOSTS.value,
       full_seconds=_FULL_SECONDS.value,
       faults=faults.parse_all(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moetion_jax import errors
@@ -324,6 +324,11 @@ def describe(
 def names_of(found: Sequence[Change]) -> str:
   """Returns the names of changes as --accept_changes takes them."""
   return ','.join(one.name for one in found)
+
+
+def canonical(names: Iterable[str]) -> tuple[str, ...]:
+  """Returns names as records have them: JAX_X, a variable, is option jax_x."""
+  return tuple(n.lower() if n.startswith('JAX_') else n for n in names)
 
 
 def check_names(

@@ -76,6 +76,11 @@ def test_variables(name, matters):
   assert environment.variables({name: '1', 'HOME': '/'}) == expected
 
 
+def test_the_name_of_a_variable_is_that_of_its_option():
+  found = environment.canonical(['JAX_ENABLE_X64', 'XLA_X', 'jaxlib'])
+  assert found == ('jax_enable_x64', 'XLA_X', 'jaxlib')
+
+
 def _record(**sections):
   base = {
     'versions': {'jax': '1', 'numpy': '2'},
