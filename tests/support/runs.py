@@ -187,7 +187,13 @@ def resumptions(workdir):
 def one_process_bits(workdir):
   """What `bits` should be: of the same stages, trained in this process."""
   value = json.loads((workdir / 'config.json').read_text())
-  for name in ('environment', 'data_fingerprint', 'run_id', 'workdir'):
+  for name in (
+    'environment',
+    'data_fingerprint',
+    'run_id',
+    'workdir',
+    'hostmem_dir',
+  ):
     del value[name]
   config = run_settings.RunConfig.from_json(value)
   expected = []

@@ -73,11 +73,13 @@ def _run(
   view: recorder.View,
 ) -> int:
   """Runs in a workdir that is locked and checked; see `run`."""
+  folder.hostmem_dir = os.path.realpath(where.hostmem_dir)
   known = folder.path, folder.locked_id, where.hostmem_dir, where.durable_dir
   if where.fresh:
     run_id, folder.earlier_id = run_ids.choose_new(*known)
   else:
     run_id, note = run_ids.choose(*known)
+    note = note or run_ids.check_place(folder.path, run_id, folder.hostmem_dir)
     if note:
       print(note, flush=True)
   folder.take_id(run_id)

@@ -19,6 +19,8 @@ from moetion_jax.runtime.records import changes, own_files
 RUN_ID = 'run_id'
 # The path that the folder had when a run in it last began.
 WORKDIR = 'workdir'
+# The directory of its stores in host memory at that time.
+HOSTMEM_DIR = 'hostmem_dir'
 _ID_BYTES = 8
 _ID = re.compile(rf'[0-9a-f]{{{2 * _ID_BYTES}}}')
 # Fields of every run's config.json, and what they hold.

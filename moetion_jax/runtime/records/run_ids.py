@@ -6,8 +6,9 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime.records import held_run
+from moetion_jax.runtime.records import changes, held_run
 
 
 def choose(
@@ -74,6 +75,43 @@ def choose_new(
     for recorded in _recorded(path, earlier, hostmem_dir)
   )
   return run_id or held_run.new_id(), '' if is_another else earlier
+
+
+def check_place(
+  path: str | os.PathLike[str], run_id: str, hostmem_dir: str
+) -> str:
+  """Checks that the run's stores are looked for where they are.
+
+  Args:
+    path: the workdir, checked.
+    run_id: the run's id.
+    hostmem_dir: the directory of the stores, its real path.
+
+  Returns:
+    What to tell the user, if anything.
+
+  Raises:
+    errors.ConfigError: a store there is of before the run went on with other
+      software elsewhere, and may not be gone on with.
+  """
+  config = held_run.read_config(path) or {}
+  recorded = config.get(held_run.HOSTMEM_DIR) or hostmem_dir
+  if recorded == hostmem_dir:
+    return ''
+  stale = run_store.folders(hostmem_dir, run_id)
+  if stale and config.get(changes.CHANGES):
+    raise errors.ConfigError(
+      'hostmem_dir',
+      hostmem_dir,
+      f'{stale[0]} is of before this run went on with other software, in '
+      f'{recorded}; pass --hostmem_dir={recorded}, or remove that folder',
+    )
+  if not os.path.isdir(recorded) or not run_store.folders(recorded, run_id):
+    return ''
+  return (
+    f"The run's snapshots are in {recorded}: with --hostmem_dir={recorded} it "
+    'goes on from them.'
+  )
 
 
 def find(path: str | os.PathLike[str], hostmem_dir: str) -> str:

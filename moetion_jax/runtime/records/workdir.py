@@ -32,7 +32,7 @@ _FOUND_OUT = (
   changes_lib.SOFTWARE,
 )
 # Fields that are no settings: they say which run it is, and where.
-_MARKS = (held_run.RUN_ID, held_run.WORKDIR)
+_MARKS = (held_run.RUN_ID, held_run.WORKDIR, held_run.HOSTMEM_DIR)
 
 
 class Workdir:
@@ -49,6 +49,7 @@ class Workdir:
     locked_id: the run's id that stands in the lock file; '' for none.
     run_id: the run's id, from `take_id` on.
     earlier_id: the id of the run that `accept` removes; '' for none.
+    hostmem_dir: the directory of the run's stores, which `accept` records.
     remove_elsewhere: removes what an earlier run left outside the folder, and
       returns what is not the run's and stays; `accept` calls it if the run
       begins anew.
@@ -75,6 +76,7 @@ class Workdir:
     self.locked_id = ''
     self.run_id = ''
     self.earlier_id = ''
+    self.hostmem_dir = ''
     self._id_before = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self.removed_earlier = False
@@ -254,7 +256,11 @@ class Workdir:
     (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)
     self.changes.write(
       config,
-      {held_run.RUN_ID: self.run_id, held_run.WORKDIR: str(self.path)},
+      {
+        held_run.RUN_ID: self.run_id,
+        held_run.WORKDIR: str(self.path),
+        held_run.HOSTMEM_DIR: self.hostmem_dir,
+      },
     )
     return kept
 

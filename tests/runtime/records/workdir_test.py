@@ -415,3 +415,26 @@ def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
   run.rename(tmp_path / 'kept')
   found = run_ids.choose_new(tmp_path / 'copy', earlier, str(hostmem), '')
   assert found[0] != earlier and not found[1]
+
+
+def test_where_the_snapshots_are_is_told(run, tmp_path):
+  """A store of before an accepted change is never gone on with."""
+  there, here = tmp_path / 'there', tmp_path / 'here'
+  run_id = held_run.read_id(run)
+  config = _held(run) | {'hostmem_dir': str(there)}
+  (run / 'config.json').write_text(json.dumps(config))
+  for folder in (there, here):
+    (folder / f'moetion-{run_id}').mkdir(parents=True, mode=0o700)
+  assert not run_ids.check_place(run, run_id, str(there))
+  note = run_ids.check_place(run, run_id, str(here))
+  assert f'--hostmem_dir={there}' in note
+  entry = {'names': ['jax'], 'exact_until': 1, 'complete_at': [1]}
+  (run / 'config.json').write_text(json.dumps(config | {'changes': [entry]}))
+  assert not run_ids.check_place(run, run_id, str(there))
+  with pytest.raises(errors.ConfigError) as caught:
+    run_ids.check_place(run, run_id, str(here))
+  assert f'--hostmem_dir={there}' in str(caught.value)
+  (here / f'moetion-{run_id}').rmdir()  # as the error says
+  assert run_ids.check_place(run, run_id, str(here))
+  shutil.rmtree(there)  # after a reboot
+  assert not run_ids.check_place(run, run_id, str(here))
