@@ -1,4 +1,4 @@
-"""What a loop's snapshots were taken with, and where that changed.
+"""The environment of a loop's snapshots, and the places where it changed.
 
 `environment.json` in the folder holds it. A loop that goes on with other
 software, options or flags comes to other bits; that is refused by name, or

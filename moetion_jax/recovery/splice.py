@@ -1,4 +1,4 @@
-"""Where a run went on with other software, and so with other bits.
+"""Places where a run went on with other software, and so with other bits.
 
 What was captured before can still be a start: its conversion folds snapshots of
 the old trajectory and replays between them with the new software. Which bits

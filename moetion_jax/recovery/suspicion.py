@@ -1,4 +1,4 @@
-"""What damaged log entries make doubtful, and from where to go on; pure.
+"""Damaged log entries: all that they make doubtful, and the way back; pure.
 
 A read is verified, but memory can be damaged after that, while a program reads
 it: then states, snapshots and later entries come out wrong and have right

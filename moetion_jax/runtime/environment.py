@@ -1,4 +1,4 @@
-"""What outside a run's settings can change its programs, and so its bits.
+"""All outside a run's settings that can change its programs and so its bits.
 
 A record is plain JSON, a section for each source: `read_environment` makes it
 in a process that has a backend; here it is parsed, compared and put into words,

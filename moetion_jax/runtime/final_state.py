@@ -33,7 +33,7 @@ _FULL_POLL_SECONDS = 0.05  # tmpfs does not notify when it has room again
 
 
 class DamagedError(errors.StoreError):
-  """What a worker handed over is not what it had.
+  """A worker's state that was handed over is not the one it had.
 
   Attributes:
     stage: the worker's stage.

@@ -1,4 +1,4 @@
-"""What --fresh removes and when, and what no run takes for its own.
+"""The removals of --fresh, and files that no run takes for its own.
 
 The real program, with the files that users had in its workdir (issue 18).
 """

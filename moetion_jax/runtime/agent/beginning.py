@@ -13,7 +13,7 @@ from moetion_jax.runtime.records import workdir
 
 
 class Readiness:
-  """Who can train, and who died before that."""
+  """The workers that can train, and the deaths before that."""
 
   def __init__(self, max_failures: int):
     """Stores the limit.

@@ -85,7 +85,7 @@ class Comeback:
 
   @property
   def goes_together(self) -> bool:
-    """Whether at a failure of this moment all stages go back."""
+    """True if all stages would go back at a failure of this moment."""
     return not self._rules.is_local or self._rollback.is_under_way
 
   # ---- damaged entries -------------------------------------------------------

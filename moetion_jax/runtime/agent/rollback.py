@@ -65,12 +65,12 @@ class Rollback:
 
   @property
   def is_under_way(self) -> bool:
-    """Whether all stages are to go back, and have not begun again."""
+    """True while all stages are to go back and have not begun again."""
     return self.trusted is not None or bool(self._failed)
 
   @property
   def is_ready(self) -> bool:
-    """Whether everybody has stopped to go back."""
+    """True if everybody has stopped to go back."""
     return bool(self._failed) and all(w.is_idle for w in self._crew.workers)
 
   def begin(

@@ -52,7 +52,7 @@ class Changes:
 
   @property
   def splices(self) -> tuple[splice_lib.Splice, ...]:
-    """Where the run went on with another environment, in order."""
+    """The places where the run went on with another environment, in order."""
     return splices_of(self.known.get(CHANGES, ()))
 
   @property

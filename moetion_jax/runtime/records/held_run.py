@@ -1,4 +1,4 @@
-"""What a folder says of the run that it holds: config.json, and the run's id.
+"""The run that a folder holds: its config.json and its id.
 
 The id names the run's store in host memory and its folder of snapshots on disk.
 It stands in config.json; before there is one, in the lock file. It goes with

@@ -1,4 +1,4 @@
-"""What a run makes in folders that a user names: its names, its removal.
+"""A run's own files in folders that a user names: their names, their removal.
 
 Whatever has another name, or is of another kind, is somebody else's. It stays,
 wherever it lies, and with it the folders that it lies in. Symbolic links are
@@ -116,7 +116,7 @@ def find(folder: str | os.PathLike[str], tree: Tree) -> Found:
 
 
 def _is_a(entry: os.DirEntry[str], inner: Tree | None) -> bool:
-  """Whether an entry is a link, or a file or a folder as a run makes it."""
+  """Tells whether an entry is a link, or a file or folder as a run makes it."""
   if entry.is_symlink():
     return True
   if inner is None:

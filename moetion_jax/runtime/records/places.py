@@ -1,4 +1,4 @@
-"""Where a run reads and writes: nothing may lie where the run removes things.
+"""Places that a run reads and writes: none may lie where it removes things.
 
 Paths are compared as what they are in the end, and by each symbolic link that
 they lead through.
@@ -193,7 +193,7 @@ def _data_files(data: str, doomed: Collection[str]) -> Iterator[str]:
 
 
 def is_inside(path: str, folder: str) -> bool:
-  """Whether a path is a folder or lies in it; both without links."""
+  """Tells whether a path is a folder or lies in it; both without links."""
   return os.path.commonpath([path, folder]) == folder
 
 

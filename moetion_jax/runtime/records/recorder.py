@@ -142,7 +142,7 @@ class Recorder:
 
   @property
   def removed_earlier(self) -> bool:
-    """Whether an earlier run was removed, or a part of it."""
+    """True if an earlier run was removed, or a part of it."""
     return self._folder.removed_earlier
 
   @property
@@ -214,7 +214,7 @@ class Recorder:
 
   @property
   def splices(self) -> tuple[splice_lib.Splice, ...]:
-    """Where the run went on with another environment, in order."""
+    """The places where the run went on with another environment, in order."""
     return self._folder.changes.splices
 
   def begin_splice(self, splice: splice_lib.Splice) -> bool:

@@ -150,7 +150,7 @@ class Workdir:
 
   @property
   def begins_anew(self) -> bool:
-    """Whether nothing of an earlier run is gone on with."""
+    """True if nothing of an earlier run is gone on with."""
     return self._fresh or not os.path.lexists(self.path / own_files.CONFIG)
 
   def check(self, config: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class LastState:
 
 
 class Finish:
-  """What a worker does at the end; `obey` does it."""
+  """A worker's part in the end of the run; `obey` does it."""
 
   def __init__(
     self,

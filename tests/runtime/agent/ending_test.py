@@ -1,4 +1,4 @@
-"""What a run says at its end of the one that it was to replace."""
+"""A run tells at its end of the one that it was to replace."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What the leader does with logs that are damaged, cut or gone."""
+"""The leader's handling of logs that are damaged, cut or gone."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def _key(iteration, stage):
 
 @pytest.fixture
 def one(shm_folder, tmp_path):
-  """Of two stages, whose logs have iterations 3 to 6."""
+  """Makes the stores of two stages, whose logs have iterations 3 to 6."""
   store = store_folder.StoreFolder(shm_folder, 'moetion-test')
   store.start()
   for stage in (0, 1):

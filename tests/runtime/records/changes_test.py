@@ -1,4 +1,4 @@
-"""What config.json says of the environments that a run had."""
+"""The environments of a run in its config.json."""
 
 import json
 
@@ -20,7 +20,7 @@ _BEFORE = {**_HERE, 'versions': {'jax': '1'}}
 
 
 def _changes(path, *accepted, environment=_HERE):
-  """What a start sees, with the environment of now compared."""
+  """Compares the environment of now, as a start does."""
   one = changes.Changes(path, accepted)
   one.known = json.loads(path.read_text())
   one.check(environment)

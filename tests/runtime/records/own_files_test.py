@@ -1,4 +1,4 @@
-"""What a run made is removed by name; what others made stays."""
+"""A run's own files are removed by name; those of others stay."""
 
 import pathlib
 

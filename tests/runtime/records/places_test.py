@@ -127,7 +127,7 @@ def test_data_that_fresh_removes(here, data):
 
 
 def test_data_through_a_link_that_fresh_removes(here):
-  """What it points to stays, but is not found any more."""
+  """Its target stays, but is not found any more."""
   (here / 'r' / 'events.jsonl').symlink_to('../text/a.txt')
   with pytest.raises(errors.ConfigError, match=f'{here}/r/events.jsonl'):
     _check(True, data='r/events.jsonl')

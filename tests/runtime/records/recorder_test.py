@@ -1,4 +1,4 @@
-"""What the recorder forgets, and what it says again."""
+"""The recorder forgets lines, and says things again."""
 
 import contextlib
 import json

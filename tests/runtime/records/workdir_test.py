@@ -75,7 +75,7 @@ def _contents(folder):
 
 
 def _leave_all(path):
-  """What a finished run leaves, beside config.json."""
+  """Makes all that a finished run leaves, beside config.json."""
   for name in (
     'metrics.jsonl',
     'events.jsonl',

@@ -1,4 +1,4 @@
-"""What the saver compares with what the leader wrote down."""
+"""The saver compares the state with the line that the leader wrote."""
 
 import numpy as np
 import pytest
