@@ -8,14 +8,13 @@ import errno
 import gc
 import os
 import pathlib
-import subprocess
 import threading
 
 import pytest
 
 from moetion_jax import keys
 from moetion_jax.hostmem import segment_reader
-from tests.support import runs
+from tests.support import helpers, runs
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
@@ -78,13 +77,8 @@ def test_a_full_log(host, tmp_path, undisturbed):
 @pytest.fixture
 def small_tmpfs(tmp_path):
   """A tmpfs of its own, that can be filled."""
-  path = tmp_path / 'tmpfs'
-  path.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64m', 'none', str(path)]
-  if subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip('mounting a tmpfs is not allowed here')
-  yield path
-  subprocess.run(['umount', '--lazy', str(path)], check=True)
+  with helpers.small_tmpfs(tmp_path / 'tmpfs') as path:
+    yield path
 
 
 @contextlib.contextmanager

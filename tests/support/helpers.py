@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from launch.chaos import draw
 from launch.lm import one_process, settings as run_settings, transformer_job
@@ -117,6 +119,37 @@ def digests_of(
     check_vma=False,
   )
   return stage.partition.by_operator(jax.jit(digest)(state))
+
+
+class NotesView:
+  """A view of a run that shows its notes, on stderr, and nothing else."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    pass
+
+  def show(self, line, busy):
+    """Shows nothing."""
+
+  def stages(self, states):
+    """Shows nothing."""
+
+  def note(self, text):
+    """Prints a note."""
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def small_tmpfs(path: pathlib.Path):
+  """Mounts a tmpfs of 64 MiB at a new folder; skips the test if it may not."""
+  path.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64m', 'none', str(path)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting a tmpfs is not allowed here')
+  yield path
+  subprocess.run(['umount', '--lazy', str(path)], check=True)
 
 
 def launch(module: str, *arguments: str, timeout_seconds: float = 120):

@@ -1,13 +1,12 @@
 """Room in host memory at the beginning of a run: what counts as free."""
 
-import subprocess
-
 import pytest
 
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.agent import beginning, settings as agent_settings
 from moetion_jax.runtime.records import held_run, workdir
+from tests.support import helpers
 
 _MIB = 1 << 20
 
@@ -15,13 +14,8 @@ _MIB = 1 << 20
 @pytest.fixture
 def hostmem(tmp_path):
   """A tmpfs of 64 MiB."""
-  path = tmp_path / 'shm'
-  path.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64m', 'none', str(path)]
-  if subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip('mounting a tmpfs is not allowed here')
-  yield path
-  subprocess.run(['umount', '--lazy', str(path)], check=True)
+  with helpers.small_tmpfs(tmp_path / 'shm') as path:
+    yield path
 
 
 @pytest.mark.parametrize(

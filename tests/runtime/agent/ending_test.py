@@ -3,7 +3,6 @@
 import json
 import pathlib
 import selectors
-import sys
 from typing import cast
 
 import pytest
@@ -19,23 +18,6 @@ from moetion_jax.runtime.agent import (
 from moetion_jax.runtime.hosts import crew as crew_lib, hosts as hosts_lib
 from moetion_jax.runtime.records import held_run, recorder, workdir
 from tests.support import helpers
-
-
-class _View:
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  def show(self, line, busy):
-    pass
-
-  def stages(self, states):
-    pass
-
-  def note(self, text):
-    print(text, file=sys.stderr)
 
 
 @pytest.fixture
@@ -66,7 +48,7 @@ def _ending(tmp_path: pathlib.Path, folder: workdir.Workdir) -> ending.Ending:
     faults.FaultBook([]),
   )
   return ending.Ending(
-    recorder.Recorder(config, folder, _View()),
+    recorder.Recorder(config, folder, helpers.NotesView()),
     hosts,
     crew,
     keeps_store=True,

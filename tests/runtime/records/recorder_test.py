@@ -14,28 +14,13 @@ from tests.support import helpers
 _OPERATOR = keys.OperatorId('head')
 
 
-class _View:
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  def show(self, line, busy):
-    pass
-
-  def stages(self, states):
-    pass
-
-  def note(self, text):
-    pass
-
-
 @contextlib.contextmanager
 def _opened(path, environment, *accepted):
   folder = workdir.Workdir(str(path), fresh=False, accept_changes=accepted)
   folder.lock()
-  with recorder.Recorder(helpers.micro_run(), folder, _View()) as made:
+  with recorder.Recorder(
+    helpers.micro_run(), folder, helpers.NotesView()
+  ) as made:
     made.accept(
       {
         0: {
