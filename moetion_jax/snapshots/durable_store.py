@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from moetion_jax import errors
+from moetion_jax import disk, errors
 from moetion_jax.hostmem import private
 from moetion_jax.snapshots import (
   file as snapshot_file,
@@ -72,7 +72,7 @@ class DurableStore:
       for path in reversed(missing):
         private.make_folder(path, exist_ok=True)
         # Else its contents reach the disk without it.
-        _sync_folder(path.parent)
+        disk.sync_folder(path.parent)
       private.make_folder(self.folder, exist_ok=True)  # it may be a file
     except OSError as error:
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
@@ -144,13 +144,13 @@ class DurableStore:
     self._copy(source, temporary, snapshot_file.DATA_NAME, used_bytes)
     manifest = snapshot_file.MANIFEST_NAME
     self._copy(source, temporary, manifest, (source / manifest).stat().st_size)
-    _sync_folder(temporary)
+    disk.sync_folder(temporary)
     if final.exists():  # it is damaged or was taken again
       old = final.with_name(final.name + _OLD_SUFFIX)
       final.rename(old)
       shutil.rmtree(old, ignore_errors=True)
     temporary.rename(final)
-    _sync_folder(self.folder)
+    disk.sync_folder(self.folder)
 
   def _copy(
     self,
@@ -170,11 +170,3 @@ class DurableStore:
         count = min(_PIECE_BYTES, size_bytes - offset)
         offset += os.sendfile(new.fileno(), old.fileno(), offset, count)
       os.fsync(new.fileno())
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-  fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)

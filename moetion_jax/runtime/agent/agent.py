@@ -398,9 +398,9 @@ class Agent:
     if self._recoverer.advance(
       self._recorder.iteration, keeps_older=keeps_older
     ):
+      self._stores.line_moved(self._recoverer.line)
       for each in self._crew.workers:
         each.send('line', iteration=self._recoverer.line)
-      self._stores.retain_orphans(self._recoverer.line)
 
   def _on_report(self, worker, message: messages.Message) -> None:
     one = report.Report.from_json(message['report'])

@@ -93,7 +93,11 @@ class Ending:
 
     Args:
       checkpoint: the path of that checkpoint.
+
+    Raises:
+      OSError: the lines of metrics cannot be brought to disk.
     """
+    self._recorder.sync()
     self._recorder.event('finished', iteration=self._recorder.iteration)
     self.end(0, 'finished')
     self.keep(False)

@@ -139,8 +139,8 @@ class Stores:
   def orphan(self, stage: int, team: Collection[int]) -> None:
     """Notes that of a stage only the replicas in `team` write snapshots now.
 
-    The others' committed snapshots stay until `retain_orphans`; their room for
-    more is given back.
+    The others' committed snapshots stay until `line_moved`; their room for more
+    is given back.
     """
     folder = self._snapshots_of(stage)
     written = {folders.snapshots_folder(folder, stage, r) for r in team}
@@ -152,11 +152,20 @@ class Stores:
           if not snapshot_file.is_snapshot_name(other.name):
             self._remove(other)
 
-  def retain_orphans(self, first_iteration: int) -> None:
-    """Removes earlier snapshots that have no writer to do so."""
+  def line_moved(self, line: int) -> None:
+    """Removes snapshots before the line that have no writer to do so.
+
+    Call it before writers are told of the line. Snapshots on disk that begin at
+    the line are of use only with the lines of metrics up to it.
+
+    Args:
+      line: the recovery line.
+    """
+    if self._durable_folder:
+      self._recorder.sync()
     for folder in self._orphans:
       for iteration, path in snapshot_file.list_snapshots(folder).items():
-        if iteration < first_iteration:
+        if iteration < line:
           self._remove(path)
 
   def _remove(self, path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from moetion_jax import errors
+from moetion_jax import disk, errors
 from moetion_jax.runtime.records import own_files
 from moetion_jax.snapshots import file as snapshot_file
 
@@ -39,9 +39,11 @@ def is_committed(path: str | os.PathLike[str]) -> bool:
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Gives a place to write a checkpoint to, then moves it to where it belongs.
 
-  The place lies beside the path. When the body has ended, the checkpoint that
-  was at the path is removed by name, and the new one takes its place; files of
-  others stay, then it is moved in beside them, what commits it last.
+  The place lies beside the path. When the body has ended, all of it is synced
+  to disk. Then the checkpoint that was at the path is removed by name, and the
+  new one takes its place; files of others stay, then it is moved in beside
+  them, what commits it last. Once this ends, not even a loss of power takes the
+  new one away.
 
   Args:
     path: the folder of the checkpoint.
@@ -64,6 +66,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
       clear(place)
     raise
   try:
+    disk.sync_tree(place)
+  except OSError as error:
+    raise _sync_error(folder, error) from error
+  try:
     _clear(folder, re.escape(folder.name))
     if folder.is_dir():
       _move_into(place, folder)
@@ -71,6 +77,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
       place.rename(folder)
   except OSError as error:
     raise _error(folder, error) from error
+  try:
+    disk.sync_folder(folder.parent)
+  except OSError as error:
+    raise _sync_error(folder, error) from error
 
 
 def clear(path: str | os.PathLike[str]) -> None:
@@ -114,17 +124,24 @@ def _prepare(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _move_into(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Moves all that is in a folder into another one, what commits it last."""
+  """Moves all that is in a folder into another one, what commits it last.
+
+  Each file that commits is moved when all before it is on disk, and is on disk
+  itself when this returns.
+  """
   target.mkdir(exist_ok=True)
   marker, commits = snapshot_file.COMMIT_MARKER_NAME, snapshot_file.COMMIT_NAMES
   for name in sorted(
     os.listdir(source), key=lambda n: (n in commits, n == marker, n)
   ):
     inner = source / name
+    if name in commits:
+      disk.sync_folder(target)
     if inner.is_dir() and (target / name).is_dir():
       _move_into(inner, target / name)
     else:
       inner.replace(target / name)
+  disk.sync_folder(target)
   source.rmdir()
 
 
@@ -132,4 +149,13 @@ def _error(folder: pathlib.Path, error: OSError) -> errors.StoreError:
   return errors.StoreError(
     f'{error.filename or folder}: {error.strerror}; move it away, then start '
     'again: a checkpoint is to be written there'
+  )
+
+
+def _sync_error(folder: pathlib.Path, error: OSError) -> errors.StoreError:
+  return errors.StoreError(
+    f'{error.filename or folder}: {error.strerror}: {disk.device_of(folder)} '
+    'does not keep what is written; have that disk looked at, or move the '
+    'workdir to another one, then start again: a checkpoint is to be written '
+    'there'
   )

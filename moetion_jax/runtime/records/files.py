@@ -14,7 +14,7 @@ import tempfile
 import time
 from typing import Any
 
-from moetion_jax import errors
+from moetion_jax import disk, errors
 
 # Of a JSON file that is being written, before eight characters.
 TEMPORARY_PREFIX = '.moetion-json-'
@@ -123,6 +123,11 @@ class MetricsFile:
           'start over'
         )
 
+  def sync(self) -> None:
+    """Returns once all lines are on disk: a loss of power leaves them."""
+    assert self._file is not None, 'start() was not called'
+    os.fsync(self._file.fileno())
+
   def cut(self, iteration: int) -> None:
     """Removes the lines of later iterations, which will come out otherwise."""
     assert self._file is not None, 'start() was not called'
@@ -149,8 +154,18 @@ class EventsFile:
       f.write(json.dumps(event | fields).encode() + b'\n')
 
 
-def write_json(path: str, value: Any, mode: int = 0o644) -> None:
-  """Replaces a JSON file atomically: readers see the old or the new one."""
+def write_json(
+  path: str, value: Any, mode: int = 0o644, *, outlives_power: bool = True
+) -> None:
+  """Replaces a JSON file atomically: readers see the old or the new one.
+
+  Args:
+    path: the file's path.
+    value: what it will hold.
+    mode: its mode.
+    outlives_power: whether a loss of power after this leaves the new one, and
+      one before that the old one. It takes as long as the disk takes.
+  """
   folder = os.path.dirname(path) or '.'
   with tempfile.NamedTemporaryFile(
     'w', dir=folder, prefix=TEMPORARY_PREFIX, delete=False
@@ -160,10 +175,14 @@ def write_json(path: str, value: Any, mode: int = 0o644) -> None:
       f.write('\n')
       f.flush()
       os.chmod(f.name, mode)
+      if outlives_power:
+        os.fsync(f.fileno())
       os.replace(f.name, path)
     except BaseException:  # a full disk, most likely
       os.unlink(f.name)
       raise
+  if outlives_power:
+    disk.sync_folder(folder)
 
 
 def _nonfinite(value: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from launch.lm import settings as run_settings
-from moetion_jax import report
+from moetion_jax import disk, report
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.records import (
@@ -212,6 +212,18 @@ class Recorder:
       self._newest = iteration
     self._reports = {i: x for i, x in self._reports.items() if i <= iteration}
 
+  def sync(self) -> None:
+    """Returns once all lines are on disk: a loss of power leaves them.
+
+    Call it before what they could be made from again is given up.
+
+    Raises:
+      OSError: they cannot be.
+    """
+    if self.accepted:
+      self._lines.sync()
+      disk.sync_folder(self._folder.path)
+
   @property
   def splices(self) -> tuple[splice_lib.Splice, ...]:
     """The places where the run went on with another environment, in order."""
@@ -291,4 +303,5 @@ class Recorder:
           for w in workers
         ],
       },
+      outlives_power=False,  # it is of processes, which do not either
     )

@@ -1,0 +1,103 @@
+"""Files and folders that must outlive a loss of power, and their disk's name.
+
+A rename is atomic for whoever looks, but until it is synced a machine that
+loses power may come back with the name and without the data.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+# What file systems without a sync of folders (some of FUSE) answer.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+
+
+def sync_file(path: str | os.PathLike[str]) -> None:
+  """Returns once a file's data and size are on disk.
+
+  Raises:
+    OSError: they cannot be; it names the file.
+  """
+  _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+  """Returns once the names in a folder are on disk.
+
+  Raises:
+    OSError: they cannot be; it names the folder.
+  """
+  try:
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+  except OSError as error:
+    if error.errno not in _NO_FOLDER_SYNC:
+      raise
+
+
+def sync_tree(path: str | os.PathLike[str]) -> None:
+  """Returns once a folder is on disk, with all that is below it.
+
+  Files come before the folders that name them. Links are not followed.
+
+  Raises:
+    OSError: it cannot be; it names the file or folder.
+  """
+  for folder, names, files in os.walk(path, topdown=False, onerror=_raise):
+    for name in files:
+      file = os.path.join(folder, name)
+      if not os.path.islink(file):
+        sync_file(file)
+    del names
+    sync_folder(folder)
+
+
+def device_of(path: str | os.PathLike[str]) -> str:
+  """Names the device on which a path lies, and where it is mounted.
+
+  Args:
+    path: the path; of what does not exist, the nearest folder that does counts.
+
+  Returns:
+    For people; the path itself where the system does not tell.
+  """
+  real = os.path.realpath(path)
+  best = ('', str(path))
+  try:
+    with open('/proc/self/mountinfo') as file:
+      for mount, name in _mounts(file):
+        inside = mount.rstrip('/') + '/'
+        # Of several at one place the last one is seen.
+        if f'{real}/'.startswith(inside) and len(mount) >= len(best[0]):
+          best = mount, name
+  except OSError:
+    pass
+  return best[1]
+
+
+def _mounts(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
+  """Yields mount points, and what is mounted there in words."""
+  for line in lines:
+    fields, _, rest = line.partition(' - ')
+    mount = re.sub(
+      r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), fields.split()[4]
+    )
+    kind, source, *_ = rest.split()
+    yield mount, f'{source} ({kind}, mounted at {mount})'
+
+
+def _sync(path: str | os.PathLike[str], flags: int) -> None:
+  try:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+      os.fsync(fd)
+    finally:
+      os.close(fd)
+  except OSError as error:  # that of a descriptor names no file
+    raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _raise(error: OSError) -> None:
+  raise error
