@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
   (spec,) = stages.cut(shape, 1)
   model = stages.build_stage(shape, spec, seed=0)
   tree = checkpoint.load(path, 'checkpoint')
+  checkpoint.check_all_stages(tree, path, 'checkpoint')
   missing = model.shapes.keys() - tree['parameters'].keys()
   if missing:
     raise errors.ConfigError('checkpoint', path, f'has no {min(missing)}')

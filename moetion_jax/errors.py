@@ -45,5 +45,9 @@ class StoreError(MoetionError):
   """The host store is full, damaged or not usable here."""
 
 
+class DamagedDiskError(StoreError):
+  """A disk returned other bits than were written to it, several times."""
+
+
 class NoRoomError(StoreError):
   """Host memory stayed full for the whole time allowed to wait for room."""

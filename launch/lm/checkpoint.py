@@ -22,16 +22,23 @@ import jax
 import numpy as np
 from orbax import checkpoint as ocp
 
-from launch.lm import checkpoint_proof, settings as run_settings
-from moetion_jax import errors
+from launch.lm import (
+  checkpoint_proof,
+  read_errors,
+  settings as run_settings,
+)
+from moetion_jax import disk, errors
 from moetion_jax.programs import stage as stage_lib
-from moetion_jax.runtime.records import checkpoint_folder
+from moetion_jax.runtime.records import checkpoint_folder, own_files
 from moetion_jax.snapshots import file as snapshot_file, orbax_handler
 from moetion_jax.state import host_digest, partition
 
 _MASTER = checkpoint_proof.MASTER
 _ATTEMPTS = 2
 _PARTS = frozenset(('iteration', 'parameters', 'optimizer'))
+_ENDS = ('embedding', 'head')  # groups that the first and last stage have
+_ADVICE = 'use a copy of it, or train again'
+_NAME_ONE = "name a finished run's WORKDIR/checkpoint"
 _OTHER_OPTIMIZER = (
   ': it is of a run with another optimizer; --init_weights_only begins with a '
   'new state of this one'
@@ -45,6 +52,7 @@ def save(
   config: run_settings.RunConfig,
   digests: host_digest.Digests,
   on_written: Callable[[str], None] = lambda path: None,
+  on_damaged: Callable[[str], None] = lambda what: None,
 ) -> None:
   """Writes all stages' training states, replacing what is at the path.
 
@@ -59,36 +67,48 @@ def save(
     config: the run's settings.
     digests: the digests of all operators, as the devices computed them.
     on_written: called with the folder before it is read back.
+    on_damaged: called with what is wrong when it was read back with other bits
+      and is written once more.
 
   Raises:
-    errors.StoreError: they cannot be written, or read back as they were.
+    errors.DamagedDiskError: they were read back with other bits each time.
+    errors.StoreError: they cannot be written, or are not those of the digests.
   """
   proof = checkpoint_proof.of_states(states, iteration, digests)
   tree = _tree(states, iteration)
   metadata = checkpoint_proof.to_metadata(config.to_json(), proof)
   path = os.path.abspath(path)
   with checkpoint_folder.replacing(path) as aside:
-    damage = ''
-    for _ in range(_ATTEMPTS):
+    for attempt in range(1, _ATTEMPTS + 1):
       try:
         _write(aside, tree, metadata)
       except Exception as error:  # Orbax and TensorStore raise many kinds
         raise errors.StoreError(
-          f'{path}: the checkpoint cannot be written: {_first_line(error)}; '
+          f'{path}: the checkpoint cannot be written: {read_errors.first_line(error)}; '
           'make that possible, then start again'
         ) from error
       on_written(aside)
       try:
-        _read(aside, 'out')
-      except errors.ConfigError as error:
-        damage = error.reason
-        checkpoint_folder.clear(aside)
-      else:
+        _read(aside)
         return
-    raise errors.StoreError(
+      except _UnusableError as error:
+        damage = str(error)
+      checkpoint_folder.clear(aside)
+      if of_memory := proof.damage(tree):
+        raise errors.StoreError(
+          f'{path}: the state that was to be saved has changed in host memory: '
+          f'{of_memory}. Have that memory tested'
+        )
+      if attempt < _ATTEMPTS:
+        on_damaged(
+          f'{path}: the checkpoint was read back otherwise than it was written '
+          f'to {disk.device_of(path)}: {damage}'
+        )
+    raise errors.DamagedDiskError(
       f'{path}: the checkpoint was written {_ATTEMPTS} times and read back '
-      f'with other bits each time, the last time: {damage}. The disk is '
-      'damaged, or memory: name a folder on another disk, or have them tested'
+      f'otherwise each time, the last time: {damage}. What is in memory still '
+      f'has its digests: {disk.device_of(path)} is damaged, or the way to it. '
+      'Have it tested, or move the workdir to another disk'
     )
 
 
@@ -142,7 +162,10 @@ def load(path: str, flag: str) -> dict[str, Any]:
   Raises:
     errors.ConfigError: it is missing, damaged or not one of ours.
   """
-  tree, is_proven = _read(path, flag)
+  try:
+    tree, is_proven = _read(path)
+  except _UnusableError as error:
+    raise error.of_flag(flag, path) from error
   if not is_proven:
     print(
       f'{path}: is of an earlier version and carries no digests: whether it is '
@@ -153,25 +176,44 @@ def load(path: str, flag: str) -> dict[str, Any]:
   return tree
 
 
-def _read(path: str, flag: str) -> tuple[dict[str, Any], bool]:
-  """Reads a checkpoint; returns it, and whether it could be compared."""
-  proof = _metadata(path, flag)[1]
+class _UnusableError(Exception):
+  """A checkpoint cannot be used; the message is the end of a sentence."""
+
+  def __init__(self, what: str, advice: str = _ADVICE):
+    """Stores what is wrong, and what the user can do."""
+    super().__init__(what)
+    self._advice = advice
+
+  def of_flag(self, flag: str, path: str) -> errors.ConfigError:
+    """Returns the error for the user who named the checkpoint by a flag."""
+    return errors.ConfigError(flag, path, f'{self}; {self._advice}')
+
+
+def _read(path: str) -> tuple[dict[str, Any], bool]:
+  """Reads a checkpoint; returns it, and whether it could be compared.
+
+  Raises:
+    _UnusableError: it is missing, damaged or not one of ours.
+  """
+  proof = _metadata(path)[1]
   try:
-    with _checkpointer() as checkpointer:
+    with _checkpointer() as checkpointer, read_errors.quiet():
       tree = checkpointer.restore(os.path.abspath(path))
-  except Exception as e:  # as above
-    raise errors.ConfigError(
-      flag, path, f'cannot be restored: {_first_line(e)}'
-    ) from e
+  except Exception as error:  # Orbax and TensorStore raise many kinds
+    raise _UnusableError(
+      f'cannot be restored: {read_errors.explain(path, error)}'
+    ) from error
   try:
     if not tree.keys() >= _PARTS:
       reason = f'not a checkpoint of ours (no {", ".join(sorted(_PARTS))})'
-    elif reason := proof.damage(tree) if proof else '':
-      reason = f'is damaged: {reason}; use a copy of it, or another one'
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
-    reason = f'is damaged, or not a checkpoint of ours: {_first_line(e)}'
+    else:
+      reason = proof.damage(tree) if proof else ''
+      reason = reason and f'is damaged: {reason}'
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    reason = 'is damaged, or not a checkpoint of ours: '
+    reason += read_errors.first_line(error)
   if reason:
-    raise errors.ConfigError(flag, path, reason)
+    raise _UnusableError(reason)
   return tree, proof is not None
 
 
@@ -181,36 +223,80 @@ def load_config(path: str, flag: str) -> run_settings.RunConfig:
   Raises:
     errors.ConfigError: it is missing, damaged or not one of ours.
   """
-  config, _ = _metadata(path, flag)
+  try:
+    config, _ = _metadata(path)
+  except _UnusableError as error:
+    raise error.of_flag(flag, path) from error
   try:
     return run_settings.RunConfig.from_json(config)
-  except Exception as e:  # fields of another version, of whatever type
-    raise errors.ConfigError(
-      flag, path, f'carries no configuration of ours: {_first_line(e)}'
-    ) from e
-
-
-def _metadata(
-  path: str, flag: str
-) -> tuple[Any, checkpoint_proof.Proof | None]:
-  """Reads the configuration and the proof that a checkpoint carries."""
-  if not os.path.isdir(path):
-    raise errors.ConfigError(flag, path, 'no such folder')
-  try:
-    # Not by Orbax, which logs what is wrong and then returns none.
-    with open(
-      os.path.join(path, snapshot_file.ORBAX_METADATA_NAME), 'rb'
-    ) as file:
-      metadata = json.load(file)['custom_metadata']
-    proof = checkpoint_proof.from_metadata(metadata)
-  except (OSError, ValueError, KeyError, TypeError) as e:
+  except Exception as error:  # fields of another version, of whatever type
     raise errors.ConfigError(
       flag,
       path,
-      f'its {snapshot_file.ORBAX_METADATA_NAME} is damaged, or not '
-      f'that of a checkpoint of ours: {_first_line(e)}',
-    ) from e
+      'carries no configuration of ours: '
+      f'{read_errors.first_line(error)}; use it with the version that wrote it, '
+      f'else {_ADVICE}',
+    ) from error
+
+
+def _metadata(path: str) -> tuple[Any, checkpoint_proof.Proof | None]:
+  """Reads the configuration and the proof that a checkpoint carries.
+
+  Raises:
+    _UnusableError: they are missing, damaged or not ours.
+  """
+  name = snapshot_file.ORBAX_METADATA_NAME
+  file = os.path.join(path, name)
+  try:
+    # Not by Orbax, which logs what is wrong and then returns none.
+    with open(file, 'rb') as opened:
+      metadata = json.load(opened)['custom_metadata']
+    proof = checkpoint_proof.from_metadata(metadata)
+  except FileNotFoundError as error:
+    raise _no_metadata(path) from error
+  except NotADirectoryError as error:
+    raise _UnusableError('is no folder', _NAME_ONE) from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise _UnusableError(
+      f'its {name} is damaged, or not that of a checkpoint of ours: '
+      f'{read_errors.first_line(error)}'
+    ) from error
   return metadata[checkpoint_proof.CONFIG], proof
+
+
+def _no_metadata(path: str) -> _UnusableError:
+  """Says what a folder is that lacks the file each checkpoint of ours has."""
+  name = snapshot_file.ORBAX_METADATA_NAME
+  if not os.path.isdir(path):
+    return _UnusableError('no such folder', _NAME_ONE)
+  inside = os.path.join(path, own_files.CHECKPOINT_NAME)
+  if os.path.isfile(os.path.join(inside, name)):
+    return _UnusableError('is a workdir, not a checkpoint', f'name {inside}')
+  return _UnusableError(
+    f'its {name} is missing: it is damaged, or not a checkpoint of ours'
+  )
+
+
+def check_all_stages(tree: Mapping[str, Any], path: str, flag: str) -> None:
+  """Checks that a checkpoint is of a whole model.
+
+  Args:
+    tree: the checkpoint, as `load` returned it.
+    path: its folder.
+    flag: the flag that named it, for errors.
+
+  Raises:
+    errors.ConfigError: it is of one stage, as `launch.convert` writes it.
+  """
+  names = tree['parameters']
+  missing = [p for p in _ENDS if not any(n.startswith(f'{p}/') for n in names)]
+  if missing:
+    raise errors.ConfigError(
+      flag,
+      path,
+      f'is the state of one stage, without {" and ".join(missing)} of the '
+      f'model, as launch.convert writes it; {_NAME_ONE}',
+    )
 
 
 def check(
@@ -229,6 +315,7 @@ def check(
   wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {
     ('parameters', n): s for n, s in stage.model.shapes.items()
   }
+  check_all_stages(tree, path, 'init_from')
   if not weights_only:
     for group, leaves in stage.whole.state_shapes.items():
       for leaf, shape in leaves.items():
@@ -284,7 +371,3 @@ def state_of(
       for group, leaves in stage.state_shapes.items()
     }
   )
-
-
-def _first_line(e: Exception) -> str:
-  return (str(e).splitlines() or [type(e).__name__])[0][:200]

@@ -38,22 +38,28 @@ class DamagedError(errors.StoreError):
   Attributes:
     stage: the worker's stage.
     replica: the worker's replica.
+    is_sent_so: whether what arrived is what was sent, by its checksums: the
+      state was another one before it came into host memory.
   """
 
-  def __init__(self, stage: int, replica: int, what: str):
+  def __init__(
+    self, stage: int, replica: int, what: str, *, is_sent_so: bool = False
+  ):
     """Makes the message of the worker's name and what is wrong.
 
     Args:
       stage: the stage of the worker that handed the state over.
       replica: its replica.
       what: what is damaged, as the end of a sentence.
+      is_sent_so: see the attribute.
     """
+    how = 'left its device damaged' if is_sent_so else 'arrived damaged'
     super().__init__(
-      f'the final state of stage {stage} replica {replica} arrived damaged: '
-      f'{what}'
+      f'the final state of stage {stage} replica {replica} {how}: {what}'
     )
     self.stage = stage
     self.replica = replica
+    self.is_sent_so = is_sent_so
 
 
 class StageState(NamedTuple):
@@ -194,7 +200,10 @@ def get(
     names = ', '.join(map(str, of_replica)) or 'see its checksum'
     where = folder_of(folder, stage, replica) / damaged.get(replica, '')
     raise DamagedError(
-      stage, replica, f'{where}: other bits than the device had: {names}'
+      stage,
+      replica,
+      f'{where}: other bits than the device had: {names}',
+      is_sent_so=replica not in damaged,
     )
   return StageState(state, digests)
 

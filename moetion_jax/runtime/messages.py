@@ -21,7 +21,10 @@ then:
     stopped_here  it has stopped, as it was told, and waits for `go`
     handed_over, saved: what `hand_over` or `save` asked for is done
     damaged   not saved: what a worker handed over is not what it had: `stage`
-              and `replica` of that worker, `what`
+              and `replica` of that worker, `what`; `is_sent_so`: that is what
+              it sent (`final_state.DamagedError`)
+    rewritten the checkpoint was read back damaged, and is written once more:
+              `what`
     fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
     refused   a setting is wrong: `flag`, `value`, `reason`
     failed    the worker ends now: `error`, `iteration`; `final`: another

@@ -434,8 +434,10 @@ class Agent:
     self._final.handed_over(worker, self._crew.givers(), self._recorder)
 
   def _on_damaged(self, worker, message: messages.Message) -> None:
-    givers = self._crew.givers()
-    self._final.damaged(worker, message, givers, self._recorder)
+    self._final.damaged(worker, message, self._crew.givers(), self._recorder)
+
+  def _on_rewritten(self, worker, message: messages.Message) -> None:
+    self._final.rewritten(worker, message, self._recorder)
 
   def _on_saved(self, worker, message: messages.Message) -> None:
     del worker, message

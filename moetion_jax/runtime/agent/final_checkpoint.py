@@ -11,6 +11,15 @@ from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import recorder as recorder_lib
 
 _MAX_DAMAGED = 3  # hand-overs of one worker
+_DAMAGED_MEMORY = (
+  'host memory is damaged. Have it tested, or name another tmpfs with '
+  '--hostmem_dir'
+)
+_DAMAGED_DEVICE = (
+  'host memory brought what was sent, by its checksums: the memory of the '
+  'device is damaged, or the way out of it (on CPU, the memory of the process). '
+  'Have it tested, or go on on another machine'
+)
 
 
 class FinalCheckpoint:
@@ -117,14 +126,35 @@ class FinalCheckpoint:
       raise child_process.WorkerError(
         message['stage'],
         recorder.iteration,
-        f'{what}; that was {count} times: host memory is damaged. '
-        'Have it tested, or name another tmpfs with --hostmem_dir',
+        f'{what}; that was {count} times: '
+        + (_DAMAGED_DEVICE if message['is_sent_so'] else _DAMAGED_MEMORY),
       )
     recorder.view.note(f'{what}; it is handed over again.')
     self._handed_over.discard(name)
     for giver in givers:
       if _name(giver) == name:
         giver.send('hand_over')
+
+  def rewritten(
+    self,
+    worker: child_process.WorkerProcess,
+    message: messages.Message,
+    recorder: recorder_lib.Recorder,
+  ) -> None:
+    """Tells that the checkpoint was read back damaged, and is written again.
+
+    Args:
+      worker: the worker that saves.
+      message: its message `rewritten`.
+      recorder: the recorder, which notes it.
+    """
+    recorder.event(
+      'final_checkpoint_damaged',
+      stage=worker.stage,
+      replica=worker.replica,
+      error=message['what'],
+    )
+    recorder.view.note(f'{message["what"]}; it is written once more.')
 
   def forget(self, stage: int) -> None:
     """Forgets what the workers of a stage did, since they go back."""

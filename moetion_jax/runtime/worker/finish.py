@@ -100,7 +100,11 @@ class Finish:
       ]
     except final_state.DamagedError as error:
       self._link.send(
-        'damaged', stage=error.stage, replica=error.replica, what=str(error)
+        'damaged',
+        stage=error.stage,
+        replica=error.replica,
+        what=str(error),
+        is_sent_so=error.is_sent_so,
       )
       return
     digests = {o: d for stage in stages for o, d in stage.digests.items()}
@@ -112,6 +116,7 @@ class Finish:
       self._spec.config,
       digests,
       self._on_written,
+      lambda what: self._link.send('rewritten', what=what),
     )
     self._link.send('saved')
 

@@ -28,7 +28,12 @@ if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
   from moetion_jax.runtime.worker import prepared as prepared_lib
 
 # Errors after which a new worker would come to the same end, or wait as long.
-_FINAL = (errors.NonFiniteError, errors.EntryMismatchError, errors.NoRoomError)
+_FINAL = (
+  errors.NonFiniteError,
+  errors.EntryMismatchError,
+  errors.NoRoomError,
+  errors.DamagedDiskError,
+)
 # A standby prepares beside workers that train: it must not take their time.
 # With 5 it was not warm after four minutes where two cores had much to do.
 _STANDBY_NICENESS = 2
