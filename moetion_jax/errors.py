@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class MoetionError(Exception):
-  """Base of every error this project raises on purpose."""
+  """Base of every error this project raises on purpose.
+
+  Attributes:
+    is_passing: whether its cause ends with the run: the same command does not
+      meet it again.
+  """
+
+  is_passing = False
 
 
 class ConfigError(MoetionError):
@@ -34,7 +41,18 @@ class WrongBitsError(MoetionError):
 
 
 class NonFiniteError(WrongBitsError):
-  """The loss or the gradient norm of an iteration is NaN or infinite."""
+  """The loss or the gradient norm of an iteration is NaN or infinite.
+
+  Attributes:
+    what: the error without the advice.
+    advice: what to do if no damage explains it.
+  """
+
+  def __init__(self, what: str, advice: str):
+    """Makes the message of both."""
+    super().__init__(f'{what}; {advice}')
+    self.what = what
+    self.advice = advice
 
 
 class EntryMismatchError(WrongBitsError):

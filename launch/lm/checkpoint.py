@@ -83,9 +83,10 @@ def save(
       try:
         _write(aside, tree, metadata)
       except Exception as error:  # Orbax and TensorStore raise many kinds
+        why = read_errors.first_line(error)
         raise errors.StoreError(
-          f'{path}: the checkpoint cannot be written: {read_errors.first_line(error)}; '
-          'make that possible, then start again'
+          f'{path}: the checkpoint cannot be written: {why}; make that '
+          'possible, then start again'
         ) from error
       on_written(aside)
       try:
@@ -234,8 +235,8 @@ def load_config(path: str, flag: str) -> run_settings.RunConfig:
       flag,
       path,
       'carries no configuration of ours: '
-      f'{read_errors.first_line(error)}; use it with the version that wrote it, '
-      f'else {_ADVICE}',
+      f'{read_errors.first_line(error)}; use it with the version that wrote '
+      f'it, else {_ADVICE}',
     ) from error
 
 

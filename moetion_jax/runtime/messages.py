@@ -27,7 +27,8 @@ then:
               `what`
     fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
     refused   a setting is wrong: `flag`, `value`, `reason`
-    failed    the worker ends now: `error`, `iteration`; `final`: another
+    failed    the worker ends now: `error`, `iteration`; `advice`: what to do
+              if no damage explains it, or ''; `final`: another
               attempt would end the same way; `suspects`: iterations of
               snapshots that may be damaged; `corrupt`: stage and iteration of
               a damaged log entry, or null; `has_wrong_bits`: a damaged log

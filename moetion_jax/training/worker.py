@@ -344,8 +344,9 @@ class Worker:
     verdict = scalars_lib.judge(partials, config.optimizer.clip_norm)
     if not verdict.is_finite and not config.skip_nonfinite:
       raise errors.NonFiniteError(
-        f'iteration {iteration}: {scalars_lib.explain(verdict)}; lower '
-        '--learning_rate, or pass --skip_nonfinite to leave such updates out'
+        f'iteration {iteration}: {scalars_lib.explain(verdict)}',
+        'lower --learning_rate, or pass --skip_nonfinite to leave such updates '
+        'out, and --fresh to start over with it',
       )
     return verdict
 

@@ -171,7 +171,7 @@ def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   _, err = runs.end(run, 1)
   assert 'stage 1, iteration' in err and 'SIGKILL' in err
   assert '--max_failures=0' in err
-  assert 'The same command goes on' in err and '--fresh' in err
+  assert 'the same command goes on' in err and '--fresh' in err
   assert runs.kinds(workdir)[-2:] == ['failure', 'failed']
   event = runs.events(workdir)[-1]
   assert event['stage'] == 1 and event['iteration'] >= 6
@@ -239,7 +239,7 @@ def test_a_full_disk_ends_a_run_that_can_go_on(host, tmp_path, undisturbed):
   resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (1, 1))
   _, err = runs.end(run, 1)
   assert 'Traceback' not in err
-  assert 'File too large' in err and 'The same command goes on' in err
+  assert 'File too large' in err and 'the same command goes on' in err
   runs.end(host.train(workdir))
   assert min(runs.resumptions(workdir)) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed

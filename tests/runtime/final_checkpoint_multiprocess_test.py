@@ -102,7 +102,7 @@ def test_memory_that_stays_damaged_ends_the_run(host, workdir, undisturbed):
   assert 'stage 1, iteration 3: ' in err and 'stage 1 replica 0' in err
   assert '3 times: host memory is damaged' in err
   assert 'head' in err or 'experts' in err or 'layers/' in err
-  assert 'The same command goes on' in err
+  assert 'the same command goes on' in err
   assert _damaged(workdir) == [(1, 0)] * 3
   assert runs.kinds(workdir)[-1] == 'failed'
   assert not (workdir / 'checkpoint').exists()
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_cannot_be_written(host, workdir, undisturbed):
   obstacle.touch()  # a folder cannot take that name
   _, err = runs.end(run, 1, seconds=SECONDS)
   assert 'a checkpoint is to be written there' in err and str(workdir) in err
-  assert 'The same command goes on' in err
+  assert 'the same command goes on' in err
   obstacle.unlink()
   runs.end(_train(host, workdir, 'two'), seconds=SECONDS)
   _check(host, workdir, undisturbed('two'))

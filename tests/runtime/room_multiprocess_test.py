@@ -60,7 +60,7 @@ def test_a_full_log(host, tmp_path, undisturbed):
     _, err = runs.end(run, 1)
   assert 'stage 0, iteration' in err and 'no room for 2 s' in err
   assert f'{header.key}: a reader holds its memory' in err
-  assert 'The same command goes on' in err
+  assert 'the same command goes on' in err
   assert 'recovery_started' not in runs.kinds(workdir)  # it would wait again
   assert runs.kinds(workdir)[-1] == 'failed'
   assert host.has_ended()

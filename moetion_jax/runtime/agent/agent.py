@@ -287,9 +287,6 @@ class Agent:
       **worker.event_fields(),
       error=str(error),
     )
-    if self._where.captures.policy == 'none':
-      what += '; with --policy=none there is nothing to recover from'
-      raise child_process.WorkerError(worker.stage, worker.iteration, what)
     try:
       team = self._teams.without(worker, what)
       if self._comeback.goes_together:
@@ -297,7 +294,7 @@ class Agent:
       plan = self._comeback.after(worker, what, lost, team)
     except errors.MoetionError as why:
       raise child_process.WorkerError(
-        worker.stage, worker.iteration, str(why)
+        worker.stage, worker.iteration, str(why), is_passing=why.is_passing
       ) from why
     self._write_workers()
     if plan is None:

@@ -151,9 +151,11 @@ class Comeback:
 
   def weigh(self, message: messages.Message) -> messages.Message:
     """Returns a worker's last message, of wrong bits, as it is to be taken."""
-    if text := self.suspect(message['error']):
-      return message | {'error': text}
-    return message | {'final': False}
+    text = self.suspect(message['error'])
+    if not text:
+      return message | {'final': False}
+    advice = message['advice']
+    return message | {'error': f'{text}; {advice}' if advice else text}
 
   def record(
     self, worker: child_process.WorkerProcess, one: report.Report
@@ -167,7 +169,7 @@ class Comeback:
       return self._recorder.add(one, [self._crew.team(s) for s in self._stages])
     except errors.WrongBitsError as error:
       if text := self.suspect(str(error)):
-        raise errors.WrongBitsError(text) from error
+        raise type(error)(text) from error
       worker.reason = f'reported other bits: {error}'
       worker.kill()
       return None

@@ -85,7 +85,7 @@ class Ending:
     note = 'Stopped before training began.'
     if has_begun:
       note = f'Stopped after iteration {iteration}.'
-    how = self._how_to_go_on(has_begun=has_begun)
+    how = self._how_to_go_on(has_begun=has_begun, cause_stays=False)
     self._recorder.view.note(f'{note} {how}'.rstrip())
 
   def finished(self, checkpoint: pathlib.Path) -> None:
@@ -128,24 +128,58 @@ class Ending:
     if logs:
       names = ' and '.join(map(str, logs))
       print(f'What it printed is in {names}', file=sys.stderr)
-    if how := self._how_to_go_on(has_begun=has_begun):
+    if how := self._how_to_go_on(
+      has_begun=has_begun, cause_stays=not error.is_passing
+    ):
       print(how, file=sys.stderr)
 
-  def _how_to_go_on(self, *, has_begun: bool) -> str:
-    if self._starts_over and not has_begun:
-      if self._recorder.removed_earlier:
-        return 'The same command starts over.'
-      return 'Nothing of the earlier run was removed.' * self.keeps_store
-    if self.keeps_store:
-      return (
-        'The same command goes on from the snapshots in '
-        f'{self.store_names()}; --fresh, or removing them, starts over.'
-      )
-    return 'The same command starts over.' if has_begun else ''
+  def _how_to_go_on(self, *, has_begun: bool, cause_stays: bool) -> str:
+    return how_to_go_on(
+      self.store_names() if self.keeps_store else '',
+      has_begun=has_begun,
+      starts_over=self._starts_over,
+      is_removed=self._recorder.removed_earlier,
+      cause_stays=cause_stays,
+    )
 
   def store_names(self) -> str:
     """Names the host stores' folders, for people."""
     return ' and '.join(map(str, self._hosts.stores()))
+
+
+def how_to_go_on(
+  stores: str,
+  *,
+  has_begun: bool,
+  starts_over: bool,
+  is_removed: bool,
+  cause_stays: bool,
+) -> str:
+  """Says what the same command does after a run that did not finish.
+
+  Args:
+    stores: the names of the host stores that stay; '' for none.
+    has_begun: whether the workers were told to train.
+    starts_over: whether an earlier run was to be removed before that.
+    is_removed: whether that was done.
+    cause_stays: whether the same command meets the cause of the end again, as
+      far as can be told: it does nothing else then, until that is gone.
+
+  Returns:
+    A line for people; '' where there is nothing to say.
+  """
+  command = 'Once the cause is gone, the' if cause_stays else 'The'
+  command += ' same command'
+  if starts_over and not has_begun:
+    if is_removed:
+      return f'{command} starts over.'
+    return 'Nothing of the earlier run was removed.' if stores else ''
+  if stores:
+    return (
+      f'{command} goes on from the snapshots in {stores}; --fresh, or removing '
+      'them, starts over.'
+    )
+  return f'{command} starts over.' if has_begun else ''
 
 
 def of_system(error: OSError, path: pathlib.Path) -> errors.StoreError:

@@ -17,8 +17,8 @@ _DAMAGED_MEMORY = (
 )
 _DAMAGED_DEVICE = (
   'host memory brought what was sent, by its checksums: the memory of the '
-  'device is damaged, or the way out of it (on CPU, the memory of the process). '
-  'Have it tested, or go on on another machine'
+  'device is damaged, or the way out of it (on CPU, the memory of the '
+  'process). Have it tested, or go on on another machine'
 )
 
 

@@ -13,6 +13,12 @@ from moetion_jax.runtime.hosts import (
 from moetion_jax.runtime.records import recorder as recorder_lib
 
 
+class NoReplacementError(errors.MoetionError):
+  """A dead worker has no successor; a run that starts again has new workers."""
+
+  is_passing = True
+
+
 class Teams:
   """Shrinks stages whose workers cannot be replaced, and grows them again."""
 
@@ -56,9 +62,13 @@ class Teams:
       The replicas of its stage that have a worker from now on.
 
     Raises:
-      errors.MoetionError: the worker cannot be replaced, and nobody may stand
-        in for it.
+      NoReplacementError: the worker cannot be replaced, and nobody may stand in
+        for it.
     """
+    if self._where.captures.policy == 'none':
+      raise NoReplacementError(
+        f'{what}; with --policy=none there is nothing to recover from'
+      )
     team = self._crew.team(worker.stage)
     has_none = not self._may_start(len(team))
     is_hopeless = has_none or self._recoverer.failures.is_crash_loop(
@@ -77,7 +87,7 @@ class Teams:
         'others do its microbatches'
       )
     elif has_none:
-      raise errors.MoetionError(
+      raise NoReplacementError(
         f'{what}; --max_workers={self._where.max_workers} processes were '
         'started, and nobody can take its place'
       )

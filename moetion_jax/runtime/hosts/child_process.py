@@ -20,12 +20,21 @@ _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
 
 
 class WorkerError(errors.MoetionError):
-  """A worker ended, or cannot go on."""
+  """A worker ended, or cannot go on.
 
-  def __init__(self, stage: int, iteration: int, what: str):
+  Attributes:
+    stage: the worker's stage.
+    iteration: the iteration that it had begun.
+  """
+
+  def __init__(
+    self, stage: int, iteration: int, what: str, *, is_passing: bool = False
+  ):
+    """Makes the message of what happened to whom, and when."""
     super().__init__(f'stage {stage}, iteration {iteration}: {what}')
     self.stage = stage
     self.iteration = iteration
+    self.is_passing = is_passing
 
 
 class Transcript:

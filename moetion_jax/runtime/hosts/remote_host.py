@@ -22,6 +22,12 @@ class HostError(errors.MoetionError):
   """A host's agent ended, or cannot go on."""
 
 
+class HostDiedError(HostError):
+  """A host's agent was killed; a run that starts again has another one."""
+
+  is_passing = True
+
+
 class RemoteWorker(child_process.WorkerProcess):
   """A worker that another host's agent started, and speaks for.
 
@@ -190,12 +196,12 @@ class RemoteHost:
 
     Raises:
       errors.ConfigError: the host cannot be used.
-      HostError: the agent ended.
+      HostDiedError: the agent ended.
     """
     news = self._take()
     if self._gone:
       stages = ', '.join(map(str, sorted(self._workers)))
-      raise HostError(
+      raise HostDiedError(
         f'{self.name}: its agent (pid {self.pid}) '
         f'{self._process.describe_exit()}, and with it the workers of '
         f'stage(s) {stages}'

@@ -20,6 +20,8 @@ _ALIKE = ('loss', 'auxiliary_loss', 'grad_norm', 'dropped', 'updated')
 class ReplicaMismatchError(errors.WrongBitsError):
   """Replicas of a stage have different states: one computed wrongly."""
 
+  is_passing = True
+
 
 def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
   """Merges the replicas' reports of an iteration into their stage's report.

@@ -227,10 +227,12 @@ def main() -> int:
     name = (
       '' if isinstance(error, errors.MoetionError) else type(error).__name__
     )
-    text = ': '.join(x for x in (name, str(error)) if x)
+    is_nan = isinstance(error, errors.NonFiniteError)
+    what = error.what if is_nan else str(error)
     link.send(
       'failed',
-      error=text,
+      error=': '.join(x for x in (name, what) if x),
+      advice=error.advice if is_nan else '',
       iteration=link.iteration,
       final=isinstance(error, _FINAL),
       has_wrong_bits=isinstance(error, errors.WrongBitsError),

@@ -9,14 +9,27 @@ import pytest
 
 from moetion_jax import errors
 from moetion_jax.hostmem import store_folder
+from moetion_jax.recovery import plan
 from moetion_jax.runtime import faults
 from moetion_jax.runtime.agent import (
   beginning,
   ending,
   settings as agent_settings,
+  teams,
 )
-from moetion_jax.runtime.hosts import crew as crew_lib, hosts as hosts_lib
-from moetion_jax.runtime.records import held_run, recorder, workdir
+from moetion_jax.runtime.hosts import (
+  child_process,
+  crew as crew_lib,
+  hosts as hosts_lib,
+  remote_host,
+)
+from moetion_jax.runtime.records import (
+  files,
+  held_run,
+  merge,
+  recorder,
+  workdir,
+)
 from tests.support import helpers
 
 
@@ -81,4 +94,95 @@ def test_what_it_says_of_the_earlier_run_is_true(
     one.stopped(has_begun=False)
   said = capfd.readouterr().err
   assert ('Nothing of the earlier run was removed.' in said) != is_removed
-  assert ('The same command starts over.' in said) == is_removed
+  assert ('he same command starts over.' in said) == is_removed
+
+
+# ---- every end, and what the same command does after it ----------------------
+
+_GOES_ON = (
+  'he same command goes on from the snapshots in S; --fresh, or removing them, '
+  'starts over.'
+)
+_STARTS_OVER = 'he same command starts over.'
+_STOPPED, _STAYS = 'T', 'Once the cause is gone, t'
+
+
+@pytest.mark.parametrize(
+  ('cause_stays', 'stores', 'has_begun', 'starts_over', 'is_removed', 'says'),
+  [
+    (False, 'S', True, False, False, _STOPPED + _GOES_ON),
+    (False, 'S', False, False, False, _STOPPED + _GOES_ON),
+    (False, '', True, False, False, _STOPPED + _STARTS_OVER),
+    (False, '', False, False, False, ''),
+    (False, 'S', True, True, True, _STOPPED + _GOES_ON),
+    (False, 'S', False, True, True, _STOPPED + _STARTS_OVER),
+    (False, 'S', False, True, False, 'Nothing of the earlier run was removed.'),
+    (False, '', False, True, False, ''),
+    (True, 'S', True, False, False, _STAYS + _GOES_ON),
+    (True, 'S', False, False, False, _STAYS + _GOES_ON),
+    (True, '', True, False, False, _STAYS + _STARTS_OVER),
+    (True, '', False, False, False, ''),
+    (True, 'S', False, True, True, _STAYS + _STARTS_OVER),
+    (True, 'S', False, True, False, 'Nothing of the earlier run was removed.'),
+  ],
+)
+def test_what_the_same_command_does(
+  cause_stays, stores, has_begun, starts_over, is_removed, says
+):
+  assert says == ending.how_to_go_on(
+    stores,
+    has_begun=has_begun,
+    starts_over=starts_over,
+    is_removed=is_removed,
+    cause_stays=cause_stays,
+  )
+
+
+_NAN = errors.NonFiniteError('the loss is NaN', 'lower --learning_rate')
+
+
+@pytest.mark.parametrize(
+  ('error', 'is_passing'),
+  [
+    # In the order in which a run can meet them.
+    (child_process.WorkerError(0, 0, 'was killed by SIGABRT'), False),
+    (errors.MoetionError('two workers compute with other libraries'), False),
+    (errors.StoreError('metrics.jsonl:3 is damaged'), False),
+    (_NAN, False),
+    (errors.EntryMismatchError('other bits'), False),
+    (errors.NoRoomError('host memory is full'), False),
+    (errors.DamagedDiskError('read back otherwise, twice'), False),
+    (files.MetricsMismatchError('not the run that wrote it'), False),
+    (merge.ReplicaMismatchError('silent data corruption'), True),
+    (plan.UnrecoverableError('nothing is left to start from'), False),
+    (teams.NoReplacementError('--policy=none'), True),
+    (remote_host.HostError('host-1: it cannot be used'), False),
+    (remote_host.HostDiedError('host-1: its agent was killed'), True),
+    (
+      child_process.WorkerError(0, 5, 'nobody replaces it', is_passing=True),
+      True,
+    ),
+    (ending.of_system(OSError(28, 'No space left'), pathlib.Path('w')), False),
+  ],
+  ids=lambda x: type(x).__name__ if isinstance(x, Exception) else None,
+)
+def test_every_end_of_a_run(tmp_path, folder, capfd, error, is_passing):
+  """Only where its cause is gone is the same command said to go on."""
+  one = _ending(tmp_path, folder)
+  one.failed(error, [], has_begun=True)
+  ended, how = capfd.readouterr().err.splitlines()
+  assert ended == f'The run ended: {error}'
+  assert ('Once the cause is gone, the same' in how) == (not is_passing)
+  assert ('The same command goes on' in how) == is_passing
+
+
+def test_each_error_has_its_row():
+  """One that is added is to be thought about: is its cause gone?"""
+  kinds = {errors.MoetionError}
+  while more := {c for k in kinds for c in k.__subclasses__()} - kinds:
+    kinds |= more
+  assert {k.__name__ for k in kinds if k.is_passing} == {
+    'HostDiedError',
+    'NoReplacementError',
+    'ReplicaMismatchError',
+  }
