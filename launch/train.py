@@ -10,7 +10,12 @@ import json
 
 from absl import flags
 
-from launch.lm import command_line, progress, settings as run_settings
+from launch.lm import (
+  command_line,
+  progress,
+  settings as run_settings,
+  streams,
+)
 from moetion_jax import errors
 from moetion_jax.policies import (
   decision,
@@ -264,6 +269,7 @@ def main(argv: list[str]) -> int:
       local_hosts=_LOCAL_HOSTS.value,
     )
     return 0
+  streams.outlive('launch.train')
   return agent_run.run(
     config,
     agent_settings.AgentSettings(

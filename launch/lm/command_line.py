@@ -8,13 +8,16 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from launch.lm import streams
 from moetion_jax import errors
 
 
 def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
   """Parses flags, runs `main`, exits with its code; never returns.
 
-  A wrong flag or setting is one line on stderr and exit code 2.
+  A wrong flag or setting is one line on stderr and exit code 2. When nobody
+  reads the output any more the command ends quietly, unless `main` called
+  `streams.outlive`.
 
   Args:
     name: the command's name in error lines.
@@ -35,7 +38,19 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
     except errors.ConfigError as e:
       _refuse(name, str(e))
 
-  app.run(guarded, flags_parser=parse)
+  streams.open_missing()
+  try:
+    try:
+      app.run(guarded, flags_parser=parse)
+    finally:  # not at the exit of the interpreter, which would complain
+      sys.stdout.flush()
+  except BrokenPipeError:
+    broken = [fd for fd in (1, 2) if streams.is_broken(fd)]
+    if not broken:
+      raise  # it is another pipe
+    for fd in broken:
+      streams.silence(fd)
+    sys.exit(streams.BROKEN_PIPE_CODE)
 
 
 def _refuse(name: str, reason: str) -> NoReturn:

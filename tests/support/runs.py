@@ -43,21 +43,28 @@ class Host:
       os.kill(pid, signal.SIGKILL)
     subprocess.run(['rm', '-rf', self.path], check=True)
 
-  def start(self, *arguments, environment=(), root=helpers.ROOT):
+  def start(
+    self,
+    *arguments,
+    environment=(),
+    root=helpers.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  ):
     """Starts a command of ours, of the checkout in `root`."""
     process = subprocess.Popen(
       [sys.executable, *arguments],
       cwd=root,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
+      stdout=stdout,
+      stderr=stderr,
       env=os.environ | {_MARK: self.mark} | dict(environment),
       text=True,
     )
     self.runs.append(process)
     return process
 
-  def train(self, workdir, *flags, environment=(), root=helpers.ROOT):
-    """Starts a run, by default of `ITERATIONS`."""
+  def train(self, workdir, *flags, **how):
+    """Starts a run, by default of `ITERATIONS`; `how` as of `start`."""
     return self.start(
       '-m',
       'launch.train',
@@ -67,8 +74,7 @@ class Host:
         f'--iterations={ITERATIONS}',
         *flags,
       ),
-      environment=environment,
-      root=root,
+      **how,
     )
 
   def processes(self):

@@ -1,0 +1,133 @@
+"""Commands whose output nobody reads, or cannot be written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launch.lm import streams
+from tests.support import helpers
+
+# Prints lines, says which file it opened first, and returns 3.
+_COMMAND = """
+import os, sys
+from launch.lm import command_line, streams
+
+def main(argv):
+  if argv[1] == 'outlive':
+    streams.outlive('it')
+  fd = os.open('/dev/null', os.O_RDONLY)
+  for i in range(int(argv[2])):
+    print('line', i)
+  sys.stdout.flush()
+  print(f'opened {fd}', file=sys.stderr)
+  return 3
+
+command_line.run_main('it', main)
+"""
+_MANY = '30000'  # lines: more than a pipe holds
+
+
+def _start(*arguments, **streams_of):
+  return subprocess.Popen(
+    [sys.executable, '-c', _COMMAND, *arguments],
+    cwd=helpers.ROOT,
+    text=True,
+    **streams_of,
+  )
+
+
+def _end_after_one_line(process):
+  """Reads a line of a process, as `head -1`; returns code and errors."""
+  assert process.stdout.readline() == 'line 0\n'
+  process.stdout.close()
+  err = process.stderr.read() if process.stderr else ''
+  return process.wait(60), err
+
+
+def test_a_command_ends_quietly():
+  process = _start('end', _MANY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert _end_after_one_line(process) == (streams.BROKEN_PIPE_CODE, '')
+
+
+@pytest.mark.parametrize('lines', ['1', _MANY])
+def test_one_whose_reader_was_gone_before(lines):
+  """Also if all of it is written at the end only."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  process = _start('end', lines, stdout=writer, stderr=subprocess.PIPE)
+  os.close(writer)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (streams.BROKEN_PIPE_CODE, '')
+
+
+def test_a_command_outlives_its_reader():
+  process = _start(
+    'outlive', _MANY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  code, err = _end_after_one_line(process)
+  assert code == 3
+  said, last = err.splitlines()
+  assert said.startswith('it: standard output can no longer be written')
+  assert 'Broken pipe' in said and last.startswith('opened')
+
+
+def test_a_command_outlives_the_reader_of_both():
+  process = _start(
+    'outlive', _MANY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+  )
+  assert _end_after_one_line(process)[0] == 3
+
+
+def test_a_command_outlives_a_full_disk():
+  with open('/dev/full', 'wb') as full:
+    process = _start('outlive', '5', stdout=full, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=60)
+  assert process.returncode == 3 and 'No space left' in err
+
+
+@pytest.mark.parametrize('closed', [(1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize('kind', ['end', 'outlive'])
+def test_closed_streams_are_no_files(tmp_path, kind, closed):
+  """No file that is opened later takes their numbers."""
+  code = f"""
+import os, sys
+for fd in {closed}:
+  os.close(fd)
+os.execv(sys.executable, [sys.executable, '-c', {_COMMAND!r}, {kind!r}, '3'])
+"""
+  process = subprocess.Popen(
+    [sys.executable, '-c', code],
+    cwd=helpers.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 3
+  assert len(out.splitlines()) == (0 if 1 in closed else 3)
+  if 2 not in closed:
+    assert int(err.removeprefix('opened ')) > 2
+
+
+def test_print_config_into_a_pipe_that_is_closed():
+  """It is no run, which would go on."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'launch.train', '--print_config'],
+    cwd=helpers.ROOT,
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(writer)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (streams.BROKEN_PIPE_CODE, '')
+
+
+def test_a_whole_reader_gets_everything():
+  process = _start('outlive', '5', stdout=subprocess.PIPE)
+  out, _ = process.communicate(timeout=60)
+  assert out.splitlines() == [f'line {i}' for i in range(5)]
