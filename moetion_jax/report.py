@@ -119,13 +119,5 @@ def combine(digests: Mapping[keys.OperatorId, np.ndarray]) -> str:
   lanes = np.zeros(2, np.uint32)
   for operator, digest in digests.items():
     salt = np.uint32(zlib.crc32(str(operator).encode()))
-    lanes += mix(np.asarray(digest, np.uint32) ^ salt)
+    lanes += digest_rule.mix(np.asarray(digest, np.uint32) ^ salt)
   return f'{lanes[0]:08x}{lanes[1]:08x}'
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-  """Mixes 32 bits invertibly, as `state/digest.py` does, in NumPy."""
-  with np.errstate(over='ignore'):
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-  return x ^ (x >> np.uint32(16))

@@ -20,19 +20,12 @@ words).
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 
-# From 64 rows on XLA leaves the vectorized path (measured: 8 times slower).
-ROWS = 32
-SUM_ROWS = 256
-ODD = 0x9E3779B1
-STEP = 0x243F6A89
+from moetion_jax import digest_rule
 
 
 def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
@@ -55,13 +48,11 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
     words = _words(leaves[name])
     columns.append(_columns(words.reshape(count, words.size // max(count, 1))))
   u = jnp.concatenate(columns, axis=1)  # u32[operators, columns]
-  width = max(u.shape[1], 1)  # leaves may be empty
-  padded = width + -width % SUM_ROWS
-  u = jnp.pad(u, ((0, 0), (0, padded - u.shape[1])))
+  u = jnp.pad(u, ((0, 0), (0, digest_rule.padded(u.shape[1]) - u.shape[1])))
   position = jnp.arange(u.shape[1], dtype=jnp.uint32)
-  salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
-  mixed = _mix(u + position * np.uint32(STEP) + salt)
-  return jnp.stack([_sum(mixed), _sum(mixed * (2 * position + 1))], axis=-1)
+  mixed = digest_rule.mix(u + digest_rule.offsets(position, names))
+  weighted = mixed * digest_rule.weights(position)
+  return jnp.stack([_sum(mixed), _sum(weighted)], axis=-1)
 
 
 def _words(leaf: jax.Array) -> jax.Array:
@@ -80,10 +71,10 @@ def _columns(words: jax.Array) -> jax.Array:
   count, n = words.shape
   if not n:
     return words
-  rows = math.gcd(n, ROWS)
-  powers = np.array([pow(ODD, i, 1 << 32) for i in range(rows)], np.uint32)
+  rows = digest_rule.rows_of(n)
+  powers = digest_rule.powers(rows)
   return jnp.sum(
-    (words ^ (words >> 15)).reshape(count, rows, -1) * powers[None, :, None],
+    digest_rule.fold(words).reshape(count, rows, -1) * powers[None, :, None],
     axis=1,
     dtype=jnp.uint32,
   )
@@ -92,13 +83,6 @@ def _columns(words: jax.Array) -> jax.Array:
 def _sum(x: jax.Array) -> jax.Array:
   """Sums u32[operators, n] over n, mostly along a middle dim."""
   partial = jnp.sum(
-    x.reshape(x.shape[0], SUM_ROWS, -1), axis=1, dtype=jnp.uint32
+    x.reshape(x.shape[0], digest_rule.SUM_ROWS, -1), axis=1, dtype=jnp.uint32
   )
   return jnp.sum(partial, axis=1, dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-  """Mixes 32 bits invertibly (the finalizer of MurmurHash3)."""
-  x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)

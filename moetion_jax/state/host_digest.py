@@ -1,19 +1,17 @@
 """Digests of operators whose training state lies on the host, in NumPy.
 
-The same numbers as `digest`, which the device computes: here nothing is
-compiled, and the temporaries are a fraction of the largest leaf.
+The same numbers as `digest`, which the device computes, by the same rule
+(`digest_rule`): here nothing is compiled, no JAX is needed, and the temporaries
+are a fraction of the largest leaf.
 """
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from moetion_jax import keys, report
-from moetion_jax.state import digest
+from moetion_jax import digest_rule, keys
 
 Digests = Mapping[keys.OperatorId, np.ndarray]
 
@@ -34,14 +32,10 @@ def digest_leaves(
     leaf = np.asarray(leaves[name])
     columns.append(_columns(_words(leaf), leaf.shape[0] if stacked else 1))
   u = np.concatenate(columns, axis=1)  # u32[operators, columns]
-  width = max(u.shape[1], 1)  # leaves may be empty
-  padded = width + -width % digest.SUM_ROWS
-  u = np.pad(u, ((0, 0), (0, padded - u.shape[1])))
-  position = np.arange(padded, dtype=np.uint32)
-  salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
-  u += position * np.uint32(digest.STEP) + salt
-  mixed = report.mix(u)
-  weighted = mixed * (2 * position + 1)
+  u = np.pad(u, ((0, 0), (0, digest_rule.padded(u.shape[1]) - u.shape[1])))
+  position = np.arange(u.shape[1], dtype=np.uint32)
+  mixed = digest_rule.mix(u + digest_rule.offsets(position, names))
+  weighted = mixed * digest_rule.weights(position)
   return np.stack([_sum(mixed), _sum(weighted)], axis=-1)
 
 
@@ -94,14 +88,11 @@ def _columns(words: np.ndarray, count: int) -> np.ndarray:
   n = words.size // max(count, 1)
   if not n:
     return np.zeros((count, 0), np.uint32)
-  rows = math.gcd(n, digest.ROWS)
+  rows = digest_rule.rows_of(n)
   strips = words.reshape(count, rows, -1)
   folded = np.zeros((count, n // rows), np.uint32)
-  for row in range(rows):
-    strip = strips[:, row].astype(np.uint32)
-    strip ^= strip >> np.uint32(15)
-    strip *= np.uint32(pow(digest.ODD, row, 1 << 32))
-    folded += strip
+  for row, power in enumerate(digest_rule.powers(rows)):
+    folded += digest_rule.fold(strips[:, row].astype(np.uint32)) * power
   return folded
 
 
