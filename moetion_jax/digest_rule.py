@@ -36,7 +36,7 @@ def padded(columns: int) -> int:
   return width + -width % SUM_ROWS
 
 
-def fold(word: Any) -> Any:
+def blend(word: Any) -> Any:
   """Mixes the upper half of each u32 word into its lower half."""
   return word ^ (word >> 15)
 

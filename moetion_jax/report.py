@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moetion_jax import keys
+from moetion_jax import digest_rule, keys
 
 _FLOATS = ('loss', 'auxiliary_loss', 'grad_norm', 'eval_loss')
 

@@ -74,7 +74,7 @@ def _columns(words: jax.Array) -> jax.Array:
   rows = digest_rule.rows_of(n)
   powers = digest_rule.powers(rows)
   return jnp.sum(
-    digest_rule.fold(words).reshape(count, rows, -1) * powers[None, :, None],
+    digest_rule.blend(words).reshape(count, rows, -1) * powers[None, :, None],
     axis=1,
     dtype=jnp.uint32,
   )

@@ -92,7 +92,7 @@ def _columns(words: np.ndarray, count: int) -> np.ndarray:
   strips = words.reshape(count, rows, -1)
   folded = np.zeros((count, n // rows), np.uint32)
   for row, power in enumerate(digest_rule.powers(rows)):
-    folded += digest_rule.fold(strips[:, row].astype(np.uint32)) * power
+    folded += digest_rule.blend(strips[:, row].astype(np.uint32)) * power
   return folded
 
 
