@@ -30,26 +30,13 @@ _WINDOW = '--window_length=2'
 _DENSE = '--policy=dense'
 
 
-def _train(host, workdir, *faults, flags=(_WINDOW,)):
-  return host.train(
-    workdir,
-    f'--stages={STAGES}',
-    f'--iterations={ITERATIONS}',
-    '--microbatches=4',
-    '--dropout_rate=0.1',
-    *(f'--fail={fault}' for fault in faults),
-    *flags,
-  )
+_train = runs.trainer(STAGES, ITERATIONS, default_flags=[_WINDOW])
 
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   """The workdir of a run that nothing happened to."""
-  workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
-  with runs.host() as host:
-    runs.end(_train(host, workdir), seconds=SECONDS)
-  assert len(runs.metrics(workdir)) == ITERATIONS
-  return workdir
+  return runs.undisturbed_run(tmp_path_factory, _train, ITERATIONS, SECONDS)
 
 
 def _check(host, workdir, undisturbed):
@@ -176,11 +163,14 @@ def test_a_nan(host, workdir, undisturbed, flag):
   """Whatever was made of the damage is dropped, at all stages."""
   fault = 'poison_read:stage=1,iteration=7'
   run = _train(host, workdir, fault, flags=[flag])
-  out, _ = runs.end(run, seconds=SECONDS)
+  out, err = runs.end(run, seconds=SECONDS)
   _check(host, workdir, undisturbed)
   assert _found(workdir) == {(0, 7)}
   assert 'All that came after iteration 6 is dropped' in out
-  assert 'not finite' in runs.of_kind(workdir, 'failure')[0]['error']
+  (why, *_) = [e['error'] for e in runs.of_kind(workdir, 'failure')]
+  assert 'not finite' in why and 'damaged' in out
+  for text in (why, out, err):  # damage explains it: no setting is to blame
+    assert '--learning_rate' not in text and '--skip_nonfinite' not in text
   recovered = runs.of_kind(workdir, 'recovered')
   assert {e['stage'] for e in recovered} == set(range(STAGES))
 

@@ -20,16 +20,7 @@ SECONDS = 240.0
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
-def _train(host, workdir, *faults, flags=()):
-  return host.train(
-    workdir,
-    f'--stages={STAGES}',
-    f'--iterations={ITERATIONS}',
-    '--microbatches=4',
-    '--dropout_rate=0.1',
-    *(f'--fail={fault}' for fault in faults),
-    *flags,
-  )
+_train = runs.trainer(STAGES, ITERATIONS)
 
 
 @pytest.fixture(scope='module')

@@ -22,18 +22,9 @@ SECONDS = 240.0
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
-def _train(host, workdir, *faults, flags=()):
-  return host.train(
-    workdir,
-    f'--stages={STAGES}',
-    f'--iterations={ITERATIONS}',
-    f'--window_length={WINDOW}',
-    '--microbatches=4',
-    '--dropout_rate=0.1',
-    '--standby',
-    *(f'--fail={fault}' for fault in faults),
-    *flags,
-  )
+_train = runs.trainer(
+  STAGES, ITERATIONS, f'--window_length={WINDOW}', '--standby'
+)
 
 
 @pytest.fixture(scope='module')

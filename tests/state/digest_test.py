@@ -7,12 +7,12 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
-from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moetion_jax import keys, report
 from moetion_jax.programs import mesh as mesh_lib
 from moetion_jax.state import digest
+from tests.support import helpers
 
 # LLVM's optimizations are most of the time that these small programs take.
 _digest = jax.jit(
@@ -20,16 +20,6 @@ _digest = jax.jit(
   static_argnums=1,
   compiler_options={'xla_backend_optimization_level': 0},
 )
-
-
-def _random(seed: int, shape, dtype='float32') -> np.ndarray:
-  """Any bits, NaNs and infinities included."""
-  rng = np.random.default_rng(seed)
-  if dtype == 'bool':
-    return rng.integers(0, 2, shape).astype(bool)
-  dtype = jnp.dtype(dtype)
-  words = rng.bytes(math.prod(shape) * dtype.itemsize)
-  return np.frombuffer(words, dtype).reshape(shape)
 
 
 def _alone(leaves) -> np.ndarray:
@@ -85,13 +75,13 @@ def _by_definition(leaves: dict[str, np.ndarray]) -> list[int]:
 )
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_digest_equals_its_definition(shape, dtype):
-  leaf = _random(0, shape, dtype)
+  leaf = helpers.random_bits(0, shape, dtype)
   assert list(_alone({'w': leaf})) == _by_definition({'w': leaf})
 
 
 def test_digest_of_leaves_of_all_dtypes_equals_its_definition():
   leaves = {
-    dtype: _random(i, shape, dtype)
+    dtype: helpers.random_bits(i, shape, dtype)
     for i, (dtype, shape) in enumerate(
       {
         'float32': (5, 7),
@@ -116,14 +106,17 @@ def test_digest_is_of_bits_and_not_of_values():
 
 @pytest.mark.parametrize('dtype', ['float64', 'int64', 'complex64'])
 def test_numbers_of_64_bits_are_two_words(dtype):
-  leaf = _random(3, (5, 7), dtype)
+  leaf = helpers.random_bits(3, (5, 7), dtype)
   with jax.enable_x64(True):
     found = list(_alone({'w': leaf}))
   assert found == _by_definition({'w': leaf.view(np.uint32)})
 
 
 def test_leaves_without_numbers_have_a_digest():
-  leaves = {'a': np.zeros((0, 3), np.float32), 'w': _random(0, (5,))}
+  leaves = {
+    'a': np.zeros((0, 3), np.float32),
+    'w': helpers.random_bits(0, (5,)),
+  }
   assert list(_alone(leaves)) == _by_definition(leaves)
   nothing = {'a': np.zeros((0,), np.float32)}
   assert list(_alone(nothing)) != list(_alone({'b': nothing['a']}))
@@ -142,7 +135,7 @@ def test_a_group_without_leaves_is_refused():
   [((3, 5), 'float32'), ((32,), 'float32'), ((64,), 'bfloat16'), ((), 'int32')],
 )
 def test_every_bit_of_a_leaf_changes_both_lanes(shape, dtype):
-  leaf = _random(0, shape, dtype)
+  leaf = helpers.random_bits(0, shape, dtype)
   words, bits = max(1, leaf.size), 8 * leaf.dtype.itemsize
   variants = np.stack(
     [leaf] + [_flip(leaf, w, b) for w in range(words) for b in range(bits)]
@@ -153,9 +146,9 @@ def test_every_bit_of_a_leaf_changes_both_lanes(shape, dtype):
 
 
 _OPERATOR = {
-  'master/w': _random(0, (48, 40)),
-  'master/norm': _random(1, (37,)),
-  'optimizer/mu': _random(2, (48, 40), 'bfloat16'),
+  'master/w': helpers.random_bits(0, (48, 40)),
+  'master/norm': helpers.random_bits(1, (37,)),
+  'optimizer/mu': helpers.random_bits(2, (48, 40), 'bfloat16'),
   'optimizer/count': np.int32(12),
 }
 
@@ -230,7 +223,7 @@ def test_changing_the_sign_of_two_numbers_changes_it_wherever_they_stand():
 
 @pytest.mark.parametrize('distance', [1, 2, 16, 32])
 def test_flipping_one_bit_of_two_words_changes_it(distance):
-  leaf = _random(0, (64,))
+  leaf = helpers.random_bits(0, (64,))
   after = [
     _flip(_flip(leaf, word, bit), word + distance, bit)
     for word in range(64 - distance)
@@ -242,7 +235,7 @@ def test_flipping_one_bit_of_two_words_changes_it(distance):
 
 @pytest.mark.parametrize('shape', [(48, 40), (33, 7), (5, 3)])
 def test_swapping_two_rows_or_columns_changes_it(shape):
-  leaf = _random(0, shape)
+  leaf = helpers.random_bits(0, shape)
   for a, b in ((0, 1), (0, shape[0] - 1), (1, 3)):
     assert np.any(_alone({'w': leaf}) != _alone({'w': _swapped(leaf, a, b)}))
   turned = np.ascontiguousarray(_swapped(leaf.T, 0, 2).T)
@@ -250,7 +243,10 @@ def test_swapping_two_rows_or_columns_changes_it(shape):
 
 
 def test_swapping_two_leaves_changes_it():
-  ours = {'a': _random(0, (6, 4)), 'b': _random(1, (6, 4))}
+  ours = {
+    'a': helpers.random_bits(0, (6, 4)),
+    'b': helpers.random_bits(1, (6, 4)),
+  }
   swapped = {'a': ours['b'], 'b': ours['a']}
   assert np.any(_alone(ours) != _alone(swapped))
   # Even where the words are the same and only the name is another.
@@ -258,7 +254,7 @@ def test_swapping_two_leaves_changes_it():
 
 
 def test_a_leaf_of_zeros_counts():
-  ours = {'a': _random(0, (6, 4))}
+  ours = {'a': helpers.random_bits(0, (6, 4))}
   zeros = np.zeros(8, np.float32)
   assert np.any(_alone(ours) != _alone(ours | {'b': zeros}))
 
@@ -268,10 +264,10 @@ def test_a_leaf_of_zeros_counts():
 
 def _stacked(experts: int) -> dict[str, np.ndarray]:
   return {
-    'master/w': _random(0, (experts, 16, 20)),
-    'master/norm': _random(1, (experts, 37)),
-    'optimizer/mu': _random(2, (experts, 9, 5), 'bfloat16'),
-    'optimizer/count': _random(3, (experts,), 'int32'),
+    'master/w': helpers.random_bits(0, (experts, 16, 20)),
+    'master/norm': helpers.random_bits(1, (experts, 37)),
+    'optimizer/mu': helpers.random_bits(2, (experts, 9, 5), 'bfloat16'),
+    'optimizer/count': helpers.random_bits(3, (experts,), 'int32'),
   }
 
 

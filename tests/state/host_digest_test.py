@@ -1,14 +1,12 @@
 """The digests of the host are those of the device, bit for bit."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
-from jax import numpy as jnp
 
 from moetion_jax import keys
 from moetion_jax.state import digest, host_digest
+from tests.support import helpers
 
 # LLVM's optimizations are most of the time that these small programs take.
 _on_device = jax.jit(
@@ -23,26 +21,16 @@ _DTYPES = (
 )
 
 
-def _random(seed, shape, dtype):
-  """Any bits, NaNs and infinities included."""
-  rng = np.random.default_rng(seed)
-  if dtype == 'bool':
-    return rng.integers(0, 2, shape).astype(bool)
-  dtype = jnp.dtype(dtype)
-  words = rng.bytes(math.prod(shape) * dtype.itemsize)
-  return np.frombuffer(words, dtype).reshape(shape)
-
-
 @pytest.mark.parametrize('stacked', [False, True])
 def test_leaves_of_all_dtypes_and_shapes(stacked):
   shapes = [(5, 7, 9), (5, 64), (5, 4096), (5,), (5, 31), (5, 0), (5, 1, 32)]
   leaves = {
-    f'{dtype}/{i}': _random(i, shape, dtype)
+    f'{dtype}/{i}': helpers.random_bits(i, shape, dtype)
     for dtype in _DTYPES
     for i, shape in enumerate(shapes)
   }
   if not stacked:
-    leaves['scalar'] = _random(8, (), 'int32')
+    leaves['scalar'] = helpers.random_bits(8, (), 'int32')
   with jax.enable_x64(True):
     expected = np.asarray(_on_device(leaves, stacked))
   found = host_digest.digest_leaves(leaves, stacked)
@@ -52,7 +40,7 @@ def test_leaves_of_all_dtypes_and_shapes(stacked):
 
 def test_large_leaves_and_views():
   """Several columns of 256, and rows that do not lie together in memory."""
-  whole = _random(1, (6, 40000), 'float32')
+  whole = helpers.random_bits(1, (6, 40000), 'float32')
   leaves = {'w': whole[::2], 'v': whole[:3, ::7]}
   assert not leaves['w'].flags.c_contiguous
   np.testing.assert_array_equal(
@@ -64,7 +52,7 @@ def test_large_leaves_and_views():
 def test_leaves_without_numbers():
   for leaves in (
     {'a': np.zeros((0, 3), np.float32)},
-    {'a': np.zeros(0, bool), 'b': _random(0, (3,), 'float32')},
+    {'a': np.zeros(0, bool), 'b': helpers.random_bits(0, (3,), 'float32')},
   ):
     np.testing.assert_array_equal(
       host_digest.digest_leaves(leaves, False),
@@ -76,8 +64,11 @@ def test_leaves_without_numbers():
 
 def test_a_state_and_where_two_differ():
   state = {
-    'experts': {'w': _random(0, (3, 8), 'float32')},
-    'head': {'w': _random(1, (4,), 'float32'), 'count': np.int32(3)},
+    'experts': {'w': helpers.random_bits(0, (3, 8), 'float32')},
+    'head': {
+      'w': helpers.random_bits(1, (4,), 'float32'),
+      'count': np.int32(3),
+    },
   }
   state['head']['count'] = np.asarray(state['head']['count'])
   found = host_digest.digest_state(state, {'experts'})

@@ -347,19 +347,24 @@ def test_a_checkpoint_to_start_from(weights_only):
   chex.assert_trees_all_equal(parts, expected)
 
 
-def test_the_final_state_of_all(shm_folder):
-  members, whole = _world()
-  host = _host_state(whole.stage)
-  digests = _digests(whole, host)
+def _put_shares(folder, members, host, digests):
+  """Puts a stage's state as replicas 2 and 5, as stage 1."""
   for replica, member in zip((2, 5), members, strict=True):
     final_state.put(
-      shm_folder,
+      folder,
       1,
       member.place(host),
       {o: digests[o] for o in member.stage.partition.operators},
       replica=replica,
       partition=member.stage.partition,
     )
+
+
+def test_the_final_state_of_all(shm_folder):
+  members, whole = _world()
+  host = _host_state(whole.stage)
+  digests = _digests(whole, host)
+  _put_shares(shm_folder, members, host, digests)
   final_state.put(shm_folder, 0, whole.place(host), digests)
   for found in (
     final_state.get(shm_folder, 1, [2, 5]),
@@ -373,15 +378,7 @@ def test_a_damaged_part_of_the_final_state_names_its_replica(shm_folder):
   members, whole = _world()
   host = _host_state(whole.stage)
   digests = _digests(whole, host)
-  for replica, member in zip((2, 5), members, strict=True):
-    final_state.put(
-      shm_folder,
-      1,
-      member.place(host),
-      {o: digests[o] for o in member.stage.partition.operators},
-      replica=replica,
-      partition=member.stage.partition,
-    )
+  _put_shares(shm_folder, members, host, digests)
   path = fault_damage.flip_bit_in_largest(
     final_state.folder_of(shm_folder, 1, 5)
   )

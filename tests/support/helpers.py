@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 from launch.chaos import draw
 from launch.lm import one_process, settings as run_settings, transformer_job
@@ -150,6 +152,16 @@ def small_tmpfs(path: pathlib.Path):
     pytest.skip('mounting a tmpfs is not allowed here')
   yield path
   subprocess.run(['umount', '--lazy', str(path)], check=True)
+
+
+def random_bits(seed: int, shape, dtype='float32') -> np.ndarray:
+  """Any bits, NaNs and infinities included."""
+  rng = np.random.default_rng(seed)
+  if dtype == 'bool':
+    return rng.integers(0, 2, shape).astype(bool)
+  dtype = jnp.dtype(dtype)
+  words = rng.bytes(math.prod(shape) * dtype.itemsize)
+  return np.frombuffer(words, dtype).reshape(shape)
 
 
 def launch(module: str, *arguments: str, timeout_seconds: float = 120):

@@ -237,8 +237,33 @@ def undisturbed(tmp_path_factory):
   return found
 
 
-def undisturbed_metrics(tmp_path_factory, train, iterations, seconds=SECONDS):
-  """Metrics of a run that nothing happens to.
+def trainer(stages, iterations, *always, default_flags=()):
+  """Returns what starts a run of this shape, in which faults may happen.
+
+  Args:
+    stages: that it has.
+    iterations: that it has.
+    *always: flags of each such run.
+    default_flags: what stands where its caller gives no `flags`.
+  """
+
+  def train(host, workdir, *faults, flags=default_flags):
+    return host.train(
+      workdir,
+      f'--stages={stages}',
+      f'--iterations={iterations}',
+      '--microbatches=4',
+      '--dropout_rate=0.1',
+      *always,
+      *(f'--fail={fault}' for fault in faults),
+      *flags,
+    )
+
+  return train
+
+
+def undisturbed_run(tmp_path_factory, train, iterations, seconds=SECONDS):
+  """The workdir of a run that nothing happens to.
 
   Args:
     tmp_path_factory: pytest's.
@@ -250,9 +275,14 @@ def undisturbed_metrics(tmp_path_factory, train, iterations, seconds=SECONDS):
   with host() as one:
     end(train(one, workdir), seconds=seconds)
     assert one.is_clean()
-  lines = metrics(workdir)
-  assert [x['iteration'] for x in lines] == list(range(1, iterations + 1))
-  return lines
+  numbers = [x['iteration'] for x in metrics(workdir)]
+  assert numbers == list(range(1, iterations + 1))
+  return workdir
+
+
+def undisturbed_metrics(tmp_path_factory, train, iterations, seconds=SECONDS):
+  """Metrics of such a run; see `undisturbed_run`."""
+  return metrics(undisturbed_run(tmp_path_factory, train, iterations, seconds))
 
 
 @contextlib.contextmanager
