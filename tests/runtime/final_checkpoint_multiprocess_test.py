@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from launch.lm import checkpoint
+from moetion_jax import disk
 from tests.support import helpers, runs
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
@@ -93,6 +94,23 @@ def test_a_flipped_bit_on_the_way(
   assert len(happened) == len(faults)
   assert ('corrupt_final', 'save') in happened
   assert not runs.of_kind(workdir, 'failure')
+  (rewritten,) = runs.of_kind(workdir, 'final_checkpoint_damaged')
+  assert (rewritten['stage'], rewritten['replica']) == (0, 0)
+  (line,) = [x for x in out.splitlines() if 'it is written once more' in x]
+  assert rewritten['error'] in line and disk.device_of(workdir) in line
+
+
+def test_a_disk_that_stays_damaged_ends_the_run(host, workdir, undisturbed):
+  """It is named, not host memory, which was proven right; then it is mended."""
+  flags = ['--fail=corrupt_final:stage=0,phase=save'] * 2
+  out, err = runs.end(_train(host, workdir, 'two', *flags), 1, seconds=SECONDS)
+  assert 'it is written once more' in out
+  assert f'{disk.device_of(workdir)} is damaged' in err
+  assert 'host memory is damaged' not in err
+  assert 'Once the cause is gone, the same command goes on' in err
+  assert not (workdir / 'checkpoint').exists() and host.has_ended()
+  runs.end(_train(host, workdir, 'two', *flags), seconds=SECONDS)
+  _check(host, workdir, undisturbed('two'))
 
 
 def test_memory_that_stays_damaged_ends_the_run(host, workdir, undisturbed):

@@ -71,6 +71,7 @@ def test_every_damaged_file_is_found_and_what_of_it(shm_folder, put):
       with pytest.raises(final_state.DamagedError) as caught:
         _get(shm_folder)
       assert (caught.value.stage, caught.value.replica) == (2, 1)
+      assert not caught.value.is_sent_so
       operator = {
         '0.npy': 'head',
         '1.npy': 'head',
@@ -96,8 +97,11 @@ def test_a_state_that_is_not_the_one_that_was_reported(shm_folder):
   digests = host_digest.digest_state(state, _STACKED)
   state['layers/1/experts']['optimizer/mu'][2, 3] += 1
   final_state.put(shm_folder, 2, state, digests, replica=1)
-  with pytest.raises(final_state.DamagedError, match='layers/1/experts/2$'):
+  with pytest.raises(
+    final_state.DamagedError, match='left its device .*layers/1/experts/2$'
+  ) as caught:
     _get(shm_folder)
+  assert caught.value.is_sent_so
 
 
 def test_an_operator_that_nobody_had(shm_folder):

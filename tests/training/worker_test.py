@@ -48,8 +48,12 @@ def test_a_nan_ends_the_run_and_names_iteration_and_stage(stages):
   config = helpers.micro_run(stages=stages, eval_every=0)
   workers = _poison(config, 3)
   seen = []
-  with pytest.raises(errors.NonFiniteError, match='iteration 3.*stage 0'):
+  with pytest.raises(errors.NonFiniteError, match='iteration 3.*stage 0') as e:
     one_process.train(config, workers, lambda r: seen.append(r[-1].iteration))
+  # It is given where no damage explains the NaN.
+  assert '--skip_nonfinite' in e.value.advice
+  assert '--skip_nonfinite' not in e.value.what
+  assert str(e.value) == f'{e.value.what}; {e.value.advice}'
   assert seen == [1, 2]
 
 

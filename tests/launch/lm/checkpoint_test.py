@@ -1,5 +1,6 @@
 """The final checkpoint and its proof: what was saved, or an error."""
 
+import gc
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from orbax import checkpoint as ocp
 
 from launch.lm import checkpoint, transformer_job
-from moetion_jax import errors, report
+from moetion_jax import disk, errors, report
 from moetion_jax.runtime.records import own_files
 from tests.support import helpers
 
@@ -38,6 +39,18 @@ def saved(run, tmp_path_factory):
 def copied(saved, tmp_path):
   path = tmp_path / 'copy'
   shutil.copytree(saved[0], path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def of_stage_1(tmp_path_factory):
+  """A checkpoint of the second of two stages, as `launch.convert` writes it."""
+  config = helpers.micro_run(model={'num_layers': 2}, stages=2)
+  stage = transformer_job.build_stage(config, 1, (0,))
+  state = stage.initial_state()
+  digests = helpers.digests_of(stage, state)
+  path = str(tmp_path_factory.mktemp('stage') / 'stage-1')
+  checkpoint.save(path, [state], 7, config, digests)
   return path
 
 
@@ -91,22 +104,67 @@ def test_16_bytes_anywhere_are_found_or_change_nothing(saved, copied):
   assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
 
 
-def test_a_torn_or_missing_file(saved, copied):
+def test_a_torn_or_missing_file(saved, copied, capfd):
+  """One line says which file it is, and what to do; no traceback is beside."""
   largest, *_ = files = _files(copied)
+  refused = set()
   for file in files:
     content = file.read_bytes()
+    name = str(file.relative_to(copied))
     for torn in (content[: len(content) // 2], b'', None):
       file.unlink()
       if torn is not None:
         file.write_bytes(torn)
       try:
         tree = checkpoint.load(str(copied), 'init_from')
-      except errors.ConfigError:
-        pass
+      except errors.ConfigError as error:
+        refused.add(file)
+        assert len(str(error).splitlines()) == 1
+        assert name in error.reason, (name, torn and len(torn), error)
+        assert 'missing' in error.reason or torn is not None
+        assert error.reason.endswith('use a copy of it, or train again')
+        assert 'source locations' not in error.reason
       else:
         assert file != largest
         assert helpers.bits_of(tree) == saved[1], (file, torn)
+      gc.collect()  # what asyncio has to say of tasks, it says then
+      said = capfd.readouterr()
+      assert (said.out, said.err) == ('', ''), name
       file.write_bytes(content)
+  assert len(refused) > len(files) // 2
+
+
+def test_what_is_no_checkpoint(copied, tmp_path):
+  (tmp_path / 'file').touch()
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'run').mkdir()
+  copied.rename(tmp_path / 'run' / 'checkpoint')
+  _refused(tmp_path / 'none', "no such folder; name a finished run's WORKDIR")
+  _refused(tmp_path / 'file', 'is no folder; name a finished')
+  _refused(tmp_path / 'empty', '_CHECKPOINT_METADATA is missing', 'train again')
+  _refused(
+    tmp_path / 'run', f'is a workdir, not a checkpoint; name {tmp_path}/run/ch'
+  )
+
+
+def test_one_of_a_stage_alone(run, saved, of_stage_1):
+  tree = checkpoint.load(of_stage_1, 'checkpoint')
+  with pytest.raises(errors.ConfigError) as caught:
+    checkpoint.check_all_stages(tree, of_stage_1, 'checkpoint')
+  assert 'the state of one stage, without embedding of' in caught.value.reason
+  assert 'launch.convert' in caught.value.reason
+  stage = transformer_job.build_stage(run[0], 0, (0,))
+  with pytest.raises(errors.ConfigError, match='the state of one stage'):
+    checkpoint.check(stage, tree, of_stage_1, weights_only=True)
+  whole = checkpoint.load(saved[0], 'checkpoint')
+  checkpoint.check_all_stages(whole, saved[0], 'checkpoint')
+
+
+def test_generate_refuses_one_of_a_stage_alone(of_stage_1):
+  result = helpers.launch('generate', f'--checkpoint={of_stage_1}')
+  assert result.returncode == 2
+  (line,) = result.stderr.splitlines()
+  assert 'is the state of one stage' in line and 'WORKDIR/checkpoint' in line
 
 
 def _rewrite(saved, path, change):
@@ -222,7 +280,12 @@ def test_what_does_not_compare_is_saved_once_more(run, saved, tmp_path):
     if len(written) == 1:
       _damage(aside)
 
-  checkpoint.save(str(path), [state], 7, config, digests, damage_first)
+  told = []
+  checkpoint.save(
+    str(path), [state], 7, config, digests, damage_first, told.append
+  )
+  (what,) = told
+  assert str(path) in what and disk.device_of(path) in what
   assert written == [str(path) + own_files.ASIDE_SUFFIX] * 2
   assert helpers.bits_of(checkpoint.load(str(path), 'x')) == saved[1]
   assert os.listdir(tmp_path) == ['checkpoint']
@@ -232,8 +295,14 @@ def test_what_never_compares_is_not_there(run, saved, copied, tmp_path):
   """What was there before stays."""
   config, state, digests = run
   for path in (tmp_path / 'checkpoint', copied):
-    with pytest.raises(errors.StoreError, match='2 times and read back'):
-      checkpoint.save(str(path), [state], 7, config, digests, _damage)
+    told = []
+    with pytest.raises(errors.DamagedDiskError, match='2 times and read') as e:
+      checkpoint.save(
+        str(path), [state], 7, config, digests, _damage, told.append
+      )
+    assert f'{disk.device_of(path)} is damaged' in str(e.value)
+    assert 'still has its digests' in str(e.value)
+    assert len(told) == 1
   assert os.listdir(tmp_path) == ['copy']
   assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
 
@@ -242,7 +311,9 @@ def test_a_state_that_is_not_the_one_of_the_digests(run, tmp_path):
   config, state, digests = run
   head = {k: np.array(v) for k, v in state['head'].items()}
   head['master/head/table'][0, 0] += 1
-  with pytest.raises(errors.StoreError, match='head has other bits'):
+  with pytest.raises(
+    errors.StoreError, match='changed in host memory: head has other bits'
+  ):
     checkpoint.save(
       str(tmp_path / 'x'), [{**state, 'head': head}], 7, config, digests
     )
