@@ -23,8 +23,8 @@ import numpy as np
 from orbax import checkpoint as ocp
 
 from launch.lm import (
+  checkpoint_damage,
   checkpoint_proof,
-  read_errors,
   settings as run_settings,
 )
 from moetion_jax import disk, errors
@@ -83,7 +83,7 @@ def save(
       try:
         _write(aside, tree, metadata)
       except Exception as error:  # Orbax and TensorStore raise many kinds
-        why = read_errors.first_line(error)
+        why = checkpoint_damage.first_line(error)
         raise errors.StoreError(
           f'{path}: the checkpoint cannot be written: {why}; make that '
           'possible, then start again'
@@ -198,11 +198,11 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
   """
   proof = _metadata(path)[1]
   try:
-    with _checkpointer() as checkpointer, read_errors.quiet():
+    with _checkpointer() as checkpointer, checkpoint_damage.quiet():
       tree = checkpointer.restore(os.path.abspath(path))
   except Exception as error:  # Orbax and TensorStore raise many kinds
     raise _UnusableError(
-      f'cannot be restored: {read_errors.explain(path, error)}'
+      f'cannot be restored: {checkpoint_damage.explain(path, error)}'
     ) from error
   try:
     if not tree.keys() >= _PARTS:
@@ -212,7 +212,7 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
       reason = reason and f'is damaged: {reason}'
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     reason = 'is damaged, or not a checkpoint of ours: '
-    reason += read_errors.first_line(error)
+    reason += checkpoint_damage.first_line(error)
   if reason:
     raise _UnusableError(reason)
   return tree, proof is not None
@@ -234,9 +234,8 @@ def load_config(path: str, flag: str) -> run_settings.RunConfig:
     raise errors.ConfigError(
       flag,
       path,
-      'carries no configuration of ours: '
-      f'{read_errors.first_line(error)}; use it with the version that wrote '
-      f'it, else {_ADVICE}',
+      f'carries no configuration of ours: {checkpoint_damage.first_line(error)}'
+      f'; use it with the version that wrote it, else {_ADVICE}',
     ) from error
 
 
@@ -260,7 +259,7 @@ def _metadata(path: str) -> tuple[Any, checkpoint_proof.Proof | None]:
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise _UnusableError(
       f'its {name} is damaged, or not that of a checkpoint of ours: '
-      f'{read_errors.first_line(error)}'
+      f'{checkpoint_damage.first_line(error)}'
     ) from error
   return metadata[checkpoint_proof.CONFIG], proof
 
