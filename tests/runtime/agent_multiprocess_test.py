@@ -191,6 +191,13 @@ def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   }
   assert runs.kinds(workdir)[-1] == 'stopped'
   assert host.has_ended()
+  # Workers abort before they can train, whatever is there to go on with.
+  flags = {'XLA_FLAGS': '--xla_no_such_flag=1'}
+  run = host.train(workdir, '--max_failures=0', environment=flags)
+  _, err = runs.end(run, 1)
+  assert 'xla_no_such_flag' in err
+  assert 'Once the cause is gone, the same command goes on' in err
+  assert host.has_ended()
   # As if another version had written it, or the memory were damaged.
   manifests = host.path.glob('moetion-*/stage-1.*.snapshots/*/manifest.json')
   damaged = max(manifests, key=lambda path: int(path.parent.name))
