@@ -7,13 +7,13 @@ values in data files. What it raises names the array, seldom the file.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import tensorstore
 
@@ -52,21 +52,40 @@ def explain(path: str, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps asyncio from printing errors of tasks that nobody asked for.
+  """Keeps reads that are given up from printing tracebacks.
 
-  Orbax reads arrays in parallel; when several fail, it raises one error, and
-  asyncio prints the tracebacks of the others.
+  Orbax reads arrays in parallel and raises the first error. Nobody asks for
+  those of the other reads, which asyncio reports; some end later, in
+  TensorStore's threads, and find the event loop closed. After an error this
+  stays so: they are still to come.
   """
-  logger = logging.getLogger('asyncio')
-  level = logger.level
-  logger.setLevel(logging.CRITICAL + 1)
-  try:
-    yield
-  except BaseException:
-    gc.collect()  # tasks complain when they are collected
-    raise
-  finally:
-    logger.setLevel(level)
+  before, logger = sys.unraisablehook, logging.getLogger('asyncio')
+  logger.addFilter(_is_asked_for)  # once, however often it is added
+  if not isinstance(before, _IgnoresClosedLoop):
+    sys.unraisablehook = _IgnoresClosedLoop(before)
+  yield
+  sys.unraisablehook = before
+  logger.removeFilter(_is_asked_for)
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+  """Filters what asyncio says of errors that nobody asked for."""
+  return 'exception was never retrieved' not in record.getMessage()
+
+
+class _IgnoresClosedLoop:
+  """A `sys.unraisablehook` that passes on all but what late reads raise."""
+
+  def __init__(self, inner: Callable[[Any], object]):
+    """Stores the hook for everything else."""
+    self._inner = inner
+
+  def __call__(self, unraisable: Any) -> None:
+    """Handles an exception that nobody can catch."""
+    error = unraisable.exc_value
+    is_late = isinstance(error, RuntimeError) and 'Event loop is' in str(error)
+    if not is_late:
+      self._inner(unraisable)
 
 
 class _Place(NamedTuple):

@@ -21,6 +21,7 @@ _PARTS = {
   'launch_lm_settings': ('launch.lm.__init__', 'launch.lm.settings'),
   'launch_lm_job': (
     'launch.lm.checkpoint',
+    'launch.lm.checkpoint_damage',
     'launch.lm.checkpoint_proof',
     'launch.lm.data',
     'launch.lm.transformer_job',

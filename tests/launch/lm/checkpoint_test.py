@@ -104,6 +104,7 @@ def test_16_bytes_anywhere_are_found_or_change_nothing(saved, copied):
   assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
 
 
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
 def test_a_torn_or_missing_file(saved, copied, capfd):
   """One line says which file it is, and what to do; no traceback is beside."""
   largest, *_ = files = _files(copied)
@@ -127,7 +128,7 @@ def test_a_torn_or_missing_file(saved, copied, capfd):
       else:
         assert file != largest
         assert helpers.bits_of(tree) == saved[1], (file, torn)
-      gc.collect()  # what asyncio has to say of tasks, it says then
+      gc.collect()  # what asyncio has to say of its tasks, it says then
       said = capfd.readouterr()
       assert (said.out, said.err) == ('', ''), name
       file.write_bytes(content)

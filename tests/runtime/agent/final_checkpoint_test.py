@@ -13,7 +13,7 @@ from tests.support import helpers
 @pytest.fixture
 def record(tmp_path):
   """A recorder whose run was accepted, and so writes events."""
-  folder = workdir.Workdir(str(tmp_path / 'run'))
+  folder = workdir.Workdir(str(tmp_path / 'run'), fresh=False)
   folder.lock()
   one = recorder.Recorder(helpers.micro_run(), folder, helpers.NotesView())
   one.accepted = True
