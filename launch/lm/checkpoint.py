@@ -315,7 +315,6 @@ def check(
   wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {
     ('parameters', n): s for n, s in stage.model.shapes.items()
   }
-  check_all_stages(tree, path, 'init_from')
   if not weights_only:
     for group, leaves in stage.whole.state_shapes.items():
       for leaf, shape in leaves.items():

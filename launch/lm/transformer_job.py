@@ -146,11 +146,13 @@ def load_initial(
     The checkpoint's tree; None when the run starts from its seed.
 
   Raises:
-    errors.ConfigError: it is missing, damaged or of another model.
+    errors.ConfigError: it is missing, damaged, of one stage alone or of another
+      model.
   """
   if not config.init_from:
     return None
   tree = checkpoint.load(config.init_from, 'init_from')
+  checkpoint.check_all_stages(tree, config.init_from, 'init_from')
   checkpoint.check(
     stage, tree, config.init_from, weights_only=config.init_weights_only
   )

@@ -1,5 +1,6 @@
 """The final checkpoint and its proof: what was saved, or an error."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -154,9 +155,10 @@ def test_one_of_a_stage_alone(run, saved, of_stage_1):
     checkpoint.check_all_stages(tree, of_stage_1, 'checkpoint')
   assert 'the state of one stage, without embedding of' in caught.value.reason
   assert 'launch.convert' in caught.value.reason
-  stage = transformer_job.build_stage(run[0], 0, (0,))
+  config = dataclasses.replace(run[0], init_from=of_stage_1)
+  stage = transformer_job.build_stage(config, 0, (0,))
   with pytest.raises(errors.ConfigError, match='the state of one stage'):
-    checkpoint.check(stage, tree, of_stage_1, weights_only=True)
+    transformer_job.load_initial(config, stage)
   whole = checkpoint.load(saved[0], 'checkpoint')
   checkpoint.check_all_stages(whole, saved[0], 'checkpoint')
 
