@@ -41,15 +41,16 @@ def blend(word: Any) -> Any:
   return word ^ (word >> 15)
 
 
-def offsets(position: Any, names: Iterable[str]) -> Any:
-  """Returns what is added to each column word before it is mixed.
+def mix_columns(columns: Any, position: Any, names: Iterable[str]) -> Any:
+  """Mixes each column word with its position and all leaves' names.
 
   Args:
+    columns: u32[operators, columns].
     position: the columns' positions, u32[columns].
     names: the names of all leaves, in order.
   """
   salt = np.uint32(zlib.crc32('\n'.join(names).encode()))
-  return position * np.uint32(_STEP) + salt
+  return mix(columns + position * np.uint32(_STEP) + salt)
 
 
 def weights(position: Any) -> Any:

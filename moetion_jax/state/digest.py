@@ -50,9 +50,10 @@ def digest_leaves(leaves: Mapping[str, jax.Array], stacked: bool) -> jax.Array:
   u = jnp.concatenate(columns, axis=1)  # u32[operators, columns]
   u = jnp.pad(u, ((0, 0), (0, digest_rule.padded(u.shape[1]) - u.shape[1])))
   position = jnp.arange(u.shape[1], dtype=jnp.uint32)
-  mixed = digest_rule.mix(u + digest_rule.offsets(position, names))
-  weighted = mixed * digest_rule.weights(position)
-  return jnp.stack([_sum(mixed), _sum(weighted)], axis=-1)
+  mixed = digest_rule.mix_columns(u, position, names)
+  return jnp.stack(
+    [_sum(mixed), _sum(mixed * digest_rule.weights(position))], axis=-1
+  )
 
 
 def _words(leaf: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ def digest_leaves(
   u = np.concatenate(columns, axis=1)  # u32[operators, columns]
   u = np.pad(u, ((0, 0), (0, digest_rule.padded(u.shape[1]) - u.shape[1])))
   position = np.arange(u.shape[1], dtype=np.uint32)
-  mixed = digest_rule.mix(u + digest_rule.offsets(position, names))
+  mixed = digest_rule.mix_columns(u, position, names)
   weighted = mixed * digest_rule.weights(position)
   return np.stack([_sum(mixed), _sum(weighted)], axis=-1)
 
