@@ -79,6 +79,7 @@ def save(
   metadata = checkpoint_proof.to_metadata(config.to_json(), proof)
   path = os.path.abspath(path)
   with checkpoint_folder.replacing(path) as aside:
+    damage = ''
     for attempt in range(1, _ATTEMPTS + 1):
       try:
         _write(aside, tree, metadata)
