@@ -45,12 +45,11 @@ def sync_tree(path: str | os.PathLike[str]) -> None:
   Raises:
     OSError: it cannot be; it names the file or folder.
   """
-  for folder, names, files in os.walk(path, topdown=False, onerror=_raise):
+  for folder, _, files in os.walk(path, topdown=False, onerror=_raise):
     for name in files:
       file = os.path.join(folder, name)
       if not os.path.islink(file):
         sync_file(file)
-    del names
     sync_folder(folder)
 
 
