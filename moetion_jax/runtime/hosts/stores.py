@@ -231,8 +231,3 @@ class Stores:
           )
           found.append(segment_check.SegmentCheck(1, (damage,)))
     return found
-
-
-def has_left_durable(folder: str) -> bool:
-  """Returns whether a durable folder holds snapshots to go on with."""
-  return bool(folder) and any(pathlib.Path(folder).glob('*.snapshots/*'))
