@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -152,6 +153,9 @@ _WRITTEN_FILES = (
   'NCCL_GRAPH_DUMP_FILE',
   'NCCL_TOPO_DUMP_FILE',
 )
+# Names whose values are paths, also where those have no slash: another value,
+# such as `true`, may by chance be the name of a file here.
+_NAMES_FILE = re.compile(r'file|path|_from$', re.IGNORECASE)
 # These may name a folder, all files of which are read.
 _READ_FOLDERS = ('xla_gpu_pgle_profile_file_or_directory_path',)
 # Recorded since there are `files`.
@@ -231,8 +235,11 @@ def contents(
   found = {}
   for name, value in sorted(named.items()):
     # A flag that was given twice has both values.
-    paths = dict.fromkeys([value, *value.split()])
-    digests = [digest(path, name in _READ_FOLDERS) for path in paths]
+    digests = [
+      digest(path, name in _READ_FOLDERS)
+      for path in dict.fromkeys([value, *value.split()])
+      if '/' in path or _NAMES_FILE.search(name)
+    ]
     text = ' '.join(filter(None, digests))
     if text and name not in _WRITTEN_FILES:
       found[name] = f'a file with {text}'

@@ -81,13 +81,15 @@ def test_contents_of_files_that_flags_name():
 
   def digest(path, reads_folder):
     asked.append((path, reads_folder))
-    return f'sha256 {path[-1]}' if path.startswith('/') else None
+    is_file = path.startswith('/') or path in ('true', 'results')
+    return f'sha256 {path[-1]}' if is_file else None
 
   found = environment.contents(
     {
       'xla_gpu_load_autotune_results_from': '/a',
       'xla_twice': '/b /c',
       'xla_cpu_enable_fast_math': 'true',
+      'xla_gpu_gemm_autotuner_override_file': 'results',
       'xla_gpu_kernel_cache_file': '/written',
       'xla_gpu_pgle_profile_file_or_directory_path': '/d',
     },
@@ -95,6 +97,7 @@ def test_contents_of_files_that_flags_name():
   )
   assert found == {
     'xla_gpu_load_autotune_results_from': 'a file with sha256 a',
+    'xla_gpu_gemm_autotuner_override_file': 'a file with sha256 s',
     'xla_twice': 'a file with sha256 c sha256 b sha256 c',
     'xla_gpu_pgle_profile_file_or_directory_path': 'a file with sha256 d',
   }

@@ -87,13 +87,14 @@ def _run(
   folder.whereabouts = whereabouts.of_run(
     where.hostmem_dir, on_disk, str(folder.path)
   )
-  note = chosen.note
-  if not folder.begins_anew and not folder.is_finished():
-    search = _search(folder, run_id)
-    search.check()
-    note = note or search.note()
-  if note:
-    print(note, flush=True)
+  if not folder.is_finished():
+    note = chosen.note
+    if not folder.begins_anew:
+      search = _search(folder, run_id)
+      search.check()
+      note = note or search.note()
+    if note:
+      print(note, flush=True)
   folder.take_id(run_id)
   _check_places(config, where, folder, on_disk)
   if folder.is_finished():
