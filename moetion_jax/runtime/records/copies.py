@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -112,12 +111,20 @@ def judge(here: tuple[int, int], recorded: Mark, at_path: AtPath) -> Relation:
   return Relation.COPY if is_moved_inside else Relation.UNTOLD
 
 
-def conclude(findings: Iterable[Finding]) -> Finding:
-  """Concludes from all records: one that says copy is enough.
+def conclude(of_store: Finding | None, of_folder: Finding | None) -> Finding:
+  """Concludes from what the run's store and its folder say.
 
-  Whoever took the store last is recorded there, later than in the folder.
+  Args:
+    of_store: what the owner of the store says; None if there is none.
+    of_folder: what config.json in the folder says; None if there is none.
   """
-  found = list(findings)
+  # Whoever took the store last is recorded there, later than in the folder.
+  if of_store and of_store.at_path is AtPath.TWIN:
+    return of_store
+  # The store may have been left since then, as in another --hostmem_dir.
+  if of_folder and of_folder.relation is Relation.OWN:
+    return of_folder
+  found = [one for one in (of_folder, of_store) if one]
   for relation in (Relation.COPY, Relation.UNTOLD):
     for one in found:
       if one.relation is relation:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.records import copies, held_run
@@ -105,33 +105,35 @@ class RunIds:
     Args:
       run_id: the id that the folder has.
     """
-    try:
-      here = copies.identity_of(self.path)
-    except OSError:
-      return copies.Finding()
-    found = []
-    for recorded in self._recorded(run_id):
-      at_path = self._at_path(recorded.path, run_id)
-      found.append(
-        copies.Finding(
-          relation=copies.judge(here, recorded, at_path),
-          recorded=recorded.path,
-          at_path=at_path,
-        )
-      )
-    return copies.conclude(found)
-
-  def _recorded(self, run_id: str) -> Iterable[copies.Mark]:
-    """Yields the workdir of the run, as it was when the run last began."""
     stores = run_store.folders(self.hostmem_dir, run_id) if run_id else []
-    values = [store_folder.read_owner(store) for store in stores]
+    config = None
     with contextlib.suppress(OSError, held_run.NotOursError):
-      values.append(held_run.read_config(self.path) or {})
-    for value in values:
-      path = value.get(held_run.WORKDIR)
-      if isinstance(path, str) and os.path.isabs(path):
-        identity = copies.identity_from_json(value.get(held_run.FOLDER))
-        yield copies.Mark(path=path, identity=identity)
+      config = held_run.read_config(self.path)
+    # The first host's is the one that every start opens.
+    owner = store_folder.read_owner(stores[0]) if stores else None
+    return copies.conclude(
+      self._judge(owner, run_id), self._judge(config, run_id)
+    )
+
+  def _judge(
+    self, record: Mapping[str, object] | None, run_id: str
+  ) -> copies.Finding | None:
+    """Judges the folder by one record; None if that has no folder.
+
+    Args:
+      record: the content of config.json, or of a store's owner file.
+      run_id: the id that the folder has.
+    """
+    path = (record or {}).get(held_run.WORKDIR)
+    if not record or not isinstance(path, str) or not os.path.isabs(path):
+      return None
+    mark = copies.Mark(
+      path=path,
+      identity=copies.identity_from_json(record.get(held_run.FOLDER)),
+    )
+    at_path = self._at_path(path, run_id)
+    relation = copies.judge(copies.identity_of(self.path), mark, at_path)
+    return copies.Finding(relation=relation, recorded=path, at_path=at_path)
 
   def _at_path(self, recorded: str, run_id: str) -> copies.AtPath:
     try:

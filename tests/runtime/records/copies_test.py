@@ -41,15 +41,30 @@ def test_judge(identity, at_path, relation):
   assert copies.judge(_HERE, recorded, at_path) is relation
 
 
-def test_one_record_that_says_copy_is_enough():
-  found = [
-    copies.Finding(relation=relation, recorded=f'/{relation.value}')
-    for relation in (_OWN, _UNTOLD, _COPY)
+@pytest.mark.parametrize(
+  ('of_store', 'of_folder', 'concluded'),
+  [
+    (None, None, _OWN),
+    ((_OWN, _AT_HERE), (_OWN, _AT_HERE), _OWN),
+    # Another folder took the store.
+    ((_COPY, _TWIN), (_OWN, _GONE), _COPY),
+    # A store that the run left long ago.
+    ((_COPY, _GONE), (_OWN, _AT_HERE), _OWN),
+    ((_UNTOLD, _GONE), (_OWN, _AT_HERE), _OWN),
+    ((_UNTOLD, _GONE), (_COPY, _GONE), _COPY),
+    ((_COPY, _GONE), (_UNTOLD, _AT_HERE), _COPY),
+    (None, (_UNTOLD, _GONE), _UNTOLD),
+    # It was killed before there was a config.json.
+    ((_COPY, _GONE), None, _COPY),
+    ((_UNTOLD, _GONE), None, _UNTOLD),
+  ],
+)
+def test_conclude(of_store, of_folder, concluded):
+  findings = [
+    one and copies.Finding(relation=one[0], recorded='/a', at_path=one[1])
+    for one in (of_store, of_folder)
   ]
-  assert copies.conclude(found).recorded == '/copy'
-  assert copies.conclude(found[:2]).recorded == '/untold'
-  assert copies.conclude(found[:1]).relation is _OWN
-  assert copies.conclude([]).relation is _OWN
+  assert copies.conclude(*findings).relation is concluded
 
 
 @pytest.mark.parametrize(
