@@ -197,11 +197,10 @@ def _two_phase(host, workdir, disk, *flags, environment=()):
   )
 
 
-def _stop_two_phase(host, workdir, disk, *flags, environment=(), iterations=4):
-  run = _two_phase(host, workdir, disk, *flags, environment=environment)
+def _stop_after(run, iterations):
   runs.until_trained(run, iterations)
   run.send_signal(signal.SIGINT)
-  return runs.end(run)[0]
+  runs.end(run)
 
 
 def test_snapshots_on_disk_of_before_an_accepted_change(host, tmp_path):
@@ -211,11 +210,12 @@ def test_snapshots_on_disk_of_before_an_accepted_change(host, tmp_path):
   before is given again, with the other one.
   """
   workdir, before, after = (tmp_path / name for name in ('run', 'a', 'b'))
-  _stop_two_phase(host, workdir, before, iterations=8)
+  _stop_after(_two_phase(host, workdir, before), 8)
   (stale,) = before.iterdir()
-  out = _stop_two_phase(host, workdir, after, _ACCEPTED, environment=_FAST)
-  assert f"The run's snapshots are in {stale}" in out
-  assert f'--durable_dir={before}' in out
+  run = _two_phase(host, workdir, after, _ACCEPTED, environment=_FAST)
+  told = runs.until(run, f"The run's snapshots are in {stale}")
+  assert f'--durable_dir={before}' in told
+  _stop_after(run, 6)
   (event,) = runs.of_kind(workdir, 'changes_accepted')
   assert event['exact_until'] == 0
   kept = runs.bits(runs.metrics(workdir)), _config(workdir)
