@@ -141,6 +141,8 @@ def _convert(run: stored_run.StoredRun) -> None:
   from moetion_jax.runtime import read_environment, xla_setup
 
   stage = _STAGE.value
+  if run.caution:
+    _warn(run.caution)
   xla_setup.use_cores(recorded_cores(run, stage))
   xla_setup.configure(
     local_devices=run.config.train.local_devices,

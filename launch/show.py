@@ -45,6 +45,7 @@ def describe(
     'iterations': run.config.train.iterations,
     'last_line': max(run.metrics, default=0),
     'newest_common_start': run.newest_common_start,
+    'only_start': run.only_start,
     'verified': verified,
     'damaged': [
       {
@@ -208,7 +209,8 @@ def main(argv: list[str]) -> int:
       {d.key for d in found if d.key},
     )
   value = describe(run, damaged, in_use=in_use, verified=_VERIFY.value)
-  print(json.dumps(value) if _JSON.value else '\n'.join(_lines(value)))
+  lines = [*_lines(value), *filter(None, [run.caution])]
+  print(json.dumps(value) if _JSON.value else '\n'.join(lines))
   return 1 if damaged else 0
 
 

@@ -39,8 +39,9 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
   absolute = os.path.abspath(path)
   config, found_out = workdir.read_run(absolute)
   run_store.check_hostmem_dir(hostmem_dir)
-  run_id = run_ids.find(absolute, hostmem_dir)
-  original = run_ids.original_of(absolute, run_id, hostmem_dir)
+  ids = run_ids.RunIds(path=absolute, hostmem_dir=hostmem_dir)
+  run_id = ids.find()
+  original = ids.find_original(run_id).original
   folders = [] if original else run_store.folders(hostmem_dir, run_id)
   if not folders:
     where = f'no {run_store.paths(hostmem_dir, run_id, 1)[0]}'
@@ -80,17 +81,44 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
     hostmem_dir = str(run.folders[0].parent)
     raise errors.ConfigError('hostmem_dir', hostmem_dir, str(error)) from error
   stages, replicas = range(run.config.train.stages), run.config.train.replicas
-  splices = splice_lib.in_force(
-    changes.splices_of(run.found_out.get(changes.CHANGES, ()))
-  )
+  entries = run.found_out.get(changes.CHANGES, ())
+  splices = splice_lib.in_force(changes.splices_of(entries))
+  pending = changes.pending_of(entries)
   return dataclasses.replace(
     run,
     stages=tuple(
-      dataclasses.replace(
-        _scan_stage(run.folders, stage, replicas, in_use), splices=splices
+      _without_dropped(
+        dataclasses.replace(
+          _scan_stage(run.folders, stage, replicas, in_use), splices=splices
+        ),
+        pending,
       )
       for stage in stages
     ),
+  )
+
+
+def _without_dropped(
+  one: stored_run.StoredStage, pending: splice_lib.Splice | None
+) -> stored_run.StoredStage:
+  """Leaves out what the next start of the run drops, to finish a splice.
+
+  Args:
+    one: what is there.
+    pending: the splice that was begun; None for none.
+  """
+  if pending is None:
+    return one
+  complete_at = pending.complete_at[one.stage]
+  return dataclasses.replace(
+    one,
+    entries={},
+    snapshots={
+      iteration: info
+      for iteration, info in one.snapshots.items()
+      if iteration <= complete_at
+    },
+    only_start=pending.exact_until,
   )
 
 

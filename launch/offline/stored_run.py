@@ -149,6 +149,8 @@ class StoredStage:
     damage: damage seen without reading any data.
     splices: where the run went on with other software; none lies between a
       start and what can be made of it.
+    only_start: the start of a splice that was begun and not finished: no other
+      one counts, and no entry; None if there is no such splice.
   """
 
   stage: int
@@ -159,6 +161,7 @@ class StoredStage:
   entries: Mapping[keys.EntryKey, entry.EntryHeader]
   damage: tuple[Damage, ...] = ()
   splices: tuple[splice_lib.Splice, ...] = ()
+  only_start: int | None = None
 
   def segment_path(self, replica: int) -> pathlib.Path:
     """Returns the path of a replica's log file."""
@@ -187,7 +190,8 @@ class StoredStage:
     return tuple(
       start
       for start in starts
-      if splice_lib.allows(
+      if self.only_start in (None, start.iteration)
+      and splice_lib.allows(
         self.splices, self.stage, start.iteration, is_running=True
       )
     )
@@ -262,6 +266,21 @@ class StoredRun:
   found_out: Mapping[str, Any]
   folders: tuple[pathlib.Path, ...]
   stages: tuple[StoredStage, ...] = ()
+
+  @property
+  def only_start(self) -> int | None:
+    """The only start that counts, see `StoredStage`; None: all do."""
+    return next((one.only_start for one in self.stages), None)
+
+  @property
+  def caution(self) -> str:
+    """Says why one start counts only; '' if all do."""
+    if self.only_start is None:
+      return ''
+    return (
+      'The run ended while it went over to other software: it begins again '
+      f'with state {self.only_start}, and drops its logs and all later starts.'
+    )
 
   @property
   def newest_common_start(self) -> int | None:

@@ -60,7 +60,7 @@ def report_leftovers(hostmem_dir: str, run_id: str, *, anew: bool) -> bool:
     of_workdir = f' of {leftover.workdir}' if leftover.workdir else ''
     what = f'start the run{of_workdir} again, or remove the folder.'
     if is_ours:
-      what = 'going on with it.'
+      what = 'the run goes on with it, if it can begin.'
       if anew:
         what = 'removed as soon as the new run can begin.'
     print(

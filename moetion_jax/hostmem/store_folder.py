@@ -25,7 +25,11 @@ from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits, private
 
 _PREFIX = 'moetion-'
-_OWN_NAMES = ('lock', 'owner')
+_OWNER = 'owner'
+_OWN_NAMES = ('lock', _OWNER)
+# Fields of the owner file that say which folder the run has: its path, and its
+# device and inode, which tell it from copies.
+WORKDIR, FOLDER = 'workdir', 'folder'
 _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
 
 
@@ -66,6 +70,7 @@ class StoreFolder:
     self.run_id = run_id
     self.workdir = str(workdir)
     self._lock_fd = -1
+    self._owner_before: bytes | None = None
 
   @property
   def lock_fd(self) -> int:
@@ -102,20 +107,38 @@ class StoreFolder:
 
   def _write_owner(self) -> None:
     """Says in the folder whose it is; replaces what was said before."""
-    owner = {
+    owner: dict[str, object] = {
       'run_id': self.run_id,
-      'workdir': self.workdir,
+      WORKDIR: self.workdir,
       'pid': os.getpid(),
       'host': socket.gethostname(),
       'started': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     }
-    temporary = self.path / 'owner.tmp'
+    if self.workdir:
+      with contextlib.suppress(FileNotFoundError):
+        status = os.stat(self.workdir)
+        owner[FOLDER] = [status.st_dev, status.st_ino]
+    with contextlib.suppress(FileNotFoundError):
+      self._owner_before = (self.path / _OWNER).read_bytes()
+    self._replace_owner(json.dumps(owner).encode() + b'\n')
+
+  def _replace_owner(self, data: bytes) -> None:
+    temporary = self.path / f'{_OWNER}.tmp'
     try:
-      private.write(temporary, json.dumps(owner).encode() + b'\n')
-      temporary.rename(self.path / 'owner')
+      private.write(temporary, data)
+      temporary.rename(self.path / _OWNER)
     except OSError:
       temporary.unlink(missing_ok=True)
       raise
+
+  def disown(self) -> None:
+    """Has the folder say again whose it was before `start`.
+
+    Call it for a run that put nothing into the folder, before `close`.
+    """
+    if self._owner_before is not None:
+      with contextlib.suppress(OSError):  # a full tmpfs: it is of use only
+        self._replace_owner(self._owner_before)
 
   def close(self) -> None:
     """Gives the lock back and keeps the folder; may be called twice."""
@@ -180,7 +203,7 @@ def _lock(path: pathlib.Path, *, create: bool = True) -> int:
 def read_owner(path: str | os.PathLike[str]) -> dict[str, object]:
   """Reads the owner file; empty when there is none or it is damaged."""
   try:
-    owner = json.loads(pathlib.Path(path, 'owner').read_text())
+    owner = json.loads(pathlib.Path(path, _OWNER).read_text())
   except (OSError, ValueError):
     return {}
   return owner if isinstance(owner, dict) else {}

@@ -29,7 +29,8 @@ class LoopSettings:
       the captured one; False: it is taken, and that is logged.
     accept_changes: names of libraries, options of JAX, flags and variables that
       may be other ones than those with which the snapshots were taken. Other
-      bits follow, from the iteration on that is logged.
+      bits follow, from the iteration on that is logged. 'environment.json'
+      goes on with snapshots of which nothing says what they were taken with.
   """
 
   folder: str | os.PathLike[str]

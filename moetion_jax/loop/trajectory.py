@@ -25,6 +25,8 @@ from moetion_jax.snapshots import coverage, file as snapshot_file
 
 _NAME = 'environment.json'
 _STAGE = 0  # a loop is one stage
+# The section of a record that is made up where none was written.
+_UNRECORDED = 'unrecorded'
 
 _log = logging.getLogger(__name__)
 
@@ -52,10 +54,22 @@ class Trajectory:
     Raises:
       errors.ConfigError: an accepted name is unknown.
       errors.StoreError: something has changed that is not accepted, or what is
-        recorded cannot be read.
+        recorded cannot be read, or nothing is.
     """
-    self._changes.known = _read(self._folder / _NAME)
-    refused = self._changes.refused(read_environment.read())
+    here = read_environment.read()
+    known = _read(self._folder / _NAME)
+    if not known and snapshot_file.list_snapshots(self._folder):
+      # It may be anything: to go on is to accept a change.
+      known = {changes_lib.ENVIRONMENT: here | {_UNRECORDED: {_NAME: 'gone'}}}
+    self._changes.known = known
+    refused = self._changes.refused(here)
+    if any(one.name == _NAME for one in refused):
+      raise errors.StoreError(
+        f'{self._folder} holds snapshots, and no {_NAME}, which says what they '
+        'were taken with (earlier versions wrote none): other bits may follow. '
+        'Put it back; or, to go on all the same, name it in LoopSettings: '
+        f'accept_changes={(_NAME,)}'
+      )
     if refused:
       raise errors.StoreError(
         f'{self._folder} holds snapshots taken with '
@@ -127,12 +141,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
       raise ValueError(f'is {str(known)[:40]}, and no JSON object')
     if not isinstance(known.get(changes_lib.ENVIRONMENT), dict):
       raise ValueError(f'has no object {changes_lib.ENVIRONMENT!r}')
-    try:
-      entries = known.get(changes_lib.CHANGES, ())
-      changes_lib.splices_of(entries)
-      _ = [list(entry['names']) for entry in entries]
-    except (AttributeError, KeyError, TypeError) as error:
-      raise ValueError(f'{changes_lib.CHANGES!r} in it: {error!r}') from error
+    changes_lib.check_content(known, stages=1)
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:

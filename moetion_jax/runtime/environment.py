@@ -5,26 +5,28 @@ in a process that has a backend; here it is parsed, compared and put into words,
 without JAX.
 
 Not recorded, since none of it reaches a program: fractions of memory and
-allocators, huge pages and other GLIBC_TUNABLES, cache folders (a program that
-is loaded has the bits with which it was compiled), which of equal devices are
-visible, logs, dumps and profiles, timeouts and addresses. Nor is the version of
-this program itself: a new one has to go on with the same bits (a test finishes
-a run of an earlier one). What JAX itself records of a program's cache key
-(`jax/_src/cache_key.py`) is recorded here too, but for the program and the
-compile options, which follow from the settings.
+allocators, huge pages and other GLIBC_TUNABLES, JAX's cache folder (a program
+that is loaded has the bits with which it was compiled), which of equal devices
+are visible, logs, dumps and profiles, timeouts and addresses. Nor is the
+version of this program itself: a new one has to go on with the same bits (a
+test finishes a run of an earlier one). What JAX itself records of a program's
+cache key (`jax/_src/cache_key.py`) is recorded here too, but for the program
+and the compile options, which follow from the settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moetion_jax import errors
 
 # By section: 'versions' of libraries, 'device', 'options' of JAX, 'xla_flags',
-# 'libtpu_flags', environment 'variables'; in each by name.
+# 'libtpu_flags', environment 'variables', and the contents of 'files' that
+# flags and variables name; in each by name.
 Record = dict[str, dict[str, Any]]
 
 # Reductions and scatters of GPUs in a fixed order (FACTS: exactness).
@@ -32,6 +34,7 @@ DETERMINISM = ('xla_gpu_deterministic_ops', 'true')
 # Sections in which a name that is missing says nothing: an earlier version did
 # not record it, or another version of JAX has no such option.
 _OPEN = ('device', 'options')
+_XLA_FLAGS, _FILES = 'xla_flags', 'files'
 # The one thing that may differ between the workers of a run.
 CORES = 'cores'
 
@@ -46,7 +49,6 @@ _HARMLESS_FLAGS = (
   'xla_hlo_profile',
   'xla_force_host_platform_device_count',
   'xla_gpu_cuda_data_dir',
-  'xla_gpu_per_fusion_autotune_cache_dir',
   'xla_gpu_experimental_autotune_cache_mode',
   'xla_tpu_sdc_checker_',
 )
@@ -134,6 +136,31 @@ _HARMLESS_VARIABLES = (
   'MIOPEN_CUSTOM_CACHE_DIR',
 )
 
+# A flag or variable may name a file. What XLA reads there decides about bits as
+# the flag does: autotune results and overrides choose an algorithm for each
+# product, profiles and tables of costs the order of a program. So the content
+# counts, by its digest (`files`).
+#
+# What XLA writes counts by its path alone, since its content grows in every
+# run: a cache of kernels, or of autotune results
+# (`xla_gpu_per_fusion_autotune_cache_dir`). Such a cache makes later compiles
+# choose what the first one measured to be fastest; in another folder, or an
+# emptied one, it is measured again, and other bits may come out. Of an emptied
+# one we cannot know: what holds then is that JAX's own cache still has the
+# program, or that GPUs are told to be deterministic (`DETERMINISM`).
+_WRITTEN_FILES = (
+  'xla_gpu_kernel_cache_file',
+  'NCCL_GRAPH_DUMP_FILE',
+  'NCCL_TOPO_DUMP_FILE',
+)
+# Names whose values are paths, also where those have no slash: another value,
+# such as `true`, may by chance be the name of a file here.
+_NAMES_FILE = re.compile(r'file|path|_from$', re.IGNORECASE)
+# These may name a folder, all files of which are read.
+_READ_FOLDERS = ('xla_gpu_pgle_profile_file_or_directory_path',)
+# Recorded since there are `files`.
+_ONCE_HARMLESS = ('xla_gpu_per_fusion_autotune_cache_dir',)
+
 _LISTED = 5  # changes that a message names; of the others it says the number
 _LONGEST = 60  # characters of a value in a message
 
@@ -193,6 +220,30 @@ def parse_flags(
     for name, value in sorted(found.items())
     if not name.startswith(_HARMLESS_FLAGS)
   }
+
+
+def contents(
+  named: Mapping[str, str], digest: Callable[[str, bool], str | None]
+) -> dict[str, str]:
+  """Returns the digests of files that flags and variables name, by their names.
+
+  Args:
+    named: the values of flags and variables, by name.
+    digest: returns the digest of the file at a path, or if the second argument
+      is true of a folder there; None if there is none.
+  """
+  found = {}
+  for name, value in sorted(named.items()):
+    # A flag that was given twice has both values.
+    digests = [
+      digest(path, name in _READ_FOLDERS)
+      for path in dict.fromkeys([value, *value.split()])
+      if '/' in path or _NAMES_FILE.search(name)
+    ]
+    text = ' '.join(filter(None, digests))
+    if text and name not in _WRITTEN_FILES:
+      found[name] = f'a file with {text}'
+  return found
 
 
 def with_determinism(
@@ -261,6 +312,10 @@ def completed(known: Record, here: Record) -> Record:
   filled = {**here, **known}
   for section in set(_OPEN) & filled.keys():
     filled[section] = {**here.get(section, {}), **known.get(section, {})}
+  if _FILES not in known and _XLA_FLAGS in known:
+    flags = here.get(_XLA_FLAGS, {})
+    later = {name: flags[name] for name in _ONCE_HARMLESS if name in flags}
+    filled[_XLA_FLAGS] = {**known[_XLA_FLAGS], **later}
   return filled
 
 
@@ -290,7 +345,8 @@ def changes(known: Record, here: Record) -> list[Change]:
   the version is.
   """
   found: dict[str, Change] = {}
-  for section in known.keys() | here.keys():
+  # A flag comes before the content of the file that it names.
+  for section in sorted(known.keys() | here.keys(), reverse=True):
     before, now = known.get(section, {}), here.get(section, {})
     names = before.keys() | now.keys()
     if section in _OPEN:
@@ -298,7 +354,7 @@ def changes(known: Record, here: Record) -> list[Change]:
     for name in names:
       was, value = before.get(name), now.get(name)
       if json.dumps(was) != json.dumps(value):
-        found[name] = Change(name=name, was=was, now=value)
+        found.setdefault(name, Change(name=name, was=was, now=value))
   return [found[name] for name in sorted(found)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import hashlib
 import itertools
 import os
 import pathlib
@@ -51,6 +52,7 @@ _RUNTIMES = (
 _INSTRUCTIONS = re.compile(
   r'(sse|ssse|avx|fma|f16c|bmi|amx|gfni|vaes|vpclmul|neon|asimd|sve|sme|bf16)'
 )
+_DIGEST_DIGITS = 16
 _DRIVER = '/proc/driver/nvidia/version'
 
 # Options of JAX that can change a program or its bits.
@@ -218,16 +220,42 @@ def read() -> environment.Record:
   Call it after `xla_setup.configure`, when all that has options is imported.
   """
   device = jax.local_devices()[0]
+  flags = environment.parse_flags(os.environ.get('XLA_FLAGS', ''))
+  libtpu = environment.parse_flags(os.environ.get('LIBTPU_INIT_ARGS', ''))
+  variables = environment.variables(os.environ)
   return {
     'versions': dict(_VERSIONS),
     'device': _device(device),
     'options': options(jax.config.values),
-    'xla_flags': environment.parse_flags(os.environ.get('XLA_FLAGS', '')),
-    'libtpu_flags': environment.parse_flags(
-      os.environ.get('LIBTPU_INIT_ARGS', '')
-    ),
-    'variables': environment.variables(os.environ),
+    'xla_flags': flags,
+    'libtpu_flags': libtpu,
+    'variables': variables,
+    'files': environment.contents(variables | libtpu | flags, digest_of),
   }
+
+
+def digest_of(path: str, reads_folder: bool = False) -> str | None:
+  """Returns the digest of a file, or of all files in a folder.
+
+  Args:
+    path: its path.
+    reads_folder: whether a folder has a digest too.
+
+  Returns:
+    The digest, and how it was made; None where there is nothing to read.
+  """
+  found = pathlib.Path(path)
+  try:
+    files = [found] if found.is_file() else []
+    if reads_folder and found.is_dir():
+      files = sorted(file for file in found.iterdir() if file.is_file())
+    whole = hashlib.sha256()
+    for file in files:
+      with file.open('rb') as opened:
+        whole.update(hashlib.file_digest(opened, 'sha256').digest())
+  except (OSError, ValueError):  # no path has a null byte
+    return None
+  return f'sha256 {whole.hexdigest()[:_DIGEST_DIGITS]}' if files else None
 
 
 def options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_leftovers_are_told_and_stay(hostmem, capsys):
   before = sorted(os.listdir(hostmem))
   assert run_store.report_leftovers(str(hostmem), _ID, anew=False)
   out = capsys.readouterr().out
-  assert out.count('going on with it') == len(_NAMES)
+  assert out.count('goes on with it, if it can begin') == len(_NAMES)
   assert out.count('start the run again, or remove') == len(_OTHERS)
   assert run_store.report_leftovers(str(hostmem), _ID, anew=True)
   out = capsys.readouterr().out

@@ -126,6 +126,23 @@ def test_the_owner_is_who_started_last(store):
   assert [x.workdir for x in found if x.path == store.path] == ['/b/moved']
 
 
+def test_who_put_nothing_into_a_store_does_not_own_it(tmp_path):
+  first = store_folder.StoreFolder(tmp_path, 'x', tmp_path)
+  first.start()
+  first.disown()  # there was nobody before
+  before = store_folder.read_owner(first.path)
+  status = tmp_path.stat()
+  assert before['folder'] == [status.st_dev, status.st_ino]
+  first.close()
+  second = store_folder.StoreFolder(tmp_path, 'x', tmp_path / 'gone')
+  second.start()
+  assert store_folder.read_owner(second.path) != before
+  second.disown()
+  second.close()
+  assert store_folder.read_owner(first.path) == before
+  assert sorted(os.listdir(first.path)) == ['lock', 'owner']
+
+
 @pytest.mark.parametrize('is_new', [True, False])
 def test_no_room_for_the_owner_file(tmp_path, is_new):
   """Nothing stays that was not there, and no descriptor."""

@@ -303,6 +303,40 @@ def test_show_names_what_is_damaged(left, copy, what):
   assert text.returncode == 1 and name in text.stdout
 
 
+@pytest.fixture
+def pending(left):
+  """The run, as if it had ended while it went over to other software."""
+  entry = {
+    'names': ['jaxlib'],
+    'from': {'jaxlib': '0'},
+    'to': {'jaxlib': '1'},
+    'exact_until': left.last - 4,
+    'complete_at': [left.last - 2] * STAGES,
+    'pending': True,
+  }
+  path = left.workdir / 'config.json'
+  before = path.read_text()
+  path.write_text(json.dumps(json.loads(before) | {'changes': [entry]}))
+  yield entry
+  path.write_text(before)
+
+
+def test_a_splice_that_is_not_finished(left, pending):
+  """Offline too nothing counts but its start: the next start drops the rest."""
+  start, last = pending['exact_until'], pending['complete_at'][0]
+  run = scanned(left.workdir, left.hostmem_dir)
+  for one in run.stages:
+    assert [x.iteration for x in one.starts] == [start]
+    assert max(one.snapshots) == last and not one.entries
+  assert run.newest_common_start == start
+  result = show(left.workdir, left.hostmem_dir, '--json')
+  assert json.loads(result.stdout)['only_start'] == start
+  result = show(left.workdir, left.hostmem_dir)
+  assert f'it begins again with state {start}, and drops' in result.stdout
+  with pytest.raises(stored_run.UnreachableError):
+    stored_run.choose(run.candidates(0), last + 1)
+
+
 # --- convert -----------------------------------------------------------------
 
 

@@ -62,15 +62,35 @@ def test_an_unknown_name_is_refused_of_a_new_loop_too(tmp_path):
   trajectory.Trajectory(tmp_path / 'new', ('jaxlib',)).check()
 
 
-def test_a_folder_of_an_earlier_version_goes_on(shm_folder):
+def test_a_folder_without_a_record_goes_on_only_if_that_is_accepted(shm_folder):
+  """As of earlier versions: what it was taken with may be anything."""
   case, folder = loops.plain(), shm_folder / 'loop'
   with case.checkpointer(folder) as checkpointer:
     loops.train(case, checkpointer, 6)
   (folder / 'environment.json').unlink()
-  with case.checkpointer(folder) as checkpointer:
+  before = sorted(folder.rglob('*'))
+  with pytest.raises(errors.StoreError) as refused:
+    case.checkpointer(folder).start()
+  assert f'{folder} holds snapshots, and no environment.json' in (
+    str(refused.value)
+  )
+  name = "accept_changes=('environment.json',)"
+  assert name in str(refused.value)
+  assert sorted(folder.rglob('*')) == before
+  accepted = ('environment.json',)
+  with case.checkpointer(folder, accept_changes=accepted) as checkpointer:
     assert checkpointer.iteration == 6
   value = json.loads((folder / 'environment.json').read_text())
-  assert value == {'environment': read_environment.read()}
+  assert value['environment'] == read_environment.read()
+  (entry,) = value['changes']
+  assert entry['names'] == ['environment.json'] and entry['complete_at'] == [6]
+  for again in ((), accepted):  # from then on it is compared
+    with case.checkpointer(folder, accept_changes=again) as checkpointer:
+      assert checkpointer.iteration == 6
+
+
+def test_a_folder_without_a_record_and_snapshots_is_a_new_one(tmp_path):
+  trajectory.Trajectory(tmp_path, ()).check()
 
 
 @pytest.mark.parametrize('until', [0, 1, 3, 4, 9])

@@ -230,7 +230,7 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   run.kill()
   runs.wait_for(lambda: not host.processes(), seconds=10)
   out, _ = runs.end(host.train(workdir))
-  assert f'left by pid {run.pid}; going on with it' in out
+  assert f'left by pid {run.pid}; the run goes on with it' in out
   first = runs.resumptions(workdir)
   assert len(first) == 2 and min(first) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed

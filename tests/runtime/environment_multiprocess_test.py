@@ -183,3 +183,52 @@ def test_what_is_installed_under_a_living_run_is_found_out(
   package.rmdir()
   runs.end(_train(host, workdir, *flags, environment=environment))
   runs.check_finished(host, workdir, undisturbed)
+
+
+def _two_phase(host, workdir, disk, *flags, environment=()):
+  return _train(
+    host,
+    workdir,
+    '--policy=two_phase',
+    '--interval=2',
+    f'--durable_dir={disk}',
+    *flags,
+    environment=environment,
+  )
+
+
+def _stop_after(run, iterations):
+  runs.until_trained(run, iterations)
+  run.send_signal(signal.SIGINT)
+  runs.end(run)
+
+
+def test_snapshots_on_disk_of_before_an_accepted_change(host, tmp_path):
+  """In another --durable_dir they are refused by name, and go at the end.
+
+  The run goes over to other software with one directory; then the command of
+  before is given again, with the other one.
+  """
+  workdir, before, after = (tmp_path / name for name in ('run', 'a', 'b'))
+  _stop_after(_two_phase(host, workdir, before), 8)
+  (stale,) = before.iterdir()
+  run = _two_phase(host, workdir, after, _ACCEPTED, environment=_FAST)
+  told = runs.until(run, f"The run's snapshots are in {stale}")
+  assert f'--durable_dir={before}' in told
+  _stop_after(run, 6)
+  (event,) = runs.of_kind(workdir, 'changes_accepted')
+  assert event['exact_until'] == 0
+  kept = runs.bits(runs.metrics(workdir)), _config(workdir)
+  run = _two_phase(host, workdir, before, environment=_FAST)
+  _, err = runs.end(run, 2)
+  assert f'--durable_dir={before}: {stale} is of before this run' in err
+  assert f'--durable_dir={after}' in err
+  assert len(err.strip().splitlines()) == 1, err
+  assert kept == (runs.bits(runs.metrics(workdir)), _config(workdir))
+  run = _two_phase(host, workdir, after, environment=_FAST)
+  out, _ = runs.end(run)
+  assert 'Going on with iteration' in out
+  whole = tmp_path / 'whole'
+  runs.end(_two_phase(host, whole, after, environment=_FAST))
+  runs.check_finished(host, workdir, runs.bits(runs.metrics(whole)))
+  assert not list(before.iterdir()) and not list(after.iterdir())

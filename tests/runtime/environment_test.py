@@ -76,6 +76,52 @@ def test_variables(name, matters):
   assert environment.variables({name: '1', 'HOME': '/'}) == expected
 
 
+def test_contents_of_files_that_flags_name():
+  asked = []
+
+  def digest(path, reads_folder):
+    asked.append((path, reads_folder))
+    is_file = path.startswith('/') or path in ('true', 'results')
+    return f'sha256 {path[-1]}' if is_file else None
+
+  found = environment.contents(
+    {
+      'xla_gpu_load_autotune_results_from': '/a',
+      'xla_twice': '/b /c',
+      'xla_cpu_enable_fast_math': 'true',
+      'xla_gpu_gemm_autotuner_override_file': 'results',
+      'xla_gpu_kernel_cache_file': '/written',
+      'xla_gpu_pgle_profile_file_or_directory_path': '/d',
+    },
+    digest,
+  )
+  assert found == {
+    'xla_gpu_load_autotune_results_from': 'a file with sha256 a',
+    'xla_gpu_gemm_autotuner_override_file': 'a file with sha256 s',
+    'xla_twice': 'a file with sha256 c sha256 b sha256 c',
+    'xla_gpu_pgle_profile_file_or_directory_path': 'a file with sha256 d',
+  }
+  assert ('/d', True) in asked and ('/a', False) in asked
+
+
+def test_another_content_is_a_change_by_the_name_of_the_flag():
+  flags = {'xla_a': '/a'}
+  was = _record(xla_flags=flags) | {'files': {'xla_a': 'a file with x'}}
+  now = was | {'files': {'xla_a': 'a file with y'}}
+  (change,) = environment.changes(was, now)
+  assert (change.name, change.was) == ('xla_a', 'a file with x')
+  moved = now | {'xla_flags': {'xla_a': '/b'}}
+  (change,) = environment.changes(was, moved)
+  assert (change.name, change.now) == ('xla_a', '/b')
+  # A version that recorded no contents, nor folders of autotune results.
+  folder = {'xla_gpu_per_fusion_autotune_cache_dir': '/cache'}
+  here = now | {'xla_flags': flags | folder}
+  known = {k: v for k, v in was.items() if k != 'files'}
+  assert not environment.changes(environment.completed(known, here), here)
+  (change,) = environment.changes(environment.completed(now, here), here)
+  assert change.name == 'xla_gpu_per_fusion_autotune_cache_dir'
+
+
 def test_the_name_of_a_variable_is_that_of_its_option():
   found = environment.canonical(['JAX_ENABLE_X64', 'XLA_X', 'jaxlib'])
   assert found == ('jax_enable_x64', 'XLA_X', 'jaxlib')

@@ -104,7 +104,7 @@ def test_a_host_agent_that_was_killed(host, tmp_path, undisturbed):
   assert host.has_ended() and _stores(host) == stores
   # One host does not have the other's snapshots, but ends the use of them.
   out, _ = runs.end(host.train(workdir))
-  assert out.count('going on with it') == 2 and 'done again' in out
+  assert out.count('the run goes on with it') == 2 and 'done again' in out
   first = runs.resumptions(workdir)
   assert len(first) == 2 and min(first) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed

@@ -91,6 +91,33 @@ def test_only_what_can_change_a_program_differs(tmp_path):
   ]
 
 
+def test_the_content_of_a_file_that_a_flag_names_counts(tmp_path):
+  """Read in the process that has the flag, as XLA reads it."""
+  path = tmp_path / 'results.textproto'
+  flag = f'--xla_gpu_load_autotune_results_from={path}'
+  path.write_text('version: 3')
+  before = _read(XLA_FLAGS=flag)
+  assert _read(XLA_FLAGS=flag) == before
+  path.write_text('version: 3 ')
+  found = environment.changes(before, _read(XLA_FLAGS=flag))
+  assert [x.name for x in found] == ['xla_gpu_load_autotune_results_from']
+  path.unlink()
+  (change,) = environment.changes(before, _read(XLA_FLAGS=flag))
+  assert change.now is None and 'sha256' in change.was
+
+
+def test_digests_of_files_and_folders(tmp_path):
+  one = tmp_path / 'one'
+  one.write_text('a')
+  assert read_environment.digest_of(str(tmp_path)) is None
+  assert read_environment.digest_of(str(tmp_path / 'none'), True) is None
+  assert read_environment.digest_of('a\0b') is None
+  whole = read_environment.digest_of(str(tmp_path), True)
+  assert whole == read_environment.digest_of(str(one)) is not None
+  (tmp_path / 'two').write_text('b')
+  assert read_environment.digest_of(str(tmp_path), True) != whole
+
+
 @pytest.mark.parametrize(
   ('cpuinfo', 'found'),
   [

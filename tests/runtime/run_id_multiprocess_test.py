@@ -76,3 +76,90 @@ def test_a_run_that_was_killed_before_it_could_begin(host, workdir):
   out, _ = runs.end(host.train(workdir, '--iterations=2'))
   assert 'removed as soon as the new run can begin' in out
   assert host.is_clean()
+
+
+@pytest.mark.parametrize('first', ['try', 'keep'])
+def test_a_copy_of_a_run_that_was_moved(host, workdir, tmp_path, first):
+  """`cp -r run try; mv run keep`: whichever starts first, the store stays."""
+  flags = '--window_length=3', '--eval_every=0', _ITERATIONS
+  run = host.train(workdir, *flags)
+  runs.until(run, 'iteration 6/')
+  _stop(run)
+  (store,) = host.path.iterdir()
+  before = _snapshots(store)
+  assert before
+  copy, moved = tmp_path / 'try', tmp_path / 'keep'
+  shutil.copytree(workdir, copy)
+  workdir.rename(moved)
+  for name in (first, {'try': 'keep', 'keep': 'try'}[first]):
+    run = host.train(tmp_path / name, *flags)
+    words = 'is a copy of' if name == 'try' else 'Going on with iteration'
+    runs.until(run, words)
+    runs.until_trained(run, 1)
+    _stop(run)
+    if name == 'try':
+      assert len(list(host.path.iterdir())) == 2
+    if name == first == 'try':
+      assert _snapshots(store) == before
+  assert runs.resumptions(copy) == runs.resumptions(workdir) == []
+  assert min(runs.resumptions(moved)) > 1
+  lines = runs.bits(runs.metrics(moved))
+  assert runs.bits(runs.metrics(copy))[:6] == lines[:6]
+
+
+def test_what_a_run_left_in_other_places_goes_at_its_end(
+  host, workdir, tmp_path, shm_folder
+):
+  """Another --hostmem_dir, and snapshots on disk of another policy."""
+  flags = '--eval_every=0', _ITERATIONS
+  disk = (
+    '--policy=two_phase',
+    '--interval=2',
+    f'--durable_dir={tmp_path}/disk',
+  )
+  run = host.train(workdir, *flags, *disk)
+  runs.until(run, 'iteration 6/')
+  _stop(run)
+  (on_disk,) = (tmp_path / 'disk').iterdir()
+  # Stopped before it has anything of its own: nothing is removed.
+  other = f'--hostmem_dir={shm_folder}'
+  run = host.train(workdir, *flags, other)
+  assert str(on_disk) in runs.until(run, "The run's snapshots are in")
+  runs.until(run, 'Starting')
+  run.send_signal(signal.SIGINT)
+  runs.end(run)
+  assert on_disk.exists() and list(host.path.iterdir())
+  out, _ = runs.end(host.train(workdir, *flags, other))
+  assert 'Finished' in out
+  assert host.is_clean()
+  assert not list(shm_folder.iterdir()) and not on_disk.exists()
+
+
+def test_a_fresh_run_removes_what_another_policy_left(host, workdir, tmp_path):
+  disk = (
+    '--policy=two_phase',
+    '--interval=2',
+    f'--durable_dir={tmp_path}/disk',
+  )
+  run = host.train(workdir, *disk)
+  runs.until(run, 'iteration 6/')
+  _stop(run)
+  (on_disk,) = (tmp_path / 'disk').iterdir()
+  (on_disk / 'notes').write_text('mine')
+  out, _ = runs.end(host.train(workdir, '--fresh', '--iterations=2'))
+  assert f'{on_disk}/notes' in out
+  assert [path.name for path in on_disk.iterdir()] == ['notes']
+  assert host.is_clean()
+
+
+def test_whose_a_store_is_after_a_start_that_was_refused(host, workdir):
+  """It names the process that left it, not the one that was refused."""
+  run = host.train(workdir)
+  runs.until(run, 'iteration 4/')
+  _stop(run)
+  refused = host.train(workdir, environment={'JAX_ENABLE_X64': '1'})
+  out, err = runs.end(refused, 2)
+  assert 'jax_enable_x64' in err and 'Going on' not in out
+  assert 'the run goes on with it, if it can begin' in out
+  out, _ = runs.end(host.train(workdir))
+  assert f'left by pid {run.pid};' in out and 'Going on' in out

@@ -203,7 +203,7 @@ class Agent:
     sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
     beginning.check_room(self._where, self._folder, sum(sizes) * replicas)
     each = f' of {replicas} replicas' if replicas > 1 else ''
-    self._recorder.view.note(f'Starting {stages} stage(s){each} ...')
+    self._recorder.view.note(f'Starting workers of {stages} stage(s){each} ...')
     newest = max(
       run_store.newest_generation(self._hosts.store_of(s))
       for s in range(stages)

@@ -16,12 +16,14 @@ from moetion_jax.runtime.agent import (
   agent as agent_lib,
   settings as agent_settings,
 )
-from moetion_jax.runtime.hosts import stores
 from moetion_jax.runtime.records import (
+  changes,
+  held_run,
   own_files,
   places,
   recorder,
   run_ids,
+  whereabouts,
   workdir,
 )
 
@@ -73,21 +75,31 @@ def _run(
   view: recorder.View,
 ) -> int:
   """Runs in a workdir that is locked and checked; see `run`."""
-  folder.hostmem_dir = os.path.realpath(where.hostmem_dir)
-  known = folder.path, folder.locked_id, where.hostmem_dir, where.durable_dir
-  if where.fresh:
-    run_id, folder.earlier_id = run_ids.choose_new(*known)
-  else:
-    run_id, note = run_ids.choose(*known)
-    note = note or run_ids.check_place(folder.path, run_id, folder.hostmem_dir)
+  ids = run_ids.RunIds(
+    path=folder.path,
+    hostmem_dir=where.hostmem_dir,
+    locked_id=folder.locked_id,
+    durable_dir=where.durable_dir,
+  )
+  chosen = ids.choose_new() if where.fresh else ids.choose()
+  run_id, folder.earlier_id = chosen.run_id, chosen.earlier_id
+  on_disk = where.durable_folder(str(folder.path), run_id)
+  folder.whereabouts = whereabouts.of_run(
+    where.hostmem_dir, on_disk, str(folder.path)
+  )
+  if not folder.is_finished():
+    note = chosen.note
+    if not folder.begins_anew:
+      search = _search(folder, run_id)
+      search.check()
+      note = note or search.note()
     if note:
       print(note, flush=True)
   folder.take_id(run_id)
-  on_disk = where.durable_folder(str(folder.path), run_id)
   _check_places(config, where, folder, on_disk)
   if folder.is_finished():
     # A run killed between its checkpoint and its end left something.
-    _remove_rest(where, run_id, on_disk)
+    _remove_rest(where, folder, on_disk)
     print(
       f'This run is finished: {folder.checkpoint}. Pass --fresh to start over.'
     )
@@ -95,13 +107,13 @@ def _run(
   left = run_store.report_leftovers(
     where.hostmem_dir, folder.earlier_id or run_id, anew=folder.begins_anew
   )
-  left = left or stores.has_left_durable(on_disk)
+  left = left or bool(on_disk) and whereabouts.has_snapshots(on_disk)
   left = left and not where.fresh  # it is not this run's
   folder.remove_elsewhere = functools.partial(_remove_earlier, where, folder)
   try:
     store = run_store.open_store(where.hostmem_dir, run_id, str(folder.path))
   except errors.ConfigError:
-    if not run_ids.original_of(folder.path, run_id, where.hostmem_dir):
+    if not ids.find_original(run_id).original:
       raise
     # Another folder with this id was quicker: this one is taken for the copy.
     return _run(config, where, folder, view)
@@ -113,10 +125,24 @@ def _run(
       return agent.run()
     finally:
       left = agent.keeps_store
+      if not agent.has_begun:
+        store.disown()  # who is refused left nothing there
   finally:
     run_store.close_store(store, keep=left)
     if not left and not folder.begins_anew:  # else: not accepted
-      _remove_rest(where, run_id, on_disk)
+      _remove_rest(where, folder, on_disk)
+
+
+def _search(folder: workdir.Workdir, run_id: str) -> whereabouts.Search:
+  """Returns where a run, by its id, is and was as its workdir says."""
+  config = held_run.read_config(folder.path) or {}
+  return whereabouts.Search(
+    workdir=str(folder.path),
+    run_id=run_id,
+    known=whereabouts.Whereabouts.from_json(config),
+    here=folder.whereabouts,
+    changes=len(config.get(changes.CHANGES, ())),
+  )
 
 
 def _check_places(
@@ -167,15 +193,33 @@ def _remove_earlier(
       kept += own_files.remove_durable(on_disk)
   if folder.earlier_id:
     run_store.remove_leftovers(where.hostmem_dir, folder.earlier_id)
-  return kept
+    elsewhere = _search(folder, folder.earlier_id).remove_elsewhere()
+    kept += elsewhere.others
+    _tell_failed(elsewhere)
+  return list(dict.fromkeys(kept))
 
 
 def _remove_rest(
-  where: agent_settings.AgentSettings, run_id: str, on_disk: str
+  where: agent_settings.AgentSettings, folder: workdir.Workdir, on_disk: str
 ) -> None:
-  """Removes stores and snapshots on disk, which nobody needs any more."""
-  run_store.remove_leftovers(where.hostmem_dir, run_id)
+  """Removes stores and snapshots on disk, which nobody needs any more.
+
+  If the run is finished, those too that it left in other places.
+  """
+  run_store.remove_leftovers(where.hostmem_dir, folder.run_id)
   try:
     own_files.remove_durable(on_disk)
   except OSError as error:
     print(f'Not removed: {error.filename}: {error.strerror}', file=sys.stderr)
+  if folder.is_finished():
+    elsewhere = _search(folder, folder.run_id).remove_elsewhere()
+    _tell_failed(elsewhere)
+    if elsewhere.others:
+      names = own_files.name_some(elsewhere.others)
+      print(f'Kept, since no run made it: {names}.')
+
+
+def _tell_failed(removal: whereabouts.Removal) -> None:
+  """Tells what is of no use any more, and could not be removed."""
+  for text in removal.failed:
+    print(f'Not removed: {text}; remove it', file=sys.stderr)

@@ -35,9 +35,12 @@ class HostAgent:
     self._ended = False
     # Unless the leader says otherwise: the same command goes on with the store.
     self._keeps_store = True
+    self._trains = False
 
   def _close_store(self) -> None:
     assert self._store is not None
+    if not self._trains:
+      self._store.disown()
     run_store.close_store(self._store, keep=self._keeps_store)
 
   def run(self) -> None:
@@ -86,6 +89,7 @@ class HostAgent:
         self._start(message)
       elif worker := self._workers.get(message['stage']):
         if kind == 'tell':
+          self._trains |= message['message']['kind'] == 'go'
           worker.send(**message['message'])
         elif kind == 'kill':
           worker.kill()

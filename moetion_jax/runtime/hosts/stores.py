@@ -123,17 +123,19 @@ class Stores:
   def forget_newer(self, iterations: Mapping[int, int]) -> None:
     """Invalidates all later snapshots, which will be different.
 
-    Call while nobody writes. The pages stay for whoever writes here next.
+    Call while nobody writes. The pages stay for whoever writes here next. Of
+    snapshots on disk the copies in memory go too: with them the next ones of
+    the same iterations are compared.
 
     Args:
       iterations: by stage, the newest snapshot that still counts.
     """
     for stage, iteration in iterations.items():
-      root = self._snapshots_of(stage)
-      for folder in folders.snapshots_folders(root, stage):
-        for newer, path in snapshot_file.list_snapshots(folder).items():
-          if newer > iteration:
-            (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
+      for root in {self._snapshots_of(stage), self._hosts.store_of(stage)}:
+        for folder in folders.snapshots_folders(root, stage):
+          for newer, path in snapshot_file.list_snapshots(folder).items():
+            if newer > iteration:
+              (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
     self.rescan()
 
   def orphan(self, stage: int, team: Collection[int]) -> None:
@@ -240,8 +242,3 @@ class Stores:
           )
           found.append(segment_check.SegmentCheck(1, (damage,)))
     return found
-
-
-def has_left_durable(folder: str) -> bool:
-  """Returns whether a durable folder holds snapshots to go on with."""
-  return bool(folder) and any(pathlib.Path(folder).glob('*.snapshots/*'))

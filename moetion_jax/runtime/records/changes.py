@@ -56,6 +56,11 @@ class Changes:
     return splices_of(self.known.get(CHANGES, ()))
 
   @property
+  def accepted_before(self) -> int:
+    """The number of changes that were accepted, but for one of this start."""
+    return len(self.known.get(CHANGES, ()))
+
+  @property
   def may_splice(self) -> bool:
     """True if the run was spliced, or may be now."""
     return bool(self._accepted or self.known.get(CHANGES))
@@ -102,16 +107,19 @@ class Changes:
   def write(
     self,
     config: Mapping[str, Any],
-    marks: Mapping[str, str] | None = None,
+    marks: Mapping[str, Any] | None = None,
+    replaced: Sequence[str] = (),
   ) -> None:
     """Records the environment; one that has changed is left to `begin`.
 
     Args:
       config: the content of config.json of a new run, without environment.
       marks: further content, which says which run it is.
+      replaced: names of what is left out, unless it is in `marks`.
     """
     here = {} if self.known and self._changed else {ENVIRONMENT: self._here}
-    value = {**(self.known or config), **here, **(marks or {})}
+    known = {k: v for k, v in self.known.items() if k not in replaced}
+    value = {**(known or config), **here, **(marks or {})}
     if value != self.known:
       self._replace(value)
 
@@ -121,8 +129,7 @@ class Changes:
     It does if the environment has changed, if the last splice was not finished,
     and if nothing is left from which the run could go on behind it.
     """
-    entries = self.known.get(CHANGES, ())
-    is_pending = bool(entries) and _PENDING in entries[-1]
+    is_pending = pending_of(self.known.get(CHANGES, ())) is not None
     splices = self.splices
     is_before = bool(splices) and start < splices[-1].exact_until
     return bool(self._changed) or is_pending or is_before
@@ -188,6 +195,66 @@ def recorded(
   if known := config.get(ENVIRONMENT):
     return environment.completed(known, here)
   return environment.from_software(config.get(SOFTWARE) or {}, here)
+
+
+def check_content(config: Mapping[str, Any], stages: int | None = None) -> None:
+  """Checks what a file says of environments: it may be damaged, or edited.
+
+  Args:
+    config: the content of the file.
+    stages: the number of stages; None: any.
+
+  Raises:
+    ValueError: it cannot be used; says what is wrong where.
+  """
+  for name in (ENVIRONMENT, SOFTWARE):
+    sections = config.get(name, {})
+    if not isinstance(sections, dict):
+      raise ValueError(f'"{name}" in it is no object')
+  for name, section in config.get(ENVIRONMENT, {}).items():
+    if not isinstance(section, dict):
+      raise ValueError(f'"{ENVIRONMENT}.{name}" in it is no object')
+  entries = config.get(CHANGES, [])
+  if not isinstance(entries, list):
+    raise ValueError(f'"{CHANGES}" in it is no list')
+  for number, entry in enumerate(entries, 1):
+    if wrong := _wrong_field(entry, stages):
+      raise ValueError(f'"{CHANGES}" in it, entry {number}: {wrong}')
+    if _PENDING in entry and number < len(entries):
+      raise ValueError(
+        f'"{CHANGES}" in it, entry {number}: "{_PENDING}", but not the last'
+      )
+
+
+def _wrong_field(entry: Any, stages: int | None) -> str:
+  """Says what is wrong with an entry of `changes`; '' if nothing is."""
+  if not isinstance(entry, dict):
+    return 'no object'
+  names, until = entry.get('names'), entry.get('exact_until')
+  complete_at = entry.get('complete_at')
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    return '"names" is no list of names'
+  for name in ('from', 'to'):
+    if not isinstance(entry.get(name), dict):
+      return f'"{name}" is no object'
+  if type(until) is not int or until < 0:
+    return '"exact_until" is no iteration'
+  if not isinstance(complete_at, list) or any(
+    type(iteration) is not int or iteration < until for iteration in complete_at
+  ):
+    return '"complete_at" is no list of iterations from "exact_until" on'
+  if not complete_at or stages not in (None, len(complete_at)):
+    return f'"complete_at" has {len(complete_at)} numbers, not one a stage'
+  return ''
+
+
+def pending_of(
+  entries: Sequence[Mapping[str, Any]],
+) -> splice_lib.Splice | None:
+  """Returns the splice that was begun and not finished; None for none."""
+  if not entries or _PENDING not in entries[-1]:
+    return None
+  return splice_lib.Splice.from_json(entries[-1])
 
 
 def splices_of(

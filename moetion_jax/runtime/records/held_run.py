@@ -14,13 +14,16 @@ import re
 import secrets
 from typing import Any
 
-from moetion_jax.runtime.records import changes, own_files
+from moetion_jax.hostmem import store_folder
+from moetion_jax.runtime.records import changes, own_files, whereabouts
 
 RUN_ID = 'run_id'
-# The path that the folder had when a run in it last began.
-WORKDIR = 'workdir'
-# The directory of its stores in host memory at that time.
-HOSTMEM_DIR = 'hostmem_dir'
+# The path that the folder had when a run in it last began, and its device and
+# inode (a store's owner file has fields of the same names).
+WORKDIR = store_folder.WORKDIR
+FOLDER = store_folder.FOLDER
+# Fields that are no settings: they say which run it is, and where.
+MARKS = (RUN_ID, WORKDIR, FOLDER, *whereabouts.FIELDS)
 _ID_BYTES = 8
 _ID = re.compile(rf'[0-9a-f]{{{2 * _ID_BYTES}}}')
 # Fields of every run's config.json, and what they hold.
@@ -34,6 +37,7 @@ _FIELDS = {
 _SOFTWARE_FIELDS = (changes.ENVIRONMENT, changes.SOFTWARE)
 _TRAIN_FIELDS = ('stages', 'optimizer')
 _SHOWN = 3
+_LONGEST = 40  # characters of a value in a message
 
 
 class NotOursError(Exception):
@@ -76,9 +80,34 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     train = value['train']
     missing += [f'train.{name}' for name in _TRAIN_FIELDS if name not in train]
   if missing:
-    has = ', '.join(f'"{name}"' for name in list(value)[:_SHOWN]) or 'nothing'
-    raise NotOursError(f'it has {has}, but no "{missing[0]}"')
+    raise NotOursError(_say_what_is_wrong(value, missing[0]))
+  try:
+    changes.check_content(value, _stages(value))
+    whereabouts.Whereabouts.from_json(value)
+  except ValueError as error:
+    raise NotOursError(str(error)) from error
   return value
+
+
+def _stages(config: dict[str, Any]) -> int | None:
+  """Returns a run's number of stages; None if it is no number."""
+  stages = config['train']['stages']
+  return stages if isinstance(stages, int) else None
+
+
+def _say_what_is_wrong(value: dict[str, Any], name: str) -> str:
+  """Says that a field is missing, or of the wrong kind.
+
+  Args:
+    value: the content of the file.
+    name: the name of the field.
+  """
+  if name in value:
+    kind = 'text' if _FIELDS.get(name) is str else 'object'
+    text = json.dumps(value[name])[:_LONGEST]
+    return f'"{name}" in it is {text}, and no {kind}'
+  has = ', '.join(f'"{other}"' for other in list(value)[:_SHOWN]) or 'nothing'
+  return f'it has {has}, but no "{name}"'
 
 
 def read_id(folder: str | os.PathLike[str]) -> str:

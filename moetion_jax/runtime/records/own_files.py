@@ -29,7 +29,7 @@ DURABLE_NAME = 'durable'
 ASIDE_SUFFIX = '.unproven'
 # The suffix of folders that Orbax writes, before it renames them.
 ORBAX_SUFFIX = '.orbax-checkpoint-tmp'
-_SHOWN = 5  # names in one line
+_SHOWN = 10  # names in one line
 
 # A folder's contents: the pattern of a name, and None for a file or the
 # contents of the folder. In this order they are removed.
@@ -226,10 +226,11 @@ def in_the_way(workdir: str | os.PathLike[str], *, fresh: bool) -> str:
 
 
 def name_some(names: Sequence[str]) -> str:
-  """Names a few of several things, then their number."""
+  """Names several things; of very many some, and the number of the others."""
   more = len(names) - _SHOWN
-  text = ', '.join(names[:_SHOWN])
-  return f'{text} and {more} more' if more > 0 else text
+  if more <= 1:  # to say that there is one more takes as much room
+    return ', '.join(names)
+  return f'{", ".join(names[:_SHOWN])} and {more} more'
 
 
 def config_error(

@@ -2,192 +2,164 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 
-from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime.records import changes, held_run
+from moetion_jax.runtime.records import copies, held_run
 
 
-def choose(
-  path: str | os.PathLike[str],
-  locked_id: str,
-  hostmem_dir: str,
-  durable_dir: str,
-) -> tuple[str, str]:
-  """Chooses the id of the run in a workdir: the stored one, or a new one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+  """The id of a run that begins.
 
-  A copy of another workdir gets an id of its own: the store stays with the
-  other one, which may live.
+  Attributes:
+    run_id: the id.
+    earlier_id: the id of the run whose stores go; '' if there are none, or they
+      may be those of another folder, of which this one is a copy.
+    note: what to tell the user; '' for nothing.
+  """
 
-  Args:
-    path: the workdir, locked and checked.
-    locked_id: the id in its lock file; '' for none.
+  run_id: str
+  earlier_id: str = ''
+  note: str = ''
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunIds:
+  """Chooses the id of the run in a workdir.
+
+  Attributes:
+    path: the workdir; to choose, locked and checked.
     hostmem_dir: the directory of the stores.
-    durable_dir: the directory of snapshots on disk; '' for none.
-
-  Returns:
-    The id, and what to tell the user, if anything.
-  """
-  run_id = held_run.read_id(path)
-  if not run_id:
-    run_id = _former(path, hostmem_dir, durable_dir)
-    run_id = run_id or locked_id or held_run.new_id()
-  original = original_of(path, run_id, hostmem_dir)
-  if not original:
-    return run_id, ''
-  return held_run.new_id(), (
-    f'{path} is a copy of {original}, whose store is left alone: iterations of '
-    'which this folder has no snapshots are done again, and compared with the '
-    'lines it has.'
-  )
-
-
-def choose_new(
-  path: str | os.PathLike[str],
-  locked_id: str,
-  hostmem_dir: str,
-  durable_dir: str,
-) -> tuple[str, str]:
-  """Chooses the id of a run that begins anew where another one was.
-
-  It is not the other one's: what that left, wherever, is never gone on with.
-
-  Args:
-    path: the workdir, locked and checked.
     locked_id: the id in its lock file; '' for none.
-    hostmem_dir: the directory of the stores.
     durable_dir: the directory of snapshots on disk; '' for none.
-
-  Returns:
-    The id, and that of the run whose stores go; '' if there are none, or they
-    may be those of another folder, of which this one is a copy.
   """
-  config = held_run.read_config(path)
-  if config is None:
-    return locked_id or held_run.new_id(), ''
-  earlier = held_run.read_id(path) or _former(path, hostmem_dir, durable_dir)
-  run_id = locked_id if locked_id != earlier else ''
-  is_another = any(
-    recorded and not _is_same(path, recorded)
-    for recorded in _recorded(path, earlier, hostmem_dir)
-  )
-  return run_id or held_run.new_id(), '' if is_another else earlier
 
+  path: str | os.PathLike[str]
+  hostmem_dir: str
+  locked_id: str = ''
+  durable_dir: str = ''
 
-def check_place(
-  path: str | os.PathLike[str], run_id: str, hostmem_dir: str
-) -> str:
-  """Checks that the run's stores are looked for where they are.
+  def choose(self) -> Chosen:
+    """Chooses the id with which a run goes on: the stored one, or a new one.
 
-  Args:
-    path: the workdir, checked.
-    run_id: the run's id.
-    hostmem_dir: the directory of the stores, its real path.
-
-  Returns:
-    What to tell the user, if anything.
-
-  Raises:
-    errors.ConfigError: a store there is of before the run went on with other
-      software elsewhere, and may not be gone on with.
-  """
-  config = held_run.read_config(path) or {}
-  recorded = config.get(held_run.HOSTMEM_DIR) or hostmem_dir
-  if recorded == hostmem_dir:
-    return ''
-  stale = run_store.folders(hostmem_dir, run_id)
-  if stale and config.get(changes.CHANGES):
-    raise errors.ConfigError(
-      'hostmem_dir',
-      hostmem_dir,
-      f'{stale[0]} is of before this run went on with other software, in '
-      f'{recorded}; pass --hostmem_dir={recorded}, or remove that folder',
+    A copy of another workdir gets an id of its own: the store stays with the
+    other one, which may live.
+    """
+    run_id = held_run.read_id(self.path) or self._former()
+    run_id = run_id or self.locked_id or held_run.new_id()
+    found = self.find_original(run_id)
+    if found.original:
+      return Chosen(
+        run_id=held_run.new_id(),
+        note=f'{self.path} is a copy of {found.original}. The store of that '
+        'run is left alone: iterations of which this folder has no snapshots '
+        'are done again, and compared with the lines it has.',
+      )
+    note = found.doubt and (
+      f'Whether {self.path} is {found.doubt}, cannot be told: it goes on as '
+      "the run's own folder, with its stores. If there is another one, that "
+      'does its iterations again.'
     )
-  if not os.path.isdir(recorded) or not run_store.folders(recorded, run_id):
-    return ''
-  return (
-    f"The run's snapshots are in {recorded}: with --hostmem_dir={recorded} it "
-    'goes on from them.'
-  )
+    return Chosen(run_id=run_id, note=note)
 
+  def choose_new(self) -> Chosen:
+    """Chooses the id of a run that begins anew where another one was.
 
-def find(path: str | os.PathLike[str], hostmem_dir: str) -> str:
-  """Finds the id of the run in a folder that is not locked; changes nothing.
+    It is not the other one's: what that left, wherever, is never gone on with.
+    """
+    config = held_run.read_config(self.path)
+    if config is None:
+      return Chosen(run_id=self.locked_id or held_run.new_id())
+    earlier = held_run.read_id(self.path) or self._former()
+    run_id = self.locked_id if self.locked_id != earlier else ''
+    run_id = run_id or held_run.new_id()
+    found = self.find_original(earlier)
+    if found.relation is copies.Relation.OWN:
+      return Chosen(run_id=run_id, earlier_id=earlier)
+    what = f'is a copy of {found.original}'
+    if found.doubt:
+      what = f'is {found.doubt}, which cannot be told'
+    return Chosen(
+      run_id=run_id,
+      note=f'{self.path} {what}. The store of that run, if there is one, is '
+      'left alone.',
+    )
 
-  Returns:
-    The id; if none is stored and nothing lies under a former one, that one.
-  """
-  found = held_run.read_id(path) or _former(path, hostmem_dir, '')
-  return found or run_store.former_id(os.path.abspath(path))
+  def find(self) -> str:
+    """Finds the id of the run in a folder that is not locked; changes nothing.
 
+    Returns:
+      The id; if none is stored and nothing lies under a former one, that one.
+    """
+    found = held_run.read_id(self.path) or self._former()
+    return found or run_store.former_id(os.path.abspath(self.path))
 
-def original_of(
-  path: str | os.PathLike[str], run_id: str, hostmem_dir: str
-) -> str:
-  """Returns the folder of which another one is a copy; '' if it is none.
+  def find_original(self, run_id: str) -> copies.Finding:
+    """Finds out whether the folder is a copy of another one.
 
-  A folder that was moved is no copy: where it was is nothing now, or another
-  run.
+    Args:
+      run_id: the id that the folder has.
+    """
+    stores = run_store.folders(self.hostmem_dir, run_id) if run_id else []
+    config = None
+    with contextlib.suppress(OSError, held_run.NotOursError):
+      config = held_run.read_config(self.path)
+    # The first host's is the one that every start opens.
+    owner = store_folder.read_owner(stores[0]) if stores else None
+    return copies.conclude(
+      self._judge(owner, run_id), self._judge(config, run_id)
+    )
 
-  Args:
-    path: the folder that may be a copy.
-    run_id: the id that it has.
-    hostmem_dir: the directory of the stores.
-  """
-  for recorded in _recorded(path, run_id, hostmem_dir):
-    if _is_other(path, recorded) and held_run.read_id(recorded) == run_id:
-      return recorded
-  return ''
+  def _judge(
+    self, record: Mapping[str, object] | None, run_id: str
+  ) -> copies.Finding | None:
+    """Judges the folder by one record; None if that has no folder.
 
+    Args:
+      record: the content of config.json, or of a store's owner file.
+      run_id: the id that the folder has.
+    """
+    path = (record or {}).get(held_run.WORKDIR)
+    if not record or not isinstance(path, str) or not os.path.isabs(path):
+      return None
+    mark = copies.Mark(
+      path=path,
+      identity=copies.identity_from_json(record.get(held_run.FOLDER)),
+    )
+    at_path = self._at_path(path, run_id)
+    relation = copies.judge(copies.identity_of(self.path), mark, at_path)
+    return copies.Finding(relation=relation, recorded=path, at_path=at_path)
 
-def _recorded(
-  path: str | os.PathLike[str], run_id: str, hostmem_dir: str
-) -> Iterable[str]:
-  """Yields the paths that the run's workdir had when the run last began."""
-  for store in run_store.folders(hostmem_dir, run_id):
-    yield str(store_folder.read_owner(store).get('workdir') or '')
-  try:
-    config = held_run.read_config(path)
-  except (OSError, held_run.NotOursError):
-    return
-  yield str((config or {}).get(held_run.WORKDIR) or '')
+  def _at_path(self, recorded: str, run_id: str) -> copies.AtPath:
+    try:
+      if os.path.samefile(self.path, recorded):
+        return copies.AtPath.HERE
+    except OSError:  # it is not there any more
+      return copies.AtPath.GONE
+    is_twin = bool(run_id) and held_run.read_id(recorded) == run_id
+    return copies.AtPath.TWIN if is_twin else copies.AtPath.GONE
 
+  def _former(self) -> str:
+    """Finds what a version left that named stores after the workdir's path.
 
-def _is_same(path: str | os.PathLike[str], recorded: str) -> bool:
-  try:
-    return os.path.samefile(path, recorded)
-  except OSError:  # it is not there any more
-    return False
-
-
-def _is_other(path: str | os.PathLike[str], recorded: str) -> bool:
-  try:
-    return os.path.isabs(recorded) and not os.path.samefile(path, recorded)
-  except OSError:  # it is not there any more
-    return False
-
-
-def _former(
-  path: str | os.PathLike[str], hostmem_dir: str, durable_dir: str
-) -> str:
-  """Finds what a version left that named stores after the workdir's path.
-
-  Returns:
-    The id under which something lies; '' if nothing does.
-  """
-  try:
-    if held_run.read_config(path) is None:
+    Returns:
+      The id under which something lies; '' if nothing does.
+    """
+    try:
+      if held_run.read_config(self.path) is None:
+        return ''
+    except (OSError, held_run.NotOursError):
       return ''
-  except (OSError, held_run.NotOursError):
+    for spelling in (os.path.abspath(self.path), os.path.realpath(self.path)):
+      run_id = run_store.former_id(spelling)
+      on_disk = pathlib.Path(self.durable_dir, run_store.folder_name(run_id))
+      if run_store.folders(self.hostmem_dir, run_id) or (
+        self.durable_dir and on_disk.is_dir()
+      ):
+        return run_id
     return ''
-  for spelling in (os.path.abspath(path), os.path.realpath(path)):
-    run_id = run_store.former_id(spelling)
-    on_disk = pathlib.Path(durable_dir, run_store.folder_name(run_id))
-    if run_store.folders(hostmem_dir, run_id) or (
-      durable_dir and on_disk.is_dir()
-    ):
-      return run_id
-  return ''

@@ -17,9 +17,11 @@ from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   changes as changes_lib,
   checkpoint_folder,
+  copies,
   files as record_files,
   held_run,
   own_files,
+  whereabouts as whereabouts_lib,
 )
 
 _DYING_SECONDS = 2.0
@@ -31,8 +33,6 @@ _FOUND_OUT = (
   changes_lib.CHANGES,
   changes_lib.SOFTWARE,
 )
-# Fields that are no settings: they say which run it is, and where.
-_MARKS = (held_run.RUN_ID, held_run.WORKDIR, held_run.HOSTMEM_DIR)
 
 
 class Workdir:
@@ -49,7 +49,7 @@ class Workdir:
     locked_id: the run's id that stands in the lock file; '' for none.
     run_id: the run's id, from `take_id` on.
     earlier_id: the id of the run that `accept` removes; '' for none.
-    hostmem_dir: the directory of the run's stores, which `accept` records.
+    whereabouts: the places of the run's stores, which `accept` records.
     remove_elsewhere: removes what an earlier run left outside the folder, and
       returns what is not the run's and stays; `accept` calls it if the run
       begins anew.
@@ -76,7 +76,7 @@ class Workdir:
     self.locked_id = ''
     self.run_id = ''
     self.earlier_id = ''
-    self.hostmem_dir = ''
+    self.whereabouts = whereabouts_lib.Whereabouts()
     self._id_before = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self.removed_earlier = False
@@ -109,10 +109,8 @@ class Workdir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._created = missing
-      if not os.path.lexists(lock):
+      if self._open_lock(lock):
         self._created = [lock, *missing]
-      flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-      self.lock_fd = os.open(lock, flags, 0o644)
       _lock(self.lock_fd)
       in_place = os.path.samestat(os.stat(lock), os.fstat(self.lock_fd))
       content = os.pread(self.lock_fd, _LOCK_BYTES, 0)
@@ -128,12 +126,37 @@ class Workdir:
       raise self._error('a living run uses it; stop that one first')
     text = content.decode(errors='replace').strip('\0\n ')
     self.locked_id = held_run.valid_id(text)
-    if text and not self.locked_id:
+    # Versions before the id was stored left it empty, beside a config.json.
+    is_old = not text and os.path.lexists(self.path / own_files.CONFIG)
+    if not self.locked_id and not is_old:
       self.close()
+      what = 'is not of a run of ours'
+      if not text:
+        what = f'is empty, and there is no {own_files.CONFIG}: it may be of '
+        what += 'another program'
       raise self._error(
-        f'{own_files.LOCK} in it is not of a run of ours; name another '
-        '--workdir, or move that file away'
+        f'{own_files.LOCK} in it {what}; name another --workdir, or move that '
+        'file away'
       )
+
+  def _open_lock(self, lock: pathlib.Path) -> bool:
+    """Opens the lock file; returns True if it was made here.
+
+    A new one has an id from the first moment on: an empty one is no sign of a
+    run.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+      self.lock_fd = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+      self.lock_fd = os.open(lock, flags)
+      return False
+    try:
+      self._write_lock(held_run.new_id())
+    except OSError:
+      lock.unlink()
+      raise
+    return True
 
   def close(self) -> None:
     """Gives the lock back; removes what `lock` created for no run."""
@@ -170,7 +193,7 @@ class Workdir:
     for name in _FOUND_OUT:
       if name not in config:
         known.pop(name, None)
-    for name in _MARKS:
+    for name in held_run.MARKS:
       known.pop(name, None)
     if changed := run_settings.differences(known, config):
       raise self._error(
@@ -219,7 +242,10 @@ class Workdir:
       known = held_run.read_config(self.path) or {}
       is_other = known.get(held_run.RUN_ID, run_id) != run_id
       if is_other and not self._fresh:  # it is its original's
-        self._write_config(known | {held_run.RUN_ID: run_id})
+        places = whereabouts_lib.Whereabouts.from_json(known).of_copy()
+        for name in whereabouts_lib.FIELDS:
+          known.pop(name, None)
+        self._write_config(known | self._marks() | places.to_json())
     except OSError as error:
       raise self._error(error.strerror or str(error)) from error
 
@@ -254,15 +280,20 @@ class Workdir:
     self._fresh = False
     self._created = []
     (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)
+    known = whereabouts_lib.Whereabouts.from_json(self.changes.known)
+    now = known.moved_to(self.whereabouts, self.changes.accepted_before)
     self.changes.write(
-      config,
-      {
-        held_run.RUN_ID: self.run_id,
-        held_run.WORKDIR: str(self.path),
-        held_run.HOSTMEM_DIR: self.hostmem_dir,
-      },
+      config, self._marks() | now.to_json(), whereabouts_lib.FIELDS
     )
     return kept
+
+  def _marks(self) -> dict[str, Any]:
+    """Returns what tells the folder from others."""
+    return {
+      held_run.RUN_ID: self.run_id,
+      held_run.WORKDIR: str(self.path),
+      held_run.FOLDER: list(copies.identity_of(self.path)),
+    }
 
   def _remove_earlier(self) -> list[str]:
     """Removes all that an earlier run left; returns what else there is."""
@@ -309,10 +340,12 @@ def read_run(
   file = pathlib.Path(path) / own_files.CONFIG
   try:
     value = json.loads(file.read_text())
-    for name in _MARKS:
+    for name in held_run.MARKS:
       value.pop(name, None)
     found_out = {name: value.pop(name) for name in _FOUND_OUT if name in value}
-    return run_settings.RunConfig.from_json(value), found_out
+    config = run_settings.RunConfig.from_json(value)
+    changes_lib.check_content(found_out, config.train.stages)
+    return config, found_out
   except FileNotFoundError:
     reason = f'holds no run: there is no {file}; name the --workdir of one'
   except OSError as error:

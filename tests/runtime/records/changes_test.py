@@ -157,6 +157,60 @@ def test_a_run_of_before_is_known_until_its_splice(path):
   assert 'software' not in json.loads(path.read_text())
 
 
+_ENTRY = {
+  'names': ['jax'],
+  'from': {'jax': '1'},
+  'to': {'jax': '2'},
+  'exact_until': 4,
+  'complete_at': [6, 7],
+}
+
+
+@pytest.mark.parametrize(
+  ('field', 'words'),
+  [
+    ({}, ''),
+    ({'changes': []}, ''),
+    ({'changes': [_ENTRY]}, ''),
+    ({'changes': [_ENTRY, _ENTRY | {'pending': True}]}, ''),
+    ({'changes': {}}, '"changes" in it is no list'),
+    ({'changes': ['jax']}, 'entry 1: no object'),
+    ({'changes': [_ENTRY, {}]}, 'entry 2: "names"'),
+    ({'changes': [_ENTRY | {'names': 'jax'}]}, 'entry 1: "names"'),
+    ({'changes': [_ENTRY | {'names': [3]}]}, 'entry 1: "names"'),
+    ({'changes': [_ENTRY | {'exact_until': '4'}]}, 'entry 1: "exact_until"'),
+    ({'changes': [_ENTRY | {'exact_until': True}]}, 'entry 1: "exact_until"'),
+    ({'changes': [_ENTRY | {'exact_until': -1}]}, 'entry 1: "exact_until"'),
+    ({'changes': [_ENTRY | {'complete_at': 6}]}, 'entry 1: "complete_at"'),
+    ({'changes': [_ENTRY | {'complete_at': [6]}]}, 'has 1 numbers'),
+    ({'changes': [_ENTRY | {'complete_at': [3, 6]}]}, 'from "exact_until" on'),
+    ({'changes': [_ENTRY | {'from': 1}]}, 'entry 1: "from" is no object'),
+    ({'changes': [_ENTRY | {'to': None}]}, 'entry 1: "to" is no object'),
+    (
+      {'changes': [_ENTRY | {'pending': True}, _ENTRY]},
+      'entry 1: "pending", but not the last',
+    ),
+    ({'environment': []}, '"environment" in it'),
+    ({'environment': {'versions': 1}}, '"environment.versions" in it'),
+    ({'software': 'jax'}, '"software" in it'),
+  ],
+)
+def test_a_file_that_is_damaged_or_was_edited(field, words):
+  if not words:
+    changes.check_content(field, 2)
+    return
+  with pytest.raises(ValueError, match='in it') as refused:
+    changes.check_content(field, 2)
+  assert words in str(refused.value)
+
+
+def test_a_splice_that_is_pending():
+  pending = _ENTRY | {'pending': True}
+  assert changes.pending_of([pending]) == _splice(4, 6, 7)
+  assert changes.pending_of([_ENTRY]) is None
+  assert changes.pending_of([]) is None
+
+
 def test_the_same_command_goes_on_where_something_is_gone(path):
   before = {**_HERE, 'versions': {'jax': '2', 'nvidia_cudnn_cu12': '9'}}
   one = _changes(_write(path, environment=before), 'nvidia_cudnn_cu12')

@@ -217,4 +217,5 @@ def test_what_is_in_the_way(tmp_path):
 
 def test_a_few_names_then_a_count():
   assert own_files.name_some(['a', 'b']) == 'a, b'
-  assert own_files.name_some('abcdefg') == 'a, b, c, d, e and 2 more'
+  assert own_files.name_some('abcdefghijk') == 'a, b, c, d, e, f, g, h, i, j, k'
+  assert own_files.name_some('abcdefghijkl').endswith('i, j and 2 more')

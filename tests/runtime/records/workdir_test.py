@@ -10,10 +10,24 @@ import pytest
 from launch.lm import settings as run_settings
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime.records import held_run, own_files, run_ids, workdir
+from moetion_jax.runtime.records import (
+  held_run,
+  own_files,
+  run_ids,
+  whereabouts,
+  workdir,
+)
 
 _ENVIRONMENT = {'versions': {'jax': '1'}}
 _FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'environment': _ENVIRONMENT}
+
+_ENTRY = {
+  'names': ['jax'],
+  'from': {'jax': '0'},
+  'to': {'jax': '1'},
+  'exact_until': 1,
+  'complete_at': [1],
+}
 
 
 def _config(**train):
@@ -42,11 +56,18 @@ def _begin(path, hostmem, *, fresh=False, config=None, durable=''):
 
 def _settle(folder, hostmem, durable=''):
   """Gives a workdir its id, as a run does; returns what was said."""
-  run_id, said = run_ids.choose(
-    folder.path, folder.locked_id, str(hostmem), durable
+  chosen = _ids(folder.path, hostmem, folder.locked_id, durable).choose()
+  folder.take_id(chosen.run_id)
+  return chosen.note
+
+
+def _ids(path, hostmem, locked_id='', durable=''):
+  return run_ids.RunIds(
+    path=path,
+    hostmem_dir=str(hostmem),
+    locked_id=locked_id,
+    durable_dir=durable,
   )
-  folder.take_id(run_id)
-  return said
 
 
 def _held(path):
@@ -126,6 +147,8 @@ def _store(hostmem, path):
     ('{"preset": ', 'damaged'),
     ('[1]', 'no JSON object'),
     ('{}', 'nothing'),
+    ('{"preset": "tiny", "model": "foo"}', '"model" in it is "foo", and no'),
+    ('{"preset": 3}', '"preset" in it is 3, and no text'),
     ('\udcff', 'damaged'),
   ],
 )
@@ -136,6 +159,28 @@ def test_a_config_of_others(tmp_path, fresh, content, words):
   reason = _refused(tmp_path, fresh=fresh)
   assert words in reason and '--fresh' not in reason
   assert '--workdir' in reason
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+@pytest.mark.parametrize(
+  'field',
+  [
+    {'changes': [{}]},
+    {'changes': [_ENTRY | {'complete_at': [1, 1]}]},
+    {'environment': {'versions': []}},
+    {'left': []},
+  ],
+  ids=str,
+)
+def test_a_field_of_a_run_that_was_edited(run, field, fresh):
+  """One stage too many, for instance: an error that names file and field."""
+  (run / 'config.json').write_text(json.dumps(_held(run) | field))
+  reason = _refused(run, fresh=fresh)
+  assert 'config.json in it' in reason and f'"{next(iter(field))}' in reason
+  assert '\n' not in reason
+  if 'left' not in field:
+    with pytest.raises(errors.ConfigError, match='config.json is damaged'):
+      workdir.read_run(run)
 
 
 @pytest.mark.parametrize('missing', [*_FOUND_OUT, 'preset', 'model', 'train'])
@@ -184,6 +229,21 @@ def test_a_lock_file_of_others(tmp_path):
   with pytest.raises(errors.ConfigError):
     _opened(tmp_path)
   assert (tmp_path / 'precious').read_bytes() == b''
+
+
+def test_an_empty_lock_file_is_no_sign_of_a_run(tmp_path, run):
+  """But beside a config.json: earlier versions left it empty."""
+  (tmp_path / '.lock').write_bytes(b'')
+  with pytest.raises(errors.ConfigError, match=r'\.lock in it is empty.*move'):
+    _opened(tmp_path)
+  assert (tmp_path / '.lock').read_bytes() == b''
+  (tmp_path / '.lock').unlink()
+  folder = _opened(tmp_path)  # as the error says
+  # A start that is killed at once leaves one that the next start knows.
+  assert folder.locked_id and (tmp_path / '.lock').read_bytes()
+  folder.close()
+  (run / '.lock').write_bytes(b'')
+  _opened(run).close()
 
 
 def test_what_was_locked_for_no_run_leaves_nothing(tmp_path):
@@ -319,14 +379,69 @@ def test_the_id_goes_with_the_folder(run, hostmem, tmp_path, monkeypatch):
   run.rename(moved)
   check(moved)
   assert _held(moved)['workdir'] == str(moved)
-  # Across file systems a folder is copied and then removed.
-  shutil.copytree(moved, tmp_path / 'again')
-  shutil.rmtree(moved)
-  check(tmp_path / 'again')
+  again = tmp_path / 'again'
+  moved.rename(again)
   # Another run is now where it was.
   _begin(moved, hostmem)
   assert held_run.read_id(moved) != run_id
-  check(tmp_path / 'again')
+  check(again)
+
+
+@pytest.mark.parametrize('where', ['another file system', 'its place'])
+def test_what_cannot_be_told_from_a_copy_is_the_run_and_that_is_told(
+  run, hostmem, tmp_path, shm_folder, where
+):
+  """Across file systems a folder is copied and then removed."""
+  run_id, target = held_run.read_id(run), shm_folder / 'run'
+  assert target.parent.stat().st_dev != run.stat().st_dev
+  shutil.copytree(run, target)
+  if where == 'its place':
+    run.rename(tmp_path / 'kept')  # so that its inode is in use
+    target = run
+    shutil.copytree(shm_folder / 'run', run)
+  else:
+    shutil.rmtree(run)
+  said, _ = _begin(target, hostmem)
+  assert 'or a copy, cannot be told' in said and str(run) in said
+  assert held_run.read_id(target) == run_id
+  said, _ = _begin(target, hostmem)
+  assert not said
+
+
+@pytest.mark.parametrize('has_store', [False, True])
+@pytest.mark.parametrize('first', ['try', 'keep'])
+def test_a_copy_of_a_run_that_was_moved(
+  run, hostmem, tmp_path, first, has_store
+):
+  """`cp -r run try; mv run keep`: the moved one is the run."""
+  run_id = held_run.read_id(run)
+  if has_store:
+    _store(hostmem, run)
+  shutil.copytree(run, tmp_path / 'try')
+  run.rename(tmp_path / 'keep')
+  for name in (first, {'try': 'keep', 'keep': 'try'}[first]):
+    said, _ = _begin(tmp_path / name, hostmem)
+    if name == 'keep':
+      assert not said and held_run.read_id(tmp_path / name) == run_id
+      continue
+    assert f'is a copy of the folder that was {run}' in said
+    assert held_run.read_id(tmp_path / name) not in ('', run_id)
+    said, _ = _begin(tmp_path / name, hostmem)
+    assert not said
+
+
+def test_a_copy_in_the_place_of_a_run_that_was_moved(run, hostmem, tmp_path):
+  """The moved one is begun first, and keeps its id."""
+  run_id = held_run.read_id(run)
+  _store(hostmem, run)
+  run.rename(tmp_path / 'keep')
+  shutil.copytree(tmp_path / 'keep', run)
+  said, _ = _begin(tmp_path / 'keep', hostmem)
+  assert not said and held_run.read_id(tmp_path / 'keep') == run_id
+  _store(hostmem, tmp_path / 'keep')
+  said, _ = _begin(run, hostmem)
+  assert f'copy of {tmp_path}/keep' in said
+  assert held_run.read_id(run) != run_id
 
 
 @pytest.mark.parametrize('has_store', [False, True])
@@ -336,7 +451,7 @@ def test_a_copy_gets_an_id_of_its_own(run, hostmem, tmp_path, has_store, fresh):
   if has_store:
     _store(hostmem, run)
   shutil.copytree(run, copy)
-  assert run_ids.original_of(copy, run_id, str(hostmem)) == str(run)
+  assert _ids(copy, hostmem).find_original(run_id).original == str(run)
   living = _opened(run)  # it does not matter whether the original lives
   said, _ = _begin(copy, hostmem, fresh=fresh)
   living.close()
@@ -406,35 +521,50 @@ def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
   """Nothing that the earlier one left, wherever, can be taken for its own."""
   earlier = held_run.read_id(run)
   (hostmem / f'moetion-{earlier}').mkdir(mode=0o700, exist_ok=True)
-  run_id, gone = run_ids.choose_new(run, earlier, str(hostmem), '')
-  assert gone == earlier != run_id
+  new = _ids(run, hostmem, earlier).choose_new()
+  assert new.earlier_id == earlier != new.run_id and not new.note
   # The same command after a death before it was accepted: the same store.
-  assert run_ids.choose_new(run, run_id, str(hostmem), '')[0] == run_id
-  # The store of a folder that may be elsewhere stays.
+  again = _ids(run, hostmem, new.run_id).choose_new()
+  assert again.run_id == new.run_id
+  # The store of a folder that is elsewhere stays, and goes with that one.
   shutil.copytree(run, tmp_path / 'copy')
   run.rename(tmp_path / 'kept')
-  found = run_ids.choose_new(tmp_path / 'copy', earlier, str(hostmem), '')
-  assert found[0] != earlier and not found[1]
+  copy = _ids(tmp_path / 'copy', hostmem, earlier).choose_new()
+  assert copy.run_id != earlier and not copy.earlier_id
+  assert f'copy is a copy of the folder that was {run}' in copy.note
+  kept = _ids(tmp_path / 'kept', hostmem, earlier).choose_new()
+  assert kept.earlier_id == earlier and not kept.note
 
 
-def test_where_the_snapshots_are_is_told(run, tmp_path):
-  """A store of before an accepted change is never gone on with."""
-  there, here = tmp_path / 'there', tmp_path / 'here'
-  run_id = held_run.read_id(run)
-  config = _held(run) | {'hostmem_dir': str(there)}
-  (run / 'config.json').write_text(json.dumps(config))
-  for folder in (there, here):
-    (folder / f'moetion-{run_id}').mkdir(parents=True, mode=0o700)
-  assert not run_ids.check_place(run, run_id, str(there))
-  note = run_ids.check_place(run, run_id, str(here))
-  assert f'--hostmem_dir={there}' in note
-  entry = {'names': ['jax'], 'exact_until': 1, 'complete_at': [1]}
-  (run / 'config.json').write_text(json.dumps(config | {'changes': [entry]}))
-  assert not run_ids.check_place(run, run_id, str(there))
-  with pytest.raises(errors.ConfigError) as caught:
-    run_ids.check_place(run, run_id, str(here))
-  assert f'--hostmem_dir={there}' in str(caught.value)
-  (here / f'moetion-{run_id}').rmdir()  # as the error says
-  assert run_ids.check_place(run, run_id, str(here))
-  shutil.rmtree(there)  # after a reboot
-  assert not run_ids.check_place(run, run_id, str(here))
+def test_a_run_of_before_the_id_was_stored_that_begins_anew(run, hostmem):
+  """It left nothing: there is no store, and none is looked for."""
+  (run / '.lock').write_text('')
+  (run / 'config.json').write_text(json.dumps(_config()))
+  new = _ids(run, hostmem).choose_new()
+  assert new.run_id and not new.earlier_id
+
+
+def test_the_places_of_a_run_are_recorded(run, hostmem, tmp_path):
+  """Each start records its own, and what it leaves; a copy has none of that."""
+  for name in ('a', 'b'):
+    folder = _opened(run)
+    folder.check(_config())
+    _settle(folder, hostmem)
+    folder.whereabouts = whereabouts.Whereabouts(
+      hostmem_dir=f'/{name}', on_disk='durable' if name == 'a' else ''
+    )
+    folder.accept(_config(), _ENVIRONMENT)
+    folder.close()
+  held = _held(run)
+  assert held['hostmem_dir'] == '/b' and held['on_disk'] == ''
+  assert held['left'] == {'hostmem_dir': {'/a': 0}, 'on_disk': {'durable': 0}}
+  assert held['folder'] == [run.stat().st_dev, run.stat().st_ino]
+  shutil.copytree(run, tmp_path / 'copy')
+  folder = _opened(tmp_path / 'copy')
+  folder.check(_config())
+  assert 'copy of' in _settle(folder, hostmem)
+  folder.close()
+  held = _held(tmp_path / 'copy')
+  assert held['hostmem_dir'] == '' and held['left'] == {
+    'on_disk': {'durable': 0}
+  }
