@@ -25,7 +25,7 @@ def test_its_reader_ends_after_a_line(host, workdir, takes_errors):
   )
   os.close(writer)
   with open(reader) as lines:
-    assert 'Starting 2 stage(s)' in lines.readline()
+    assert 'Starting workers of 2 stage(s)' in lines.readline()
   _, err = runs.end(run)
   assert len(runs.metrics(workdir)) == 4
   assert runs.kinds(workdir)[-1] == 'finished'
