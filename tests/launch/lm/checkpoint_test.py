@@ -133,7 +133,9 @@ def test_a_torn_or_missing_file(saved, copied, capfd):
       said = capfd.readouterr()
       assert (said.out, said.err) == ('', ''), name
       file.write_bytes(content)
-  assert len(refused) > len(files) // 2
+  # How many of the others are read is TensorStore's affair, and varies.
+  names = ('_CHECKPOINT_METADATA', '_METADATA', 'manifest.ocdbt')
+  assert {largest, *(copied / name for name in names)} <= refused
 
 
 def test_what_is_no_checkpoint(copied, tmp_path):
