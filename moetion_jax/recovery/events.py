@@ -1,0 +1,343 @@
+"""Events: all that the coordinator ever learns, as plain values.
+
+Time is one of them: whoever handles an event says `Tick` before it. An answer
+follows the action that asked for it (`actions`) before any other event.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moetion_jax import report as report_lib
+from moetion_jax.hostmem import segment_check
+from moetion_jax.policies import planner
+from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.snapshots import coverage
+
+Name = tuple[int, int]  # a worker's stage and replica
+_value = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+# ---- what happens ------------------------------------------------------------
+
+
+@_value
+class Tick:
+  """The time is `now`, in seconds of a clock that only goes forward."""
+
+  now: float
+
+
+@_value
+class Started:
+  """The run may start its workers; the stores hold logs of generations."""
+
+  newest_generation: int
+
+
+@_value
+class Said:
+  """A worker said one of the messages below."""
+
+  worker: Name
+  message: Any
+
+
+@_value
+class Died:
+  """A worker's process ended; all that it said was handled before."""
+
+  worker: Name
+  pid: int
+  how: str
+
+
+@_value
+class Looked:
+  """Somebody looked which workers' processes are stopped by a signal."""
+
+  stopped: frozenset[Name] = frozenset()
+
+
+@_value
+class StopAsked:
+  """The user asked the run to stop, so many times more."""
+
+  times: int = 1
+
+
+# ---- what workers say --------------------------------------------------------
+
+
+@_value
+class Ready:
+  """The worker is able to train.
+
+  Attributes:
+    device: kind of its devices.
+    platform: JAX's name of their platform.
+    lowering_platform: the platform that programs are lowered for, see
+      `compilation.platform_of`.
+    state_bytes: bytes of the stage's training state.
+    operators: sizes of the stage's operators.
+    environment: what it computes with.
+    data_fingerprint: fingerprint of the data, from the first worker.
+  """
+
+  device: str
+  platform: str
+  lowering_platform: str
+  state_bytes: int
+  operators: planner.StageSizes
+  environment: Mapping[str, Any]
+  data_fingerprint: Any = None
+
+
+@_value
+class State:
+  """What the worker does now; sent a few times a second.
+
+  Attributes:
+    state: its state.
+    detail: the program that runs, the entry that it waits for, or the like.
+    iteration: the iteration that it works on.
+    steps: count of what it did.
+  """
+
+  state: str
+  detail: str
+  iteration: int
+  steps: int
+
+
+@_value
+class Resumed:
+  """The worker has its state and trains from now on.
+
+  Attributes:
+    first_iteration: the first iteration that it does.
+    fetch_seconds: time that it took to get its state.
+  """
+
+  first_iteration: int
+  fetch_seconds: float
+
+
+@_value
+class CaughtUp:
+  """The iteration in which the worker's predecessor died is done."""
+
+  iteration: int
+
+
+@_value
+class Stored:
+  """A snapshot counts from now on: the worker's share of it."""
+
+  share: coverage.Share
+
+
+@_value
+class Reported:
+  """An iteration is done."""
+
+  report: report_lib.Report
+
+
+@_value
+class Answer:
+  """The reply to a proposal: the newest iteration that the worker has begun."""
+
+  limit: int
+  begun: int
+
+
+@_value
+class Done:
+  """The training loop ended after this iteration."""
+
+  iteration: int
+
+
+@_value
+class StoppedHere:
+  """The worker has stopped, as it was told, and waits for `orders.Go`."""
+
+
+@_value
+class HandedOver:
+  """The worker's state is in the store folder."""
+
+
+@_value
+class Saved:
+  """The final checkpoint is written and was read back."""
+
+
+@_value
+class Damaged:
+  """Nothing was saved: a worker handed over another state than it had.
+
+  Attributes:
+    stage: that worker's stage.
+    replica: that worker's replica.
+    what: what is damaged, for people.
+    is_sent_so: whether that is what it sent (`final_state.DamagedError`).
+  """
+
+  stage: int
+  replica: int
+  what: str
+  is_sent_so: bool
+
+
+@_value
+class Rewritten:
+  """The checkpoint was read back damaged, and is written once more."""
+
+  what: str
+
+
+@_value
+class Faulted:
+  """A scripted fault happens now.
+
+  Attributes:
+    at: the time at which the worker announced it.
+    iteration: the iteration in which it happens; 0 before training.
+    fields: the fields of its event.
+  """
+
+  at: float
+  iteration: int
+  fields: Mapping[str, Any]
+
+
+@_value
+class Refused:
+  """A setting is wrong; fields as in `errors.ConfigError`."""
+
+  flag: str
+  value: str
+  reason: str
+
+
+@_value
+class Failed:
+  """The worker ends now.
+
+  Attributes:
+    error: the reason.
+    advice: what to do if no damage explains it; '' for nothing.
+    iteration: the iteration that it had begun.
+    is_final: whether another attempt would end the same way.
+    has_wrong_bits: whether a damaged log entry may be the cause, though nobody
+      found it.
+    suspects: iterations of snapshots that may be damaged.
+    corrupt: stage and iteration of a damaged log entry.
+  """
+
+  error: str
+  advice: str = ''
+  iteration: int
+  is_final: bool = False
+  has_wrong_bits: bool = False
+  suspects: tuple[int, ...] = ()
+  corrupt: tuple[int, int] | None = None
+
+
+# ---- answers to questions ----------------------------------------------------
+
+
+@_value
+class Accepted:
+  """Answers `actions.Accept`: the workdir is this run's.
+
+  Attributes:
+    last_recorded: the newest iteration that an earlier run wrote down.
+    splices: all splices of the run.
+  """
+
+  last_recorded: int = 0
+  splices: tuple[splice_lib.Splice, ...] = ()
+
+
+@_value
+class Scanned:
+  """Answers `actions.Scan`: what the stores hold.
+
+  Attributes:
+    shares: by stage that was to be scanned, its snapshots.
+    log_bytes: by stage, the size of its smallest log; 0 if one is missing.
+    newest: by stage that was to be scanned, the newest iteration of its logs.
+    unreadable: why snapshots are left out, one reason each.
+  """
+
+  shares: Mapping[int, tuple[coverage.Share, ...]]
+  log_bytes: tuple[int, ...]
+  newest: Mapping[int, int]
+  unreadable: tuple[str, ...] = ()
+
+
+@_value
+class LogsChecked:
+  """Answers `actions.CheckLogs`.
+
+  Attributes:
+    checks: one for each log that can be read.
+    unreadable: those that cannot: stage, replica and the reason.
+    newest: by stage, the newest iteration of its logs, before the check.
+  """
+
+  checks: tuple[segment_check.SegmentCheck, ...]
+  unreadable: tuple[tuple[int, int, str], ...] = ()
+  newest: tuple[int, ...]
+
+
+@_value
+class Spliced:
+  """Answers `actions.Splice`: whether one was due, and all of the run."""
+
+  is_due: bool
+  splices: tuple[splice_lib.Splice, ...] = ()
+
+
+@_value
+class Merged:
+  """Answers `actions.Merge`.
+
+  Attributes:
+    iteration: the newest iteration that all stages reported and that is
+      written.
+    reports: those of all stages if the iteration is complete and new.
+    wrong: why the report cannot be right; '' if it can.
+  """
+
+  iteration: int
+  reports: tuple[report_lib.Report, ...] = ()
+  wrong: str = ''
+
+
+@_value
+class Dropped:
+  """Answers `actions.DropDamaged`: the entries that are gone."""
+
+  entries: tuple[segment_check.Damage, ...] = ()
+
+
+Event = (
+  Tick
+  | Started
+  | Said
+  | Died
+  | Looked
+  | StopAsked
+  | Accepted
+  | Scanned
+  | LogsChecked
+  | Spliced
+  | Merged
+  | Dropped
+)
