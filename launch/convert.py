@@ -18,9 +18,9 @@ from typing import Any
 
 from absl import flags
 
-from launch.lm import command_line, settings as run_settings
+from launch.lm import command_line
 from launch.offline import run_flags, scan, stored_run
-from moetion_jax import errors
+from moetion_jax import config as config_lib, errors
 from moetion_jax.hostmem import run_store
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import changes, places
@@ -73,7 +73,7 @@ def load_data(
   data = transformer_job.load_data(run.config)
   known = dict(run.found_out.get('data_fingerprint', {}))
   here = data.fingerprint()
-  if changed := run_settings.differences(known, here):
+  if changed := config_lib.differences(known, here):
     raise errors.ConfigError(
       'data',
       run.config.data,

@@ -271,7 +271,7 @@ def main(argv: list[str]) -> int:
     return 0
   streams.outlive('launch.train')
   return agent_run.run(
-    config,
+    config.job_spec(),
     agent_settings.AgentSettings(
       workdir=_WORKDIR.value,
       fresh=_FRESH.value,

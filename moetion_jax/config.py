@@ -7,6 +7,9 @@ name what the user typed.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
 
 from moetion_jax import errors
 
@@ -128,6 +131,17 @@ class TrainConfig:
       f'must be divisible by local_devices={self.local_devices}',
     )
 
+  @classmethod
+  def from_json(cls, value: Mapping[str, Any]) -> TrainConfig:
+    """Makes the settings from what `dataclasses.asdict` returned.
+
+    Raises:
+      errors.ConfigError: a field has a value that is not allowed.
+      TypeError: a field is unknown.
+    """
+    optimizer = OptimizerConfig(**value['optimizer'])
+    return cls(**{**value, 'optimizer': optimizer})
+
   @property
   def global_microbatches(self) -> int:
     """Microbatches of one iteration, all replicas together."""
@@ -138,3 +152,17 @@ class TrainConfig:
     if not self.eval_every:
       return False
     return iteration % self.eval_every == 0 or iteration == self.iterations
+
+
+def differences(
+  ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> list[str]:
+  """Returns dotted names of the fields in which two JSON configs differ."""
+  out = []
+  for name in sorted(ours.keys() | theirs.keys()):
+    a, b = ours.get(name), theirs.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out += [f'{name}.{inner}' for inner in differences(a, b)]
+    elif json.dumps(a) != json.dumps(b):
+      out.append(name)
+  return out

@@ -368,7 +368,8 @@ def verification_rows(
     train_overrides={'stages': 2},
     optimizer_overrides={},
   )
-  sizes = [n for stage in (0, 1) for n in log_size.entry_sizes(config, stage)]
+  job = config.job_spec()
+  sizes = [n for stage in (0, 1) for n in log_size.entry_sizes(job, stage)]
   entries = [np.full(n, number, np.uint8) for number, n in enumerate(sizes)]
   milliseconds = []
   for _ in range(rounds):

@@ -48,7 +48,7 @@ def show(
     sizes.append(transformer_job.stage_sizes(parts, config.train.local_devices))
   replicas = config.train.replicas
   pools = whole_planner.make(captures, sizes, '', replicas=replicas).pools()
-  plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
+  plans = recoverer.Recoverer(config.job_spec(), captures, 0, lambda kind: None)
   hosts = placement.host_of_stages(
     config.train.stages, local_hosts, config.train.replicas
   )

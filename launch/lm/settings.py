@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
+import numpy as np
+
 from models import config as model_config, presets
-from moetion_jax import config, errors
+from moetion_jax import config, errors, job_spec
 
 # What a preset trains with unless flags say otherwise. Iterations of the
 # `paper_*` presets are nominal: those are for clusters and cost models.
@@ -63,6 +65,37 @@ class RunConfig:
     sequences = train.global_microbatches * train.microbatch_size
     return sequences * self.model.sequence_length
 
+  def job_spec(self) -> job_spec.JobSpec:
+    """Returns the run's job, as an agent knows it.
+
+    Raises:
+      errors.ConfigError: the model cannot be cut or spread as asked.
+    """
+    model, train = self.model, self.train
+    if train.stages > model.num_layers:
+      raise errors.ConfigError(
+        'stages', train.stages, f'must be 1 to {model.num_layers} (the layers)'
+      )
+    if model.num_experts % train.local_devices:
+      raise errors.ConfigError(
+        'local_devices',
+        train.local_devices,
+        f'must divide num_experts={model.num_experts}',
+      )
+    tokens = train.microbatch_size * model.sequence_length
+    seats = model.capacity(tokens // train.local_devices) * train.local_devices
+    return job_spec.JobSpec(
+      factory='launch.lm.transformer_job:TransformerJob',
+      config=self.to_json(),
+      hidden_bytes=(
+        tokens * model.model_dim * np.dtype(model.compute_dtype).itemsize
+      ),
+      tokens_per_iteration=self.tokens_per_iteration,
+      expert_capacity=seats * train.global_microbatches,
+      data=self.data,
+      init_from=self.init_from,
+    )
+
   def to_json(self) -> dict[str, Any]:
     """Returns plain dicts; `from_json` is the inverse."""
     return dataclasses.asdict(self)
@@ -75,13 +108,11 @@ class RunConfig:
       errors.ConfigError: a field has a value that is not allowed.
       TypeError: a field is unknown or missing.
     """
-    train = dict(value['train'])
-    train['optimizer'] = config.OptimizerConfig(**train['optimizer'])
     return cls(
       **{
         **value,
         'model': model_config.ModelConfig(**value['model']),
-        'train': config.TrainConfig(**train),
+        'train': config.TrainConfig.from_json(value['train']),
       }
     )
 
@@ -156,18 +187,6 @@ def make(
     ),
     **fields,
   )
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """Returns dotted names of the fields in which two JSON configs differ."""
-  out = []
-  for name in sorted(ours.keys() | theirs.keys()):
-    a, b = ours.get(name), theirs.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      out += [f'{name}.{inner}' for inner in differences(a, b)]
-    elif json.dumps(a) != json.dumps(b):
-      out.append(name)
-  return out
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 
 from launch.lm import checkpoint, data, settings as run_settings
 from models import stages
-from moetion_jax import errors
+from moetion_jax import errors, job_spec
 from moetion_jax.policies import planner
 from moetion_jax.programs import (
   compilation,
@@ -17,6 +17,11 @@ from moetion_jax.programs import (
   stage as stage_lib,
 )
 from moetion_jax.state import layout as layout_lib, optimizers, partition
+
+
+def settings_of(job: job_spec.JobSpec) -> run_settings.RunConfig:
+  """Returns the settings of a job of ours."""
+  return run_settings.RunConfig.from_json(job.config)
 
 
 def load_data(config: run_settings.RunConfig) -> data.Dataset:

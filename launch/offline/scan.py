@@ -6,10 +6,13 @@ Knows only files, and changes none: the run may live meanwhile.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
+from launch.lm import settings as run_settings
 from launch.offline import stored_run
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import (
@@ -23,6 +26,7 @@ from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import (
   changes,
   checkpoint_folder,
+  held_run,
   own_files,
   run_ids,
   workdir,
@@ -37,7 +41,7 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     errors.ConfigError: there is no run, or it left no store.
   """
   absolute = os.path.abspath(path)
-  config, found_out = workdir.read_run(absolute)
+  config, found_out = read_run(absolute)
   run_store.check_hostmem_dir(hostmem_dir)
   ids = run_ids.RunIds(path=absolute, hostmem_dir=hostmem_dir)
   run_id = ids.find()
@@ -66,6 +70,42 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     found_out=found_out,
     folders=tuple(folders),
   )
+
+
+def read_run(
+  path: str | os.PathLike[str],
+) -> tuple[run_settings.RunConfig, dict[str, Any]]:
+  """Reads which run a folder holds.
+
+  Args:
+    path: the folder, which is not locked.
+
+  Returns:
+    The run's settings, and what its workers found out: `data_fingerprint`,
+    `environment`, `changes`; of an earlier version, `software`.
+
+  Raises:
+    errors.ConfigError: the folder holds no run, or one of another version of
+      this program.
+  """
+  file = pathlib.Path(path) / own_files.CONFIG
+  try:
+    value = json.loads(file.read_text())
+    for name in held_run.MARKS:
+      value.pop(name, None)
+    found_out = {
+      name: value.pop(name) for name in workdir.FOUND_OUT if name in value
+    }
+    config = run_settings.RunConfig.from_json(value)
+    changes.check_content(found_out, config.train.stages)
+    return config, found_out
+  except FileNotFoundError:
+    reason = f'holds no run: there is no {file}; name the --workdir of one'
+  except OSError as error:
+    reason = f'{file}: {error.strerror}'
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    reason = f'{file} is damaged, or of another version: {error}'
+  raise errors.ConfigError('workdir', str(path), reason)
 
 
 def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:

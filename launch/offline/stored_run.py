@@ -256,7 +256,7 @@ class StoredRun:
   Attributes:
     workdir: the run's folder, an absolute path.
     config: the run's settings.
-    found_out: see `workdir.read_run`.
+    found_out: see `scan.read_run`.
     folders: the run's stores.
     stages: the stores' content, by stage.
   """

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from launch.lm import settings as run_settings
-from moetion_jax import report
+from moetion_jax import job_spec, report
 from moetion_jax.logs import size
 from moetion_jax.policies import (
   decision as decision_lib,
@@ -46,7 +45,7 @@ class Recoverer:
 
   def __init__(
     self,
-    config: run_settings.RunConfig,
+    job: job_spec.JobSpec,
     captures: capture_settings.CaptureSettings,
     max_failures: int,
     event: Event,
@@ -54,14 +53,14 @@ class Recoverer:
     """Stores the arguments.
 
     Args:
-      config: the run's settings.
+      job: the run's job.
       captures: the settings of capture.
       max_failures: failures of one stage allowed without progress of the line;
         one more ends the run.
       event: writes one event.
     """
     self.is_resumed = False
-    self._config = config
+    self._job = job
     self._settings = captures
     self._event = event
     self._recoveries: dict[int, failures_lib.OngoingRecovery] = {}
@@ -84,12 +83,12 @@ class Recoverer:
   def trusted(self, iteration: int) -> dict[int, int]:
     """Returns what damaged entries leave of each stage (`splice.trusted`)."""
     return splice_lib.trusted(
-      self._inventory.splices, iteration, self._config.train.stages
+      self._inventory.splices, iteration, self._job.train.stages
     )
 
   def log_size(self, stage: int) -> size.LogSize:
     """Returns the size of a stage's log: what the line keeps, and some more."""
-    return size.log_size(self._config, stage, self._settings.kept_iterations)
+    return size.log_size(self._job, stage, self._settings.kept_iterations)
 
   def begin(self, ready: Mapping[int, Mapping[str, Any]]) -> None:
     """Takes in each stage's `ready` message; makes planner and inventory.
@@ -99,14 +98,14 @@ class Recoverer:
     """
     sizes = [
       planner.StageSizes.from_json(ready[stage]['operators'])
-      for stage in range(self._config.train.stages)
+      for stage in range(self._job.train.stages)
     ]
     self._planner = whole_planner.make(
       self._settings,
       sizes,
       ready[0]['platform'],
-      self._capacity(),
-      self._config.train.replicas,
+      self._job.expert_capacity,
+      self._job.train.replicas,
     )
     is_whole = self._settings.rules.is_exact
     kind = (
@@ -119,7 +118,7 @@ class Recoverer:
 
   def room_bytes(self) -> int:
     """Returns the host memory that logs and snapshots of all stages take."""
-    return self._config.train.replicas * sum(
+    return self._job.train.replicas * sum(
       self.log_size(stage).file_bytes + pool.files * pool.size_bytes
       for stage, pool in enumerate(self._pools)
     )
@@ -143,7 +142,7 @@ class Recoverer:
         again.
       newest: newest iteration of which the logs hold anything.
     """
-    stages = range(self._config.train.stages)
+    stages = range(self._job.train.stages)
     self._replays_until = newest
     plan = recovery_plan.plan(
       self._inventory.stage_inventories([0] * len(stages)),
@@ -176,7 +175,7 @@ class Recoverer:
     """
     return {
       (stage, start.iteration)
-      for stage in range(self._config.train.stages)
+      for stage in range(self._job.train.stages)
       for start in self._inventory.starts(stage)
       if start.iteration > reported
       and (not whole_only or start.complete_at == start.iteration)
@@ -280,13 +279,6 @@ class Recoverer:
         known.clear()
       known.append(decision)
     return list(change.decisions)
-
-  def _capacity(self) -> float:
-    """Returns the tokens that an expert takes in an iteration at most."""
-    model, train = self._config.model, self._config.train
-    tokens = train.microbatch_size * model.sequence_length
-    per_device = model.capacity(tokens // train.local_devices)
-    return per_device * train.local_devices * train.global_microbatches
 
   # ---- failures -------------------------------------------------------------
 

@@ -71,7 +71,7 @@ import json
 import os
 from typing import Any
 
-from launch.lm import settings as run_settings
+from moetion_jax import job_spec
 from moetion_jax.runtime import (
   environment as environment_lib,
   faults as faults_lib,
@@ -87,7 +87,7 @@ class Spec:
   """Everything that a worker process is told when it starts.
 
   Attributes:
-    config: the run's settings.
+    job: the run's job.
     stage: the stage that the worker trains; STANDBY for none yet.
     replica: the worker's replica of the stage.
     generation: the worker's generation.
@@ -116,7 +116,7 @@ class Spec:
     control_fd: the descriptor from which the worker reads.
   """
 
-  config: run_settings.RunConfig
+  job: job_spec.JobSpec
   stage: int
   replica: int = 0
   generation: int
@@ -159,7 +159,7 @@ class Spec:
     return cls(
       **{
         **value,
-        'config': run_settings.RunConfig.from_json(value['config']),
+        'job': job_spec.JobSpec(**value['job']),
         'cores': tuple(value['cores']),
         'team': tuple(value['team']),
         'stands_for': tuple(value['stands_for']),

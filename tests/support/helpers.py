@@ -98,7 +98,7 @@ def worker_spec(config: run_settings.RunConfig, **fields: Any) -> messages.Spec:
     'status_fd': -1,
     'control_fd': -1,
   }
-  return messages.Spec(config=config, **{**defaults, **fields})
+  return messages.Spec(job=config.job_spec(), **{**defaults, **fields})
 
 
 def train_locally(config: run_settings.RunConfig):

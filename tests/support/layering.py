@@ -45,25 +45,16 @@ ORDER = (
 
 # Imports that still point up: what they need is the seam `Job` (HOUSE, 5.4).
 # None may be added; whoever removes one strikes it from this list.
-_RUN_CONFIG = 'launch.lm.settings'
 _JOB = 'launch.lm.transformer_job'
 UPWARD = frozenset(
   {
-    ('moetion_jax.logs.size', _RUN_CONFIG),
-    ('moetion_jax.recovery.recoverer', _RUN_CONFIG),
-    ('moetion_jax.runtime.agent.agent', _RUN_CONFIG),
-    ('moetion_jax.runtime.agent.beginning', _RUN_CONFIG),
-    ('moetion_jax.runtime.agent.run', _RUN_CONFIG),
-    ('moetion_jax.runtime.hosts.crew', _RUN_CONFIG),
-    ('moetion_jax.runtime.messages', _RUN_CONFIG),
-    ('moetion_jax.runtime.records.recorder', _RUN_CONFIG),
-    ('moetion_jax.runtime.records.workdir', _RUN_CONFIG),
     ('moetion_jax.runtime.worker.extra_capacity', _JOB),
     ('moetion_jax.runtime.worker.finish', 'launch.lm.checkpoint'),
+    ('moetion_jax.runtime.worker.finish', _JOB),
     ('moetion_jax.runtime.worker.generation', _JOB),
     ('moetion_jax.runtime.worker.main', _JOB),
     ('moetion_jax.runtime.worker.prepared', 'launch.lm.data'),
-    ('moetion_jax.runtime.worker.standby', _RUN_CONFIG),
+    ('moetion_jax.runtime.worker.standby', 'launch.lm.settings'),
     ('moetion_jax.runtime.worker.standby', _JOB),
   }
 )
@@ -84,30 +75,6 @@ _ENVIRONMENT = frozenset(
 # their own or of what they import. Anyone else's loop must not need it.
 REACHES_LAUNCH = frozenset(
   {
-    'moetion_jax.logs.size',
-    'moetion_jax.recovery.recoverer',
-    'moetion_jax.runtime.agent.agent',
-    'moetion_jax.runtime.agent.beginning',
-    'moetion_jax.runtime.agent.comeback',
-    'moetion_jax.runtime.agent.ending',
-    'moetion_jax.runtime.agent.final_checkpoint',
-    'moetion_jax.runtime.agent.rollback',
-    'moetion_jax.runtime.agent.run',
-    'moetion_jax.runtime.agent.scripted',
-    'moetion_jax.runtime.agent.stopper',
-    'moetion_jax.runtime.agent.teams',
-    'moetion_jax.runtime.agent.watcher',
-    'moetion_jax.runtime.hosts.child_process',
-    'moetion_jax.runtime.hosts.crew',
-    'moetion_jax.runtime.hosts.host_agent',
-    'moetion_jax.runtime.hosts.hosts',
-    'moetion_jax.runtime.hosts.remote_host',
-    'moetion_jax.runtime.hosts.standbys',
-    'moetion_jax.runtime.hosts.stores',
-    'moetion_jax.runtime.messages',
-    'moetion_jax.runtime.records.recorder',
-    'moetion_jax.runtime.records.workdir',
-    'moetion_jax.runtime.worker.agent_link',
     'moetion_jax.runtime.worker.extra_capacity',
     'moetion_jax.runtime.worker.finish',
     'moetion_jax.runtime.worker.generation',

@@ -23,7 +23,7 @@ class Run:
     self.events = []
     self.stages = stages
     self.one = recoverer.Recoverer(
-      helpers.micro_run(stages=stages, iterations=iterations),
+      helpers.micro_run(stages=stages, iterations=iterations).job_spec(),
       capture_settings.CaptureSettings(**{'window_length': 3, **captures}),
       max_failures,
       lambda kind, **fields: self.events.append({'kind': kind, **fields}),

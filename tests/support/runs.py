@@ -14,9 +14,9 @@ import sys
 import time
 import uuid
 
+from launch.offline import scan
 from moetion_jax import report
 from moetion_jax.runtime.hosts import child_process
-from moetion_jax.runtime.records import workdir as workdir_lib
 from tests.support import helpers
 
 SECONDS = 120.0
@@ -192,7 +192,7 @@ def resumptions(workdir):
 
 def one_process_bits(workdir):
   """What `bits` should be: of the same stages, trained in this process."""
-  config, _ = workdir_lib.read_run(workdir)
+  config, _ = scan.read_run(workdir)
   expected = []
   for reports in helpers.train_locally(config)[0]:
     digests = {o: d for r in reports for o, d in r.digests.items()}

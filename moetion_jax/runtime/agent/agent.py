@@ -10,8 +10,7 @@ import contextlib
 import selectors
 import time
 
-from launch.lm import settings as run_settings
-from moetion_jax import errors, report
+from moetion_jax import errors, job_spec, report
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.recovery import hang_detection, recoverer
 from moetion_jax.runtime import faults, linux_process, messages
@@ -45,7 +44,7 @@ class Agent:
 
   def __init__(
     self,
-    config: run_settings.RunConfig,
+    job: job_spec.JobSpec,
     where: agent_settings.AgentSettings,
     folder: workdir.Workdir,
     store: store_folder.StoreFolder,
@@ -56,7 +55,7 @@ class Agent:
     """Stores the arguments; `run` does the work.
 
     Args:
-      config: the run's settings.
+      job: the run's job.
       where: the settings of where it runs.
       folder: the workdir, locked.
       store: the store of this host, started.
@@ -64,29 +63,29 @@ class Agent:
       keeps_store: whether an earlier run left something in the host stores.
     """
     self.has_begun = False
-    self._config = config
+    self._job = job
     self._where = where
     self._folder = folder
     self._store = store
-    self._recorder = recorder.Recorder(config, folder, view)
+    self._recorder = recorder.Recorder(job, folder, view)
     self._recoverer = recoverer.Recoverer(
-      config, where.captures, where.max_failures, self._recorder.event
+      job, where.captures, where.max_failures, self._recorder.event
     )
     self._hosts = hosts.Hosts(
-      config.train.stages,
+      job.train.stages,
       where.local_hosts,
       store,
-      config.train.replicas,
+      job.train.replicas,
     )
     self._trained: set[int] = set()  # stages of which a worker began to train
     self._selector = selectors.DefaultSelector()
     self._book = faults.FaultBook(where.faults)
     self._crew = crew.Crew(
-      config,
+      job,
       self._hosts,
       self._selector,
       self,
-      beginning.worker_spec(config, where, folder, store, self._hosts.secret),
+      beginning.worker_spec(job, where, folder, store, self._hosts.secret),
       self._book,
     )
     self._ending = ending.Ending(
@@ -98,21 +97,21 @@ class Agent:
     )
     self._ready = beginning.Readiness(where.max_failures)
     self._stores = stores.Stores(
-      config.train.stages,
-      config.train.replicas,
+      job.train.stages,
+      job.train.replicas,
       self._hosts,
       self._recoverer,
       self._recorder,
       where.durable_folder(str(folder.path), folder.run_id),
     )
     self._stopper = stopper.Stopper(
-      config.train.iterations, lambda: self._crew.workers
+      job.train.iterations, lambda: self._crew.workers
     )
     self._watcher = watcher.Watcher(
       where.hang_timeout_seconds, lambda why: self._comeback.suspect(why)
     )
     self._teams = teams.Teams(
-      config.train.replicas,
+      job.train.replicas,
       where,
       self._crew,
       self._recoverer,
@@ -121,7 +120,7 @@ class Agent:
     )
     self._final = final_checkpoint.FinalCheckpoint(folder.checkpoint)
     self._comeback = comeback.Comeback(
-      config.train.stages,
+      job.train.stages,
       where.captures.rules,
       self._crew,
       self._hosts,
@@ -197,7 +196,7 @@ class Agent:
   # ---- the beginning ---------------------------------------------------------
 
   def _start(self) -> None:
-    stages, replicas = self._config.train.stages, self._config.train.replicas
+    stages, replicas = self._job.train.stages, self._job.train.replicas
     if not self._where.fresh:
       self._book.read(self._folder.path / 'events.jsonl')
     sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
@@ -321,7 +320,7 @@ class Agent:
 
   def _grow(self) -> None:
     """Gives shrunk stages their workers back, when it is time."""
-    everybody = tuple(range(self._config.train.replicas))
+    everybody = tuple(range(self._job.train.replicas))
     for stage in self._teams.grow() if not self._signals else ():
       first, *_ = self._crew.of_stage(stage)
       why = 'its replicas return'
@@ -420,7 +419,7 @@ class Agent:
   def _on_done(self, worker, message: messages.Message) -> None:
     if not self._final.done(worker, len(self._crew.workers)):
       return
-    if message['iteration'] < self._config.train.iterations:
+    if message['iteration'] < self._job.train.iterations:
       self._ending.stopped(has_begun=self.has_begun)
       return
     if not self._comeback.is_wrong_at_end(worker):
@@ -473,7 +472,7 @@ class Agent:
     if self._ending.result is not None:
       self._ending.end_now()
       return
-    if self._signals > 1 or len(self._trained) < self._config.train.stages:
+    if self._signals > 1 or len(self._trained) < self._job.train.stages:
       self._ending.stopped(has_begun=self.has_begun)
       self._ending.end_now()
       return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from launch.lm import settings as run_settings
+from moetion_jax import job_spec
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.agent import settings as agent_settings
@@ -76,7 +76,7 @@ class Readiness:
 
 
 def worker_spec(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   folder: workdir.Workdir,
   store: store_folder.StoreFolder,
@@ -85,14 +85,14 @@ def worker_spec(
   """Makes the spec of every worker, except for what the crew fills in.
 
   Args:
-    config: the run's settings.
+    job: the run's job.
     where: the settings of where it runs.
     folder: the workdir.
     store: the store of the leader's host.
     secret: the job's secret, in hex; '' on one host.
   """
   return messages.Spec(
-    config=config,
+    job=job,
     stage=messages.STANDBY,
     generation=0,
     agent_pid=os.getpid(),
@@ -105,9 +105,7 @@ def worker_spec(
     secret=secret,
     platform='',
     full_seconds=where.full_seconds,
-    # Experts whose capacity nothing limits take all tokens anyway.
-    grows_capacity=where.captures.grows_capacity
-    and config.model.capacity_factor > 0,
+    grows_capacity=where.captures.grows_capacity,
     status_fd=-1,
     control_fd=-1,
   )

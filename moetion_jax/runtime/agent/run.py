@@ -7,10 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.lm import settings as run_settings
-from moetion_jax import errors
+from moetion_jax import errors, job_spec
 from moetion_jax.hostmem import run_store
-from moetion_jax.logs import size as log_size
 from moetion_jax.runtime import placement
 from moetion_jax.runtime.agent import (
   agent as agent_lib,
@@ -29,7 +27,7 @@ from moetion_jax.runtime.records import (
 
 
 def run(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   view: recorder.View,
 ) -> int:
@@ -39,7 +37,7 @@ def run(
   on from there.
 
   Args:
-    config: the run's settings.
+    job: the run's job.
     where: the settings of where it runs.
     view: the live view.
 
@@ -51,25 +49,24 @@ def run(
       written, and nothing was removed, unless the error is that something
       cannot be: then a part of the earlier run may be gone.
   """
-  log_size.check_shape(config)
   placement.host_of_stages(
-    config.train.stages, where.local_hosts, config.train.replicas
+    job.train.stages, where.local_hosts, job.train.replicas
   )
   folder = workdir.Workdir(
     where.workdir, fresh=where.fresh, accept_changes=where.accept_changes
   )
   folder.lock()
   try:
-    folder.check(config.to_json())
+    folder.check(job.config)
     if folder.changes.may_splice:
       where = where.with_room_for_splice()
-    return _run(config, where, folder, view)
+    return _run(job, where, folder, view)
   finally:
     folder.close()
 
 
 def _run(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   folder: workdir.Workdir,
   view: recorder.View,
@@ -96,7 +93,7 @@ def _run(
     if note:
       print(note, flush=True)
   folder.take_id(run_id)
-  _check_places(config, where, folder, on_disk)
+  _check_places(job, where, folder, on_disk)
   if folder.is_finished():
     # A run killed between its checkpoint and its end left something.
     _remove_rest(where, folder, on_disk)
@@ -116,11 +113,9 @@ def _run(
     if not ids.find_original(run_id).original:
       raise
     # Another folder with this id was quicker: this one is taken for the copy.
-    return _run(config, where, folder, view)
+    return _run(job, where, folder, view)
   try:
-    agent = agent_lib.Agent(
-      config, where, folder, store, view, keeps_store=left
-    )
+    agent = agent_lib.Agent(job, where, folder, store, view, keeps_store=left)
     try:
       return agent.run()
     finally:
@@ -146,7 +141,7 @@ def _search(folder: workdir.Workdir, run_id: str) -> whereabouts.Search:
 
 
 def _check_places(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   folder: workdir.Workdir,
   on_disk: str,
@@ -164,8 +159,8 @@ def _check_places(
     places.check(
       places.Places(
         workdir=str(folder.path),
-        data=config.data,
-        init_from=config.init_from,
+        data=job.data,
+        init_from=job.init_from,
         durable_dir=where.durable_dir,
         hostmem_dir=where.hostmem_dir,
         compilation_cache_dir=where.compilation_cache_dir,

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from launch.lm import settings as run_settings
+from moetion_jax import job_spec
 from moetion_jax.runtime import (
   environment as environment_lib,
   faults,
@@ -55,7 +55,7 @@ class Crew:
 
   def __init__(
     self,
-    config: run_settings.RunConfig,
+    job: job_spec.JobSpec,
     hosts: hosts_lib.Hosts,
     selector: selectors.BaseSelector,
     listener: Listener,
@@ -65,7 +65,7 @@ class Crew:
     """Stores the arguments.
 
     Args:
-      config: the run's settings.
+      job: the run's job.
       hosts: the hosts on which the processes run.
       selector: the selector that the caller polls, calling its keys' data.
       listener: who is told of messages and ends.
@@ -75,8 +75,8 @@ class Crew:
     self._book = book
     self.started = 0
     self._of_stage: list[list[child_process.WorkerProcess]] = []
-    self._replicas = config.train.replicas
-    self._config = config
+    self._replicas = job.train.replicas
+    self._job = job
     self._hosts = hosts
     self._selector = selector
     self._listener = listener
@@ -86,8 +86,8 @@ class Crew:
       self._replicas, hosts.standby, self._start, self.end
     )
     self._places = placement.place(
-      config.train.stages * self._replicas,
-      local_devices=config.train.local_devices,
+      job.train.stages * self._replicas,
+      local_devices=job.train.local_devices,
       cores=placement.usable_cores(),
       gpus=placement.visible_gpus(os.environ),
       environment=os.environ,
@@ -104,7 +104,7 @@ class Crew:
     self._hosts.start(lock_fds[:1])
     self._hosts.register(self._selector, self._on_news)
     everybody = tuple(range(self._replicas))
-    for stage in range(self._config.train.stages):
+    for stage in range(self._job.train.stages):
       world = self._new_world(everybody)
       self._of_stage.append([])
       for replica in everybody:
@@ -131,9 +131,9 @@ class Crew:
 
   def givers(self) -> list[child_process.WorkerProcess]:
     """Returns workers that together have the whole state of every stage."""
-    if self._config.train.shard_optimizer:
+    if self._job.train.shard_optimizer:
       return self.workers
-    stages = range(self._config.train.stages)
+    stages = range(self._job.train.stages)
     return [self.of_stage(stage)[0] for stage in stages]
 
   def team(self, stage: int) -> tuple[int, ...]:

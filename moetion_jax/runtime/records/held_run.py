@@ -26,13 +26,8 @@ FOLDER = store_folder.FOLDER
 MARKS = (RUN_ID, WORKDIR, FOLDER, *whereabouts.FIELDS)
 _ID_BYTES = 8
 _ID = re.compile(rf'[0-9a-f]{{{2 * _ID_BYTES}}}')
-# Fields of every run's config.json, and what they hold.
-_FIELDS = {
-  'preset': str,
-  'model': dict,
-  'train': dict,
-  'data_fingerprint': dict,
-}
+# Objects in every run's config.json, whatever its job is.
+_FIELDS = ('train', 'data_fingerprint')
 # The one that has what the run computes with; the second of earlier versions.
 _SOFTWARE_FIELDS = (changes.ENVIRONMENT, changes.SOFTWARE)
 _TRAIN_FIELDS = ('stages', 'optimizer')
@@ -69,11 +64,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     raise NotOursError(f'it is damaged, or no JSON: {error}') from error
   if not isinstance(value, dict):
     raise NotOursError('it holds no JSON object')
-  missing = [
-    name
-    for name, kind in _FIELDS.items()
-    if not isinstance(value.get(name), kind)
-  ]
+  missing = [x for x in _FIELDS if not isinstance(value.get(x), dict)]
   if not any(isinstance(value.get(name), dict) for name in _SOFTWARE_FIELDS):
     missing.append(_SOFTWARE_FIELDS[0])
   if 'train' not in missing:
@@ -103,9 +94,8 @@ def _say_what_is_wrong(value: dict[str, Any], name: str) -> str:
     name: the name of the field.
   """
   if name in value:
-    kind = 'text' if _FIELDS.get(name) is str else 'object'
     text = json.dumps(value[name])[:_LONGEST]
-    return f'"{name}" in it is {text}, and no {kind}'
+    return f'"{name}" in it is {text}, and no object'
   has = ', '.join(f'"{other}"' for other in list(value)[:_SHOWN]) or 'nothing'
   return f'it has {has}, but no "{name}"'
 

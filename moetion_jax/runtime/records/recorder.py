@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from launch.lm import settings as run_settings
-from moetion_jax import disk, report
+from moetion_jax import disk, job_spec, report
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.records import (
@@ -79,12 +78,12 @@ class Recorder:
   """
 
   def __init__(
-    self, config: run_settings.RunConfig, folder: workdir.Workdir, view: View
+    self, job: job_spec.JobSpec, folder: workdir.Workdir, view: View
   ):
     """Stores the arguments; `folder` is locked."""
     self.accepted = False
     self.iteration = 0
-    self._config = config
+    self._job = job
     self._folder = folder
     self.view = view
     self._events = record_files.EventsFile(str(folder.path / 'events.jsonl'))
@@ -119,10 +118,10 @@ class Recorder:
       errors.ConfigError: the workdir holds another run.
       errors.StoreError: its metrics are damaged.
     """
-    first, train = ready[0], self._config.train
+    first, train = ready[0], self._job.train
     self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
     kept = self._folder.accept(
-      self._config.to_json() | {'data_fingerprint': first['data_fingerprint']},
+      self._job.config | {'data_fingerprint': first['data_fingerprint']},
       environment,
     )
     self.accepted = True
@@ -188,7 +187,7 @@ class Recorder:
       if merged is None:
         return None
       reports.append(merged)
-    line = merge.make_line(reports, self._config.tokens_per_iteration)
+    line = merge.make_line(reports, self._job.tokens_per_iteration)
     self._lines.write(line)
     if one.iteration <= self.iteration:
       return None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launch.lm import settings as run_settings
-from moetion_jax import errors
+from moetion_jax import config as config_lib, errors
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   changes as changes_lib,
@@ -27,7 +25,7 @@ from moetion_jax.runtime.records import (
 _DYING_SECONDS = 2.0
 _LOCK_BYTES = 64  # more than an id takes
 # Fields of config.json known only once a worker has a backend and the data.
-_FOUND_OUT = (
+FOUND_OUT = (
   'data_fingerprint',
   changes_lib.ENVIRONMENT,
   changes_lib.CHANGES,
@@ -190,12 +188,12 @@ class Workdir:
     if known is None or self._fresh:
       return
     self.changes.known = dict(known)
-    for name in _FOUND_OUT:
+    for name in FOUND_OUT:
       if name not in config:
         known.pop(name, None)
     for name in held_run.MARKS:
       known.pop(name, None)
-    if changed := run_settings.differences(known, config):
+    if changed := config_lib.differences(known, config):
       raise self._error(
         f'holds a run with other settings ({", ".join(changed[:5])}); pass '
         '--fresh to remove it, or another --workdir'
@@ -319,40 +317,6 @@ class Workdir:
 
   def _error(self, reason: str) -> errors.ConfigError:
     return errors.ConfigError('workdir', str(self.path), reason)
-
-
-def read_run(
-  path: str | os.PathLike[str],
-) -> tuple[run_settings.RunConfig, dict[str, Any]]:
-  """Reads which run a folder holds.
-
-  Args:
-    path: the folder, which is not locked.
-
-  Returns:
-    The run's settings, and what its workers found out: `data_fingerprint`,
-    `environment`, `changes`; of an earlier version, `software`.
-
-  Raises:
-    errors.ConfigError: the folder holds no run, or one of another version of
-      this program.
-  """
-  file = pathlib.Path(path) / own_files.CONFIG
-  try:
-    value = json.loads(file.read_text())
-    for name in held_run.MARKS:
-      value.pop(name, None)
-    found_out = {name: value.pop(name) for name in _FOUND_OUT if name in value}
-    config = run_settings.RunConfig.from_json(value)
-    changes_lib.check_content(found_out, config.train.stages)
-    return config, found_out
-  except FileNotFoundError:
-    reason = f'holds no run: there is no {file}; name the --workdir of one'
-  except OSError as error:
-    reason = f'{file}: {error.strerror}'
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    reason = f'{file} is damaged, or of another version: {error}'
-  raise errors.ConfigError('workdir', str(path), reason)
 
 
 def _lock(fd: int) -> None:

@@ -36,8 +36,10 @@ def compile_programs(
   Returns:
     The programs by name; none for a stage without experts.
   """
+  if transformer_job.settings_of(spec.job).model.capacity_factor <= 0:
+    return {}
   declared = transformer_job.declare_stage(
-    spec.config,
+    transformer_job.settings_of(spec.job),
     spec.stage,
     spec.team,
     spec.team.index(spec.replica),

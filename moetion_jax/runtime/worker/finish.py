@@ -91,7 +91,7 @@ class Finish:
 
   def _save(self, command: messages.Message) -> None:
     """Saves everybody's state, or tells whose arrived damaged."""
-    from launch.lm import checkpoint
+    from launch.lm import checkpoint, transformer_job
 
     try:
       stages = [
@@ -113,7 +113,7 @@ class Finish:
       command['path'],
       [stage.state for stage in stages],
       command['iteration'],
-      self._spec.config,
+      transformer_job.settings_of(self._spec.job),
       digests,
       self._on_written,
       lambda what: self._link.send('rewritten', what=what),

@@ -89,7 +89,9 @@ class StageRun:
 
   def check_initial(self) -> None:
     """Raises errors.ConfigError if --init_from does not fit the stage."""
-    self._initial = transformer_job.load_initial(self._spec.config, self._stage)
+    self._initial = transformer_job.load_initial(
+      transformer_job.settings_of(self._spec.job), self._stage
+    )
 
   def sizes(self) -> planner.StageSizes:
     """Returns the sizes of the stage's operators."""
@@ -211,7 +213,7 @@ class StageRun:
     link.training(self._worker)
     try:
       last = self._worker.train(
-        spec.config.train,
+        spec.job.train,
         self._report,
         lambda: self._between(go.target),
         first_iteration=go.start + 1,
@@ -329,7 +331,7 @@ class StageRun:
 
   def _initial_state(self) -> partition.State:
     return transformer_job.initial_state(
-      self._spec.config, self._stage, self._initial
+      transformer_job.settings_of(self._spec.job), self._stage, self._initial
     )
 
   def _load(self, iteration: int) -> snapshot.Snapshot:
@@ -428,7 +430,7 @@ class StageRun:
 
   def _digest_names(self) -> dict[str, Any]:
     """Names the operators whose digests are in this worker's snapshots."""
-    if not self._spec.config.train.shard_optimizer:
+    if not self._spec.job.train.shard_optimizer:
       return {}
     return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
 

@@ -84,7 +84,7 @@ def _stand_by(
 
       prepared.append(
         standby.prepare(
-          spec.config,
+          spec.job,
           spec.platform,
           spec.compilation_cache_dir,
           ask_for_backend if spec.loads_ahead else None,
@@ -149,9 +149,9 @@ def _work(
   injector.phase('start')
   from moetion_jax.runtime import xla_setup
 
-  config, began = spec.config, time.monotonic()
+  train, began = spec.job.train, time.monotonic()
   xla_setup.configure(
-    local_devices=config.train.local_devices,
+    local_devices=train.local_devices,
     compilation_cache_dir=spec.compilation_cache_dir,
   )
   import jax
@@ -166,10 +166,11 @@ def _work(
     xla_setup.join_world(spec.world, len(spec.team), position)
   found = read_environment.read()
   environment.check_replacement(spec.environment, found)
+  config = transformer_job.settings_of(spec.job)
   data = prepared.data if prepared else transformer_job.load_data(config)
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
-  if len(spec.team) < config.train.replicas:
+  if len(spec.team) < train.replicas:
     lowered = None  # these programs are those of a whole team
   if loaded:
     stage = loaded.stage

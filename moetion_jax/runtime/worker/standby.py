@@ -16,6 +16,7 @@ from collections.abc import Callable
 import moetion_jax.runtime.read_environment  # noqa: F401  versions as of now
 import moetion_jax.runtime.worker.generation  # noqa: F401  with all it imports
 from launch.lm import settings as run_settings, transformer_job
+from moetion_jax import job_spec
 from moetion_jax.capture import programs as capture_programs
 from moetion_jax.programs import compilation, jax_internals, stage as stage_lib
 from moetion_jax.runtime import xla_setup
@@ -65,7 +66,7 @@ def load(
 
 
 def prepare(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   platform: str,
   cache_dir: str,
   make_backend: Callable[[], None] | None = None,
@@ -74,13 +75,14 @@ def prepare(
   """Prepares all that can be done ahead, for all stages.
 
   Args:
-    config: the run's settings.
+    job: the run's job.
     platform: the lowering platform, as `compilation.platform_of` names it.
     cache_dir: the compilation cache, see `xla_setup.configure`.
     make_backend: makes a backend, with replicas in a world with the others;
       None: no programs are loaded ahead.
     position: the process's position in that world.
   """
+  config = transformer_job.settings_of(job)
   xla_setup.configure(
     local_devices=config.train.local_devices, compilation_cache_dir=cache_dir
   )

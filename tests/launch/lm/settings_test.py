@@ -4,7 +4,7 @@ import json
 import pytest
 
 from launch.lm import settings as run_settings
-from moetion_jax import errors
+from moetion_jax import config as config_lib, errors
 
 
 def _make(preset='tiny', model=(), train=None, optimizer=None):
@@ -80,8 +80,8 @@ def test_overrides_reach_the_configuration():
 def test_differences_are_dotted_names():
   a = _make().to_json()
   b = _make(train={'seed': 3}, model=['num_layers=5']).to_json()
-  assert run_settings.differences(a, a) == []
-  assert run_settings.differences(a, b) == ['model.num_layers', 'train.seed']
+  assert config_lib.differences(a, a) == []
+  assert config_lib.differences(a, b) == ['model.num_layers', 'train.seed']
 
 
 def test_configurations_are_frozen():

@@ -48,20 +48,20 @@ def folder(tmp_path):
 
 
 def _ending(tmp_path: pathlib.Path, folder: workdir.Workdir) -> ending.Ending:
-  config = helpers.micro_run()
+  job = helpers.micro_run().job_spec()
   where = agent_settings.AgentSettings(workdir=str(folder.path), fresh=True)
   store = store_folder.StoreFolder(tmp_path, 'store')
-  hosts = hosts_lib.Hosts(config.train.stages, 1, store)
+  hosts = hosts_lib.Hosts(job.train.stages, 1, store)
   crew = crew_lib.Crew(
-    config,
+    job,
     hosts,
     selectors.DefaultSelector(),
     cast('crew_lib.Listener', None),  # nobody is started
-    beginning.worker_spec(config, where, folder, store, ''),
+    beginning.worker_spec(job, where, folder, store, ''),
     faults.FaultBook([]),
   )
   return ending.Ending(
-    recorder.Recorder(config, folder, helpers.NotesView()),
+    recorder.Recorder(job, folder, helpers.NotesView()),
     hosts,
     crew,
     keeps_store=True,

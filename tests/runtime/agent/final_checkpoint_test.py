@@ -15,7 +15,9 @@ def record(tmp_path):
   """A recorder whose run was accepted, and so writes events."""
   folder = workdir.Workdir(str(tmp_path / 'run'), fresh=False)
   folder.lock()
-  one = recorder.Recorder(helpers.micro_run(), folder, helpers.NotesView())
+  one = recorder.Recorder(
+    helpers.micro_run().job_spec(), folder, helpers.NotesView()
+  )
   one.accepted = True
   yield one
   folder.close()

@@ -8,7 +8,8 @@ from moetion_jax.runtime import messages
 from moetion_jax.runtime.hosts import child_process, standbys
 from tests.support import helpers
 
-SPEC = helpers.worker_spec(helpers.micro_run())
+RUN = helpers.micro_run()
+SPEC = helpers.worker_spec(RUN)
 
 
 class _Processes:
@@ -30,7 +31,7 @@ class _Processes:
   def warm(self, **changes):
     """What is started, which then is warm."""
     known = len(self.started)
-    spec = helpers.worker_spec(SPEC.config, **changes)
+    spec = helpers.worker_spec(RUN, **changes)
     self.standbys.warm(spec, self.new_world)
     new = self.started[known:]
     for worker, _ in new:

@@ -37,7 +37,7 @@ def one(shm_folder, tmp_path):
     1,
     hosts.Hosts(2, 1, store),
     run.one,
-    recorder.Recorder(helpers.micro_run(stages=2), folder, view),  # type: ignore
+    recorder.Recorder(helpers.micro_run(stages=2).job_spec(), folder, view),  # type: ignore
   )
   store.close()
 

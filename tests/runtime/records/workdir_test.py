@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from launch.lm import settings as run_settings
+from launch.offline import scan
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.records import (
@@ -147,8 +148,7 @@ def _store(hostmem, path):
     ('{"preset": ', 'damaged'),
     ('[1]', 'no JSON object'),
     ('{}', 'nothing'),
-    ('{"preset": "tiny", "model": "foo"}', '"model" in it is "foo", and no'),
-    ('{"preset": 3}', '"preset" in it is 3, and no text'),
+    ('{"train": "foo"}', '"train" in it is "foo", and no object'),
     ('\udcff', 'damaged'),
   ],
 )
@@ -180,10 +180,10 @@ def test_a_field_of_a_run_that_was_edited(run, field, fresh):
   assert '\n' not in reason
   if 'left' not in field:
     with pytest.raises(errors.ConfigError, match='config.json is damaged'):
-      workdir.read_run(run)
+      scan.read_run(run)
 
 
-@pytest.mark.parametrize('missing', [*_FOUND_OUT, 'preset', 'model', 'train'])
+@pytest.mark.parametrize('missing', [*_FOUND_OUT, 'train'])
 def test_every_field_of_a_config_is_needed(tmp_path, missing):
   config = _config()
   del config[missing]
@@ -513,7 +513,7 @@ def test_a_run_of_that_version_which_left_nothing(run, hostmem):
 
 
 def test_settings_are_read_without_the_id(run):
-  config, found_out = workdir.read_run(run)
+  config, found_out = scan.read_run(run)
   assert config.to_json().keys() | found_out.keys() == _config().keys()
 
 

@@ -1,0 +1,44 @@
+"""The agent's half of a job: all that a supervisor must know of a model.
+
+The other half is `training.job.Job`, which workers make; it needs JAX, which no
+agent imports.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from moetion_jax import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobSpec:
+  """A job as an agent knows it.
+
+  Attributes:
+    factory: 'package.module:function', the function that makes a worker's
+      `training.job.Job` from this value.
+    config: all settings of the job, as JSON. The workdir keeps them in
+      config.json, and goes on with the same ones only. `train` is one of them:
+      the fields of a `TrainConfig`.
+    hidden_bytes: size of what a stage sends to a neighbour for a microbatch.
+    tokens_per_iteration: tokens that all replicas train on in one iteration.
+    expert_capacity: tokens that an expert takes in an iteration at most.
+    data: what the job reads: a file, a folder or a pattern; '' for no file.
+    init_from: checkpoint that it starts from; '' for none.
+  """
+
+  factory: str
+  config: dict[str, Any]
+  hidden_bytes: int
+  tokens_per_iteration: int
+  expert_capacity: int
+  data: str = ''
+  init_from: str = ''
+
+  @functools.cached_property
+  def train(self) -> config_lib.TrainConfig:
+    """How the job is trained and spread."""
+    return config_lib.TrainConfig.from_json(self.config['train'])
