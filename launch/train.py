@@ -22,9 +22,9 @@ from moetion_jax.policies import (
   intervals,
   partial,
   popularity,
-  rules,
   settings as capture_settings,
 )
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import environment, faults
 from moetion_jax.runtime.agent import (
   run as agent_run,
@@ -108,7 +108,7 @@ _HOSTMEM_DIR = flags.DEFINE_string(
   'hostmem_dir', '/dev/shm', 'Folder in tmpfs for logs and snapshots.'
 )
 _POLICY = flags.DEFINE_enum(
-  'policy', 'sparse', rules.POLICIES, 'What is captured; none: nothing.'
+  'policy', 'sparse', [*registry.POLICIES], 'What is captured; none: nothing.'
 )
 _INTERVAL = flags.DEFINE_integer(
   'interval', 0, 'Iterations between whole snapshots; 0: as measured.'
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
     print(json.dumps(config.to_json(), indent=2))
     return 0
   captures = capture_settings.CaptureSettings(
-    policy=_POLICY.value,
+    policy=registry.of_name(_POLICY.value),
     window_length=_WINDOW_LENGTH.value,
     window_mode=_WINDOW_MODE.value,
     order=_ORDER.value,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class MoetionError(Exception):
   """Base of every error this project raises on purpose.
@@ -30,6 +32,12 @@ class ConfigError(MoetionError):
     self.flag = flag
     self.value = value
     self.reason = reason
+
+
+def check_known(flag: str, value: str, known: Collection[str]) -> None:
+  """Raises ConfigError unless `value` is one of the flag's known values."""
+  if value not in known:
+    raise ConfigError(flag, value, f'known are {", ".join(known)}')
 
 
 class WrongBitsError(MoetionError):

@@ -18,7 +18,7 @@ from launch.benchmark.harness import (
   summary,
 )
 from launch.simulate import predict as simulate_predict
-from moetion_jax.policies import rules
+from moetion_jax.policies.kinds import registry
 
 POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
 MTBF_ITERATIONS = (100, 50, 25)
@@ -142,7 +142,7 @@ def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
         (
           f'MTBF {mtbf}, sparse / {policy}, ETTR of all rounds together',
           summary.summarize([ours / together]),
-          '> 1' if rules.of_name(policy).is_exact else '',
+          '> 1' if registry.POLICIES[policy].is_exact else '',
         )
       )
     samples = _samples(bases, runs)

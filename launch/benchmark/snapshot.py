@@ -27,7 +27,8 @@ from launch.benchmark.harness import dense_job, profile_reader, scratch, summary
 from launch.lm import one_process, settings as run_settings, transformer_job
 from moetion_jax import report as report_lib
 from moetion_jax.capture import programs as capture_programs, snapshotter
-from moetion_jax.policies import settings as capture_settings, sparse_planner
+from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import sparse
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import memory_store
 
@@ -162,8 +163,10 @@ class _Sparse(_Subject):
     self.programs = capture_programs.CapturePrograms(layout)
     self.programs.compile()
     self.sizes = transformer_job.stage_sizes(layout, 1)
-    self._planner = sparse_planner.SparsePlanner(
-      capture_settings.CaptureSettings(window_mode=window_mode),
+    self._planner = sparse.SparsePlanner(
+      capture_settings.CaptureSettings(
+        policy=sparse.Sparse(), window_mode=window_mode
+      ),
       [self.sizes],
       jax.default_backend(),
     )

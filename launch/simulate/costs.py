@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from launch.lm import settings as run_settings, transformer_job
 from launch.simulate import cluster as cluster_lib
 from models import config as model_config, stages as stages_lib, transformer
-from moetion_jax import config, keys
-from moetion_jax.policies import planner, popularity, rules, window
+from moetion_jax import config, errors, keys
+from moetion_jax.policies import planner, popularity, window
 from moetion_jax.programs import stage as stage_lib
 
 _FLOPS_PER_MULTIPLICATION = 2
@@ -341,7 +341,7 @@ def slot_choice(
   pinned_mode: str | None = None,
 ) -> window.WindowChoice:
   """Chooses the window of a job: the longest that one of its stages wants."""
-  rules.check_known('order', order, popularity.ORDERS)
+  errors.check_known('order', order, popularity.ORDERS)
   distinct = {id(s): i for i, s in enumerate(costs.stages)}.values()
   choices = []
   for stage in distinct:

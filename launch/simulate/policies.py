@@ -22,12 +22,9 @@ from moetion_jax.policies import (
   intervals,
   partial,
   popularity,
-  rules,
   window,
 )
-
-# Share of an iteration that it may wait for a copy, as in `sparse_planner`.
-_LATE_SHARE = 0.02
+from moetion_jax.policies.kinds import base, registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,7 @@ class PolicySettings:
   """The settings of a policy.
 
   Attributes:
-    policy: one of `rules.POLICIES`.
+    policy: one of `registry.POLICIES`.
     peers: number of hosts that a host's snapshots are copied to; two_phase:
       none.
     overlap_target: share of an iteration that a copy may take.
@@ -73,10 +70,10 @@ class PolicySettings:
   durable_seconds: float = 0.0
 
   def __post_init__(self) -> None:
-    rules.of_name(self.policy)
-    rules.check_known('order', self.order, popularity.ORDERS)
+    registry.of_name(self.policy)
+    errors.check_known('order', self.order, popularity.ORDERS)
     if self.window_mode:
-      rules.check_known('window_mode', self.window_mode, decision_lib.MODES)
+      errors.check_known('window_mode', self.window_mode, decision_lib.MODES)
     for name, least in (
       ('peers', 0),
       ('interval', 0),
@@ -360,7 +357,7 @@ def _until_not_late(
   """
   while True:
     latest = max(e for e, _ in _copies(costs, links, choice, operators))
-    if latest <= _LATE_SHARE * choice.every * costs.iteration_seconds:
+    if not base.is_late(latest, choice.every * costs.iteration_seconds):
       return choice
     if (longer := window.enlarge(choice, operators)) == choice:
       return choice

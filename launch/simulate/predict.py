@@ -15,7 +15,8 @@ from launch.simulate import (
   world as world_lib,
 )
 from moetion_jax import keys
-from moetion_jax.policies import decision as decision_lib, partial, rules
+from moetion_jax.policies import decision as decision_lib, partial
+from moetion_jax.policies.kinds import registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Measured:
   """The settings, measurements and failures of a run.
 
   Attributes:
-    policy: one of `rules.POLICIES`.
+    policy: one of `registry.POLICIES`.
     iterations: iterations that the run does.
     iteration_seconds: seconds of one, without snapshots and failures.
     blocked_seconds: seconds by which a snapshot makes the run longer: waits and
@@ -102,7 +103,7 @@ def error(predicted_seconds: float, measured_seconds: float) -> float:
 
 
 def _method(measured: Measured) -> world_lib.Method:
-  rules.of_name(measured.policy)
+  registry.of_name(measured.policy)
   pause = (0.0,) * (measured.interval - 1)
   pace = world_lib.Pace(
     iteration_seconds=measured.iteration_seconds,

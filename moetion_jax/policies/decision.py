@@ -8,8 +8,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moetion_jax import keys
-from moetion_jax.policies import rules
+from moetion_jax import errors, keys
 
 MODES = ('rolling', 'aligned')
 # Snapshots without compute weights: a restore takes what one lacks from older
@@ -43,7 +42,7 @@ class CaptureDecision:
   always: frozenset[keys.OperatorId] = frozenset()
 
   def __post_init__(self) -> None:
-    rules.check_known('window_mode', self.mode, (*MODES, PARTIAL))
+    errors.check_known('window_mode', self.mode, (*MODES, PARTIAL))
     if self.first_iteration < 0:
       raise ValueError(f'first_iteration={self.first_iteration} is negative')
     if self.window_length < 1 or self.window_length != len(self.slots):

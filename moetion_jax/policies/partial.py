@@ -11,8 +11,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable, Mapping, Sequence
 
-from moetion_jax import keys
-from moetion_jax.policies import popularity as popularity_lib, rules, slots
+from moetion_jax import errors, keys
+from moetion_jax.policies import popularity as popularity_lib, slots
 
 # Proportion of lost tokens beyond which PEC saves more experts; MoC-System's
 # default.
@@ -60,7 +60,7 @@ def select_experts(
     ages: checkpoints since each expert was saved; 0 where missing.
     max_age: age from which an expert is overdue; None for no limit.
   """
-  rules.check_known('partial_select', kind, SELECTIONS)
+  errors.check_known('partial_select', kind, SELECTIONS)
   if count < 1 or number < 0:
     raise ValueError(f'{count=} of checkpoint {number=}')
   ordered = sorted(experts)

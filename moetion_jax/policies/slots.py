@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moetion_jax import errors, keys
-from moetion_jax.policies import decision, popularity as popularity_lib, rules
+from moetion_jax.policies import decision, popularity as popularity_lib
 
 Bytes = Mapping[keys.OperatorId, int]
 # Device of the 'expert' axis that holds an operator; None if all hold it.
@@ -45,7 +45,7 @@ def order_operators(
   Returns:
     The experts, then all other operators: every token trains those.
   """
-  rules.check_known('order', kind, popularity_lib.ORDERS)
+  errors.check_known('order', kind, popularity_lib.ORDERS)
   ordered = sorted(operators)
   decision.check_distinct(ordered)
   experts = [o for o in ordered if o.expert >= 0]
@@ -138,7 +138,7 @@ def snapshot_bytes(
   'rolling': training state of the slot and compute weights of all others.
   'aligned': training state of the slot and compute weights of later slots.
   """
-  rules.check_known('window_mode', mode, decision.MODES)
+  errors.check_known('window_mode', mode, decision.MODES)
   state = [sum(state_bytes[o] for o in slot) for slot in slots]
   compute = [sum(compute_bytes[o] for o in slot) for slot in slots]
   total = sum(compute)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from moetion_jax import errors, keys
-from moetion_jax.policies import decision, rules, slots as slots_lib
+from moetion_jax.policies import decision, slots as slots_lib
 
 _GROWTH = 1.25  # least factor by which a window grows if copies run late
 
@@ -161,7 +161,7 @@ def choose_window(
   """
   limit = _limit(stage, max_window_length)
   if pinned_mode is not None:
-    rules.check_known('window_mode', pinned_mode, decision.MODES)
+    errors.check_known('window_mode', pinned_mode, decision.MODES)
   if pinned_length is not None:
     _check_pinned(pinned_length, len(stage.order), max_window_length)
     return WindowChoice(

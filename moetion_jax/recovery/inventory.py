@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from moetion_jax import keys
+from moetion_jax.policies import settings
 from moetion_jax.recovery import plan as recovery_plan, splice as splice_lib
 from moetion_jax.snapshots import coverage
 
@@ -18,24 +19,31 @@ class Inventory:
 
   Attributes:
     line: the recovery line, see `plan.recovery_line`.
+    kept_from: iteration from which on snapshots are kept; before the line if a
+      start there takes a part of its state from older ones.
     splices: where the run went on with other software, in order.
     is_running: whether the run goes on already, see `splice.allows`.
   """
 
   def __init__(
-    self, operators: Sequence[Collection[keys.OperatorId]], lag_iterations: int
+    self,
+    policy: settings.Policy,
+    operators: Sequence[Collection[keys.OperatorId]],
+    lag_iterations: int,
   ):
     """Starts without any snapshot but the initial state.
 
     Args:
+      policy: the policy, which tells what is a start.
       operators: the operators of each stage.
       lag_iterations: iterations by which the line lags behind, see
         `plan.recovery_line`.
     """
-    self.line = 0
+    self.line = self.kept_from = 0
     self.splices: tuple[splice_lib.Splice, ...] = ()
     self.is_running = False
     self.lag_iterations = lag_iterations
+    self._policy = policy
     self._operators = [frozenset(o) for o in operators]
     self._shares: list[dict[tuple[int, int, int], coverage.Share]] = [
       {} for _ in operators
@@ -74,30 +82,40 @@ class Inventory:
 
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
     """Returns the valid starts of a stage, the initial state included."""
-    shares = [
-      share
-      for (iteration, *_), share in self._shares[stage].items()
-      if (stage, iteration) not in self._excluded
-    ]
-    operators = self._operators[stage]
-    starts = coverage.valid_starts(
-      (
-        coverage.initial_record(operators),
-        *coverage.complete_records(shares),
-      ),
-      operators,
+    starts = self._policy.starts(
+      self._records(stage), self._operators[stage], self.line
     )
     return tuple(
       start
       for start in starts
       if splice_lib.allows(
-        self.splices, stage, start.iteration, is_running=self.is_running
+        self._barring, stage, start.iteration, is_running=self.is_running
       )
     )
+
+  @property
+  def _barring(self) -> tuple[splice_lib.Splice, ...]:
+    """The splices that bar starts: none if all after a start is forgotten."""
+    return self.splices if self._policy.is_exact else ()
+
+  def _records(self, stage: int) -> tuple[coverage.SnapshotRecord, ...]:
+    return coverage.complete_records(
+      share
+      for (iteration, *_), share in self._shares[stage].items()
+      if (stage, iteration) not in self._excluded
+    )
+
+  def versions(self, start: int) -> dict[keys.OperatorId, int]:
+    """Returns the versions (`Policy.versions`) in a start's state."""
+    found: dict[keys.OperatorId, int] = {}
+    for stage, operators in enumerate(self._operators):
+      found |= self._policy.versions(self._records(stage), operators, start)
+    return found
 
   def begin_at(self, iteration: int) -> None:
     """Sets the line to the start with which all stages begin."""
     self.line = iteration
+    self.kept_from = min(self.versions(iteration).values(), default=iteration)
 
   def go_back(self, iteration: int) -> None:
     """Takes all stages back to a state before the line, with empty logs.
@@ -106,12 +124,12 @@ class Inventory:
       iteration: the state's iteration; 0 for the initial state, without any
         snapshot.
     """
-    self.line = iteration
     self._corrupt.clear()
     if not iteration:
       self._excluded.clear()
       for shares in self._shares:
         shares.clear()
+    self.begin_at(iteration)
 
   def advance(
     self, reported: int, *, frozen: bool, keeps_older: bool = True
@@ -126,7 +144,7 @@ class Inventory:
         are damaged.
     """
     lag_iterations = self.lag_iterations if keeps_older else 0
-    if self.splices and self.line == self.splices[-1].exact_until:
+    if self._barring and self.line == self._barring[-1].exact_until:
       # Until the first start behind a splice all is kept since its own: stores
       # and logs have no room for more.
       lag_iterations = 0
@@ -137,13 +155,15 @@ class Inventory:
     line = recovery_plan.recovery_line(
       starts, self.line, lag_iterations, frozen=frozen
     )
-    moved = line > self.line
-    self.line = line
-    if moved:
-      for shares in self._shares:
-        for name in [n for n in shares if n[0] < line]:
-          del shares[name]
-    return moved
+    if line == self.line:
+      return False
+    kept_before = self.kept_from
+    self.begin_at(line)
+    self.kept_from = max(self.kept_from, kept_before)
+    for shares in self._shares:
+      for name in [n for n in shares if n[0] < self.kept_from]:
+        del shares[name]
+    return True
 
   def stage_inventories(
     self, newest: Sequence[int], lost: Collection[int] = ()

@@ -15,16 +15,13 @@ from moetion_jax import job_spec, report
 from moetion_jax.logs import size
 from moetion_jax.policies import (
   decision as decision_lib,
-  partial_planner,
   planner,
   settings as capture_settings,
-  whole_planner,
 )
 from moetion_jax.recovery import (
   failures as failures_lib,
   inventory,
   orders,
-  partial_inventory,
   plan as recovery_plan,
   splice as splice_lib,
 )
@@ -68,12 +65,17 @@ class Recoverer:
     self._replays_until = 0
     self._gone_back: recovery_plan.RecoveryPlan | None = None
     self._decisions: list[list[decision_lib.CaptureDecision]] = []
-    self._loss: partial_planner.Loss | None = None  # that of the last recovery
+    self._loss: planner.Loss | None = None  # that of the last recovery
 
   @property
   def line(self) -> int:
     """The recovery line."""
     return self._inventory.line
+
+  @property
+  def kept_from(self) -> int:
+    """The iteration from which on snapshots are kept."""
+    return self._inventory.kept_from
 
   @property
   def recovering(self) -> Collection[int]:
@@ -100,19 +102,17 @@ class Recoverer:
       planner.StageSizes.from_json(ready[stage]['operators'])
       for stage in range(self._job.train.stages)
     ]
-    self._planner = whole_planner.make(
+    self._planner = self._settings.policy.make_planner(
       self._settings,
       sizes,
       ready[0]['platform'],
       self._job.expert_capacity,
       self._job.train.replicas,
     )
-    is_whole = self._settings.rules.is_exact
-    kind = (
-      inventory.Inventory if is_whole else partial_inventory.PartialInventory
-    )
-    self._inventory = kind(
-      [s.state_bytes for s in sizes], self._planner.lag_iterations
+    self._inventory = inventory.Inventory(
+      self._settings.policy,
+      [s.state_bytes for s in sizes],
+      self._planner.lag_iterations,
     )
     self._pools = self._planner.pools()
 
@@ -210,9 +210,6 @@ class Recoverer:
       if d.first_iteration > held.first_iteration
     ]
     target = self._recoveries[stage].target if stage in self._recoveries else 0
-    capacity: tuple[tuple[str, int, float], ...] = ()
-    if isinstance(self._planner, partial_planner.PartialPlanner):
-      capacity = self._planner.capacity(stage)
     return orders.Go(
       start=plan.start,
       complete_at=plan.complete_at[stage],
@@ -220,7 +217,7 @@ class Recoverer:
       excluded=self._inventory.excluded(stage),
       target=target,
       replays_until=max(target, self._replays_until),
-      line=self.line,
+      line=self.kept_from,
       is_fresh=is_fresh,
       ring_bytes=log.ring_bytes,
       cells=log.cells,
@@ -228,9 +225,9 @@ class Recoverer:
       pool_bytes=pool.size_bytes,
       decisions=tuple(d.to_json() for d in (held, *later)),
       generation=generation,
-      keeps_entries=self._settings.rules.is_local,
-      merges=bool(plan.start) and not self._settings.rules.is_exact,
-      capacity=capacity,
+      keeps_entries=self._settings.policy.is_local,
+      merges=bool(plan.start) and not self._settings.policy.is_exact,
+      capacity=self._planner.capacity(stage),
       capacity_until=self._loss.capacity_until if self._loss else 0,
       unverified_until=splice_lib.unverified_until(
         self._inventory.splices, stage
@@ -275,7 +272,7 @@ class Recoverer:
     if change.kind:
       self._event(change.kind, **change.fields)
     for known, decision in zip(self._decisions, change.decisions, strict=True):
-      if not self._settings.rules.is_exact:  # no replay needs older ones
+      if not self._settings.policy.is_exact:  # no replay needs older ones
         known.clear()
       known.append(decision)
     return list(change.decisions)
@@ -375,27 +372,23 @@ class Recoverer:
       excluded=self._unreported(reported),
     )
     reasons = dict.fromkeys(stages, _TOGETHER) | dict(failed)
-    if self._settings.rules.is_local:  # no log goes on from the line
+    if self._settings.policy.is_local:  # no log goes on from the line
       self._go_back(plan)
     self._follow(plan, reasons, newest, failed_at, detect_seconds)
     return plan
 
-  def lose(self, plan: recovery_plan.RecoveryPlan) -> partial_planner.Loss:
-    """Takes in what a plan of a policy that is not exact loses; returns it.
+  def lose(self, plan: recovery_plan.RecoveryPlan) -> None:
+    """Takes in what a plan of a policy that is not exact loses.
 
     Everything after the plan's start is forgotten, here and in the stores.
     """
-    assert isinstance(self._planner, partial_planner.PartialPlanner)
-    assert isinstance(self._inventory, partial_inventory.PartialInventory)
     versions = self._inventory.versions(plan.start)
     self._loss = self._planner.restart_from(plan.start, versions)
     self._decisions = [
       [decision] for decision in self._planner.decisions(plan.start)
     ]
-    self._event(
-      'rolled_back', iteration=plan.start, **dataclasses.asdict(self._loss)
-    )
-    return self._loss
+    fields = dataclasses.asdict(self._loss) if self._loss else {}
+    self._event('rolled_back', iteration=plan.start, **fields)
 
   def _follow(
     self,
@@ -471,12 +464,12 @@ class Recoverer:
       source=self._source(one.plan, stage),
       **one.measured(now),
       # A worker that finds another digest ends; it never catches up.
-      digest_verified=self._settings.rules.is_exact,
+      digest_verified=self._settings.policy.is_exact,
       **self._lost_fields(),
     )
     if not self._recoveries:
       self.failures.all_caught_up()
-    is_exact = self._settings.rules.is_exact
+    is_exact = self._settings.policy.is_exact
     return f'stage {stage} recovered {one.describe(now, is_exact=is_exact)}'
 
   def _lost_fields(self) -> dict[str, float]:
@@ -486,6 +479,6 @@ class Recoverer:
 
   def _source(self, plan: recovery_plan.RecoveryPlan, stage: int) -> str:
     """Returns the name of the place from which a stage got its state."""
-    if plan.start and self._settings.rules.is_durable:
+    if plan.start and self._settings.policy.is_durable:
       return recovery_plan.DURABLE
     return plan.sources.get(stage, recovery_plan.OWN)

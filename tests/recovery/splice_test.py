@@ -2,6 +2,7 @@
 
 import pytest
 
+from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import inventory, plan, splice
 from tests.support import recoveries, shares
 
@@ -63,7 +64,9 @@ def test_no_conversion_folds_both_trajectories():
   """Windows of three: whatever has landed, no start reaches over a splice."""
   old, one = range(1, 7), _splice(4, 6)
   for newest in range(6, 14):
-    found = inventory.Inventory([shares.OPERATORS], 3)
+    found = inventory.Inventory(
+      registry.POLICIES['sparse'], [shares.OPERATORS], 3
+    )
     for iteration in (*old, *range(7, newest + 1)):
       found.stored(0, shares.rolling_share(iteration))
     found.splices, found.is_running = (one,), True
@@ -73,7 +76,9 @@ def test_no_conversion_folds_both_trajectories():
 
 
 def test_the_first_line_behind_a_splice_does_not_lag():
-  found = inventory.Inventory([shares.OPERATORS], 3)
+  found = inventory.Inventory(
+    registry.POLICIES['sparse'], [shares.OPERATORS], 3
+  )
   found.splices, found.is_running = (_splice(4, 6),), True
   found.begin_at(4)
   lines = []

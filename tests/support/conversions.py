@@ -29,6 +29,7 @@ from moetion_jax.capture import (
 )
 from moetion_jax.logs import memory_log
 from moetion_jax.policies import decision as decision_lib, slots
+from moetion_jax.policies.kinds import registry
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.recovery import inventory as inventory_lib
 from moetion_jax.snapshots import (
@@ -180,7 +181,9 @@ class Run:
   def inventory(self) -> inventory_lib.Inventory:
     """Of what the folder says now."""
     found = inventory_lib.Inventory(
-      [s.captures.layout.operators for s in self.stages], 0
+      registry.POLICIES['sparse'],
+      [s.captures.layout.operators for s in self.stages],
+      0,
     )
     for index in range(len(self.stages)):
       found.rescan(index, folders.read_shares(self.folder, index))

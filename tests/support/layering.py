@@ -24,6 +24,7 @@ ORDER = (
   'moetion_jax.programs',
   'moetion_jax.snapshots',
   'moetion_jax.policies',
+  'moetion_jax.policies.kinds',
   'moetion_jax.recovery',
   'moetion_jax.capture',
   'moetion_jax.training',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moetion_jax import keys
 from moetion_jax.policies import planner, settings as capture_settings
+from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import plan as recovery_plan, recoverer
 from moetion_jax.snapshots import coverage
 from tests.support import helpers
@@ -19,12 +20,22 @@ def operators(stage):
 class Run:
   """A recoverer, and stages that store and report."""
 
-  def __init__(self, stages=2, iterations=60, max_failures=3, **captures):
+  def __init__(
+    self,
+    stages=2,
+    iterations=60,
+    max_failures=3,
+    policy='sparse',
+    **captures,
+  ):
     self.events = []
     self.stages = stages
     self.one = recoverer.Recoverer(
       helpers.micro_run(stages=stages, iterations=iterations).job_spec(),
-      capture_settings.CaptureSettings(**{'window_length': 3, **captures}),
+      capture_settings.CaptureSettings(
+        policy=registry.POLICIES[policy],
+        **{'window_length': 3, **captures},
+      ),
       max_failures,
       lambda kind, **fields: self.events.append({'kind': kind, **fields}),
     )

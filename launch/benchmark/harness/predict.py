@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.benchmark.harness import runs as benchmark_runs
 from launch.simulate import predict as simulate_predict
-from moetion_jax.policies import sparse_planner
+from moetion_jax.policies.kinds import sparse
 from moetion_jax.runtime import faults
 
 # About how far the iteration is when a phase begins for the first time. The
@@ -291,7 +291,7 @@ def _window(run: benchmark_runs.RunOutcome) -> dict[str, Any]:
   """Returns the window that was decided on last."""
   chosen = run.of_kind('window')[-1:]
   if not chosen:
-    return {'window_length': sparse_planner.FIRST_WINDOW}
+    return {'window_length': sparse.FIRST_WINDOW}
   return {
     'window_length': chosen[0]['window_length'],
     'window_mode': chosen[0]['mode'],

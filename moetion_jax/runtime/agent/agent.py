@@ -121,7 +121,7 @@ class Agent:
     self._final = final_checkpoint.FinalCheckpoint(folder.checkpoint)
     self._comeback = comeback.Comeback(
       job.train.stages,
-      where.captures.rules,
+      where.captures.policy,
       self._crew,
       self._hosts,
       self._recoverer,
@@ -394,9 +394,10 @@ class Agent:
     if self._recoverer.advance(
       self._recorder.iteration, keeps_older=keeps_older
     ):
-      self._stores.line_moved(self._recoverer.line)
+      kept_from = self._recoverer.kept_from
+      self._stores.line_moved(kept_from)
       for each in self._crew.workers:
-        each.send('line', iteration=self._recoverer.line)
+        each.send('line', iteration=kept_from)
 
   def _on_report(self, worker, message: messages.Message) -> None:
     one = report.Report.from_json(message['report'])

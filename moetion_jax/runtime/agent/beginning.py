@@ -105,7 +105,7 @@ def worker_spec(
     secret=secret,
     platform='',
     full_seconds=where.full_seconds,
-    grows_capacity=where.captures.grows_capacity,
+    grows_capacity=where.captures.policy.grows_capacity(where.captures),
     status_fd=-1,
     control_fd=-1,
   )

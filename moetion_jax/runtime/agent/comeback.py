@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from moetion_jax import errors, report
 from moetion_jax.hostmem import segment_check
-from moetion_jax.policies import rules as rules_lib
+from moetion_jax.policies import settings as capture_settings
 from moetion_jax.recovery import (
   plan as recovery_plan,
   recoverer as recoverer_lib,
@@ -43,7 +43,7 @@ class Comeback:
   def __init__(
     self,
     stages: int,
-    rules: rules_lib.Policy,
+    policy: capture_settings.Policy,
     crew: crew_lib.Crew,
     hosts: hosts_lib.Hosts,
     recoverer: recoverer_lib.Recoverer,
@@ -57,7 +57,7 @@ class Comeback:
 
     Args:
       stages: the number of stages.
-      rules: the policy's rules, which say who goes back after a failure.
+      policy: the policy, which says who goes back after a failure.
       crew: the workers.
       hosts: the hosts, which know the workers' addresses.
       recoverer: the maker of plans.
@@ -68,7 +68,7 @@ class Comeback:
       on_replaced: called with each new worker.
     """
     self._stages = range(stages)
-    self._rules = rules
+    self._policy = policy
     self._crew = crew
     self._hosts = hosts
     self._recoverer = recoverer
@@ -86,7 +86,7 @@ class Comeback:
   @property
   def goes_together(self) -> bool:
     """True if all stages would go back at a failure of this moment."""
-    return not self._rules.is_local or self._rollback.is_under_way
+    return not self._policy.is_local or self._rollback.is_under_way
 
   # ---- damaged entries -------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Comeback:
     )
     if finding.trusted is None:
       return f'{error} ({finding})'
-    if not self._rules.takes_snapshots:
+    if not self._policy.takes_snapshots:
       raise errors.WrongBitsError(
         f'{error} ({finding}; with --policy=none there is nothing to go back '
         'to)'
@@ -240,10 +240,10 @@ class Comeback:
     if not plan.start:
       lost = frozenset(plan.stages)
       self._stores.forget_snapshots(plan.stages)
-    if not self._rules.is_local:
+    if not self._policy.is_local:
       lost = frozenset(plan.stages)
       self._stores.drop_logs()
-    if not self._rules.is_exact and last_recorded:
+    if not self._policy.is_exact and last_recorded:
       self._forget_after(plan)
     for worker in self._crew.workers:
       self._let_go(worker, plan, is_fresh=worker.stage in lost)
@@ -326,7 +326,7 @@ class Comeback:
       return
     for stage in plan.stages:
       self._final.forget(stage)
-    if not self._rules.is_exact:
+    if not self._policy.is_exact:
       self._forget_after(plan)
     for worker in self._crew.workers:
       self._let_go(worker, plan, is_fresh=True)

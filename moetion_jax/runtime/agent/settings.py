@@ -45,9 +45,7 @@ class AgentSettings:
   workdir: str
   fresh: bool = False
   hostmem_dir: str = '/dev/shm'
-  captures: capture_settings.CaptureSettings = (
-    capture_settings.CaptureSettings()
-  )
+  captures: capture_settings.CaptureSettings
   durable_dir: str = ''
   max_failures: int = 3
   hang_timeout_seconds: float = 600.0
@@ -70,7 +68,7 @@ class AgentSettings:
       raise errors.ConfigError(
         'hang_timeout', self.hang_timeout_seconds, 'must be positive'
       )
-    if self.local_hosts > 1 and not self.captures.rules.is_exact:
+    if self.local_hosts > 1 and not self.captures.policy.is_exact:
       # Another host's server may have outdated entries for a moment.
       raise errors.ConfigError(
         'local_hosts', self.local_hosts, 'must be 1 with --policy=partial'
@@ -94,7 +92,7 @@ class AgentSettings:
       workdir: the run's folder, absolute.
       run_id: the run's id.
     """
-    if not self.captures.rules.is_durable:
+    if not self.captures.policy.is_durable:
       return ''
     if not self.durable_dir:
       return os.path.join(workdir, own_files.DURABLE_NAME)

@@ -65,7 +65,7 @@ class Teams:
       NoReplacementError: the worker cannot be replaced, and nobody may stand in
         for it.
     """
-    if self._where.captures.policy == 'none':
+    if not self._where.captures.policy.takes_snapshots:
       raise NoReplacementError(
         f'{what}; with --policy=none there is nothing to recover from'
       )

@@ -23,7 +23,8 @@ from launch.simulate import (
 )
 from models import stages
 from moetion_jax import errors
-from moetion_jax.policies import intervals, rules, window
+from moetion_jax.policies import intervals, window
+from moetion_jax.policies.kinds import registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -320,7 +321,7 @@ def test_the_command(tmp_path):
   assert done.returncode == 0, done.stderr
   result = json.loads((out / 'simulate.json').read_text())
   assert [p['settings']['policy'] for p in result['policies']] == list(
-    rules.POLICIES
+    [*registry.POLICIES]
   )
   figures = {p['settings']['policy']: p['figures'] for p in result['policies']}
   assert figures['none']['ettr']['mean'] < figures['sparse']['ettr']['mean'] < 1

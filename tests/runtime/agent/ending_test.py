@@ -9,6 +9,8 @@ import pytest
 
 from moetion_jax import errors
 from moetion_jax.hostmem import store_folder
+from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import plan
 from moetion_jax.runtime import faults
 from moetion_jax.runtime.agent import (
@@ -49,7 +51,13 @@ def folder(tmp_path):
 
 def _ending(tmp_path: pathlib.Path, folder: workdir.Workdir) -> ending.Ending:
   job = helpers.micro_run().job_spec()
-  where = agent_settings.AgentSettings(workdir=str(folder.path), fresh=True)
+  where = agent_settings.AgentSettings(
+    workdir=str(folder.path),
+    fresh=True,
+    captures=capture_settings.CaptureSettings(
+      policy=registry.POLICIES['sparse']
+    ),
+  )
   store = store_folder.StoreFolder(tmp_path, 'store')
   hosts = hosts_lib.Hosts(job.train.stages, 1, store)
   crew = crew_lib.Crew(

@@ -1,11 +1,10 @@
-"""Planner of sparse snapshots: window and order, from measurements.
+"""The policies `sparse` and `none`: parts of the state in every iteration.
 
-It is pure but for what it remembers: reports go in, decisions come out.
+Window and order follow from measurements.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import statistics
@@ -20,41 +19,15 @@ from moetion_jax.policies import (
   settings as capture_settings,
   window,
 )
+from moetion_jax.policies.kinds import base
 
 FIRST_WINDOW = 4  # window length until something is measured
-_WARM_UP_ITERATIONS = 6
-_MEASURED_ITERATIONS = 5  # the last ones of the warm-up
-# A decision holds from this many iterations after the newest reported one: no
-# stage has begun that one. (If one had, nothing but its slots would differ.)
-NOTICE_ITERATIONS = 3
 # With a window of 1 each snapshot is the whole state: room for so many of those
 # is not set aside, unless it is asked for with --window_length=1.
 _SHORTEST_WINDOW = 2
-# An iteration that waited for a copy for longer than this share of it was late;
-# after this many late ones, among this many, the window grows.
-LATE_SHARE = 0.02
-_LATE_ITERATIONS = 3
-_LATE_AMONG = 20
-# After this many windows, and iterations, there is another look whether a
-# shorter window would do: while a run begins, copies and iterations are slower
-# than later. It has to be shorter by a quarter: measurements are noisy.
-_LOOK_WINDOWS = 4
-_LOOK_ITERATIONS = 12
-SHORTER = 0.75
 
 
-def looks_again(passed: int, window_iterations: int) -> bool:
-  """Returns True when it is time to look whether a shorter window would do.
-
-  Args:
-    passed: iterations since the window came into force.
-    window_iterations: iterations of one window.
-  """
-  every = max(_LOOK_WINDOWS * window_iterations, _LOOK_ITERATIONS)
-  return passed > 0 and passed % every == 0
-
-
-class SparsePlanner:
+class SparsePlanner(base.MeasuringPlanner):
   """Decides on window and order, for all stages alike.
 
   Between two decisions there is at least a whole window, so there is always a
@@ -62,8 +35,10 @@ class SparsePlanner:
 
   Attributes:
     choice: the window in force, or soon to be.
-    lag_iterations: iterations by which the recovery line lags behind with it.
   """
+
+  WARM_UP_ITERATIONS = 6
+  MEASURED_ITERATIONS = 5
 
   def __init__(
     self,
@@ -73,36 +48,12 @@ class SparsePlanner:
     capacity: float | None = None,
     replicas: int = 1,
   ):
-    """Stores the arguments.
-
-    Args:
-      settings: the run's settings of capture.
-      stages: the operators of each stage.
-      platform: the platform, as JAX names it.
-      capacity: tokens that an expert takes in an iteration at most.
-      replicas: number of replicas of each stage.
-
-    Raises:
-      errors.ConfigError: the window is longer than a stage can have.
-    """
-    self._settings = settings
-    self._stages = stages
-    self._replicas = replicas
-    self._platform = platform
-    self._target = planner.overlap_target(settings, platform)
-    # Reports of the last iterations.
-    self._measured: collections.deque[Sequence[report.Report]] = (
-      collections.deque(maxlen=_MEASURED_ITERATIONS)
-    )
-    self._measured_iterations = 0
-    self._late: collections.deque[bool] = collections.deque(maxlen=_LATE_AMONG)
+    """Stores the arguments; see `settings.Policy.make_planner`."""
+    super().__init__(settings, stages, platform, capacity, replicas)
     self._popularity = popularity.Popularity(
-      kind=settings.order, capacity=capacity
+      kind=settings.order, capacity=self._capacity
     )
     self._rates: popularity.Rates = {}
-    self._first_iteration = 0  # that of the last decision
-    self._has_chosen = False  # from measurements
-    self._has_grown = False  # since copies ran late
     self.choice = self._choose(None)
     self._lag_window = self._window_iterations
     # Made once and for all: a replacement must find files of its own size.
@@ -115,7 +66,7 @@ class SparsePlanner:
     Shorter windows count for as long as some are kept: the line is at the begin
     of a window, and would be one window further behind otherwise.
     """
-    return self._lag_window * (self._settings.keep_windows - 1)
+    return self._settings.lag_iterations(self._lag_window)
 
   @property
   def _window_iterations(self) -> int:
@@ -124,7 +75,7 @@ class SparsePlanner:
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
-    """Returns what each stage captures from an iteration until a `Change`."""
+    """See `planner.Planner`."""
     self._first_iteration = first_iteration
     return tuple(
       decision.CaptureDecision(
@@ -138,17 +89,10 @@ class SparsePlanner:
     )
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
-    """Returns the room for the snapshots of each stage, whatever is decided.
-
-    Args:
-      workers: number of a stage's workers that share the snapshots; None for
-        all replicas.
-    """
+    """See `planner.Planner`; it is the same whatever is decided."""
     return list(self._pools[workers or self._replicas])
 
   def _make_pools(self, workers: int) -> list[planner.PoolSize]:
-    if self._settings.policy == 'none':
-      return [planner.PoolSize(files=0, size_bytes=0) for _ in self._stages]
     longest = self._settings.longest_window
     lengths = range(self._shortest(), longest + 1)
     mode = self._settings.window_mode or decision.MODES[0]  # the larger one
@@ -163,38 +107,24 @@ class SparsePlanner:
     ]
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
-    """Takes an iteration in.
-
-    Args:
-      reports: one report a stage, of the iteration after the last one's.
-
-    Returns:
-      The change, if there is one.
-    """
-    if self._settings.policy == 'none':
-      return None
+    """See `planner.Planner`."""
+    self._take_in(reports)
     loads = {o: n for one in reports for o, n in one.load.items()}
     self._popularity = popularity.observe(self._popularity, loads)
-    self._measured.append(reports)
-    self._measured_iterations += 1
     iteration = reports[0].iteration
     kept_iterations = self._settings.keep_windows * self._window_iterations
     if iteration >= self._first_iteration + kept_iterations - 1:
       self._lag_window = self._window_iterations
     if iteration > self._first_iteration:  # the first waits for an older copy
-      self._late.append(
-        any(r.blocked_seconds > LATE_SHARE * r.seconds for r in reports)
-      )
+      self._note_late(reports)
     if iteration < self._first_iteration + self._window_iterations - 1:
       return None
     if self._is_pinned:
       return self._reorder(iteration)
-    if (
-      self._measured_iterations >= _WARM_UP_ITERATIONS and not self._has_chosen
-    ):
+    if self._is_warm and not self._has_chosen:
       self._has_chosen = True
       return self._change(iteration, self._choose(self._budgets()))
-    if sum(self._late) >= _LATE_ITERATIONS:
+    if self._runs_late:
       self._late.clear()
       if change := self._change(iteration, self._enlarged()):
         self._has_grown = True
@@ -332,17 +262,17 @@ class SparsePlanner:
   def _shortened(self, iteration: int) -> planner.Change | None:
     """Changes to a window that is clearly shorter, if one fits by now.
 
-    It does not after copies ran late: a window that was too short is not tried
-    again. Nor does it go from whole snapshots to windows, or back.
+    It does not go from whole snapshots to windows, or back.
     """
     passed = iteration - self._first_iteration + 1
-    looks = self._has_chosen and not self._has_grown
-    if not looks or not looks_again(passed, self._window_iterations):
+    if not self._looks_again(passed, self._window_iterations):
       return None
     choice = self._choose(self._budgets())
     is_same_kind = (choice.every > 1) == (self.choice.every > 1)
     window_iterations = choice.window_length * choice.every
-    if is_same_kind and window_iterations <= SHORTER * self._window_iterations:
+    if is_same_kind and self._is_clearly_shorter(
+      window_iterations, self._window_iterations
+    ):
       return self._change(iteration, choice)
     return None
 
@@ -395,9 +325,39 @@ class SparsePlanner:
 
     An aligned window is finished first: only a whole one is a start.
     """
-    first = iteration + NOTICE_ITERATIONS
+    first = iteration + base.NOTICE_ITERATIONS
     if self.choice.mode == 'aligned':
       unfinished = (first - self._first_iteration) % self._window_iterations
       if unfinished:
         first += self._window_iterations - unfinished
     return first
+
+
+class _NoPlanner(SparsePlanner):
+  """A planner that has no room for snapshots, and changes nothing."""
+
+  def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
+    """See `planner.Planner`."""
+    return [planner.PoolSize(files=0, size_bytes=0) for _ in self._stages]
+
+  def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
+    """See `planner.Planner`."""
+    return None
+
+
+class Sparse(capture_settings.Policy):
+  """Parts of the state in windows; only stages that lost something go back."""
+
+  name = 'sparse'
+  planner = SparsePlanner
+  has_windows = True
+  is_local = True
+
+
+class Nothing(capture_settings.Policy):
+  """No snapshots: there is nothing to go back to."""
+
+  name = 'none'
+  planner = _NoPlanner
+  takes_snapshots = False
+  has_windows = True

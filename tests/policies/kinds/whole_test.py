@@ -4,6 +4,7 @@ import pytest
 
 from launch.lm import dry_run
 from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import registry, whole
 from tests.support import planning
 
 # ---- dense -------------------------------------------------------------------
@@ -38,6 +39,7 @@ def test_dense_looks_again_whether_a_shorter_interval_would_do():
   late = {'blocked_seconds': lambda is_taken: 0.1 * is_taken}
   run.report(30, copy_bytes_per_second=200.0, **late)
   run.report(200, copy_bytes_per_second=900.0)  # five was too short already
+  assert isinstance(run.planner, whole.DensePlanner)
   assert len(run.changes) == 3 and run.planner.interval == 7
 
 
@@ -87,7 +89,9 @@ def test_room(policy, replicas, files, size_bytes):
 
 
 def test_a_dry_run_says_what_each_policy_takes():
-  settings = capture_settings.CaptureSettings(policy='dense', interval=3)
+  settings = capture_settings.CaptureSettings(
+    policy=registry.POLICIES['dense'], interval=3
+  )
   lines = dry_run.by_policy(settings, [planning.sizes()])
   assert [line.split(':')[0] for line in lines] == [
     f'--policy={name}' for name in ('sparse', 'dense', 'two_phase', 'partial')

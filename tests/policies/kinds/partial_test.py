@@ -1,6 +1,10 @@
 """What the leader decides when only some experts are saved, by hand."""
 
-from moetion_jax.policies import decision as decision_lib, partial_planner
+from moetion_jax.policies import (
+  decision as decision_lib,
+  planner as planner_lib,
+)
+from moetion_jax.policies.kinds import partial
 from tests.support import planning
 
 
@@ -52,7 +56,7 @@ def test_an_unpopular_expert_is_saved_in_the_end():
 def test_what_a_restore_of_partial_loses():
   load = {planning.expert(i): 2 for i in range(planning.EXPERTS)}
   planner = planning.make_planner('partial', interval=4, plt_budget=0.2)
-  assert isinstance(planner, partial_planner.PartialPlanner)
+  assert isinstance(planner, partial.PartialPlanner)
   run = planning.Run(planner, load)
   run.report(14)
   versions = {
@@ -63,7 +67,7 @@ def test_what_a_restore_of_partial_loses():
   }
   loss = planner.restart_from(12, versions)
   # Of 12 iterations with 8 tokens each: 8 + 4 + 0 + 12 iterations of 2 tokens.
-  assert loss == partial_planner.Loss(lost_tokens=48.0, plt=0.5, experts=2)
+  assert loss == planner_lib.Loss(lost_tokens=48.0, plt=0.5, experts=2)
   (decision,) = planner.decisions(12)
   assert (decision.first_iteration, decision.every) == (12, 4)
   assert (
@@ -80,7 +84,7 @@ def test_popular_experts_that_lost_tokens_take_more_of_them():
   planner = planning.make_planner(
     'partial', interval=4, partial_select='popularity'
   )
-  assert isinstance(planner, partial_planner.PartialPlanner)
+  assert isinstance(planner, partial.PartialPlanner)
   run = planning.Run(planner, load)
   run.report(14)
   versions = {

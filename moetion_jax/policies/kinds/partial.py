@@ -1,32 +1,24 @@
-"""Planner of `--policy=partial`: which experts to save (PEC), and when.
+"""The policy `partial`: some experts of each layer, and all else (PEC).
 
-It makes one decision a checkpoint, published before anybody begins its
-iteration. It is pure but for what it remembers.
+Its planner makes one decision a checkpoint, published before anybody begins its
+iteration. A checkpoint is a start if every expert is in it or in an older one.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from moetion_jax import keys, report
 from moetion_jax.policies import (
   decision,
-  intervals,
   partial,
   planner,
   settings as capture_settings,
-  sparse_planner,
 )
+from moetion_jax.policies.kinds import base
+from moetion_jax.snapshots import coverage
 from moetion_jax.state import division
 
-_NOTICE = sparse_planner.NOTICE_ITERATIONS
-# Iterations between checkpoints until something is measured.
-_FIRST_INTERVAL = 6
-_WARM_UP_ITERATIONS = 12
-_MEASURED_ITERATIONS = 9
 _POPULARITY_ITERATIONS = 20  # iterations over which popularity is measured
 # An expert that was not saved for this many rounds (checkpoints in which all
 # experts could be saved) is due, however few tokens choose it.
@@ -35,31 +27,10 @@ _MAX_ROUNDS = 2
 _SPARE_FILES = 3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loss:
-  """The losses of a restore, and what follows from them.
+class PartialPlanner(base.IntervalPlanner):
+  """A planner of checkpoints that hold some experts of each layer.
 
   Attributes:
-    lost_tokens: number of tokens that trained an expert and are forgotten; a
-      token counts once for each expert that it went to.
-    plt: proportion of lost tokens, of all restores so far; see
-      `partial.proportion_of_lost_tokens`.
-    experts: experts of each layer that a checkpoint saves from now on.
-    capacity_until: iteration up to which experts take more tokens, to make up
-      for what they lost; 0 if they do not.
-  """
-
-  lost_tokens: float
-  plt: float
-  experts: int
-  capacity_until: int = 0
-
-
-class PartialPlanner:
-  """The `planner.Planner` of partial checkpoints.
-
-  Attributes:
-    interval: iterations between checkpoints, in force or soon to be.
     experts: experts of each layer that a checkpoint saves.
     capacity_factors: growth of experts' capacities after the last restore;
       empty if none grow.
@@ -70,23 +41,19 @@ class PartialPlanner:
     settings: capture_settings.CaptureSettings,
     stages: Sequence[planner.StageSizes],
     platform: str,
+    capacity: float | None = None,
     replicas: int = 1,
   ):
-    """Stores the arguments; see `whole_planner.make`."""
-    self._settings = settings
-    self._stages = stages
-    self._replicas = replicas
-    self._target = planner.overlap_target(settings, platform)
+    """Stores the arguments; see `settings.Policy.make_planner`."""
+    super().__init__(settings, stages, platform, capacity, replicas)
     self._layers: dict[str, list[keys.OperatorId]] = {}
     for stage in stages:
       for operator in stage.state_bytes:
         if operator.expert >= 0:
           self._layers.setdefault(operator.group, []).append(operator)
     self._largest_layer = max(map(len, self._layers.values()), default=1)
-    self.interval = settings.interval or _FIRST_INTERVAL
     self.experts = min(settings.partial_experts, self._largest_layer)
     self._longest_round = self._round  # it gets shorter with more experts
-    self._first_iteration = 0  # that of the last decision
     self._number = 0  # that of the next checkpoint
     self._versions: dict[keys.OperatorId, int] = dict.fromkeys(
       (e for layer in self._layers.values() for e in layer), 0
@@ -95,16 +62,6 @@ class PartialPlanner:
     self._processed_before = 0.0  # tokens of iterations that `_loads` lacks
     self._lost = 0.0
     self.capacity_factors: dict[keys.OperatorId, float] = {}
-    self._seconds: collections.deque[float] = collections.deque(
-      maxlen=_MEASURED_ITERATIONS
-    )
-    self._measured_iterations = 0
-    self._has_chosen = bool(settings.interval)
-
-  @property
-  def lag_iterations(self) -> int:
-    """See `planner.Planner`."""
-    return self.interval * (self._settings.keep_windows - 1)
 
   @property
   def _round(self) -> int:
@@ -115,7 +72,7 @@ class PartialPlanner:
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
     """See `planner.Planner`; for checkpoints too near to give notice of."""
-    soon = _NOTICE // self.interval * self.interval
+    soon = base.NOTICE_ITERATIONS // self.interval * self.interval
     return self._decide(first_iteration, first_iteration + soon, bool(soon))
 
   def _decide(
@@ -176,18 +133,14 @@ class PartialPlanner:
         total[expert] += tokens
     return total
 
-  def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
-    """See `planner.Planner`; reaches back as far as the oldest expert may."""
+  @property
+  def _files(self) -> int:
+    """See `IntervalPlanner`; reaches back as far as the oldest expert may."""
     rounds = 1 + _MAX_ROUNDS * (self._settings.partial_select != 'sequential')
-    files = rounds * self._longest_round + self._settings.keep_windows
-    files += _SPARE_FILES
-    return [
-      planner.PoolSize(files=files, size_bytes=size)
-      for size in self._worker_bytes(workers or self._replicas)
-    ]
+    kept = rounds * self._longest_round + self._settings.keep_windows
+    return kept + _SPARE_FILES
 
   def _worker_bytes(self, workers: int) -> list[int]:
-    """Returns the bytes of a worker's largest checkpoint, by stage."""
     return [
       max(
         partial.partial_bytes(
@@ -204,9 +157,8 @@ class PartialPlanner:
     loads = {o: float(n) for one in reports for o, n in one.load.items()}
     self._loads[iteration] = loads
     self._forget()
-    self._seconds.append(max(r.seconds for r in reports))
-    self._measured_iterations += 1
-    following = iteration + _NOTICE
+    self._take_in(reports)
+    following = iteration + base.NOTICE_ITERATIONS
     passed = following - self._first_iteration
     if passed <= 0 or passed % self.interval:
       return None
@@ -214,32 +166,21 @@ class PartialPlanner:
     decisions = self._decide(following, following)
     if not reason:
       return planner.Change(kind='', fields={}, decisions=decisions)
-    fields = {
-      'first_iteration': following,
-      'interval': self.interval,
-      'reason': reason,
-    }
-    return planner.Change(kind='interval', fields=fields, decisions=decisions)
+    return self._interval_change(following, reason, decisions)
 
   def _choose(self, reports: Sequence[report.Report]) -> str:
     """Sets the interval once, from measurements; returns why, or ''."""
     if (
       self._has_chosen
-      or self._measured_iterations < _WARM_UP_ITERATIONS
+      or not self._is_warm
       or not all(r.copy_bytes_per_second for r in reports)
     ):
       return ''
     self._has_chosen = True
-    seconds = statistics.median(self._seconds)
-    bandwidths = [r.copy_bytes_per_second for r in reports]
-    self.interval = intervals.common_dense_interval(
-      zip(self._worker_bytes(self._replicas), bandwidths, strict=True),
-      iteration_seconds=seconds,
-      overlap_target=self._target,
-    )
+    self.interval = self._hiding_interval(reports)
     return (
       f'{self.experts} expert(s) a layer; a copy may take {self._target:g} of '
-      f'iterations of {seconds:.3g} s'
+      f'iterations of {self._iteration_seconds:.3g} s'
     )
 
   def _forget(self) -> None:
@@ -252,7 +193,7 @@ class PartialPlanner:
       self._processed_before += sum(self._loads.pop(oldest).values())
 
   def capacity(self, stage: int) -> tuple[tuple[str, int, float], ...]:
-    """Returns a stage's experts that take more tokens; see `orders.Go`."""
+    """See `planner.Planner`."""
     return tuple(
       (operator.group, operator.expert, factor)
       for operator, factor in self.capacity_factors.items()
@@ -261,13 +202,8 @@ class PartialPlanner:
 
   def restart_from(
     self, start: int, versions: Mapping[keys.OperatorId, int]
-  ) -> Loss:
-    """Takes in that all stages go back to a checkpoint, with older experts.
-
-    Args:
-      start: the checkpoint's iteration.
-      versions: the iteration from which each expert is restored.
-    """
+  ) -> planner.Loss:
+    """See `planner.Planner`; experts may be of older checkpoints."""
     self._loads = {i: x for i, x in self._loads.items() if i <= start}
     lost_tokens = partial.lost_tokens(self._loads, versions, start)
     lost = sum(lost_tokens.values())
@@ -280,7 +216,7 @@ class PartialPlanner:
       self.experts, self._largest_layer, plt, self._settings.plt_budget
     )
     self._versions = dict(versions)
-    return Loss(
+    return planner.Loss(
       lost_tokens=lost,
       plt=plt,
       experts=self.experts,
@@ -298,7 +234,10 @@ class PartialPlanner:
     self.capacity_factors = {}
     lost = [self._versions[o] for o, tokens in lost_tokens.items() if tokens]
     oldest = min(lost, default=start)
-    if not self._settings.grows_capacity or oldest == start:
+    if (
+      not self._settings.policy.grows_capacity(self._settings)
+      or oldest == start
+    ):
       return 0
     measured = sorted(self._loads)[-_POPULARITY_ITERATIONS:]
     rates = {o: n / len(measured) for o, n in self._popularity().items()}
@@ -306,3 +245,45 @@ class PartialPlanner:
       lost_tokens, rates, start - oldest
     )
     return start + (start - oldest)
+
+
+class Partial(capture_settings.Policy):
+  """Some experts in each checkpoint; a restore has the others from older ones.
+
+  What the others had learned since is lost.
+  """
+
+  name = 'partial'
+  planner = PartialPlanner
+  is_exact = False
+
+  def grows_capacity(self, settings: capture_settings.CaptureSettings) -> bool:
+    """See `Policy`."""
+    return settings.partial_select == 'popularity'
+
+  def starts(
+    self,
+    records: Sequence[coverage.SnapshotRecord],
+    operators: Collection[keys.OperatorId],
+    line: int,
+  ) -> tuple[coverage.Start, ...]:
+    """See `Policy`; an expert that was never saved is the initial one."""
+    others = {o for o in operators if o.expert < 0}
+    return tuple(
+      coverage.Start(iteration=record.iteration, complete_at=record.iteration)
+      for record in (coverage.initial_record(operators), *records)
+      if others <= record.state and not 0 < record.iteration < line
+    )
+
+  def versions(
+    self,
+    records: Sequence[coverage.SnapshotRecord],
+    operators: Collection[keys.OperatorId],
+    start: int,
+  ) -> dict[keys.OperatorId, int]:
+    """See `Policy`."""
+    return partial.restored_versions(
+      [(r.iteration, r.state) for r in records],
+      [o for o in operators if o.expert >= 0],
+      start,
+    )

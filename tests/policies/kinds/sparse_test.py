@@ -14,16 +14,17 @@ from moetion_jax.policies import (
   popularity,
   settings as capture_settings,
   slots,
-  sparse_planner,
   window,
 )
+from moetion_jax.policies.kinds import base, registry, sparse
 from moetion_jax.recovery import inventory
 from moetion_jax.snapshots import coverage
 from tests.support import helpers
 
 
 def _settings(**fields):
-  return capture_settings.CaptureSettings(**fields)
+  policy = registry.POLICIES[fields.pop('policy', 'sparse')]
+  return capture_settings.CaptureSettings(policy=policy, **fields)
 
 
 def _sizes(*state: int, layer=0, devices=1, compute=1 / 6):
@@ -59,7 +60,7 @@ def _sizes(*state: int, layer=0, devices=1, compute=1 / 6):
 )
 def test_the_first_window(fields, operators, length, mode):
   stages = [_sizes(*[60] * n, layer=i) for i, n in enumerate(operators)]
-  planner = sparse_planner.SparsePlanner(_settings(**fields), stages, 'cpu')
+  planner = sparse.SparsePlanner(_settings(**fields), stages, 'cpu')
   made = planner.decisions(17)
   assert len(made) == len(operators)
   for stage, decision in zip(stages, made, strict=True):
@@ -72,9 +73,7 @@ def test_the_first_window(fields, operators, length, mode):
 
 def test_a_window_longer_than_a_stage_is_refused():
   with pytest.raises(errors.ConfigError, match='--window_length=9'):
-    sparse_planner.SparsePlanner(
-      _settings(window_length=9), [_sizes(*[60] * 8)], 'cpu'
-    )
+    sparse.SparsePlanner(_settings(window_length=9), [_sizes(*[60] * 8)], 'cpu')
 
 
 # ---- measurements ------------------------------------------------------------
@@ -93,7 +92,7 @@ def _run(planner, iterations, stages=1, **fields: Any):
 
 
 def _planner(*stages, platform='gpu', **fields):
-  planner = sparse_planner.SparsePlanner(
+  planner = sparse.SparsePlanner(
     _settings(**fields), list(stages) or [_sizes(*[6] * 8)], platform
   )
   planner.decisions(0)
@@ -324,7 +323,7 @@ def _captured_by_slot(decision):
   'order', [o for o in popularity.ORDERS if o != 'static']
 )
 def test_the_popular_are_captured_last(order):
-  planner = sparse_planner.SparsePlanner(
+  planner = sparse.SparsePlanner(
     _settings(window_length=2, order=order),
     [_sizes(6, 6, 6, 6), _sizes(6, 6, 6, 6, layer=1)],
     'cpu',
@@ -402,7 +401,7 @@ def _any_settings(draw, stages):
 
 def _decided(data, stages, settings, iterations):
   """Yields (iteration, decisions since, planner); draws what is measured."""
-  planner = sparse_planner.SparsePlanner(settings, stages, 'cpu', capacity=50.0)
+  planner = sparse.SparsePlanner(settings, stages, 'cpu', capacity=50.0)
   decided = [planner.decisions(0)]
   random = data.draw(st.randoms(use_true_random=False))
   bandwidths = st.sampled_from([0.0, 10.0, 100.0, 1e4])
@@ -449,7 +448,7 @@ def test_there_is_room_for_whatever_is_decided(data):
     if len(decided) > seen:
       before, after = decided[-2][0], decided[-1][0]
       # Nobody has begun it, and there was a whole window before it.
-      assert after.first_iteration >= i + sparse_planner.NOTICE_ITERATIONS
+      assert after.first_iteration >= i + base.NOTICE_ITERATIONS
       length = before.window_length
       assert after.first_iteration >= before.first_iteration + length
       seen = len(decided)
@@ -466,7 +465,9 @@ def test_the_line_moves_on_before_what_is_kept_is_full(data):
   found = None
   told = collections.deque([0, 0], maxlen=2)  # the line is told of later
   for i, decided, planner in _decided(data, stages, settings, 45):
-    found = found or inventory.Inventory(operators, planner.lag_iterations)
+    found = found or inventory.Inventory(
+      settings.policy, operators, planner.lag_iterations
+    )
     assert i - told[0] < settings.kept_snapshots
     assert i - told[0] < settings.kept_iterations
     for stage in range(len(stages)):
@@ -491,9 +492,11 @@ def test_an_aligned_window_that_fills_what_is_kept():
   """As the search above, with the longest windows that there are."""
   settings = _settings(window_length=8, window_mode='aligned')
   sizes = _sizes(*[6] * 8)
-  planner = sparse_planner.SparsePlanner(settings, [sizes], 'cpu')
+  planner = sparse.SparsePlanner(settings, [sizes], 'cpu')
   (decision,) = planner.decisions(0)
-  found = inventory.Inventory([sizes.state_bytes], planner.lag_iterations)
+  found = inventory.Inventory(
+    settings.policy, [sizes.state_bytes], planner.lag_iterations
+  )
   kept = 0
   for i in range(1, 100):
     state, compute = decision.captured(i) or (frozenset(), frozenset())
