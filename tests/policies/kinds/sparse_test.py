@@ -92,9 +92,11 @@ def _run(planner, iterations, stages=1, **fields: Any):
 
 
 def _planner(*stages, platform='gpu', **fields):
-  planner = sparse.SparsePlanner(
-    _settings(**fields), list(stages) or [_sizes(*[6] * 8)], platform
+  settings = _settings(**fields)
+  planner = settings.policy.make_planner(
+    settings, list(stages) or [_sizes(*[6] * 8)], platform
   )
+  assert isinstance(planner, sparse.SparsePlanner)
   planner.decisions(0)
   return planner
 
