@@ -11,9 +11,12 @@ class MoetionError(Exception):
   Attributes:
     is_passing: whether its cause ends with the run: the same command does not
       meet it again.
+    suspects: iterations of snapshots that may be damaged, which would explain
+      it.
   """
 
   is_passing = False
+  suspects: tuple[int, ...] = ()
 
 
 class ConfigError(MoetionError):

@@ -136,7 +136,7 @@ class Rebuilder:
         if start is not None:
           raise
         say(f'Not from snapshot {candidate.start.iteration}: {error}')
-        suspects = set(getattr(error, 'suspects', ()))
+        suspects = set(error.suspects)
         key = getattr(error, 'key', None)
         if key is None and not attempt.damaged:
           excluded.add(candidate.start.iteration)

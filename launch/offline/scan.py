@@ -277,7 +277,7 @@ def _scan_shares(
   for iteration, path in snapshot_file.list_snapshots(folder).items():
     try:
       manifest = snapshot_file.read_manifest(path)
-      share = folders_lib.share_from_json(manifest.metadata)
+      share = folders_lib.share_of(manifest.metadata)
       names = keys.operators_from_json(
         manifest.metadata.get(stored_run.DIGESTS, ())
       )

@@ -28,7 +28,6 @@ class DivergedError(errors.WrongBitsError):
   Attributes:
     operator: the rebuilt operator.
     iteration: iteration of the state.
-    suspects: iterations of the snapshots that may be the cause.
   """
 
   def __init__(
@@ -46,11 +45,7 @@ class DivergedError(errors.WrongBitsError):
 
 
 class ReplayMismatchError(errors.WrongBitsError):
-  """A replay published an entry with other bits than before the failure.
-
-  Attributes:
-    suspects: iterations of the snapshots that may be the cause.
-  """
+  """A replay published an entry with other bits than before the failure."""
 
   def __init__(self, error: errors.EntryMismatchError, suspects: range):
     super().__init__(
@@ -61,11 +56,7 @@ class ReplayMismatchError(errors.WrongBitsError):
 
 
 class SnapshotLostError(errors.StoreError):
-  """A snapshot that a conversion needs cannot be had.
-
-  Attributes:
-    suspects: iteration of the snapshot.
-  """
+  """A snapshot that a conversion needs cannot be had."""
 
   def __init__(self, iteration: int, reason: errors.StoreError):
     super().__init__(f'snapshot {iteration} is needed and lost: {reason}')

@@ -15,7 +15,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -29,6 +29,16 @@ from moetion_jax.snapshots import manifest, memory_store, snapshot
 
 _MEASURED_COPIES = 4
 _FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
+
+
+class OnBlock(Protocol):
+  """A function that learns when a wait for room begins and ends."""
+
+  def __call__(
+    self, shortage: hang_detection.Shortage | None, what: str = ''
+  ) -> None:
+    """Takes in what there is too little of, and for what; None: no longer."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,7 @@ class Snapshotter:
     log: log_interface.Log | None = None,
     on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
     full_seconds: float = 60.0,
-    on_block: Callable[[str], None] = lambda reason: None,
+    on_block: OnBlock = lambda shortage, what='': None,
     share: frozenset[keys.OperatorId] | None = None,
   ):
     """Stores the arguments.
@@ -93,8 +103,7 @@ class Snapshotter:
       on_stored: called with the metadata of each snapshot once it counts, in
         the snapshot thread.
       full_seconds: seconds to wait for host memory when there is none.
-      on_block: called with the reason when a wait for room begins, with ''
-        when it ends; in the snapshot thread.
+      on_block: see `OnBlock`; called in the snapshot thread.
       share: operators that this worker captures, while other replicas capture
         the rest; None captures all.
     """
@@ -330,7 +339,7 @@ class Snapshotter:
       NoRoomError: there was no host memory, and none came in time.
     """
     full_at: float | None = None  # since when there has been no room at all
-    reason = ''
+    shortage: hang_detection.Shortage | None = None
     if job.is_whole:  # the files may be sized for the parts of a window
       self._store.enlarge(
         manifest.data_bytes(buffer.nbytes for buffer in buffers)
@@ -346,7 +355,7 @@ class Snapshotter:
             if error.errno != errno.ENOSPC:
               raise
             full_at = time.monotonic() if full_at is None else full_at
-            found = f'no room for snapshot {job.iteration}'
+            found = hang_detection.Shortage.ROOM
             if time.monotonic() > full_at + self._full_seconds:
               raise errors.NoRoomError(
                 f'snapshot {job.iteration}: no room for '
@@ -354,17 +363,17 @@ class Snapshotter:
                 'memory, or name a larger tmpfs with --hostmem_dir'
               ) from error
           else:
-            full_at, found = None, hang_detection.SNAPSHOTS_FULL
-          if found != reason:
-            if reason:
-              self._on_block('')
-            reason = found
-            self._on_block(reason)
+            full_at, found = None, hang_detection.Shortage.SNAPSHOTS
+          if found != shortage:
+            if shortage:
+              self._on_block(None)
+            shortage = found
+            self._on_block(shortage, f'snapshot {job.iteration}')
           with self._changed:
             if self._closing:
               raise
             self._changed.wait(_FULL_POLL_SECONDS)
             self._store.retain(self._first_iteration)
     finally:
-      if reason:
-        self._on_block('')
+      if shortage:
+        self._on_block(None)

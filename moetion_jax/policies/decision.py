@@ -5,8 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from moetion_jax import errors, keys
 
@@ -89,25 +88,6 @@ class CaptureDecision:
     if self.mode == 'rolling':
       others += self.slots[:index]
     return self.slots[index], frozenset().union(*others)
-
-  def to_json(self) -> dict[str, Any]:
-    """Converts to plain JSON values; `from_json` is the exact inverse."""
-    slots = [keys.operators_to_json(s) for s in self.slots]
-    always = keys.operators_to_json(self.always)
-    return vars(self) | {'slots': slots, 'always': always}
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> CaptureDecision:
-    """Inverts `to_json`.
-
-    Raises:
-      ValueError: the fields are not those of a decision.
-    """
-    if value.keys() != {f.name for f in dataclasses.fields(cls)}:
-      raise ValueError(f'no decision has the fields {sorted(value)}')
-    slots = tuple(keys.operators_from_json(s) for s in value['slots'])
-    always = keys.operators_from_json(value['always'])
-    return cls(**{**value, 'slots': slots, 'always': always})
 
 
 def active(

@@ -27,25 +27,6 @@ class StageSizes:
   compute_bytes: Mapping[keys.OperatorId, int]
   device: Mapping[keys.OperatorId, int | None]
 
-  def to_json(self) -> list[list[Any]]:
-    """Converts to plain JSON; `from_json` is the inverse."""
-    return [
-      [o.group, o.expert, n, self.compute_bytes[o], self.device[o]]
-      for o, n in self.state_bytes.items()
-    ]
-
-  @classmethod
-  def from_json(cls, value: Sequence[Sequence[Any]]) -> StageSizes:
-    """Inverts `to_json`."""
-    names = [keys.OperatorId(row[0], row[1]) for row in value]
-    columns = [
-      dict(zip(names, c, strict=True))
-      for c in list(zip(*value, strict=True))[2:]
-    ]
-    return cls(
-      state_bytes=columns[0], compute_bytes=columns[1], device=columns[2]
-    )
-
   def in_order(
     self, order: str, rates: popularity.Rates, replicas: int = 1
   ) -> window.StageOperators:

@@ -21,8 +21,9 @@ class OngoingRecovery:
     reason: why the predecessor died, or why the stage joined.
     failed_at: time at which the failure was noticed, `time.monotonic`.
     detect_seconds: time between the failure and its notice, where known.
-    resumed: the new worker's message when it began to train; None before.
-    resumed_at: time of that message, `time.monotonic`.
+    fetch_seconds: time that the new worker took to get its state; None before
+      it has it.
+    resumed_at: time at which it had it, `time.monotonic`.
     goes_back: whether the plan starts before the line.
   """
 
@@ -31,7 +32,7 @@ class OngoingRecovery:
   reason: str
   failed_at: float
   detect_seconds: float
-  resumed: Mapping[str, Any] | None = None
+  fetch_seconds: float | None = None
   resumed_at: float = 0.0
   goes_back: bool = False
 
@@ -46,15 +47,14 @@ class OngoingRecovery:
     Args:
       now: the time at which the stage had caught up, `time.monotonic`.
     """
-    assert self.resumed is not None, 'it has not begun to train yet'
-    fetch_seconds = self.resumed['fetch_seconds']
+    assert self.fetch_seconds is not None, 'it has not begun to train yet'
     return {
       'first_iteration': self.plan.first_iteration,
       'replayed_iterations': self.replayed_iterations,
       'seconds': {
         'detect': self.detect_seconds,
-        'start': self.resumed_at - self.failed_at - fetch_seconds,
-        'fetch': fetch_seconds,
+        'start': self.resumed_at - self.failed_at - self.fetch_seconds,
+        'fetch': self.fetch_seconds,
         'replay': now - self.resumed_at,
       },
     }

@@ -8,10 +8,36 @@ world, which wait for it in a collective that cannot tell.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 
-# Reason of a blocked worker that may not overwrite any of its snapshots.
-SNAPSHOTS_FULL = 'all its snapshots are needed'
+
+class WorkerState(enum.StrEnum):
+  """State of a worker, as in `workers.json`."""
+
+  STARTING = 'starting'
+  WARMING = 'warming'  # a standby that prepares
+  STANDBY = 'standby'
+  COMPILING = 'compiling'
+  RUNNING = 'running'
+  WAITING = 'waiting'  # for an entry
+  BLOCKED = 'blocked'
+  DONE = 'done'
+  STOPPED = 'stopped'  # these three: the run ended so
+  FINISHED = 'finished'
+  FAILED = 'failed'
+
+
+class Shortage(enum.StrEnum):
+  """What a blocked worker lacks, for people."""
+
+  SNAPSHOTS = 'all its snapshots are needed'  # none may be overwritten
+  ROOM = 'no room'
+
+  def describe(self, what: str) -> str:
+    """Says it, and for `what` there is no room, if that is it."""
+    return f'{self} for {what}' if self is Shortage.ROOM else str(self)
+
 
 # A worker speaks four times a second. One that is silent for this long is
 # stopped, or so starved that nobody is served by waiting.
@@ -19,7 +45,7 @@ _SILENCE_SECONDS = 10.0
 _STOPPED_SILENCE_SECONDS = 0.6  # if the kernel says that it is stopped
 _DEADLOCK_SECONDS = 30.0
 # States in which a worker lets the others of its world wait for it.
-_EXCUSES = ('waiting', 'blocked', 'compiling')
+_EXCUSES = (WorkerState.WAITING, WorkerState.BLOCKED, WorkerState.COMPILING)
 _COLLECTIVE = 'reduce'
 
 
@@ -30,19 +56,21 @@ class Seen:
   Attributes:
     stage: the stage that the worker trains.
     replica: the worker's replica of the stage.
-    state: 'compiling', 'running', 'waiting', 'done' or another one.
+    state: what it does.
     detail: the program that it runs, the entry that it waits for, or the like.
     state_seconds: time for which it has been doing just that.
     silent_seconds: time for which it has said nothing.
     is_stopped: whether the kernel says that it is stopped.
+    shortage: what it lacks, if it is blocked.
   """
 
   stage: int
-  state: str
+  state: WorkerState
   detail: str
   state_seconds: float
   silent_seconds: float
   is_stopped: bool = False
+  shortage: Shortage | None = None
   replica: int = 0
 
 
@@ -61,7 +89,7 @@ def hanging(
   if one.silent_seconds > _SILENCE_SECONDS:
     return f'said nothing for {one.silent_seconds:.0f} s'
   if (
-    one.state == 'running'
+    one.state is WorkerState.RUNNING
     and one.state_seconds > hang_timeout_seconds
     and not any(x.state in _EXCUSES for x in everyone if x.stage == one.stage)
   ):
@@ -69,31 +97,26 @@ def hanging(
       f'hung: it has been running {one.detail} for {one.state_seconds:.0f} s '
       f'(--hang_timeout={hang_timeout_seconds:g})'
     )
-  if _is_full(one) and all(
+  if one.shortage is Shortage.SNAPSHOTS and all(
     x.state_seconds >= _DEADLOCK_SECONDS
-    and (x.state == 'waiting' or _is_full(x))
+    and (x.state is WorkerState.WAITING or x.shortage is Shortage.SNAPSHOTS)
     for x in (one, *everyone)
   ):
     return (
-      f'hung: {SNAPSHOTS_FULL} for {one.state_seconds:.0f} s, and nobody '
+      f'hung: {one.shortage} for {one.state_seconds:.0f} s, and nobody '
       'does anything'
     )
   return ''
 
 
-def _is_full(one: Seen) -> bool:
-  """Returns True if a worker waits until a snapshot may go."""
-  return one.state == 'blocked' and one.detail == SNAPSHOTS_FULL
-
-
 def deadlock(everyone: Sequence[Seen]) -> str:
   """Returns who waits for what if all have waited too long; else ''."""
-  waiters = [one for one in everyone if one.state == 'waiting']
+  waiters = [one for one in everyone if one.state is WorkerState.WAITING]
   worlds = {one.stage for one in waiters}
   if not everyone or any(
     one.state_seconds < _DEADLOCK_SECONDS
     or not (
-      one.state == 'waiting'
+      one.state is WorkerState.WAITING
       or (one.detail == _COLLECTIVE and one.stage in worlds)
     )
     for one in everyone

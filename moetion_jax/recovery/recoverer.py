@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 from moetion_jax import job_spec, report
 from moetion_jax.logs import size
@@ -92,20 +91,20 @@ class Recoverer:
     """Returns the size of a stage's log: what the line keeps, and some more."""
     return size.log_size(self._job, stage, self._settings.kept_iterations)
 
-  def begin(self, ready: Mapping[int, Mapping[str, Any]]) -> None:
-    """Takes in each stage's `ready` message; makes planner and inventory.
+  def begin(self, sizes: Sequence[planner.StageSizes], platform: str) -> None:
+    """Makes planner and inventory, once all stages can train.
+
+    Args:
+      sizes: the sizes of each stage's operators.
+      platform: JAX's name of the devices' platform.
 
     Raises:
       errors.ConfigError: the window is longer than a stage can have.
     """
-    sizes = [
-      planner.StageSizes.from_json(ready[stage]['operators'])
-      for stage in range(self._job.train.stages)
-    ]
     self._planner = self._settings.policy.make_planner(
       self._settings,
       sizes,
-      ready[0]['platform'],
+      platform,
       self._job.expert_capacity,
       self._job.train.replicas,
     )
@@ -223,7 +222,7 @@ class Recoverer:
       cells=log.cells,
       pool_files=pool.files,
       pool_bytes=pool.size_bytes,
-      decisions=tuple(d.to_json() for d in (held, *later)),
+      decisions=(held, *later),
       generation=generation,
       keeps_entries=self._settings.policy.is_local,
       merges=bool(plan.start) and not self._settings.policy.is_exact,
@@ -441,10 +440,10 @@ class Recoverer:
       for first, *later in self._decisions
     ]
 
-  def resumed(self, stage: int, message: Mapping[str, Any]) -> None:
+  def resumed(self, stage: int, fetch_seconds: float) -> None:
     """Takes in that a recovering worker has its state and begins to replay."""
     if one := self._recoveries.get(stage):
-      one.resumed, one.resumed_at = message, time.monotonic()
+      one.fetch_seconds, one.resumed_at = fetch_seconds, time.monotonic()
 
   def caught_up(self, stage: int) -> str:
     """Takes in that a worker has done what its predecessor had begun.
@@ -453,7 +452,7 @@ class Recoverer:
       The text to show to the user; '' for a worker that did not recover.
     """
     one = self._recoveries.pop(stage, None)
-    if one is None or one.resumed is None:
+    if one is None or one.fetch_seconds is None:
       return ''
     self._inventory.published_again(stage)
     now = time.monotonic()

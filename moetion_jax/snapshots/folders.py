@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moetion_jax import errors, keys
+from moetion_jax import codec, errors
 from moetion_jax.snapshots import coverage, file as snapshot_file
-
-# The fields of a snapshot's metadata that describe its share.
-SHARE_FIELDS = ('iteration', 'replica', 'replicas', 'state', 'compute')
 
 
 def snapshots_folder(
@@ -22,15 +20,14 @@ def snapshots_folder(
   return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.snapshots'
 
 
-def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
-  """Makes the share that snapshot metadata or a message describes."""
-  return coverage.Share(
-    iteration=value['iteration'],
-    replica=value['replica'],
-    replicas=value['replicas'],
-    state=keys.operators_from_json(value['state']),
-    compute=keys.operators_from_json(value['compute']),
-  )
+def share_of(metadata: Mapping[str, Any]) -> coverage.Share:
+  """Makes the share that a snapshot's metadata describes, among other things.
+
+  Raises:
+    ValueError: a field has a wrong type.
+  """
+  names = [field.name for field in dataclasses.fields(coverage.Share)]
+  return codec.decode(coverage.Share, {name: metadata[name] for name in names})
 
 
 def snapshots_folders(
@@ -60,7 +57,7 @@ def read_shares(
     for _, path in sorted(found.items()):
       try:
         metadata = snapshot_file.read_manifest(path).metadata
-        shares.append(share_from_json(metadata))
+        shares.append(share_of(metadata))
       except errors.StoreError as error:
         on_unreadable(str(error))
   return shares

@@ -375,7 +375,9 @@ def _is_data_file(path):
 
 def test_a_full_store_waits_until_something_may_go(training):
   said = []
-  taker = training.start(training.store(files=3), on_block=said.append)
+  taker = training.start(
+    training.store(files=3), on_block=lambda *one: said.append(one)
+  )
   for iteration in range(1, 4):
     training.take(taker, iteration)
   training.take(taker, 4)  # dispatched; there is no room for it yet
@@ -385,7 +387,8 @@ def test_a_full_store_waits_until_something_may_go(training):
   taker.retain(2)  # from another thread, as the line's news comes
   _wait_until(lambda: training.on_disk() == [2, 3, 4])
   assert result().blocked_seconds > 0.1
-  assert said[:2] == [hang_detection.SNAPSHOTS_FULL, '']
+  full = hang_detection.Shortage.SNAPSHOTS
+  assert said[:2] == [(full, 'snapshot 4'), (None,)]
   taker.retain(3)
   taker.flush()
   assert training.on_disk() == [3, 4, 5]
@@ -455,14 +458,17 @@ class _BusyStore(memory_store.SnapshotStore):
 
 def test_times_without_room_are_not_added_up_and_each_is_said(training):
   """0.1 s between tries: the third time without room is after 0.8 s."""
-  said: list[str] = []
+  said: list[tuple[object, ...]] = []
   taker = training.start(
-    training.store(kind=_BusyStore), on_block=said.append, full_seconds=0.5
+    training.store(kind=_BusyStore),
+    on_block=lambda *one: said.append(one),
+    full_seconds=0.5,
   )
   training.take(taker, 1)
   taker.flush()
-  no_room, full = 'no room for snapshot 1', hang_detection.SNAPSHOTS_FULL
-  assert said == [no_room, '', full, ''] * 3
+  lack, what = hang_detection.Shortage, 'snapshot 1'
+  both = [(lack.ROOM, what), (None,), (lack.SNAPSHOTS, what), (None,)]
+  assert said == both * 3
   assert training.on_disk() == [1]
 
 

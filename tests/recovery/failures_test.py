@@ -184,7 +184,7 @@ def test_failures_are_forgotten_when_the_line_moves_on():
   for until in (10, 20, 30):
     run.train(until)
     run.one.fail({1: 'it died'}, run.begun)
-    run.one.resumed(1, {'fetch_seconds': 0.0})
+    run.one.resumed(1, 0.0)
     run.one.caught_up(1)
   assert len(run.of_kind('recovered')) == 3
 
@@ -226,6 +226,6 @@ def test_sources_that_were_bad_once_are_no_matter_for_ever():
     run.train(until)
     run.one.fail({1: 'it died'}, run.begun)
     run.one.fail({1: 'other bits'}, run.begun, suspects=[until])
-    run.one.resumed(1, {'fetch_seconds': 0.0})
+    run.one.resumed(1, 0.0)
     run.one.caught_up(1)
   assert len(run.of_kind('recovered')) == 4

@@ -14,7 +14,7 @@ def _seen(state='running', **fields):
   return hang_detection.Seen(
     **{
       'stage': 2,
-      'state': state,
+      'state': hang_detection.WorkerState(state),
       'detail': 'update',
       'state_seconds': 0.1,
       'silent_seconds': 0.2,
@@ -69,7 +69,9 @@ def _waiting(stage, seconds=30.0, state='waiting'):
 
 def _full(seconds=30.0):
   return _seen(
-    'blocked', detail=hang_detection.SNAPSHOTS_FULL, state_seconds=seconds
+    'blocked',
+    shortage=hang_detection.Shortage.SNAPSHOTS,
+    state_seconds=seconds,
   )
 
 
@@ -88,7 +90,7 @@ def _full(seconds=30.0):
 def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
   why = hang_detection.hanging(one, 100.0, [one, other])
   assert why == (
-    f'hung: {hang_detection.SNAPSHOTS_FULL} for 30 s, and nobody does anything'
+    'hung: all its snapshots are needed for 30 s, and nobody does anything'
     if is_to_blame
     else ''
   )

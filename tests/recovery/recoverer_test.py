@@ -21,7 +21,7 @@ def test_a_run_begins_with_the_initial_state():
     size = run.one.log_size(stage)
     assert (go.ring_bytes, go.cells) == (size.ring_bytes, size.cells)
     (decision,) = go.decisions
-    assert decision['first_iteration'] == 0 and decision['window_length'] == 3
+    assert decision.first_iteration == 0 and decision.window_length == 3
   assert not run.one.is_resumed and not run.events
   assert run.one.room_bytes() == sum(
     run.one.log_size(s).file_bytes + 10 * 32 for s in (0, 1)
@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_what_is_left(
   go = run.one.go(1, plan, is_fresh=False)
   assert (go.start, go.target, go.replays_until) == (start, 0, 9)
   assert go.newest == max(iterations[1])
-  assert [d['first_iteration'] for d in go.decisions] == [start]
+  assert [d.first_iteration for d in go.decisions] == [start]
 
 
 # ---- the line ----------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_the_line_is_frozen_while_somebody_recovers():
   run.one.stored(0, run.share(0, 11))
   run.one.stored(1, run.share(1, 11))
   assert not run.one.advance(11) and run.one.line == line
-  run.one.resumed(1, {'fetch_seconds': 0.1})
+  run.one.resumed(1, 0.1)
   run.one.caught_up(1)
   assert not run.one.recovering
   assert run.one.advance(11) and run.one.line == line + 1
@@ -115,7 +115,7 @@ def test_a_worker_is_told_what_holds_and_what_comes():
   (event,) = run.of_kind('window')
   assert event['first_iteration'] == 9 and event['window_length'] == 6
   firsts = lambda plan: [  # noqa: E731
-    d['first_iteration'] for d in run.decisions(1, plan)
+    d.first_iteration for d in run.decisions(1, plan)
   ]
 
   def plan(start):
@@ -126,7 +126,7 @@ def test_a_worker_is_told_what_holds_and_what_comes():
   assert firsts(plan(8)) == [0, 9]  # it will hold
   assert firsts(plan(9)) == [9]
   assert firsts(plan(30)) == [9]
-  assert [d['window_length'] for d in run.decisions(1, plan(4))] == [4, 6]
+  assert [d.window_length for d in run.decisions(1, plan(4))] == [4, 6]
 
 
 def test_a_reorder_moves_the_line_as_before():
@@ -140,7 +140,7 @@ def test_a_reorder_moves_the_line_as_before():
   assert run.one.line == 4
   for stage in (0, 1):
     first, second = (
-      d['first_iteration']
+      d.first_iteration
       for d in run.decisions(
         stage,
         recovery_plan.RecoveryPlan(
@@ -178,7 +178,7 @@ def test_one_stage_recovers():
   assert (go.start, go.complete_at, go.newest) == (8, 10, 10)
   assert go.target == go.replays_until == 11
   assert go.line == run.one.line == 5
-  run.one.resumed(1, {'fetch_seconds': 0.0})
+  run.one.resumed(1, 0.0)
   assert 'stage 1 recovered' in run.one.caught_up(1)
   (event,) = run.of_kind('recovered')
   seconds = event.pop('seconds')
@@ -200,7 +200,7 @@ def test_one_that_did_not_recover_has_not():
   run = recoveries.Run()
   run.first_plan()
   assert run.one.caught_up(1) == ''
-  run.one.resumed(1, {'fetch_seconds': 0.0})
+  run.one.resumed(1, 0.0)
   assert not run.events
 
 
@@ -213,7 +213,7 @@ def test_a_second_failure_while_it_recovers():
   plan = run.one.fail({1: 'second'}, [11, 9])
   assert plan.start == 8
   assert run.one.go(1, plan, is_fresh=False).target == 11
-  run.one.resumed(1, {'fetch_seconds': 0.0})
+  run.one.resumed(1, 0.0)
   run.one.caught_up(1)
   (event,) = run.of_kind('recovered')
   assert event['replayed_iterations'] == 3
@@ -227,7 +227,7 @@ def test_two_stages_recover_together():
   plan = run.one.fail({2: 'it died as well'}, run.begun)
   assert set(plan.stages) <= {1, 2} and 2 in plan.stages
   for stage in (1, 2):
-    run.one.resumed(stage, {'fetch_seconds': 0.0})
+    run.one.resumed(stage, 0.0)
     assert run.one.recovering
     run.one.caught_up(stage)
   assert not run.one.recovering
@@ -255,7 +255,7 @@ def test_a_damaged_entry_brings_its_sender_back():
   assert reasons[1] == 'it read damage'
   assert 'an entry of iteration 9 is corrupt' in reasons[0]
   for stage in (0, 1):
-    run.one.resumed(stage, {'fetch_seconds': 0.0})
+    run.one.resumed(stage, 0.0)
     run.one.caught_up(stage)
   # It was written again.
   assert run.one.fail({1: 'it died'}, run.begun).stages == (1,)
@@ -291,7 +291,7 @@ def test_all_begin_again_when_nothing_of_a_stage_is_left(resumed_at):
     go = run.one.go(stage, plan, is_fresh=True)
     # Nothing is dropped, nothing is there, and it is known what to capture.
     assert (go.line, go.newest, go.start) == (0, 0, 0)
-    assert go.decisions[0]['first_iteration'] == 0
+    assert go.decisions[0].first_iteration == 0
     assert go.target == resumed_at + 13
   # The line moves on meanwhile: the stores hold less than the way back.
   for iteration in range(1, 11):
@@ -311,7 +311,7 @@ def test_all_begin_again_when_nothing_of_a_stage_is_left(resumed_at):
     run.one.advance(resumed_at + 12)
   assert run.one.line == resumed_at + 12 - 2 - 3
   for stage in (0, 1):
-    run.one.resumed(stage, {'fetch_seconds': 0.0})
+    run.one.resumed(stage, 0.0)
     run.one.caught_up(stage)
   events = {e['stage']: e for e in run.of_kind('recovered')}
   assert events[1]['source'] == 'initial' and events[0]['source'] == 'own'

@@ -21,7 +21,7 @@ from launch.lm import one_process, settings as run_settings, transformer_job
 from models import config as model_config
 from moetion_jax import config as config_lib, keys, report
 from moetion_jax.programs import mesh, stage as stage_lib
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.snapshots import file as snapshot_file, manifest
 from moetion_jax.state import partition
 
@@ -81,10 +81,10 @@ def micro_run(
   )
 
 
-def worker_spec(config: run_settings.RunConfig, **fields: Any) -> messages.Spec:
+def worker_spec(config: run_settings.RunConfig, **fields: Any) -> spec_lib.Spec:
   """What a worker of a run on one host is told, for what reads it only."""
   defaults: dict[str, Any] = {
-    'stage': messages.STANDBY,
+    'stage': spec_lib.STANDBY,
     'generation': 0,
     'agent_pid': os.getpid(),
     'cores': (0, 1),
@@ -98,7 +98,7 @@ def worker_spec(config: run_settings.RunConfig, **fields: Any) -> messages.Spec:
     'status_fd': -1,
     'control_fd': -1,
   }
-  return messages.Spec(job=config.job_spec(), **{**defaults, **fields})
+  return spec_lib.Spec(job=config.job_spec(), **{**defaults, **fields})
 
 
 def train_locally(config: run_settings.RunConfig):

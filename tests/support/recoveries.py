@@ -40,17 +40,15 @@ class Run:
       lambda kind, **fields: self.events.append({'kind': kind, **fields}),
     )
     self.one.begin(
-      {
-        stage: {
-          'operators': planner.StageSizes(
-            state_bytes=dict.fromkeys(operators(stage), 12),
-            compute_bytes=dict.fromkeys(operators(stage), 2),
-            device=dict.fromkeys(operators(stage)),
-          ).to_json(),
-          'platform': 'cpu',
-        }
+      [
+        planner.StageSizes(
+          state_bytes=dict.fromkeys(operators(stage), 12),
+          compute_bytes=dict.fromkeys(operators(stage), 2),
+          device=dict.fromkeys(operators(stage)),
+        )
         for stage in range(stages)
-      }
+      ],
+      'cpu',
     )
     self.begun = [0] * stages
 

@@ -13,7 +13,12 @@ import time
 from moetion_jax import errors, job_spec, report
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.recovery import hang_detection, recoverer
-from moetion_jax.runtime import faults, linux_process, messages
+from moetion_jax.runtime import (
+  faults,
+  linux_process,
+  messages,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.agent import (
   beginning,
   comeback,
@@ -27,12 +32,10 @@ from moetion_jax.runtime.agent import (
 )
 from moetion_jax.runtime.hosts import child_process, crew, hosts, stores
 from moetion_jax.runtime.records import recorder, workdir
-from moetion_jax.snapshots import folders
+from moetion_jax.snapshots import coverage
 
 # How long a worker may wait until the line has freed a snapshot.
 _FULL_SECONDS = 1.0
-# Messages about finished work; ignored from a worker told to roll back.
-_PAST = ('report', 'stored', 'resumed', 'caught_up', 'done', 'handed_over')
 
 
 class Agent:
@@ -209,15 +212,16 @@ class Agent:
     )
     self._crew.start((self._folder.lock_fd, self._store.lock_fd), newest + 1)
 
-  def _on_ready(self, worker, message: messages.Message) -> None:
+  def _on_ready(self, worker, message: messages.Ready) -> None:
     if self.has_begun:
       return
     by_stage = self._ready.add(worker, message, len(self._crew.workers))
     if by_stage is None:
       return
-    self._recoverer.begin(by_stage)
+    ready = [message for _, message in sorted(by_stage.items())]
+    self._recoverer.begin([m.operators for m in ready], ready[0].platform)
     # In the end the stores hold the logs and all states (`final_state`).
-    states = sum(m['state_bytes'] for m in by_stage.values())
+    states = sum(m.state_bytes for m in ready)
     beginning.check_room(
       self._where, self._folder, self._recoverer.room_bytes() + states
     )
@@ -311,13 +315,6 @@ class Agent:
     for new in self._crew.replace(error.stage, has_begun=False):
       self._ready.forget(new)
 
-  def _on_stopped_here(self, worker, message: messages.Message) -> None:
-    del message
-    worker.stopped_here()
-    if self._ending.result is None:
-      self._comeback.together()
-      self._write_workers()
-
   def _grow(self) -> None:
     """Gives shrunk stages their workers back, when it is time."""
     everybody = tuple(range(self._job.train.replicas))
@@ -329,51 +326,81 @@ class Agent:
   # ---- what workers say ------------------------------------------------------
 
   def on_message(
-    self, worker: child_process.WorkerProcess, message: messages.Message
+    self, worker: child_process.WorkerProcess, message: messages.FromWorker
   ) -> None:
     """Reacts to one message of a worker or the standby."""
     worker.heard_at = time.monotonic()
-    if worker.is_going_back and message['kind'] in _PAST:
+    if worker.is_going_back and isinstance(message, messages.OfFinishedWork):
       return
-    getattr(self, f'_on_{message["kind"]}')(worker, message)
+    match message:
+      case messages.Warm():
+        self._on_warm(worker)
+      case messages.Ready():
+        self._on_ready(worker, message)
+      case messages.State():
+        self._on_state(worker, message)
+      case messages.Resumed():
+        self._trained.add(worker.stage)
+        worker.iteration = message.first_iteration
+        self._recoverer.resumed(worker.stage, message.fetch_seconds)
+      case messages.CaughtUp():
+        self._on_caught_up(worker)
+      case messages.Stored():
+        self._on_stored(worker, message.share)
+      case messages.Reported():
+        self._on_report(worker, message.report)
+      case messages.Answer():
+        self._stopper.answer(worker, message)
+      case messages.Done():
+        self._on_done(worker, message)
+      case messages.StoppedHere():
+        worker.stopped_here()
+        if self._ending.result is None:
+          self._comeback.together()
+          self._write_workers()
+      case messages.HandedOver():
+        self._final.handed_over(worker, self._crew.givers(), self._recorder)
+      case messages.Damaged():
+        givers = self._crew.givers()
+        self._final.damaged(worker, message, givers, self._recorder)
+      case messages.Rewritten():
+        self._final.rewritten(worker, message, self._recorder)
+      case messages.Saved():
+        self._ending.finished(self._folder.checkpoint)
+      case messages.FaultHappens():
+        book, everyone = self._book, self._crew.everyone
+        scripted.happens(book, worker, message, self._recorder.event, everyone)
+      case messages.Refused():
+        self._on_refused(worker, message)
+      case messages.Failed():
+        self._on_failed(worker, message)
 
-  def _on_warm(self, worker, message: messages.Message) -> None:
-    del message
+  def _on_warm(self, worker) -> None:
     seconds = time.monotonic() - worker.state_since
     self._crew.warmed(worker)
     self._recorder.event('standby', replica=worker.replica, seconds=seconds)
     self._write_workers()
 
-  def _on_state(self, worker, message: messages.Message) -> None:
-    if worker.stage == messages.STANDBY:
+  def _on_state(self, worker, message: messages.State) -> None:
+    if worker.stage == spec_lib.STANDBY:
       return
-    if message['detail'] == hang_detection.SNAPSHOTS_FULL:
+    blocked = hang_detection.WorkerState.BLOCKED
+    if message.shortage is hang_detection.Shortage.SNAPSHOTS:
       # With gaps in the stores the line may stay behind, and nothing would free
       # snapshots: to go on is worth more than an older start.
       if time.monotonic() - worker.state_since > _FULL_SECONDS:
         self._advance(keeps_older=False)
-    elif message['state'] == 'blocked' != worker.state:
+    elif message.state is blocked and worker.state is not blocked:
       self._recorder.view.note(
-        f'{worker.name} is blocked: {message["detail"]}; the run ends '
+        f'{worker.name} is blocked: {message.detail}; the run ends '
         f'if that lasts {self._where.full_seconds:g} s'
       )
-    worker.says(
-      message['state'],
-      message['detail'],
-      max(worker.iteration, message['iteration']),
-      message['steps'],
-    )
+    worker.says(message)
     workers = self._crew.workers
     self._recorder.view.stages([f'{w.state} {w.detail}' for w in workers])
     self._write_workers()
 
-  def _on_resumed(self, worker, message: messages.Message) -> None:
-    self._trained.add(worker.stage)
-    worker.iteration = message['first_iteration']
-    self._recoverer.resumed(worker.stage, message)
-
-  def _on_caught_up(self, worker, message: messages.Message) -> None:
-    del message
+  def _on_caught_up(self, worker) -> None:
     worker.has_caught_up = True
     if not all(w.has_caught_up for w in self._crew.of_stage(worker.stage)):
       return
@@ -381,8 +408,7 @@ class Agent:
       self._recorder.view.note(note)
     self._advance()
 
-  def _on_stored(self, worker, message: messages.Message) -> None:
-    share = folders.share_from_json(message['share'])
+  def _on_stored(self, worker, share: coverage.Share) -> None:
     worker.iteration = max(worker.iteration, share.iteration)
     self._recoverer.stored(worker.stage, share)
     if not self._ending.keeps_store and self._ending.result is None:
@@ -397,17 +423,16 @@ class Agent:
       kept_from = self._recoverer.kept_from
       self._stores.line_moved(kept_from)
       for each in self._crew.workers:
-        each.send('line', iteration=kept_from)
+        each.send(messages.Line(iteration=kept_from))
 
-  def _on_report(self, worker, message: messages.Message) -> None:
-    one = report.Report.from_json(message['report'])
+  def _on_report(self, worker, one: report.Report) -> None:
     worker.iteration = max(worker.iteration, one.iteration)
     if reports := self._comeback.record(worker, one):
       self._advance()
       self._warm_standby()
       if decisions := self._recoverer.add(reports):
         for each in self._crew.workers:
-          each.send('decide', decision=decisions[each.stage].to_json())
+          each.send(messages.Decide(decision=decisions[each.stage]))
       self._grow()
     self._write_workers()
 
@@ -417,54 +442,33 @@ class Agent:
     if self._where.standby and not self._hosts.others and is_quiet:
       self._crew.warm_standbys(self._ready.lowering_platform)
 
-  def _on_done(self, worker, message: messages.Message) -> None:
+  def _on_done(self, worker, message: messages.Done) -> None:
     if not self._final.done(worker, len(self._crew.workers)):
       return
-    if message['iteration'] < self._job.train.iterations:
+    if message.iteration < self._job.train.iterations:
       self._ending.stopped(has_begun=self.has_begun)
       return
     if not self._comeback.is_wrong_at_end(worker):
       self._final.hand_over(self._crew.givers())
 
-  def _on_handed_over(self, worker, message: messages.Message) -> None:
-    del message
-    self._final.handed_over(worker, self._crew.givers(), self._recorder)
-
-  def _on_damaged(self, worker, message: messages.Message) -> None:
-    self._final.damaged(worker, message, self._crew.givers(), self._recorder)
-
-  def _on_rewritten(self, worker, message: messages.Message) -> None:
-    self._final.rewritten(worker, message, self._recorder)
-
-  def _on_saved(self, worker, message: messages.Message) -> None:
-    del worker, message
-    self._ending.finished(self._folder.checkpoint)
-
-  def _on_refused(self, worker, message: messages.Message) -> None:
-    error = errors.ConfigError(
-      message['flag'], message['value'], message['reason']
-    )
+  def _on_refused(self, worker, message: messages.Refused) -> None:
+    error = message.error()
     if self._recorder.accepted:
       raise child_process.WorkerError(
         worker.stage, worker.iteration, str(error)
       )
     raise error
 
-  def _on_failed(self, worker, message: messages.Message) -> None:
+  def _on_failed(self, worker, message: messages.Failed) -> None:
     if self._ending.result is not None:
       return
-    if message['has_wrong_bits'] and self.has_begun:
+    if message.has_wrong_bits and self.has_begun:
       message = self._comeback.weigh(message)
-    if message['final'] or not self.has_begun:
+    if message.is_final or not self.has_begun:
       raise child_process.WorkerError(
-        worker.stage, message['iteration'], message['error']
+        worker.stage, message.iteration, message.error
       )
     worker.failed(message)
-
-  def _on_fault(self, worker, message: messages.Message) -> None:
-    scripted.happens(
-      self._book, worker, message, self._recorder.event, self._crew.everyone
-    )
 
   # ---- ends ------------------------------------------------------------------
 
@@ -481,9 +485,6 @@ class Agent:
       'Stopping after this iteration; again to stop at once.'
     )
     self._stopper.begin()
-
-  def _on_answer(self, worker, message: messages.Message) -> None:
-    self._stopper.answer(worker, message['limit'], message['begun'])
 
   def _failed(self, error: errors.MoetionError) -> None:
     logs = []

@@ -6,7 +6,11 @@ import os
 
 from moetion_jax import job_spec
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime import environment as environment_lib, messages
+from moetion_jax.runtime import (
+  environment as environment_lib,
+  messages,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.agent import settings as agent_settings
 from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import workdir
@@ -23,15 +27,15 @@ class Readiness:
     """
     self._max_failures = max_failures
     self._deaths = 0
-    self._ready: dict[tuple[int, int], messages.Message] = {}
+    self._ready: dict[tuple[int, int], messages.Ready] = {}
 
   def add(
     self,
     worker: child_process.WorkerProcess,
-    message: messages.Message,
+    message: messages.Ready,
     workers: int,
-  ) -> dict[int, messages.Message] | None:
-    """Takes in a worker's `ready` message.
+  ) -> dict[int, messages.Ready] | None:
+    """Takes in that a worker can train.
 
     Args:
       worker: the worker that can train.
@@ -53,7 +57,7 @@ class Readiness:
       errors.MoetionError: two of them differ.
     """
     records = {
-      f'stage {stage} replica {replica}': message['environment']
+      f'stage {stage} replica {replica}': message.environment
       for (stage, replica), message in sorted(self._ready.items())
     }
     environment_lib.check_same_everywhere(records)
@@ -62,7 +66,7 @@ class Readiness:
   @property
   def lowering_platform(self) -> str:
     """The platform for which programs are lowered, once all are ready."""
-    return self._ready[0, 0]['lowering_platform']
+    return self._ready[0, 0].lowering_platform
 
   def count_death(self, error: child_process.WorkerError) -> None:
     """Counts a death; raises `error` if there were too many."""
@@ -81,7 +85,7 @@ def worker_spec(
   folder: workdir.Workdir,
   store: store_folder.StoreFolder,
   secret: str,
-) -> messages.Spec:
+) -> spec_lib.Spec:
   """Makes the spec of every worker, except for what the crew fills in.
 
   Args:
@@ -91,9 +95,9 @@ def worker_spec(
     store: the store of the leader's host.
     secret: the job's secret, in hex; '' on one host.
   """
-  return messages.Spec(
+  return spec_lib.Spec(
     job=job,
-    stage=messages.STANDBY,
+    stage=spec_lib.STANDBY,
     generation=0,
     agent_pid=os.getpid(),
     cores=(),

@@ -149,13 +149,13 @@ class Comeback:
     self._rollback.trusted = finding.trusted
     return ''
 
-  def weigh(self, message: messages.Message) -> messages.Message:
+  def weigh(self, message: messages.Failed) -> messages.Failed:
     """Returns a worker's last message, of wrong bits, as it is to be taken."""
-    text = self.suspect(message['error'])
+    text = self.suspect(message.error)
     if not text:
-      return message | {'final': False}
-    advice = message['advice']
-    return message | {'error': f'{text}; {advice}' if advice else text}
+      return dataclasses.replace(message, is_final=False)
+    error = '; '.join(filter(None, (text, message.advice)))
+    return dataclasses.replace(message, error=error)
 
   def record(
     self, worker: child_process.WorkerProcess, one: report.Report
@@ -308,7 +308,7 @@ class Comeback:
     if self._hosts.others:
       locations = self._hosts.locations(self._crew.workers)
       for other in self._crew.workers:
-        other.send('locations', locations=locations)
+        other.send(locations)
     return plan
 
   def together(self) -> None:
@@ -347,8 +347,7 @@ class Comeback:
   ) -> None:
     """Has a worker carry out its part of a plan."""
     if self._hosts.others:
-      locations = self._hosts.locations(self._crew.workers)
-      worker.send('locations', locations=locations)
+      worker.send(self._hosts.locations(self._crew.workers))
     # From here on the worker replays, though it has not said so yet.
     worker.iteration, worker.is_idle = plan.first_iteration, False
     go = self._recoverer.go(
@@ -358,4 +357,4 @@ class Comeback:
       workers=len(self._crew.team(worker.stage)),
       generation=worker.generation,
     )
-    worker.send('go', go=go.to_json())
+    worker.send(go)

@@ -8,6 +8,8 @@ import sys
 import time
 
 from moetion_jax import errors
+from moetion_jax.recovery import hang_detection
+from moetion_jax.runtime import messages
 from moetion_jax.runtime.hosts import child_process, crew as crew_lib, hosts
 from moetion_jax.runtime.records import recorder as recorder_lib
 
@@ -44,7 +46,7 @@ class Ending:
       keeps_store: whether an earlier run left something in the host stores.
       starts_over: whether that is removed before this run begins.
     """
-    self.result: tuple[int, str] | None = None
+    self.result: tuple[int, hang_detection.WorkerState] | None = None
     self.kill_at: float | None = None
     self._recorder = recorder
     self._hosts = hosts
@@ -57,7 +59,7 @@ class Ending:
     self.keeps_store = keep
     self._hosts.keep(keep)
 
-  def end(self, code: int, state: str) -> None:
+  def end(self, code: int, state: hang_detection.WorkerState) -> None:
     """Ends the run: tells the workers to exit; they are killed later.
 
     Args:
@@ -67,7 +69,7 @@ class Ending:
     self.result = code, state
     self.kill_at = time.monotonic() + _GRACE_SECONDS
     for worker in self._crew.everyone():
-      worker.send('exit')
+      worker.send(messages.Exit())
 
   def end_now(self) -> None:
     """Has workers killed at once, whatever they do."""
@@ -81,7 +83,7 @@ class Ending:
     """
     iteration = self._recorder.iteration
     self._recorder.event('stopped', iteration=iteration)
-    self.end(0, 'stopped')
+    self.end(0, hang_detection.WorkerState.STOPPED)
     note = 'Stopped before training began.'
     if has_begun:
       note = f'Stopped after iteration {iteration}.'
@@ -99,7 +101,7 @@ class Ending:
     """
     self._recorder.sync()
     self._recorder.event('finished', iteration=self._recorder.iteration)
-    self.end(0, 'finished')
+    self.end(0, hang_detection.WorkerState.FINISHED)
     self.keep(False)
     self._recorder.view.note(f'Finished: {checkpoint}')
 
@@ -118,7 +120,7 @@ class Ending:
       has_begun: whether the workers were told to train.
     """
     self._crew.close()  # and passes on what workers still had to print
-    self.result = 1, 'failed'
+    self.result = 1, hang_detection.WorkerState.FAILED
     fields = {'error': str(error)}
     if isinstance(error, child_process.WorkerError):
       fields |= {'stage': error.stage, 'iteration': error.iteration}

@@ -65,7 +65,7 @@ class FinalCheckpoint:
     for worker in givers:
       if _name(worker) not in self._asked:
         self._asked.add(_name(worker))
-        worker.send('hand_over')
+        worker.send(messages.HandOver())
 
   def handed_over(
     self,
@@ -86,17 +86,18 @@ class FinalCheckpoint:
       for giver in givers:
         replicas.setdefault(giver.stage, []).append(giver.replica)
       givers[0].send(
-        'save',
-        path=str(self._path),
-        iteration=recorder.iteration,
-        digest=recorder.digest,
-        replicas=[of_stage for _, of_stage in sorted(replicas.items())],
+        messages.Save(
+          path=str(self._path),
+          iteration=recorder.iteration,
+          digest=recorder.digest,
+          replicas=tuple(tuple(x) for _, x in sorted(replicas.items())),
+        )
       )
 
   def damaged(
     self,
     worker: child_process.WorkerProcess,
-    message: messages.Message,
+    message: messages.Damaged,
     givers: Sequence[child_process.WorkerProcess],
     recorder: recorder_lib.Recorder,
   ) -> None:
@@ -104,57 +105,57 @@ class FinalCheckpoint:
 
     Args:
       worker: the worker that was to save.
-      message: its message `damaged`.
+      message: its message.
       givers: see `hand_over`.
       recorder: the recorder, which notes it.
 
     Raises:
       child_process.WorkerError: that state has arrived damaged too often.
     """
-    name = message['stage'], message['replica']
+    name = message.stage, message.replica
     if worker.is_going_back or name not in self._handed_over:
       return  # its worker goes back, and will hand over another one
     self._damaged[name] += 1
-    count, what = self._damaged[name], message['what']
+    count, what = self._damaged[name], message.what
     recorder.event(
       'final_state_damaged',
-      stage=message['stage'],
-      replica=message['replica'],
+      stage=message.stage,
+      replica=message.replica,
       error=what,
     )
     if count == _MAX_DAMAGED:
       raise child_process.WorkerError(
-        message['stage'],
+        message.stage,
         recorder.iteration,
         f'{what}; that was {count} times: '
-        + (_DAMAGED_DEVICE if message['is_sent_so'] else _DAMAGED_MEMORY),
+        + (_DAMAGED_DEVICE if message.is_sent_so else _DAMAGED_MEMORY),
       )
     recorder.view.note(f'{what}; it is handed over again.')
     self._handed_over.discard(name)
     for giver in givers:
       if _name(giver) == name:
-        giver.send('hand_over')
+        giver.send(messages.HandOver())
 
   def rewritten(
     self,
     worker: child_process.WorkerProcess,
-    message: messages.Message,
+    message: messages.Rewritten,
     recorder: recorder_lib.Recorder,
   ) -> None:
     """Tells that the checkpoint was read back damaged, and is written again.
 
     Args:
       worker: the worker that saves.
-      message: its message `rewritten`.
+      message: its message.
       recorder: the recorder, which notes it.
     """
     recorder.event(
       'final_checkpoint_damaged',
       stage=worker.stage,
       replica=worker.replica,
-      error=message['what'],
+      error=message.what,
     )
-    recorder.view.note(f'{message["what"]}; it is written once more.')
+    recorder.view.note(f'{message.what}; it is written once more.')
 
   def forget(self, stage: int) -> None:
     """Forgets what the workers of a stage did, since they go back."""

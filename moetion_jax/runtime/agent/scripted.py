@@ -13,7 +13,7 @@ from moetion_jax.runtime.hosts import child_process
 def happens(
   book: faults.FaultBook,
   worker: child_process.WorkerProcess,
-  message: messages.Message,
+  message: messages.FaultHappens,
   event: Callable[..., None],
   everyone: Callable[[], Sequence[child_process.WorkerProcess]],
 ) -> None:
@@ -22,13 +22,13 @@ def happens(
   Args:
     book: the faults that have not happened yet.
     worker: the worker that announced the fault, and waits if it is the agent's.
-    message: its message `fault`.
+    message: its message.
     event: writes the event.
     everyone: returns all processes of this agent.
   """
-  fault = book.happens(message['number'])
+  fault = book.happens(message.number)
   event(faults.EVENT, **faults.event_fields(fault))
-  worker.fault_at = message['at']
+  worker.fault_at = message.at
   if fault.phase not in faults.START_PHASES:
     worker.iteration = max(worker.iteration, fault.iteration)
   if fault.kind == 'kill_all':

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from moetion_jax.recovery import stopping
+from moetion_jax.runtime import messages
 from moetion_jax.runtime.hosts import child_process
 
 
@@ -33,20 +34,14 @@ class Stopper:
     self._decide(stopping.first_proposal(newest, self._iterations))
 
   def answer(
-    self, worker: child_process.WorkerProcess, limit: int, begun: int
+    self, worker: child_process.WorkerProcess, message: messages.Answer
   ) -> None:
-    """Takes in the answer of a worker.
-
-    Args:
-      worker: the worker that answers.
-      limit: the proposed last iteration that it answers.
-      begun: the newest iteration that it has begun.
-    """
-    if self._decision is None or limit != self._decision.limit:
+    """Takes in the answer of a worker."""
+    if self._decision is None or message.limit != self._decision.limit:
       return  # it answers an earlier proposal
-    self._answers[worker.stage, worker.replica] = begun
+    self._answers[worker.stage, worker.replica] = message.begun
     decision = stopping.decide(
-      limit, self._answers, len(self._workers()), self._iterations
+      message.limit, self._answers, len(self._workers()), self._iterations
     )
     if decision:
       self._decide(decision)
@@ -55,9 +50,9 @@ class Stopper:
     """Tells workers, such as new ones, the decision, if there is one."""
     if self._decision is None:
       return
-    kind = 'commit' if self._decision.commit else 'propose'
+    kind = messages.Commit if self._decision.commit else messages.Propose
     for worker in workers:
-      worker.send(kind, limit=self._decision.limit)
+      worker.send(kind(limit=self._decision.limit))
 
   def _decide(self, decision: stopping.StopDecision) -> None:
     self._decision = decision

@@ -62,6 +62,7 @@ class Watcher:
         replica=worker.replica,
         state=worker.state,
         detail=worker.detail,
+        shortage=worker.shortage,
         state_seconds=now - worker.state_since,
         silent_seconds=now - worker.heard_at,
         is_stopped=hang_detection.is_stopped(worker.pid),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,12 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
-from moetion_jax import errors
-from moetion_jax.runtime import messages
+from moetion_jax import codec, errors
+from moetion_jax.recovery import hang_detection
+from moetion_jax.runtime import messages, spec as spec_lib
 
 _READ_BYTES = 1 << 16
 _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
+
+_Spec = TypeVar('_Spec', spec_lib.Spec, spec_lib.HostSpec)
+_Sent = TypeVar('_Sent', messages.ToWorker, messages.ToHost)
 
 
 class WorkerError(errors.MoetionError):
@@ -74,7 +80,7 @@ class Transcript:
       self._log = None
 
 
-class ChildProcess:
+class ChildProcess(Generic[_Spec, _Sent]):
   """A child process and its pipes. `start` first; `kill`, `close` last.
 
   Nothing here waits, except `close`: the owner polls `status_fd`, `output_fd`
@@ -100,14 +106,14 @@ class ChildProcess:
 
   def start(
     self,
-    spec: Mapping[str, object],
+    spec: _Spec,
     environment: Mapping[str, str],
     lock_fds: tuple[int, ...],
   ) -> None:
     """Starts the process.
 
     Args:
-      spec: JSON of a `messages.Spec` or `HostSpec`, without the pipes.
+      spec: what it is told, without the pipes.
       environment: variables to set on top of those of this process.
       lock_fds: descriptors that it inherits, and with them the locks.
     """
@@ -130,10 +136,12 @@ class ChildProcess:
     self.pid_fd = os.pidfd_open(self._process.pid)
     os.set_blocking(self.status_fd, False)
     os.set_blocking(self.output_fd, False)
-    full = {**spec, 'status_fd': their_status, 'control_fd': their_control}
+    full = dataclasses.replace(
+      spec, status_fd=their_status, control_fd=their_control
+    )
     assert self._process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died: its pid_fd says so
-      self._process.stdin.write(json.dumps(full).encode())
+      self._process.stdin.write(json.dumps(codec.encode(full)).encode())
       self._process.stdin.close()
 
   @property
@@ -142,16 +150,16 @@ class ChildProcess:
     assert self._process is not None
     return self._process.pid
 
-  def send(self, kind: str, **fields: object) -> None:
+  def send(self, message: _Sent) -> None:
     """Sends a message; a message to a dead process is lost."""
     with contextlib.suppress(BrokenPipeError):
-      messages.write(self._control_fd, messages.encode(kind, **fields))
+      messages.write(self._control_fd, messages.pack(message))
 
-  def read_status(self) -> tuple[list[messages.Message], bool]:
+  def read_status(self) -> tuple[list[Any], bool]:
     """Returns the messages that have come, and whether no more can come."""
     data, ended = _read(self.status_fd)
     lines = self._status_lines.feed(data)
-    return [json.loads(line) for line in lines], ended
+    return [messages.unpack(line) for line in lines], ended
 
   def read_output(self) -> bool:
     """Passes on what the process printed; returns True if no more can come."""
@@ -190,7 +198,7 @@ class ChildProcess:
     return describe_exit(self.exit_code)
 
 
-class WorkerProcess(ChildProcess):
+class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
   """One worker process.
 
   Attributes:
@@ -200,6 +208,7 @@ class WorkerProcess(ChildProcess):
     host: name of the host that it runs on.
     state: what it does now, for people and `workers.json`.
     detail: more about that; '' for nothing.
+    shortage: what it lacks, if it is blocked.
     iteration: the iteration that it works on.
     is_warm: whether it is a standby that is prepared.
     heard_at: time of its last message, `time.monotonic`.
@@ -241,7 +250,9 @@ class WorkerProcess(ChildProcess):
     self.replica = replica
     self.generation = generation
     self.host = host
-    self.state, self.detail, self.iteration = 'starting', '', 0
+    self.state = hang_detection.WorkerState.STARTING
+    self.shortage: hang_detection.Shortage | None = None
+    self.detail, self.iteration = '', 0
     self.is_warm = False
     self.heard_at = self.state_since = time.monotonic()
     self.reason = ''
@@ -256,13 +267,17 @@ class WorkerProcess(ChildProcess):
     """Turns a standby into the worker of a stage."""
     self.stage, self.replica = stage, replica
     self.generation, self.is_warm = generation, False
-    self.state, self.detail = 'starting', ''
+    self.state, self.detail = hang_detection.WorkerState.STARTING, ''
     self._transcript.name = self.name
 
   def event_fields(self) -> dict[str, int]:
     """Returns an event's fields: who it is and how far it came."""
-    names = ('stage', 'replica', 'iteration', 'generation')
-    return {name: getattr(self, name) for name in names}
+    return {
+      'stage': self.stage,
+      'replica': self.replica,
+      'iteration': self.iteration,
+      'generation': self.generation,
+    }
 
   def describe_death(self) -> str:
     """Says how the worker died, and what it was doing."""
@@ -271,26 +286,25 @@ class WorkerProcess(ChildProcess):
       what = f'replica {self.replica}: {what}'
     if self.reason:
       return what
-    doing = 'waiting for' if self.state == 'waiting' else self.state
+    is_waiting = self.state is hang_detection.WorkerState.WAITING
+    doing = 'waiting for' if is_waiting else self.state
     return f'{what} while {doing} {self.detail}'.rstrip()
 
-  def failed(self, message: messages.Message) -> None:
-    """Takes in the message `failed`, its last, and kills the process."""
-    self.reason = f'failed: {message["error"]}'
-    self.iteration = max(self.iteration, message['iteration'])
-    self.suspects = tuple(message['suspects'])
-    if message['corrupt']:
-      self.corrupt = message['corrupt'][0], message['corrupt'][1]
+  def failed(self, message: messages.Failed) -> None:
+    """Takes in its last message, and kills the process."""
+    self.reason = f'failed: {message.error}'
+    self.iteration = max(self.iteration, message.iteration)
+    self.suspects, self.corrupt = message.suspects, message.corrupt
     self.kill()  # quicker than its own end, and cannot hang
 
   def stop_here(self) -> None:
-    """Tells it to stop but keep its process; it answers `stopped_here`."""
+    """Tells it to stop but keep its process; it answers `StoppedHere`."""
     if not self.is_idle and not self.is_going_back:
       self.is_going_back = True
-      self.send('stop_here')
+      self.send(messages.StopHere())
 
   def stopped_here(self) -> None:
-    """Takes in the message `stopped_here`; begins the next generation."""
+    """Takes in the message `StoppedHere`; begins the next generation."""
     self.is_idle, self.is_going_back = True, False
     self.has_caught_up = False
     self.reason, self.suspects, self.corrupt = '', (), None
@@ -306,17 +320,17 @@ class WorkerProcess(ChildProcess):
       return 'standby'
     return f'stage {stage}' + ('' if self._is_alone else f' replica {replica}')
 
-  def says(self, state: str, detail: str, iteration: int, steps: int) -> None:
-    """Takes in what the message `state` says."""
-    if (state, detail, iteration, steps) != (
+  def says(self, message: messages.State) -> None:
+    """Takes in what it does now."""
+    if (message.state, message.detail, message.steps) != (
       self.state,
       self.detail,
-      self.iteration,
       self._steps,
-    ):
+    ) or message.iteration > self.iteration:
       self.state_since = time.monotonic()
-    self.state, self.detail, self._steps = state, detail, steps
-    self.iteration = iteration
+    self.state, self.detail = message.state, message.detail
+    self.shortage, self._steps = message.shortage, message.steps
+    self.iteration = max(self.iteration, message.iteration)
 
   def open_log(self, path: pathlib.Path) -> None:
     """Opens the log of its output; see `Transcript.open_log`."""

@@ -21,6 +21,7 @@ from moetion_jax.runtime import (
   faults,
   messages as messages_lib,
   placement,
+  spec as spec_lib,
 )
 from moetion_jax.runtime.hosts import (
   child_process,
@@ -34,7 +35,7 @@ class Listener(Protocol):
   """The receiver of what processes say, and of their ends."""
 
   def on_message(
-    self, worker: child_process.WorkerProcess, message: messages_lib.Message
+    self, worker: child_process.WorkerProcess, message: messages_lib.FromWorker
   ) -> None:
     """Handles a message from a worker."""
     ...
@@ -59,7 +60,7 @@ class Crew:
     hosts: hosts_lib.Hosts,
     selector: selectors.BaseSelector,
     listener: Listener,
-    spec: messages_lib.Spec,
+    spec: spec_lib.Spec,
     book: faults.FaultBook,
   ):
     """Stores the arguments.
@@ -184,11 +185,13 @@ class Crew:
       place = self._place_of(worker)
       assert place is not None
       self.started += 1
-      worker.send('promote', spec=spec.to_json(), environment=place.environment)
+      worker.send(
+        messages_lib.Promote(spec=spec, environment=place.environment)
+      )
     return self.of_stage(stage)
 
   def _begin(
-    self, worker: child_process.WorkerProcess, spec: messages_lib.Spec
+    self, worker: child_process.WorkerProcess, spec: spec_lib.Spec
   ) -> None:
     self.started += 1
     self._start(worker, spec)
@@ -254,7 +257,7 @@ class Crew:
     world: str,
     team: tuple[int, ...],
     begun: int = 0,
-  ) -> messages_lib.Spec:
+  ) -> spec_lib.Spec:
     """Returns the spec of a worker whose predecessor had begun `begun`."""
     place = self._place_of(worker)
     stand_ins = division.stand_ins(self._replicas, team)
@@ -278,18 +281,18 @@ class Crew:
     self, worker: child_process.WorkerProcess
   ) -> placement.Placement | None:
     """Returns a worker's place; None for a standby, which is told later."""
-    if worker.stage == messages_lib.STANDBY:
+    if worker.stage == spec_lib.STANDBY:
       return None
     return self._places[worker.stage * self._replicas + worker.replica]
 
   def _start(
-    self, worker: child_process.WorkerProcess, spec: messages_lib.Spec
+    self, worker: child_process.WorkerProcess, spec: spec_lib.Spec
   ) -> None:
     place = self._place_of(worker)
     environment = (
       place.environment if place else placement.memory_variables(os.environ)
     )
-    worker.start(spec.to_json(), environment, self._lock_fds)
+    worker.start(spec, environment, self._lock_fds)
     for fd, react in (
       (worker.status_fd, self._on_status),
       (worker.output_fd, self._on_output),

@@ -18,7 +18,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime import linux_process, messages, placement
+from moetion_jax.logs import remote
+from moetion_jax.runtime import (
+  linux_process,
+  messages,
+  placement,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.hosts import child_process, remote_host
 
 _SECRET_BYTES = 32
@@ -121,7 +127,7 @@ class Hosts:
       replica: the replica that it becomes if it has joined a world by then.
     """
     return child_process.WorkerProcess(
-      messages.STANDBY,
+      spec_lib.STANDBY,
       0,
       self._name,
       replica=replica,
@@ -156,19 +162,23 @@ class Hosts:
 
   def locations(
     self, workers: Sequence[child_process.WorkerProcess]
-  ) -> list[messages.Message]:
-    """Returns where workers' entries are, as in the message `locations`."""
+  ) -> messages.Locations:
+    """Returns where workers' entries are."""
     addresses = {host['host']: host['address'] for host in self.agents()}
-    return [
-      {
-        'stage': worker.stage,
-        'replica': worker.replica,
-        'host': worker.host,
-        'address': addresses[worker.host] or '',
-        'generation': worker.generation,
-      }
-      for worker in workers
-    ]
+    return messages.Locations(
+      locations=tuple(
+        messages.ProducerLocation(
+          stage=worker.stage,
+          replica=worker.replica,
+          location=remote.Location(
+            host=worker.host,
+            address=addresses[worker.host] or '',
+            generation=worker.generation,
+          ),
+        )
+        for worker in workers
+      )
+    )
 
   def agents(self) -> list[dict[str, Any]]:
     """Returns the agents of all hosts, as in `workers.json`."""

@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from moetion_jax.runtime import messages
+from moetion_jax.recovery import hang_detection
+from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.runtime.hosts import child_process
 
 # Starts per replica of which none became warm; then no more are started.
 _ATTEMPTS = 3
 
 Make = Callable[[int], child_process.WorkerProcess]
-Start = Callable[[child_process.WorkerProcess, messages.Spec], None]
+Start = Callable[[child_process.WorkerProcess, spec_lib.Spec], None]
 End = Callable[[child_process.WorkerProcess], None]
 
 
@@ -62,7 +63,7 @@ class Standbys:
     self._attempts = 0
     self._world = ''
 
-  def warm(self, spec: messages.Spec, new_world: Callable[[], str]) -> None:
+  def warm(self, spec: spec_lib.Spec, new_world: Callable[[], str]) -> None:
     """Starts the standbys that are missing, unless they keep dying.
 
     Args:
@@ -80,7 +81,7 @@ class Standbys:
     ):
       self._attempts += 1
       worker = self._make(len(self.everyone))
-      worker.state = 'warming'
+      worker.state = hang_detection.WorkerState.WARMING
       self.everyone.append(worker)
       self._start(
         worker,
@@ -95,7 +96,8 @@ class Standbys:
 
   def warmed(self, worker: child_process.WorkerProcess) -> None:
     """Takes in that a standby is prepared."""
-    worker.is_warm, worker.state = True, 'standby'
+    worker.is_warm = True
+    worker.state = hang_detection.WorkerState.STANDBY
     self._attempts = 0
 
   def take(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from moetion_jax import disk, job_spec, report
-from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.recovery import hang_detection, splice as splice_lib
 from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.records import (
   files as record_files,
@@ -56,7 +56,7 @@ class ListedWorker(Protocol):
   replica: int
   host: str
   generation: int
-  state: str
+  state: hang_detection.WorkerState
   iteration: int
 
   @property
@@ -105,13 +105,13 @@ class Recorder:
 
   def accept(
     self,
-    ready: Mapping[int, messages.Message],
+    ready: Mapping[int, messages.Ready],
     environment: environment_lib.Record,
   ) -> None:
     """Begins the run's files, when every stage can train.
 
     Args:
-      ready: the `ready` message of every stage.
+      ready: the message of every stage.
       environment: what all workers compute with.
 
     Raises:
@@ -119,9 +119,11 @@ class Recorder:
       errors.StoreError: its metrics are damaged.
     """
     first, train = ready[0], self._job.train
-    self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
+    self._operators = [
+      len(ready[s].operators.state_bytes) for s in range(train.stages)
+    ]
     kept = self._folder.accept(
-      self._job.config | {'data_fingerprint': first['data_fingerprint']},
+      self._job.config | {'data_fingerprint': first.data_fingerprint},
       environment,
     )
     self.accepted = True
@@ -135,8 +137,8 @@ class Recorder:
       'start',
       stages=train.stages,
       iterations=train.iterations,
-      platform=first['platform'],
-      device=first['device'],
+      platform=first.platform,
+      device=first.device,
     )
 
   @property

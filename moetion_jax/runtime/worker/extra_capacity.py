@@ -17,12 +17,12 @@ from moetion_jax import keys
 from moetion_jax.policies import partial
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.recovery import orders
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.training import worker
 
 
 def compile_programs(
-  spec: messages.Spec,
+  spec: spec_lib.Spec,
   stage: stage_lib.Stage,
   on_program: compilation.OnProgram,
 ) -> dict[str, Callable[..., Any]]:

@@ -25,10 +25,10 @@ from moetion_jax.logs import (
   interface as log_interface,
   joined_log,
 )
-from moetion_jax.policies import decision as decision_lib, planner
+from moetion_jax.policies import planner
 from moetion_jax.programs import stage as stage_lib
 from moetion_jax.recovery import orders
-from moetion_jax.runtime import faults, messages
+from moetion_jax.runtime import faults, messages, spec as spec_lib
 from moetion_jax.runtime.worker import (
   agent_link,
   extra_capacity,
@@ -59,7 +59,7 @@ class StageRun:
 
   def __init__(
     self,
-    spec: messages.Spec,
+    spec: spec_lib.Spec,
     link: agent_link.AgentLink,
     stage: stage_lib.Stage,
     data: worker.Data,
@@ -118,29 +118,24 @@ class StageRun:
     self._link.compiling(program)
     self._injector.phase('compile')
 
-  def run(self, began: float) -> None:
+  def run(self) -> None:
     """Obeys the agent, from `go` to `exit`.
 
     When all stages go back, this process stays: it ends what it does, wherever
     it is, and begins again with another state. Its programs are still there.
-
-    Args:
-      began: the time at which the process became this worker, of
-        `time.monotonic`.
     """
-    while (command := self._link.command())['kind'] != 'exit':
-      assert command['kind'] == 'go', command
+    while not isinstance(command := self._link.command(), messages.Exit):
+      assert isinstance(command, orders.Go), command
       try:
-        self._train(orders.Go.from_json(command['go']), began)
-        if self._finish()['kind'] == 'exit':
+        self._train(command)
+        if isinstance(self._finish(), messages.Exit):
           break
       except errors.MoetionError:
         if not self._link.is_interrupted:
           raise
         self._link.command()
       self._let_go()
-      self._link.send('stopped_here')
-      began = time.monotonic()
+      self._link.send(messages.StoppedHere())
     self._closing.close()
 
   def _let_go(self) -> None:
@@ -165,13 +160,11 @@ class StageRun:
       raise agent_link.StopHereError
     self._injector.phase(phase, iteration)
 
-  def _train(self, go: orders.Go, began: float) -> None:
+  def _train(self, go: orders.Go) -> None:
     """Trains until the run ends or stops.
 
     Args:
       go: the order that says from where.
-      began: the time at which the process became this worker, of
-        `time.monotonic`.
 
     Raises:
       errors.MoetionError: any such error, once `link.is_interrupted`.
@@ -205,10 +198,9 @@ class StageRun:
     self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(
-      'resumed',
-      first_iteration=go.start + 1,
-      start_seconds=started - began,
-      fetch_seconds=fetched - started,
+      messages.Resumed(
+        first_iteration=go.start + 1, fetch_seconds=fetched - started
+      )
     )
     link.training(self._worker)
     try:
@@ -239,11 +231,11 @@ class StageRun:
     if snapshots:
       snapshots.flush()
     link.finished()
-    link.send('done', iteration=last)
+    link.send(messages.Done(iteration=last))
 
   def _report(self, report: report_lib.Report) -> None:
     self._digests = report.digests
-    self._link.send('report', report=report.to_json())
+    self._link.send(messages.Reported(report=report))
 
   def _log(self, go: orders.Go) -> Any:
     """Makes this worker's log, joined with those of replicas it stands for."""
@@ -315,7 +307,7 @@ class StageRun:
     """Reports, between iterations, that `target` is reached; True: stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
-      self._link.send('caught_up', iteration=target)
+      self._link.send(messages.CaughtUp(iteration=target))
     return self._link.limit.stop(self._worker.iteration)
 
   def _conversion(self, go: orders.Go) -> conversion.Conversion:
@@ -380,10 +372,7 @@ class StageRun:
       go.pool_bytes + padding_bytes,
       go.pool_files,
     )
-    decisions = [
-      decision_lib.CaptureDecision.from_json(value) for value in go.decisions
-    ]
-    if any(decision.is_whole for decision in decisions):
+    if any(decision.is_whole for decision in go.decisions):
       # Before the store starts: it would make files only to remove them.
       whole_bytes = snapshot.snapshot_bytes(self._whole, share, frozenset())
       store.enlarge(whole_bytes + padding_bytes)
@@ -393,7 +382,7 @@ class StageRun:
     taker = snapshotter.Snapshotter(
       self._captures,
       store,
-      decisions[0],
+      go.decisions[0],
       {
         'stage': spec.stage,
         'replica': position,
@@ -402,13 +391,13 @@ class StageRun:
       },
       log,
       lambda metadata: self._link.send(
-        'stored', share={k: metadata[k] for k in folders.SHARE_FIELDS}
+        messages.Stored(share=folders.share_of(metadata))
       ),
       spec.full_seconds,
       self._link.blocked,
       share,
     )
-    for decision in decisions[1:]:
+    for decision in go.decisions[1:]:
       taker.decide(decision)
     taker.start()
     self._closing.callback(taker.close)
@@ -423,9 +412,7 @@ class StageRun:
         is_ours = False
       if not is_ours:  # damaged, or the share of another team
         taker.distrust(iteration)
-    self._link.deciding(
-      lambda value: taker.decide(decision_lib.CaptureDecision.from_json(value))
-    )
+    self._link.deciding(taker.decide)
     return taker
 
   def _digest_names(self) -> dict[str, Any]:
@@ -434,8 +421,8 @@ class StageRun:
       return {}
     return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
 
-  def _finish(self) -> messages.Message:
-    """Obeys the agent after the end, until it says `exit` or `stop_here`."""
+  def _finish(self) -> messages.Exit | messages.StopHere:
+    """Obeys the agent after the end, until it says one of these two."""
     last = self._worker
     digests = self._digests or self._stage.partition.by_operator(
       self._programs.digest(last.state)  # there was no iteration to do

@@ -1,6 +1,6 @@
 """A worker process: one stage of a run; started by the agent only.
 
-It reads a `messages.Spec` from stdin. A spec without a stage makes it a warm
+It reads a `spec_lib.Spec` from stdin. A spec without a stage makes it a warm
 standby: it prepares for every stage, and waits until it gets one. The exit
 codes are those of `launch.train`.
 """
@@ -19,9 +19,15 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.hostmem import entry
-from moetion_jax.runtime import environment, faults, linux_process, messages
+from moetion_jax.runtime import (
+  environment,
+  faults,
+  linux_process,
+  messages,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.worker import agent_link
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
@@ -42,8 +48,8 @@ _STANDBY_WORLD_SECONDS = 300
 
 
 def _stand_by(
-  spec: messages.Spec, link: agent_link.AgentLink
-) -> tuple[messages.Spec, prepared_lib.Prepared | None]:
+  spec: spec_lib.Spec, link: agent_link.AgentLink
+) -> tuple[spec_lib.Spec, prepared_lib.Prepared | None]:
   """Prepares, then waits to be promoted.
 
   Returns:
@@ -92,7 +98,7 @@ def _stand_by(
         )
       )
       link.compiling('warm')
-      link.send('warm')
+      link.send(messages.Warm())
     except BaseException:
       traceback.print_exc()
       if spec.world:
@@ -103,15 +109,13 @@ def _stand_by(
   threading.Thread(target=make_backend, name='backend', daemon=True).start()
   thread = threading.Thread(target=warm, name='warm up')
   thread.start()
-  while (command := link.command())['kind'] != 'promote':
-    if command['kind'] == 'exit':
+  while not isinstance(command := link.command(), messages.Promote):
+    if isinstance(command, messages.Exit):
       os._exit(0)  # nothing to close, and the thread may take long
   thread.join()
-  os.environ.update(command['environment'])
+  os.environ.update(command.environment)
   promoted = dataclasses.replace(
-    messages.Spec.from_json(command['spec']),
-    status_fd=spec.status_fd,
-    control_fd=spec.control_fd,
+    command.spec, status_fd=spec.status_fd, control_fd=spec.control_fd
   )
   return promoted, prepared[0] if prepared else None
 
@@ -124,7 +128,7 @@ def _run_on(cores: tuple[int, ...]) -> None:
 
 
 def _injector(
-  spec: messages.Spec, link: agent_link.AgentLink
+  spec: spec_lib.Spec, link: agent_link.AgentLink
 ) -> faults.FaultInjector:
   """Makes the injector of the worker's scripted faults.
 
@@ -132,7 +136,9 @@ def _injector(
   """
   injector = faults.FaultInjector(
     spec.faults,
-    lambda fault: link.send('fault', number=fault.number, at=time.monotonic()),
+    lambda fault: link.send(
+      messages.FaultHappens(number=fault.number, at=time.monotonic())
+    ),
   )
   for kind in faults.AGENT_KINDS:
     injector.acts[kind] = lambda fault, iteration: signal.pause()
@@ -140,7 +146,7 @@ def _injector(
 
 
 def _work(
-  spec: messages.Spec,
+  spec: spec_lib.Spec,
   link: agent_link.AgentLink,
   prepared: prepared_lib.Prepared | None,
 ) -> None:
@@ -149,7 +155,7 @@ def _work(
   injector.phase('start')
   from moetion_jax.runtime import xla_setup
 
-  train, began = spec.job.train, time.monotonic()
+  train = spec.job.train
   xla_setup.configure(
     local_devices=train.local_devices,
     compilation_cache_dir=spec.compilation_cache_dir,
@@ -182,24 +188,25 @@ def _work(
   run.check_initial()
   if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
-      'ready',
-      platform=jax.default_backend(),
-      lowering_platform=compilation.platform_of(stage.mesh),
-      device=jax.local_devices()[0].device_kind,
-      state_bytes=sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(stage.whole.state_shapes)
-      ),
-      operators=run.sizes().to_json(),
-      environment=found,
-      data_fingerprint=None
-      if spec.stage or spec.replica
-      else data.fingerprint(),
+      messages.Ready(
+        platform=jax.default_backend(),
+        lowering_platform=compilation.platform_of(stage.mesh),
+        device=jax.local_devices()[0].device_kind,
+        state_bytes=sum(
+          leaf.size * leaf.dtype.itemsize
+          for leaf in jax.tree.leaves(stage.whole.state_shapes)
+        ),
+        operators=run.sizes(),
+        environment=found,
+        data_fingerprint=None
+        if spec.stage or spec.replica
+        else data.fingerprint(),
+      )
     )
   run.compile(loaded or lowered)
   gc.freeze()  # what was made so far stays: the collector need not visit it
   gc.enable()
-  run.run(began)
+  run.run()
 
 
 def main() -> int:
@@ -207,40 +214,38 @@ def main() -> int:
   # Importing, tracing and lowering make millions of objects, and nearly all
   # stay (measured at `tiny`: an eighth of a start is spent looking at them).
   gc.disable()
-  spec = messages.Spec.from_json(json.load(sys.stdin))
+  spec = codec.decode(spec_lib.Spec, json.load(sys.stdin))
   linux_process.die_with(spec.agent_pid)
   link = agent_link.AgentLink(spec.status_fd, spec.control_fd)
   link.start()
   prepared = None
   try:
-    if spec.stage == messages.STANDBY:
+    if spec.stage == spec_lib.STANDBY:
       spec, prepared = _stand_by(spec, link)
     _run_on(spec.cores)
     _work(spec, link, prepared)
   except errors.ConfigError as error:
-    link.send(
-      'refused', flag=error.flag, value=str(error.value), reason=error.reason
-    )
+    link.send(messages.Refused.of(error))
     return 2
   except Exception as error:
-    if not isinstance(error, errors.MoetionError):
+    is_own = isinstance(error, errors.MoetionError)
+    if not is_own:
       traceback.print_exc()
-    name = (
-      '' if isinstance(error, errors.MoetionError) else type(error).__name__
-    )
+    name = '' if is_own else type(error).__name__
     is_nan = isinstance(error, errors.NonFiniteError)
     what = error.what if is_nan else str(error)
     link.send(
-      'failed',
-      error=': '.join(x for x in (name, what) if x),
-      advice=error.advice if is_nan else '',
-      iteration=link.iteration,
-      final=isinstance(error, _FINAL),
-      has_wrong_bits=isinstance(error, errors.WrongBitsError),
-      suspects=list(getattr(error, 'suspects', ())),
-      corrupt=[error.key.stage, error.key.iteration]
-      if isinstance(error, entry.EntryCorruptError)
-      else None,
+      messages.Failed(
+        error=': '.join(x for x in (name, what) if x),
+        advice=error.advice if is_nan else '',
+        iteration=link.iteration,
+        is_final=isinstance(error, _FINAL),
+        has_wrong_bits=isinstance(error, errors.WrongBitsError),
+        suspects=error.suspects if is_own else (),
+        corrupt=(error.key.stage, error.key.iteration)
+        if isinstance(error, entry.EntryCorruptError)
+        else None,
+      )
     )
     return 1
   return 0

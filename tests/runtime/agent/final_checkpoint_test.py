@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from moetion_jax.runtime import messages
 from moetion_jax.runtime.agent import final_checkpoint
 from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import recorder, workdir
@@ -39,9 +40,9 @@ def test_damage_is_named_as_what_it_is(tmp_path, record, is_sent_so, says):
   """What has its checksum was damaged before it came into host memory."""
   one = final_checkpoint.FinalCheckpoint(tmp_path / 'run' / 'checkpoint')
   saver, giver = (child_process.WorkerProcess(stage) for stage in (0, 1))
-  message = {
-    'stage': 1, 'replica': 0, 'what': 'stage 1: X', 'is_sent_so': is_sent_so,
-  }  # fmt: skip
+  message = messages.Damaged(
+    stage=1, replica=0, what='stage 1: X', is_sent_so=is_sent_so
+  )
   # Nobody is asked again: neither process was started.
   for _ in range(2):
     one.handed_over(giver, [saver, giver], record)
@@ -58,7 +59,8 @@ def test_damage_is_named_as_what_it_is(tmp_path, record, is_sent_so, says):
 def test_a_checkpoint_that_is_written_again_is_told(tmp_path, record, capfd):
   one = final_checkpoint.FinalCheckpoint(tmp_path / 'run' / 'checkpoint')
   saver = child_process.WorkerProcess(0)
-  one.rewritten(saver, {'what': 'W/checkpoint: read otherwise'}, record)
+  message = messages.Rewritten(what='W/checkpoint: read otherwise')
+  one.rewritten(saver, message, record)
   said = capfd.readouterr().err
   assert said == 'W/checkpoint: read otherwise; it is written once more.\n'
   (event,) = _events(tmp_path)

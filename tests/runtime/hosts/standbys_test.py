@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.runtime.hosts import child_process, standbys
 from tests.support import helpers
 
@@ -22,7 +22,7 @@ class _Processes:
     self.standbys = standbys.Standbys(
       replicas,
       lambda replica: child_process.WorkerProcess(
-        messages.STANDBY, 0, 'here', replica=replica
+        spec_lib.STANDBY, 0, 'here', replica=replica
       ),
       lambda worker, spec: self.started.append((worker, spec)),
       self.ended.append,

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from moetion_jax import keys
+from moetion_jax.policies import planner
 from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.runtime import messages
 from moetion_jax.runtime.records import files, recorder, workdir
 from tests.support import helpers
 
@@ -23,12 +25,17 @@ def _opened(path, environment, *accepted):
   ) as made:
     made.accept(
       {
-        0: {
-          'operators': [_OPERATOR],
-          'data_fingerprint': {},
-          'platform': 'cpu',
-          'device': '',
-        }
+        0: messages.Ready(
+          device='',
+          platform='cpu',
+          lowering_platform='cpu',
+          state_bytes=0,
+          operators=planner.StageSizes(
+            state_bytes={_OPERATOR: 0}, compute_bytes={}, device={}
+          ),
+          environment={},
+          data_fingerprint={},
+        )
       },
       environment,
     )

@@ -102,7 +102,6 @@ def test_what_a_worker_is_told(config):
   go = dataclasses.replace(
     GO, capacity=((group, 1, 1.5), (group, 0, 1.25)), capacity_until=7
   )
-  go = orders.Go.from_json(go.to_json())
   grown = extra_capacity.make(go, stage, programs)
   assert grown is not None and grown.until == 7
   experts = config.model.num_experts

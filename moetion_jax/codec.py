@@ -1,0 +1,176 @@
+"""JSON of records, by their type hints alone, and strict.
+
+A dataclass of keyword-only fields is an object, any other one (`OperatorId`) a
+list. A union of dataclasses says which one it is in the field `kind`. A mapping
+whose keys are no strings is a list of pairs. Numbers keep their digits: floats
+are written as Python's `json` does, infinite ones and NaN too.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+KIND = 'kind'
+_MAPPINGS = (dict, collections.abc.Mapping)
+_SEQUENCES = (tuple, list, collections.abc.Sequence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """A form of one field's own, given as `Annotated[type, Form(...)]`.
+
+  Attributes:
+    encode: makes plain JSON of a value.
+    decode: inverts `encode`.
+  """
+
+  encode: Callable[[Any], Any]
+  decode: Callable[[Any], Any]
+
+
+def encode(value: Any, hint: Any = None) -> Any:
+  """Converts a value to plain JSON values; `decode` is the inverse.
+
+  Args:
+    value: the value; it is not checked.
+    hint: its type; None for that of the value itself.
+  """
+  hint = type(value) if hint is None else hint
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin is typing.Annotated:
+    return arguments[1].encode(value)
+  if origin in (typing.Union, types.UnionType):
+    members = _members(hint)
+    if value is None:
+      return None
+    if len(members) > 1 and dataclasses.is_dataclass(value):
+      return {KIND: type(value).__name__, **encode(value)}
+    return encode(value, members[0] if len(members) == 1 else None)
+  if dataclasses.is_dataclass(hint):
+    fields = {n: encode(vars(value)[n], h) for n, h in _hints(hint).items()}
+    return fields if _is_object(hint) else list(fields.values())
+  if isinstance(value, enum.Enum):
+    return value.value
+  if origin in _MAPPINGS:
+    if arguments[0] is str:
+      return {k: encode(v, arguments[1]) for k, v in value.items()}
+    return [list(map(encode, pair, arguments)) for pair in value.items()]
+  if origin is frozenset:
+    return [encode(x, arguments[0]) for x in sorted(value)]
+  if origin in _SEQUENCES:
+    if origin is tuple and arguments[-1] is not ...:
+      return list(map(encode, value, arguments))
+    return [encode(x, arguments[0]) for x in value]
+  return value
+
+
+def decode(hint: Any, value: Any, name: str = '') -> Any:
+  """Makes a value of a type from plain JSON values.
+
+  Args:
+    hint: the type.
+    value: what `encode` returned, or JSON made of that.
+    name: the name of the value in errors; '' for that of its type.
+
+  Raises:
+    ValueError: `value` is of another type, or a field is unknown or missing;
+      names class and field.
+  """
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  name = name or getattr(hint, '__name__', str(hint))
+  if hint in (Any, object):
+    return value
+  if origin is typing.Annotated:
+    return arguments[1].decode(value)
+  if origin in (typing.Union, types.UnionType):
+    return _decode_union(hint, value, name)
+  if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    return _decode_record(hint, value)
+  if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    try:
+      return hint(value)
+    except ValueError as error:
+      raise ValueError(f'{name}: {error}') from error
+  if origin in _MAPPINGS:
+    if arguments[0] is str:
+      pairs = [(k, v) for k, v in _checked(dict, value, name).items()]
+    else:
+      pairs = [_checked(list, pair, name) for pair in value]
+    return {
+      decode(arguments[0], key, name): decode(arguments[1], one, name)
+      for key, one in pairs
+    }
+  if origin in _SEQUENCES or origin is frozenset:
+    items = _checked(list, value, name)
+    if origin is tuple and arguments[-1] is not ...:
+      pairs = zip(arguments, items, strict=True)
+      return tuple(decode(one, x, name) for one, x in pairs)
+    kind = frozenset if origin is frozenset else tuple
+    return kind(decode(arguments[0], x, name) for x in items)
+  return _checked((int, float) if hint is float else hint, value, name)
+
+
+def _decode_union(hint: Any, value: Any, name: str) -> Any:
+  members = _members(hint)
+  if value is None and len(members) < len(typing.get_args(hint)):
+    return None
+  if len(members) == 1:
+    return decode(members[0], value, name)
+  classes: dict[Any, Any] = {
+    one.__name__: one
+    for one in members
+    if isinstance(one, type) and dataclasses.is_dataclass(one)
+  }
+  if not classes:
+    return _checked(members, value, name)
+  fields = dict(_checked(dict, value, name))
+  kind = fields.pop(KIND, None)
+  if kind not in classes:
+    raise ValueError(f'{name} has no kind {kind!r}')
+  return _decode_record(classes[kind], fields)
+
+
+def _decode_record(kind: type, value: Any) -> Any:
+  hints = _hints(kind)
+  if not _is_object(kind):
+    value = dict(zip(hints, _checked(list, value, kind.__name__), strict=False))
+  if unknown := _checked(dict, value, kind.__name__).keys() - hints.keys():
+    raise ValueError(f'{kind.__name__} has no field {sorted(unknown)[0]}')
+  decoded = {
+    field: decode(hints[field], x, f'{kind.__name__}.{field}')
+    for field, x in value.items()
+  }
+  try:
+    return kind(**decoded)
+  except TypeError as error:
+    raise ValueError(str(error)) from error
+
+
+def _checked(kind: Any, value: Any, name: str) -> Any:
+  is_bool = isinstance(value, bool)
+  kinds = kind if isinstance(kind, tuple) else (kind,)
+  if not isinstance(value, kinds) or (is_bool and bool not in kinds):
+    wanted = ' or '.join(one.__name__ for one in kinds)
+    raise ValueError(f'{name} must be of type {wanted}, not {value!r}')
+  return value
+
+
+def _members(union: Any) -> tuple[Any, ...]:
+  kinds = typing.get_args(union)
+  return tuple(one for one in kinds if one is not types.NoneType)
+
+
+def _is_object(kind: Any) -> bool:
+  return all(field.kw_only for field in dataclasses.fields(kind))
+
+
+@functools.cache
+def _hints(kind: type) -> Mapping[str, Any]:
+  return typing.get_type_hints(kind, include_extras=True)
