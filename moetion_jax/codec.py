@@ -17,9 +17,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-KIND = 'kind'
+_KIND = 'kind'
 _MAPPINGS = (dict, collections.abc.Mapping)
-_SEQUENCES = (tuple, list, collections.abc.Sequence)
+_UNIONS = (typing.Union, types.UnionType)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +46,13 @@ def encode(value: Any, hint: Any = None) -> Any:
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   if origin is typing.Annotated:
     return arguments[1].encode(value)
-  if origin in (typing.Union, types.UnionType):
+  if origin in _UNIONS:
     members = _members(hint)
     if value is None:
       return None
-    if len(members) > 1 and dataclasses.is_dataclass(value):
-      return {KIND: type(value).__name__, **encode(value)}
-    return encode(value, members[0] if len(members) == 1 else None)
+    if len(members) == 1:
+      return encode(value, members[0])
+    return {_KIND: type(value).__name__, **encode(value)}
   if dataclasses.is_dataclass(hint):
     fields = {n: encode(vars(value)[n], h) for n, h in _hints(hint).items()}
     return fields if _is_object(hint) else list(fields.values())
@@ -64,10 +64,10 @@ def encode(value: Any, hint: Any = None) -> Any:
     return [list(map(encode, pair, arguments)) for pair in value.items()]
   if origin is frozenset:
     return [encode(x, arguments[0]) for x in sorted(value)]
-  if origin in _SEQUENCES:
-    if origin is tuple and arguments[-1] is not ...:
-      return list(map(encode, value, arguments))
-    return [encode(x, arguments[0]) for x in value]
+  if origin is tuple:
+    fixed = arguments[-1] is not ...
+    hints = arguments if fixed else arguments[:1] * len(value)
+    return list(map(encode, value, hints))
   return value
 
 
@@ -85,11 +85,11 @@ def decode(hint: Any, value: Any, name: str = '') -> Any:
   """
   origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   name = name or getattr(hint, '__name__', str(hint))
-  if hint in (Any, object):
+  if hint is Any:
     return value
   if origin is typing.Annotated:
     return arguments[1].decode(value)
-  if origin in (typing.Union, types.UnionType):
+  if origin in _UNIONS:
     return _decode_union(hint, value, name)
   if isinstance(hint, type) and dataclasses.is_dataclass(hint):
     return _decode_record(hint, value)
@@ -99,48 +99,44 @@ def decode(hint: Any, value: Any, name: str = '') -> Any:
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from error
   if origin in _MAPPINGS:
-    if arguments[0] is str:
-      pairs = [(k, v) for k, v in _checked(dict, value, name).items()]
-    else:
-      pairs = [_checked(list, pair, name) for pair in value]
-    return {
-      decode(arguments[0], key, name): decode(arguments[1], one, name)
-      for key, one in pairs
-    }
-  if origin in _SEQUENCES or origin is frozenset:
+    is_object = arguments[0] is str
+    found = _checked(dict if is_object else list, value, name)
+    return dict(
+      _decode_each(arguments, pair, name)
+      for pair in (map(list, found.items()) if is_object else found)
+    )
+  if origin is tuple and arguments[-1] is not ...:
+    return _decode_each(arguments, value, name)
+  if origin in (tuple, frozenset):
     items = _checked(list, value, name)
-    if origin is tuple and arguments[-1] is not ...:
-      pairs = zip(arguments, items, strict=True)
-      return tuple(decode(one, x, name) for one, x in pairs)
-    kind = frozenset if origin is frozenset else tuple
-    return kind(decode(arguments[0], x, name) for x in items)
+    return origin(decode(arguments[0], x, name) for x in items)
   return _checked((int, float) if hint is float else hint, value, name)
 
 
-def _decode_union(hint: Any, value: Any, name: str) -> Any:
-  members = _members(hint)
-  if value is None and len(members) < len(typing.get_args(hint)):
+def _decode_each(hints: Any, value: Any, name: str) -> tuple[Any, ...]:
+  if len(_checked(list, value, name)) != len(hints):
+    raise ValueError(f'{name} must have {len(hints)} elements, not {value}')
+  return tuple(decode(h, x, name) for h, x in zip(hints, value, strict=True))
+
+
+def _decode_union(union: Any, value: Any, name: str) -> Any:
+  members = _members(union)
+  if value is None and types.NoneType in typing.get_args(union):
     return None
   if len(members) == 1:
     return decode(members[0], value, name)
-  classes: dict[Any, Any] = {
-    one.__name__: one
-    for one in members
-    if isinstance(one, type) and dataclasses.is_dataclass(one)
-  }
-  if not classes:
-    return _checked(members, value, name)
   fields = dict(_checked(dict, value, name))
-  kind = fields.pop(KIND, None)
-  if kind not in classes:
-    raise ValueError(f'{name} has no kind {kind!r}')
-  return _decode_record(classes[kind], fields)
+  kind = fields.pop(_KIND, None)
+  for one in members:
+    if one.__name__ == kind:
+      return _decode_record(one, fields)
+  raise ValueError(f'{name} has no kind {kind!r}')
 
 
 def _decode_record(kind: type, value: Any) -> Any:
   hints = _hints(kind)
   if not _is_object(kind):
-    value = dict(zip(hints, _checked(list, value, kind.__name__), strict=False))
+    return kind(*_decode_each(hints.values(), value, kind.__name__))
   if unknown := _checked(dict, value, kind.__name__).keys() - hints.keys():
     raise ValueError(f'{kind.__name__} has no field {sorted(unknown)[0]}')
   decoded = {
@@ -149,14 +145,13 @@ def _decode_record(kind: type, value: Any) -> Any:
   }
   try:
     return kind(**decoded)
-  except TypeError as error:
+  except TypeError as error:  # its text names class and field
     raise ValueError(str(error)) from error
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:
-  is_bool = isinstance(value, bool)
   kinds = kind if isinstance(kind, tuple) else (kind,)
-  if not isinstance(value, kinds) or (is_bool and bool not in kinds):
+  if type(value) not in kinds:  # True is no number here
     wanted = ' or '.join(one.__name__ for one in kinds)
     raise ValueError(f'{name} must be of type {wanted}, not {value!r}')
   return value
