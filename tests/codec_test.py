@@ -95,7 +95,7 @@ def test_each_type_by_hand():
     ({'pairs': {'a': 1}}, '_Record.pairs must be of type list'),
     ({'pairs': [['a']]}, '_Record.pairs must have 2 elements'),
     ({'known': []}, '_Record.known must be of type dict'),
-    ({'names': [['a', 'b']]}, 'OperatorId.expert must be of type int'),
+    ({'names': [['a', 'b']]}, "OperatorId must be of type int, not 'b'"),
     ({'names': [['a', 1, 2]]}, 'OperatorId must have 2 elements'),
   ],
 )
