@@ -182,9 +182,9 @@ _FAIL = flags.DEFINE_multi_string(
   [],
   'KIND:stage=S,replica=R,iteration=I,phase=P: a fault that happens once; '
   'repeatable. KIND: '
-  + ', '.join(faults.KINDS)
+  + ', '.join(faults.FaultKind)
   + '. P: '
-  + ', '.join(faults.PHASES)
+  + ', '.join(faults.Phase)
   + '. I may be left out in start, compile, replay, hand_over and save.',
 )
 _PRINT_CONFIG = flags.DEFINE_bool(

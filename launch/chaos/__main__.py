@@ -170,8 +170,9 @@ class ChaosRun:
     """Sends a fault's signal, if there is a process to get it."""
     assert self._process is not None
     pid, stage, number = self._process.pid, None, signal.SIGKILL
-    if fault.kind != 'kill the agent':
-      stage = None if fault.kind == 'kill the standby' else fault.stage
+    kinds = draw.OutsideKind
+    if fault.kind is not kinds.KILL_AGENT:
+      stage = None if fault.kind is kinds.KILL_STANDBY else fault.stage
       replica = None if stage is None else fault.replica
       found = [
         w
@@ -179,7 +180,7 @@ class ChaosRun:
         if (w['stage'], w['replica']) == (stage, replica)
       ]
       pid = found[0]['pid'] if found else 0
-      if fault.kind == 'stop a worker':
+      if fault.kind is kinds.STOP_WORKER:
         number = signal.SIGSTOP
     if pid not in self._living():
       return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,30 +12,23 @@ from typing import Any
 
 from moetion_jax.runtime import faults
 
-# How often each kind is drawn.
-_WEIGHTS = {
-  'kill': 10,
-  'stop': 2,
-  'exit': 2,
-  'exception': 2,
-  'oom': 1,
-  'corrupt_snapshot': 1,
-  'corrupt_weights': 1,
-  'torn_snapshot': 1,
-  'corrupt_log': 1,
-  'corrupt_final': 1,
-  'corrupt_read': 1,
-  'poison_read': 1,
-  'kill_agent': 2,
-  'kill_all': 1,
-}
+
+class OutsideKind(enum.StrEnum):
+  """What a process suffers from outside."""
+
+  KILL_WORKER = 'kill a worker'
+  STOP_WORKER = 'stop a worker'
+  KILL_STANDBY = 'kill the standby'
+  KILL_AGENT = 'kill the agent'
+
+
+# How often each is drawn; for faults of scripts see `faults.TABLE`.
 _OUTSIDE_WEIGHTS = {
-  'kill a worker': 6,
-  'stop a worker': 2,
-  'kill the standby': 2,
-  'kill the agent': 1,
+  OutsideKind.KILL_WORKER: 6,
+  OutsideKind.STOP_WORKER: 2,
+  OutsideKind.KILL_STANDBY: 2,
+  OutsideKind.KILL_AGENT: 1,
 }
-OUTSIDE = tuple(_OUTSIDE_WEIGHTS)
 # Iterations to the kill: a damaged entry shows only if a neighbour reads it
 # again, soon.
 _AFTER_DAMAGE = 1
@@ -61,13 +55,13 @@ class OutsideFault:
   """A fault that a process suffers from outside.
 
   Attributes:
-    kind: one of OUTSIDE.
+    kind: what happens.
     stage: the worker's stage, where it is a worker.
     replica: the worker's replica.
     after_seconds: seconds since the fault before, or since the run trains.
   """
 
-  kind: str
+  kind: OutsideKind
   stage: int
   after_seconds: float
   replica: int = 0
@@ -90,38 +84,38 @@ def draw_script(
     replicas: replicas of each stage.
   """
   script: list[str] = []
-  kinds, weights = zip(*_WEIGHTS.items(), strict=True)
+  kinds, weights = list(faults.TABLE), [r.weight for r in faults.TABLE.values()]
   while len(script) < count:
     kind = source.choices(kinds, weights)[0]
-    phase = source.choice(faults.PHASES)
+    place = faults.TABLE[kind].place
+    phase = source.choice(list(faults.Phase))
     stage = source.randrange(stages)
     iteration = source.randint(1, iterations)
-    if phase in faults.START_PHASES and kind not in _START_KINDS:
-      phase = 'forward'
-    elif phase == faults.REPLAY:
+    is_early = phase in faults.START_PHASES
+    if is_early and place is not faults.Place.PROCESS:
+      phase = faults.Phase.FORWARD
+    elif phase is faults.Phase.REPLAY:
       iteration = source.choice((0, iteration))
-    if kind == 'corrupt_log':
-      phase, iteration = 'forward', source.randint(2, max(2, iterations - 1))
-    elif kind == faults.FINAL_KIND:
+    if place is faults.Place.LOG:
+      phase = faults.Phase.FORWARD
+      iteration = source.randint(2, max(2, iterations - 1))
+    elif place is faults.Place.FINAL_STATE:
       phase = source.choice(faults.END_PHASES)
     if phase in faults.END_PHASES:
       iteration = 0
     replica = _replica(source, replicas)
-    if phase == 'save':
+    if phase is faults.Phase.SAVE:
       stage, replica = 0, 0  # who saves
     of = f'replica={replica},'
     script.append(
       f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'
     )
-    if kind == 'corrupt_log' and stages > 1:
+    if place is faults.Place.LOG and stages > 1:
       reader = stage + 1 if stage + 1 < stages else stage - 1
       script.append(
         f'kill:stage={reader},{of}iteration={iteration + _AFTER_DAMAGE}'
       )
   return script[:count]
-
-
-_START_KINDS = ('kill', 'stop', 'exit', 'exception', 'oom')
 
 
 def _replica(source: random.Random, replicas: int) -> int:

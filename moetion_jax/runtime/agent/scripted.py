@@ -31,8 +31,8 @@ def happens(
   worker.fault_at = message.at
   if fault.phase not in faults.START_PHASES:
     worker.iteration = max(worker.iteration, fault.iteration)
-  if fault.kind == 'kill_all':
+  if fault.kind is faults.FaultKind.KILL_ALL:
     for each in everyone():
       each.kill()
-  if fault.kind in faults.AGENT_KINDS:
+  if faults.TABLE[fault.kind].place is faults.Place.AGENT:
     os.kill(os.getpid(), signal.SIGKILL)

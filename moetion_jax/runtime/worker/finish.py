@@ -141,7 +141,7 @@ class Finish:
       del fault, iteration
       fault_damage.flip_bit_in_largest(folder)
 
-    self._injector.acts[faults.FINAL_KIND] = damage
+    self._injector.acts[faults.Place.FINAL_STATE] = damage
 
 
 def check_whole(

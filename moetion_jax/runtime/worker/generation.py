@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -272,16 +273,8 @@ class StageRun:
       del iteration
       if snapshots:
         snapshots.flush()
-      if fault.kind == 'torn_snapshot':
-        fault_damage.tear_snapshot(self._folder)
-      elif fault.kind == 'corrupt_weights':
-        # The weights of the newest are overwritten before they are used.
-        fault_damage.flip_bit_in_snapshot(
-          self._folder, snapshot.COMPUTE, newer=1, every=True
-        )
-      else:
-        fault_damage.flip_bit_in_snapshot(self._folder, snapshot.STATE)
-      self._injector.acts['kill'](fault, 0)
+      fault_damage.damage_snapshot(self._folder, fault.kind)
+      faults.signal_self(signal.SIGKILL)
 
     def damage_log(fault: faults.Fault, iteration: int) -> None:
       del fault
@@ -294,14 +287,14 @@ class StageRun:
 
     reads = fault_damage.ReadDamage(self._spec.folder)
     self._worker.on_read = reads.after_read
-    acts = {
-      **dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot),
-      'corrupt_log': damage_log,
-      **dict.fromkeys(faults.READ_KINDS, reads.arm),
+    acts: dict[faults.Place, faults.Act] = {
+      faults.Place.SNAPSHOTS: damage_snapshot,
+      faults.Place.LOG: damage_log,
+      faults.Place.READS: reads.arm,
     }
     self._injector.acts |= acts
-    for kind in acts:  # they would keep the log and the snapshots alive
-      self._closing.callback(self._injector.acts.pop, kind)
+    for place in acts:  # they would keep the log and the snapshots alive
+      self._closing.callback(self._injector.acts.pop, place)
 
   def _between(self, target: int) -> bool:
     """Reports, between iterations, that `target` is reached; True: stop."""

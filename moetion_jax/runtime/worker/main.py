@@ -140,8 +140,7 @@ def _injector(
       messages.FaultHappens(number=fault.number, at=time.monotonic())
     ),
   )
-  for kind in faults.AGENT_KINDS:
-    injector.acts[kind] = lambda fault, iteration: signal.pause()
+  injector.acts[faults.Place.AGENT] = lambda fault, iteration: signal.pause()
   return injector
 
 

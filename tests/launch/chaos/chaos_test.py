@@ -33,13 +33,13 @@ def test_everything_is_drawn(replicas):
   assert {(fault.stage, fault.replica) for fault in script} == everybody
   drawn = {(fault.kind, fault.phase) for fault in script}
   assert {phase for kind, phase in drawn if kind == 'kill'} == set(
-    faults_lib.PHASES
+    faults_lib.Phase
   )
-  assert {kind for kind, _ in drawn} == set(faults_lib.KINDS)
+  assert {kind for kind, _ in drawn} == set(faults_lib.FaultKind)
   outside = draw.draw_outside(
     source, 300, stages=3, mean_seconds=2.0, replicas=replicas
   )
-  assert {fault.kind for fault in outside} == set(draw.OUTSIDE)
+  assert {fault.kind for fault in outside} == set(draw.OutsideKind)
   assert {(fault.stage, fault.replica) for fault in outside} == everybody
   assert 1.5 < sum(f.after_seconds for f in outside) / len(outside) < 2.5
 
