@@ -14,11 +14,7 @@ from launch.offline import stored_log, stored_run
 from moetion_jax import errors, keys, report
 from moetion_jax.capture import conversion, programs as capture_programs
 from moetion_jax.programs import stage as stage_lib
-from moetion_jax.snapshots import (
-  coverage,
-  file as snapshot_file,
-  snapshot as snapshot_lib,
-)
+from moetion_jax.snapshots import coverage, reader, snapshot as snapshot_lib
 from moetion_jax.state import partition
 from moetion_jax.training import worker
 
@@ -231,15 +227,9 @@ class _Attempt:
     if info is None or not info.shares:
       raise errors.StoreError('there is none, or it was damaged')
     try:
-      shares = []
-      for share in info.shares:
-        found = snapshot_file.open_snapshot(share.path, verify=True)
-        shares.append(
-          snapshot_lib.from_arrays(
-            self._tools.captures.layout, found.metadata, found.arrays
-          )
-        )
-      snapshot = snapshot_lib.merge(shares)
+      snapshot = reader.load(
+        self._tools.captures.layout, (share.path for share in info.shares)
+      )
     except errors.StoreError as error:
       self.damaged[iteration] = str(error)
       raise

@@ -16,7 +16,7 @@ import numpy as np
 
 from launch.lm import settings as run_settings
 from moetion_jax import config as config_lib, errors, keys
-from moetion_jax.hostmem import entry, raw_bytes, segment
+from moetion_jax.hostmem import entry, segment
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import coverage, file as snapshot_file
@@ -87,14 +87,9 @@ class SnapshotInfo:
   @functools.cached_property
   def shares(self) -> tuple[ShareInfo, ...]:
     """Shares that make the snapshot, by replica; () while one is missing."""
-    of_team: dict[int, dict[int, ShareInfo]] = {}
-    for one in self.found:
-      team = of_team.setdefault(one.share.replicas, {})
-      team.setdefault(one.share.replica, one)
-    for replicas, team in sorted(of_team.items()):
-      if len(team) == replicas:
-        return tuple(one for _, one in sorted(team.items()))
-    return ()
+    named = {one.share.name: one for one in self.found}
+    teams = coverage.whole_teams(named).values()
+    return tuple(named[name] for team in teams for name in team)
 
   @property
   def path(self) -> pathlib.Path:
@@ -219,12 +214,9 @@ class StoredStage:
         return None
       with contextlib.suppress(errors.StoreError):
         with snapshot_file.open_snapshot(one.path) as stored:
+          stored.verify(DIGESTS)
           rows = np.array(stored.arrays[DIGESTS])
-          if (
-            raw_bytes.checksum(rows)
-            == stored.manifest.buffers[DIGESTS].checksum
-          ):
-            found |= dict(zip(names, rows, strict=True))
+          found |= dict(zip(names, rows, strict=True))
     return found if found.keys() == self.operators else None
 
 

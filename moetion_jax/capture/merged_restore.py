@@ -11,7 +11,12 @@ import jax
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.snapshots import file as snapshot_file, folders, snapshot
+from moetion_jax.snapshots import (
+  file as snapshot_file,
+  folders,
+  reader,
+  snapshot,
+)
 from moetion_jax.state import layout as layout_lib, partition
 
 
@@ -48,15 +53,10 @@ def load(
   for iteration in sorted(iterations, reverse=True):
     if iteration > start or len(state) == len(layout.operators):
       continue
-    shares = []
-    for path in folders.find_shares(root, stage, iteration):
-      stored = snapshot_file.open_snapshot(path, verify=True)
-      shares.append(
-        snapshot.from_arrays(layout, stored.metadata, stored.arrays)
-      )
-    if not shares:
+    paths = folders.find_shares(root, stage, iteration)
+    if not paths:
       continue
-    merged = snapshot.merge(shares)
+    merged = reader.load(layout, paths)
     newest = newest or merged
     if newest.metadata['iteration'] != start:
       raise errors.StoreError(f'{root}: stage {stage} has no snapshot {start}')

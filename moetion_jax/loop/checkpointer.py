@@ -42,6 +42,7 @@ from moetion_jax.snapshots import (
   file as snapshot_file,
   manifest,
   memory_store,
+  reader,
   snapshot as snapshot_lib,
 )
 from moetion_jax.state import (
@@ -421,16 +422,13 @@ class SparseCheckpointer:
     weak: dict[int, list[str]] = {}
 
     def load(iteration: int) -> snapshot_lib.Snapshot:
-      stored = snapshot_file.open_snapshot(
-        self._paths()[iteration], verify=True
-      )
-      weak[iteration] = stored.metadata.get(_WEAK, [])
       try:
-        snapshot = snapshot_lib.from_arrays(
-          self._layout, stored.metadata, stored.arrays
-        )
+        snapshot = reader.load(self._layout, [self._paths()[iteration]])
+      except manifest.SnapshotCorruptError:
+        raise
       except errors.StoreError as error:
         raise _OtherStateError(str(error)) from error
+      weak[iteration] = snapshot.metadata.get(_WEAK, [])
       return (
         snapshot if is_compared else dataclasses.replace(snapshot, extras={})
       )

@@ -12,8 +12,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from moetion_jax import keys
+
+
+class ShareName(NamedTuple):
+  """The name of a share among all shares of a stage.
+
+  Attributes:
+    iteration: the iteration after which the state was captured.
+    replicas: number of shares that make the stage's snapshot.
+    replica: the worker's replica, from 0.
+  """
+
+  iteration: int
+  replicas: int
+  replica: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +54,11 @@ class Share:
       raise ValueError(
         f'share {self.replica} of {self.replicas} of iteration {self.iteration}'
       )
+
+  @property
+  def name(self) -> ShareName:
+    """Name of the share; its copies have the same."""
+    return ShareName(self.iteration, self.replicas, self.replica)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +92,31 @@ class Start:
   complete_at: int
 
 
-def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
+def whole_teams(names: Iterable[ShareName]) -> dict[int, list[ShareName]]:
   """Finds the snapshots of a stage that have all their shares.
 
   A stage that changed its number of replicas may have captured an iteration
   twice, with the same bits in other shares. Shares of the two never make a
   snapshot together; if both are complete, the one with fewer shares is taken.
+
+  Args:
+    names: the names of the shares that there are.
+
+  Returns:
+    The shares that make each snapshot, by replica; by iteration, ascending.
+  """
+  teams: dict[tuple[int, int], set[ShareName]] = {}
+  for name in names:
+    teams.setdefault((name.iteration, name.replicas), set()).add(name)
+  whole: dict[int, list[ShareName]] = {}
+  for (iteration, replicas), team in sorted(teams.items()):
+    if len(team) == replicas:
+      whole.setdefault(iteration, sorted(team))
+  return whole
+
+
+def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
+  """Finds the snapshots that have all their shares, see `whole_teams`.
 
   Args:
     shares: shares of one stage, in any order; copies of a share count once.
@@ -89,24 +128,22 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
     ValueError: two shares of one iteration, replica and number of replicas hold
       different operators.
   """
-  groups: dict[tuple[int, int], dict[int, Share]] = {}
+  named: dict[ShareName, Share] = {}
   for share in shares:
-    group = groups.setdefault((share.iteration, share.replicas), {})
-    if group.setdefault(share.replica, share) != share:
+    if named.setdefault(share.name, share) != share:
       raise ValueError(
         f'iteration {share.iteration} has two different shares '
         f'{share.replica} of {share.replicas}'
       )
-  records: dict[int, SnapshotRecord] = {}
-  for (iteration, replicas), group in sorted(groups.items()):
-    if len(group) == replicas and iteration not in records:
-      records[iteration] = SnapshotRecord(
-        iteration=iteration,
-        replicas=replicas,
-        state=frozenset().union(*(s.state for s in group.values())),
-        compute=frozenset().union(*(s.compute for s in group.values())),
-      )
-  return tuple(records.values())
+  return tuple(
+    SnapshotRecord(
+      iteration=iteration,
+      replicas=len(team),
+      state=frozenset().union(*(named[name].state for name in team)),
+      compute=frozenset().union(*(named[name].compute for name in team)),
+    )
+    for iteration, team in whole_teams(named).items()
+  )
 
 
 def initial_record(operators: Iterable[keys.OperatorId]) -> SnapshotRecord:

@@ -26,7 +26,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,7 +184,7 @@ def write(
         nbytes=end - offset,
         checksum=buffer.checksum(data_file.memory[offset:end]),
       )
-      offset = manifest_lib.padded(end)
+      offset = raw_bytes.padded(end)
   manifest = manifest_lib.Manifest(
     metadata=metadata, buffers=stored, used_bytes=used_bytes
   )
@@ -231,16 +231,21 @@ class StoredSnapshot:
     """The JSON object that the snapshot was written with."""
     return self.manifest.metadata
 
-  def verify(self) -> None:
-    """Raises SnapshotCorruptError, naming the first damaged buffer."""
+  def verify(self, *names: str) -> None:
+    """Raises SnapshotCorruptError, naming the first damaged buffer.
+
+    Args:
+      *names: names of the buffers to verify; all by default.
+    """
     # The raising frame has no array: a kept traceback must not keep the lease.
-    damage = self._damage()
+    damage = self._damage(names or self.arrays)
     if damage:
       raise manifest_lib.SnapshotCorruptError(damage)
 
-  def _damage(self) -> str:
-    for name, array in self.arrays.items():
-      found, buffer = raw_bytes.checksum(array), self.manifest.buffers[name]
+  def _damage(self, names: Iterable[str]) -> str:
+    for name in names:
+      found = raw_bytes.checksum(self.arrays[name])
+      buffer = self.manifest.buffers[name]
       if found != buffer.checksum:
         return (
           f'{self.path / DATA_NAME}: buffer {name} (bytes {buffer.offset} to '

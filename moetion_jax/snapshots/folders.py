@@ -66,22 +66,18 @@ def read_shares(
 def find_shares(
   folder: str | os.PathLike[str], stage: int, iteration: int
 ) -> list[pathlib.Path]:
-  """Finds the shares that make a stage's snapshot.
-
-  Follows the rule of `coverage.complete_records`.
+  """Finds the shares that make a stage's snapshot, see `coverage.whole_teams`.
 
   Returns:
     Their directories by replica; [] if there is no such snapshot.
   """
-  of_number: dict[int, dict[int, pathlib.Path]] = {}
+  found: dict[coverage.ShareName, pathlib.Path] = {}
   for of_replica in snapshots_folders(folder, stage):
     path = snapshot_file.list_snapshots(of_replica).get(iteration)
     if path is None:
       continue
     metadata = snapshot_file.read_manifest(path).metadata
-    group = of_number.setdefault(metadata['replicas'], {})
-    group[metadata['replica']] = path
-  for replicas, group in sorted(of_number.items()):
-    if len(group) == replicas:
-      return [group[replica] for replica in range(replicas)]
-  return []
+    found[share_of(metadata).name] = path
+  return [
+    found[name] for name in coverage.whole_teams(found).get(iteration, ())
+  ]

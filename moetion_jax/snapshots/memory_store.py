@@ -27,7 +27,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from moetion_jax import errors
-from moetion_jax.hostmem import memory_limits, private, store_folder
+from moetion_jax.hostmem import (
+  memory_limits,
+  private,
+  raw_bytes,
+  store_folder,
+)
 from moetion_jax.snapshots import file as snapshot_file, manifest, orbax_handler
 
 _POOL_PREFIX = 'free-'
@@ -63,7 +68,7 @@ class SnapshotStore:
       files: largest number of snapshots, the one being written included.
     """
     self.folder = pathlib.Path(folder)
-    self._size_bytes = _whole_pages(size_bytes)
+    self._size_bytes = raw_bytes.whole_pages(max(size_bytes, 1))
     self._files = files
     self._reserved_bytes = self._size_bytes * files
     self._is_cut_anew = False
@@ -157,7 +162,7 @@ class SnapshotStore:
     Raises:
       StoreError: not even one file would fit.
     """
-    size_bytes = _whole_pages(size_bytes)
+    size_bytes = raw_bytes.whole_pages(size_bytes)
     if size_bytes <= self._size_bytes:
       return
     if size_bytes > self._reserved_bytes:
@@ -447,11 +452,6 @@ class SnapshotStore:
       with contextlib.suppress(OSError):  # damaged from outside
         held.append((path / snapshot_file.DATA_NAME).stat().st_size)
     return sum(held)
-
-
-def _whole_pages(size_bytes: int) -> int:
-  page = os.sysconf('SC_PAGE_SIZE')
-  return max(1, -(-size_bytes // page)) * page
 
 
 def _compare_buffers(

@@ -43,6 +43,7 @@ from moetion_jax.snapshots import (
   file as snapshot_file,
   folders,
   memory_store,
+  reader,
   snapshot,
 )
 from moetion_jax.state import partition
@@ -332,13 +333,7 @@ class StageRun:
       raise errors.StoreError(f'{self._folder / str(iteration)}: there is none')
     if self._stage.ownership and len(paths) == len(self._spec.team):
       paths = [paths[self._stage.ownership.position]]
-    shares = []
-    for path in paths:
-      stored = snapshot_file.open_snapshot(path, verify=True)
-      shares.append(
-        snapshot.from_arrays(self._whole, stored.metadata, stored.arrays)
-      )
-    return snapshot.merge(shares)
+    return reader.load(self._whole, paths)
 
   def _load_merged(self, iteration: int) -> snapshot.Snapshot:
     """Loads a snapshot of all operators, each as new as there is."""

@@ -1,11 +1,11 @@
-"""Which calls capture a slot, packed."""
+"""Which calls capture a slot."""
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
 from moetion_jax import keys
-from moetion_jax.capture import packed
+from moetion_jax.capture import sources
 
 
 def _queues(*counts):
@@ -41,8 +41,23 @@ def _queues(*counts):
   ],
 )
 def test_calls(counts, expected):
-  calls = packed.deal(_queues(*counts), (16, 4, 1))
+  calls = sources.deal(_queues(*counts), (16, 4, 1), may_pad=True)
   assert [(call.sources, call.rows) for call in calls] == expected
+
+
+@pytest.mark.parametrize(
+  ('counts', 'expected'),
+  [
+    ([1], [1]),
+    ([3], [1, 1, 1]),
+    ([5], [4, 1]),
+    ([20], [16, 4]),
+    ([4, 0, 1], [4]),
+  ],
+)
+def test_calls_without_padding(counts, expected):
+  calls = sources.deal(_queues(counts), (16, 4, 1), may_pad=False)
+  assert [call.rows for call in calls] == expected
 
 
 @hypothesis.given(
@@ -57,7 +72,7 @@ def test_calls(counts, expected):
 def test_every_operator_is_in_one_call(counts):
   queues = _queues(*counts)
   found = []
-  for call in packed.deal(queues, (16, 4, 1)):
+  for call in sources.deal(queues, (16, 4, 1), may_pad=True):
     assert call.picked
     if len(call.sources) > 1:
       everything = call.rows * len(call.sources) * len(counts[0])
