@@ -65,7 +65,7 @@ class _CaptureJob:
   extras: Mapping[str, jax.Array | np.ndarray]
   fields: Mapping[str, Any]
   replace: bool
-  published_count: int
+  mark: log_interface.Mark
   is_whole: bool
 
 
@@ -235,7 +235,7 @@ class Snapshotter:
         extras=extras,
         fields=fields,
         replace=is_broken,
-        published_count=self._log.published_count if self._log else 0,
+        mark=self._log.mark() if self._log else (),
         is_whole=decision.is_whole,
       )
       self._changed.notify_all()
@@ -300,7 +300,7 @@ class Snapshotter:
     on_host = captured.to_host()
     buffers = on_host.buffers()
     if self._log:
-      self._log.flush(count=job.published_count)
+      self._log.flush(mark=job.mark)
     metadata = on_host.metadata(
       iteration=job.iteration, **self._fields, **job.fields
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import raw_bytes
+from moetion_jax.logs import interface
 
 
 class MemoryStore:
@@ -23,11 +24,8 @@ class MemoryStore:
     self.entries: dict[keys.EntryKey, jax.Array | np.ndarray] = {}
 
 
-class MemoryLog:
-  """One worker's log in a `MemoryStore` (see `interface.Log`)."""
-
-  late_seconds = 0.0
-  blocked_for = None
+class MemoryLog(interface.Log):
+  """One worker's log in a `MemoryStore`."""
 
   def __init__(
     self,
@@ -51,7 +49,7 @@ class MemoryLog:
 
   @property
   def waiting_for(self) -> keys.EntryKey | None:
-    """The entry that `read` waits for at this moment, or None."""
+    """See `interface.Log`."""
     return self._waiting_for
 
   def start(self) -> None:
@@ -110,13 +108,6 @@ class MemoryLog:
       return array
     return jax.device_put(array, sharding)
 
-  def prefetch(
-    self,
-    key: keys.EntryKey,
-    sharding: jax.sharding.Sharding | None = None,
-  ) -> None:
-    """Does nothing: entries are on the device when they are published."""
-
   def retain(self, first_iteration: int) -> None:
     """See `interface.Log`."""
     me = self._worker.stage, self._worker.replica
@@ -124,16 +115,6 @@ class MemoryLog:
       for key in list(self._store.entries):
         if (key.stage, key.replica) == me and key.iteration < first_iteration:
           del self._store.entries[key]
-
-  @property
-  def published_count(self) -> int:
-    """Always 0: no entry is ever on its way."""
-    return 0
-
-  def flush(
-    self, timeout_seconds: float | None = None, count: int | None = None
-  ) -> None:
-    """Does nothing: entries are there when `publish` returns."""
 
   def _check(self) -> None:
     if self._error:

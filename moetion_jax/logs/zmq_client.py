@@ -10,31 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import NamedTuple
 
 import numpy as np
 import xxhash
 import zmq
 
-from moetion_jax import errors, keys as keys_lib
+from moetion_jax import keys as keys_lib
 from moetion_jax.hostmem import entry
 from moetion_jax.logs import receive_buffers, remote, wire_format
 
 _MAX_ENTRY_BYTES = 1 << 36
-
-
-class Arrival(NamedTuple):
-  """Result of a read that ended.
-
-  Attributes:
-    key: name of the entry.
-    header: header of the entry; None if there is none.
-    result: the entry, complete and correct, or the error that says why not.
-  """
-
-  key: keys_lib.EntryKey
-  header: entry.EntryHeader | None
-  result: np.ndarray | errors.StoreError
 
 
 @dataclasses.dataclass
@@ -51,10 +36,7 @@ class _Want:
 
 
 class StoreClient:
-  """Reads entries from the store servers of other hosts.
-
-  Use it from one thread: `want`, poll, `collect`, again and again. Call
-  `collect` at least once a second: it repeats what got no answer.
+  """A `remote.ReadClient` of `zmq_server.StoreServer`s.
 
   Attributes:
     malformed_count: number of messages ignored because they were not ours.
@@ -63,21 +45,19 @@ class StoreClient:
   def __init__(
     self,
     worker: keys_lib.WorkerId,
-    poller: zmq.Poller,
+    resend_seconds: float,
     secret: bytes | None = None,
-    resend_seconds: float = 1.0,
   ):
     """Stores the settings.
 
     Args:
       worker: the worker that reads.
-      poller: poller with which connections are registered as they come and go.
-      secret: secret of the job.
       resend_seconds: seconds without an answer until a read is sent again.
+      secret: secret of the job.
     """
     self.malformed_count = 0
     self._worker = worker
-    self._poller = poller
+    self._poller = zmq.Poller()
     self._secret = secret
     self._resend_seconds = resend_seconds
     self._context: zmq.Context | None = None
@@ -86,7 +66,7 @@ class StoreClient:
     self._pool = receive_buffers.BufferPool()
 
   def close(self) -> None:
-    """Drops all connections and reads. May be called twice."""
+    """See `remote.ReadClient`."""
     for address in list(self._sockets):
       self._disconnect(address)
     self._wants.clear()
@@ -95,27 +75,28 @@ class StoreClient:
       self._context = None
 
   def want(self, key: keys_lib.EntryKey, address: str) -> None:
-    """Asks for an entry, unless that address was asked for it already.
-
-    Raises:
-      StoreError: the address is not loopback and there is no secret.
-    """
+    """See `remote.ReadClient`."""
     want = self._wants.get(key)
     if want is None or want.address != address:
       self._wants[key] = _Want(address, 0.0)
       self._send_due()
 
   def forget(self, key: keys_lib.EntryKey) -> None:
-    """Stops asking for an entry."""
+    """See `remote.ReadClient`."""
     self._wants.pop(key, None)
 
   def keep(self, addresses: set[str]) -> None:
-    """Disconnects from every address but these."""
+    """See `remote.ReadClient`."""
     for address in set(self._sockets) - addresses:
       self._disconnect(address)
 
-  def collect(self) -> list[Arrival]:
-    """Returns what came since the last call."""
+  def wait(self, fd: int, timeout_seconds: float) -> None:
+    """See `remote.ReadClient`."""
+    self._poller.register(fd, zmq.POLLIN)
+    self._poller.poll(int(timeout_seconds * 1000))
+
+  def collect(self) -> list[remote.Arrival]:
+    """See `remote.ReadClient`."""
     arrived = []
     for address, connection in list(self._sockets.items()):
       while connection.poll(0):
@@ -129,7 +110,9 @@ class StoreClient:
     self._send_due()
     return arrived
 
-  def _receive(self, address: str, connection: zmq.Socket) -> Arrival | None:
+  def _receive(
+    self, address: str, connection: zmq.Socket
+  ) -> remote.Arrival | None:
     """Takes a message in; returns the result if it completes a read."""
     head = connection.recv()
     reply = wire_format.unpack(head[: wire_format.MESSAGE_BYTES])
@@ -142,7 +125,7 @@ class StoreClient:
     if want is None or want.address != address:
       return None  # answered before, or by a server we no longer ask
     if kind == wire_format.MessageType.FENCED:
-      return Arrival(
+      return remote.Arrival(
         key, header, remote.FencedError(f'{self._worker} was replaced')
       )
     if (
@@ -173,8 +156,8 @@ class StoreClient:
       return None
     if want.digest.intdigest() != header.checksum:
       damaged = entry.EntryCorruptError(key, f'damaged at {address}')
-      return Arrival(key, header, damaged)
-    return Arrival(key, header, want.array)
+      return remote.Arrival(key, header, damaged)
+    return remote.Arrival(key, header, want.array)
 
   def _send_due(self) -> None:
     now = time.monotonic()

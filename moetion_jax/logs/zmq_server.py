@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class StoreServer:
-  """Serves the committed entries of a store folder to other hosts.
+  """A `remote.ReadServer`.
 
   Runs in the host's agent, so it outlives the workers whose entries it serves.
 
@@ -79,12 +79,7 @@ class StoreServer:
     self._strangers: dict[int, None] = {}
 
   def start(self) -> None:
-    """Binds the address and starts to serve.
-
-    Raises:
-      StoreError: the address is taken, or is not loopback and there is no
-        secret; or the doorbell cannot be bound.
-    """
+    """See `remote.ReadServer`."""
     wire_format.check_address(self.address, self._secret)
     self._bell.start()
     self._context = zmq.Context()
@@ -122,7 +117,7 @@ class StoreServer:
     self._thread.start()
 
   def close(self) -> None:
-    """Stops serving; readers go on asking. May be called twice."""
+    """See `remote.ReadServer`."""
     self._closing.set()
     if self._thread is not None:
       self._bell.ring()
@@ -141,7 +136,7 @@ class StoreServer:
     self._bell.close()
 
   def fence(self, stage: int, replica: int, generation: int) -> None:
-    """Refuses requests of that worker from older generations than this one."""
+    """See `remote.ReadServer`."""
     self._generations[stage, replica] = generation
 
   def _serve(self) -> None:

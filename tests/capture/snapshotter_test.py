@@ -59,13 +59,15 @@ class _HeldStore(memory_store.SnapshotStore):
 class _Log:
   """Records when it is flushed, and up to which entry."""
 
-  published_count = 0
-
   def __init__(self, events):
+    self.published_count = 0
     self._events = events
 
-  def flush(self, timeout_seconds=None, count=None):
-    self._events.append(('flush', count))
+  def mark(self):
+    return (self.published_count,)
+
+  def flush(self, timeout_seconds=None, mark=None):
+    self._events.append(('flush', mark))
 
 
 @pytest.fixture
@@ -605,10 +607,10 @@ def test_a_snapshot_counts_only_after_what_was_published_before_it(training):
   log.published_count = 99  # later than the snapshot: of no concern
   taker.flush()
   assert events == [
-    ('flush', 7),
+    ('flush', (7,)),
     ('save', 1),
     ('told', 1),
-    ('flush', 12),
+    ('flush', (12,)),
     ('save', 2),
     ('told', 2),
   ]

@@ -4,6 +4,7 @@ Each script below is one process. Faults are scripted: a process kills itself
 at a given point, or says on stdout that it is where it shall be killed.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -24,6 +25,7 @@ from moetion_jax.logs import (
   boundary_log,
   interface as log_interface,
   remote,
+  zmq_client,
   zmq_server,
 )
 from tests.support import runs
@@ -52,13 +54,15 @@ _JAX_HEAD = (
   + """
 import jax
 from jax import numpy as jnp
-from moetion_jax.logs import boundary_log, interface, remote
+import functools
+from moetion_jax.logs import boundary_log, interface, remote, zmq_client
 
-def start_log(stage, generation=1, **settings):
+def start_log(stage, generation=1, secret=None, **settings):
   log = boundary_log.BoundaryLog(
     keys.WorkerId(stage, 0, generation),
     interface.LogSettings(
       **(dict(folder=folder, size_bytes=1 << 20) | settings)),
+    functools.partial(zmq_client.StoreClient, secret=secret),
   )
   log.start()
   return log
@@ -135,10 +139,12 @@ def folder(folders):
   return folders()
 
 
-def _log(folder, stage, **settings):
+def _log(folder, stage, secret=None, **settings):
+  settings = {'size_bytes': 1 << 20, **settings}
   log = boundary_log.BoundaryLog(
     keys.WorkerId(stage, 0, 1),
-    log_interface.LogSettings(folder=folder, size_bytes=1 << 20, **settings),
+    log_interface.LogSettings(folder=folder, **settings),
+    functools.partial(zmq_client.StoreClient, secret=secret),
   )
   log.start()
   return log
@@ -294,11 +300,7 @@ sys.stdin.read()
   'script', [_READER_THAT_HOLDS, _JAX_READER_THAT_HOLDS], ids=['view', 'jax']
 )
 def test_lease_of_a_reader_that_is_killed(spawn, folder, script):
-  log = boundary_log.BoundaryLog(
-    keys.WorkerId(0, 0, 1),
-    log_interface.LogSettings(folder=folder, size_bytes=4096),
-  )
-  log.start()
+  log = _log(folder, 0, size_bytes=4096)
   log.publish(_key(1), np.ones(1024, np.int32))
   log.flush(_SECONDS)
   reader = spawn(script, folder)

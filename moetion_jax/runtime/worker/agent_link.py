@@ -6,12 +6,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetion_jax import errors
 from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import hang_detection, stopping
 from moetion_jax.runtime import messages
+
+if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
+  from moetion_jax.logs import interface as log_interface
 
 _STATE_SECONDS = 0.25  # between two looks at what the worker does
 
@@ -49,7 +52,7 @@ class AgentLink:
     self._scarce = ''
     self._worker: Any = None
     self._finished = False
-    self._log: Any = None
+    self._log: log_interface.Log | None = None
     self._locations: tuple[messages.ProducerLocation, ...] = ()
     self._decide: Decide = lambda decision: None
     self._interrupt_lock = threading.Lock()  # guards the next two attributes
@@ -117,7 +120,7 @@ class AgentLink:
     """Sets the function that is called with each of the leader's decisions."""
     self._decide = decide
 
-  def locating(self, log: Any) -> None:
+  def locating(self, log: log_interface.Log | None) -> None:
     """Sets the log that is told where entries are, as far as known."""
     with self._lock:
       self._log = log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import signal
 import time
@@ -25,6 +26,7 @@ from moetion_jax.logs import (
   boundary_log,
   interface as log_interface,
   joined_log,
+  zmq_client,
 )
 from moetion_jax.policies import planner
 from moetion_jax.programs import stage as stage_lib
@@ -239,7 +241,7 @@ class StageRun:
     self._digests = report.digests
     self._link.send(messages.Reported(report=report))
 
-  def _log(self, go: orders.Go) -> Any:
+  def _log(self, go: orders.Go) -> log_interface.Log:
     """Makes this worker's log, joined with those of replicas it stands for."""
     spec = self._spec
     settings = log_interface.LogSettings(
@@ -248,12 +250,14 @@ class StageRun:
       cells=go.cells,
       fresh=go.is_fresh,
       host=spec.host,
-      secret=bytes.fromhex(spec.secret) or None,
       full_seconds=spec.full_seconds,
+    )
+    connect = functools.partial(
+      zmq_client.StoreClient, secret=bytes.fromhex(spec.secret) or None
     )
     of_replica = {
       replica: boundary_log.BoundaryLog(
-        keys.WorkerId(spec.stage, replica, spec.generation), settings
+        keys.WorkerId(spec.stage, replica, spec.generation), settings, connect
       )
       for replica in (spec.replica, *spec.stands_for)
     }
