@@ -22,10 +22,14 @@ _SECONDS = 30.0
 
 
 def _receive(connection: socket.socket, nbytes: int) -> bytearray:
-  """Receives so many bytes; raises ConnectionError if there are none."""
+  """Receives so many bytes; raises ConnectionError if it ends before."""
   data = bytearray(nbytes)
-  if nbytes and connection.recv_into(data, 0, socket.MSG_WAITALL) != nbytes:
-    raise ConnectionError('closed')
+  left = memoryview(data)
+  while left:
+    count = connection.recv_into(left)
+    if not count:
+      raise ConnectionError('closed')
+    left = left[count:]
   return data
 
 
