@@ -148,9 +148,9 @@ def _convert(run: stored_run.StoredRun) -> None:
     local_devices=run.config.train.local_devices,
     compilation_cache_dir=_CACHE.value,
   )
-  from launch.lm import checkpoint
   from launch.offline import rebuild
   from moetion_jax import report
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file
 
   run, data = load_data(run, stage, _DATA.value)
   if changed := check_environment(
@@ -186,8 +186,12 @@ def _convert(run: stored_run.StoredRun) -> None:
   if not done.is_verified and done.iteration:
     _warn(f'No digest of state {done.iteration} was recorded anywhere.')
   if _OUT.value:
-    checkpoint.save(
-      _OUT.value, [done.state], done.iteration, run.config, done.digests
+    checkpoint_file.save(
+      _OUT.value,
+      [done.state],
+      done.iteration,
+      run.config.to_json(),
+      done.digests,
     )
     print(f'Written: {os.path.abspath(_OUT.value)}')
 

@@ -208,6 +208,17 @@ def build_stage(
     capacity_shape=(len(moe_layers), config.num_experts)
     if max_capacity_factor is not None and moe_layers
     else None,
+    scaled=(
+      lambda factor: build_stage(
+        config,
+        spec,
+        seed=seed,
+        expert_devices=expert_devices,
+        max_capacity_factor=factor,
+      )
+    )
+    if moe_layers and config.capacity_factor
+    else None,
   )
 
 

@@ -289,7 +289,7 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
     train_overrides={'stages': 1, 'eval_every': 0},
     optimizer_overrides={},
   )
-  full = transformer_job.build_stage(config, 0)
+  full = transformer_job.of(config).build_stage(0)
   without = copy.copy(full)
   without.functions = Frozen(
     full.model,

@@ -83,7 +83,7 @@ def main() -> None:
     compilation_cache_dir=task['cache'],
   )
   watch.lap('imports')
-  stage = transformer_job.declare_stage(config, task['stage'])
+  stage = transformer_job.of(config).declare_stage(task['stage'])
   watch.lap('declare')
   traced = stage.trace()
   watch.lap('trace')

@@ -31,6 +31,7 @@ from moetion_jax.policies import settings as capture_settings
 from moetion_jax.policies.kinds import sparse
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import memory_store
+from moetion_jax.training import job as job_lib
 
 # A block has as many iterations as take so long, and a multiple of
 # _ORBAX_EVERY.
@@ -162,7 +163,7 @@ class _Sparse(_Subject):
     layout = stage.layout_of(self.worker.stage)
     self.programs = capture_programs.CapturePrograms(layout)
     self.programs.compile()
-    self.sizes = transformer_job.stage_sizes(layout, 1)
+    self.sizes = job_lib.stage_sizes(layout, 1)
     self._planner = sparse.SparsePlanner(
       capture_settings.CaptureSettings(
         policy=sparse.Sparse(), window_mode=window_mode

@@ -17,6 +17,7 @@ from moetion_jax.policies.kinds import registry
 from moetion_jax.programs import stage
 from moetion_jax.recovery import recoverer
 from moetion_jax.runtime import placement
+from moetion_jax.training import job as job_lib
 
 
 def show(
@@ -41,9 +42,9 @@ def show(
   sizes = []
   for index in stages:
     parts = stage.layout_of(
-      transformer_job.declare_stage(config, index), has_devices=False
+      transformer_job.of(config).declare_stage(index), has_devices=False
     )
-    sizes.append(transformer_job.stage_sizes(parts, config.train.local_devices))
+    sizes.append(job_lib.stage_sizes(parts, config.train.local_devices))
   replicas = config.train.replicas
   pools = captures.policy.make_planner(
     captures, sizes, '', replicas=replicas

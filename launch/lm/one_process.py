@@ -23,12 +23,11 @@ def make_workers(
 ) -> list[worker.Worker]:
   """Compiles every stage and makes its worker; their logs share one memory."""
   store = memory_log.MemoryStore()
+  job = transformer_job.of(config)
   workers = []
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
-    state = transformer_job.initial_state(
-      config, stage, transformer_job.load_initial(config, stage)
-    )
+    stage = job.build_stage(index)
+    state = job.initial(stage)()
     programs = stage.compile()
     log = memory_log.MemoryLog(keys.WorkerId(index, 0, 1), store)
     workers.append(worker.Worker(index, stage, programs, state, log, data))

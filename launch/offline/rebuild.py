@@ -76,14 +76,12 @@ class Rebuilder:
     """
     self.index = stage
     self.data: Any = data
-    self._config = config
+    self.job = transformer_job.of(config)
 
   def start(self) -> None:
     """Compiles the stage's programs."""
     # One worker that does what all replicas did.
-    self.stage: stage_lib.Stage = transformer_job.build_stage(
-      self._config, self.index, team=(0,)
-    )
+    self.stage: stage_lib.Stage = self.job.build_stage(self.index, team=(0,))
     self.programs = self.stage.compile()
     self.captures = capture_programs.CapturePrograms(
       stage_lib.layout_of(self.stage)
@@ -217,9 +215,7 @@ class _Attempt:
     )
 
   def _initial_state(self) -> partition.State:
-    config = self._run.config
-    initial = transformer_job.load_initial(config, self._tools.stage)
-    return transformer_job.initial_state(config, self._tools.stage, initial)
+    return self._tools.job.initial(self._tools.stage)()
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
     """Loads a snapshot, verified. Conversions compare the digests of each."""

@@ -18,6 +18,7 @@ from models import config as model_config, stages as stages_lib, transformer
 from moetion_jax import config, errors, keys
 from moetion_jax.policies import planner, popularity, window
 from moetion_jax.programs import stage as stage_lib
+from moetion_jax.training import job as job_lib
 
 _FLOPS_PER_MULTIPLICATION = 2
 # Forward once, backward twice: for inputs and for weights.
@@ -230,9 +231,9 @@ def of(cluster: cluster_lib.Cluster, job: cluster_lib.TrainingJob) -> Costs:
     key = (*kinds, spec.has_embedding, spec.has_head)
     if key not in known:
       parts = stage_lib.layout_of(
-        transformer_job.declare_stage(run, index), has_devices=False
+        transformer_job.of(run).declare_stage(index), has_devices=False
       )
-      known[key] = transformer_job.stage_sizes(parts, job.expert_devices)
+      known[key] = job_lib.stage_sizes(parts, job.expert_devices)
     sizes.append(known[key])
   tokens = job.sequences * model.sequence_length
   activations = tokens // job.replicas * model.model_dim * _ACTIVATION_BYTES

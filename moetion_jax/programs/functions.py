@@ -66,7 +66,7 @@ class Functions:
     self.shape = shape
     self.expert_devices = expert_devices
     self.ownership = ownership
-    self._optimizer = optimizer
+    self.optimizer = optimizer
     self._recipe: residuals_lib.Recipe | None = None  # set by forward
     self.order = ordered_sum.Order.of_team(
       shape.replicas, shape.workers, expert_devices
@@ -101,7 +101,7 @@ class Functions:
       expert_devices=self.expert_devices,
     )
     return type(self)(
-      self.model, self._optimizer, self.shape, self.expert_devices, ownership
+      self.model, self.optimizer, self.shape, self.expert_devices, ownership
     )
 
   def init(self, masters: Mapping[str, jax.Array]) -> partition_lib.State:
@@ -114,7 +114,7 @@ class Functions:
       }
     return {
       g.name: optimizer_update.init_group(
-        self._optimizer,
+        self.optimizer,
         {n: masters[n] for n in names},
         stacked=g.stacked,
         buffers=self.model.buffers,
@@ -219,7 +219,7 @@ class Functions:
         for n in names
       }
       new[group.name] = optimizer_update.update_group(
-        self._optimizer,
+        self.optimizer,
         state[group.name],
         own,
         stacked=group.stacked,

@@ -44,6 +44,10 @@ class Data(Protocol):
     """Returns a held-out Batch."""
     ...
 
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns what tells this data from other data, as JSON."""
+    ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrownCapacity:

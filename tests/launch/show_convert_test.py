@@ -16,7 +16,7 @@ import pytest
 from orbax import checkpoint as ocp
 
 from launch import convert as convert_lib
-from launch.lm import checkpoint, one_process, transformer_job
+from launch.lm import one_process, transformer_job
 from launch.offline import rebuild, scan as offline_scan, stored_run
 from moetion_jax import (
   config as config_lib,
@@ -25,6 +25,7 @@ from moetion_jax import (
   report as report_lib,
 )
 from moetion_jax.capture import conversion
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.snapshots import coverage
 from tests.support import helpers, runs
 
@@ -182,9 +183,9 @@ def test_show_says_what_there_is(left):
   assert value['newest_common_start'] == left.last - 2
   assert f'newest common start: snapshot {left.last - 2}' in text.stdout
   assert 'All checksums are right.' in text.stdout
-  config = transformer_job.build_stage
+  job = transformer_job.of(left.config)
   for stage, one in enumerate(value['stages']):
-    operators = config(left.config, stage).partition.operators
+    operators = job.build_stage(stage).partition.operators
     assert one['operators'] == len(operators) and one['generation'] == 1
     iterations = [s['iteration'] for s in one['snapshots']]
     assert iterations[-1] == left.last and len(iterations) >= 6
@@ -366,7 +367,7 @@ def test_convert_writes_the_undisturbed_state(
     metadata = checkpointer.metadata(out).custom_metadata
   assert tree['iteration'] == last
   assert f'digest {metadata["moetion_digests"]["state"]}: ' in result.stdout
-  proven = checkpoint.load(str(out), 'init_from')  # or it raises
+  proven = checkpoint_file.load(str(out), 'init_from')  # or it raises
   assert helpers.bits_of(proven) == helpers.bits_of(tree)
   expected = undisturbed[stage][last]
   parameters, optimizer = {}, {}

@@ -97,12 +97,13 @@ def test_init_from_continues_from_the_exact_state(finished, tmp_path):
 
 def test_init_from_is_bitwise(finished, tmp_path):
   from launch.lm import checkpoint, transformer_job
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file
 
   config = checkpoint.load_config(str(finished / 'checkpoint'), 'init_from')
-  tree = checkpoint.load(str(finished / 'checkpoint'), 'init_from')
+  tree = checkpoint_file.load(str(finished / 'checkpoint'), 'init_from')
   digests, state, stage = {}, {}, None
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
+    stage = transformer_job.of(config).build_stage(index)
     state = checkpoint.state_of(stage, tree, weights_only=False)
     digests |= helpers.digests_of(stage, state)
   assert stage
@@ -119,19 +120,20 @@ def test_init_from_is_bitwise(finished, tmp_path):
 def test_init_from_with_another_optimizer(finished, optimizer):
   """Also where its state is a part of the other's, as lion's of adamw's."""
   from launch.lm import checkpoint, transformer_job
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file
 
   path = str(finished / 'checkpoint')
   config = checkpoint.load_config(path, 'init_from')
   assert config.train.optimizer.optimizer == 'adamw'
-  tree = checkpoint.load(path, 'init_from')
+  tree = checkpoint_file.load(path, 'init_from')
   checkpoint.check(
-    transformer_job.build_stage(config, 0), tree, path, weights_only=False
+    transformer_job.of(config).build_stage(0), tree, path, weights_only=False
   )
   other = dataclasses.replace(config.train.optimizer, optimizer=optimizer)
   train = dataclasses.replace(config.train, optimizer=other)
-  stage = transformer_job.build_stage(
-    dataclasses.replace(config, train=train), 0
-  )
+  stage = transformer_job.of(
+    dataclasses.replace(config, train=train)
+  ).build_stage(0)
   with pytest.raises(errors.ConfigError, match='--init_weights_only'):
     checkpoint.check(stage, tree, path, weights_only=False)
   checkpoint.check(stage, tree, path, weights_only=True)

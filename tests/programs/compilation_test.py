@@ -31,7 +31,7 @@ devices = config.train.local_devices
 xla_setup.configure(local_devices=devices, compilation_cache_dir=cache)
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda e, **_: events.update([e]))
-stage = transformer_job.declare_stage(config, 1)
+stage = transformer_job.of(config).declare_stage(1)
 if role == 'standby':
   lowered = stage.trace().lower('cpu')
   has_backend = jax_internals.has_backend()
@@ -164,6 +164,6 @@ def test_placed_state_is_updated_in_place(placed_with):
 
 
 def test_a_stage_without_devices_says_so():
-  stage = transformer_job.declare_stage(helpers.micro_run(stages=2), 0)
+  stage = transformer_job.of(helpers.micro_run(stages=2)).declare_stage(0)
   with pytest.raises(RuntimeError, match='no devices yet'):
     _ = stage.rows_sharding

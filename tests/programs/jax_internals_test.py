@@ -130,7 +130,7 @@ def test_first_writes_cache(cache, monkeypatch):
 
 def test_names_of_programs_stay():
   """They are part of the key in the compilation cache of runs that go on."""
-  stage = transformer_job.declare_stage(helpers.micro_run(stages=2), 0)
+  stage = transformer_job.of(helpers.micro_run(stages=2)).declare_stage(0)
   for name, lowered in stage.trace().lower('cpu').lowered.items():
     assert f'module @jit__{name} ' in lowered.as_text(), name
 

@@ -21,7 +21,7 @@ def _losses(config):
 def _initial_digests(config):
   merged = {}
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
+    stage = transformer_job.of(config).build_stage(index)
     merged |= helpers.digests_of(stage, stage.initial_state())
   return merged
 
@@ -145,7 +145,7 @@ def test_nothing_compiles_after_the_first_iteration():
 
 def test_programs_are_traced_once():
   config = helpers.micro_run()
-  stage = transformer_job.build_stage(config, 0)
+  stage = transformer_job.of(config).build_stage(0)
   for name in ('backward', 'reduce', 'update', 'digest'):
     function = getattr(stage.functions, name)
     setattr(stage.functions, name, chex.assert_max_traces(function, n=1))

@@ -296,7 +296,7 @@ def test_the_state_of_a_worker_falls_as_one_over_the_replicas(replicas):
   )
 
   def state_bytes(position):
-    stage = transformer_job.declare_stage(config, 0, None, position)
+    stage = transformer_job.of(config).declare_stage(0, None, position)
     return sum(
       x.size * x.dtype.itemsize for x in jax.tree.leaves(stage.state_shapes)
     )
@@ -318,8 +318,10 @@ def test_there_is_nothing_for_a_replica():
 
 def test_a_worker_alone_has_everything():
   config = helpers.micro_run(replicas=2, shard_optimizer=True)
-  assert transformer_job.declare_stage(config, 0, None, 0).ownership is not None
-  stage = transformer_job.declare_stage(config, 0, (0,), 0)
+  assert (
+    transformer_job.of(config).declare_stage(0, None, 0).ownership is not None
+  )
+  stage = transformer_job.of(config).declare_stage(0, (0,), 0)
   assert stage.ownership is None
   assert stage.partition is stage.whole.partition
 

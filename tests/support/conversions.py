@@ -126,7 +126,7 @@ def compiled(
   """All stages; compiling them takes longer than everything else."""
   made = []
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
+    stage = transformer_job.of(config).build_stage(index)
     captures = capture_programs.CapturePrograms(
       stage_lib.layout_of(stage), is_packed
     )

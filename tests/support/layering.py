@@ -30,6 +30,7 @@ ORDER = (
   'moetion_jax.training',
   'moetion_jax.runtime',
   'moetion_jax.runtime.records',
+  'moetion_jax.runtime.checkpoints',
   'moetion_jax.runtime.worker',
   'moetion_jax.runtime.hosts',
   'moetion_jax.runtime.agent',
@@ -44,22 +45,6 @@ ORDER = (
   'launch',
 )
 
-# Imports that still point up: what they need is the seam `Job` (HOUSE, 5.4).
-# None may be added; whoever removes one strikes it from this list.
-_JOB = 'launch.lm.transformer_job'
-UPWARD = frozenset(
-  {
-    ('moetion_jax.runtime.worker.extra_capacity', _JOB),
-    ('moetion_jax.runtime.worker.finish', 'launch.lm.checkpoint'),
-    ('moetion_jax.runtime.worker.finish', _JOB),
-    ('moetion_jax.runtime.worker.generation', _JOB),
-    ('moetion_jax.runtime.worker.main', _JOB),
-    ('moetion_jax.runtime.worker.prepared', 'launch.lm.data'),
-    ('moetion_jax.runtime.worker.standby', 'launch.lm.settings'),
-    ('moetion_jax.runtime.worker.standby', _JOB),
-  }
-)
-
 # Those that start processes hand the environment on; XLA reads its flags there,
 # which is why it is recorded.
 _ENVIRONMENT = frozenset(
@@ -69,19 +54,6 @@ _ENVIRONMENT = frozenset(
     'moetion_jax.runtime.read_environment',
     'moetion_jax.runtime.worker.main',
     'moetion_jax.runtime.xla_setup',
-  }
-)
-
-# Modules of the library that need `launch` because of the imports above, of
-# their own or of what they import. Anyone else's loop must not need it.
-REACHES_LAUNCH = frozenset(
-  {
-    'moetion_jax.runtime.worker.extra_capacity',
-    'moetion_jax.runtime.worker.finish',
-    'moetion_jax.runtime.worker.generation',
-    'moetion_jax.runtime.worker.main',
-    'moetion_jax.runtime.worker.prepared',
-    'moetion_jax.runtime.worker.standby',
   }
 )
 
@@ -138,21 +110,13 @@ def upward_imports(tree: Tree) -> set[tuple[str, str]]:
   }
 
 
-def check_order(
-  tree: Tree, allowed: frozenset[tuple[str, str]] = frozenset()
-) -> Iterator[str]:
+def check_order(tree: Tree) -> Iterator[str]:
   """Imports go to the same package or to one before it in ORDER."""
-  found = upward_imports(tree)
-  for module, used in sorted(found - allowed):
+  for module, used in sorted(upward_imports(tree)):
     yield (
       f'{module} imports {used}, whose package comes later in ORDER '
       '(tests/support/layering.py, the table of the README): move what is '
       'needed into an earlier package, or hand it in as an argument'
-    )
-  for module, used in sorted(allowed - found):
-    yield (
-      f'{module} no longer imports {used}: strike the pair from UPWARD, so '
-      'that nobody brings it back'
     )
 
 
@@ -165,29 +129,6 @@ def check_relative(tree: Tree) -> Iterator[str]:
           f'{module}:{node.lineno} has a relative import: write the name of '
           'the module from its root on'
         )
-
-
-def reaching_launch(tree: Tree) -> set[str]:
-  """Modules of the library that import `launch`, by way of others too."""
-  uses = {module: imports(source, tree) for module, source in tree.items()}
-  found = {m for m in tree if m.startswith('launch.')}
-  size = 0
-  while size < len(found):
-    size = len(found)
-    found |= {module for module, used in uses.items() if used & found}
-  return {module for module in found if module.startswith('moetion_jax.')}
-
-
-def check_reach(tree: Tree, allowed: frozenset[str]) -> Iterator[str]:
-  """Those that need `launch` are those that are known to."""
-  found = reaching_launch(tree)
-  for module in sorted(found - allowed):
-    yield (
-      f'{module} now needs launch, which the wheel does not have: do not '
-      'import a module of REACHES_LAUNCH there'
-    )
-  for module in sorted(allowed - found):
-    yield f'{module} needs no launch any more: strike it from REACHES_LAUNCH'
 
 
 def check_circles(tree: Tree) -> Iterator[str]:

@@ -16,6 +16,9 @@ class _Poisoned:
     self._data = data
     self._iteration = iteration
 
+  def fingerprint(self):
+    return self._data.fingerprint()
+
   def held_out_batch(self, index):
     return self._data.held_out_batch(index)
 

@@ -20,6 +20,7 @@ from moetion_jax.runtime import (
   messages,
   spec as spec_lib,
 )
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.runtime.worker import agent_link, fault_damage
 from moetion_jax.state import partition as partition_lib
 
@@ -99,8 +100,6 @@ class Finish:
 
   def _save(self, command: messages.Save) -> None:
     """Saves everybody's state, or tells whose arrived damaged."""
-    from launch.lm import checkpoint, transformer_job
-
     try:
       stages = [
         final_state.get(self._spec.handover_folder, stage, replicas)
@@ -118,11 +117,11 @@ class Finish:
       return
     digests = {o: d for stage in stages for o, d in stage.digests.items()}
     check_whole(digests, command.digest, command.iteration)
-    checkpoint.save(
+    checkpoint_file.save(
       command.path,
       [stage.state for stage in stages],
       command.iteration,
-      transformer_job.settings_of(self._spec.job),
+      self._spec.job.config,
       digests,
       self._on_written,
       lambda what: self._link.send(messages.Rewritten(what=what)),

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from launch.lm import transformer_job
 from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.capture import (
   conversion,
@@ -49,7 +48,7 @@ from moetion_jax.snapshots import (
   snapshot,
 )
 from moetion_jax.state import partition
-from moetion_jax.training import worker
+from moetion_jax.training import job, worker
 
 # Room beside each leaf of each operator: digests, scalars, padding.
 _PADDING_BYTES = 64
@@ -58,7 +57,7 @@ _PADDING_BYTES = 64
 class StageRun:
   """A worker's part of a run.
 
-  Call `check_initial`, `compile`, `run`, in this order.
+  Call `compile`, then `run`.
   """
 
   def __init__(
@@ -68,6 +67,7 @@ class StageRun:
     stage: stage_lib.Stage,
     data: worker.Data,
     injector: faults.FaultInjector,
+    initial_state: Callable[[], partition.State],
   ):
     """Stores the arguments."""
     self._injector = injector
@@ -75,7 +75,7 @@ class StageRun:
     self._link = link
     self._stage = stage
     self._data = data
-    self._initial: Any = None
+    self._initial_state = initial_state
     self._worker: Any = None
     self._digests: Mapping[keys.OperatorId, np.ndarray] = {}
     self._interrupts: list[Callable[[], None]] = []
@@ -91,15 +91,9 @@ class StageRun:
     self._closing = contextlib.ExitStack()
     self._told = 0
 
-  def check_initial(self) -> None:
-    """Raises errors.ConfigError if --init_from does not fit the stage."""
-    self._initial = transformer_job.load_initial(
-      transformer_job.settings_of(self._spec.job), self._stage
-    )
-
   def sizes(self) -> planner.StageSizes:
     """Returns the sizes of the stage's operators."""
-    return transformer_job.stage_sizes(self._whole, self._whole.expert_devices)
+    return job.stage_sizes(self._whole, self._whole.expert_devices)
 
   def compile(
     self, prepared: prepared_lib.Lowered | prepared_lib.Loaded | None
@@ -114,7 +108,7 @@ class StageRun:
       )
     if self._spec.grows_capacity:
       self._grown = extra_capacity.compile_programs(
-        self._spec, self._stage, self._compiling
+        self._stage, self._compiling
       )
     self._link.compiling('')
 
@@ -317,11 +311,6 @@ class StageRun:
       coverage.Start(iteration=go.start, complete_at=go.complete_at),
       go.newest,
       go.unverified_until,
-    )
-
-  def _initial_state(self) -> partition.State:
-    return transformer_job.initial_state(
-      transformer_job.settings_of(self._spec.job), self._stage, self._initial
     )
 
   def _load(self, iteration: int) -> snapshot.Snapshot:

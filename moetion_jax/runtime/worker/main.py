@@ -161,18 +161,18 @@ def _work(
   )
   import jax
 
-  from launch.lm import transformer_job
   from moetion_jax.programs import compilation
   from moetion_jax.runtime import read_environment
   from moetion_jax.runtime.worker import generation
+  from moetion_jax.training import job as job_lib
 
   position = spec.team.index(spec.replica)
   if spec.world and not (prepared and prepared.loaded):
     xla_setup.join_world(spec.world, len(spec.team), position)
   found = read_environment.read()
   environment.check_replacement(spec.environment, found)
-  config = transformer_job.settings_of(spec.job)
-  data = prepared.data if prepared else transformer_job.load_data(config)
+  job = job_lib.make(spec.job)
+  data = prepared.data if prepared else job.data()
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
   if len(spec.team) < train.replicas:
@@ -180,11 +180,12 @@ def _work(
   if loaded:
     stage = loaded.stage
   elif lowered:
-    stage = transformer_job.bind(config, lowered.declared)
+    stage = job.bind(lowered.declared)
   else:
-    stage = transformer_job.build_stage(config, spec.stage, spec.team, position)
-  run = generation.StageRun(spec, link, stage, data, injector)
-  run.check_initial()
+    stage = job.build_stage(spec.stage, spec.team, position)
+  run = generation.StageRun(
+    spec, link, stage, data, injector, job.initial(stage)
+  )
   if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
       messages.Ready(

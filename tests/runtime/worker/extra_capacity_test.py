@@ -29,9 +29,8 @@ GO = orders.Go(
 )
 
 
-def _programs(config, stage, index=0):
-  spec = helpers.worker_spec(config, stage=index)
-  return extra_capacity.compile_programs(spec, stage, lambda name: None)
+def _programs(stage):
+  return extra_capacity.compile_programs(stage, lambda name: None)
 
 
 def _train(config, factor=None, until=0):
@@ -41,7 +40,7 @@ def _train(config, factor=None, until=0):
   )
   grown = []
   if factor is not None:
-    programs = _programs(config, worker.stage)
+    programs = _programs(worker.stage)
     forward = programs['forward']
 
     def noted(compute, inputs, position):
@@ -96,8 +95,8 @@ def test_what_a_worker_is_told(config):
   stages = dataclasses.replace(
     config, train=dataclasses.replace(config.train, stages=2)
   )
-  stage = transformer_job.build_stage(stages, 1)
-  programs = _programs(stages, stage, 1)
+  stage = transformer_job.of(stages).build_stage(1)
+  programs = _programs(stage)
   group, *others = stage.whole.partition.stacked_groups
   go = dataclasses.replace(
     GO, capacity=((group, 1, 1.5), (group, 0, 1.25)), capacity_until=7
@@ -118,6 +117,6 @@ def test_a_stage_without_experts_has_nothing_to_grow(config):
     model=dataclasses.replace(config.model, first_dense_layers=1),
     train=dataclasses.replace(config.train, stages=config.model.num_layers),
   )
-  stage = transformer_job.build_stage(stages, 0)
+  stage = transformer_job.of(stages).build_stage(0)
   assert not stage.whole.partition.stacked_groups
-  assert _programs(stages, stage) == {}
+  assert _programs(stage) == {}

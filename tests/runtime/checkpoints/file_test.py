@@ -1,6 +1,5 @@
 """The final checkpoint and its proof: what was saved, or an error."""
 
-import dataclasses
 import gc
 import json
 import os
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 from orbax import checkpoint as ocp
 
-from launch.lm import checkpoint, transformer_job
+from launch.lm import checkpoint, settings, transformer_job
 from moetion_jax import disk, errors, report
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.runtime.records import own_files
 from tests.support import helpers
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope='module')
 def run():
-  """A run's settings, its state 0, and the digests of it."""
+  """A run's settings as JSON, its state 0, and the digests of it."""
   config = helpers.micro_run(model={'num_layers': 2}, stages=1)
-  stage = transformer_job.build_stage(config, 0, (0,))
+  stage = transformer_job.of(config).build_stage(0, (0,))
   state = stage.initial_state()
-  return config, state, helpers.digests_of(stage, state)
+  return config.to_json(), state, helpers.digests_of(stage, state)
 
 
 @pytest.fixture(scope='module')
@@ -32,8 +32,8 @@ def saved(run, tmp_path_factory):
   """A checkpoint, and its tree as bits."""
   path = str(tmp_path_factory.mktemp('saved') / 'checkpoint')
   config, state, digests = run
-  checkpoint.save(path, [state], 7, config, digests)
-  return path, helpers.bits_of(checkpoint.load(path, 'init_from'))
+  checkpoint_file.save(path, [state], 7, config, digests)
+  return path, helpers.bits_of(checkpoint_file.load(path, 'init_from'))
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def copied(saved, tmp_path):
 def of_stage_1(tmp_path_factory):
   """A checkpoint of the second of two stages, as `launch.convert` writes it."""
   config = helpers.micro_run(model={'num_layers': 2}, stages=2)
-  stage = transformer_job.build_stage(config, 1, (0,))
+  stage = transformer_job.of(config).build_stage(1, (0,))
   state = stage.initial_state()
   digests = helpers.digests_of(stage, state)
   path = str(tmp_path_factory.mktemp('stage') / 'stage-1')
-  checkpoint.save(path, [state], 7, config, digests)
+  checkpoint_file.save(path, [state], 7, config.to_json(), digests)
   return path
 
 
@@ -62,7 +62,7 @@ def _files(folder):
 
 def _refused(path, *words):
   with pytest.raises(errors.ConfigError) as caught:
-    checkpoint.load(str(path), 'init_from')
+    checkpoint_file.load(str(path), 'init_from')
   assert f'--init_from={path}' in str(caught.value)
   assert len(str(caught.value).splitlines()) == 1
   for word in words:
@@ -72,9 +72,9 @@ def _refused(path, *words):
 def test_what_is_saved_is_read(run, saved):
   config, state, digests = run
   path, bits = saved
-  tree = checkpoint.load(path, 'init_from')
+  tree = checkpoint_file.load(path, 'init_from')
   assert int(tree['iteration']) == 7
-  assert checkpoint.load_config(path, 'init_from') == config
+  assert checkpoint_file.load_config(path, 'init_from') == config
   with ocp.StandardCheckpointer() as checkpointer:  # as the README says
     metadata = checkpointer.metadata(path).custom_metadata
   assert metadata['moetion_digests']['state'] == report.combine(digests)
@@ -95,14 +95,14 @@ def test_16_bytes_anywhere_are_found_or_change_nothing(saved, copied):
       other = bytes(x ^ 0xA5 for x in content[start:end])
       file.write_bytes(content[:start] + other + content[end:])
       try:
-        tree = checkpoint.load(str(copied), 'init_from')
+        tree = checkpoint_file.load(str(copied), 'init_from')
       except errors.ConfigError as error:
         assert len(str(error).splitlines()) == 1
       else:
         assert file != largest or start != len(content) // 2, start
         assert helpers.bits_of(tree) == saved[1], (file, start)
     file.write_bytes(content)
-  assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
+  assert helpers.bits_of(checkpoint_file.load(str(copied), 'x')) == saved[1]
 
 
 @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
@@ -118,7 +118,7 @@ def test_a_torn_or_missing_file(saved, copied, capfd):
       if torn is not None:
         file.write_bytes(torn)
       try:
-        tree = checkpoint.load(str(copied), 'init_from')
+        tree = checkpoint_file.load(str(copied), 'init_from')
       except errors.ConfigError as error:
         refused.add(file)
         assert len(str(error).splitlines()) == 1
@@ -152,16 +152,16 @@ def test_what_is_no_checkpoint(copied, tmp_path):
 
 
 def test_one_of_a_stage_alone(run, saved, of_stage_1):
-  tree = checkpoint.load(of_stage_1, 'checkpoint')
+  tree = checkpoint_file.load(of_stage_1, 'checkpoint')
   with pytest.raises(errors.ConfigError) as caught:
     checkpoint.check_all_stages(tree, of_stage_1, 'checkpoint')
   assert 'the state of one stage, without embedding of' in caught.value.reason
   assert 'launch.convert' in caught.value.reason
-  config = dataclasses.replace(run[0], init_from=of_stage_1)
-  stage = transformer_job.build_stage(config, 0, (0,))
+  config = settings.RunConfig.from_json({**run[0], 'init_from': of_stage_1})
+  stage = transformer_job.of(config).build_stage(0, (0,))
   with pytest.raises(errors.ConfigError, match='the state of one stage'):
-    transformer_job.load_initial(config, stage)
-  whole = checkpoint.load(saved[0], 'checkpoint')
+    transformer_job.of(config).initial(stage)
+  whole = checkpoint_file.load(saved[0], 'checkpoint')
   checkpoint.check_all_stages(whole, saved[0], 'checkpoint')
 
 
@@ -248,14 +248,14 @@ def test_edited_metadata(copied, change):
 
 
 def test_one_of_before_cannot_be_proven(saved, copied, capsys):
-  checkpoint.load(str(copied), 'init_from')
+  checkpoint_file.load(str(copied), 'init_from')
   assert capsys.readouterr().err == ''
 
   def change(metadata):
     del metadata['moetion_digests'], metadata['moetion_checksum']
 
   _edit(copied, change)
-  tree = checkpoint.load(str(copied), 'init_from')
+  tree = checkpoint_file.load(str(copied), 'init_from')
   assert helpers.bits_of(tree) == saved[1]
   (line,) = capsys.readouterr().err.splitlines()
   assert str(copied) in line and 'no digests' in line
@@ -286,13 +286,13 @@ def test_what_does_not_compare_is_saved_once_more(run, saved, tmp_path):
       _damage(aside)
 
   told = []
-  checkpoint.save(
+  checkpoint_file.save(
     str(path), [state], 7, config, digests, damage_first, told.append
   )
   (what,) = told
   assert str(path) in what and disk.device_of(path) in what
   assert written == [str(path) + own_files.ASIDE_SUFFIX] * 2
-  assert helpers.bits_of(checkpoint.load(str(path), 'x')) == saved[1]
+  assert helpers.bits_of(checkpoint_file.load(str(path), 'x')) == saved[1]
   assert os.listdir(tmp_path) == ['checkpoint']
 
 
@@ -302,14 +302,14 @@ def test_what_never_compares_is_not_there(run, saved, copied, tmp_path):
   for path in (tmp_path / 'checkpoint', copied):
     told = []
     with pytest.raises(errors.DamagedDiskError, match='2 times and read') as e:
-      checkpoint.save(
+      checkpoint_file.save(
         str(path), [state], 7, config, digests, _damage, told.append
       )
     assert f'{disk.device_of(path)} is damaged' in str(e.value)
     assert 'still has its digests' in str(e.value)
     assert len(told) == 1
   assert os.listdir(tmp_path) == ['copy']
-  assert helpers.bits_of(checkpoint.load(str(copied), 'x')) == saved[1]
+  assert helpers.bits_of(checkpoint_file.load(str(copied), 'x')) == saved[1]
 
 
 def test_a_state_that_is_not_the_one_of_the_digests(run, tmp_path):
@@ -319,8 +319,12 @@ def test_a_state_that_is_not_the_one_of_the_digests(run, tmp_path):
   with pytest.raises(
     errors.StoreError, match='changed in host memory: head has other bits'
   ):
-    checkpoint.save(
-      str(tmp_path / 'x'), [{**state, 'head': head}], 7, config, digests
+    checkpoint_file.save(
+      str(tmp_path / 'x'),
+      [{**state, 'head': head}],
+      7,
+      config,
+      digests,
     )
   assert not os.listdir(tmp_path)
 
@@ -329,4 +333,6 @@ def test_where_nothing_can_be_written(run, tmp_path):
   config, state, digests = run
   (tmp_path / 'file').touch()
   with pytest.raises(errors.StoreError, match='cannot be written'):
-    checkpoint.save(str(tmp_path / 'file' / 'x'), [state], 7, config, digests)
+    checkpoint_file.save(
+      str(tmp_path / 'file' / 'x'), [state], 7, config, digests
+    )
