@@ -4,6 +4,7 @@ Faults are scripted on what a run says of itself: its output, `workers.json`.
 """
 
 import collections
+import contextlib
 import os
 import resource
 import signal
@@ -235,6 +236,28 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   assert len(first) == 2 and min(first) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed
   assert host.is_clean()
+
+
+@pytest.mark.thorough
+def test_a_terminal_that_goes_stops_a_run(host, tmp_path):
+  workdir = tmp_path / 'run'
+  ours, theirs = os.openpty()
+  os.set_blocking(ours, False)
+  run = host.train(workdir, stdout=theirs, stderr=theirs)
+  os.close(theirs)
+
+  def has_begun():
+    with contextlib.suppress(BlockingIOError):
+      os.read(ours, 1 << 16)  # else it waits until somebody reads
+    return len(runs.metrics(workdir)) > 3
+
+  runs.wait_for(has_begun)
+  os.close(ours)
+  for _ in range(2):  # the kernel sends one, and the shell another
+    run.send_signal(signal.SIGHUP)
+  assert run.wait(runs.SECONDS) == 0
+  assert runs.kinds(workdir)[-1] == 'stopped'
+  assert host.has_ended() and os.listdir(host.path)
 
 
 @pytest.mark.thorough

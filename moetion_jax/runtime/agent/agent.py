@@ -97,6 +97,7 @@ class Agent:
       self._crew,
       keeps_store=keeps_store,
       starts_over=folder.begins_anew,
+      durable_folder=where.durable_folder(str(folder.path), folder.run_id),
     )
     self._ready = beginning.Readiness(where.max_failures)
     self._stores = stores.Stores(
@@ -255,7 +256,7 @@ class Agent:
       self._recorder.event('resumed', first_iteration=plan.first_iteration)
       self._recorder.view.note(
         f'Going on with iteration {plan.first_iteration}, from the snapshots '
-        f'in {self._ending.store_names()}.'
+        f'in {self._ending.snapshot_names()}.'
       )
     elif self._recorder.last_recorded:
       self._recorder.view.note(

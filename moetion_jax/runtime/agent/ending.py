@@ -36,6 +36,7 @@ class Ending:
     *,
     keeps_store: bool,
     starts_over: bool = False,
+    durable_folder: str = '',
   ):
     """Stores the arguments.
 
@@ -45,6 +46,8 @@ class Ending:
       crew: the workers, which are told.
       keeps_store: whether an earlier run left something in the host stores.
       starts_over: whether that is removed before this run begins.
+      durable_folder: the folder of snapshots on disk; '': they lie in the host
+        stores.
     """
     self.result: tuple[int, hang_detection.WorkerState] | None = None
     self.kill_at: float | None = None
@@ -53,6 +56,7 @@ class Ending:
     self._crew = crew
     self.keeps_store = keeps_store
     self._starts_over = starts_over
+    self._durable_folder = durable_folder
 
   def keep(self, keep: bool) -> None:
     """Sets whether the host stores stay, whatever ends the run from now on."""
@@ -95,11 +99,7 @@ class Ending:
 
     Args:
       checkpoint: the path of that checkpoint.
-
-    Raises:
-      OSError: the lines of metrics cannot be brought to disk.
     """
-    self._recorder.sync()
     self._recorder.event('finished', iteration=self._recorder.iteration)
     self.end(0, hang_detection.WorkerState.FINISHED)
     self.keep(False)
@@ -137,20 +137,20 @@ class Ending:
 
   def _how_to_go_on(self, *, has_begun: bool, cause_stays: bool) -> str:
     return how_to_go_on(
-      self.store_names() if self.keeps_store else '',
+      self.snapshot_names() if self.keeps_store else '',
       has_begun=has_begun,
       starts_over=self._starts_over,
       is_removed=self._recorder.removed_earlier,
       cause_stays=cause_stays,
     )
 
-  def store_names(self) -> str:
-    """Names the host stores' folders, for people."""
-    return ' and '.join(map(str, self._hosts.stores()))
+  def snapshot_names(self) -> str:
+    """Names the folders of the snapshots, for people."""
+    return self._durable_folder or ' and '.join(map(str, self._hosts.stores()))
 
 
 def how_to_go_on(
-  stores: str,
+  snapshots: str,
   *,
   has_begun: bool,
   starts_over: bool,
@@ -160,7 +160,7 @@ def how_to_go_on(
   """Says what the same command does after a run that did not finish.
 
   Args:
-    stores: the names of the host stores that stay; '' for none.
+    snapshots: the names of the folders of snapshots that stay; '' for none.
     has_begun: whether the workers were told to train.
     starts_over: whether an earlier run was to be removed before that.
     is_removed: whether that was done.
@@ -175,11 +175,11 @@ def how_to_go_on(
   if starts_over and not has_begun:
     if is_removed:
       return f'{command} starts over.'
-    return 'Nothing of the earlier run was removed.' if stores else ''
-  if stores:
+    return 'Nothing of the earlier run was removed.' if snapshots else ''
+  if snapshots:
     return (
-      f'{command} goes on from the snapshots in {stores}; --fresh, or removing '
-      'them, starts over.'
+      f'{command} goes on from the snapshots in {snapshots}; --fresh, or '
+      'removing them, starts over.'
     )
   return f'{command} starts over.' if has_begun else ''
 

@@ -79,9 +79,14 @@ class FinalCheckpoint:
       worker: the worker whose state it is.
       givers: see `hand_over`.
       recorder: the recorder, which knows the states' iteration and digest.
+
+    Raises:
+      OSError: the lines of metrics cannot be brought to disk.
     """
     self._handed_over.add(_name(worker))
     if self._handed_over.issuperset(map(_name, givers)):
+      # Where a checkpoint is the run counts as finished, and its store goes.
+      recorder.sync()
       replicas: dict[int, list[int]] = {}
       for giver in givers:
         replicas.setdefault(giver.stage, []).append(giver.replica)

@@ -96,6 +96,7 @@ def _run(
   _check_places(job, where, folder, on_disk)
   if folder.is_finished():
     # A run killed between its checkpoint and its end left something.
+    folder.sync_finished()
     _remove_rest(where, folder, on_disk)
     print(
       f'This run is finished: {folder.checkpoint}. Pass --fresh to start over.'

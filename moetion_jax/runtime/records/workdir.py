@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moetion_jax import config as config_lib, errors
+from moetion_jax import config as config_lib, disk, errors
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   changes as changes_lib,
@@ -314,6 +314,22 @@ class Workdir:
     return not self.begins_anew and checkpoint_folder.is_committed(
       self.checkpoint
     )
+
+  def sync_finished(self) -> None:
+    """Returns once the files of a finished run are on disk.
+
+    Call it before its stores go: it may have been killed while it wrote them.
+
+    Raises:
+      errors.ConfigError: they cannot be.
+    """
+    try:
+      disk.sync_tree(self.checkpoint)
+      with contextlib.suppress(FileNotFoundError):
+        disk.sync_file(self.path / 'metrics.jsonl')
+      disk.sync_folder(self.path)
+    except OSError as error:
+      raise own_files.config_error(error, 'workdir', self.path) from error
 
   def _error(self, reason: str) -> errors.ConfigError:
     return errors.ConfigError('workdir', str(self.path), reason)

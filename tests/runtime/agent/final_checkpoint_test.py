@@ -1,14 +1,18 @@
 """What the agent says of a final state, or a checkpoint, that is damaged."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 
+from moetion_jax import keys
+from moetion_jax.policies import planner
 from moetion_jax.runtime import messages
 from moetion_jax.runtime.agent import final_checkpoint
 from moetion_jax.runtime.hosts import child_process
-from moetion_jax.runtime.records import recorder, workdir
-from tests.support import helpers
+from moetion_jax.runtime.records import files, recorder, workdir
+from tests.support import helpers, power
 
 
 @pytest.fixture
@@ -66,3 +70,39 @@ def test_a_checkpoint_that_is_written_again_is_told(tmp_path, record, capfd):
   (event,) = _events(tmp_path)
   assert event['kind'] == 'final_checkpoint_damaged'
   assert event['error'] == 'W/checkpoint: read otherwise'
+
+
+def test_lines_are_on_disk_before_a_checkpoint_can_be(tmp_path):
+  """It alone says that a run is finished, whoever died beside it."""
+  with power.disk(tmp_path) as disk:
+    folder = workdir.Workdir(str(disk.path / 'run'), fresh=False)
+    folder.lock()
+    os.sync()
+    operator = keys.OperatorId('head')
+    ready = messages.Ready(
+      device='',
+      platform='cpu',
+      lowering_platform='cpu',
+      state_bytes=0,
+      operators=planner.StageSizes(
+        state_bytes={operator: 0}, compute_bytes={}, device={}
+      ),
+      environment={},
+      data_fingerprint={},
+    )
+    job = helpers.micro_run().job_spec()
+    with recorder.Recorder(job, folder, helpers.NotesView()) as one:
+      one.accept({0: ready}, {})
+      digests = {operator: np.zeros(2, np.uint32)}
+      one.add(helpers.make_report(1, loss=1.0, digests=digests), [[0]])
+      saver = child_process.WorkerProcess(0)
+      told, saver._control_fd = os.pipe()
+      final = final_checkpoint.FinalCheckpoint(folder.checkpoint)
+      final.handed_over(saver, [saver], one)
+    sent = messages.unpack(os.read(told, 1 << 16))
+    assert isinstance(sent, messages.Save)
+    os.close(told)
+    saver.close()
+    folder.close()
+    disk.cut()
+    assert list(files.read_lines(folder.path / 'metrics.jsonl')) == [1]
