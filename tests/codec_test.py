@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moetion_jax import codec, keys, report
 from moetion_jax.policies import decision as decision_lib, planner, slots
+from moetion_jax.recovery import events, orders
 from moetion_jax.runtime import messages
 from tests.support import words
 
@@ -126,7 +127,7 @@ def test_a_decision_comes_back_as_it_was(stage, first, mode, data):
     every=1 if length > 1 else data.draw(st.integers(1, 9)),
     slots=slots.make_slots(tuple(bytes_of), bytes_of, length, device_of),
   )
-  assert _sent(messages.Decide(decision=decision)).decision == decision
+  assert _sent(orders.Decide(decision=decision)).decision == decision
 
 
 @hypothesis.given(st.floats(allow_nan=False), st.floats(allow_nan=False))
@@ -145,7 +146,7 @@ def test_a_report_comes_back_bit_for_bit(loss, norm):
     waited_seconds=0.0,
     load={keys.OperatorId('a', 1): 5},
   )
-  back = _sent(messages.Reported(report=one)).report
+  back = _sent(events.Reported(report=one)).report
   assert back.loss.hex() == loss.hex() and back.grad_norm.hex() == norm.hex()
   assert math.copysign(1, back.auxiliary_loss) == -1
   (digest,) = back.digests.values()
@@ -159,7 +160,7 @@ def test_messages_within_messages():
     compute_bytes={keys.OperatorId('a', 1): 2},
     device={keys.OperatorId('a', 1): None},
   )
-  ready = messages.Ready(
+  ready = events.Ready(
     device='cpu',
     platform='cpu',
     lowering_platform='cpu',
@@ -170,7 +171,7 @@ def test_messages_within_messages():
   for one in (
     messages.Said(stage=2, message=ready),
     messages.Tell(stage=2, message=messages.Exit()),
-    messages.Failed(error='e', iteration=4, suspects=(3,), corrupt=(1, 2)),
+    events.Failed(error='e', iteration=4, suspects=(3,), corrupt=(1, 2)),
   ):
     assert _sent(one) == one
 

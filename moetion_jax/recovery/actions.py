@@ -11,10 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetion_jax import errors, report as report_lib
-from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import events, orders, splice as splice_lib
-
-_value = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 class Action:
@@ -28,7 +25,12 @@ class Question(Action):
 # ---- processes ---------------------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Open(Action):
+  """Start the agents of further hosts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Replace(Action):
   """End a stage's workers, if it has any, and start the next generation.
 
@@ -47,61 +49,33 @@ class Replace(Action):
   has_begun: bool = True
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Kill(Action):
   """End a worker's process; `events.Died` follows."""
 
   worker: events.Name
 
 
-@_value
-class StopHere:
-  """An order: stop where you are, and keep process and programs.
-
-  It is never sent before the first `orders.Go`; another one follows.
-  """
-
-
-@_value
-class Decide:
-  """An order: what is captured from now on."""
-
-  decision: decision_lib.CaptureDecision
-
-
-@_value
-class Propose:
-  """An order: wait after an iteration until more is said."""
-
-  limit: int
-
-
-@_value
-class Commit:
-  """An order: end after an iteration."""
-
-  limit: int
-
-
-@_value
-class HandOver:
-  """An order: put the training state into the store folder."""
-
-
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Send(Action):
   """Tell a worker something."""
 
   worker: events.Name
-  order: orders.Go | StopHere | Decide | Propose | Commit | HandOver
+  order: orders.Order
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Locate(Action):
-  """Tell all workers where every stage's entries are, if hosts differ."""
+  """Tell all workers where all entries are, if they have several hosts.
+
+  Attributes:
+    generations: the generation of every worker.
+  """
+
+  generations: Mapping[events.Name, int]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Warm(Action):
   """Start the standbys that are missing, for programs of a platform."""
 
@@ -111,28 +85,28 @@ class Warm(Action):
 # ---- stores ------------------------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckRoom(Action):
   """End the run if host memory has no room for so much."""
 
   needed_bytes: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Keep(Action):
   """Keep the stores, or not, whatever ends the run from now on."""
 
   keeps: bool
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan(Question):
   """Read what the stores hold of stages; `events.Scanned`."""
 
   stages: tuple[int, ...]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckLogs(Question):
   """Read all entries of all logs; `events.LogsChecked`.
 
@@ -143,7 +117,7 @@ class CheckLogs(Question):
   drops_unreadable: bool = False
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DropDamaged(Question):
   """Drop a stage's damaged entries from an iteration on; `events.Dropped`."""
 
@@ -151,26 +125,26 @@ class DropDamaged(Question):
   first_iteration: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DropLogs(Action):
   """Remove all logs."""
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetSnapshots(Action):
   """Remove all snapshots of stages."""
 
   stages: tuple[int, ...]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetNewer(Action):
   """Remove snapshots newer than an iteration, by stage."""
 
   iterations: Mapping[int, int]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Orphan(Action):
   """Note that only the replicas of a team write a stage's snapshots now."""
 
@@ -178,17 +152,17 @@ class Orphan(Action):
   team: tuple[int, ...]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoveLine(Action):
-  """Let go of what lies before the recovery line, and tell all workers."""
+  """Let go of what is older than the recovery line needs; tell all workers."""
 
-  line: int
+  kept_from: int
 
 
 # ---- what is written and said ------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Accept(Question):
   """Begin the run's files; `events.Accepted`.
 
@@ -199,7 +173,7 @@ class Accept(Question):
   ready: Mapping[events.Name, events.Ready]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Splice(Question):
   """Go on with other bits, if the run has to; `events.Spliced`.
 
@@ -209,7 +183,7 @@ class Splice(Question):
   splice: splice_lib.Splice
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge(Question):
   """Write a report down, with those of others; `events.Merged`.
 
@@ -222,7 +196,7 @@ class Merge(Question):
   teams: tuple[tuple[int, ...], ...]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ForgetAfter(Action):
   """Cut the metrics: what comes after an iteration is done again.
 
@@ -235,7 +209,7 @@ class ForgetAfter(Action):
   is_replanned: bool = False
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Record(Action):
   """Write one line of `events.jsonl`."""
 
@@ -243,17 +217,24 @@ class Record(Action):
   fields: Mapping[str, Any]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Note(Action):
   """Show a line to the user."""
 
   text: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Begin(Action):
+  """Begin to train: files go on after an iteration, and output has logs."""
+
+  iteration: int
+
+
 # ---- the end -----------------------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Save(Action):
   """Have a worker write the final checkpoint.
 
@@ -266,24 +247,22 @@ class Save(Action):
   replicas: tuple[tuple[int, ...], ...]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Finish(Action):
   """End the run: its final checkpoint is written."""
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stop(Action):
   """End the run, as the user asked."""
 
-  has_begun: bool
 
-
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KillNow(Action):
   """Kill all processes of a run that ends."""
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Fail(Action):
   """End the run with an error."""
 

@@ -10,34 +10,33 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moetion_jax import report as report_lib
+from moetion_jax import errors, report as report_lib
 from moetion_jax.hostmem import segment_check
 from moetion_jax.policies import planner
-from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.recovery import hang_detection, splice as splice_lib
 from moetion_jax.snapshots import coverage
 
 Name = tuple[int, int]  # a worker's stage and replica
-_value = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 # ---- what happens ------------------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tick:
   """The time is `now`, in seconds of a clock that only goes forward."""
 
   now: float
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Started:
   """The run may start its workers; the stores hold logs of generations."""
 
   newest_generation: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Said:
   """A worker said one of the messages below."""
 
@@ -45,7 +44,7 @@ class Said:
   message: Any
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Died:
   """A worker's process ended; all that it said was handled before."""
 
@@ -54,14 +53,14 @@ class Died:
   how: str
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Looked:
   """Somebody looked which workers' processes are stopped by a signal."""
 
   stopped: frozenset[Name] = frozenset()
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StopAsked:
   """The user asked the run to stop, so many times more."""
 
@@ -71,7 +70,7 @@ class StopAsked:
 # ---- what workers say --------------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ready:
   """The worker is able to train.
 
@@ -91,28 +90,30 @@ class Ready:
   lowering_platform: str
   state_bytes: int
   operators: planner.StageSizes
-  environment: Mapping[str, Any]
+  environment: dict[str, dict[str, Any]]
   data_fingerprint: Any = None
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
   """What the worker does now; sent a few times a second.
 
   Attributes:
     state: its state.
     detail: the program that runs, the entry that it waits for, or the like.
+    shortage: what a blocked worker lacks.
     iteration: the iteration that it works on.
     steps: count of what it did.
   """
 
-  state: str
+  state: hang_detection.WorkerState
   detail: str
+  shortage: hang_detection.Shortage | None = None
   iteration: int
   steps: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Resumed:
   """The worker has its state and trains from now on.
 
@@ -125,58 +126,58 @@ class Resumed:
   fetch_seconds: float
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CaughtUp:
   """The iteration in which the worker's predecessor died is done."""
 
   iteration: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
   """A snapshot counts from now on: the worker's share of it."""
 
   share: coverage.Share
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reported:
   """An iteration is done."""
 
   report: report_lib.Report
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-  """The reply to a proposal: the newest iteration that the worker has begun."""
+  """The reply to `Propose`: the newest iteration that the worker has begun."""
 
   limit: int
   begun: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Done:
   """The training loop ended after this iteration."""
 
   iteration: int
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StoppedHere:
   """The worker has stopped, as it was told, and waits for `orders.Go`."""
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HandedOver:
   """The worker's state is in the store folder."""
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
   """The final checkpoint is written and was read back."""
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Damaged:
   """Nothing was saved: a worker handed over another state than it had.
 
@@ -193,14 +194,14 @@ class Damaged:
   is_sent_so: bool
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rewritten:
   """The checkpoint was read back damaged, and is written once more."""
 
   what: str
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Faulted:
   """A scripted fault happens now.
 
@@ -215,16 +216,25 @@ class Faulted:
   fields: Mapping[str, Any]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Refused:
-  """A setting is wrong; fields as in `errors.ConfigError`."""
+  """A setting is wrong; fields as in `errors.ConfigError`. Also of a host."""
 
   flag: str
   value: str
   reason: str
 
+  @classmethod
+  def of(cls, error: errors.ConfigError) -> Refused:
+    """Makes the message of the error."""
+    return cls(flag=error.flag, value=str(error.value), reason=error.reason)
 
-@_value
+  def error(self) -> errors.ConfigError:
+    """Makes the error again."""
+    return errors.ConfigError(self.flag, self.value, self.reason)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Failed:
   """The worker ends now.
 
@@ -251,7 +261,7 @@ class Failed:
 # ---- answers to questions ----------------------------------------------------
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Accepted:
   """Answers `actions.Accept`: the workdir is this run's.
 
@@ -264,7 +274,7 @@ class Accepted:
   splices: tuple[splice_lib.Splice, ...] = ()
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scanned:
   """Answers `actions.Scan`: what the stores hold.
 
@@ -281,7 +291,7 @@ class Scanned:
   unreadable: tuple[str, ...] = ()
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogsChecked:
   """Answers `actions.CheckLogs`.
 
@@ -296,7 +306,7 @@ class LogsChecked:
   newest: tuple[int, ...]
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Spliced:
   """Answers `actions.Splice`: whether one was due, and all of the run."""
 
@@ -304,7 +314,7 @@ class Spliced:
   splices: tuple[splice_lib.Splice, ...] = ()
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Merged:
   """Answers `actions.Merge`.
 
@@ -312,19 +322,26 @@ class Merged:
     iteration: the newest iteration that all stages reported and that is
       written.
     reports: those of all stages if the iteration is complete and new.
-    wrong: why the report cannot be right; '' if it can.
+    wrong: why the report cannot be right; None if it can.
   """
 
   iteration: int
   reports: tuple[report_lib.Report, ...] = ()
-  wrong: str = ''
+  wrong: errors.WrongBitsError | None = None
 
 
-@_value
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropped:
   """Answers `actions.DropDamaged`: the entries that are gone."""
 
   entries: tuple[segment_check.Damage, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broke:
+  """Answers a question of which the answer could not be found."""
+
+  error: errors.MoetionError
 
 
 Event = (
@@ -340,4 +357,5 @@ Event = (
   | Spliced
   | Merged
   | Dropped
+  | Broke
 )

@@ -11,6 +11,30 @@ from moetion_jax import errors
 from moetion_jax.recovery import plan as recovery_plan
 
 
+class WorkerError(errors.MoetionError):
+  """A worker ended, or cannot go on.
+
+  Attributes:
+    stage: the worker's stage.
+    iteration: the iteration that it had begun.
+  """
+
+  def __init__(
+    self, stage: int, iteration: int, what: str, *, is_passing: bool = False
+  ):
+    """Makes the message of what happened to whom, and when."""
+    super().__init__(f'stage {stage}, iteration {iteration}: {what}')
+    self.stage = stage
+    self.iteration = iteration
+    self.is_passing = is_passing
+
+
+class NoReplacementError(errors.MoetionError):
+  """A dead worker has no successor; a run that starts again has new workers."""
+
+  is_passing = True
+
+
 @dataclasses.dataclass(kw_only=True)
 class OngoingRecovery:
   """One stage on its way back.

@@ -125,14 +125,3 @@ def deadlock(everyone: Sequence[Seen]) -> str:
   return 'every stage waits: ' + '; '.join(
     f'stage {one.stage} for {one.detail}' for one in waiters
   )
-
-
-def is_stopped(pid: int) -> bool:
-  """Returns True if the kernel has a process of this host stopped."""
-  try:
-    with open(f'/proc/{pid}/stat', 'rb') as file:
-      stat = file.read()
-  except OSError:
-    return False
-  # The process's name, in parentheses, may hold anything.
-  return stat.rpartition(b')')[2].split()[:1] == [b'T']

@@ -57,3 +57,40 @@ class Go:
   capacity: tuple[tuple[str, int, float], ...] = ()
   capacity_until: int = 0
   unverified_until: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopHere:
+  """Stop where you are, and keep process and programs: an order follows.
+
+  It is never sent before the first `orders.Go`.
+  """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decide:
+  """What is captured from now on."""
+
+  decision: decision_lib.CaptureDecision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Propose:
+  """Wait after an iteration until more is said."""
+
+  limit: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Commit:
+  """End after an iteration."""
+
+  limit: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HandOver:
+  """Put the training state into the store folder."""
+
+
+Order = Go | StopHere | Decide | Propose | Commit | HandOver

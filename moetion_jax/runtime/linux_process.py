@@ -85,3 +85,14 @@ class SignalPipe:
 
 def _ignore(*unused: object) -> None:
   pass  # not SIG_IGN: it would write nothing to the pipe
+
+
+def is_stopped(pid: int) -> bool:
+  """Returns True if the kernel has a process of this host stopped."""
+  try:
+    with open(f'/proc/{pid}/stat', 'rb') as file:
+      stat = file.read()
+  except OSError:
+    return False
+  # The process's name, in parentheses, may hold anything.
+  return stat.rpartition(b')')[2].split()[:1] == [b'T']

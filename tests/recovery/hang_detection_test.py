@@ -1,10 +1,5 @@
 """Who hangs, who was stopped, and whether everybody waits."""
 
-import os
-import signal
-import subprocess
-import time
-
 import pytest
 
 from moetion_jax.recovery import hang_detection
@@ -118,24 +113,6 @@ def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
 )
 def test_deadlock(everyone, words):
   assert hang_detection.deadlock(everyone) == words
-
-
-def test_the_kernel_knows_who_is_stopped():
-  process = subprocess.Popen(['sleep', '60'])
-  try:
-    assert not hang_detection.is_stopped(process.pid)
-    os.kill(process.pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 10
-    while not hang_detection.is_stopped(process.pid):
-      assert time.monotonic() < deadline
-    os.kill(process.pid, signal.SIGCONT)
-    while hang_detection.is_stopped(process.pid):
-      assert time.monotonic() < deadline
-  finally:
-    process.kill()
-    process.wait()
-  assert not hang_detection.is_stopped(process.pid)  # it is no more
-  assert not hang_detection.is_stopped(os.getpid())
 
 
 _LONG = 1e3

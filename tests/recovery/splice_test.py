@@ -3,7 +3,7 @@
 import pytest
 
 from moetion_jax.policies.kinds import registry
-from moetion_jax.recovery import inventory, plan, splice
+from moetion_jax.recovery import inventory, splice
 from tests.support import recoveries, shares
 
 
@@ -93,28 +93,22 @@ def test_the_first_line_behind_a_splice_does_not_lag():
 def test_a_run_that_goes_on_behind_a_splice():
   run = recoveries.Run()
   for stage in range(2):
-    run.one.rescan(stage, [run.share(stage, i) for i in (4, 5, 6, 7, 8)])
-  made = [_splice(4, 6, 6)]
-  run.one.splice(made, is_running=False)
-  assert run.first_plan(reported=6, newest=9).start == 4
-  run.one.splice(made, is_running=True)
-  recovery = run.one.fail({0: 'died'}, [9, 9])
-  go = run.one.go(0, recovery, is_fresh=False)
+    run.shares[stage] = {
+      (i, 0): recoveries.share(stage, i) for i in (4, 5, 6, 7, 8)
+    }
+  run.splices = (_splice(4, 6, 6),)
+  assert run.begin(last_recorded=6, newest=9)[0].start == 4
+  go = run.dies(0)[0]
   assert (go.start, go.complete_at, go.unverified_until) == (4, 6, 6)
 
 
 def test_behind_a_splice_nothing_older_is_taken():
-  made = [_splice(4, 6)]
   run = recoveries.Run(stages=1)
-  run.one.rescan(0, [run.share(0, i) for i in range(1, 7)])
-  run.one.splice(made, is_running=False)
-  assert run.first_plan(reported=9, newest=9).start == 4
-  run.one.splice(made, is_running=True)
-  with pytest.raises(plan.UnrecoverableError, match='no common start is left'):
-    run.one.fail({0: 'died'}, [7], suspects=[4])
-  # The same command may: then all after it is removed again.
-  run.one.splice(made, is_running=False)
-  assert run.first_plan(reported=9, newest=9).start == 1
+  run.shares[0] = {(i, 0): recoveries.share(0, i) for i in range(1, 7)}
+  run.splices = (_splice(4, 6),)
+  assert run.begin(last_recorded=9, newest=9)[0].start == 4
+  run.dies(0, error='snapshot 4 is lost', suspects=(4,))
+  assert 'no common start is left' in str(run.error())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from orbax import checkpoint as ocp
 
 from moetion_jax import keys
 from moetion_jax.hostmem import entry, segment, segment_reader
-from moetion_jax.recovery import hang_detection
+from moetion_jax.runtime import linux_process
 from moetion_jax.runtime.worker import fault_damage
 from tests.support import helpers, runs, worlds
 
@@ -75,7 +75,7 @@ def _damage_unread(host, workdir, run, reader, key, damage, stops_agent=True):
 
   def stopped():
     pids = [w['pid'] for w in runs.workers(workdir) if w['stage'] == reader]
-    return next((p for p in pids if hang_detection.is_stopped(p)), None)
+    return next((p for p in pids if linux_process.is_stopped(p)), None)
 
   runs.until(run, 'iteration 2/')
   if stops_agent:  # it would take a stopped worker for one that hangs

@@ -1,7 +1,9 @@
-"""Signals that end a run, counted as they come."""
+"""Signals that end a run, counted as they come; processes that are stopped."""
 
 import os
 import signal
+import subprocess
+import time
 
 import pytest
 
@@ -37,3 +39,21 @@ def test_a_hangup_that_is_ignored_stays_so(hangup):
     os.kill(os.getpid(), signal.SIGINT)
     assert pipe.take() == 1
   assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_the_kernel_knows_who_is_stopped():
+  process = subprocess.Popen(['sleep', '60'])
+  try:
+    assert not linux_process.is_stopped(process.pid)
+    os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while not linux_process.is_stopped(process.pid):
+      assert time.monotonic() < deadline
+    os.kill(process.pid, signal.SIGCONT)
+    while linux_process.is_stopped(process.pid):
+      assert time.monotonic() < deadline
+  finally:
+    process.kill()
+    process.wait()
+  assert not linux_process.is_stopped(process.pid)  # it is no more
+  assert not linux_process.is_stopped(os.getpid())

@@ -26,6 +26,7 @@ ORDER = (
   'moetion_jax.policies',
   'moetion_jax.policies.kinds',
   'moetion_jax.recovery',
+  'moetion_jax.recovery.coordinator',
   'moetion_jax.capture',
   'moetion_jax.training',
   'moetion_jax.runtime',

@@ -1,4 +1,4 @@
-"""The beginning of a run: its workers' spec, their readiness, host memory."""
+"""The beginning of a run: its workers' spec, and room in host memory."""
 
 from __future__ import annotations
 
@@ -7,76 +7,10 @@ import os
 from moetion_jax import job_spec
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime import (
-  environment as environment_lib,
-  messages,
   spec as spec_lib,
 )
 from moetion_jax.runtime.agent import settings as agent_settings
-from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import workdir
-
-
-class Readiness:
-  """The workers that can train, and the deaths before that."""
-
-  def __init__(self, max_failures: int):
-    """Stores the limit.
-
-    Args:
-      max_failures: the number of deaths that the beginning bears.
-    """
-    self._max_failures = max_failures
-    self._deaths = 0
-    self._ready: dict[tuple[int, int], messages.Ready] = {}
-
-  def add(
-    self,
-    worker: child_process.WorkerProcess,
-    message: messages.Ready,
-    workers: int,
-  ) -> dict[int, messages.Ready] | None:
-    """Takes in that a worker can train.
-
-    Args:
-      worker: the worker that can train.
-      message: the message.
-      workers: the number of all workers.
-
-    Returns:
-      The first replica's message of every stage if all can train, else None.
-    """
-    self._ready[worker.stage, worker.replica] = message
-    if len(self._ready) < workers:
-      return None
-    return {s: m for (s, replica), m in self._ready.items() if not replica}
-
-  def environment(self) -> environment_lib.Record:
-    """Returns what all workers compute with, once all are ready.
-
-    Raises:
-      errors.MoetionError: two of them differ.
-    """
-    records = {
-      f'stage {stage} replica {replica}': message.environment
-      for (stage, replica), message in sorted(self._ready.items())
-    }
-    environment_lib.check_same_everywhere(records)
-    return environment_lib.joined(list(records.values()))
-
-  @property
-  def lowering_platform(self) -> str:
-    """The platform for which programs are lowered, once all are ready."""
-    return self._ready[0, 0].lowering_platform
-
-  def count_death(self, error: child_process.WorkerError) -> None:
-    """Counts a death; raises `error` if there were too many."""
-    self._deaths += 1
-    if self._deaths > self._max_failures:
-      raise error
-
-  def forget(self, worker: child_process.WorkerProcess) -> None:
-    """Forgets that a replaced worker was ready."""
-    self._ready.pop((worker.stage, worker.replica), None)
 
 
 def worker_spec(

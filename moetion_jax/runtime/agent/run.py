@@ -116,9 +116,9 @@ def _run(
     # Another folder with this id was quicker: this one is taken for the copy.
     return _run(job, where, folder, view)
   try:
-    agent = agent_lib.Agent(job, where, folder, store, view, keeps_store=left)
+    agent = agent_lib.Agent(job, where, folder, store, view)
     try:
-      return agent.run()
+      return agent.run(keeps_store=left)
     finally:
       left = agent.keeps_store
       if not agent.has_begun:

@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from moetion_jax import codec, errors
-from moetion_jax.recovery import hang_detection
+from moetion_jax import codec
 from moetion_jax.runtime import messages, spec as spec_lib
 
 _READ_BYTES = 1 << 16
@@ -23,24 +22,6 @@ _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
 
 _Spec = TypeVar('_Spec', spec_lib.Spec, spec_lib.HostSpec)
 _Sent = TypeVar('_Sent', messages.ToWorker, messages.ToHost)
-
-
-class WorkerError(errors.MoetionError):
-  """A worker ended, or cannot go on.
-
-  Attributes:
-    stage: the worker's stage.
-    iteration: the iteration that it had begun.
-  """
-
-  def __init__(
-    self, stage: int, iteration: int, what: str, *, is_passing: bool = False
-  ):
-    """Makes the message of what happened to whom, and when."""
-    super().__init__(f'stage {stage}, iteration {iteration}: {what}')
-    self.stage = stage
-    self.iteration = iteration
-    self.is_passing = is_passing
 
 
 class Transcript:
@@ -202,30 +183,16 @@ class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
   """One worker process.
 
   Attributes:
-    stage: the stage that it trains.
+    stage: the stage that it trains; `STANDBY` for none yet.
     replica: its replica of the stage.
-    generation: its generation.
     host: name of the host that it runs on.
-    state: what it does now, for people and `workers.json`.
-    detail: more about that; '' for nothing.
-    shortage: what it lacks, if it is blocked.
-    iteration: the iteration that it works on.
     is_warm: whether it is a standby that is prepared.
-    heard_at: time of its last message, `time.monotonic`.
-    state_since: time since which it does what it does, `time.monotonic`.
-    reason: why it has to be killed; '' for no reason.
-    suspects: iterations of snapshots that it found to be damaged.
-    corrupt: stage and iteration of a log entry that it found to be damaged.
-    has_caught_up: whether it has caught up with its predecessor, if any.
-    is_idle: whether it has nothing to do until it is told `go`.
-    is_going_back: whether it was told to stop, and has not said that it did.
-    fault_at: time of its scripted fault, `time.monotonic`; None without one.
+    made_at: time at which this was made, `time.monotonic`.
   """
 
   def __init__(
     self,
     stage: int,
-    generation: int = 1,
     host: str = '',
     on_line: Callable[[bytes], None] | None = None,
     replica: int = 0,
@@ -235,102 +202,39 @@ class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
 
     Args:
       stage: the stage that it trains.
-      generation: its generation.
       host: name of the host that it runs on.
       on_line: called with each line that it prints; None: its `Transcript`.
       replica: its replica of the stage.
       is_alone: whether the stage has one worker.
     """
+    self.stage = stage
+    self.replica = replica
+    self.host = host
+    self.is_warm = False
+    self.made_at = time.monotonic()
     self._is_alone = is_alone
-    self._transcript = Transcript(self._name_of(stage, replica))
+    self._transcript = Transcript(self.name)
     super().__init__(
       'moetion_jax.runtime.worker.main', on_line or self._transcript.add
     )
-    self.stage = stage
-    self.replica = replica
-    self.generation = generation
-    self.host = host
-    self.state = hang_detection.WorkerState.STARTING
-    self.shortage: hang_detection.Shortage | None = None
-    self.detail, self.iteration = '', 0
-    self.is_warm = False
-    self.heard_at = self.state_since = time.monotonic()
-    self.reason = ''
-    self.suspects: tuple[int, ...] = ()
-    self.corrupt: tuple[int, int] | None = None
-    self.has_caught_up = False
-    self.is_idle, self.is_going_back = True, False
-    self.fault_at: float | None = None
-    self._steps = 0
 
-  def become(self, stage: int, replica: int, generation: int) -> None:
+  def become(self, stage: int, replica: int) -> None:
     """Turns a standby into the worker of a stage."""
-    self.stage, self.replica = stage, replica
-    self.generation, self.is_warm = generation, False
-    self.state, self.detail = hang_detection.WorkerState.STARTING, ''
+    self.stage, self.replica, self.is_warm = stage, replica, False
     self._transcript.name = self.name
 
-  def event_fields(self) -> dict[str, int]:
-    """Returns an event's fields: who it is and how far it came."""
-    return {
-      'stage': self.stage,
-      'replica': self.replica,
-      'iteration': self.iteration,
-      'generation': self.generation,
-    }
-
-  def describe_death(self) -> str:
-    """Says how the worker died, and what it was doing."""
-    what = f'the worker (pid {self.pid}) {self.reason or self.describe_exit()}'
-    if not self._is_alone:
-      what = f'replica {self.replica}: {what}'
-    if self.reason:
-      return what
-    is_waiting = self.state is hang_detection.WorkerState.WAITING
-    doing = 'waiting for' if is_waiting else self.state
-    return f'{what} while {doing} {self.detail}'.rstrip()
-
-  def failed(self, message: messages.Failed) -> None:
-    """Takes in its last message, and kills the process."""
-    self.reason = f'failed: {message.error}'
-    self.iteration = max(self.iteration, message.iteration)
-    self.suspects, self.corrupt = message.suspects, message.corrupt
-    self.kill()  # quicker than its own end, and cannot hang
-
-  def stop_here(self) -> None:
-    """Tells it to stop but keep its process; it answers `StoppedHere`."""
-    if not self.is_idle and not self.is_going_back:
-      self.is_going_back = True
-      self.send(messages.StopHere())
-
-  def stopped_here(self) -> None:
-    """Takes in the message `StoppedHere`; begins the next generation."""
-    self.is_idle, self.is_going_back = True, False
-    self.has_caught_up = False
-    self.reason, self.suspects, self.corrupt = '', (), None
-    self.generation += 1
+  @property
+  def is_standby(self) -> bool:
+    """True if it has no stage yet."""
+    return self.stage == spec_lib.STANDBY
 
   @property
   def name(self) -> str:
     """Name for people: 'stage 1', or with several 'stage 1 replica 0'."""
-    return self._name_of(self.stage, self.replica)
-
-  def _name_of(self, stage: int, replica: int) -> str:
-    if stage < 0:
+    if self.is_standby:
       return 'standby'
-    return f'stage {stage}' + ('' if self._is_alone else f' replica {replica}')
-
-  def says(self, message: messages.State) -> None:
-    """Takes in what it does now."""
-    if (message.state, message.detail, message.steps) != (
-      self.state,
-      self.detail,
-      self._steps,
-    ) or message.iteration > self.iteration:
-      self.state_since = time.monotonic()
-    self.state, self.detail = message.state, message.detail
-    self.shortage, self._steps = message.shortage, message.steps
-    self.iteration = max(self.iteration, message.iteration)
+    of_replica = '' if self._is_alone else f' replica {self.replica}'
+    return f'stage {self.stage}{of_replica}'
 
   def open_log(self, path: pathlib.Path) -> None:
     """Opens the log of its output; see `Transcript.open_log`."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from moetion_jax import codec, errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.logs import zmq_server
-from moetion_jax.recovery import orders
+from moetion_jax.recovery import events, orders
 from moetion_jax.runtime import (
   linux_process,
   messages as messages_lib,
@@ -106,7 +106,6 @@ class HostAgent:
       self._close(old)
     worker = child_process.WorkerProcess(
       stage,
-      spec.generation,
       on_line=lambda line: self.send(
         messages_lib.Printed(stage=stage, line=line.decode(errors='replace'))
       ),
@@ -173,7 +172,7 @@ def main() -> int:
   try:
     agent.run()
   except errors.ConfigError as error:
-    agent.send(messages_lib.Refused.of(error))
+    agent.send(events.Refused.of(error))
     return 2
   except errors.MoetionError as error:
     agent.send(messages_lib.HostFailed(error=str(error)))

@@ -14,7 +14,7 @@ import pathlib
 import secrets
 import selectors
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moetion_jax.hostmem import run_store, store_folder
@@ -105,16 +105,13 @@ class Hosts:
       self._server.close()
       self._server = None
 
-  def worker(
-    self, stage: int, replica: int, generation: int = 1
-  ) -> child_process.WorkerProcess:
+  def worker(self, stage: int, replica: int) -> child_process.WorkerProcess:
     """Makes a worker on its stage's host; the caller starts it."""
     host = self._of_stage[stage]
     if host:
-      return remote_host.RemoteWorker(self.others[host - 1], stage, generation)
+      return remote_host.RemoteWorker(self.others[host - 1], stage)
     return child_process.WorkerProcess(
       stage,
-      generation,
       self._name,
       replica=replica,
       is_alone=self._replicas == 1,
@@ -128,7 +125,6 @@ class Hosts:
     """
     return child_process.WorkerProcess(
       spec_lib.STANDBY,
-      0,
       self._name,
       replica=replica,
       is_alone=self._replicas == 1,
@@ -161,9 +157,11 @@ class Hosts:
         )
 
   def locations(
-    self, workers: Sequence[child_process.WorkerProcess]
+    self,
+    workers: Iterable[child_process.WorkerProcess],
+    generations: Mapping[tuple[int, int], int],
   ) -> messages.Locations:
-    """Returns where workers' entries are."""
+    """Returns where workers' entries are, and of which generations."""
     addresses = {host['host']: host['address'] for host in self.agents()}
     return messages.Locations(
       locations=tuple(
@@ -173,7 +171,7 @@ class Hosts:
           location=remote.Location(
             host=worker.host,
             address=addresses[worker.host] or '',
-            generation=worker.generation,
+            generation=generations[worker.stage, worker.replica],
           ),
         )
         for worker in workers

@@ -11,6 +11,7 @@ from typing import Any
 
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.recovery import events
 from moetion_jax.runtime import (
   linux_process,
   messages as messages_lib,
@@ -48,9 +49,9 @@ class RemoteWorker(child_process.WorkerProcess):
     ended: whether the process has ended and all its messages are here.
   """
 
-  def __init__(self, agent: RemoteHost, stage: int, generation: int = 1):
+  def __init__(self, agent: RemoteHost, stage: int):
     """Stores the arguments; nothing runs before `start`."""
-    super().__init__(stage, generation, agent.name)
+    super().__init__(stage, agent.name)
     self.ended = False
     self._agent = agent
     self._pid = 0
@@ -262,7 +263,7 @@ class RemoteHost:
       match message:
         case messages_lib.Serving():
           self.address = message.address
-        case messages_lib.Refused():
+        case events.Refused():
           if not is_end:
             raise message.error()
         case messages_lib.HostFailed():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from moetion_jax.recovery import hang_detection
 from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.runtime.hosts import child_process
 
@@ -81,7 +80,6 @@ class Standbys:
     ):
       self._attempts += 1
       worker = self._make(len(self.everyone))
-      worker.state = hang_detection.WorkerState.WARMING
       self.everyone.append(worker)
       self._start(
         worker,
@@ -97,12 +95,9 @@ class Standbys:
   def warmed(self, worker: child_process.WorkerProcess) -> None:
     """Takes in that a standby is prepared."""
     worker.is_warm = True
-    worker.state = hang_detection.WorkerState.STANDBY
     self._attempts = 0
 
-  def take(
-    self, stage: int, team: Sequence[int], generation: int, host: str
-  ) -> TakenStandby:
+  def take(self, stage: int, team: Sequence[int], host: str) -> TakenStandby:
     """Has the warm standbys become workers of a stage.
 
     One that is not warm is of no use: a new process is faster.
@@ -110,7 +105,6 @@ class Standbys:
     Args:
       stage: the stage whose workers they become.
       team: the replicas that have a worker.
-      generation: the generation of the workers.
       host: name of the host on which they have to be.
     """
     warm = [
@@ -124,7 +118,7 @@ class Standbys:
     taken = dict(zip(team, warm, strict=False))
     for replica, worker in taken.items():
       self.everyone.remove(worker)
-      worker.become(stage, replica, generation)
+      worker.become(stage, replica)
     return TakenStandby(workers=taken, world=world)
 
   def died(self, worker: child_process.WorkerProcess) -> None:

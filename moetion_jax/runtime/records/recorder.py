@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from moetion_jax import disk, job_spec, report
-from moetion_jax.recovery import hang_detection, splice as splice_lib
-from moetion_jax.runtime import environment as environment_lib, messages
+from moetion_jax.recovery import events, splice as splice_lib
+from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   files as record_files,
   merge,
@@ -46,22 +46,6 @@ class View(Protocol):
 
   def note(self, text: str) -> None:
     """Shows a line of text."""
-    ...
-
-
-class ListedWorker(Protocol):
-  """A worker's fields in `workers.json`; a stage below 0 is a standby."""
-
-  stage: int
-  replica: int
-  host: str
-  generation: int
-  state: hang_detection.WorkerState
-  iteration: int
-
-  @property
-  def pid(self) -> int:
-    """Process id."""
     ...
 
 
@@ -105,7 +89,7 @@ class Recorder:
 
   def accept(
     self,
-    ready: Mapping[int, messages.Ready],
+    ready: Mapping[int, events.Ready],
     environment: environment_lib.Record,
   ) -> None:
     """Begins the run's files, when every stage can train.
@@ -268,41 +252,28 @@ class Recorder:
 
   def write_workers(
     self,
-    workers: Sequence[ListedWorker],
+    workers: Sequence[Mapping[str, object]],
     agents: Sequence[Mapping[str, object]],
-    state: str | None = None,
+    *,
+    is_last: bool = False,
   ) -> None:
-    """Rewrites `workers.json`; without `state` not more often than useful.
+    """Rewrites `workers.json`, not more often than useful.
 
     Args:
-      workers: all workers that were started.
+      workers: all workers and standbys, as the file has them.
       agents: the agent of every host: `host`, `pid`, `address` of its store
         server.
-      state: the state of all workers, when the run is over.
+      is_last: whether the run is over.
     """
     now = time.monotonic()
     if not self.accepted:
       return
-    self._workers_file_is_old = state is None and now < self._workers_file_at
+    self._workers_file_is_old = not is_last and now < self._workers_file_at
     if self._workers_file_is_old:
       return
     self._workers_file_at = now + _WORKERS_FILE_SECONDS
     record_files.write_json(
       str(self._folder.path / 'workers.json'),
-      {
-        'agents': list(agents),
-        'workers': [
-          {
-            'stage': None if w.stage < 0 else w.stage,
-            'replica': None if w.stage < 0 else w.replica,
-            'host': w.host,
-            'pid': w.pid,
-            'generation': w.generation,
-            'state': state or w.state,
-            'iteration': w.iteration,
-          }
-          for w in workers
-        ],
-      },
+      {'agents': list(agents), 'workers': list(workers)},
       outlives_power=False,  # it is of processes, which do not either
     )

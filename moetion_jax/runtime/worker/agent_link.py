@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetion_jax import errors
 from moetion_jax.policies import decision as decision_lib
-from moetion_jax.recovery import hang_detection, stopping
+from moetion_jax.recovery import events, hang_detection, orders, stopping
 from moetion_jax.runtime import messages
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
@@ -72,7 +72,7 @@ class AgentLink:
   def command(self) -> messages.ToWorker:
     """Waits for the agent's next command."""
     message = self._commands.get()
-    if isinstance(message, messages.StopHere):
+    if isinstance(message, orders.StopHere):
       with self._interrupt_lock:
         self._stops_here -= 1
         self.limit.interrupt(self.is_interrupted)
@@ -90,7 +90,7 @@ class AgentLink:
       if self.is_interrupted:
         interrupt()
 
-  def _stop_here(self, message: messages.StopHere) -> None:
+  def _stop_here(self, message: orders.StopHere) -> None:
     with self._interrupt_lock:
       self._stops_here += 1
       self.limit.interrupt(True)
@@ -142,16 +142,16 @@ class AgentLink:
     with open(self._control_fd, 'rb') as pipe:
       for line in pipe:
         match message := messages.unpack(line):
-          case messages.Propose(limit=limit):
+          case orders.Propose(limit=limit):
             begun = self.limit.propose(limit)
-            self.send(messages.Answer(limit=limit, begun=begun))
-          case messages.Commit():
+            self.send(events.Answer(limit=limit, begun=begun))
+          case orders.Commit():
             self.limit.commit(message.limit)
           case messages.Line():
             self.line = max(self.line, message.iteration)
-          case messages.Decide():
+          case orders.Decide():
             self._decide(message.decision)
-          case messages.StopHere():
+          case orders.StopHere():
             self._stop_here(message)
           case messages.Locations():
             with self._lock:
@@ -166,10 +166,10 @@ class AgentLink:
       self.send(self._state())
       time.sleep(_STATE_SECONDS)
 
-  def _state(self) -> messages.State:
+  def _state(self) -> events.State:
     states, worker = hang_detection.WorkerState, self._worker
     if worker is None:
-      return messages.State(
+      return events.State(
         state=states.COMPILING, detail=self._program, iteration=0, steps=0
       )
     state, detail, shortage = states.RUNNING, worker.program, self._shortage
@@ -182,7 +182,7 @@ class AgentLink:
       state, detail = states.BLOCKED, shortage.describe(str(blocked_for))
     elif waiting_for := worker.log.waiting_for:
       state, detail = states.WAITING, str(waiting_for)
-    return messages.State(
+    return events.State(
       state=state,
       detail=detail,
       shortage=shortage,

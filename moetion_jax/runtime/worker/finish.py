@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moetion_jax import errors, keys, report
-from moetion_jax.recovery import hang_detection
+from moetion_jax.recovery import events, hang_detection, orders
 from moetion_jax.runtime import (
   faults,
   final_state,
@@ -65,15 +65,15 @@ class Finish:
     self._injector = injector
     self._last = last
 
-  def obey(self) -> messages.Exit | messages.StopHere:
+  def obey(self) -> messages.Exit | orders.StopHere:
     """Obeys the agent until it says one of these two; returns that."""
     while True:
       match command := self._link.command():
-        case messages.HandOver():
+        case orders.HandOver():
           self._hand_over()
         case messages.Save():
           self._save(command)
-        case messages.Exit() | messages.StopHere():
+        case messages.Exit() | orders.StopHere():
           return command
 
   def _hand_over(self) -> None:
@@ -96,7 +96,7 @@ class Finish:
     )
     self._script(folder)
     self._injector.phase('hand_over', last.iteration)
-    self._link.send(messages.HandedOver())
+    self._link.send(events.HandedOver())
 
   def _save(self, command: messages.Save) -> None:
     """Saves everybody's state, or tells whose arrived damaged."""
@@ -107,7 +107,7 @@ class Finish:
       ]
     except final_state.DamagedError as error:
       self._link.send(
-        messages.Damaged(
+        events.Damaged(
           stage=error.stage,
           replica=error.replica,
           what=str(error),
@@ -124,9 +124,9 @@ class Finish:
       self._spec.job.config,
       digests,
       self._on_written,
-      lambda what: self._link.send(messages.Rewritten(what=what)),
+      lambda what: self._link.send(events.Rewritten(what=what)),
     )
-    self._link.send(messages.Saved())
+    self._link.send(events.Saved())
 
   def _on_written(self, path: str) -> None:
     """Performs the fault that is due before the checkpoint is read back."""

@@ -29,7 +29,7 @@ from moetion_jax.logs import (
 )
 from moetion_jax.policies import planner
 from moetion_jax.programs import stage as stage_lib
-from moetion_jax.recovery import orders
+from moetion_jax.recovery import events, orders
 from moetion_jax.runtime import faults, messages, spec as spec_lib
 from moetion_jax.runtime.worker import (
   agent_link,
@@ -133,7 +133,7 @@ class StageRun:
           raise
         self._link.command()
       self._let_go()
-      self._link.send(messages.StoppedHere())
+      self._link.send(events.StoppedHere())
     self._closing.close()
 
   def _let_go(self) -> None:
@@ -196,7 +196,7 @@ class StageRun:
     self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(
-      messages.Resumed(
+      events.Resumed(
         first_iteration=go.start + 1, fetch_seconds=fetched - started
       )
     )
@@ -229,11 +229,11 @@ class StageRun:
     if snapshots:
       snapshots.flush()
     link.finished()
-    link.send(messages.Done(iteration=last))
+    link.send(events.Done(iteration=last))
 
   def _report(self, report: report_lib.Report) -> None:
     self._digests = report.digests
-    self._link.send(messages.Reported(report=report))
+    self._link.send(events.Reported(report=report))
 
   def _log(self, go: orders.Go) -> log_interface.Log:
     """Makes this worker's log, joined with those of replicas it stands for."""
@@ -299,7 +299,7 @@ class StageRun:
     """Reports, between iterations, that `target` is reached; True: stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
-      self._link.send(messages.CaughtUp(iteration=target))
+      self._link.send(events.CaughtUp(iteration=target))
     return self._link.limit.stop(self._worker.iteration)
 
   def _conversion(self, go: orders.Go) -> conversion.Conversion:
@@ -372,7 +372,7 @@ class StageRun:
       },
       log,
       lambda metadata: self._link.send(
-        messages.Stored(share=folders.share_of(metadata))
+        events.Stored(share=folders.share_of(metadata))
       ),
       spec.full_seconds,
       self._link.blocked,
@@ -402,7 +402,7 @@ class StageRun:
       return {}
     return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
 
-  def _finish(self) -> messages.Exit | messages.StopHere:
+  def _finish(self) -> messages.Exit | orders.StopHere:
     """Obeys the agent after the end, until it says one of these two."""
     last = self._worker
     digests = self._digests or self._stage.partition.by_operator(

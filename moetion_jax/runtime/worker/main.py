@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from moetion_jax import codec, errors
 from moetion_jax.hostmem import entry
+from moetion_jax.recovery import events
 from moetion_jax.runtime import (
   environment,
   faults,
@@ -188,7 +189,7 @@ def _work(
   )
   if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
-      messages.Ready(
+      events.Ready(
         platform=jax.default_backend(),
         lowering_platform=compilation.platform_of(stage.mesh),
         device=jax.local_devices()[0].device_kind,
@@ -225,7 +226,7 @@ def main() -> int:
     _run_on(spec.cores)
     _work(spec, link, prepared)
   except errors.ConfigError as error:
-    link.send(messages.Refused.of(error))
+    link.send(events.Refused.of(error))
     return 2
   except Exception as error:
     is_own = isinstance(error, errors.MoetionError)
@@ -235,7 +236,7 @@ def main() -> int:
     is_nan = isinstance(error, errors.NonFiniteError)
     what = error.what if is_nan else str(error)
     link.send(
-      messages.Failed(
+      events.Failed(
         error=': '.join(x for x in (name, what) if x),
         advice=error.advice if is_nan else '',
         iteration=link.iteration,

@@ -1,29 +1,31 @@
 """A run tells at its end of the one that it was to replace."""
 
 import json
+import os
 import pathlib
 import selectors
-from typing import cast
 
+import numpy as np
 import pytest
 
-from moetion_jax import errors
+from moetion_jax import errors, keys
 from moetion_jax.hostmem import store_folder
-from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies import planner, settings as capture_settings
 from moetion_jax.policies.kinds import registry
-from moetion_jax.recovery import plan
-from moetion_jax.runtime import faults
+from moetion_jax.recovery import actions, events, failures, plan
+from moetion_jax.runtime import faults, messages
 from moetion_jax.runtime.agent import (
   beginning,
   ending,
+  executor,
   settings as agent_settings,
-  teams,
 )
 from moetion_jax.runtime.hosts import (
   child_process,
   crew as crew_lib,
   hosts as hosts_lib,
   remote_host,
+  stores,
 )
 from moetion_jax.runtime.records import (
   files,
@@ -32,7 +34,7 @@ from moetion_jax.runtime.records import (
   recorder,
   workdir,
 )
-from tests.support import helpers
+from tests.support import helpers, power
 
 
 @pytest.fixture
@@ -49,13 +51,14 @@ def folder(tmp_path):
   run.close()
 
 
-def _ending(tmp_path: pathlib.Path, folder: workdir.Workdir) -> ending.Ending:
+def _executor(tmp_path, folder, record=None, workers=()):
+  """Makes an executor of a run with stores, and with workers where told."""
   job = helpers.micro_run().job_spec()
   where = agent_settings.AgentSettings(
     workdir=str(folder.path),
     fresh=True,
     captures=capture_settings.CaptureSettings(
-      policy=registry.POLICIES['sparse']
+      policy=registry.of_name('sparse')
     ),
   )
   store = store_folder.StoreFolder(tmp_path, 'store')
@@ -63,18 +66,22 @@ def _ending(tmp_path: pathlib.Path, folder: workdir.Workdir) -> ending.Ending:
   crew = crew_lib.Crew(
     job,
     hosts,
-    selectors.DefaultSelector(),
-    cast('crew_lib.Listener', None),  # nobody is started
+    selectors.DefaultSelector(),  # nobody is started
     beginning.worker_spec(job, where, folder, store, ''),
     faults.FaultBook([]),
+    (-1, -1),
   )
-  return ending.Ending(
-    recorder.Recorder(job, folder, helpers.NotesView()),
+  one = executor.Executor(
+    where,
+    folder,
     hosts,
     crew,
-    keeps_store=True,
-    starts_over=True,
+    stores.Stores(1, 1, hosts),
+    record or recorder.Recorder(job, folder, helpers.NotesView()),
   )
+  crew.workers.update(workers)
+  one.keep(True)
+  return one
 
 
 @pytest.mark.parametrize('is_removed', [False, True])
@@ -83,7 +90,7 @@ def test_what_it_says_of_the_earlier_run_is_true(
   tmp_path, folder, capfd, is_removed, is_failure
 ):
   """An end after the removal, but before anybody trains."""
-  one = _ending(tmp_path, folder)
+  one = _executor(tmp_path, folder)
   if is_removed:
 
     def remove():
@@ -97,9 +104,9 @@ def test_what_it_says_of_the_earlier_run_is_true(
       folder.accept(helpers.micro_run().to_json(), {})
   assert (folder.path / 'events.jsonl').exists() == (not is_removed)
   if is_failure:
-    one.failed(errors.StoreError('full'), [], has_begun=False)
+    one.fail(errors.StoreError('full'))
   else:
-    one.stopped(has_begun=False)
+    one.do(actions.Stop())
   said = capfd.readouterr().err
   assert ('Nothing of the earlier run was removed.' in said) != is_removed
   assert ('he same command starts over.' in said) == is_removed
@@ -153,7 +160,7 @@ _NAN = errors.NonFiniteError('the loss is NaN', 'lower --learning_rate')
   ('error', 'is_passing'),
   [
     # In the order in which a run can meet them.
-    (child_process.WorkerError(0, 0, 'was killed by SIGABRT'), False),
+    (failures.WorkerError(0, 0, 'was killed by SIGABRT'), False),
     (errors.MoetionError('two workers compute with other libraries'), False),
     (errors.StoreError('metrics.jsonl:3 is damaged'), False),
     (_NAN, False),
@@ -163,11 +170,11 @@ _NAN = errors.NonFiniteError('the loss is NaN', 'lower --learning_rate')
     (files.MetricsMismatchError('not the run that wrote it'), False),
     (merge.ReplicaMismatchError('silent data corruption'), True),
     (plan.UnrecoverableError('nothing is left to start from'), False),
-    (teams.NoReplacementError('--policy=none'), True),
+    (failures.NoReplacementError('--policy=none'), True),
     (remote_host.HostError('host-1: it cannot be used'), False),
     (remote_host.HostDiedError('host-1: its agent was killed'), True),
     (
-      child_process.WorkerError(0, 5, 'nobody replaces it', is_passing=True),
+      failures.WorkerError(0, 5, 'nobody replaces it', is_passing=True),
       True,
     ),
     (ending.of_system(OSError(28, 'No space left'), pathlib.Path('w')), False),
@@ -176,8 +183,9 @@ _NAN = errors.NonFiniteError('the loss is NaN', 'lower --learning_rate')
 )
 def test_every_end_of_a_run(tmp_path, folder, capfd, error, is_passing):
   """Only where its cause is gone is the same command said to go on."""
-  one = _ending(tmp_path, folder)
-  one.failed(error, [], has_begun=True)
+  one = _executor(tmp_path, folder)
+  one.has_begun = True
+  one.fail(error)
   ended, how = capfd.readouterr().err.splitlines()
   assert ended == f'The run ended: {error}'
   assert ('Once the cause is gone, the same' in how) == (not is_passing)
@@ -194,3 +202,39 @@ def test_each_error_has_its_row():
     'NoReplacementError',
     'ReplicaMismatchError',
   }
+
+
+def test_lines_are_on_disk_before_a_checkpoint_can_be(tmp_path):
+  """It alone says that a run is finished, whoever died beside it."""
+  with power.disk(tmp_path) as disk:
+    folder = workdir.Workdir(str(disk.path / 'run'), fresh=False)
+    folder.lock()
+    os.sync()
+    operator = keys.OperatorId('head')
+    ready = events.Ready(
+      device='',
+      platform='cpu',
+      lowering_platform='cpu',
+      state_bytes=0,
+      operators=planner.StageSizes(
+        state_bytes={operator: 0}, compute_bytes={}, device={}
+      ),
+      environment={},
+      data_fingerprint={},
+    )
+    job = helpers.micro_run().job_spec()
+    saver = child_process.WorkerProcess(0)
+    told, saver._control_fd = os.pipe()
+    with recorder.Recorder(job, folder, helpers.NotesView()) as record:
+      record.accept({0: ready}, {})
+      digests = {operator: np.zeros(2, np.uint32)}
+      record.add(helpers.make_report(1, loss=1.0, digests=digests), [[0]])
+      one = _executor(tmp_path, folder, record, {(0, 0): saver})
+      one.do(actions.Save(worker=(0, 0), replicas=((0,),)))
+    sent = messages.unpack(os.read(told, 1 << 16))
+    assert isinstance(sent, messages.Save)
+    os.close(told)
+    saver.close()
+    folder.close()
+    disk.cut()
+    assert list(files.read_lines(folder.path / 'metrics.jsonl')) == [1]

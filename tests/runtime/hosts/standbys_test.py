@@ -22,7 +22,7 @@ class _Processes:
     self.standbys = standbys.Standbys(
       replicas,
       lambda replica: child_process.WorkerProcess(
-        spec_lib.STANDBY, 0, 'here', replica=replica
+        spec_lib.STANDBY, 'here', replica=replica
       ),
       lambda worker, spec: self.started.append((worker, spec)),
       self.ended.append,
@@ -43,13 +43,13 @@ def test_one_replaces_one():
   them = _Processes(1)
   assert them.warm() == [(0, (0,), '', 'here')]
   assert them.warm() == []
-  assert them.standbys.take(2, (0,), 3, 'there').workers == {}
-  taken = them.standbys.take(2, (0,), 3, 'here')
+  assert them.standbys.take(2, (0,), 'there').workers == {}
+  taken = them.standbys.take(2, (0,), 'here')
   assert taken.world == '' and list(taken.workers) == [0]
   worker = taken.workers[0]
-  assert (worker.stage, worker.replica, worker.generation) == (2, 0, 3)
+  assert (worker.stage, worker.replica) == (2, 0)
   assert not worker.is_warm and not them.standbys.everyone
-  assert them.standbys.take(1, (0,), 2, 'here') == standbys.TakenStandby()
+  assert them.standbys.take(1, (0,), 'here') == standbys.TakenStandby()
 
 
 def test_on_cpu_they_meet_ahead_and_are_taken_together():
@@ -57,8 +57,8 @@ def test_on_cpu_they_meet_ahead_and_are_taken_together():
   both = [(0, (0, 1), 'world 1', 'here'), (1, (0, 1), 'world 1', 'here')]
   assert them.warm() == both
   # A stage that is shrunk has another world.
-  assert them.standbys.take(1, (1,), 4, 'here') == standbys.TakenStandby()
-  taken = them.standbys.take(1, (0, 1), 4, 'here')
+  assert them.standbys.take(1, (1,), 'here') == standbys.TakenStandby()
+  taken = them.standbys.take(1, (0, 1), 'here')
   assert taken.world == 'world 1'
   assert [w.replica for w in taken.workers.values()] == [0, 1]
   assert {w.stage for w in taken.workers.values()} == {1}
@@ -78,7 +78,7 @@ def test_a_world_that_is_not_complete_is_not_taken():
   them = _Processes(2)
   them.standbys.warm(SPEC, them.new_world)
   them.standbys.warmed(them.standbys.everyone[0])
-  assert them.standbys.take(1, (0, 1), 2, 'here') == standbys.TakenStandby()
+  assert them.standbys.take(1, (0, 1), 'here') == standbys.TakenStandby()
   assert len(them.standbys.everyone) == 2
 
 
@@ -86,7 +86,7 @@ def test_a_world_that_is_not_complete_is_not_taken():
 def test_without_a_backend_each_is_its_own(changes):
   them = _Processes(2)
   assert [world for _, _, world, _ in them.warm(**changes)] == ['', '']
-  taken = them.standbys.take(0, (1,), 2, 'here')  # a shrunk stage
+  taken = them.standbys.take(0, (1,), 'here')  # a shrunk stage
   assert taken.world == '' and list(taken.workers) == [1]
   assert [s for s, *_ in them.warm(**changes)] == [1]
   them.standbys.died(them.standbys.everyone[0])

@@ -6,9 +6,7 @@ import pytest
 from moetion_jax import keys
 from moetion_jax.hostmem import segment, segment_check, store_folder
 from moetion_jax.runtime.hosts import hosts, stores
-from moetion_jax.runtime.records import recorder, workdir
 from moetion_jax.runtime.worker import fault_damage
-from tests.support import helpers, recoveries
 
 
 def _key(iteration, stage):
@@ -28,17 +26,7 @@ def one(shm_folder, tmp_path):
     for iteration in range(3, 7):
       writer.put(_key(iteration, stage), np.full(100, iteration))
     writer.close()
-  run = recoveries.Run()
-  run.first_plan()
-  folder = workdir.Workdir(str(tmp_path), fresh=False)
-  view = None  # nothing is shown before a run is accepted
-  yield stores.Stores(
-    2,
-    1,
-    hosts.Hosts(2, 1, store),
-    run.one,
-    recorder.Recorder(helpers.micro_run(stages=2).job_spec(), folder, view),  # type: ignore
-  )
+  yield stores.Stores(2, 1, hosts.Hosts(2, 1, store))
   store.close()
 
 
@@ -46,24 +34,38 @@ def test_damaged_entries_are_dropped_also_where_the_log_is_gone(one):
   (path,) = one.log_paths(1)
   for iteration in (4, 6):
     assert fault_damage.damage_entry(path, _key(iteration, 1))
-  assert one.drop_damaged(1, 5) == [
-    segment_check.Damage(6, 1, 0, str(_key(6, 1)))
-  ]
-  assert one.drop_damaged(1, 5) == []
+  assert one.drop_damaged(1, 5).entries == (
+    segment_check.Damage(6, 1, 0, str(_key(6, 1))),
+  )
+  assert one.drop_damaged(1, 5).entries == ()
   path.unlink()
-  assert one.drop_damaged(1, 1) == []
+  assert one.drop_damaged(1, 1).entries == ()
 
 
 def test_all_logs_are_checked(one):
-  assert one.check_logs(0) == [segment_check.SegmentCheck(4, ())] * 2
+  checked = one.check_logs(False)
+  assert checked.checks == (segment_check.SegmentCheck(4, ()),) * 2
+  assert checked.newest == (6, 6)
   (first,), (second,) = one.log_paths(0), one.log_paths(1)
   assert fault_damage.damage_entry(second, _key(4, 1))
   damage = segment_check.Damage(4, 1, 0, str(_key(4, 1)))
-  assert one.check_logs(0)[1] == segment_check.SegmentCheck(4, (damage,))
+  found = one.check_logs(False).checks[1]
+  assert found == segment_check.SegmentCheck(4, (damage,))
   second.unlink()
-  assert len(one.check_logs(0)) == 1
+  assert len(one.check_logs(False).checks) == 1
   first.write_bytes(b'\0' * (1 << 13))
-  (check,) = one.check_logs(0)  # nothing of it is to be believed
-  assert [d.iteration for d in check.damaged] == [1]
-  assert one.check_logs(0, drops_unreadable=True) == []
+  checked = one.check_logs(False)  # nothing of it is to be believed
+  assert not checked.checks
+  assert [one[:2] for one in checked.unreadable] == [(0, 0)]
+  checked = one.check_logs(True)
+  assert not checked.checks and not checked.unreadable
   assert not first.exists()
+
+
+def test_a_scan_says_what_logs_there_are(one):
+  found = one.scan([1])
+  assert found.shares == {1: ()} and found.newest == {1: 6}
+  (first,), (second,) = one.log_paths(0), one.log_paths(1)
+  assert found.log_bytes == (first.stat().st_size, second.stat().st_size)
+  first.unlink()
+  assert one.scan([]).log_bytes[0] == 0

@@ -8,8 +8,7 @@ import pytest
 
 from moetion_jax import keys
 from moetion_jax.policies import planner
-from moetion_jax.recovery import splice as splice_lib
-from moetion_jax.runtime import messages
+from moetion_jax.recovery import events, splice as splice_lib
 from moetion_jax.runtime.records import files, recorder, workdir
 from tests.support import helpers
 
@@ -25,7 +24,7 @@ def _opened(path, environment, *accepted):
   ) as made:
     made.accept(
       {
-        0: messages.Ready(
+        0: events.Ready(
           device='',
           platform='cpu',
           lowering_platform='cpu',

@@ -1,0 +1,165 @@
+"""The beginning: workers start, and train from what an earlier run left."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moetion_jax.recovery import (
+  actions,
+  events,
+  failures as failures_lib,
+  inventory,
+  splice as splice_lib,
+  suspicion,
+)
+from moetion_jax.recovery.coordinator import (
+  failing,
+  going_back,
+  state as state_lib,
+)
+
+
+def started(state: state_lib.Beginning, event: events.Started) -> None:
+  """Starts a worker for every replica of every stage."""
+  settings = state.settings
+  log_bytes = sum(size.file_bytes for size in settings.log_sizes)
+  state.do(actions.CheckRoom(needed_bytes=log_bytes * settings.replicas))
+  each = f' of {settings.replicas} replicas' if settings.replicas > 1 else ''
+  state.note(f'Starting workers of {settings.stages} stage(s){each} ...')
+  state.do(actions.Open())
+  for stage in state.stages:
+    state.crew.append({})
+    state.start(
+      actions.Replace(
+        stage=stage,
+        team=tuple(range(settings.replicas)),
+        generation=event.newest_generation + 1,
+        has_begun=False,
+      )
+    )
+
+
+def ready(
+  state: state_lib.Beginning, worker: state_lib.Worker, message: events.Ready
+) -> state_lib.Asking[state_lib.Run | None]:
+  """Takes in that a worker can train; with the last one, the run begins.
+
+  Returns:
+    The state of the run that has begun; None before.
+  """
+  state.ready[worker.name] = message
+  if len(state.ready) < len(state.workers):
+    return None
+  run = _make_run(state)
+  pools = run.planner.pools()
+  # In the end the stores hold the logs and all states (`final_state`).
+  states = sum(state.ready[stage, 0].state_bytes for stage in run.stages)
+  stores = state.settings.replicas * sum(
+    log.file_bytes + pool.files * pool.size_bytes
+    for log, pool in zip(state.settings.log_sizes, pools, strict=True)
+  )
+  run.do(actions.CheckRoom(needed_bytes=stores + states))
+  accepted: events.Accepted = yield actions.Accept(ready=dict(state.ready))
+  going_back.take_splices(run, accepted.splices, is_running=False)
+  last_recorded = yield from _check_stored(run, accepted.last_recorded)
+  yield from _begin(run, last_recorded)
+  return run
+
+
+def _make_run(state: state_lib.Beginning) -> state_lib.Run:
+  """Makes the state of a run whose workers can train.
+
+  Raises:
+    errors.ConfigError: the window is longer than a stage can have.
+  """
+  settings = state.settings
+  first = [state.ready[stage, 0] for stage in state.stages]
+  sizes = [message.operators for message in first]
+  planner = settings.captures.policy.make_planner(
+    settings.captures,
+    sizes,
+    first[0].platform,
+    settings.expert_capacity,
+    settings.replicas,
+  )
+  base = {
+    f.name: getattr(state, f.name) for f in dataclasses.fields(state_lib.State)
+  }
+  return state_lib.Run(
+    **base,
+    lowering_platform=first[0].lowering_platform,
+    planner=planner,
+    inventory=inventory.Inventory(
+      settings.captures.policy,
+      [s.state_bytes for s in sizes],
+      planner.lag_iterations,
+    ),
+    failures=failures_lib.Failures(settings.max_failures),
+  )
+
+
+def _check_stored(
+  run: state_lib.Run, last_recorded: int
+) -> state_lib.Asking[int]:
+  """Drops what an earlier run made of damaged entries, before anybody trains.
+
+  An error that an earlier run ended with may have come of them: then it would
+  come again.
+
+  Returns:
+    The newest iteration that is written down then.
+  """
+  checked: events.LogsChecked = yield actions.CheckLogs(drops_unreadable=True)
+  settled = suspicion.settled(min(last_recorded, *checked.newest))
+  finding = suspicion.find(checked.checks, settled_until=settled)
+  if finding.trusted is None:
+    return last_recorded
+  failing.tell_damage(run, finding, 'The run that is resumed')
+  run.forget_after(finding.trusted)
+  kept = going_back.trusted(run, finding.trusted)
+  run.do(actions.ForgetNewer(iterations=kept))
+  run.do(actions.DropLogs())  # last: until then, the next start finds it again
+  return min(last_recorded, finding.trusted)
+
+
+def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
+  """Lets everybody train: from what an earlier run left, if it left any."""
+  found = yield from run.scan()
+  # A log that is too small now is not needed: everybody goes back alike.
+  lost = {
+    stage
+    for stage, size in enumerate(found.log_bytes)
+    if size < run.settings.log_sizes[stage].file_bytes
+  }
+  if found.unreadable:
+    run.note(
+      f'{len(found.unreadable)} snapshot(s) cannot be read and will be written '
+      f'again, the first of them: {found.unreadable[0]}'
+    )
+  newest = max(found.newest.values())
+  plan = going_back.first_plan(run, last_recorded, newest)
+  spliced: events.Spliced = yield actions.Splice(
+    splice=splice_lib.Splice(
+      exact_until=plan.start,
+      complete_at=tuple(plan.complete_at[stage] for stage in run.stages),
+    )
+  )
+  if spliced.is_due:
+    yield from run.scan()
+    lost, last_recorded = set(run.stages), min(last_recorded, plan.start)
+  going_back.take_splices(run, spliced.splices, is_running=True)
+  run.recorded, run.keeps_store = plan.start, bool(plan.start)
+  run.do(actions.Keep(keeps=run.keeps_store))
+  if plan.start:
+    run.record('resumed', first_iteration=plan.first_iteration)
+    run.note(
+      f'Going on with iteration {plan.first_iteration}, from the snapshots in '
+      f'{run.settings.snapshots}.'
+    )
+  elif last_recorded:
+    run.note(
+      f'{run.settings.workdir} has {last_recorded} iterations of this run; '
+      'they are done again and compared.'
+    )
+  run.do(actions.Begin(iteration=plan.start))
+  yield from going_back.begin(run, plan, lost, last_recorded)

@@ -1,0 +1,347 @@
+"""The state of the coordinator: what it was told, and what it has decided."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Generator
+from typing import Any, TypeVar
+
+from moetion_jax.hostmem import segment_check
+from moetion_jax.logs import size
+from moetion_jax.policies import (
+  decision as decision_lib,
+  planner as planner_lib,
+  settings as capture_settings,
+)
+from moetion_jax.recovery import (
+  actions,
+  events,
+  failures as failures_lib,
+  hang_detection,
+  inventory as inventory_lib,
+  stopping,
+)
+
+T = TypeVar('T')
+# What may ask: it yields questions, is sent their answers, and returns a T.
+Asking = Generator[actions.Question, Any, T]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """What the coordinator has to know of a run.
+
+  Attributes:
+    stages: the number of stages.
+    replicas: the number of each stage's replicas.
+    iterations: the number of the run's iterations.
+    shards_optimizer: whether each replica has its share of a stage's state.
+    captures: the settings of how snapshots are taken.
+    log_sizes: the size of each stage's log.
+    expert_capacity: tokens that an expert takes in an iteration at most.
+    max_failures: failures of one stage, without progress, that the run bears.
+    hang_timeout_seconds: seconds after which a program that runs hangs.
+    full_seconds: seconds that a full log waits before the run ends.
+    shrinks: whether a stage goes on without a worker that has no successor.
+    max_workers: the number of processes that may become workers; 0: any.
+    grow_after: iterations after which a shrunk stage gets its workers back; 0:
+      never.
+    warms_standbys: whether standbys are kept.
+    workdir: the run's folder, for people.
+    snapshots: the names of the folders of snapshots, for people.
+  """
+
+  stages: int
+  replicas: int = 1
+  iterations: int
+  shards_optimizer: bool = False
+  captures: capture_settings.CaptureSettings
+  log_sizes: tuple[size.LogSize, ...]
+  expert_capacity: float
+  max_failures: int = 3
+  hang_timeout_seconds: float = 600.0
+  full_seconds: float = 60.0
+  shrinks: bool = False
+  max_workers: int = 0
+  grow_after: int = 0
+  warms_standbys: bool = False
+  workdir: str = ''
+  snapshots: str = ''
+
+
+@dataclasses.dataclass(kw_only=True)
+class Worker:
+  """A worker, as far as its messages tell.
+
+  Attributes:
+    stage: the stage that it trains.
+    replica: its replica of the stage.
+    generation: its generation.
+    state: what it does now.
+    detail: more about that; '' for nothing.
+    shortage: what it lacks, if it is blocked.
+    steps: a count of what it did.
+    iteration: the iteration that it works on.
+    heard_at: time of its last message.
+    state_since: time since which it does what it does.
+    reason: why it has to be killed; '' for no reason.
+    suspects: iterations of snapshots that it found to be damaged.
+    corrupt: stage and iteration of a log entry that it found to be damaged.
+    has_caught_up: whether it has caught up with its predecessor, if any.
+    is_idle: whether it has nothing to do until it is told to go.
+    is_going_back: whether it was told to stop, and has not said that it did.
+    fault_at: time of its scripted fault; None without one.
+  """
+
+  stage: int
+  replica: int
+  generation: int
+  state: hang_detection.WorkerState = hang_detection.WorkerState.STARTING
+  detail: str = ''
+  shortage: hang_detection.Shortage | None = None
+  steps: int = 0
+  iteration: int = 0
+  heard_at: float
+  state_since: float
+  reason: str = ''
+  suspects: tuple[int, ...] = ()
+  corrupt: tuple[int, int] | None = None
+  has_caught_up: bool = False
+  is_idle: bool = True
+  is_going_back: bool = False
+  fault_at: float | None = None
+
+  @property
+  def name(self) -> events.Name:
+    """Its name in events and actions."""
+    return self.stage, self.replica
+
+  def begun(self, iteration: int) -> None:
+    """Takes in that it has begun an iteration, if that is news."""
+    self.iteration = max(self.iteration, iteration)
+
+
+@dataclasses.dataclass(kw_only=True)
+class State:
+  """The part of the state that there is from the start on.
+
+  Attributes:
+    settings: the settings.
+    out: the actions that are to be returned.
+    now: the time.
+    crew: by stage, the workers by replica.
+    started: the number of workers that were started.
+    signals: how often the user asked to stop.
+    has_ended: whether the end of the run is decided.
+  """
+
+  settings: Settings
+  out: list[actions.Action] = dataclasses.field(default_factory=list)
+  now: float = 0.0
+  crew: list[dict[int, Worker]] = dataclasses.field(default_factory=list)
+  started: int = 0
+  signals: int = 0
+  has_ended: bool = False
+
+  def do(self, action: actions.Action) -> None:
+    """Has something done, after all that was decided before."""
+    self.out.append(action)
+
+  def note(self, text: str) -> None:
+    """Shows a line to the user."""
+    self.do(actions.Note(text=text))
+
+  def record(self, kind: str, **fields: object) -> None:
+    """Writes an event."""
+    self.do(actions.Record(kind=kind, fields=fields))
+
+  @property
+  def stages(self) -> range:
+    """The numbers of all stages."""
+    return range(self.settings.stages)
+
+  @property
+  def workers(self) -> list[Worker]:
+    """All workers, by stage, then replica."""
+    return [worker for team in self.crew for worker in team.values()]
+
+  def worker(self, name: events.Name) -> Worker:
+    """Returns a worker by its name."""
+    stage, replica = name
+    return self.crew[stage][replica]
+
+  def name_of(self, worker: Worker) -> str:
+    """Returns a worker's name for people."""
+    of_replica = f' replica {worker.replica}'
+    return f'stage {worker.stage}{of_replica * (self.settings.replicas > 1)}'
+
+  def team(self, stage: int) -> tuple[int, ...]:
+    """Returns the replicas of a stage that have a worker."""
+    return tuple(self.crew[stage])
+
+  def begun(self, stage: int) -> int:
+    """Returns the newest iteration that a stage's workers have begun."""
+    return max(worker.iteration for worker in self.crew[stage].values())
+
+  def start(self, start: actions.Replace) -> None:
+    """Starts workers of a stage, in the place of those that it has."""
+    self.do(start)
+    self.started += len(start.team)
+    self.crew[start.stage] = {
+      replica: Worker(
+        stage=start.stage,
+        replica=replica,
+        generation=start.generation,
+        heard_at=self.now,
+        state_since=self.now,
+      )
+      for replica in start.team
+    }
+
+  def replace(
+    self, stage: int, team: tuple[int, ...] = (), *, has_begun: bool = True
+  ) -> None:
+    """Replaces a stage's workers; `team`: those that it has then, () as now."""
+    generation = max(w.generation for w in self.crew[stage].values()) + 1
+    self.start(
+      actions.Replace(
+        stage=stage,
+        team=team or self.team(stage),
+        generation=generation,
+        begun=self.begun(stage),
+        has_begun=has_begun,
+      )
+    )
+
+  def kill(self, worker: Worker, reason: str) -> None:
+    """Ends a worker, which is then a death like others."""
+    worker.reason = reason
+    self.do(actions.Kill(worker=worker.name))
+
+  def describe(self, worker: Worker, death: events.Died) -> str:
+    """Says how a worker died, and what it was doing."""
+    what = f'the worker (pid {death.pid}) {worker.reason or death.how}'
+    if self.settings.replicas > 1:
+      what = f'replica {worker.replica}: {what}'
+    if worker.reason:
+      return what
+    is_waiting = worker.state is hang_detection.WorkerState.WAITING
+    doing = 'waiting for' if is_waiting else worker.state
+    return f'{what} while {doing} {worker.detail}'.rstrip()
+
+
+@dataclasses.dataclass(kw_only=True)
+class Beginning(State):
+  """The state until all workers can train.
+
+  Attributes:
+    ready: what the workers said that can.
+    deaths: the number of deaths.
+  """
+
+  ready: dict[events.Name, events.Ready] = dataclasses.field(
+    default_factory=dict
+  )
+  deaths: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Rollback:
+  """All stages go back together, once nobody works any more.
+
+  Attributes:
+    trusted: the newest state that is made of nothing damaged; None: every one.
+    failed: by stage of which a worker died, the reason.
+    newest: the iteration that each stage had begun.
+    failed_at: time at which the first death was noticed.
+    detect_seconds: time between the failure and that, where known.
+  """
+
+  trusted: int | None = None
+  failed: dict[int, str] = dataclasses.field(default_factory=dict)
+  newest: collections.Counter[int] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+  failed_at: float = 0.0
+  detect_seconds: float = 0.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run(State):
+  """The state of a run whose workers train.
+
+  Attributes:
+    lowering_platform: the platform for which programs are lowered.
+    planner: decides what is captured.
+    inventory: what the stores hold, and the recovery line.
+    failures: counts failures.
+    decisions: by stage, what is captured, in order; the first holds now.
+    recorded: the newest iteration that all stages reported and that is written.
+    replays_until: the newest iteration that had begun before this start.
+    loss: what the last recovery lost; None for nothing.
+    keeps_store: whether there is something to go on with.
+    trained: the stages of which a worker began to train.
+    recoveries: the stages on their way back.
+    rollback: what all stages go back for.
+    dropped: damaged entries that were written again; readers may be wrong.
+    shrunk_at: by stage without all of its workers, the iteration since when.
+    looked_at: time of the last look for workers that hang.
+    stop: when to stop, as all workers were told; None: at the end.
+    answers: what they answered to that.
+    done: who has trained to the end.
+    asked: who was asked for its state.
+    handed_over: who has put it into the store.
+    damaged: how often that arrived damaged.
+  """
+
+  lowering_platform: str
+  planner: planner_lib.Planner
+  inventory: inventory_lib.Inventory
+  failures: failures_lib.Failures
+  decisions: list[list[decision_lib.CaptureDecision]] = dataclasses.field(
+    default_factory=list
+  )
+  recorded: int = 0
+  replays_until: int = 0
+  loss: planner_lib.Loss | None = None
+  keeps_store: bool = False
+  trained: set[int] = dataclasses.field(default_factory=set)
+  recoveries: dict[int, failures_lib.OngoingRecovery] = dataclasses.field(
+    default_factory=dict
+  )
+  rollback: Rollback = dataclasses.field(default_factory=Rollback)
+  dropped: list[segment_check.Damage] = dataclasses.field(default_factory=list)
+  shrunk_at: dict[int, int] = dataclasses.field(default_factory=dict)
+  looked_at: float = 0.0
+  stop: stopping.StopDecision | None = None
+  answers: dict[events.Name, int] = dataclasses.field(default_factory=dict)
+  done: set[events.Name] = dataclasses.field(default_factory=set)
+  asked: set[events.Name] = dataclasses.field(default_factory=set)
+  handed_over: set[events.Name] = dataclasses.field(default_factory=set)
+  damaged: collections.Counter[events.Name] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+
+  @property
+  def line(self) -> int:
+    """The recovery line."""
+    return self.inventory.line
+
+  def scan(self, stages: tuple[int, ...] = ()) -> Asking[events.Scanned]:
+    """Takes in what the stores hold of stages; (): of all."""
+    found = yield actions.Scan(stages=stages or tuple(self.stages))
+    for stage, shares in found.shares.items():
+      self.inventory.rescan(stage, shares)
+    return found
+
+  def forget_after(self, iteration: int, *, is_replanned: bool = False) -> None:
+    """Drops what is written of later iterations; they are done again."""
+    self.recorded = min(self.recorded, iteration)
+    self.do(actions.ForgetAfter(iteration=iteration, is_replanned=is_replanned))
+
+  def forget_snapshots(self) -> None:
+    """Removes all snapshots, since all stages begin anew."""
+    self.do(actions.ForgetSnapshots(stages=tuple(self.stages)))
+    for stage in self.stages:
+      self.inventory.rescan(stage, ())
