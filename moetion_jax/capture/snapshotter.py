@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,11 @@ import jax
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.capture import programs as capture_programs, transfer
+from moetion_jax.capture import (
+  programs as capture_programs,
+  selection,
+  transfer,
+)
 from moetion_jax.logs import interface as log_interface
 from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import hang_detection
@@ -63,6 +68,7 @@ class _CaptureJob:
   compute: Mapping[str, jax.Array]
   operators: tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]]
   extras: Mapping[str, jax.Array | np.ndarray]
+  check: Callable[[], None]  # raises if the step selected other operators
   fields: Mapping[str, Any]
   replace: bool
   mark: log_interface.Mark
@@ -117,6 +123,7 @@ class Snapshotter:
     self._on_block = on_block
     self._share = share
     self._decisions = [decision]
+    self._asked = -1, decision  # an iteration, and what holds in it
     self._changed = threading.Condition()  # guards the fields below
     self._copies: collections.deque[tuple[int, float]] = collections.deque(
       maxlen=_MEASURED_COPIES  # bytes and seconds
@@ -186,9 +193,15 @@ class Snapshotter:
   def slot(self, iteration: int) -> frozenset[keys.OperatorId]:
     """Returns the operators whose training state an iteration captures."""
     with self._changed:
-      decision = decision_lib.active(self._decisions, iteration)
-    captured = decision.captured(iteration)
+      captured = self._decision(iteration).captured(iteration)
     return captured[0] if captured else frozenset()
+
+  def _decision(self, iteration: int) -> decision_lib.CaptureDecision:
+    """Returns what holds in an iteration; a later word does not change it."""
+    if self._asked[0] != iteration:
+      active = decision_lib.active(self._decisions, iteration)
+      self._asked = iteration, active
+    return self._asked[1]
 
   def take(
     self,
@@ -196,6 +209,7 @@ class Snapshotter:
     state: Any,
     compute: Mapping[str, jax.Array],
     extras: Mapping[str, jax.Array | np.ndarray],
+    mask: selection.Mask | None = None,
     **fields: Any,
   ) -> TakenSnapshot:
     """Takes the snapshot of the state after `iteration`, if it has one.
@@ -205,17 +219,27 @@ class Snapshotter:
       state: the training state; may be donated once `release` has returned.
       compute: the compute weights, which nobody may donate.
       extras: further arrays by name, which nobody may donate.
+      mask: the mask that the training step returned for `slot`, by which the
+        snapshot counts; None if the step is one that returns none.
       **fields: metadata of this snapshot.
 
     Raises:
       StoreError, EntryMismatchError: an earlier snapshot could not be stored.
+      SelectionError: the training step selected other operators for one.
     """
     with self._changed:
       self._check()
-      decision = decision_lib.active(self._decisions, iteration)
+      decision = self._decision(iteration)
       captured = decision.captured(iteration)
       if captured is None:
         return TakenSnapshot()
+      check = functools.partial(
+        selection.check,
+        iteration,
+        mask,
+        self._programs.layout.partition.operators,
+        captured[0],
+      )
       if self._share is not None:
         captured = captured[0] & self._share, captured[1] & self._share
       is_broken = iteration in self._broken
@@ -233,6 +257,7 @@ class Snapshotter:
         compute=compute,
         operators=captured,
         extras=extras,
+        check=check,
         fields=fields,
         replace=is_broken,
         mark=self._log.mark() if self._log else (),
@@ -254,7 +279,7 @@ class Snapshotter:
       The seconds waited.
 
     Raises:
-      StoreError, EntryMismatchError: as `take`.
+      StoreError, EntryMismatchError, SelectionError: as `take`.
     """
     with self._changed:
       begin = time.monotonic()
@@ -299,6 +324,7 @@ class Snapshotter:
     captured, job = self._capture()
     on_host = captured.to_host()
     buffers = on_host.buffers()
+    job.check()
     if self._log:
       self._log.flush(mark=job.mark)
     metadata = on_host.metadata(

@@ -17,7 +17,11 @@ import jax
 import numpy as np
 
 from moetion_jax import config as config_lib, errors, keys, report as report_lib
-from moetion_jax.capture import conversion as conversion_lib, snapshotter
+from moetion_jax.capture import (
+  conversion as conversion_lib,
+  selection,
+  snapshotter,
+)
 from moetion_jax.logs import interface as log_interface
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.state import model as model_lib, partition
@@ -189,11 +193,14 @@ class Worker:
         report(pending())
       verdict = self._verdict(iteration, scalars, config, conversion)
       slot = snapshots.slot(iteration) if snapshots else frozenset()
+      mask: selection.Mask = selection.make_mask(
+        self.stage.partition.operators, slot
+      )
       blocked_seconds = snapshots.release() if snapshots else 0.0
       if verdict.is_finite:
         self._begin('update')
-        self.state, self.compute, _ = self.programs.update(
-          self.state, gradients, verdict.clip_factor, self._masks(slot)
+        self.state, self.compute, mask = self.programs.update(
+          self.state, gradients, verdict.clip_factor, mask
         )
       is_partial = bool(conversion and not conversion.is_complete)
       if is_partial:
@@ -211,7 +218,7 @@ class Worker:
         self._begin('capture')
         if conversion and iteration in conversion.damaged:
           snapshots.distrust(iteration)
-        taken = self._capture(snapshots, iteration, digests, verdict)
+        taken = self._capture(snapshots, iteration, mask, digests, verdict)
       self.log.retain(entries_line(iteration) + 1)
       if snapshots:
         snapshots.retain(line(iteration))
@@ -239,18 +246,11 @@ class Worker:
     self.steps += 1
     self.on_phase(program, self.iteration)
 
-  def _masks(self, slot: frozenset[keys.OperatorId]) -> dict[str, np.ndarray]:
-    return {
-      group: np.array(mask)
-      for group, mask in schedule.selection_by_group(
-        self.stage.partition.operators, slot
-      ).items()
-    }
-
   def _capture(
     self,
     snapshots: snapshotter.Snapshotter,
     iteration: int,
+    mask: selection.Mask,
     digests: jax.Array,
     verdict: scalars_lib.Verdict,
   ) -> snapshotter.TakenSnapshot:
@@ -262,6 +262,7 @@ class Worker:
         conversion_lib.DIGESTS: digests,
         conversion_lib.PARTIALS: verdict.partials,
       },
+      mask=mask,
       clip_factor=float(verdict.clip_factor).hex(),
       updated=verdict.is_finite,
     )
