@@ -74,6 +74,10 @@ class StoreError(MoetionError):
   """The host store is full, damaged or not usable here."""
 
 
+class FencedError(StoreError):
+  """This worker was replaced: a newer generation of it exists."""
+
+
 class DamagedDiskError(StoreError):
   """A disk returned other bits than were written to it, several times."""
 

@@ -96,6 +96,30 @@ def cell_offset(cell: int) -> int:
   return _CELLS_OFFSET + cell * _CELL_BYTES
 
 
+def fence(folder: str | os.PathLike[str], worker: keys.WorkerId) -> None:
+  """Fences off a worker's older generations, which may live on.
+
+  Whatever they do next with their log raises FencedError: they neither publish
+  nor read.
+
+  Args:
+    folder: the store folder of the worker's host.
+    worker: the newest generation of the worker.
+  """
+  path = segment_path(folder, worker.stage, worker.replica)
+  try:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+  except FileNotFoundError:
+    return
+  try:
+    word = os.pread(fd, _GENERATION.size, _GENERATION_OFFSET)
+    newest = max(int.from_bytes(word, 'little'), worker.generation)
+    # A word of its own: who looks sees the old one or the new one.
+    os.pwrite(fd, _GENERATION.pack(newest), _GENERATION_OFFSET)
+  finally:
+    os.close(fd)
+
+
 class SegmentLayout:
   """A mapped segment file, seen as header, cells and ring."""
 
@@ -132,7 +156,7 @@ class SegmentLayout:
 
   @property
   def generation(self) -> int:
-    """Generation of the newest writer."""
+    """Newest generation of its worker; older ones are fenced off."""
     return _GENERATION.unpack_from(self.map, _GENERATION_OFFSET)[0]
 
   def header(self, cell: int) -> entry.EntryHeader | None:
@@ -255,8 +279,9 @@ class SegmentWriter:
     With `fresh` the segment is replaced.
 
     Raises:
-      StoreError: there is no room; the predecessor is alive; the segment
-        belongs to a newer generation, is damaged, or is smaller than asked for.
+      FencedError: the segment belongs to a newer generation.
+      StoreError: there is no room; the predecessor is alive; the segment is
+        damaged, or smaller than asked for.
     """
     try:
       if self.path.exists():
@@ -267,7 +292,13 @@ class SegmentWriter:
       self._adopt()
     except errors.StoreError as error:
       self.close()
-      raise errors.StoreError(f'{self.path}: {error}') from None
+      raise type(error)(f'{self.path}: {error}') from None
+
+  def check_fence(self) -> None:
+    """Raises FencedError if there is a newer generation of the worker."""
+    generation, mine = self._layout.generation, self._worker.generation
+    if generation > mine:
+      raise errors.FencedError(f'generation {generation} fences off {mine}')
 
   def _open(self) -> None:
     """Opens the file for this process alone."""
@@ -298,9 +329,7 @@ class SegmentWriter:
   def _adopt(self) -> None:
     """Takes over what is committed, and the right to write."""
     self._layout = SegmentLayout(self._fd, writable=True)
-    generation, mine = self._layout.generation, self._worker.generation
-    if generation > mine:
-      raise errors.StoreError(f'generation {generation} fences off {mine}')
+    self.check_fence()
     if (
       len(self._layout.ring) < self._size_bytes
       or self._layout.cells < self._cells
@@ -309,7 +338,9 @@ class SegmentWriter:
         'smaller than this run needs: the settings changed; start over with '
         '--fresh'
       )
-    _GENERATION.pack_into(self._layout.map, _GENERATION_OFFSET, mine)
+    _GENERATION.pack_into(
+      self._layout.map, _GENERATION_OFFSET, self._worker.generation
+    )
     headers = self._layout.headers()
     if headers:
       self._next_sequence = headers[-1].sequence + 1
@@ -342,6 +373,7 @@ class SegmentWriter:
       True, or False if an equal entry existed.
 
     Raises:
+      FencedError: there is a newer generation of the worker.
       EntryMismatchError: an unequal entry of this name exists.
       EntryDecayedError: this entry exists and is damaged; or an older one is,
         which is to make room.
@@ -350,6 +382,7 @@ class SegmentWriter:
       StoreError: the entry is larger than the segment, or not of a dtype of
         `raw_bytes.DTYPES`.
     """
+    self.check_fence()
     data = raw_bytes.as_bytes(array)
     size = _ring_size(len(data))
     if size > len(self._layout.ring):
@@ -379,6 +412,7 @@ class SegmentWriter:
       ),
       committed_nanoseconds=time.monotonic_ns(),
     )
+    self.check_fence()  # as late as can be: copying may take long
     self._commit(cell, header)
     self._next_sequence += 1
     self._head = offset + size

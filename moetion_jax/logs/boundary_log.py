@@ -352,7 +352,12 @@ class BoundaryLog(log_interface.Log):
       client.close()
 
   def _look(self, client: remote.ReadClient) -> None:
-    """Completes the reads whose entries can be had now."""
+    """Completes the reads whose entries can be had now.
+
+    Raises:
+      FencedError: this worker was replaced.
+    """
+    self._writer.check_fence()
     with self._changed:
       waiting = {k: r for k, r in self._reads.items() if not r.future.done()}
       client.keep({place.address for place in self._locations.values()})
@@ -372,6 +377,7 @@ class BoundaryLog(log_interface.Log):
   def _check(self) -> None:
     if self._error is not None:
       raise self._error
+    self._writer.check_fence()
 
   def _fail(self, error: BaseException) -> None:
     """Makes every call, waiting ones included, raise the first `error`."""

@@ -16,10 +16,6 @@ from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry
 
 
-class FencedError(errors.StoreError):
-  """This worker was replaced: a newer generation of it exists."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Location:
   """Location of the entries of one producer.
@@ -115,6 +111,6 @@ class ReadServer(Protocol):
     """Stops serving; readers go on asking. May be called twice."""
     ...
 
-  def fence(self, stage: int, replica: int, generation: int) -> None:
-    """Refuses requests of that worker from older generations than this one."""
+  def fence(self, worker: keys.WorkerId) -> None:
+    """Refuses a worker's older generations, also what they asked before."""
     ...

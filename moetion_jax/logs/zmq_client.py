@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 import zmq
 
-from moetion_jax import keys as keys_lib
+from moetion_jax import errors, keys as keys_lib
 from moetion_jax.hostmem import entry
 from moetion_jax.logs import receive_buffers, remote, wire_format
 
@@ -126,7 +126,7 @@ class StoreClient:
       return None  # answered before, or by a server we no longer ask
     if kind == wire_format.MessageType.FENCED:
       return remote.Arrival(
-        key, header, remote.FencedError(f'{self._worker} was replaced')
+        key, header, errors.FencedError(f'{self._worker} was replaced')
       )
     if (
       header is None

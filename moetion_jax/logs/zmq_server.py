@@ -41,7 +41,6 @@ class StoreServer:
     address: address that readers connect to, known after `start`.
     malformed_count: number of messages that were not ours, or were about
       damaged segments.
-    fenced_count: number of requests from generations that were replaced.
     refused_count: number of connections that ended before they proved to be
       ours.
   """
@@ -61,7 +60,6 @@ class StoreServer:
     """
     self.address = address
     self.malformed_count = 0
-    self.fenced_count = 0
     self.refused_count = 0
     self._secret = secret
     self._index = segment_reader.StoreIndex(folder)
@@ -71,8 +69,10 @@ class StoreServer:
     self._context: zmq.Context | None = None
     self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
     self._generations: dict[tuple[int, int], int] = {}
-    # By key and connection: when the reader counts as gone.
-    self._parked: dict[tuple[keys_lib.EntryKey, bytes], float] = {}
+    # By key and connection: who reads, and when it counts as gone.
+    self._parked: dict[
+      tuple[keys_lib.EntryKey, bytes], tuple[keys_lib.WorkerId, float]
+    ] = {}
     self._sending: dict[tuple[keys_lib.EntryKey, bytes], weakref.ref] = {}
     self._complain_at = 0.0
     # Connections by descriptor, oldest first, that proved nothing yet.
@@ -135,9 +135,10 @@ class StoreServer:
     self._index.close()
     self._bell.close()
 
-  def fence(self, stage: int, replica: int, generation: int) -> None:
+  def fence(self, worker: keys_lib.WorkerId) -> None:
     """See `remote.ReadServer`."""
-    self._generations[stage, replica] = generation
+    self._generations[worker.stage, worker.replica] = worker.generation
+    self._bell.ring()
 
   def _serve(self) -> None:
     poller = zmq.Poller()
@@ -150,6 +151,7 @@ class StoreServer:
       self._bell.drain()
       self._receive()
       self._watch()
+      self._refuse_fenced()
       for key in {key for key, _ in self._parked}:
         self._answer(key)
       if time.monotonic() > tidy_at:
@@ -157,7 +159,7 @@ class StoreServer:
         self._tidy()
 
   def _receive(self) -> None:
-    """Handles every request that has arrived."""
+    """Parks every request that has arrived."""
     while True:
       try:
         frames = self._router.recv_multipart(zmq.NOBLOCK)
@@ -169,15 +171,18 @@ class StoreServer:
         self._complain(f'a message that is not ours ({len(frames)} frames)')
         continue
       _, worker, key, _ = request
-      if worker.generation < self._generations.get(
-        (worker.stage, worker.replica), 0
-      ):
-        self.fenced_count += 1
+      if len(self._parked) < _MAX_PARKED:
+        gone_at = time.monotonic() + _PARKED_SECONDS
+        self._parked[key, frames[0]] = worker, gone_at
+
+  def _refuse_fenced(self) -> None:
+    """Tells readers of older generations that they were replaced."""
+    for (key, identity), (worker, _) in list(self._parked.items()):
+      newest = self._generations.get((worker.stage, worker.replica), 0)
+      if worker.generation < newest:
+        del self._parked[key, identity]
         fenced = wire_format.pack(wire_format.MessageType.FENCED, worker, key)
-        self._router.send_multipart([frames[0], fenced])
-      elif len(self._parked) < _MAX_PARKED:
-        self._parked[key, frames[0]] = time.monotonic() + _PARKED_SECONDS
-        self._answer(key)
+        self._router.send_multipart([identity, fenced])
 
   def _watch(self) -> None:
     """Counts connections that were not ours; ZeroMQ itself hangs up."""
@@ -238,8 +243,8 @@ class StoreServer:
   def _tidy(self) -> None:
     now = time.monotonic()
     self._parked = {
-      parked: gone_at
-      for parked, gone_at in self._parked.items()
+      parked: (worker, gone_at)
+      for parked, (worker, gone_at) in self._parked.items()
       if now < gone_at
     }
     self._sending = {

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from moetion_jax import codec
+from moetion_jax import codec, keys
 from moetion_jax.logs import remote
 from moetion_jax.recovery import events, orders
 from moetion_jax.runtime import spec as spec_lib
@@ -175,6 +175,13 @@ class Kill:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fence:
+  """Refuse older generations of a worker, this host's or another's."""
+
+  worker: keys.WorkerId
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Close:
   """End once all workers are gone, and keep the store or remove it."""
 
@@ -217,7 +224,7 @@ ToWorker = (
 FromHost = (
   Serving | Started | Said | Printed | Exited | events.Refused | HostFailed
 )
-ToHost = Start | Tell | Kill | Close
+ToHost = Start | Tell | Kill | Fence | Close
 Message = FromWorker | ToWorker | FromHost | ToHost
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from moetion_jax import keys
+from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, segment, segment_reader, store_folder
 from moetion_jax.logs import (
   boundary_log,
@@ -95,6 +95,11 @@ class _Process:
     if not line:
       raise AssertionError(self.process.communicate()[1])
     return line.strip()
+
+  def say(self, line):
+    """Sends it a line."""
+    assert self.process.stdin is not None
+    print(line, file=self.process.stdin, flush=True)
 
   def kill(self):
     self.process.kill()
@@ -271,6 +276,161 @@ def test_two_living_writers_are_refused(spawn, folder):
   second = spawn(_PRODUCER, folder, 2, 1, -1)
   assert second.wait() == 1
   assert 'another living process writes it' in second.errors
+
+
+# --- Those that live on ------------------------------------------------------
+
+_LIVES_ON = (
+  _JAX_HEAD
+  + """
+stage, generation = map(int, args)
+log = start_log(stage, generation, resend_seconds=0.2)
+say('started')
+for line in sys.stdin:
+  what, iteration = line.split()
+  if what == 'publish':
+    log.publish(key(int(iteration), stage), jnp.ones(3))
+    log.flush()
+  elif what == 'read':
+    log.read(key(int(iteration)))
+  else:
+    log.prefetch(key(int(iteration)))
+  say('done')
+"""
+)
+
+
+def _outlive(process, act):
+  """Stops a process, acts, and lets it go on."""
+  os.kill(process.process.pid, signal.SIGSTOP)
+  act()
+  os.kill(process.process.pid, signal.SIGCONT)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize('what', ['publish', 'read'])
+def test_a_process_that_lives_on_is_fenced_off(spawn, folder, what):
+  producer = _log(folder, 0)
+  producer.publish(_key(1), jnp.ones(3))
+  producer.flush()
+  old = spawn(_LIVES_ON, folder, 1, 1)
+  assert old.line() == 'started'
+  old.say('publish 1')
+  assert old.line() == 'done'
+  old.say('read 1')
+  assert old.line() == 'done'
+  _outlive(old, lambda: segment.fence(folder, keys.WorkerId(1, 0, 2)))
+  old.say(f'{what} 2' if what == 'publish' else f'{what} 1')
+  assert old.wait() == 1
+  assert 'FencedError: generation 2 fences off 1' in old.errors
+  found = {h.key for h in segment_reader.StoreIndex(folder).entries()}
+  assert found == {_key(1), _key(1, 1)}
+  heir = spawn(_LIVES_ON, folder, 1, 2)
+  assert heir.line() == 'started'
+  for line in ('publish 2', 'read 1'):
+    heir.say(line)
+    assert heir.line() == 'done'
+  producer.close()
+
+
+@pytest.mark.thorough
+def test_a_read_that_waits_is_fenced_off(spawn, folder):
+  producer = _log(folder, 0)
+  old = spawn(_LIVES_ON, folder, 1, 1)
+  assert old.line() == 'started'
+  old.say('prefetch 1')
+  assert old.line() == 'done'
+  _outlive(old, lambda: segment.fence(folder, keys.WorkerId(1, 0, 2)))
+  old.say('read 1')
+  assert old.wait() == 1
+  assert 'FencedError: generation 2 fences off 1' in old.errors
+  producer.close()
+
+
+_HOSTS = (
+  _HEAD
+  + """
+import pathlib, selectors
+from moetion_jax.hostmem import run_store
+from moetion_jax.runtime.hosts import hosts
+path = pathlib.Path(folder)
+store = run_store.open_store(str(path.parent), path.name)
+both = hosts.Hosts(2, 2, store)
+both.start(())
+with selectors.DefaultSelector() as selector:
+  both.register(selector, print)
+  while not both.agents()[1]['address']:
+    for ready, _ in selector.select():
+      ready.data()
+say(both.secret)
+for agent in both.agents():
+  say(agent['address'])
+for path in both.stores():
+  say(path)
+for line in sys.stdin:
+  both.fence(keys.WorkerId(*map(int, line.split())))
+  say('fenced')
+both.close()
+run_store.close_store(store, keep=False)
+"""
+)
+
+_ASKS = (
+  _HEAD
+  + """
+import zmq
+from moetion_jax.logs import zmq_client
+secret, address, generation = args
+poller = zmq.Poller()
+client = zmq_client.StoreClient(
+  keys.WorkerId(0, 0, int(generation)), poller, bytes.fromhex(secret), 0.1)
+say('started')
+for line in sys.stdin:
+  client.want(key(int(line), 1), address)
+  arrived = []
+  while not arrived:
+    poller.poll(50)
+    arrived = client.collect()
+  result = arrived[0].result
+  say(type(result).__name__ if isinstance(result, Exception) else result[0])
+client.close()
+"""
+)
+
+
+@pytest.mark.thorough
+def test_a_process_that_lives_on_is_fenced_off_on_another_host(spawn):
+  """Of two hosts, as `--local_hosts=2` has them, with their agents."""
+  hosts = spawn(_HOSTS, f'/dev/shm/test-{uuid.uuid4().hex}')
+  secret, _, address, _, store = (hosts.line() for _ in range(5))
+  log = _log(pathlib.Path(store), 1)
+  log.publish(_key(1, 1), np.full(3, 7, np.int32))
+  log.flush()
+  old, heir = (spawn(_ASKS, store, secret, address, g) for g in (1, 2))
+  for process in (old, heir):
+    assert process.line() == 'started'
+    process.say('1')
+    assert process.line() == '7'
+
+  def replace():
+    hosts.say('0 0 2')
+    assert hosts.line() == 'fenced'
+    heir.say('1')
+    assert heir.line() == '7'
+
+  _outlive(old, replace)
+  old.say('1')
+  while old.line() != 'FencedError':  # until that host's agent was told
+    old.say('1')
+  old.say('1')
+  assert old.line() == 'FencedError'
+  hosts.say('1 0 2')
+  assert hosts.line() == 'fenced'
+  with pytest.raises(errors.FencedError, match='generation 2 fences off 1'):
+    while True:  # the agent of that host takes the message when it comes
+      log.publish(_key(1, 1), np.full(3, 7, np.int32))
+  log.close()
+  assert hosts.wait() == 0
 
 
 # --- Readers that die --------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import doorbell, entry, segment, store_folder
-from moetion_jax.logs import remote
 
 SECONDS = 30.0
 ME = keys.WorkerId(1, 0, 7)
@@ -200,14 +199,16 @@ class RemoteConformance:
 
   def test_fencing(self, host, connect):
     server = host.serve()
-    server.fence(ME.stage, ME.replica, ME.generation + 1)
-    host.publish(make_key(1), np.arange(5))
     newer = keys.WorkerId(ME.stage, ME.replica, ME.generation + 1)
     old, new = connect(), connect(worker=newer)
     for client in (old, new):
       client.want(make_key(1), server.address)
-    assert isinstance(collect(old)[make_key(1)], remote.FencedError)
+    server.fence(newer)  # what was asked before is refused too
+    assert isinstance(collect(old)[make_key(1)], errors.FencedError)
+    host.publish(make_key(1), np.arange(5))
     assert collect(new)[make_key(1)].tolist() == [0, 1, 2, 3, 4]
+    old.want(make_key(1), server.address)
+    assert isinstance(collect(old)[make_key(1)], errors.FencedError)
 
   def test_an_address_is_served_once(self, host):
     taken, other = host.serve(), Host(host.make_server)

@@ -46,7 +46,7 @@ class Server:
     self._index = segment_reader.StoreIndex(folder)
     self._bell = doorbell.Doorbell(folder, 'tcp-server')
     self._generations: dict[tuple[int, int], int] = {}
-    self._wanted: dict[socket.socket, list[keys.EntryKey]] = {}
+    self._wanted: dict[socket.socket, dict[keys.EntryKey, keys.WorkerId]] = {}
     self._listener: socket.socket | None = None
     self._closing = threading.Event()
     self._thread = threading.Thread(target=self._serve, name='tcp store-server')
@@ -74,8 +74,9 @@ class Server:
     self._index.close()
     self._bell.close()
 
-  def fence(self, stage, replica, generation):
-    self._generations[stage, replica] = generation
+  def fence(self, worker):
+    self._generations[worker.stage, worker.replica] = worker.generation
+    self._bell.ring()
 
   def _serve(self):
     listener = self._listener
@@ -85,7 +86,7 @@ class Server:
       self._bell.drain()
       for connection in ready:
         if connection is listener:
-          self._wanted[listener.accept()[0]] = []
+          self._wanted[listener.accept()[0]] = {}
         elif connection is not self._bell:
           self._attend(connection, self._read_request)
       for connection in list(self._wanted):
@@ -107,18 +108,19 @@ class Server:
     if request is None:
       raise ConnectionError('not one of ours')
     _, worker, key, _ = request
-    newest = self._generations.get((worker.stage, worker.replica), 0)
-    if worker.generation < newest:
-      kind = wire_format.MessageType.FENCED
-      connection.sendall(wire_format.pack(kind, worker, key))
-    elif key not in self._wanted[connection]:
-      self._wanted[connection].append(key)
+    self._wanted[connection][key] = worker
 
   def _answer(self, connection):
-    for key in list(self._wanted[connection]):
+    for key, worker in list(self._wanted[connection].items()):
+      newest = self._generations.get((worker.stage, worker.replica), 0)
+      if worker.generation < newest:
+        del self._wanted[connection][key]
+        kind = wire_format.MessageType.FENCED
+        connection.sendall(wire_format.pack(kind, worker, key))
+        continue
       taken = self._index.take(key, is_current=True)
       if taken is not None:
-        self._wanted[connection].remove(key)
+        del self._wanted[connection][key]
         header, array = taken
         me = keys.WorkerId(key.stage, key.replica, header.generation)
         message = wire_format.pack(wire_format.MessageType.PIECE, me, key)
@@ -179,7 +181,7 @@ class Client:
       raise ConnectionError('not one of ours')
     kind, _, key, _ = answer
     if kind == wire_format.MessageType.FENCED:
-      fenced = remote.FencedError(f'{self._worker} was replaced')
+      fenced = errors.FencedError(f'{self._worker} was replaced')
       return remote.Arrival(key, None, fenced)
     header = entry.EntryHeader.unpack(
       bytes(_receive(connection, entry.HEADER_BYTES))

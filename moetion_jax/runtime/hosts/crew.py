@@ -16,7 +16,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from moetion_jax import job_spec
+from moetion_jax import job_spec, keys
 from moetion_jax.recovery import actions
 from moetion_jax.runtime import (
   environment as environment_lib,
@@ -122,6 +122,8 @@ class Crew:
       self.workers[name].kill()
     for name in old:
       self.end(self.workers.pop(name))
+    for replica in range(self._replicas):
+      self._hosts.fence(keys.WorkerId(stage, replica, start.generation))
     taken = self._standbys.take(stage, start.team, self._hosts.names[stage])
     world = taken.world or self._new_world(start.team)
     new = []

@@ -17,7 +17,8 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax import keys
+from moetion_jax.hostmem import run_store, segment, store_folder
 from moetion_jax.logs import remote
 from moetion_jax.runtime import (
   linux_process,
@@ -155,6 +156,18 @@ class Hosts:
         selector.register(
           fd, selectors.EVENT_READ, functools.partial(_pass_on, call, react)
         )
+
+  def fence(self, worker: keys.WorkerId) -> None:
+    """Fences off a worker's older generations in the stores of all hosts.
+
+    Args:
+      worker: the generation of the worker that starts next.
+    """
+    segment.fence(self._store.path, worker)
+    if self._server:
+      self._server.fence(worker)
+    for host in self.others:
+      host.send(messages.Fence(worker=worker))
 
   def locations(
     self,
