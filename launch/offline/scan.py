@@ -206,30 +206,27 @@ def _scan_log(
   nothing = stored_run.StoredStage(
     stage=stage, folder=folder, snapshots={}, entries={}
   )
-  reader = segment_reader.SegmentReader(path)
   try:
-    reader.start()
-    return dataclasses.replace(
-      nothing,
-      generation=reader.generation,
-      segment_bytes=path.stat().st_size,
-      entries={header.key: header for header in reader.entries()},
-      damage=tuple(
-        stored_run.Damage(
-          stage=stage,
-          kind='log',
-          iteration=None,
-          message=f'{path}: what cell {cell} says of its entry is damaged',
-        )
-        for cell in reader.damaged_cells()
-      ),
-    )
+    with segment_reader.SegmentReader.open(path) as reader:
+      return dataclasses.replace(
+        nothing,
+        generation=reader.generation,
+        segment_bytes=path.stat().st_size,
+        entries={header.key: header for header in reader.entries()},
+        damage=tuple(
+          stored_run.Damage(
+            stage=stage,
+            kind='log',
+            iteration=None,
+            message=f'{path}: what cell {cell} says of its entry is damaged',
+          )
+          for cell in reader.damaged_cells()
+        ),
+      )
   except FileNotFoundError:
     return nothing
   except (OSError, errors.StoreError) as error:
     reason = str(error)
-  finally:
-    reader.close()
   lost = stored_run.Damage(
     stage=stage, kind='log', iteration=None, message=reason
   )
@@ -348,9 +345,7 @@ def _verify_log(
   if not entries:
     return
   path = one.segment_path(replica)
-  reader = segment_reader.SegmentReader(path)
-  try:
-    reader.start()
+  with segment_reader.SegmentReader.open(path) as reader:
     for key, header in entries.items():
       array = reader.view(header)
       if array is None:  # a living run let go of it
@@ -365,5 +360,3 @@ def _verify_log(
           message=f'{path}: {error}',
           key=key,
         )
-  finally:
-    reader.close()

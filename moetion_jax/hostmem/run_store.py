@@ -135,11 +135,11 @@ def newest_generation(folder: str | os.PathLike[str]) -> int:
   """Returns the newest generation that wrote into a store; 0 if none did."""
   newest = 0
   for path in pathlib.Path(folder).glob('*.segment'):
-    reader = segment_reader.SegmentReader(path)
-    with contextlib.suppress(OSError, errors.StoreError):
-      reader.start()
+    with (
+      contextlib.suppress(OSError, errors.StoreError),
+      segment_reader.SegmentReader.open(path) as reader,
+    ):
       newest = max(newest, reader.generation)
-    reader.close()
   return newest
 
 

@@ -54,9 +54,7 @@ def check(
     FileNotFoundError: there is no such segment.
     StoreError: the file is no segment, or a damaged one.
   """
-  reader = segment_reader.SegmentReader(path)
-  reader.start()
-  try:
+  with segment_reader.SegmentReader.open(path) as reader:
     headers, damaged = reader.entries(), []
     for header in headers:
       if (array := reader.view(header)) is None:
@@ -73,5 +71,3 @@ def check(
         what = f'cell {cell} of {os.fspath(path)}'
         damaged.append(Damage(iteration, stage, replica, what))
     return SegmentCheck(len(headers) + len(cells), tuple(damaged))
-  finally:
-    reader.close()

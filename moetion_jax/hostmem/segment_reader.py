@@ -52,33 +52,42 @@ class SegmentReader:
   Not thread-safe. Views outlive `close`.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
-    """Stores the path of an existing segment."""
-    self.path = pathlib.Path(path)
-    self._fd = -1
+  def __init__(
+    self, path: pathlib.Path, fd: int, layout: segment.SegmentLayout
+  ):
+    """Stores the arguments; `open` makes them."""
+    self.path = path
+    self._fd = fd
+    self._layout = layout
     self._entries: dict[keys.EntryKey, entry.EntryHeader] = {}
     self._by_cell: dict[int, entry.EntryHeader] = {}
     self._next_sequence = 0
 
-  def start(self) -> None:
-    """Maps the file.
+  @classmethod
+  def open(cls, path: str | os.PathLike[str]) -> SegmentReader:
+    """Maps a segment; `close` it, or use it as a context manager.
 
     Raises:
       FileNotFoundError: there is no file yet.
       StoreError: the file is no segment, or a damaged one.
     """
-    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-      self._layout = segment.SegmentLayout(self._fd, writable=False)
+      layout = segment.SegmentLayout(fd, writable=False)
     except errors.StoreError as error:
-      self.close()
-      raise errors.StoreError(f'{self.path}: {error}') from None
+      os.close(fd)
+      raise errors.StoreError(f'{path}: {error}') from None
+    return cls(pathlib.Path(path), fd, layout)
 
   def close(self) -> None:
-    """Forgets the file. May be called twice."""
-    if self._fd >= 0:
-      os.close(self._fd)
-      self._fd = -1
+    """Forgets the file; once."""
+    os.close(self._fd)
+
+  def __enter__(self) -> SegmentReader:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
 
   @property
   def generation(self) -> int:
@@ -266,9 +275,9 @@ class StoreIndex:
   def _reader(self, stage: int, replica: int) -> SegmentReader | None:
     reader = self._readers.get((stage, replica))
     if reader is None:
-      reader = SegmentReader(segment.segment_path(self._folder, stage, replica))
+      path = segment.segment_path(self._folder, stage, replica)
       try:
-        reader.start()
+        reader = SegmentReader.open(path)
       except FileNotFoundError:
         return None
       self._readers[stage, replica] = reader

@@ -60,9 +60,8 @@ def _found(workdir):
 
 def _damage_header(path, key):
   """So that nobody finds the entry any more."""
-  reader = segment_reader.SegmentReader(path)
-  reader.start()
-  (header,) = [h for h in reader.entries() if h.key == key]
+  with segment_reader.SegmentReader.open(path) as reader:
+    (header,) = [h for h in reader.entries() if h.key == key]
   with open(path, 'r+b') as file:
     cells = segment.SegmentLayout(file.fileno(), writable=False).cells
     file.seek(segment.cell_offset(header.sequence % cells))
