@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 import json
 import os
@@ -278,8 +278,8 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
   class Frozen(functions.Functions):
     """Functions whose backward keeps experts' `acc`; XLA drops the rest."""
 
-    def backward(self, compute, residuals, dy, acc):
-      dx, new = super().backward(compute, residuals, dy, acc)
+    def backward(self, recipe, compute, residuals, dy, acc):
+      dx, new = super().backward(recipe, compute, residuals, dy, acc)
       partition = self.model.partition
       return dx, {n: acc[n] if partition(n).stacked else new[n] for n in new}
 
@@ -290,13 +290,13 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
     optimizer_overrides={},
   )
   full = transformer_job.of(config).build_stage(0)
-  without = copy.copy(full)
-  without.functions = Frozen(
+  frozen = Frozen(
     full.model,
     optimizers.make(config.train.optimizer),
     full.shape,
     config.train.local_devices,
   )
+  without = dataclasses.replace(full, functions=frozen)
   programs = {'full': full.compile(), 'frozen': without.compile()}
   first = programs['full']
   compute = first.compute_of(full.initial_state())

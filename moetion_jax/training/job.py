@@ -94,10 +94,10 @@ class Job(abc.ABC):
     """
     train = self.spec.train
     model = self.stage_model(index)
-    whole = stage_lib.Stage(
+    whole = stage_lib.Stage.declare(
       model,
       self.optimizer(),
-      mesh_lib.abstract_mesh(train.local_devices),
+      train.local_devices,
       compilation.ProgramShape(
         microbatch_size=train.microbatch_size,
         sequence_length=model.hidden_shape[0],

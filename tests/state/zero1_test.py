@@ -68,12 +68,12 @@ _MODEL = model.StageModel(
 def _declare(
   position=None, *, optimizer='adamw', replicas=2, devices=1, team=None
 ):
-  stage = stage_lib.Stage(
+  stage = stage_lib.Stage.declare(
     _MODEL,
     optimizers.make(
       config_lib.OptimizerConfig(optimizer=optimizer, learning_rate=1e-2)
     ),
-    mesh_lib.abstract_mesh(devices),
+    devices,
     compilation.ProgramShape(
       microbatch_size=4,
       sequence_length=4,

@@ -33,10 +33,10 @@ def compile_programs(
   """
   if stage.model.scaled is None:
     return {}
-  declared = stage_lib.Stage(
+  declared = stage_lib.Stage.declare(
     stage.model.scaled(partial.MAX_CAPACITY_FACTOR),
     stage.functions.optimizer,
-    stage.abstract_mesh,
+    stage.functions.expert_devices,
     stage.shape,
   )
   traced = declared.trace(on_program).traced
