@@ -13,9 +13,11 @@ from moetion_jax.capture import (
   selection,
   snapshotter,
 )
+from moetion_jax.logs import memory_log
 from moetion_jax.policies import decision as decision_lib, slots
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import file as snapshot_file, memory_store
+from moetion_jax.training import worker
 from tests.support import helpers
 
 _EXPERTS = tuple(keys.OperatorId('layers/0/experts', e) for e in range(3))
@@ -46,71 +48,75 @@ def test_what_differs_is_named(operator):
 
 
 @pytest.fixture(scope='module')
-def worker():
-  config = helpers.micro_run(stages=1, eval_every=0, iterations=5)
+def compiled():
+  config = helpers.micro_run(stages=1, eval_every=0, iterations=4)
   (made,) = one_process.make_workers(config, transformer_job.load_data(config))
-  return made, config.train
-
-
-def _train(worker, folder, update):
-  """Trains with snapshots and `update`; returns the decision on them."""
-  made, config = worker
-  layout = stage.layout_of(made.stage)
-  captures = capture_programs.CapturePrograms(layout)
+  captures = capture_programs.CapturePrograms(stage.layout_of(made.stage))
   captures.compile()
+  return config, made, captures
+
+
+def _train(compiled, folder, change):
+  """Trains with snapshots, and masks changed; returns the decision on them."""
+  config, made, captures = compiled
   decision = decision_lib.CaptureDecision(
     first_iteration=1,
     window_length=3,
     mode='rolling',
-    slots=slots.make_slots(layout.operators, layout.state_bytes(), 3),
+    slots=slots.make_slots(
+      captures.layout.operators, captures.layout.state_bytes(), 3
+    ),
+  )
+
+  def update(*arguments):
+    state, compute, mask = made.programs.update(*arguments)
+    return state, compute, change(new.iteration, mask)
+
+  new = worker.Worker(
+    0,
+    made.stage,
+    dataclasses.replace(made.programs, update=update),
+    made.stage.initial_state(),
+    memory_log.MemoryLog(keys.WorkerId(0, 0, 1), memory_log.MemoryStore()),
+    transformer_job.load_data(config),
   )
   store = memory_store.SnapshotStore(folder, 1 << 22, 8)
   taker = snapshotter.Snapshotter(captures, store, decision, {})
   taker.start()
-  undisturbed = made.programs
-  made.programs = dataclasses.replace(undisturbed, update=update)
   try:
-    made.train(config, lambda _: None, snapshots=taker, line=lambda _: 0)
+    new.train(config.train, lambda _: None, snapshots=taker, line=lambda _: 0)
     taker.flush()
   finally:
-    made.programs = undisturbed
     taker.close()
   return decision
 
 
-def test_snapshots_hold_what_the_step_selected(worker, shm_folder):
-  inner = worker[0].programs.update
-  selected = []
+def test_snapshots_hold_what_the_step_selected(compiled, shm_folder):
+  selected = {}
 
-  def update(*arguments):
-    results = inner(*arguments)
-    selected.append(jax.device_get(results[2]))
-    return results
+  def keep(iteration, mask):
+    selected[iteration] = jax.device_get(mask)
+    return mask
 
-  decision = _train(worker, shm_folder, update)
-  layout = stage.layout_of(worker[0].stage)
+  decision = _train(compiled, shm_folder, keep)
+  operators = compiled[2].layout.operators
   paths = snapshot_file.list_snapshots(shm_folder)
-  assert sorted(paths) == [1, 2, 3, 4, 5]
-  for iteration, mask in enumerate(selected, 1):
+  assert sorted(paths) == sorted(selected) == [1, 2, 3, 4]
+  for iteration, mask in selected.items():
     captured = decision.captured(iteration)
     assert captured is not None
-    selection.check(iteration, mask, layout.operators, captured[0])
+    selection.check(iteration, mask, operators, captured[0])
     metadata = snapshot_file.read_manifest(paths[iteration]).metadata
     held = keys.operators_from_json(metadata['state'])
-    selection.check(iteration, mask, layout.operators, held)
+    selection.check(iteration, mask, operators, held)
 
 
-def test_a_step_that_selects_others_leaves_no_snapshot(worker, shm_folder):
-  inner = worker[0].programs.update
-  masks = []
-
-  def update(*arguments):
-    state, compute, mask = inner(*arguments)
-    masks.append(mask)
-    if len(masks) == 3:  # of the head another value, as by a damaged device
-      mask = {**mask, 'head': np.logical_not(mask['head'])}
-    return state, compute, mask
+def test_a_step_that_selects_others_leaves_no_snapshot(compiled, shm_folder):
+  def damage(iteration, mask):
+    if iteration < 3:
+      return mask
+    return {**mask, 'head': np.logical_not(mask['head'])}
 
   with pytest.raises(selection.SelectionError, match='^iteration 3: .* head$'):
-    _train(worker, shm_folder, update)
+    _train(compiled, shm_folder, damage)
   assert sorted(snapshot_file.list_snapshots(shm_folder)) == [1, 2]
