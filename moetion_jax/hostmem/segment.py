@@ -203,42 +203,6 @@ def newest_iteration(path: str | os.PathLike[str]) -> int:
     return 0
 
 
-def drop_damaged(
-  path: str | os.PathLike[str], first_iteration: int
-) -> list[keys.EntryKey]:
-  """Retires entries with a wrong checksum, so that they are written again.
-
-  Call it only while nobody writes the segment.
-
-  Args:
-    path: path of the segment.
-    first_iteration: first iteration to check; older entries are left alone.
-
-  Returns:
-    Names of the retired entries.
-
-  Raises:
-    StoreError: the file is no segment, or its writer is alive.
-    OSError: the file cannot be opened.
-  """
-  dropped = []
-  with open(path, 'r+b') as file:
-    if not locks.try_lock(file.fileno(), fcntl.F_WRLCK, 0):
-      raise errors.StoreError(f'{path}: its writer lives')
-    layout = SegmentLayout(file.fileno(), writable=True)
-    for header in layout.headers():
-      cell = header.sequence % layout.cells
-      if header.key.iteration < first_iteration or layout.retired[cell]:
-        continue
-      data = layout.ring[header.offset : header.offset + header.nbytes]
-      if raw_bytes.checksum(data) != header.checksum:
-        layout.retired[cell] = 1
-        dropped.append(header.key)
-    # The mapping holds the open file, and so the lock, beyond the close.
-    locks.try_lock(file.fileno(), fcntl.F_UNLCK, 0)
-  return dropped
-
-
 class SegmentWriter:
   """The one writer of a segment. Not thread-safe, except `retain`.
 

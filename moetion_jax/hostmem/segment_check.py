@@ -1,11 +1,19 @@
-"""A check of all that a segment holds, while its writer may go on."""
+"""Damage in a segment: finding it all, and dropping it."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 
-from moetion_jax.hostmem import entry, segment_reader
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import (
+  entry,
+  locks,
+  raw_bytes,
+  segment,
+  segment_reader,
+)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -71,3 +79,39 @@ def check(
         what = f'cell {cell} of {os.fspath(path)}'
         damaged.append(Damage(iteration, stage, replica, what))
     return SegmentCheck(len(headers) + len(cells), tuple(damaged))
+
+
+def drop_damaged(
+  path: str | os.PathLike[str], first_iteration: int
+) -> list[keys.EntryKey]:
+  """Retires entries with a wrong checksum, so that they are written again.
+
+  Call it only while nobody writes the segment.
+
+  Args:
+    path: path of the segment.
+    first_iteration: first iteration to check; older entries are left alone.
+
+  Returns:
+    Names of the retired entries.
+
+  Raises:
+    StoreError: the file is no segment, or its writer is alive.
+    OSError: the file cannot be opened.
+  """
+  dropped = []
+  with open(path, 'r+b') as file:
+    if not locks.try_lock(file.fileno(), fcntl.F_WRLCK, 0):
+      raise errors.StoreError(f'{path}: its writer lives')
+    layout = segment.SegmentLayout(file.fileno(), writable=True)
+    for header in layout.headers():
+      cell = header.sequence % layout.cells
+      if header.key.iteration < first_iteration or layout.retired[cell]:
+        continue
+      data = layout.ring[header.offset : header.offset + header.nbytes]
+      if raw_bytes.checksum(data) != header.checksum:
+        layout.retired[cell] = 1
+        dropped.append(header.key)
+    # The mapping holds the open file, and so the lock, beyond the close.
+    locks.try_lock(file.fileno(), fcntl.F_UNLCK, 0)
+  return dropped

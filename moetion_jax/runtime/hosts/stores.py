@@ -170,7 +170,7 @@ class Stores:
     dropped = []
     for path in self.log_paths(stage):
       with contextlib.suppress(FileNotFoundError):
-        dropped += segment.drop_damaged(path, first_iteration)
+        dropped += segment_check.drop_damaged(path, first_iteration)
     return events.Dropped(
       entries=tuple(
         segment_check.Damage(key.iteration, stage, key.replica, str(key))

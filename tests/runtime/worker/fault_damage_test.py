@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, segment, segment_reader
+from moetion_jax.hostmem import entry, segment, segment_check, segment_reader
 from moetion_jax.runtime import faults
 from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.snapshots import file as snapshot_file, manifest
@@ -94,11 +94,11 @@ def test_a_damaged_entry_is_dropped_and_written_again(tmp_path):
     entry.verify(*_take(index, 5))
   assert caught.value.key == _key(5)
   with pytest.raises(errors.StoreError, match='its writer lives'):
-    segment.drop_damaged(path, 1)
+    segment_check.drop_damaged(path, 1)
   writer.close()
-  assert segment.drop_damaged(path, 6) == []
-  assert segment.drop_damaged(path, 5) == [_key(5)]
-  assert segment.drop_damaged(path, 5) == []
+  assert segment_check.drop_damaged(path, 6) == []
+  assert segment_check.drop_damaged(path, 5) == [_key(5)]
+  assert segment_check.drop_damaged(path, 5) == []
   assert index.take(_key(5)) is None
   writer = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 2), 4096, 8)
   writer.start()
