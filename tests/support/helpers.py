@@ -123,26 +123,6 @@ def digests_of(
   return stage.partition.by_operator(jax.jit(digest)(state))
 
 
-class NotesView:
-  """A view of a run that shows its notes, on stderr, and nothing else."""
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  def show(self, line, busy):
-    """Shows nothing."""
-
-  def stages(self, states):
-    """Shows nothing."""
-
-  def note(self, text):
-    """Prints a note."""
-    print(text, file=sys.stderr)
-
-
 @contextlib.contextmanager
 def small_tmpfs(path: pathlib.Path):
   """Mounts a tmpfs of 64 MiB at a new folder; skips the test if it may not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from moetion_jax import disk, job_spec, report
 from moetion_jax.recovery import events, splice as splice_lib
@@ -20,16 +20,17 @@ _WORKERS_FILE_SECONDS = 0.25  # between two versions of workers.json
 _KEPT_REPORTS = 256  # iterations, for workers that replay them
 
 
-class View(Protocol):
-  """The live view of a run, for a person; a context manager."""
+class View:
+  """What a person sees of a run; this one shows notes only.
 
-  def __enter__(self) -> object:
-    """Begins to show."""
-    ...
+  A context manager. A subclass shows more.
+  """
+
+  def __enter__(self) -> View:
+    return self
 
   def __exit__(self, *unused: object) -> None:
-    """Ends the view."""
-    ...
+    pass
 
   def show(self, line: dict[str, Any], busy: Sequence[float]) -> None:
     """Shows one line of `metrics.jsonl`.
@@ -38,15 +39,13 @@ class View(Protocol):
       line: the line of one iteration.
       busy: by stage, the fraction of the iteration that it did not wait.
     """
-    ...
 
   def stages(self, states: Sequence[str]) -> None:
     """Shows what each worker does at this moment."""
-    ...
 
   def note(self, text: str) -> None:
-    """Shows a line of text."""
-    ...
+    """Prints a line of text."""
+    print(text, flush=True)
 
 
 class Recorder:

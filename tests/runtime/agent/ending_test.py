@@ -77,7 +77,7 @@ def _executor(tmp_path, folder, record=None, workers=()):
     hosts,
     crew,
     stores.Stores(1, 1, hosts),
-    record or recorder.Recorder(job, folder, helpers.NotesView()),
+    record or recorder.Recorder(job, folder, recorder.View()),
   )
   crew.workers.update(workers)
   one.keep(True)
@@ -107,7 +107,7 @@ def test_what_it_says_of_the_earlier_run_is_true(
     one.fail(errors.StoreError('full'))
   else:
     one.do(actions.Stop())
-  said = capfd.readouterr().err
+  said = ''.join(capfd.readouterr())
   assert ('Nothing of the earlier run was removed.' in said) != is_removed
   assert ('he same command starts over.' in said) == is_removed
 
@@ -225,7 +225,7 @@ def test_lines_are_on_disk_before_a_checkpoint_can_be(tmp_path):
     job = helpers.micro_run().job_spec()
     saver = child_process.WorkerProcess(0)
     told, saver._control_fd = os.pipe()
-    with recorder.Recorder(job, folder, helpers.NotesView()) as record:
+    with recorder.Recorder(job, folder, recorder.View()) as record:
       record.accept({0: ready}, {})
       digests = {operator: np.zeros(2, np.uint32)}
       record.add(helpers.make_report(1, loss=1.0, digests=digests), [[0]])

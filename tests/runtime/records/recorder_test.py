@@ -20,7 +20,7 @@ def _opened(path, environment, *accepted):
   folder = workdir.Workdir(str(path), fresh=False, accept_changes=accepted)
   folder.lock()
   with recorder.Recorder(
-    helpers.micro_run().job_spec(), folder, helpers.NotesView()
+    helpers.micro_run().job_spec(), folder, recorder.View()
   ) as made:
     made.accept(
       {

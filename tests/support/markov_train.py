@@ -1,0 +1,48 @@
+"""Trains `markov_job`: `python -m tests.support.markov_train WORKDIR MEMORY`.
+
+This is the agent, which needs no JAX. Further arguments: the number of
+replicas, then faults as `launch.train --fail` takes them.
+"""
+
+import dataclasses
+import sys
+
+from moetion_jax import config, job_spec
+from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import sparse
+from moetion_jax.runtime import faults
+from moetion_jax.runtime.agent import run, settings
+from moetion_jax.runtime.records import recorder
+
+LENGTH, DIM = 8, 8
+
+
+def main(workdir, hostmem_dir, replicas, *script):
+  train = config.TrainConfig(
+    iterations=40,
+    stages=2,
+    replicas=int(replicas),
+    microbatches=4,
+    microbatch_size=8,
+    eval_every=10,
+  )
+  tokens = train.global_microbatches * train.microbatch_size * LENGTH
+  job = job_spec.JobSpec(
+    factory='tests.support.markov_job:MarkovJob',
+    config={'name': 'markov', 'train': dataclasses.asdict(train)},
+    hidden_bytes=train.microbatch_size * LENGTH * DIM * 4,
+    tokens_per_iteration=tokens,
+    expert_capacity=tokens,
+  )
+  where = settings.AgentSettings(
+    workdir=workdir,
+    hostmem_dir=hostmem_dir,
+    captures=capture_settings.CaptureSettings(policy=sparse.Sparse()),
+    compilation_cache_dir='~/.cache/moetion_jax_tests',
+    faults=faults.parse_all(script, train.stages, train.replicas),
+  )
+  return run.run(job, where, recorder.View())
+
+
+if __name__ == '__main__':
+  sys.exit(main(*sys.argv[1:]))
