@@ -20,7 +20,7 @@ from absl import flags
 
 from launch.lm import command_line
 from launch.offline import run_flags, scan, stored_run
-from moetion_jax import config as config_lib, errors
+from moetion_jax import codec, config as config_lib, errors
 from moetion_jax.hostmem import run_store
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import changes, places
@@ -190,7 +190,7 @@ def _convert(run: stored_run.StoredRun) -> None:
       _OUT.value,
       [done.state],
       done.iteration,
-      run.config.to_json(),
+      codec.encode(run.config),
       done.digests,
     )
     print(f'Written: {os.path.abspath(_OUT.value)}')

@@ -16,7 +16,7 @@ from launch.lm import (
   settings as run_settings,
   streams,
 )
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.policies import (
   decision,
   intervals,
@@ -242,7 +242,7 @@ def main(argv: list[str]) -> int:
     raise errors.ConfigError('', argv[1], 'is no flag; flags begin with --')
   config = run_config()
   if _PRINT_CONFIG.value:
-    print(json.dumps(config.to_json(), indent=2))
+    print(json.dumps(codec.encode(config), indent=2))
     return 0
   captures = capture_settings.CaptureSettings(
     policy=registry.of_name(_POLICY.value),

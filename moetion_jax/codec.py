@@ -113,6 +113,11 @@ def decode(hint: Any, value: Any, name: str = '') -> Any:
   return _checked((int, float) if hint is float else hint, value, name)
 
 
+def decode_part(kind: type, value: Mapping[str, Any]) -> Any:
+  """Makes a record of an object that may have more fields; see `decode`."""
+  return decode(kind, {n: value[n] for n in _hints(kind) if n in value})
+
+
 def _decode_each(hints: Any, value: Any, name: str) -> tuple[Any, ...]:
   if len(_checked(list, value, name)) != len(hints):
     raise ValueError(f'{name} must have {len(hints)} elements, not {value}')

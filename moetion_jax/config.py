@@ -131,17 +131,6 @@ class TrainConfig:
       f'must be divisible by local_devices={self.local_devices}',
     )
 
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> TrainConfig:
-    """Makes the settings from what `dataclasses.asdict` returned.
-
-    Raises:
-      errors.ConfigError: a field has a value that is not allowed.
-      TypeError: a field is unknown.
-    """
-    optimizer = OptimizerConfig(**value['optimizer'])
-    return cls(**{**value, 'optimizer': optimizer})
-
   @property
   def global_microbatches(self) -> int:
     """Microbatches of one iteration, all replicas together."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from moetion_jax import config as config_lib
+from moetion_jax import codec, config as config_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,4 +41,4 @@ class JobSpec:
   @functools.cached_property
   def train(self) -> config_lib.TrainConfig:
     """How the job is trained and spread."""
-    return config_lib.TrainConfig.from_json(self.config['train'])
+    return codec.decode(config_lib.TrainConfig, self.config['train'])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from launch.lm import settings as run_settings
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.programs import stage as stage_lib
 from moetion_jax.runtime.checkpoints import damage, file, proof
 from moetion_jax.state import partition
@@ -29,7 +29,7 @@ def load_config(path: str, flag: str) -> run_settings.RunConfig:
   """
   config = file.load_config(path, flag)
   try:
-    return run_settings.RunConfig.from_json(config)
+    return codec.decode(run_settings.RunConfig, config)
   except Exception as error:  # fields of another version, of whatever type
     raise errors.ConfigError(
       flag,

@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
 import numpy as np
 
 from models import config as model_config, presets
-from moetion_jax import config, errors, job_spec
+from moetion_jax import codec, config, errors, job_spec
 
 # What a preset trains with unless flags say otherwise. Iterations of the
 # `paper_*` presets are nominal: those are for clusters and cost models.
@@ -86,7 +86,7 @@ class RunConfig:
     seats = model.capacity(tokens // train.local_devices) * train.local_devices
     return job_spec.JobSpec(
       factory='launch.lm.transformer_job:TransformerJob',
-      config=self.to_json(),
+      config=codec.encode(self),
       hidden_bytes=(
         tokens * model.model_dim * np.dtype(model.compute_dtype).itemsize
       ),
@@ -94,26 +94,6 @@ class RunConfig:
       expert_capacity=seats * train.global_microbatches,
       data=self.data,
       init_from=self.init_from,
-    )
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns plain dicts; `from_json` is the inverse."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, value: dict[str, Any]) -> RunConfig:
-    """Makes the settings from what `to_json` returned.
-
-    Raises:
-      errors.ConfigError: a field has a value that is not allowed.
-      TypeError: a field is unknown or missing.
-    """
-    return cls(
-      **{
-        **value,
-        'model': model_config.ModelConfig(**value['model']),
-        'train': config.TrainConfig.from_json(value['train']),
-      }
     )
 
 

@@ -9,7 +9,7 @@ import optax
 
 from launch.lm import checkpoint, data, settings as run_settings
 from models import stages
-from moetion_jax import job_spec
+from moetion_jax import codec, job_spec
 from moetion_jax.programs import stage as stage_lib
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.state import model as model_lib, optimizers, partition
@@ -22,7 +22,7 @@ class TransformerJob(job.Job):
   def __init__(self, spec: job_spec.JobSpec):
     """Reads the settings from the spec."""
     super().__init__(spec)
-    self._settings = run_settings.RunConfig.from_json(spec.config)
+    self._settings = codec.decode(run_settings.RunConfig, spec.config)
 
   def stage_model(self, index: int) -> model_lib.StageModel:
     """Cuts the stage out of the model, see `Job`."""

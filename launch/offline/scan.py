@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.lm import settings as run_settings
 from launch.offline import stored_run
-from moetion_jax import errors, keys
+from moetion_jax import codec, errors, keys
 from moetion_jax.hostmem import (
   entry,
   run_store,
@@ -96,7 +96,7 @@ def read_run(
     found_out = {
       name: value.pop(name) for name in workdir.FOUND_OUT if name in value
     }
-    config = run_settings.RunConfig.from_json(value)
+    config = codec.decode(run_settings.RunConfig, value)
     changes.check_content(found_out, config.train.stages)
     return config, found_out
   except FileNotFoundError:

@@ -12,8 +12,7 @@ Pure Python without JAX, since the agent, which plans, uses it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,20 +39,6 @@ class Splice:
     the conversion of the splice.
     """
     return self.exact_until < start <= self.complete_at[stage]
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns plain values; `from_json` is the inverse."""
-    return {
-      'exact_until': self.exact_until,
-      'complete_at': list(self.complete_at),
-    }
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> Splice:
-    """Inverts `to_json`; other keys are ignored."""
-    return cls(
-      exact_until=value['exact_until'], complete_at=tuple(value['complete_at'])
-    )
 
 
 def in_force(splices: Sequence[Splice]) -> tuple[Splice, ...]:

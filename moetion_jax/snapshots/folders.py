@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import re
@@ -26,8 +25,7 @@ def share_of(metadata: Mapping[str, Any]) -> coverage.Share:
   Raises:
     ValueError: a field has a wrong type.
   """
-  names = [field.name for field in dataclasses.fields(coverage.Share)]
-  return codec.decode(coverage.Share, {name: metadata[name] for name in names})
+  return codec.decode_part(coverage.Share, metadata)
 
 
 def snapshots_folders(

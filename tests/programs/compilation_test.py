@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from launch.lm import one_process, transformer_job
+from moetion_jax import codec
 from tests.support import helpers
 
 # Builds stage 1 of 2 as a worker or as a standby does, and works one iteration.
@@ -21,11 +22,12 @@ import collections, json, sys
 import jax
 import numpy as np
 from launch.lm import settings as run_settings, transformer_job
+from moetion_jax import codec
 from moetion_jax.programs import compilation, jax_internals, mesh
 from moetion_jax.runtime import xla_setup
 from moetion_jax.state import model as model_lib
 
-config = run_settings.RunConfig.from_json(json.loads(sys.argv[1]))
+config = codec.decode(run_settings.RunConfig, json.loads(sys.argv[1]))
 role, cache = sys.argv[2:]
 devices = config.train.local_devices
 xla_setup.configure(local_devices=devices, compilation_cache_dir=cache)
@@ -84,7 +86,7 @@ def _work(config, role, cache):
       sys.executable,
       '-c',
       _PROCESS,
-      json.dumps(config.to_json()),
+      json.dumps(codec.encode(config)),
       role,
       str(cache),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moetion_jax import codec
 from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import inventory, splice
 from tests.support import recoveries, shares
@@ -12,8 +13,9 @@ def _splice(exact_until, *complete_at):
 
 
 def test_json():
-  one = _splice(4, 6, 7)
-  assert splice.Splice.from_json(one.to_json() | {'names': ['jax']}) == one
+  one, value = _splice(4, 6, 7), {'exact_until': 4, 'complete_at': [6, 7]}
+  assert codec.encode(one) == value
+  assert codec.decode_part(splice.Splice, {'names': ['jax']} | value) == one
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import files as record_files
@@ -150,7 +150,7 @@ class Changes:
       what = {name: entries[-1][name] for name in ('names', 'from', 'to')}
     if entries and entries[-1].pop(_PENDING, False) and not self._changed:
       entries.pop()
-    entries.append({**what, **splice.to_json(), _PENDING: True})
+    entries.append({**what, **codec.encode(splice), _PENDING: True})
     self._changed = []
     self._replace({**self.known, ENVIRONMENT: self._here, CHANGES: entries})
 
@@ -254,11 +254,11 @@ def pending_of(
   """Returns the splice that was begun and not finished; None for none."""
   if not entries or _PENDING not in entries[-1]:
     return None
-  return splice_lib.Splice.from_json(entries[-1])
+  return codec.decode_part(splice_lib.Splice, entries[-1])
 
 
 def splices_of(
   entries: Sequence[Mapping[str, Any]],
 ) -> tuple[splice_lib.Splice, ...]:
   """Returns the splices of `changes` in config.json."""
-  return tuple(splice_lib.Splice.from_json(entry) for entry in entries)
+  return tuple(codec.decode_part(splice_lib.Splice, entry) for entry in entries)

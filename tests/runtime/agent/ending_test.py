@@ -8,7 +8,7 @@ import selectors
 import numpy as np
 import pytest
 
-from moetion_jax import errors, keys
+from moetion_jax import codec, errors, keys
 from moetion_jax.hostmem import store_folder
 from moetion_jax.policies import planner, settings as capture_settings
 from moetion_jax.policies.kinds import registry
@@ -44,7 +44,7 @@ def folder(tmp_path):
   run.lock()
   run.take_id(held_run.new_id())
   found_out = {'data_fingerprint': {}, 'environment': {}}
-  config = helpers.micro_run().to_json() | found_out
+  config = codec.encode(helpers.micro_run()) | found_out
   (run.path / 'config.json').write_text(json.dumps(config))
   (run.path / 'events.jsonl').write_text('')
   yield run
@@ -101,7 +101,7 @@ def test_what_it_says_of_the_earlier_run_is_true(
 
     folder.remove_elsewhere = remove
     with pytest.raises(IsADirectoryError):
-      folder.accept(helpers.micro_run().to_json(), {})
+      folder.accept(codec.encode(helpers.micro_run()), {})
   assert (folder.path / 'events.jsonl').exists() == (not is_removed)
   if is_failure:
     one.fail(errors.StoreError('full'))

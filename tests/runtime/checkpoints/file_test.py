@@ -10,7 +10,7 @@ import pytest
 from orbax import checkpoint as ocp
 
 from launch.lm import checkpoint, settings, transformer_job
-from moetion_jax import disk, errors, report
+from moetion_jax import codec, disk, errors, report
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.runtime.records import own_files
 from tests.support import helpers
@@ -24,7 +24,7 @@ def run():
   config = helpers.micro_run(model={'num_layers': 2}, stages=1)
   stage = transformer_job.of(config).build_stage(0, (0,))
   state = stage.initial_state()
-  return config.to_json(), state, helpers.digests_of(stage, state)
+  return codec.encode(config), state, helpers.digests_of(stage, state)
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +51,7 @@ def of_stage_1(tmp_path_factory):
   state = stage.initial_state()
   digests = helpers.digests_of(stage, state)
   path = str(tmp_path_factory.mktemp('stage') / 'stage-1')
-  checkpoint_file.save(path, [state], 7, config.to_json(), digests)
+  checkpoint_file.save(path, [state], 7, codec.encode(config), digests)
   return path
 
 
@@ -157,7 +157,7 @@ def test_one_of_a_stage_alone(run, saved, of_stage_1):
     checkpoint.check_all_stages(tree, of_stage_1, 'checkpoint')
   assert 'the state of one stage, without embedding of' in caught.value.reason
   assert 'launch.convert' in caught.value.reason
-  config = settings.RunConfig.from_json({**run[0], 'init_from': of_stage_1})
+  config = codec.decode(settings.RunConfig, {**run[0], 'init_from': of_stage_1})
   stage = transformer_job.of(config).build_stage(0, (0,))
   with pytest.raises(errors.ConfigError, match='the state of one stage'):
     transformer_job.of(config).initial(stage)

@@ -9,7 +9,7 @@ import pytest
 
 from launch.lm import settings as run_settings
 from launch.offline import scan
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.records import (
   held_run,
@@ -35,7 +35,7 @@ def _config(**train):
   made = run_settings.make(
     'tiny', model_overrides=[], train_overrides=train, optimizer_overrides={}
   )
-  return json.loads(json.dumps(made.to_json())) | _FOUND_OUT
+  return json.loads(json.dumps(codec.encode(made))) | _FOUND_OUT
 
 
 def _opened(path, *, fresh=False):
@@ -514,7 +514,7 @@ def test_a_run_of_that_version_which_left_nothing(run, hostmem):
 
 def test_settings_are_read_without_the_id(run):
   config, found_out = scan.read_run(run)
-  assert config.to_json().keys() | found_out.keys() == _config().keys()
+  assert codec.encode(config).keys() | found_out.keys() == _config().keys()
 
 
 def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
