@@ -295,6 +295,15 @@ def remove_store(path: str | os.PathLike[str]) -> None:
   os.close(fd)
 
 
+def is_empty(path: str | os.PathLike[str]) -> bool:
+  """Tells whether a store folder of ours has nothing to go on with."""
+  try:
+    entries = list(pathlib.Path(path).iterdir())
+  except OSError:  # somebody else's
+    return False
+  return all(x.name in _OWN_NAMES or x.is_socket() for x in entries)
+
+
 def empty_store(path: str | os.PathLike[str]) -> None:
   """Removes all that runs put into a store folder; its run holds the lock.
 

@@ -137,7 +137,7 @@ def _search(folder: workdir.Workdir, run_id: str) -> whereabouts.Search:
     run_id=run_id,
     known=whereabouts.Whereabouts.from_json(config),
     here=folder.whereabouts,
-    changes=len(config.get(changes.CHANGES, ())),
+    changes=changes.finished_of(config.get(changes.CHANGES, ())),
   )
 
 

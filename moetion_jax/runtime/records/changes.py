@@ -57,8 +57,8 @@ class Changes:
 
   @property
   def accepted_before(self) -> int:
-    """The number of changes that were accepted, but for one of this start."""
-    return len(self.known.get(CHANGES, ()))
+    """The number of finished changes, but for one of this start."""
+    return finished_of(self.known.get(CHANGES, ()))
 
   @property
   def may_splice(self) -> bool:
@@ -255,6 +255,14 @@ def pending_of(
   if not entries or _PENDING not in entries[-1]:
     return None
   return codec.decode_part(splice_lib.Splice, entries[-1])
+
+
+def finished_of(entries: Sequence[Mapping[str, Any]]) -> int:
+  """Returns the number of changes that were accepted and spliced to the end.
+
+  Until then the place where the splice was begun holds what it is to remove.
+  """
+  return len(entries) - (pending_of(entries) is not None)
 
 
 def splices_of(

@@ -67,6 +67,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     raise
   try:
     disk.sync_tree(place)
+    disk.sync_folder(folder.parent)  # its name, before the old one goes
   except OSError as error:
     raise _sync_error(folder, error) from error
   try:

@@ -26,7 +26,8 @@ class AtPath(enum.Enum):
 
   HERE = 'here'  # the folder in question
   TWIN = 'twin'  # another folder, with a run of the same id
-  GONE = 'gone'  # neither
+  LEFT = 'left'  # the recorded folder itself, which the run has left
+  GONE = 'gone'  # none of these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ def judge(here: tuple[int, int], recorded: Mark, at_path: AtPath) -> Relation:
     return Relation.OWN if is_there else Relation.UNTOLD
   # Moved inside its file system it would have its inode still; put back in its
   # place, or moved between file systems, it cannot have.
-  is_moved_inside = known[0] == here[0] and not is_there
+  # Where its contents were moved, or copied and removed, it is there still.
+  is_moved_inside = known[0] == here[0] and at_path is AtPath.GONE
   return Relation.COPY if is_moved_inside else Relation.UNTOLD
 
 

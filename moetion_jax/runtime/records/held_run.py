@@ -1,8 +1,8 @@
 """The run that a folder holds: its config.json and its id.
 
 The id names the run's store in host memory and its folder of snapshots on disk.
-It stands in config.json; before there is one, in the lock file. It goes with
-the folder wherever that is moved.
+It stands in config.json, and goes with that wherever the folder is moved;
+before there is one, in the lock file (see `run_ids`).
 """
 
 from __future__ import annotations
@@ -101,17 +101,14 @@ def _say_what_is_wrong(value: dict[str, Any], name: str) -> str:
 
 
 def read_id(folder: str | os.PathLike[str]) -> str:
-  """Reads the id of the run that a folder holds, or began to hold.
+  """Reads the id of the run that a folder holds.
 
   Returns:
     The id; '' if none is stored, or the folder cannot be read.
   """
   try:
-    config = read_config(folder)
-    if config is not None:
-      return valid_id(config.get(RUN_ID))
-    return valid_id(pathlib.Path(folder, own_files.LOCK).read_text().strip())
-  except (OSError, ValueError, NotOursError):
+    return valid_id((read_config(folder) or {}).get(RUN_ID))
+  except (OSError, NotOursError):
     return ''
 
 

@@ -30,7 +30,7 @@ class Whereabouts:
     on_disk: the folder of its snapshots on disk, a real path, or a name in the
       workdir; '' for none; None if not recorded.
     left_hostmem: by directory of stores that it left, the number of changes of
-      its environment that were accepted by then.
+      its environment that were finished by then.
     left_on_disk: the same by folder of snapshots on disk.
   """
 
@@ -97,7 +97,7 @@ class Whereabouts:
 
     Args:
       here: where it is from now on.
-      changes: the number of changes that were accepted before.
+      changes: the number of changes that were finished before.
     """
     return Whereabouts(
       hostmem_dir=here.hostmem_dir,
@@ -157,7 +157,7 @@ class Search:
     run_id: the run's id.
     known: its recorded whereabouts.
     here: those of the start that is made now.
-    changes: the number of changes that were accepted.
+    changes: the number of changes that were finished.
   """
 
   workdir: str

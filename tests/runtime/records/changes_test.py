@@ -127,8 +127,11 @@ def test_a_start_that_died_in_the_middle_is_done_again(path):
   one.begin(_splice(4, 6))
   again = _changes(path)  # nothing needs to be accepted again
   assert again.is_due(4)
+  # Until it is finished, what it is to remove is still there.
+  assert again.accepted_before == 0
   again.begin(_splice(4, 6))
   again.finish()
+  assert again.accepted_before == 1
   (entry,) = json.loads(path.read_text())['changes']
   assert entry['names'] == ['jax'] and 'pending' not in entry
 

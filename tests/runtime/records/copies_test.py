@@ -8,7 +8,7 @@ from moetion_jax.runtime.records import copies
 
 _HERE = (7, 100)
 _OWN, _COPY, _UNTOLD = copies.Relation
-_AT_HERE, _TWIN, _GONE = copies.AtPath
+_AT_HERE, _TWIN, _LEFT, _GONE = copies.AtPath
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ _AT_HERE, _TWIN, _GONE = copies.AtPath
     ((8, 100), _GONE, _UNTOLD),
     # Put back from a copy, or copied to where the original was.
     ((7, 101), _AT_HERE, _UNTOLD),
+    # All that was in it was moved to another folder, or copied and removed.
+    ((7, 101), _LEFT, _UNTOLD),
     # A version that recorded the path alone.
     (None, _AT_HERE, _OWN),
     (None, _TWIN, _COPY),

@@ -18,6 +18,7 @@ from moetion_jax.runtime.records import (
   whereabouts,
   workdir,
 )
+from tests.support import power
 
 _ENVIRONMENT = {'versions': {'jax': '1'}}
 _FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'environment': _ENVIRONMENT}
@@ -256,6 +257,25 @@ def test_what_was_locked_for_no_run_leaves_nothing(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_run_is_on_disk_before_its_store_goes(run, tmp_path):
+  """As after a death between the checkpoint's rename and the end."""
+  with power.disk(tmp_path) as disk:
+    path = disk.path / 'run'
+    shutil.copytree(run, path)
+    folder = _opened(path)
+    os.sync()
+    _leave_all(path)
+    assert folder.is_finished()
+    whole = _contents(path)
+    folder.sync_finished()
+    folder.close()
+    disk.cut()
+    after = _contents(path)
+    for name, content in whole.items():
+      if name.startswith(('checkpoint', 'metrics')):
+        assert after[name] == content
+
+
 def test_a_checkpoint_alone_is_no_finished_run(run):
   folder = _opened(run)
   (run / 'checkpoint').mkdir()
@@ -350,13 +370,49 @@ def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
   """As after a kill -9: nothing was closed."""
   folder = _opened(tmp_path / 'run')
   _settle(folder, hostmem)
+  store = store_folder.StoreFolder(hostmem, folder.run_id, folder.path)
+  store.start()
+  store.close()
   os.close(folder.lock_fd)
   again = _opened(tmp_path / 'run')
   _settle(again, hostmem)
-  assert again.run_id == folder.run_id == held_run.read_id(tmp_path / 'run')
+  assert again.run_id == folder.run_id
   again.accept(_config(), _ENVIRONMENT)
   again.close()
   assert _held(tmp_path / 'run')['run_id'] == again.run_id
+
+
+@pytest.mark.parametrize('first', ['run', 'old'])
+@pytest.mark.parametrize('tier', ['memory', 'disk', 'elsewhere'])
+@pytest.mark.parametrize('fresh', [False, True])
+def test_all_that_is_in_a_folder_is_moved_but_its_lock(
+  run, hostmem, tmp_path, first, tier, fresh
+):
+  """`mv run/* old/`: what is stored is of the one that has the config.json."""
+  run_id, durable = held_run.read_id(run), ''
+  if tier == 'memory':
+    (_store(hostmem, run) / 'stage-0.replica-0.segment').write_text('x')
+  elif tier == 'disk':
+    durable = str(tmp_path / 'disk')
+    (tmp_path / 'disk' / f'moetion-{run_id}').mkdir(parents=True)
+  old = tmp_path / 'old'
+  old.mkdir()
+  for path in run.glob('[!.]*'):
+    path.rename(old / path.name)
+  assert [p.name for p in run.iterdir()] == ['.lock']
+  for path in (run, old) if first == 'run' else (old, run):
+    folder = _opened(path)
+    ids = _ids(path, hostmem, folder.locked_id, durable)
+    if path == run:
+      chosen = ids.choose_new() if fresh else ids.choose()
+      assert chosen.run_id != run_id
+      assert not chosen.earlier_id and not chosen.note
+    else:
+      assert ids.choose().run_id == run_id
+      assert 'or a copy, cannot be told' in ids.choose().note
+    folder.close()
+    _begin(path, hostmem, durable=durable)
+  assert held_run.read_id(old) == run_id != held_run.read_id(run)
 
 
 def test_the_id_goes_with_the_folder(run, hostmem, tmp_path, monkeypatch):
@@ -481,7 +537,7 @@ def test_a_copy_of_a_run_that_had_not_begun(hostmem, tmp_path):
   store.start()
   shutil.copytree(first.path, tmp_path / 'copy')
   said, _ = _begin(tmp_path / 'copy', hostmem)
-  assert f'copy of {first.path}' in said
+  assert not said  # there is nothing to do again
   assert held_run.read_id(tmp_path / 'copy') != first.run_id
   store.remove()
   first.close()
@@ -524,6 +580,7 @@ def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
   new = _ids(run, hostmem, earlier).choose_new()
   assert new.earlier_id == earlier != new.run_id and not new.note
   # The same command after a death before it was accepted: the same store.
+  store_folder.StoreFolder(hostmem, new.run_id, run).start()
   again = _ids(run, hostmem, new.run_id).choose_new()
   assert again.run_id == new.run_id
   # The store of a folder that is elsewhere stays, and goes with that one.
