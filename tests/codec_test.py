@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,6 +153,11 @@ def test_a_report_comes_back_bit_for_bit(loss, norm):
   (digest,) = back.digests.values()
   assert digest.dtype == np.uint32 and digest.tolist() == [7, 1 << 31]
   assert back.load == one.load
+
+
+def test_a_kind_names_one_message():
+  kinds = typing.get_args(messages.Message)
+  assert len({kind.__name__ for kind in kinds}) == len(kinds)
 
 
 def test_messages_within_messages():

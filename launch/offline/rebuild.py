@@ -131,7 +131,8 @@ class Rebuilder:
           raise
         say(f'Not from snapshot {candidate.start.iteration}: {error}')
         suspects = set(error.suspects)
-        key = getattr(error, 'key', None)
+        if isinstance(error, stored_log.EntryLostError):
+          key = error.key
         if key is None and not attempt.damaged:
           excluded.add(candidate.start.iteration)
       for damaged, message in sorted(attempt.damaged.items()):
