@@ -49,7 +49,7 @@ _EXCUSES = (WorkerState.WAITING, WorkerState.BLOCKED, WorkerState.COMPILING)
 _COLLECTIVE = 'reduce'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Seen:
   """The known state of one worker.
 
@@ -58,63 +58,68 @@ class Seen:
     replica: the worker's replica of the stage.
     state: what it does.
     detail: the program that it runs, the entry that it waits for, or the like.
-    state_seconds: time for which it has been doing just that.
-    silent_seconds: time for which it has said nothing.
-    is_stopped: whether the kernel says that it is stopped.
     shortage: what it lacks, if it is blocked.
+    state_since: time since which it has been doing just that.
+    heard_at: time of its last message.
+    is_stopped: whether the kernel says that it is stopped.
   """
 
   stage: int
-  state: WorkerState
-  detail: str
-  state_seconds: float
-  silent_seconds: float
-  is_stopped: bool = False
-  shortage: Shortage | None = None
   replica: int = 0
+  state: WorkerState = WorkerState.STARTING
+  detail: str = ''
+  shortage: Shortage | None = None
+  state_since: float
+  heard_at: float
+  is_stopped: bool = False
 
 
 def hanging(
-  one: Seen, hang_timeout_seconds: float, everyone: Sequence[Seen] = ()
+  one: Seen,
+  hang_timeout_seconds: float,
+  now: float,
+  everyone: Sequence[Seen] = (),
 ) -> str:
   """Returns why a worker must be replaced; '' if it need not be.
 
   Args:
     one: the worker.
     hang_timeout_seconds: time that one program may run.
+    now: the time.
     everyone: all workers, among them those of its stage world.
   """
-  if one.is_stopped and one.silent_seconds > _STOPPED_SILENCE_SECONDS:
+  silent_seconds, state_seconds = now - one.heard_at, now - one.state_since
+  if one.is_stopped and silent_seconds > _STOPPED_SILENCE_SECONDS:
     return f'was stopped (SIGSTOP) while {one.state} {one.detail}'.rstrip()
-  if one.silent_seconds > _SILENCE_SECONDS:
-    return f'said nothing for {one.silent_seconds:.0f} s'
+  if silent_seconds > _SILENCE_SECONDS:
+    return f'said nothing for {silent_seconds:.0f} s'
   if (
     one.state is WorkerState.RUNNING
-    and one.state_seconds > hang_timeout_seconds
+    and state_seconds > hang_timeout_seconds
     and not any(x.state in _EXCUSES for x in everyone if x.stage == one.stage)
   ):
     return (
-      f'hung: it has been running {one.detail} for {one.state_seconds:.0f} s '
+      f'hung: it has been running {one.detail} for {state_seconds:.0f} s '
       f'(--hang_timeout={hang_timeout_seconds:g})'
     )
   if one.shortage is Shortage.SNAPSHOTS and all(
-    x.state_seconds >= _DEADLOCK_SECONDS
+    now - x.state_since >= _DEADLOCK_SECONDS
     and (x.state is WorkerState.WAITING or x.shortage is Shortage.SNAPSHOTS)
     for x in (one, *everyone)
   ):
     return (
-      f'hung: {one.shortage} for {one.state_seconds:.0f} s, and nobody '
+      f'hung: {one.shortage} for {state_seconds:.0f} s, and nobody '
       'does anything'
     )
   return ''
 
 
-def deadlock(everyone: Sequence[Seen]) -> str:
+def deadlock(everyone: Sequence[Seen], now: float) -> str:
   """Returns who waits for what if all have waited too long; else ''."""
   waiters = [one for one in everyone if one.state is WorkerState.WAITING]
   worlds = {one.stage for one in waiters}
   if not everyone or any(
-    one.state_seconds < _DEADLOCK_SECONDS
+    now - one.state_since < _DEADLOCK_SECONDS
     or not (
       one.state is WorkerState.WAITING
       or (one.detail == _COLLECTIVE and one.stage in worlds)

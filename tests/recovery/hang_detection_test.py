@@ -5,14 +5,15 @@ import pytest
 from moetion_jax.recovery import hang_detection
 
 
-def _seen(state='running', **fields):
+def _seen(state='running', state_seconds=0.1, silent_seconds=0.2, **fields):
+  """A worker as it is seen at the time 0."""
   return hang_detection.Seen(
     **{
       'stage': 2,
       'state': hang_detection.WorkerState(state),
       'detail': 'update',
-      'state_seconds': 0.1,
-      'silent_seconds': 0.2,
+      'state_since': -state_seconds,
+      'heard_at': -silent_seconds,
       **fields,
     }
   )
@@ -53,7 +54,7 @@ def _seen(state='running', **fields):
   ],
 )
 def test_hanging(seen, words):
-  assert hang_detection.hanging(seen, 100.0) == words
+  assert hang_detection.hanging(seen, 100.0, 0.0) == words
 
 
 def _waiting(stage, seconds=30.0, state='waiting'):
@@ -83,7 +84,7 @@ def _full(seconds=30.0):
   ],
 )
 def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
-  why = hang_detection.hanging(one, 100.0, [one, other])
+  why = hang_detection.hanging(one, 100.0, 0.0, [one, other])
   assert why == (
     'hung: all its snapshots are needed for 30 s, and nobody does anything'
     if is_to_blame
@@ -112,7 +113,7 @@ def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
   ],
 )
 def test_deadlock(everyone, words):
-  assert hang_detection.deadlock(everyone) == words
+  assert hang_detection.deadlock(everyone, 0.0) == words
 
 
 _LONG = 1e3
@@ -130,15 +131,17 @@ _LONG = 1e3
 )
 def test_a_world_in_which_a_member_waits_is_not_to_blame(other, is_to_blame):
   one = _seen(detail='reduce', state_seconds=_LONG)
-  why = hang_detection.hanging(one, 100.0, [one, other])
+  why = hang_detection.hanging(one, 100.0, 0.0, [one, other])
   assert bool(why) is is_to_blame
 
 
 def test_a_deadlock_is_seen_through_a_collective():
   waiter = _seen('waiting', detail='an entry', state_seconds=_LONG)
   partner = _seen(detail='reduce', state_seconds=_LONG, replica=1)
-  assert 'stage 2 for an entry' in hang_detection.deadlock([waiter, partner])
+  assert 'stage 2 for an entry' in hang_detection.deadlock(
+    [waiter, partner], 0.0
+  )
   busy = _seen(detail='forward', state_seconds=_LONG, replica=1)
-  assert not hang_detection.deadlock([waiter, busy])
+  assert not hang_detection.deadlock([waiter, busy], 0.0)
   alone = _seen(detail='reduce', state_seconds=_LONG, stage=1)
-  assert not hang_detection.deadlock([waiter, alone])
+  assert not hang_detection.deadlock([waiter, alone], 0.0)

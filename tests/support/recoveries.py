@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from moetion_jax import keys
 from moetion_jax.hostmem import segment_check
-from moetion_jax.logs import size
 from moetion_jax.policies import planner, settings as capture_settings
 from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import actions, events, hang_detection, orders
@@ -13,7 +14,6 @@ from moetion_jax.snapshots import coverage
 from tests.support import helpers
 
 _EXPERTS = 6
-LOG = size.LogSize(ring_bytes=1 << 13, cells=16)
 
 
 def operators(stage):
@@ -59,15 +59,16 @@ class Run:
   ):
     self.one = coordinator.Coordinator(
       state.Settings(
-        stages=stages,
-        iterations=iterations,
-        replicas=replicas,
+        job=dataclasses.replace(
+          helpers.micro_run(
+            stages=stages, iterations=iterations, replicas=replicas
+          ).job_spec(),
+          expert_capacity=100,
+        ),
         captures=capture_settings.CaptureSettings(
           policy=registry.of_name(policy),
           **(captures or {'window_length': 3 * (policy == 'sparse')}),
         ),
-        log_sizes=(LOG,) * stages,
-        expert_capacity=100.0,
         **(settings or {}),
       )
     )
@@ -124,7 +125,7 @@ class Run:
         return events.Scanned(
           shares={s: tuple(self.shares[s].values()) for s in question.stages},
           log_bytes=tuple(
-            0 if s in self.missing else LOG.file_bytes
+            0 if s in self.missing else self.one.state.log_size(s).file_bytes
             for s in range(self.stages)
           ),
           newest={s: self.newest[s] for s in question.stages},

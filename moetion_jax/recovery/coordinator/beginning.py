@@ -21,18 +21,18 @@ from moetion_jax.recovery.coordinator import (
 
 def started(state: state_lib.Beginning, event: events.Started) -> None:
   """Starts a worker for every replica of every stage."""
-  settings = state.settings
-  log_bytes = sum(size.file_bytes for size in settings.log_sizes)
-  state.do(actions.CheckRoom(needed_bytes=log_bytes * settings.replicas))
-  each = f' of {settings.replicas} replicas' if settings.replicas > 1 else ''
-  state.note(f'Starting workers of {settings.stages} stage(s){each} ...')
+  replicas = state.train.replicas
+  log_bytes = sum(state.log_size(s).file_bytes for s in state.stages)
+  state.do(actions.CheckRoom(needed_bytes=log_bytes * replicas))
+  each = f' of {replicas} replicas' if replicas > 1 else ''
+  state.note(f'Starting workers of {len(state.stages)} stage(s){each} ...')
   state.do(actions.Open())
   for stage in state.stages:
     state.crew.append({})
     state.start(
       actions.Replace(
         stage=stage,
-        team=tuple(range(settings.replicas)),
+        team=tuple(range(replicas)),
         generation=event.newest_generation + 1,
         has_begun=False,
       )
@@ -54,9 +54,9 @@ def ready(
   pools = run.planner.pools()
   # In the end the stores hold the logs and all states (`final_state`).
   states = sum(state.ready[stage, 0].state_bytes for stage in run.stages)
-  stores = state.settings.replicas * sum(
-    log.file_bytes + pool.files * pool.size_bytes
-    for log, pool in zip(state.settings.log_sizes, pools, strict=True)
+  stores = run.train.replicas * sum(
+    run.log_size(stage).file_bytes + pool.files * pool.size_bytes
+    for stage, pool in enumerate(pools)
   )
   run.do(actions.CheckRoom(needed_bytes=stores + states))
   accepted: events.Accepted = yield actions.Accept(ready=dict(state.ready))
@@ -79,8 +79,8 @@ def _make_run(state: state_lib.Beginning) -> state_lib.Run:
     settings.captures,
     sizes,
     first[0].platform,
-    settings.expert_capacity,
-    settings.replicas,
+    settings.job.expert_capacity,
+    state.train.replicas,
   )
   base = {
     f.name: getattr(state, f.name) for f in dataclasses.fields(state_lib.State)
@@ -129,7 +129,7 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   lost = {
     stage
     for stage, size in enumerate(found.log_bytes)
-    if size < run.settings.log_sizes[stage].file_bytes
+    if size < run.log_size(stage).file_bytes
   }
   if found.unreadable:
     run.note(

@@ -35,7 +35,7 @@ def stop_asked(state: state_lib.State, event: events.StopAsked) -> None:
   """Ends the run after this iteration, or at once."""
   state.signals += event.times
   is_training = isinstance(state, state_lib.Run) and (
-    len(state.trained) == state.settings.stages
+    len(state.trained) == state.train.stages
   )
   if state.has_ended:
     state.do(actions.KillNow())
@@ -55,7 +55,7 @@ def done(
   run.done.add(worker.name)
   if len(run.done) < len(run.workers):
     return
-  if message.iteration < run.settings.iterations:
+  if message.iteration < run.train.iterations:
     _end(run, actions.Stop())
     return
   if not (
@@ -71,7 +71,7 @@ def done(
 
 def _givers(run: state_lib.Run) -> list[events.Name]:
   """Returns workers that together have the whole state of every stage."""
-  if run.settings.shards_optimizer:
+  if run.train.shard_optimizer:
     return [worker.name for worker in run.workers]
   return [(stage, run.team(stage)[0]) for stage in run.stages]
 

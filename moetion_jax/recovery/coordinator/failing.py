@@ -183,7 +183,7 @@ def _team_without(
 def grow(run: state_lib.Run) -> state_lib.Asking[None]:
   """Gives a shrunk stage its workers back, when it is time; one at a time."""
   settings = run.settings
-  everybody = tuple(range(settings.replicas))
+  everybody = tuple(range(run.train.replicas))
   if not settings.grow_after or run.recoveries or run.signals:
     return
   for stage, iteration in run.shrunk_at.items():
@@ -220,25 +220,16 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
     for worker in run.workers:
       worker.heard_at = worker.state_since = run.now
     return
-  seen = [
-    hang_detection.Seen(
-      stage=worker.stage,
-      replica=worker.replica,
-      state=worker.state,
-      detail=worker.detail,
-      state_seconds=run.now - worker.state_since,
-      silent_seconds=run.now - worker.heard_at,
-      is_stopped=worker.name in event.stopped,
-      shortage=worker.shortage,
-    )
-    for worker in run.workers
-  ]
-  for worker, one in zip(run.workers, seen, strict=True):
-    timeout_seconds = run.settings.hang_timeout_seconds
-    if why := hang_detection.hanging(one, timeout_seconds, seen):
+  for worker in run.workers:
+    worker.is_stopped = worker.name in event.stopped
+  timeout_seconds = run.settings.hang_timeout_seconds
+  for worker in run.workers:
+    if why := hang_detection.hanging(
+      worker, timeout_seconds, run.now, run.workers
+    ):
       run.kill(worker, why)
       return
-  if why := hang_detection.deadlock(seen):
+  if why := hang_detection.deadlock(run.workers, run.now):
     if text := (yield from suspect(run, why)):
       raise errors.MoetionError(f'{text}; this is a defect of the program')
     run.kill(run.workers[0], f'waits for an entry that was lost: {why}')

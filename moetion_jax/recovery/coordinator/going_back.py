@@ -386,7 +386,7 @@ def _order(
 ) -> orders.Go:
   """Returns the order to a worker of a member of a plan."""
   stage, policy = worker.stage, run.settings.captures.policy
-  log = run.settings.log_sizes[stage]
+  log = run.log_size(stage)
   pool = run.planner.pools(len(run.crew[stage]))[stage]
   decisions = run.decisions[stage]
   held = decision_lib.active(

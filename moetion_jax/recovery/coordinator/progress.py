@@ -169,7 +169,7 @@ def _decide(run: state_lib.Run, merged: events.Merged) -> None:
 def propose_end(run: state_lib.Run) -> None:
   """Proposes to stop soon."""
   newest = max(worker.iteration for worker in run.workers)
-  _stop(run, stopping.first_proposal(newest, run.settings.iterations))
+  _stop(run, stopping.first_proposal(newest, run.train.iterations))
 
 
 def answered(
@@ -180,7 +180,7 @@ def answered(
     return  # it answers an earlier proposal
   run.answers[worker.name] = message.begun
   if decision := stopping.decide(
-    message.limit, run.answers, len(run.workers), run.settings.iterations
+    message.limit, run.answers, len(run.workers), run.train.iterations
   ):
     _stop(run, decision)
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Generator
 from typing import Any, TypeVar
 
+from moetion_jax import config, job_spec
 from moetion_jax.hostmem import segment_check
 from moetion_jax.logs import size
 from moetion_jax.policies import (
@@ -33,13 +34,8 @@ class Settings:
   """What the coordinator has to know of a run.
 
   Attributes:
-    stages: the number of stages.
-    replicas: the number of each stage's replicas.
-    iterations: the number of the run's iterations.
-    shards_optimizer: whether each replica has its share of a stage's state.
+    job: the run's job.
     captures: the settings of how snapshots are taken.
-    log_sizes: the size of each stage's log.
-    expert_capacity: tokens that an expert takes in an iteration at most.
     max_failures: failures of one stage, without progress, that the run bears.
     hang_timeout_seconds: seconds after which a program that runs hangs.
     full_seconds: seconds that a full log waits before the run ends.
@@ -52,13 +48,8 @@ class Settings:
     snapshots: the names of the folders of snapshots, for people.
   """
 
-  stages: int
-  replicas: int = 1
-  iterations: int
-  shards_optimizer: bool = False
+  job: job_spec.JobSpec
   captures: capture_settings.CaptureSettings
-  log_sizes: tuple[size.LogSize, ...]
-  expert_capacity: float
   max_failures: int = 3
   hang_timeout_seconds: float = 600.0
   full_seconds: float = 60.0
@@ -71,20 +62,13 @@ class Settings:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Worker:
+class Worker(hang_detection.Seen):
   """A worker, as far as its messages tell.
 
   Attributes:
-    stage: the stage that it trains.
-    replica: its replica of the stage.
     generation: its generation.
-    state: what it does now.
-    detail: more about that; '' for nothing.
-    shortage: what it lacks, if it is blocked.
     steps: a count of what it did.
     iteration: the iteration that it works on.
-    heard_at: time of its last message.
-    state_since: time since which it does what it does.
     reason: why it has to be killed; '' for no reason.
     suspects: iterations of snapshots that it found to be damaged.
     corrupt: stage and iteration of a log entry that it found to be damaged.
@@ -94,16 +78,9 @@ class Worker:
     fault_at: time of its scripted fault; None without one.
   """
 
-  stage: int
-  replica: int
   generation: int
-  state: hang_detection.WorkerState = hang_detection.WorkerState.STARTING
-  detail: str = ''
-  shortage: hang_detection.Shortage | None = None
   steps: int = 0
   iteration: int = 0
-  heard_at: float
-  state_since: float
   reason: str = ''
   suspects: tuple[int, ...] = ()
   corrupt: tuple[int, int] | None = None
@@ -157,9 +134,19 @@ class State:
     self.do(actions.Record(kind=kind, fields=fields))
 
   @property
+  def train(self) -> config.TrainConfig:
+    """How the job is trained and spread."""
+    return self.settings.job.train
+
+  @property
   def stages(self) -> range:
     """The numbers of all stages."""
-    return range(self.settings.stages)
+    return range(self.train.stages)
+
+  def log_size(self, stage: int) -> size.LogSize:
+    """Returns the size of a stage's log: what the line keeps, and some more."""
+    kept_iterations = self.settings.captures.kept_iterations
+    return size.log_size(self.settings.job, stage, kept_iterations)
 
   @property
   def workers(self) -> list[Worker]:
@@ -174,7 +161,7 @@ class State:
   def name_of(self, worker: Worker) -> str:
     """Returns a worker's name for people."""
     of_replica = f' replica {worker.replica}'
-    return f'stage {worker.stage}{of_replica * (self.settings.replicas > 1)}'
+    return f'stage {worker.stage}{of_replica * (self.train.replicas > 1)}'
 
   def team(self, stage: int) -> tuple[int, ...]:
     """Returns the replicas of a stage that have a worker."""
@@ -222,7 +209,7 @@ class State:
   def describe(self, worker: Worker, death: events.Died) -> str:
     """Says how a worker died, and what it was doing."""
     what = f'the worker (pid {death.pid}) {worker.reason or death.how}'
-    if self.settings.replicas > 1:
+    if self.train.replicas > 1:
       what = f'replica {worker.replica}: {what}'
     if worker.reason:
       return what

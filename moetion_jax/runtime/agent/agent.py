@@ -16,7 +16,6 @@ import time
 
 from moetion_jax import errors, job_spec
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.logs import size
 from moetion_jax.recovery import actions, events, hang_detection
 from moetion_jax.recovery.coordinator import coordinator, state as state_lib
 from moetion_jax.runtime import faults, linux_process, messages
@@ -77,16 +76,8 @@ class Agent:
     )
     self._coordinator = coordinator.Coordinator(
       state_lib.Settings(
-        stages=train.stages,
-        replicas=train.replicas,
-        iterations=train.iterations,
-        shards_optimizer=train.shard_optimizer,
+        job=job,
         captures=where.captures,
-        log_sizes=tuple(
-          size.log_size(job, stage, where.captures.kept_iterations)
-          for stage in range(train.stages)
-        ),
-        expert_capacity=job.expert_capacity,
         max_failures=where.max_failures,
         hang_timeout_seconds=where.hang_timeout_seconds,
         full_seconds=where.full_seconds,
@@ -258,33 +249,30 @@ class Agent:
 
   def _write_workers(self, end: str = '') -> None:
     """Has `workers.json` written, unless it is too new; `end`: as all ended."""
-    listed: list[dict[str, object]] = []
-    for worker in self._coordinator.state.workers:
-      if process := self._crew.workers.get(worker.name):
-        listed.append(
-          {
-            'stage': worker.stage,
-            'replica': worker.replica,
-            'host': process.host,
-            'pid': process.pid,
-            'generation': worker.generation,
-            'state': end or worker.state,
-            'iteration': worker.iteration,
-          }
-        )
-    states = hang_detection.WorkerState
-    for standby in () if end else self._crew.standbys:
-      listed.append(
-        {
-          'stage': None,
-          'replica': None,
-          'host': standby.host,
-          'pid': standby.pid,
-          'generation': 0,
-          'state': states.STANDBY if standby.is_warm else states.WARMING,
-          'iteration': 0,
-        }
+    processes, states = self._crew.workers, hang_detection.WorkerState
+    known: list[tuple[child_process.WorkerProcess, tuple[object, ...]]] = [
+      (
+        processes[w.name],
+        (w.stage, w.replica, w.generation, end or w.state, w.iteration),
       )
+      for w in self._coordinator.state.workers
+      if w.name in processes
+    ]
+    for standby in () if end else self._crew.standbys:
+      state = states.STANDBY if standby.is_warm else states.WARMING
+      known.append((standby, (None, None, 0, state, 0)))
+    listed = [
+      {
+        'stage': stage,
+        'replica': replica,
+        'host': process.host,
+        'pid': process.pid,
+        'generation': generation,
+        'state': state,
+        'iteration': iteration,
+      }
+      for process, (stage, replica, generation, state, iteration) in known
+    ]
     self._recorder.write_workers(
       listed, self._hosts.agents(), is_last=bool(end)
     )

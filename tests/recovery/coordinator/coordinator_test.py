@@ -32,12 +32,13 @@ def test_a_run_begins_with_the_initial_state():
     assert (go.start, go.complete_at, go.newest, go.target) == (0, 0, 0, 0)
     assert go.line == 0 and go.is_fresh and go.generation == 1
     assert (go.pool_files, go.pool_bytes) == (3 * 2 + 4, 2 * 12 + 4 * 2)
-    assert go.ring_bytes == recoveries.LOG.ring_bytes
-    assert go.cells == recoveries.LOG.cells
     (decision,) = go.decisions
     assert decision.first_iteration == 0 and decision.window_length == 3
   logs, everything = (a.needed_bytes for a in run.of(actions.CheckRoom))
-  assert logs == 2 * recoveries.LOG.file_bytes
+  sizes = [run.one.state.log_size(stage) for stage in gone]
+  assert logs == sum(one.file_bytes for one in sizes)
+  told = [(go.ring_bytes, go.cells) for go in gone.values()]
+  assert told == [(one.ring_bytes, one.cells) for one in sizes]
   assert everything == logs + 2 * (10 * 32 + 12 * 6)
   assert not run.of(actions.Record)
 
