@@ -48,6 +48,17 @@ class Disk:
     self.close()
     self._mount()
 
+  def replace(self, old, new):
+    """Replaces bytes below the file system; returns how often they were found.
+
+    What it has in memory stays.
+    """
+    content = self._image.read_bytes()
+    with open(self._image, 'r+b') as file:
+      file.seek(content.find(old))
+      file.write(new)
+    return content.count(old)
+
   def _mount(self):
     subprocess.run(
       ['mount', '-o', 'loop', self._image, self.path],

@@ -12,14 +12,17 @@ travel along as Orbax custom metadata.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import xxhash
 from orbax import checkpoint as ocp
 
 from moetion_jax import disk, errors
@@ -71,10 +74,11 @@ def save(
   metadata = proof_lib.to_metadata(config, proof)
   path = os.path.abspath(path)
   with checkpoint_folder.replacing(path) as aside:
-    damage = ''
+    damage, is_of_disk = '', False
     for attempt in range(1, _ATTEMPTS + 1):
       try:
         _write(aside, tree, metadata)
+        written = _checksums(aside)
       except Exception as error:  # Orbax and TensorStore raise many kinds
         why = damage_lib.first_line(error)
         raise errors.StoreError(
@@ -82,11 +86,15 @@ def save(
           'possible, then start again'
         ) from error
       on_written(aside)
+      checkpoint_folder.bring_to_disk(aside)
       try:
-        _read(aside)
-        return
+        _, is_proven = _read(aside)
+        if is_proven:
+          return
+        damage = 'it carries no digests'
       except _UnusableError as error:
         damage = str(error)
+      is_of_disk = _checksums(aside) != written
       checkpoint_folder.clear(aside)
       if of_memory := proof.damage(tree):
         raise errors.StoreError(
@@ -94,10 +102,17 @@ def save(
           f'{of_memory}. Have that memory tested'
         )
       if attempt < _ATTEMPTS:
-        on_damaged(
-          f'{path}: the checkpoint was read back otherwise than it was written '
-          f'to {disk.device_of(path)}: {damage}'
-        )
+        what = 'could not be read back'
+        if is_of_disk:
+          device = disk.device_of(path)
+          what = f'was read back otherwise than it was written to {device}'
+        on_damaged(f'{path}: the checkpoint {what}: {damage}')
+    if not is_of_disk:
+      raise errors.StoreError(
+        f'{path}: the checkpoint was written {_ATTEMPTS} times and could not '
+        f'be read back, the last time: {damage}. Its files are as they were '
+        'written; make that possible, then start again'
+      )
     raise errors.DamagedDiskError(
       f'{path}: the checkpoint was written {_ATTEMPTS} times and read back '
       f'otherwise each time, the last time: {damage}. What is in memory still '
@@ -134,6 +149,17 @@ def _write(
     # With `force` Orbax removes what it finds, a file of somebody else's too.
     checkpointer.save(path, tree, custom_metadata=metadata)
     checkpointer.wait_until_finished()
+
+
+def _checksums(path: str) -> dict[pathlib.Path, str]:
+  """Returns the checksums of all files of a checkpoint, by their paths."""
+  found = {}
+  for file in sorted(pathlib.Path(path).rglob('*')):
+    if file.is_file():
+      with open(file, 'rb') as opened:
+        digest = hashlib.file_digest(opened, xxhash.xxh3_128)
+      found[file] = digest.hexdigest()
+  return found
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:

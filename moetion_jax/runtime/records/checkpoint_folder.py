@@ -6,6 +6,7 @@ Others may put files into it, which no save takes away.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -16,6 +17,9 @@ from collections.abc import Iterator
 from moetion_jax import disk, errors
 from moetion_jax.runtime.records import own_files
 from moetion_jax.snapshots import file as snapshot_file
+
+# What a sync answers that loses what was written.
+_OF_DISK = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 
 def is_committed(path: str | os.PathLike[str]) -> bool:
@@ -82,6 +86,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     disk.sync_folder(folder.parent)
   except OSError as error:
     raise _sync_error(folder, error) from error
+
+
+def bring_to_disk(place: str) -> None:
+  """Brings a checkpoint to disk; what is read of it then is what that has.
+
+  Args:
+    place: the place that `replacing` gave.
+
+  Raises:
+    errors.StoreError: it cannot be.
+  """
+  try:
+    disk.sync_tree(place)
+    disk.forget_tree(place)
+  except OSError as error:
+    raise _sync_error(pathlib.Path(place), error) from error
 
 
 def clear(path: str | os.PathLike[str]) -> None:
@@ -154,6 +174,11 @@ def _error(folder: pathlib.Path, error: OSError) -> errors.StoreError:
 
 
 def _sync_error(folder: pathlib.Path, error: OSError) -> errors.StoreError:
+  if error.errno not in _OF_DISK:
+    return errors.StoreError(
+      f'{error.filename or folder}: {error.strerror}; make that possible, then '
+      'start again: a checkpoint is to be written there'
+    )
   return errors.StoreError(
     f'{error.filename or folder}: {error.strerror}: {disk.device_of(folder)} '
     'does not keep what is written; have that disk looked at, or move the '

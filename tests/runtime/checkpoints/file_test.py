@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from launch.lm import checkpoint, settings, transformer_job
 from moetion_jax import codec, disk, errors, report
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.runtime.records import own_files
-from tests.support import helpers
+from tests.support import helpers, power
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -294,6 +295,49 @@ def test_what_does_not_compare_is_saved_once_more(run, saved, tmp_path):
   assert written == [str(path) + own_files.ASIDE_SUFFIX] * 2
   assert helpers.bits_of(checkpoint_file.load(str(path), 'x')) == saved[1]
   assert os.listdir(tmp_path) == ['checkpoint']
+
+
+def test_what_is_read_back_is_what_the_disk_has(run, saved, tmp_path):
+  """The bits change below the file system, whose memory has the right ones."""
+  config, state, digests = run
+  with power.disk(tmp_path) as mounted:
+    written, told = [], []
+
+    def damage_first(aside):
+      written.append(aside)
+      if len(written) > 1:
+        return
+      os.sync()
+      content = _files(pathlib.Path(aside))[0].read_bytes()
+      middle = content[len(content) // 2 :][:512]
+      assert mounted.replace(middle, b'\xff' * len(middle)) == 1
+      assert _files(pathlib.Path(aside))[0].read_bytes() == content
+
+    path = str(mounted.path / 'checkpoint')
+    checkpoint_file.save(
+      path, [state], 7, config, digests, damage_first, told.append
+    )
+    (what,) = told
+    assert 'read back otherwise than it was written to /dev/loop' in what
+    assert helpers.bits_of(checkpoint_file.load(path, 'x')) == saved[1]
+
+
+def test_a_disk_is_not_blamed_for_what_else_fails(run, tmp_path, monkeypatch):
+  """Memory that runs out, descriptors, a bug: the bits are as written."""
+  config, state, digests = run
+
+  def restore(*unused):
+    raise MemoryError('no room for the arrays')
+
+  monkeypatch.setattr(ocp.StandardCheckpointer, 'restore', restore)
+  path, told = str(tmp_path / 'checkpoint'), []
+  with pytest.raises(errors.StoreError, match='no room for the arrays') as e:
+    checkpoint_file.save(
+      path, [state], 7, config, digests, on_damaged=told.append
+    )
+  assert not isinstance(e.value, errors.DamagedDiskError)
+  assert disk.device_of(path) not in str(e.value) + ''.join(told)
+  assert os.listdir(tmp_path) == []
 
 
 def test_what_never_compares_is_not_there(run, saved, copied, tmp_path):
