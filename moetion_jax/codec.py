@@ -20,6 +20,8 @@ from typing import Any
 _KIND = 'kind'
 _MAPPINGS = (dict, collections.abc.Mapping)
 _UNIONS = (typing.Union, types.UnionType)
+# What JSON has itself; True is no number.
+_PLAIN = {str: (str,), bool: (bool,), int: (int,), float: (int, float)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,9 @@ def encode(value: Any, hint: Any = None) -> Any:
     hint: its type; None for that of the value itself.
   """
   hint = type(value) if hint is None else hint
-  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if hint in _PLAIN or hint is Any:
+    return value
+  origin, arguments = _parts(hint)
   if origin is typing.Annotated:
     return arguments[1].encode(value)
   if origin in _UNIONS:
@@ -62,8 +66,6 @@ def encode(value: Any, hint: Any = None) -> Any:
     if arguments[0] is str:
       return {k: encode(v, arguments[1]) for k, v in value.items()}
     return [list(map(encode, pair, arguments)) for pair in value.items()]
-  if origin is frozenset:
-    return [encode(x, arguments[0]) for x in sorted(value)]
   if origin is tuple:
     fixed = arguments[-1] is not ...
     hints = arguments if fixed else arguments[:1] * len(value)
@@ -83,10 +85,12 @@ def decode(hint: Any, value: Any, name: str = '') -> Any:
     ValueError: `value` is of another type, or a field is unknown or missing;
       names class and field.
   """
-  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
   name = name or getattr(hint, '__name__', str(hint))
   if hint is Any:
     return value
+  if hint in _PLAIN:
+    return _checked(_PLAIN[hint], value, name)
+  origin, arguments = _parts(hint)
   if origin is typing.Annotated:
     return arguments[1].decode(value)
   if origin in _UNIONS:
@@ -100,17 +104,17 @@ def decode(hint: Any, value: Any, name: str = '') -> Any:
       raise ValueError(f'{name}: {error}') from error
   if origin in _MAPPINGS:
     is_object = arguments[0] is str
-    found = _checked(dict if is_object else list, value, name)
+    found = _checked((dict if is_object else list,), value, name)
     return dict(
       _decode_each(arguments, pair, name)
       for pair in (map(list, found.items()) if is_object else found)
     )
   if origin is tuple and arguments[-1] is not ...:
     return _decode_each(arguments, value, name)
-  if origin in (tuple, frozenset):
-    items = _checked(list, value, name)
-    return origin(decode(arguments[0], x, name) for x in items)
-  return _checked((int, float) if hint is float else hint, value, name)
+  if origin is tuple:
+    items = _checked((list,), value, name)
+    return tuple(decode(arguments[0], x, name) for x in items)
+  return _checked((hint,), value, name)
 
 
 def decode_part(kind: type, value: Mapping[str, Any]) -> Any:
@@ -119,7 +123,7 @@ def decode_part(kind: type, value: Mapping[str, Any]) -> Any:
 
 
 def _decode_each(hints: Any, value: Any, name: str) -> tuple[Any, ...]:
-  if len(_checked(list, value, name)) != len(hints):
+  if len(_checked((list,), value, name)) != len(hints):
     raise ValueError(f'{name} must have {len(hints)} elements, not {value}')
   return tuple(decode(h, x, name) for h, x in zip(hints, value, strict=True))
 
@@ -130,7 +134,7 @@ def _decode_union(union: Any, value: Any, name: str) -> Any:
     return None
   if len(members) == 1:
     return decode(members[0], value, name)
-  fields = dict(_checked(dict, value, name))
+  fields = dict(_checked((dict,), value, name))
   kind = fields.pop(_KIND, None)
   for one in members:
     if one.__name__ == kind:
@@ -142,7 +146,7 @@ def _decode_record(kind: type, value: Any) -> Any:
   hints = _hints(kind)
   if not _is_object(kind):
     return kind(*_decode_each(hints.values(), value, kind.__name__))
-  if unknown := _checked(dict, value, kind.__name__).keys() - hints.keys():
+  if unknown := _checked((dict,), value, kind.__name__).keys() - hints.keys():
     raise ValueError(f'{kind.__name__} has no field {sorted(unknown)[0]}')
   decoded = {
     field: decode(hints[field], x, f'{kind.__name__}.{field}')
@@ -154,9 +158,8 @@ def _decode_record(kind: type, value: Any) -> Any:
     raise ValueError(str(error)) from error
 
 
-def _checked(kind: Any, value: Any, name: str) -> Any:
-  kinds = kind if isinstance(kind, tuple) else (kind,)
-  if type(value) not in kinds:  # True is no number here
+def _checked(kinds: tuple[type, ...], value: Any, name: str) -> Any:
+  if type(value) not in kinds:
     wanted = ' or '.join(one.__name__ for one in kinds)
     raise ValueError(f'{name} must be of type {wanted}, not {value!r}')
   return value
@@ -167,6 +170,12 @@ def _members(union: Any) -> tuple[Any, ...]:
   return tuple(one for one in kinds if one is not types.NoneType)
 
 
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+  return typing.get_origin(hint), typing.get_args(hint)
+
+
+@functools.cache
 def _is_object(kind: Any) -> bool:
   return all(field.kw_only for field in dataclasses.fields(kind))
 

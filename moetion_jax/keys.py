@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from moetion_jax import codec
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -41,6 +43,11 @@ def operators_from_json(
 ) -> frozenset[OperatorId]:
   """Inverts `operators_to_json`."""
   return frozenset(OperatorId(group, expert) for group, expert in value)
+
+
+Operators = Annotated[
+  frozenset[OperatorId], codec.Form(operators_to_json, operators_from_json)
+]
 
 
 class EntryKind(enum.IntEnum):

@@ -45,7 +45,7 @@ class _Record:
   pairs: tuple[tuple[str, int], ...] = ()
   known: Mapping[str, float] = dataclasses.field(default_factory=dict)
   sizes: Mapping[keys.OperatorId, int] = dataclasses.field(default_factory=dict)
-  names: frozenset[keys.OperatorId] = frozenset()
+  names: keys.Operators = frozenset()
   other: Any = None
 
 
@@ -97,8 +97,8 @@ def test_each_type_by_hand():
     ({'pairs': {'a': 1}}, '_Record.pairs must be of type list'),
     ({'pairs': [['a']]}, '_Record.pairs must have 2 elements'),
     ({'known': []}, '_Record.known must be of type dict'),
-    ({'names': [['a', 'b']]}, "OperatorId must be of type int, not 'b'"),
-    ({'names': [['a', 1, 2]]}, 'OperatorId must have 2 elements'),
+    ({'sizes': [[['a', 'b'], 1]]}, "OperatorId must be of type int, not 'b'"),
+    ({'sizes': [[['a', 1, 2], 1]]}, 'OperatorId must have 2 elements'),
   ],
 )
 def test_what_is_refused_and_why(fields, words):

@@ -13,7 +13,7 @@ MODES = ('rolling', 'aligned')
 # Snapshots without compute weights: a restore takes what one lacks from older
 # ones.
 PARTIAL = 'partial'
-Slots = tuple[frozenset[keys.OperatorId], ...]
+Slots = tuple[keys.Operators, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class CaptureDecision:
   mode: str
   every: int = 1
   slots: Slots
-  always: frozenset[keys.OperatorId] = frozenset()
+  always: keys.Operators = frozenset()
 
   def __post_init__(self) -> None:
     errors.check_known('window_mode', self.mode, (*MODES, PARTIAL))

@@ -46,8 +46,8 @@ class Share:
   iteration: int
   replica: int = 0
   replicas: int = 1
-  state: frozenset[keys.OperatorId]
-  compute: frozenset[keys.OperatorId]
+  state: keys.Operators
+  compute: keys.Operators
 
   def __post_init__(self):
     if self.iteration < 0 or not 0 <= self.replica < self.replicas:
