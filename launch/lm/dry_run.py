@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from launch.lm import settings as run_settings, transformer_job
 from moetion_jax.hostmem import memory_limits
+from moetion_jax.logs import size as log_size
 from moetion_jax.policies import (
   planner,
   settings as capture_settings,
 )
 from moetion_jax.policies.kinds import registry
 from moetion_jax.programs import stage
-from moetion_jax.recovery import recoverer
 from moetion_jax.runtime import placement
 from moetion_jax.training import job as job_lib
 
@@ -49,14 +49,14 @@ def show(
   pools = captures.policy.make_planner(
     captures, sizes, '', replicas=replicas
   ).pools()
-  plans = recoverer.Recoverer(config.job_spec(), captures, 0, lambda kind: None)
+  spec, kept_iterations = config.job_spec(), captures.kept_iterations
   hosts = placement.host_of_stages(
     config.train.stages, local_hosts, config.train.replicas
   )
   totals = [0] * local_hosts
   for index, size, pool in zip(stages, sizes, pools, strict=True):
     state_bytes = sum(size.state_bytes.values())
-    log_bytes = plans.log_size(index).file_bytes
+    log_bytes = log_size.log_size(spec, index, kept_iterations).file_bytes
     snapshot_bytes = pool.files * pool.size_bytes
     totals[hosts[index]] += (
       replicas * (log_bytes + snapshot_bytes) + state_bytes
