@@ -30,7 +30,11 @@ from moetion_jax.capture import (
 from moetion_jax.logs import interface as log_interface
 from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import hang_detection
-from moetion_jax.snapshots import manifest, memory_store, snapshot
+from moetion_jax.snapshots import (
+  interface as snapshots_interface,
+  manifest,
+  snapshot,
+)
 
 _MEASURED_COPIES = 4
 _FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
@@ -88,7 +92,7 @@ class Snapshotter:
   def __init__(
     self,
     programs: capture_programs.CapturePrograms,
-    store: memory_store.SnapshotStore,
+    store: snapshots_interface.Store,
     decision: decision_lib.CaptureDecision,
     fields: Mapping[str, Any],
     log: log_interface.Log | None = None,
@@ -376,7 +380,7 @@ class Snapshotter:
           return self._store.save(
             job.iteration, metadata, buffers, replace=job.replace
           )
-        except (memory_store.SnapshotFullError, OSError) as error:
+        except (snapshots_interface.SnapshotFullError, OSError) as error:
           if isinstance(error, OSError):
             if error.errno != errno.ENOSPC:
               raise

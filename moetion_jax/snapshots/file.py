@@ -173,21 +173,7 @@ def write(
       )
     else:
       data_file.move(directory / DATA_NAME)
-    stored, offset = {}, 0
-    for buffer in buffers:
-      end = offset + buffer.nbytes
-      stored[buffer.name] = manifest_lib.StoredBuffer(
-        name=buffer.name,
-        dtype=np.dtype(buffer.dtype),
-        shape=tuple(buffer.shape),
-        offset=offset,
-        nbytes=end - offset,
-        checksum=buffer.checksum(data_file.memory[offset:end]),
-      )
-      offset = raw_bytes.padded(end)
-  manifest = manifest_lib.Manifest(
-    metadata=metadata, buffers=stored, used_bytes=used_bytes
-  )
+    manifest = manifest_lib.fill(data_file.memory, buffers, metadata)
   temporary = directory / (MANIFEST_NAME + '.new')
   private.write(temporary, manifest.pack())
   temporary.rename(directory / MANIFEST_NAME)

@@ -169,6 +169,25 @@ def data_bytes(sizes: Iterable[int]) -> int:
   return sum(map(raw_bytes.padded, sizes))
 
 
+def fill(
+  memory: np.ndarray, buffers: Sequence[Buffer], metadata: dict[str, Any]
+) -> Manifest:
+  """Copies buffers into u8[at least their `data_bytes`], and describes them."""
+  stored, offset = {}, 0
+  for buffer in buffers:
+    end = offset + buffer.nbytes
+    stored[buffer.name] = StoredBuffer(
+      name=buffer.name,
+      dtype=np.dtype(buffer.dtype),
+      shape=tuple(buffer.shape),
+      offset=offset,
+      nbytes=buffer.nbytes,
+      checksum=buffer.checksum(memory[offset:end]),
+    )
+    offset = raw_bytes.padded(end)
+  return Manifest(metadata=metadata, buffers=stored, used_bytes=offset)
+
+
 def check(buffers: Sequence[Buffer]) -> None:
   """Raises StoreError, naming the first buffer that cannot be written."""
   names = set()

@@ -17,8 +17,14 @@ from moetion_jax import errors, keys
 from moetion_jax.capture import programs as capture_programs, snapshotter
 from moetion_jax.policies import decision as decision_lib, slots
 from moetion_jax.recovery import hang_detection
-from moetion_jax.snapshots import file as snapshot_file, memory_store, snapshot
-from tests.support import captures
+from moetion_jax.snapshots import (
+  durable_store,
+  file as snapshot_file,
+  interface as snapshots_interface,
+  memory_store,
+  snapshot,
+)
+from tests.support import captures, plain_store
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -455,7 +461,7 @@ class _BusyStore(memory_store.SnapshotStore):
       return super().save(*arguments, **options)
     if self.fails[self.tries - 1] == 'n':
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    raise memory_store.SnapshotFullError('all in use')
+    raise snapshots_interface.SnapshotFullError('all in use')
 
 
 def test_times_without_room_are_not_added_up_and_each_is_said(training):
@@ -580,6 +586,24 @@ def test_one_that_is_not_trusted_may_have_had_other_bits(training):
       dict(after.state[operator]), dict(before.state[operator])
     )
   assert training.stored == [1, 1]
+
+
+@pytest.mark.parametrize('kind', ['durable', 'plain'])
+def test_every_store_gets_the_same(training, tmp_path, kind):
+  memory, other = training.store(), plain_store.PlainStore(tmp_path / 'other')
+  if kind == 'durable':
+    within = memory_store.SnapshotStore(tmp_path / 'memory', _SIZE_BYTES, 1)
+    other = durable_store.DurableStore(within, tmp_path / 'other')
+  for store in (memory, other):
+    taker = training.start(store)
+    for iteration in range(1, 4):
+      training.take(taker, iteration)
+    taker.flush()
+    taker.retain(4)
+    assert store.iterations() == [1, 2, 3]
+  for iteration in range(1, 4):
+    assert other.manifest(iteration) == memory.manifest(iteration)
+    other.open(iteration, verify=True).close()
 
 
 # ---- the log -----------------------------------------------------------------

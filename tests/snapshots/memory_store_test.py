@@ -22,6 +22,7 @@ from jax import numpy as jnp
 from moetion_jax import errors as errors_lib
 from moetion_jax.snapshots import (
   file as snapshot_file,
+  interface,
   manifest,
   memory_store,
   orbax_handler,
@@ -309,14 +310,14 @@ def test_a_full_store_says_why(open_store):
   store = open_store(files=2)
   _save(store, 0)
   _save(store, 1)
-  with pytest.raises(memory_store.SnapshotFullError, match='must be kept'):
+  with pytest.raises(interface.SnapshotFullError, match='must be kept'):
     _save(store, 2)
   store.retain(2)
   reader = [
     snapshot_file.open_snapshot(path)
     for path in snapshot_file.list_snapshots(store.folder).values()
   ]
-  with pytest.raises(memory_store.SnapshotFullError, match='readers hold'):
+  with pytest.raises(interface.SnapshotFullError, match='readers hold'):
     _save(store, 2)
   _check_all(store.folder, [0, 1])  # neither was harmed
   reader[1].close()
@@ -353,7 +354,7 @@ def test_settings_that_changed(folder, open_store):
   assert not old & files.keys()
   store = open_store(files=2, size_bytes=_SIZE_BYTES)
   assert store.iterations() == [4, 5, 6, 7]  # nothing that counts is lost
-  with pytest.raises(memory_store.SnapshotFullError):
+  with pytest.raises(interface.SnapshotFullError):
     _save(store, 8)
   for iteration in range(8, 12):
     store.retain(iteration - 1)
@@ -376,7 +377,7 @@ def test_larger_files_in_the_same_memory(folder, open_store):
   held = [sum(_data_files(store.folder).values())]
   assert held == [4 * _SIZE_BYTES]  # of the free files the memory was needed
   _save_large(store, 4)
-  with pytest.raises(memory_store.SnapshotFullError):
+  with pytest.raises(interface.SnapshotFullError):
     _save_large(store, 5)  # one file's worth is left
   store.retain(1)
   _save_large(store, 5)
@@ -410,7 +411,7 @@ def test_a_larger_file_than_was_reserved(open_store):
     store.enlarge(3 * _SIZE_BYTES + 1)
   assert _save(store, 0) == _BYTES
   store.enlarge(3 * _SIZE_BYTES)
-  with pytest.raises(memory_store.SnapshotFullError):
+  with pytest.raises(interface.SnapshotFullError):
     _save_large(store, 1)
   store.retain(1)
   assert _save_large(store, 1) == 2 * _SIZE_BYTES
@@ -463,7 +464,7 @@ def test_another_slot_replaces_only_if_asked(open_store):
     assert _save(store, 1, slot=1, replace=True) == _BYTES
     _check_all(store.folder, [1], slots=(1,))
     # The old one is still read: its data file is not free yet.
-    with pytest.raises(memory_store.SnapshotFullError):
+    with pytest.raises(interface.SnapshotFullError):
       _save(store, 2)
     reader.verify()
   assert _save(store, 2) == _BYTES

@@ -41,8 +41,8 @@ from moetion_jax.runtime.worker import (
 from moetion_jax.snapshots import (
   coverage,
   durable_store,
-  file as snapshot_file,
   folders,
+  interface as snapshots_interface,
   memory_store,
   reader,
   snapshot,
@@ -348,7 +348,7 @@ class StageRun:
     share = self._whole.shares(number)[position]
     leaves = len(self._layout.leaves) * len(self._layout.operators)
     padding_bytes = leaves * _PADDING_BYTES
-    store: Any = memory_store.SnapshotStore(
+    store: snapshots_interface.Store = memory_store.SnapshotStore(
       folders.snapshots_folder(spec.folder, spec.stage, spec.replica),
       go.pool_bytes + padding_bytes,
       go.pool_files,
@@ -359,7 +359,7 @@ class StageRun:
       store.enlarge(whole_bytes + padding_bytes)
     if spec.durable_folder:
       store = durable_store.DurableStore(store, self._folder)
-      self._interrupts.append(store.interrupt)
+    self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(
       self._captures,
       store,
@@ -385,9 +385,9 @@ class StageRun:
     # A replay closes the gaps that it passes: else no start leads across them.
     for iteration in go.excluded:
       taker.distrust(iteration)
-    for iteration, path in snapshot_file.list_snapshots(self._folder).items():
+    for iteration in store.iterations():
       try:
-        metadata = snapshot_file.read_manifest(path).metadata
+        metadata = store.manifest(iteration).metadata
         is_ours = metadata['replicas'] == number
       except errors.StoreError:
         is_ours = False
