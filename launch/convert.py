@@ -70,7 +70,7 @@ def load_data(
     run = dataclasses.replace(run, config=config)
   if 0 < stage < run.config.train.stages - 1:
     return run, None
-  data = transformer_job.load_data(run.config)
+  data = transformer_job.of(run.config).data()
   known = dict(run.found_out.get('data_fingerprint', {}))
   here = data.fingerprint()
   if changed := config_lib.differences(known, here):

@@ -48,7 +48,7 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
     optimizer_overrides={},
   )
   train = config.train
-  data = transformer_job.load_data(config)
+  data = transformer_job.of(config).data()
   (ours,) = one_process.make_workers(config, data)
 
   def run_ours(number: int) -> None:
@@ -300,7 +300,7 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
   programs = {'full': full.compile(), 'frozen': without.compile()}
   first = programs['full']
   compute = first.compute_of(full.initial_state())
-  batch = transformer_job.load_data(config).batch(1, 0)
+  batch = transformer_job.of(config).data().batch(1, 0)
   seconds: dict[str, list[tuple[float, float]]] = {n: [] for n in programs}
   found = {}
   for _ in range(FROZEN_WARM_UP_ROUNDS + rounds):

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from launch.benchmark.harness import dense_job, profile_reader, scratch, summary
-from launch.lm import one_process, settings as run_settings, transformer_job
+from launch.lm import one_process, settings as run_settings
 from moetion_jax import report as report_lib
 from moetion_jax.capture import programs as capture_programs, snapshotter
 from moetion_jax.policies import settings as capture_settings
@@ -60,9 +60,7 @@ class _Subject:
 
   def __init__(self, config: run_settings.RunConfig, block: _TimedBlock):
     self.block = block
-    (self.worker,) = one_process.make_workers(
-      config, transformer_job.load_data(config)
-    )
+    (self.worker,) = one_process.make_workers(config)
     self._config = config
     # Time of the training thread for every snapshot: until it goes on, at work,
     # and waiting for the snapshot before.
@@ -293,7 +291,7 @@ def rows(
   )
   # Fills the cache: a subject that compiles its programs differs from one that
   # loads them.
-  one_process.make_workers(config, transformer_job.load_data(config))
+  one_process.make_workers(config)
   block = _TimedBlock()
   with scratch.folder(hostmem_dir) as root, contextlib.ExitStack() as stack:
 

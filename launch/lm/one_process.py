@@ -19,11 +19,17 @@ from moetion_jax.training import worker
 
 
 def make_workers(
-  config: run_settings.RunConfig, data: worker.Data
+  config: run_settings.RunConfig, data: worker.Data | None = None
 ) -> list[worker.Worker]:
-  """Compiles every stage and makes its worker; their logs share one memory."""
+  """Compiles every stage and makes its worker; their logs share one memory.
+
+  Args:
+    config: the run's settings.
+    data: what the workers read; None: the run's text.
+  """
   store = memory_log.MemoryStore()
   job = transformer_job.of(config)
+  data = data or job.data()
   workers = []
   for index in range(config.train.stages):
     stage = job.build_stage(index)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import optax
 
-from launch.lm import checkpoint, data, settings as run_settings
+from launch.lm import checkpoint, data as data_lib, settings as run_settings
 from models import stages
 from moetion_jax import codec, job_spec
 from moetion_jax.programs import stage as stage_lib
@@ -38,9 +38,20 @@ class TransformerJob(job.Job):
     """Makes the optimizer that the settings name."""
     return optimizers.make(self._settings.train.optimizer)
 
-  def data(self) -> data.Dataset:
+  def data(self) -> data_lib.Dataset:
     """Loads the text; raises errors.ConfigError."""
-    return load_data(self._settings)
+    model, train = self._settings.model, self._settings.train
+    return data_lib.load(
+      data_lib.DataConfig(
+        data=self._settings.data,
+        data_dtype=self._settings.data_dtype,
+        sequence_length=model.sequence_length,
+        microbatch_size=train.microbatch_size,
+        microbatches=train.global_microbatches,
+        vocab_size=model.vocab_size,
+        seed=train.seed,
+      )
+    )
 
   def initial(self, stage: stage_lib.Stage) -> Callable[[], partition.State]:
     """Reads the checkpoint that the run starts from, if any, see `Job`."""
@@ -63,18 +74,3 @@ def of(config: run_settings.RunConfig) -> TransformerJob:
     errors.ConfigError: the model cannot be cut or spread as asked.
   """
   return TransformerJob(config.job_spec())
-
-
-def load_data(config: run_settings.RunConfig) -> data.Dataset:
-  """Loads the run's text; raises errors.ConfigError."""
-  return data.load(
-    data.DataConfig(
-      data=config.data,
-      data_dtype=config.data_dtype,
-      sequence_length=config.model.sequence_length,
-      microbatch_size=config.train.microbatch_size,
-      microbatches=config.train.global_microbatches,
-      vocab_size=config.model.vocab_size,
-      seed=config.train.seed,
-    )
-  )

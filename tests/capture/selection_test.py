@@ -50,7 +50,7 @@ def test_what_differs_is_named(operator):
 @pytest.fixture(scope='module')
 def compiled():
   config = helpers.micro_run(stages=1, eval_every=0, iterations=4)
-  (made,) = one_process.make_workers(config, transformer_job.load_data(config))
+  (made,) = one_process.make_workers(config)
   captures = capture_programs.CapturePrograms(stage.layout_of(made.stage))
   captures.compile()
   return config, made, captures
@@ -78,7 +78,7 @@ def _train(compiled, folder, change):
     dataclasses.replace(made.programs, update=update),
     made.stage.initial_state(),
     memory_log.MemoryLog(keys.WorkerId(0, 0, 1), memory_log.MemoryStore()),
-    transformer_job.load_data(config),
+    transformer_job.of(config).data(),
   )
   store = memory_store.SnapshotStore(folder, 1 << 22, 8)
   taker = snapshotter.Snapshotter(captures, store, decision, {})

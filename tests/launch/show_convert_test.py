@@ -92,7 +92,7 @@ def left(tmp_path_factory):
 def undisturbed(left):
   """States [stage][iteration] of a run in one process."""
   config = left.config
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   states = [{} for _ in workers]
 
   def looking(worker):
@@ -122,7 +122,7 @@ def undisturbed(left):
 @pytest.fixture(scope='module')
 def rebuilders(left):
   """By run and stage, `Rebuilder.rebuild` and what it says; compiled once."""
-  data = transformer_job.load_data(left.config)
+  data = transformer_job.of(left.config).data()
   made = []
   for stage in range(STAGES):
     # A stage in the middle reads no text.

@@ -119,8 +119,7 @@ def test_a_standby_takes_its_programs_from_the_workers_cache(devices, tmp_path):
 @pytest.fixture(scope='module')
 def placed_with():
   (worker,) = one_process.make_workers(
-    helpers.micro_run(model={'num_layers': 2}),
-    transformer_job.load_data(helpers.micro_run()),
+    helpers.micro_run(model={'num_layers': 2})
   )
   return worker
 

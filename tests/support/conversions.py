@@ -266,7 +266,7 @@ class Run:
       one.programs,
       rebuilding.begin(),
       log,
-      transformer_job.load_data(self.config),
+      transformer_job.of(self.config).data(),
     )
     new.iteration = start.iteration
     compared = []
@@ -343,7 +343,7 @@ def recorded(
     entries=memory_log.MemoryStore(),
   )
   try:
-    data = transformer_job.load_data(config)
+    data = transformer_job.of(config).data()
     workers, options = [], []
     with contextlib.ExitStack() as stack:
       for index, one in enumerate(run.stages):

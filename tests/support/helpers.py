@@ -17,7 +17,7 @@ import pytest
 from jax import numpy as jnp
 
 from launch.chaos import draw
-from launch.lm import one_process, settings as run_settings, transformer_job
+from launch.lm import one_process, settings as run_settings
 from models import config as model_config
 from moetion_jax import config as config_lib, keys, report
 from moetion_jax.programs import mesh, stage as stage_lib
@@ -103,7 +103,7 @@ def worker_spec(config: run_settings.RunConfig, **fields: Any) -> spec_lib.Spec:
 
 def train_locally(config: run_settings.RunConfig):
   """(reports by iteration and stage, workers) of a whole run in-process."""
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   reports: list[list] = []
   one_process.train(config, workers, lambda r: reports.append(list(r)))
   return reports, workers

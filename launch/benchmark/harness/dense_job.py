@@ -116,7 +116,7 @@ def main() -> None:
     },
     optimizer_overrides={},
   )
-  data = transformer_job.load_data(config)
+  data = transformer_job.of(config).data()
   stage = transformer_job.of(config).build_stage(0)
   programs = stage.compile()
   saver = DenseSaver(pathlib.Path(given['folder']), given['every'])

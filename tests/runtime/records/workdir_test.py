@@ -192,6 +192,15 @@ def test_every_field_of_a_config_is_needed(tmp_path, missing):
   assert missing in _refused(tmp_path, fresh=True)
 
 
+def test_a_run_of_another_job(tmp_path, hostmem):
+  """It need not have a preset or a model: it is known, and told from others."""
+  config = {'name': 'mine', 'train': _config()['train']} | _FOUND_OUT
+  _begin(tmp_path / 'run', hostmem, config=config)
+  _begin(tmp_path / 'run', hostmem, config=config)
+  with pytest.raises(errors.ConfigError, match='other settings .name'):
+    _begin(tmp_path / 'run', hostmem, config=config | {'name': 'yours'})
+
+
 @pytest.mark.parametrize('fresh', [False, True])
 @pytest.mark.parametrize(
   'name', ['checkpoint/x', 'metrics.jsonl', 'logs/stage-0.log']

@@ -35,9 +35,7 @@ def _programs(stage):
 
 def _train(config, factor=None, until=0):
   """(reports, iterations in which capacities had grown) of one stage."""
-  (worker,) = one_process.make_workers(
-    config, transformer_job.load_data(config)
-  )
+  (worker,) = one_process.make_workers(config)
   grown = []
   if factor is not None:
     programs = _programs(worker.stage)
