@@ -378,18 +378,17 @@ run_store.close_store(store, keep=False)
 _ASKS = (
   _HEAD
   + """
-import zmq
 from moetion_jax.logs import zmq_client
 secret, address, generation = args
-poller = zmq.Poller()
+nothing, _ = os.pipe()
 client = zmq_client.StoreClient(
-  keys.WorkerId(0, 0, int(generation)), poller, bytes.fromhex(secret), 0.1)
+  keys.WorkerId(0, 0, int(generation)), 0.1, bytes.fromhex(secret))
 say('started')
 for line in sys.stdin:
   client.want(key(int(line), 1), address)
   arrived = []
   while not arrived:
-    poller.poll(50)
+    client.wait(nothing, 0.05)
     arrived = client.collect()
   result = arrived[0].result
   say(type(result).__name__ if isinstance(result, Exception) else result[0])
