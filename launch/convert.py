@@ -163,8 +163,7 @@ def _convert(run: stored_run.StoredRun) -> None:
       f'Other than what the run had: {changed}. The bits may differ; digests '
       'will tell.'
     )
-  rebuilder = rebuild.Rebuilder(run.config, stage, data)
-  rebuilder.start()
+  rebuilder = rebuild.Rebuilder.compile(run.config, stage, data)
   done = rebuilder.rebuild(run, _warn, _ITERATION.value, _START.value)
   replayed = range(done.start + 1, done.iteration + 1)
   came = f'snapshot {done.start}' if done.start else 'the initial state'

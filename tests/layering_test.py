@@ -37,6 +37,10 @@ def test_folders_and_modules_are_small(tree):
   _assert_kept(layering.check_sizes(tree))
 
 
+def test_objects_are_whole_from_the_start(tree):
+  _assert_kept(layering.check_objects(tree, layering.HALF_MADE))
+
+
 def test_no_module_shadows_the_standard_library(tree):
   _assert_kept(layering.check_names(tree))
 
@@ -130,6 +134,34 @@ def test_a_folder_that_is_too_full():
 def test_a_module_that_is_too_long():
   broken = {**_SMALL, 'moetion_jax.keys': 'x = 1\n' * 501}
   _says(layering.check_sizes(broken), 'moetion_jax.keys has 501', 'purpose')
+
+
+@pytest.mark.parametrize(
+  ('known', 'source'),
+  [
+    ('A.x', 'class A:\n  def start(self):\n    self.x = 1\n'),
+    ('A.x', 'class A(B):\n  def start(self):\n    self.x, y = 1, 2\n'),
+    (
+      'A()',
+      'class A:\n  def __init__(self, a, b, c, d, *, e, f, g):\n    pass\n',
+    ),
+  ],
+)
+def test_an_object_that_is_not_whole(known, source):
+  broken = {**_SMALL, 'moetion_jax.keys': source}
+  _says(layering.check_objects(broken), 'moetion_jax.keys:', 'class')
+  assert not list(layering.check_objects(broken, frozenset({known})))
+  _says(layering.check_objects(_SMALL, frozenset({known})), known, 'strike')
+
+
+def test_attributes_that_are_there_from_the_start():
+  source = (
+    'class A:\n  x = 1\n  def __init__(self):\n    self.y = 2\n'
+    'class B(keys.A):\n  def start(self):\n    self.x = self.y = 3\n'
+  )
+  assert not list(
+    layering.check_objects({**_SMALL, 'moetion_jax.keys': source})
+  )
 
 
 def test_a_module_called_like_one_of_python():

@@ -13,7 +13,7 @@ from launch.lm import settings as run_settings, transformer_job
 from launch.offline import stored_log, stored_run
 from moetion_jax import errors, keys, report
 from moetion_jax.capture import conversion, programs as capture_programs
-from moetion_jax.programs import stage as stage_lib
+from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.snapshots import coverage, reader, snapshot as snapshot_lib
 from moetion_jax.state import partition
 from moetion_jax.training import worker
@@ -61,32 +61,43 @@ class Rebuilt:
     return self.iteration in {*self.snapshots, *self.whole_digests}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rebuilder:
-  """Rebuilds states of one stage; compiles its programs once, in `start`."""
+  """Rebuilds states of one stage; `compile` makes one.
 
-  def __init__(
-    self, config: run_settings.RunConfig, stage: int, data: worker.Data | None
-  ):
-    """Stores the arguments.
+  Attributes:
+    index: the stage's number.
+    data: the run's data; only the first and the last stage read any.
+    job: the run's job.
+    stage: the stage, for one worker that does what all replicas did.
+    programs: the stage's programs.
+    captures: its programs of capture and fold.
+  """
 
-    Args:
-      config: the run's settings.
-      stage: the stage's number.
-      data: the run's data; only the first and the last stage read any.
-    """
-    self.index = stage
-    self.data: Any = data
-    self.job = transformer_job.of(config)
+  index: int
+  data: Any  # a worker.Data, or None
+  job: transformer_job.TransformerJob
+  stage: stage_lib.Stage
+  programs: compilation.Programs
+  captures: capture_programs.CapturePrograms
 
-  def start(self) -> None:
-    """Compiles the stage's programs."""
-    # One worker that does what all replicas did.
-    self.stage: stage_lib.Stage = self.job.build_stage(self.index, team=(0,))
-    self.programs = self.stage.compile()
-    self.captures = capture_programs.CapturePrograms(
-      stage_lib.layout_of(self.stage)
+  @classmethod
+  def compile(
+    cls, config: run_settings.RunConfig, index: int, data: worker.Data | None
+  ) -> Rebuilder:
+    """Compiles a stage's programs."""
+    job = transformer_job.of(config)
+    stage = job.build_stage(index, team=(0,))
+    captures = capture_programs.CapturePrograms(stage_lib.layout_of(stage))
+    captures.compile()
+    return cls(
+      index=index,
+      data=data,
+      job=job,
+      stage=stage,
+      programs=stage.compile(),
+      captures=captures,
     )
-    self.captures.compile()
 
   def rebuild(
     self,
@@ -175,9 +186,11 @@ class _Attempt:
       self._tools.programs.digest,
       self._initial_state,
       self._load,
-      self._start,
-      newest=max(one.snapshots, default=0),
-      unverified_until=one.unverified_until,
+      conversion.Route(
+        start=self._start,
+        newest=max(one.snapshots, default=0),
+        unverified_until=one.unverified_until,
+      ),
     )
     with contextlib.closing(log):
       log.start()

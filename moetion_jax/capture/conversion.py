@@ -7,6 +7,7 @@ the result with the digests that the snapshots carry.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,24 @@ class SnapshotLostError(errors.StoreError):
     self.suspects = (iteration,)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Route:
+  """The snapshots that a conversion goes through.
+
+  Attributes:
+    start: a valid start.
+    newest: iteration of the newest snapshot that can be loaded.
+    unverified_until: the last iteration whose snapshot was taken with other
+      software (`recovery/splice`). What is replayed up to there comes to other
+      bits than its digests and scalars say; what is folded in has its digests
+      all the same.
+  """
+
+  start: coverage.Start
+  newest: int
+  unverified_until: int = 0
+
+
 class Conversion:
   """One conversion of one stage.
 
@@ -81,9 +100,7 @@ class Conversion:
     digest: Callable[[Any], jax.Array],
     initial: Callable[[], partition.State],
     load: Callable[[int], snapshot_lib.Snapshot],
-    start: coverage.Start,
-    newest: int,
-    unverified_until: int = 0,
+    route: Route,
   ):
     """Stores the arguments.
 
@@ -92,22 +109,17 @@ class Conversion:
       digest: the stage's digest program.
       initial: makes state 0, which is complete by definition.
       load: reads the snapshot of an iteration and verifies it.
-      start: a valid start.
-      newest: iteration of the newest snapshot that `load` can give.
-      unverified_until: the last iteration whose snapshot was taken with other
-        software (`recovery/splice`). What is replayed up to there comes to
-        other bits than its digests and scalars say; what is folded in has its
-        digests all the same.
+      route: the snapshots that it goes through.
     """
-    self.start = start
+    self.start = route.start
     self.active: frozenset[keys.OperatorId] = frozenset()
     self.damaged: set[int] = set()
     self._programs = programs
     self._digest = digest
     self._initial = initial
     self._load = load
-    self._newest = newest
-    self._unverified_until = unverified_until
+    self._newest = route.newest
+    self._unverified_until = route.unverified_until
     self._own = frozenset(programs.layout.operators)
     self._expected: dict[keys.OperatorId, np.ndarray] = {}
     self._loaded: tuple[int, snapshot_lib.Snapshot] | None = None

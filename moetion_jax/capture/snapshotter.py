@@ -79,6 +79,28 @@ class _CaptureJob:
   is_whole: bool
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What snapshots of a worker of a run have, and those of a lone loop do not.
+
+  Attributes:
+    log: the worker's log. A snapshot counts only when everything published
+      before it was taken can be read, since it is never published again.
+    on_stored: called with the metadata of each snapshot once it counts, in the
+      snapshot thread.
+    full_seconds: seconds to wait for host memory when there is none.
+    on_block: see `OnBlock`; called in the snapshot thread.
+    share: operators that this worker captures, while other replicas capture
+      the rest; None captures all.
+  """
+
+  log: log_interface.Log | None = None
+  on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+  full_seconds: float = 60.0
+  on_block: OnBlock = lambda shortage, what='': None
+  share: frozenset[keys.OperatorId] | None = None
+
+
 class Snapshotter:
   """Takes snapshots between `start` and `close`.
 
@@ -95,11 +117,7 @@ class Snapshotter:
     store: snapshots_interface.Store,
     decision: decision_lib.CaptureDecision,
     fields: Mapping[str, Any],
-    log: log_interface.Log | None = None,
-    on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
-    full_seconds: float = 60.0,
-    on_block: OnBlock = lambda shortage, what='': None,
-    share: frozenset[keys.OperatorId] | None = None,
+    options: Options | None = None,
   ):
     """Stores the arguments.
 
@@ -108,24 +126,13 @@ class Snapshotter:
       store: a store that is not started and that only this object uses.
       decision: which operators are captured in which iteration.
       fields: metadata of every snapshot.
-      log: the worker's log. A snapshot counts only when everything published
-        before it was taken can be read, since it is never published again.
-      on_stored: called with the metadata of each snapshot once it counts, in
-        the snapshot thread.
-      full_seconds: seconds to wait for host memory when there is none.
-      on_block: see `OnBlock`; called in the snapshot thread.
-      share: operators that this worker captures, while other replicas capture
-        the rest; None captures all.
+      options: what else a worker of a run has.
     """
     self.newest = -1
     self._programs = programs
     self._store = store
     self._fields = dict(fields)
-    self._log = log
-    self._on_stored = on_stored
-    self._full_seconds = full_seconds
-    self._on_block = on_block
-    self._share = share
+    self._options = Options() if options is None else options
     self._decisions = [decision]
     self._asked = -1, decision  # an iteration, and what holds in it
     self._changed = threading.Condition()  # guards the fields below
@@ -244,8 +251,11 @@ class Snapshotter:
         self._programs.layout.partition.operators,
         captured[0],
       )
-      if self._share is not None:
-        captured = captured[0] & self._share, captured[1] & self._share
+      if self._options.share is not None:
+        captured = (
+          captured[0] & self._options.share,
+          captured[1] & self._options.share,
+        )
       is_broken = iteration in self._broken
       if iteration in self._known and not is_broken:
         return TakenSnapshot()  # in a replay: it exists already
@@ -264,7 +274,7 @@ class Snapshotter:
         check=check,
         fields=fields,
         replace=is_broken,
-        mark=self._log.mark() if self._log else (),
+        mark=self._options.log.mark() if self._options.log else (),
         is_whole=decision.is_whole,
       )
       self._changed.notify_all()
@@ -329,8 +339,8 @@ class Snapshotter:
     on_host = captured.to_host()
     buffers = on_host.buffers()
     job.check()
-    if self._log:
-      self._log.flush(mark=job.mark)
+    if self._options.log:
+      self._options.log.flush(mark=job.mark)
     metadata = on_host.metadata(
       iteration=job.iteration, **self._fields, **job.fields
     )
@@ -339,7 +349,7 @@ class Snapshotter:
     size = self._store_one(job, metadata, buffers)
     with self._changed:
       self._copies.append((size, time.monotonic() - begin))
-    self._on_stored(metadata)
+    self._options.on_stored(metadata)
     return job.iteration
 
   def _capture(self) -> tuple[transfer.Captured, _CaptureJob]:
@@ -386,19 +396,19 @@ class Snapshotter:
               raise
             full_at = time.monotonic() if full_at is None else full_at
             found = hang_detection.Shortage.ROOM
-            if time.monotonic() > full_at + self._full_seconds:
+            if time.monotonic() > full_at + self._options.full_seconds:
               raise errors.NoRoomError(
                 f'snapshot {job.iteration}: no room for '
-                f'{self._full_seconds:g} s: {error.strerror}; free host '
-                'memory, or name a larger tmpfs with --hostmem_dir'
+                f'{self._options.full_seconds:g} s: {error.strerror}; free '
+                'host memory, or name a larger tmpfs with --hostmem_dir'
               ) from error
           else:
             full_at, found = None, hang_detection.Shortage.SNAPSHOTS
           if found != shortage:
             if shortage:
-              self._on_block(None)
+              self._options.on_block(None)
             shortage = found
-            self._on_block(shortage, f'snapshot {job.iteration}')
+            self._options.on_block(shortage, f'snapshot {job.iteration}')
           with self._changed:
             if self._closing:
               raise
@@ -406,4 +416,4 @@ class Snapshotter:
             self._store.retain(self._first_iteration)
     finally:
       if shortage:
-        self._on_block(None)
+        self._options.on_block(None)

@@ -147,6 +147,9 @@ class SparseCheckpointer:
     )
     self._template = loop_template.Template(state)
     self._layout = _layout(self._template, state, rule, settings)
+    self._window_length = min(
+      settings.window_length, len(self._layout.operators)
+    )
     self._programs = capture_programs.CapturePrograms(self._layout)
     self._digest = jax.jit(self._digests)
     dtypes = self._layout.compute_dtypes
@@ -168,9 +171,7 @@ class SparseCheckpointer:
       ConfigError: a name in `accept_changes` is unknown.
       NotExactError: the restored state is not what was captured.
     """
-    window_length = min(
-      self._settings.window_length, len(self._layout.operators)
-    )
+    window_length = self._window_length
     sizes = self._layout.state_bytes(), self._layout.compute_bytes()
     made = slots.make_slots(
       slots.order_operators('static', self._layout.operators, {}),
@@ -189,7 +190,6 @@ class SparseCheckpointer:
       window_length * _KEPT_WINDOWS + _SLACK,
     )
     self._programs.compile()
-    self._kept_iterations = window_length * _KEPT_WINDOWS
     if self._folder.is_dir():
       store_folder.check_private(self._folder)
       snapshot_file.check_is_ours(self._folder)
@@ -254,13 +254,14 @@ class SparseCheckpointer:
     plain = self._layout.partition.unflatten(
       list(map(loop_template.auto, arrays))
     )
-    self._snapshots.retain(iteration - self._kept_iterations)
+    self._snapshots.retain(iteration - self._window_length * _KEPT_WINDOWS)
+    fields: dict[str, Any] = {_WEAK: weak}
     self._snapshots.take(
       iteration,
       plain,
       self._compute_of(self._masters(plain)),
       {conversion.DIGESTS: self._digest(plain)},
-      **{_WEAK: weak},
+      **fields,
     )
     self._snapshots.release()  # the caller's next step may donate the state
     self.state, self.iteration = state, iteration
@@ -438,9 +439,11 @@ class SparseCheckpointer:
       lambda plain: self._digest(jax.tree.map(loop_template.auto, plain)),
       dict,  # no start is iteration 0
       load,
-      start,
-      newest,
-      self._trajectory.unverified_until(start),
+      conversion.Route(
+        start=start,
+        newest=newest,
+        unverified_until=self._trajectory.unverified_until(start),
+      ),
     )
     plain = going.begin()
     for iteration in range(start.iteration + 1, start.complete_at + 1):

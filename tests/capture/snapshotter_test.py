@@ -114,9 +114,12 @@ class _Training:
       store or self.store(),
       decision or self.decision(),
       {'stage': 3},
-      log,
-      on_stored or (lambda metadata: self.stored.append(metadata['iteration'])),
-      **options,
+      snapshotter.Options(
+        log=log,
+        on_stored=on_stored
+        or (lambda metadata: self.stored.append(metadata['iteration'])),
+        **options,
+      ),
     )
     taker.start()
     self._open.append(taker)
@@ -427,26 +430,29 @@ class _NoRoomStore(memory_store.SnapshotStore):
 
 
 def test_a_host_without_memory_is_waited_for_and_said(training):
-  said: list[str] = []
+  said: list[tuple[object, ...]] = []
   store = training.store(kind=_NoRoomStore)
-  taker = training.start(store, on_block=said.append)
+  taker = training.start(store, on_block=lambda *one: said.append(one))
   training.take(taker, 1)
   _wait_until(lambda: store.tries > 2)
-  assert said == ['no room for snapshot 1']
+  blocked = (hang_detection.Shortage.ROOM, 'snapshot 1')
+  assert said == [blocked]
   store.has_room = True
   taker.flush()
-  assert said == ['no room for snapshot 1', '']
+  assert said == [blocked, (None,)]
   assert training.on_disk() == [1]
 
 
 def test_a_host_that_stays_without_memory_ends_the_run(training):
-  said: list[str] = []
+  said: list[tuple[object, ...]] = []
   store = training.store(kind=_NoRoomStore)
-  taker = training.start(store, on_block=said.append, full_seconds=0.3)
+  taker = training.start(
+    store, on_block=lambda *one: said.append(one), full_seconds=0.3
+  )
   training.take(taker, 1)
   with pytest.raises(errors.NoRoomError, match='snapshot 1: no room for 0.3 s'):
     taker.flush()
-  assert said[-1] == ''
+  assert said[-1] == (None,)
 
 
 class _BusyStore(memory_store.SnapshotStore):

@@ -127,9 +127,10 @@ def rebuilders(left):
   for stage in range(STAGES):
     # A stage in the middle reads no text.
     made.append(
-      rebuild.Rebuilder(left.config, stage, data if stage != 1 else None)
+      rebuild.Rebuilder.compile(
+        left.config, stage, data if stage != 1 else None
+      )
     )
-    made[-1].start()
 
   def of(run, stage):
     said = []

@@ -142,9 +142,9 @@ class Remembering(snapshotter_lib.Snapshotter):
     super().__init__(*arguments)
     self.states: dict[int, dict] = {}
 
-  def take(self, iteration, state, compute, extras, **fields):
+  def take(self, iteration, state, compute, extras, mask=None, **fields):
     self.states[iteration] = to_host(state)
-    return super().take(iteration, state, compute, extras, **fields)
+    return super().take(iteration, state, compute, extras, mask, **fields)
 
 
 def to_host(state):
@@ -215,8 +215,7 @@ class Run:
       one.programs.digest,
       one.stage.initial_state,
       functools.partial(self.load, index),
-      start,
-      newest,
+      conversion_lib.Route(start=start, newest=newest),
     )
 
   def snapshotter(self, index: int, pieces: Sequence[Piece]) -> Remembering:

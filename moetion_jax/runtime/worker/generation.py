@@ -308,9 +308,11 @@ class StageRun:
       self._programs.digest,
       self._initial_state,
       self._load_merged if go.merges else self._load,
-      coverage.Start(iteration=go.start, complete_at=go.complete_at),
-      go.newest,
-      go.unverified_until,
+      conversion.Route(
+        start=coverage.Start(iteration=go.start, complete_at=go.complete_at),
+        newest=go.newest,
+        unverified_until=go.unverified_until,
+      ),
     )
 
   def _load(self, iteration: int) -> snapshot.Snapshot:
@@ -370,13 +372,15 @@ class StageRun:
         'replicas': number,
         **self._digest_names(),
       },
-      log,
-      lambda metadata: self._link.send(
-        events.Stored(share=folders.share_of(metadata))
+      snapshotter.Options(
+        log=log,
+        on_stored=lambda metadata: self._link.send(
+          events.Stored(share=folders.share_of(metadata))
+        ),
+        full_seconds=spec.full_seconds,
+        on_block=self._link.blocked,
+        share=share,
       ),
-      spec.full_seconds,
-      self._link.blocked,
-      share,
     )
     for decision in go.decisions[1:]:
       taker.decide(decision)
