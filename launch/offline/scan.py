@@ -52,7 +52,9 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     if original:
       where = f'it is a copy of {original}'
     checkpoint = pathlib.Path(absolute, own_files.CHECKPOINT_NAME)
-    if checkpoint_folder.is_committed(checkpoint):
+    if checkpoint_folder.is_committed(
+      checkpoint
+    ) and not checkpoint_folder.doubt(absolute, config.train.iterations):
       what = f'the run is finished, its state is {checkpoint}'
     else:
       what = (

@@ -619,6 +619,10 @@ def test_nothing_to_look_at(left, tmp_path):
   (finished / 'checkpoint').mkdir()
   _refused(show(finished, empty), f'a copy of {left.workdir}', '--hostmem_dir')
   (finished / 'checkpoint' / 'commit_success.txt').touch()
+  _refused(show(finished, empty), 'name the --hostmem_dir')  # not the end's
+  with open(finished / 'metrics.jsonl', 'a') as file:
+    iterations = left.run.config.train.iterations
+    file.write(json.dumps({'iteration': iterations}) + '\n')
   _refused(show(finished, empty), 'is finished', str(finished / 'checkpoint'))
   (finished / 'config.json').write_text('{"preset": ')
   _refused(show(finished, empty), 'config.json is damaged')

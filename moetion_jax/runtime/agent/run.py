@@ -97,7 +97,8 @@ def _run(
   if folder.is_finished():
     # A run killed between its checkpoint and its end left something.
     folder.sync_finished()
-    _remove_rest(where, folder, on_disk)
+    if folder.is_proven():
+      _remove_rest(where, folder, on_disk)
     print(
       f'This run is finished: {folder.checkpoint}. Pass --fresh to start over.'
     )

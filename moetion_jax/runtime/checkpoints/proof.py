@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from moetion_jax import report
+from moetion_jax.runtime.records import checkpoint_folder
 from moetion_jax.state import host_digest
 
 CONFIG = 'moetion_config'
-_DIGESTS = 'moetion_digests'
 _CHECKSUM = 'moetion_checksum'
 MASTER = 'master/'
 
@@ -128,7 +128,7 @@ def to_metadata(config: Mapping[str, Any], proof: Proof) -> dict[str, Any]:
   """
   value = {
     CONFIG: config,
-    _DIGESTS: {
+    checkpoint_folder.DIGESTS: {
       'iteration': proof.iteration,
       'state': proof.state,
       'operators': report.digests_to_json(proof.digests),
@@ -161,7 +161,7 @@ def from_metadata(metadata: Any) -> Proof | None:
   if metadata.get(_CHECKSUM) != _checksum(value):
     raise ValueError('it does not have its own checksum')
   try:
-    fields = metadata[_DIGESTS]
+    fields = metadata[checkpoint_folder.DIGESTS]
     proof = Proof(
       iteration=fields['iteration'],
       leaves={

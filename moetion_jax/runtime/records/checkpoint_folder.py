@@ -13,13 +13,16 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from moetion_jax import disk, errors
-from moetion_jax.runtime.records import own_files
+from moetion_jax.runtime.records import files as record_files, own_files
 from moetion_jax.snapshots import file as snapshot_file
 
 # What a sync answers that loses what was written.
 _OF_DISK = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+# In the custom metadata: the digests, and what they are of (`proof`).
+DIGESTS = 'moetion_digests'
 
 
 def is_committed(path: str | os.PathLike[str]) -> bool:
@@ -31,12 +34,64 @@ def is_committed(path: str | os.PathLike[str]) -> bool:
   folder = pathlib.Path(path)
   if (folder / snapshot_file.COMMIT_MARKER_NAME).is_file():
     return True
-  try:  # versions before that file, and copies without it
+  # Versions before that file, and copies without it.
+  return bool(_metadata(folder).get('commit_timestamp_nsecs'))
+
+
+def stated(path: str | os.PathLike[str]) -> tuple[int, str] | None:
+  """Reads the iteration and the state's digest that a checkpoint says it has.
+
+  Args:
+    path: the checkpoint's folder.
+
+  Returns:
+    Both; None if it says neither: it is damaged, or of an earlier version.
+  """
+  metadata = _metadata(pathlib.Path(path)).get('custom_metadata')
+  try:
+    digests = metadata[DIGESTS]  # pyright: ignore[reportOptionalSubscript]
+    return digests['iteration'], digests['state']
+  except (KeyError, TypeError):
+    return None
+
+
+def doubt(workdir: str | os.PathLike[str], iterations: int) -> str:
+  """Says why the checkpoint in a workdir is not the end of the run there.
+
+  Somebody may have copied or converted another one to its place.
+
+  Args:
+    workdir: the workdir, which has a committed checkpoint.
+    iterations: the number of the run's iterations.
+
+  Returns:
+    The end of a sentence; '' if it is, as far as it says what it is.
+  """
+  lines = record_files.read_lines(pathlib.Path(workdir, own_files.METRICS))
+  newest = max(lines, default=0)
+  if newest != iterations:
+    return (
+      f'{own_files.METRICS} ends with iteration {newest} of {iterations}, and '
+      'a run is finished only after its last one'
+    )
+  known = newest, lines[newest].get('digest')
+  found = stated(pathlib.Path(workdir, own_files.CHECKPOINT_NAME))
+  if found in (None, known):
+    return ''
+  return (
+    f'it is of iteration {found[0]} with digest {found[1]}, and '
+    f'{own_files.METRICS} ends with iteration {newest} and digest {known[1]}'
+  )
+
+
+def _metadata(folder: pathlib.Path) -> dict[str, Any]:
+  """Reads what Orbax keeps about a checkpoint; {} if that cannot be read."""
+  try:
     data = (folder / snapshot_file.ORBAX_METADATA_NAME).read_bytes()
     value = json.loads(data)
   except (OSError, ValueError):
-    return False
-  return isinstance(value, dict) and bool(value.get('commit_timestamp_nsecs'))
+    return {}
+  return value if isinstance(value, dict) else {}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import file as snapshot_file
 
 CONFIG = 'config.json'
+METRICS = 'metrics.jsonl'
 LOCK = '.lock'
 CHECKPOINT_NAME = 'checkpoint'
 LOGS_NAME = 'logs'
@@ -56,7 +57,7 @@ SNAPSHOTS: Tree = {r'\d+(\.tmp|\.old|\.replaced)?': SNAPSHOT}
 # All of a run's folders of snapshots.
 DURABLE: Tree = {r'stage-\d+\.replica-\d+\.snapshots': SNAPSHOTS}
 _LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None}
-_FILES = ('metrics.jsonl', 'events.jsonl', 'workers.json')
+_FILES = (METRICS, 'events.jsonl', 'workers.json')
 # A workdir without its config.json, which goes last, and its lock.
 RUN: Tree = {
   rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'

@@ -223,6 +223,11 @@ class Workdir:
     reason = own_files.in_the_way(self.path, fresh=self._fresh)
     if reason and not self.is_finished():
       raise self._error(f'{reason}; {away}')
+    if not self.begins_anew and (doubt := self._doubt(known)):
+      raise self._error(
+        f'{self.checkpoint} is not the end of the run there: {doubt}. Nothing '
+        'was removed: move that checkpoint away, then the same command goes on'
+      )
     return known
 
   def take_id(self, run_id: str) -> None:
@@ -311,9 +316,25 @@ class Workdir:
 
   def is_finished(self) -> bool:
     """Tells whether the folder holds a finished run that is kept."""
-    return not self.begins_anew and checkpoint_folder.is_committed(
-      self.checkpoint
+    return (
+      not self.begins_anew
+      and checkpoint_folder.is_committed(self.checkpoint)
+      and not self._doubt(held_run.read_config(self.path))
     )
+
+  def is_proven(self) -> bool:
+    """Tells whether the checkpoint of a finished run says that it is the run's.
+
+    One of an earlier version does not.
+    """
+    return checkpoint_folder.stated(self.checkpoint) is not None
+
+  def _doubt(self, known: dict[str, Any] | None) -> str:
+    """Says why a committed checkpoint is not that of the run `known`."""
+    if known is None or not checkpoint_folder.is_committed(self.checkpoint):
+      return ''
+    iterations = known['train'].get('iterations')
+    return checkpoint_folder.doubt(self.path, iterations)
 
   def sync_finished(self) -> None:
     """Returns once the files of a finished run are on disk.
@@ -326,7 +347,7 @@ class Workdir:
     try:
       disk.sync_tree(self.checkpoint)
       with contextlib.suppress(FileNotFoundError):
-        disk.sync_file(self.path / 'metrics.jsonl')
+        disk.sync_file(self.path / own_files.METRICS)
       disk.sync_folder(self.path)
     except OSError as error:
       raise own_files.config_error(error, 'workdir', self.path) from error

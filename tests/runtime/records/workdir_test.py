@@ -39,6 +39,9 @@ def _config(**train):
   return json.loads(json.dumps(codec.encode(made))) | _FOUND_OUT
 
 
+_ITERATIONS = _config()['train']['iterations']
+
+
 def _opened(path, *, fresh=False):
   folder = workdir.Workdir(str(path), fresh=fresh)
   folder.lock()
@@ -112,6 +115,22 @@ def _leave_all(path):
     file = path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('of the first run')
+  _write_last_line(path)
+
+
+def _write_last_line(path, iteration=_ITERATIONS, digest='the end'):
+  line = {'iteration': iteration, 'digest': digest}
+  (path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+
+
+def _commit(path, iteration=_ITERATIONS, digest='the end'):
+  """Makes a checkpoint that says what it is of, as far as a workdir looks."""
+  digests = {'iteration': iteration, 'state': digest}
+  (path / 'checkpoint').mkdir(exist_ok=True)
+  (path / 'checkpoint' / 'commit_success.txt').touch()
+  (path / 'checkpoint' / '_CHECKPOINT_METADATA').write_text(
+    json.dumps({'custom_metadata': {'moetion_digests': digests}})
+  )
 
 
 @pytest.fixture
@@ -290,10 +309,46 @@ def test_a_checkpoint_alone_is_no_finished_run(run):
   (run / 'checkpoint').mkdir()
   (run / 'checkpoint' / 'notes.txt').write_text('mine')
   assert not folder.is_finished()
-  (run / 'checkpoint' / 'commit_success.txt').write_text('')
-  assert folder.is_finished()
+  _commit(run)
+  assert not folder.is_finished()
+  _write_last_line(run)
+  assert folder.is_finished() and folder.is_proven()
   (run / 'config.json').unlink()
   assert not folder.is_finished()
+  folder.close()
+
+
+@pytest.mark.parametrize(
+  'checkpoint, line, words',
+  [
+    ((), None, 'ends with iteration 0'),
+    ((), (_ITERATIONS - 1,), f'ends with iteration {_ITERATIONS - 1}'),
+    ((9,), (), 'it is of iteration 9'),
+    ((_ITERATIONS, 'other'), (), 'with digest other'),
+  ],
+  ids=['no lines', 'not at its end', 'iteration', 'digest'],
+)
+def test_a_checkpoint_of_another_run_finishes_nothing(
+  run, checkpoint, line, words
+):
+  _commit(run, *checkpoint)
+  if line is not None:
+    _write_last_line(run, *line)
+  reason = _refused(run, fresh=False)
+  assert words in reason and 'move that checkpoint away' in reason, reason
+  folder = _opened(run)
+  assert not folder.is_finished()
+  folder.close()
+  folder = _opened(run, fresh=True)
+  folder.check(_config())
+  folder.close()
+
+
+def test_a_checkpoint_of_before_digests_proves_nothing(run):
+  _leave_all(run)
+  folder = _opened(run)
+  folder.check(_config())
+  assert folder.is_finished() and not folder.is_proven()
   folder.close()
 
 
