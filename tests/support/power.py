@@ -67,6 +67,36 @@ class Disk:
     )
 
 
+def record(monkeypatch):
+  """Returns a list that grows with each call that a loss of power can follow.
+
+  Its items are ('sync' or 'remove', path) and ('move', path, new path). The
+  calls are made all the same. A file system may keep more than it has to, as
+  ext4 does of names with each sync: their order tells what must be kept.
+  """
+  calls = []
+
+  def wrap(name, kind):
+    real = getattr(os, name)
+
+    def call(path, *others, **named):
+      is_fd = isinstance(path, int)
+      if is_fd:
+        calls.append((kind, os.readlink(f'/proc/self/fd/{path}')))
+      real(path, *others, **named)
+      if not is_fd:
+        calls.append((kind, *map(str, (path, *others))))
+
+    monkeypatch.setattr(os, name, call)
+
+  for name in ('unlink', 'rmdir'):
+    wrap(name, 'remove')
+  for name in ('rename', 'replace'):
+    wrap(name, 'move')
+  wrap('fsync', 'sync')
+  return calls
+
+
 @contextlib.contextmanager
 def disk(folder: pathlib.Path):
   """Yields a started `Disk` whose files are in a folder."""
