@@ -60,7 +60,7 @@ def ready(
   )
   run.do(actions.CheckRoom(needed_bytes=stores + states))
   accepted: events.Accepted = yield actions.Accept(ready=dict(state.ready))
-  going_back.take_splices(run, accepted.splices, is_running=False)
+  run.inventory.splices = splice_lib.in_force(accepted.splices)
   last_recorded = yield from _check_stored(run, accepted.last_recorded)
   yield from _begin(run, last_recorded)
   return run
@@ -147,7 +147,8 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   if spliced.is_due:
     yield from run.scan()
     lost, last_recorded = set(run.stages), min(last_recorded, plan.start)
-  going_back.take_splices(run, spliced.splices, is_running=True)
+  run.inventory.splices = splice_lib.in_force(spliced.splices)
+  run.inventory.is_running = True
   run.recorded, run.keeps_store = plan.start, bool(plan.start)
   run.do(actions.Keep(keeps=run.keeps_store))
   if plan.start:

@@ -35,8 +35,8 @@ def died_early(state: state_lib.Beginning, event: events.Died) -> None:
     raise error
   state.note(f'{error}; it is started again.')
   state.replace(worker.stage, has_begun=False)
-  for name in state.crew[worker.stage].values():
-    state.ready.pop(name.name, None)
+  for replica in state.team(worker.stage):
+    state.ready.pop((worker.stage, replica), None)
 
 
 def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
@@ -115,22 +115,15 @@ def failed(
   run.kill(worker, f'failed: {message.error}')
 
 
-def refused_early(
-  state: state_lib.Beginning,
-  worker: state_lib.Worker,
-  message: events.Refused,
-) -> None:
-  """Ends a run that cannot begin; raises errors.ConfigError."""
-  raise message.error()
-
-
 def refused(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Refused
+  state: state_lib.State, worker: state_lib.Worker, message: events.Refused
 ) -> None:
-  """Ends a run; raises failures_lib.WorkerError."""
-  raise failures_lib.WorkerError(
-    worker.stage, worker.iteration, str(message.error())
-  )
+  """Ends a run that cannot begin, or go on; raises the error that says why."""
+  if isinstance(state, state_lib.Run):
+    raise failures_lib.WorkerError(
+      worker.stage, worker.iteration, str(message.error())
+    )
+  raise message.error()
 
 
 def faulted(

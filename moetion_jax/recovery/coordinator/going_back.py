@@ -59,17 +59,6 @@ def first_plan(
   return plan
 
 
-def take_splices(
-  run: state_lib.Run,
-  splices: Sequence[splice_lib.Splice],
-  *,
-  is_running: bool,
-) -> None:
-  """Takes in all splices of the run; `is_running`: see `splice.allows`."""
-  run.inventory.splices = splice_lib.in_force(splices)
-  run.inventory.is_running = is_running
-
-
 def begin(
   run: state_lib.Run,
   plan: recovery_plan.RecoveryPlan,
