@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
@@ -54,6 +55,33 @@ def whole_pages(nbytes: int) -> int:
 def padded(nbytes: int) -> int:
   """Rounds up to a multiple of the alignment."""
   return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class _Loan:
+  """Memory as NumPy sees it; every array that aliases it holds this object."""
+
+  def __init__(self, memory: np.ndarray):
+    self.memory = memory
+    address, _ = memory.__array_interface__['data']
+    self.__array_interface__ = {
+      'data': (address, True),
+      'shape': memory.shape,
+      'typestr': '|u1',
+      'version': 3,
+    }
+
+
+def lend(memory: np.ndarray, on_return: Callable[[], object]) -> np.ndarray:
+  """Returns a read-only view of u8[nbytes] that tells when it is read no more.
+
+  Args:
+    memory: the memory.
+    on_return: called when every view and every JAX array that aliases the
+      memory is gone, so that nothing, not even a running program, can read it.
+  """
+  loan = _Loan(memory)
+  weakref.finalize(loan, on_return).atexit = False
+  return np.asarray(loan)
 
 
 def copy_with_checksum(

@@ -8,42 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import re
 import threading
-import weakref
 
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, locks, segment
+from moetion_jax.hostmem import entry, locks, raw_bytes, segment
 
 _SEGMENT_NAME = re.compile(r'stage-(\d+)\.replica-(\d+)\.segment')
-
-
-class _Payload:
-  """A leased payload as NumPy sees it; the lease ends with this object.
-
-  Every view and every JAX array that aliases the memory holds it, so the lease
-  lasts exactly as long as anything, a running program included, can read it.
-  """
-
-  def __init__(
-    self,
-    layout: segment.SegmentLayout,
-    header: entry.EntryHeader,
-    lease_fd: int,
-  ):
-    ring, _ = layout.ring.__array_interface__['data']
-    self._map = layout.map
-    self.__array_interface__ = {
-      'data': (ring + header.offset, True),
-      'shape': (header.nbytes,),
-      'typestr': '|u1',
-      'version': 3,
-    }
-    weakref.finalize(self, os.close, lease_fd).atexit = False
 
 
 class SegmentReader:
@@ -165,7 +141,8 @@ class SegmentReader:
     ):
       os.close(lease_fd)
       return None
-    data = np.asarray(_Payload(self._layout, header, lease_fd))
+    payload = self._layout.ring[header.offset : header.offset + header.nbytes]
+    data = raw_bytes.lend(payload, functools.partial(os.close, lease_fd))
     return entry.from_bytes(data, header)
 
   def _cell(self, header: entry.EntryHeader) -> int:

@@ -45,7 +45,7 @@ class Inventory:
     self.lag_iterations = lag_iterations
     self._policy = policy
     self._operators = [frozenset(o) for o in operators]
-    self._shares: list[dict[tuple[int, int, int], coverage.Share]] = [
+    self._shares: list[dict[coverage.ShareName, coverage.Share]] = [
       {} for _ in operators
     ]
     self._excluded: set[tuple[int, int]] = set()
@@ -53,12 +53,12 @@ class Inventory:
 
   def stored(self, stage: int, share: coverage.Share) -> None:
     """Takes in a snapshot that counts from now on."""
-    self._shares[stage][_name(share)] = share
+    self._shares[stage][share.name] = share
     self._excluded.discard((stage, share.iteration))
 
   def rescan(self, stage: int, shares: Iterable[coverage.Share]) -> None:
     """Replaces what is known of a stage by what its store holds."""
-    self._shares[stage] = {_name(share): share for share in shares}
+    self._shares[stage] = {share.name: share for share in shares}
 
   def lose(self, stage: int, iteration: int) -> None:
     """Excludes a snapshot that is damaged: it no longer counts."""
@@ -186,7 +186,3 @@ class Inventory:
       )
       for stage, begun in enumerate(newest)
     ]
-
-
-def _name(share: coverage.Share) -> tuple[int, int, int]:
-  return share.iteration, share.replicas, share.replica

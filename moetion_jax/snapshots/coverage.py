@@ -67,13 +67,11 @@ class SnapshotRecord:
 
   Attributes:
     iteration: the iteration after which the state was captured.
-    replicas: number of shares that make the snapshot.
     state: operators whose training state it holds.
     compute: operators whose compute weights it holds.
   """
 
   iteration: int
-  replicas: int = 1
   state: frozenset[keys.OperatorId]
   compute: frozenset[keys.OperatorId]
 
@@ -138,7 +136,6 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
   return tuple(
     SnapshotRecord(
       iteration=iteration,
-      replicas=len(team),
       state=frozenset().union(*(named[name].state for name in team)),
       compute=frozenset().union(*(named[name].compute for name in team)),
     )

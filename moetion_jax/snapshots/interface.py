@@ -146,8 +146,20 @@ class Store(Protocol):
         old = {b.identity: b.checksum for b in stored.manifest.buffers.values()}
         if old.keys() == {b.identity for b in buffers}:
           try:
-            _compare_buffers(iteration, old, buffers)
-            _compare_metadata(iteration, stored.metadata, metadata)
+            for b in buffers:
+              _compare(
+                f'snapshot {iteration}, buffer {b.name}',
+                f'{old[b.identity]:016x}',
+                f'{b.checksum():016x}',
+                'checksum ',
+              )
+            for key in sorted(stored.metadata.keys() | metadata.keys()):
+              # As text: the file holds JSON, in which a NaN equals itself.
+              _compare(
+                f'snapshot {iteration}, metadata {key}',
+                json.dumps(stored.metadata.get(key), sort_keys=True),
+                json.dumps(metadata.get(key), sort_keys=True),
+              )
           except errors.EntryMismatchError:
             if replace:  # it is not trusted
               return False
@@ -160,32 +172,8 @@ class Store(Protocol):
       return False
 
 
-def _compare_buffers(
-  iteration: int,
-  old: dict[tuple[Any, ...], int],
-  new: Sequence[manifest_lib.Buffer],
-) -> None:
-  """Raises EntryMismatchError, naming the first buffer that differs."""
-  for buffer in new:
-    was, now = old[buffer.identity], buffer.checksum()
-    if was != now:
-      raise errors.EntryMismatchError(
-        f'snapshot {iteration}, buffer {buffer.name}: captured again with '
-        f'other contents: was checksum {was:016x}, now {now:016x}'
-      )
-
-
-def _compare_metadata(
-  iteration: int, old: dict[str, Any], new: dict[str, Any]
-) -> None:
-  """Raises EntryMismatchError, naming the first key that differs."""
-  for key in sorted(old.keys() | new.keys()):
-    # As text: the file holds JSON, in which a NaN equals itself.
-    was, now = (
-      json.dumps(value.get(key), sort_keys=True) for value in (old, new)
+def _compare(what: str, was: str, now: str, kind: str = '') -> None:
+  if was != now:
+    raise errors.EntryMismatchError(
+      f'{what}: captured again with other contents: was {kind}{was}, now {now}'
     )
-    if was != now:
-      raise errors.EntryMismatchError(
-        f'snapshot {iteration}, metadata {key}: captured again with other '
-        f'contents: was {was}, now {now}'
-      )
