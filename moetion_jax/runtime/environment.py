@@ -38,8 +38,8 @@ _XLA_FLAGS, _FILES = 'xla_flags', 'files'
 # The one thing that may differ between the workers of a run.
 CORES = 'cores'
 
-# Flags of XLA that cannot change a program: what it writes down, and where it
-# looks for its tools. The number of devices is recorded as such.
+# Flags of XLA that cannot change a program, such as what it writes down. The
+# number of devices is recorded as such.
 _HARMLESS_FLAGS = (
   'xla_dump_',
   'xla_gpu_dump_',
@@ -48,7 +48,6 @@ _HARMLESS_FLAGS = (
   'xla_detailed_logging',
   'xla_hlo_profile',
   'xla_force_host_platform_device_count',
-  'xla_gpu_cuda_data_dir',
   'xla_gpu_experimental_autotune_cache_mode',
   'xla_tpu_sdc_checker_',
 )
@@ -158,6 +157,14 @@ _WRITTEN_FILES = (
 _NAMES_FILE = re.compile(r'file|path|_from$', re.IGNORECASE)
 # These may name a folder, all files of which are read.
 _READ_FOLDERS = ('xla_gpu_pgle_profile_file_or_directory_path',)
+# These name a folder of tools, of which those are read that make code.
+_TOOLS = {
+  'xla_gpu_cuda_data_dir': (
+    'nvvm/libdevice/libdevice.10.bc',
+    'bin/ptxas',
+    'bin/nvlink',
+  ),
+}
 # Recorded since there are `files`.
 _ONCE_HARMLESS = ('xla_gpu_per_fusion_autotune_cache_dir',)
 
@@ -235,9 +242,10 @@ def contents(
   found = {}
   for name, value in sorted(named.items()):
     # A flag that was given twice has both values.
+    tools = [f'{value}/{tool}' for tool in _TOOLS.get(name, ())]
     digests = [
       digest(path, name in _READ_FOLDERS)
-      for path in dict.fromkeys([value, *value.split()])
+      for path in dict.fromkeys([value, *value.split(), *tools])
       if '/' in path or _NAMES_FILE.search(name)
     ]
     text = ' '.join(filter(None, digests))
@@ -312,10 +320,12 @@ def completed(known: Record, here: Record) -> Record:
   filled = {**here, **known}
   for section in set(_OPEN) & filled.keys():
     filled[section] = {**here.get(section, {}), **known.get(section, {})}
-  if _FILES not in known and _XLA_FLAGS in known:
-    flags = here.get(_XLA_FLAGS, {})
-    later = {name: flags[name] for name in _ONCE_HARMLESS if name in flags}
-    filled[_XLA_FLAGS] = {**known[_XLA_FLAGS], **later}
+  # There were `files` before the folders of tools counted.
+  later = (*_TOOLS, *(_ONCE_HARMLESS if _FILES not in known else ()))
+  for section in {_XLA_FLAGS, _FILES} & known.keys():
+    found = here.get(section, {})
+    added = {name: found[name] for name in later if name in found}
+    filled[section] = {**added, **known[section]}
   return filled
 
 

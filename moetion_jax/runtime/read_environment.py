@@ -13,6 +13,7 @@ import itertools
 import os
 import pathlib
 import platform
+import pwd
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -222,7 +223,8 @@ def read() -> environment.Record:
   device = jax.local_devices()[0]
   flags = environment.parse_flags(os.environ.get('XLA_FLAGS', ''))
   libtpu = environment.parse_flags(os.environ.get('LIBTPU_INIT_ARGS', ''))
-  variables = environment.variables(os.environ)
+  settings = {} if device.platform == 'cpu' else nccl_settings(_nccl_files())
+  variables = environment.variables({**settings, **os.environ})
   return {
     'versions': dict(_VERSIONS),
     'device': _device(device),
@@ -232,6 +234,30 @@ def read() -> environment.Record:
     'variables': variables,
     'files': environment.contents(variables | libtpu | flags, digest_of),
   }
+
+
+def _nccl_files() -> list[str]:
+  """Lists the files that NCCL reads, of which the first one to set holds."""
+  files = [os.environ.get('NCCL_CONF_FILE', ''), '/etc/nccl.conf']
+  with contextlib.suppress(KeyError):  # a user without an entry
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    files[0] = files[0] or os.path.join(home, '.nccl.conf')
+  return files
+
+
+def nccl_settings(files: Iterable[str]) -> dict[str, str]:
+  """Returns the variables that NCCL sets itself where they are not set.
+
+  Args:
+    files: paths of files with lines NAME=VALUE; of two lines the first holds.
+  """
+  found: dict[str, str] = {}
+  for file in files:
+    for line in _content(file).splitlines():
+      name, is_set, value = line.partition('=')
+      if is_set and not line.startswith('#'):
+        found.setdefault(name, value)
+  return found
 
 
 def digest_of(path: str, reads_folder: bool = False) -> str | None:

@@ -39,7 +39,9 @@ def test_what_is_in_no_list_is_recorded():
 def test_flags_that_jax_leaves_out_of_its_cache_key_do_not_count():
   flags = cache_key.xla_flags_to_exclude_from_cache_key
   assert len(flags) > 20
-  assert environment.parse_flags(' '.join(flags)) == {}
+  # But for the tools that make code, whose content JAX does not look at either.
+  counted = environment.parse_flags(' '.join(flags))
+  assert counted == {'xla_gpu_cuda_data_dir': 'true'}
 
 
 _READ = """
@@ -129,6 +131,19 @@ def test_digests_of_files_and_folders(tmp_path):
 )  # fmt: skip
 def test_processors(cpuinfo, found):
   assert read_environment.processor(cpuinfo) == found
+
+
+def test_what_nccl_reads_itself(tmp_path):
+  """In its order: the first line that sets a variable holds."""
+  user, system = tmp_path / 'user', tmp_path / 'system'
+  user.write_text('NCCL_ALGO=Tree\n#NCCL_PROTO=LL\nNCCL_ALGO=x\nnonsense\n')
+  system.write_text('NCCL_ALGO=Ring\nNCCL_DEBUG=INFO\nNCCL_PROTO=Simple')
+  files = [str(user), str(system), str(tmp_path / 'missing'), '']
+  found = read_environment.nccl_settings(files)
+  assert environment.variables(found) == {
+    'NCCL_ALGO': 'Tree',
+    'NCCL_PROTO': 'Simple',
+  }
 
 
 def test_installed_packages_by_the_beginnings_of_their_names(tmp_path):
