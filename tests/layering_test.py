@@ -53,6 +53,10 @@ def test_flags_and_environment_stay_in_launch(tree):
   _assert_kept(layering.check_flags(tree))
 
 
+def test_policies_are_asked_not_told_apart(tree):
+  _assert_kept(layering.check_policies(tree))
+
+
 def test_tests_mirror_the_packages(tree):
   tests = layering.read_tree(helpers.ROOT, 'tests')
   _assert_kept(layering.check_tests(tree, tests))
@@ -178,6 +182,24 @@ def test_a_module_of_launch_that_is_no_command():
 def test_a_library_module_that_reads_what_it_should_be_told(word):
   broken = {**_SMALL, 'moetion_jax.keys': f'from {word}\n'}
   _says(layering.check_flags(broken), 'moetion_jax.keys', 'hand them in')
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    'isinstance(x, whole.DensePlanner)',
+    'isinstance(x, int | Inventory)',
+    "x.policy == 'dense'",
+    "x.policy not in ('sparse', 'dense')",
+    "match x:\n  case 'dense':\n    pass",
+  ],
+)
+def test_a_module_that_tells_policies_apart(line):
+  kinds = "class DensePlanner: pass\nclass Dense:\n  name = 'dense'\n"
+  broken = {**_SMALL, 'moetion_jax.policies.kinds.whole': kinds}
+  assert not list(layering.check_policies(broken))
+  broken['moetion_jax.keys'] = f"y = 'dense'\nz = x == y\n{line}\n"
+  _says(layering.check_policies(broken), 'moetion_jax.keys:', 'ask the policy')
 
 
 def test_a_test_in_no_package():

@@ -115,7 +115,8 @@ def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
       found.append((f'{policy}, overhead, %', summary.summarize(overheads), ''))
       continue
     name = f'MTBF {mtbf}, {policy}'
-    goal = _GOAL if policy == 'sparse' else ''
+    is_ours = registry.POLICIES[policy].is_local
+    goal = _GOAL if is_ours else ''
     found.append((f'{name}, ETTR', summary.summarize(ratios), goal))
     together = _together(outcomes, policy, mtbf)
     failures = sum(len(run.of_kind('failure')) for run in runs)
@@ -136,7 +137,7 @@ def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
         goal,
       ),
     ]
-    if policy != 'sparse' and ('sparse', mtbf) in outcomes:
+    if not is_ours and ('sparse', mtbf) in outcomes:
       ours = _together(outcomes, 'sparse', mtbf)
       found.append(
         (

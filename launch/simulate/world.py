@@ -244,6 +244,11 @@ class Method(Protocol):
     ...
 
   @property
+  def label(self) -> str:
+    """The policy and what it chose."""
+    ...
+
+  @property
   def pace(self) -> Pace:
     """The pace with which a run begins."""
     ...

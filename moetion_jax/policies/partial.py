@@ -9,6 +9,7 @@ for `popularity`, the first preprint of MoEtion (arXiv 2412.15411v1).
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from moetion_jax import errors, keys
@@ -187,6 +188,14 @@ def raised_experts(
     plt_budget: the PLT that is allowed.
   """
   return min(experts, count * 2 if plt > plt_budget else count)
+
+
+def possible_counts(count: int, experts: int) -> list[int]:
+  """Returns the numbers of experts that restores may raise `count` to."""
+  counts = [count]
+  while counts[-1] < experts:
+    counts.append(raised_experts(counts[-1], experts, math.inf))
+  return counts
 
 
 def capacity_factors(

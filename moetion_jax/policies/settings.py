@@ -27,6 +27,16 @@ _COPY_SHARE = {'cpu': 0.02}
 _OTHER_COPY_SHARE = 0.5
 
 
+def lag_iterations(window_iterations: int, keep_windows: int) -> int:
+  """Returns the iterations by which the recovery line lags behind.
+
+  Args:
+    window_iterations: iterations of one window, or of one interval.
+    keep_windows: windows of snapshots to keep.
+  """
+  return window_iterations * (keep_windows - 1)
+
+
 class Policy:
   """What a run captures, and who goes back to what after a failure.
 
@@ -216,10 +226,6 @@ class CaptureSettings:
     """Returns the share of an iteration that a copy may take, on a platform."""
     default = _COPY_SHARE.get(platform, _OTHER_COPY_SHARE)
     return self.overlap_target or default
-
-  def lag_iterations(self, window_iterations: int) -> int:
-    """Returns by how much the recovery line lags, with windows of a length."""
-    return window_iterations * (self.keep_windows - 1)
 
   @property
   def _windows(self) -> int:

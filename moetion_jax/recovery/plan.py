@@ -45,7 +45,6 @@ class StageInventory:
     sources: by start iteration, the names of places that have the stage's
       snapshots, best first. Without any, the source is the initial state for
       iteration 0 and the stage's own store for others.
-    durable_starts: the starts of a conversion from the durable tier.
     unrecorded_until: the last iteration whose snapshot does not say the scalars
       that others publish now: it is of other software. 0 for none.
   """
@@ -59,7 +58,6 @@ class StageInventory:
   sources: Mapping[int, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
   )
-  durable_starts: tuple[coverage.Start, ...] = ()
   unrecorded_until: int = 0
 
 
@@ -75,8 +73,6 @@ class RecoveryPlan:
     start: the iteration from whose snapshots all members start.
     complete_at: by member, the last snapshot of its conversion.
     sources: by member, the name of the place to read the snapshots from.
-    is_job_wide: whether everybody goes back together to a job-wide durable
-      iteration: then logs and snapshots of later ones no longer count.
     reasons: by member, why it is one.
   """
 
@@ -84,7 +80,6 @@ class RecoveryPlan:
   start: int
   complete_at: Mapping[int, int]
   sources: Mapping[int, str]
-  is_job_wide: bool = False
   reasons: Mapping[int, str]
 
   @property
@@ -153,9 +148,6 @@ def plan(
   A start is possible if it is valid for each member of its set. Of the possible
   ones, the one with the smallest set is taken; of those, the newest.
 
-  If there is none, or if everybody would go back anyway and the durable tier is
-  newer, everybody goes back to the newest durable iteration of the whole job.
-
   A failure during a recovery needs a new plan: call this again, with both
   failures and new inventories.
 
@@ -178,9 +170,6 @@ def plan(
   case = _Case(
     inventories=by_stage,
     starts=[_usable(i.stage, i.starts, excluded) for i in by_stage],
-    durable_starts=[
-      _usable(i.stage, i.durable_starts, excluded) for i in by_stage
-    ],
   )
   initial = case.initial_members(failed)
   if not initial:
@@ -196,13 +185,9 @@ def plan(
         best = start, members
       if len(members) == len(initial):
         break  # no other start has a smaller set
-  durable = max(_common(case.durable_starts), default=None)
-  if best is None or len(best[1]) == len(by_stage):
-    if durable is not None and (best is None or durable > best[0]):
-      return case.job_wide_plan(durable, initial)
   if best is None:
     raise UnrecoverableError(case.explain(candidates, initial))
-  return case.local_plan(*best)
+  return case.make_plan(*best)
 
 
 # Start iteration -> complete_at.
@@ -231,7 +216,6 @@ class _Case:
 
   inventories: Sequence[StageInventory]
   starts: Sequence[_Starts]
-  durable_starts: Sequence[_Starts]
 
   def initial_members(self, failed: Collection[int]) -> dict[int, str]:
     """Returns who recovers whatever the start is, with the reasons."""
@@ -279,7 +263,7 @@ class _Case:
       f'does not publish again from iteration {start}'
     )
 
-  def local_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
+  def make_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
     """Makes the plan to start from snapshots of the members or their peers."""
     default = (INITIAL if start == 0 else OWN,)
     return RecoveryPlan(
@@ -293,21 +277,6 @@ class _Case:
       reasons={m: members[m] for m in sorted(members)},
     )
 
-  def job_wide_plan(
-    self, start: int, initial: Mapping[int, str]
-  ) -> RecoveryPlan:
-    """Makes the plan in which everybody starts from the durable tier."""
-    stages = range(len(self.inventories))
-    together = f'everybody goes back to durable iteration {start}'
-    return RecoveryPlan(
-      stages=tuple(stages),
-      start=start,
-      complete_at={s: self.durable_starts[s][start] for s in stages},
-      sources={s: DURABLE for s in stages},
-      is_job_wide=True,
-      reasons={s: initial.get(s, together) for s in stages},
-    )
-
   def explain(
     self, candidates: Collection[int], initial: Mapping[int, str]
   ) -> str:
@@ -319,8 +288,7 @@ class _Case:
       blamed = [m for m in sorted(members) if start not in self.starts[m]]
       where = f'to recover with the others from iteration {start}'
     stages = '; '.join(
-      f'stage {m} ({members[m]}) has {where}: '
-      f'{_listing(self.starts[m])}, durable: {_listing(self.durable_starts[m])}'
+      f'stage {m} ({members[m]}) has {where}: {_listing(self.starts[m])}'
       for m in blamed
     )
     return (

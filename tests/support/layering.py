@@ -71,6 +71,8 @@ _ENVIRONMENT = frozenset(
   }
 )
 
+_KINDS = 'moetion_jax.policies.kinds'
+
 Tree = Mapping[str, str]  # source by dotted name of the module
 
 
@@ -307,6 +309,51 @@ def check_flags(tree: Tree) -> Iterator[str]:
           f'{module} uses {word.rpartition(" ")[2]}: the library is told by '
           'its settings; read flags and environment in launch and hand them in'
         )
+
+
+def check_policies(tree: Tree) -> Iterator[str]:
+  """No one outside their package tells policies apart by class or by name."""
+  classes, names = {'Policy', 'Planner', 'Inventory'}, set()
+  for module, source in tree.items():
+    if package_of(module) != _KINDS:
+      continue
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.ClassDef):
+        classes.add(node.name)
+      if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+        if [ast.unparse(target) for target in node.targets] == ['name']:
+          names.add(node.value.value)
+  for module, source in sorted(tree.items()):
+    if package_of(module) == _KINDS:
+      continue
+    for node in ast.walk(ast.parse(source)):
+      if any(word in classes | names for word in _told_apart_by(node)):
+        yield (
+          f'{module}:{getattr(node, "lineno", "")} tells policies apart '
+          f'({ast.unparse(node)}): ask the policy, with an attribute or a '
+          'method of `Policy` that each has'
+        )
+
+
+def _told_apart_by(node: ast.AST) -> Iterator[object]:
+  """Classes that a node checks for, and constants that it compares with."""
+  match node:
+    case ast.Call(
+      func=ast.Name(id='isinstance' | 'issubclass'), args=[_, kind]
+    ):
+      for part in ast.walk(kind):
+        if isinstance(part, ast.Name | ast.Attribute):
+          yield ast.unparse(part).rpartition('.')[2]
+    case ast.Compare():
+      for side in (node.left, *node.comparators):
+        is_several = isinstance(side, ast.Tuple | ast.List | ast.Set)
+        for part in (
+          side.elts if is_several and side is not node.left else [side]
+        ):
+          if isinstance(part, ast.Constant):
+            yield part.value
+    case ast.MatchValue(value=ast.Constant(value=value)):
+      yield value
 
 
 def check_tests(tree: Tree, tests: Tree) -> Iterator[str]:

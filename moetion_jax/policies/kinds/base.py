@@ -134,7 +134,9 @@ class IntervalPlanner(MeasuringPlanner):
   @property
   def lag_iterations(self) -> int:
     """See `planner.Planner`."""
-    return self._settings.lag_iterations(self.interval)
+    return capture_settings.lag_iterations(
+      self.interval, self._settings.keep_windows
+    )
 
   @property
   @abc.abstractmethod

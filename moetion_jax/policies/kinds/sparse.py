@@ -66,7 +66,9 @@ class SparsePlanner(base.MeasuringPlanner):
     Shorter windows count for as long as some are kept: the line is at the begin
     of a window, and would be one window further behind otherwise.
     """
-    return self._settings.lag_iterations(self._lag_window)
+    return capture_settings.lag_iterations(
+      self._lag_window, self._settings.keep_windows
+    )
 
   @property
   def _window_iterations(self) -> int:

@@ -204,7 +204,7 @@ def test_methods_follow_the_systems_own_rules(deepseek):
   sparse = policies.make(
     deepseek, policies.PolicySettings(window_mode='aligned')
   )
-  assert isinstance(sparse, methods.Sparse)
+  assert isinstance(sparse, methods.Windowed)
   operators = deepseek.operators('static')
   chosen = window.choose_window(
     operators,
