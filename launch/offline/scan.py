@@ -16,7 +16,6 @@ from launch.lm import settings as run_settings
 from launch.offline import stored_run
 from moetion_jax import codec, errors, keys
 from moetion_jax.hostmem import (
-  entry,
   run_store,
   segment,
   segment_reader,
@@ -348,17 +347,11 @@ def _verify_log(
     return
   path = one.segment_path(replica)
   with segment_reader.SegmentReader.open(path) as reader:
-    for key, header in entries.items():
-      array = reader.view(header)
-      if array is None:  # a living run let go of it
-        continue
-      try:
-        entry.verify(header, array)
-      except errors.StoreError as error:
-        yield stored_run.Damage(
-          stage=one.stage,
-          kind='entry',
-          iteration=key.iteration,
-          message=f'{path}: {error}',
-          key=key,
-        )
+    for error in reader.damaged_entries(entries.values()):
+      yield stored_run.Damage(
+        stage=one.stage,
+        kind='entry',
+        iteration=error.key.iteration,
+        message=f'{path}: {error}',
+        key=error.key,
+      )

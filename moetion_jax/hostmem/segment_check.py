@@ -7,13 +7,7 @@ import fcntl
 import os
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import (
-  entry,
-  locks,
-  raw_bytes,
-  segment,
-  segment_reader,
-)
+from moetion_jax.hostmem import locks, raw_bytes, segment, segment_reader
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -63,16 +57,11 @@ def check(
     StoreError: the file is no segment, or a damaged one.
   """
   with segment_reader.SegmentReader.open(path) as reader:
-    headers, damaged = reader.entries(), []
-    for header in headers:
-      if (array := reader.view(header)) is None:
-        continue
-      try:
-        entry.verify(header, array)
-      except entry.EntryCorruptError:
-        damaged.append(
-          Damage(header.key.iteration, stage, replica, str(header.key))
-        )
+    headers = reader.entries()
+    damaged = [
+      Damage(error.key.iteration, stage, replica, str(error.key))
+      for error in reader.damaged_entries(headers)
+    ]
     cells = reader.damaged_cells()
     for cell in cells:
       if (iteration := reader.oldest_iteration(cell)) is not None:

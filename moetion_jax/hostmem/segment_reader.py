@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import threading
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -90,6 +91,18 @@ class SegmentReader:
     """Lists every entry that is there, oldest first, by reading the cells."""
     self._rescan()
     return list(self._entries.values())
+
+  def damaged_entries(
+    self, headers: Iterable[entry.EntryHeader]
+  ) -> Iterator[entry.EntryCorruptError]:
+    """Yields an error for each damaged entry that was not retired meanwhile."""
+    for header in headers:
+      array = self.view(header)
+      try:
+        if array is not None:
+          entry.verify(header, array)
+      except entry.EntryCorruptError as error:
+        yield error
 
   def damaged_cells(self) -> list[int]:
     """Lists the cells whose commit word does not match their fields."""

@@ -13,18 +13,13 @@ import bisect
 import collections
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moetion_jax import errors, keys
 from moetion_jax.policies import decision, popularity as popularity_lib
+from moetion_jax.state import division
 
 Bytes = Mapping[keys.OperatorId, int]
-# Device of the 'expert' axis that holds an operator; None if all hold it.
-DeviceOf = Callable[[keys.OperatorId], int | None]
-
-
-def on_no_device(operator: keys.OperatorId) -> None:
-  """The `DeviceOf` of a worker with one device."""
 
 
 def order_operators(
@@ -61,7 +56,7 @@ def make_slots(
   order: Sequence[keys.OperatorId],
   bytes_of: Bytes,
   window_length: int,
-  device_of: DeviceOf = on_no_device,
+  device_of: division.DeviceOf = division.on_no_device,
   *,
   keep_order: bool = True,
 ) -> decision.Slots:
@@ -110,7 +105,9 @@ def make_slots(
 
 
 def busiest_device_bytes(
-  slots: decision.Slots, bytes_of: Bytes, device_of: DeviceOf = on_no_device
+  slots: decision.Slots,
+  bytes_of: Bytes,
+  device_of: division.DeviceOf = division.on_no_device,
 ) -> tuple[int, ...]:
   """Returns the bytes that the busiest device of a slot has to copy, by slot.
 
@@ -148,7 +145,7 @@ def snapshot_bytes(
 
 
 def _devices(
-  operators: Iterable[keys.OperatorId], device_of: DeviceOf
+  operators: Iterable[keys.OperatorId], device_of: division.DeviceOf
 ) -> list[int]:
   """Returns the devices of the 'expert' axis that hold operators alone."""
   return sorted({d for o in operators if (d := device_of(o)) is not None})
@@ -158,7 +155,7 @@ def _cut(
   order: Sequence[keys.OperatorId],
   bytes_of: Bytes,
   window_length: int,
-  device_of: DeviceOf,
+  device_of: division.DeviceOf,
 ) -> decision.Slots:
   """Returns the contiguous cut whose largest slot is smallest."""
   count = len(order)
@@ -195,7 +192,7 @@ def _greedy(
   order: Sequence[keys.OperatorId],
   bytes_of: Bytes,
   window_length: int,
-  device_of: DeviceOf,
+  device_of: division.DeviceOf,
 ) -> decision.Slots:
   """Longest processing time first (Graham 1969), ignoring the order."""
   devices = _devices(order, device_of)

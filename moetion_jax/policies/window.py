@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from moetion_jax import errors, keys
 from moetion_jax.policies import decision, slots as slots_lib
+from moetion_jax.state import division
 
 _GROWTH = 1.25  # least factor by which a window grows if copies run late
 
@@ -32,7 +33,7 @@ class StageOperators:
   order: tuple[keys.OperatorId, ...]
   state_bytes: slots_lib.Bytes
   compute_bytes: slots_lib.Bytes
-  device_of: slots_lib.DeviceOf = slots_lib.on_no_device
+  device_of: division.DeviceOf = division.on_no_device
   keep_order: bool = True
   shares: tuple[frozenset[keys.OperatorId], ...] = ()
 

@@ -12,6 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 
 from moetion_jax import keys
 
+# Returns which of a worker's devices, along the axis 'expert', holds an
+# operator; None if all do.
+DeviceOf = Callable[[keys.OperatorId], int | None]
+
 
 def on_no_device(operator: keys.OperatorId) -> int | None:
   """Returns None: the only device of a worker holds all its operators."""
@@ -22,7 +26,7 @@ def on_no_device(operator: keys.OperatorId) -> int | None:
 def divide(
   sizes: Mapping[keys.OperatorId, int],
   replicas: int,
-  device_of: Callable[[keys.OperatorId], int | None] = on_no_device,
+  device_of: DeviceOf = on_no_device,
 ) -> tuple[frozenset[keys.OperatorId], ...]:
   """Divides a stage's operators among its replicas, for good.
 
@@ -35,8 +39,7 @@ def divide(
   Args:
     sizes: bytes of each operator.
     replicas: number of replicas of the stage.
-    device_of: returns which of a worker's devices holds an operator; None if
-      all do.
+    device_of: places of the operators on a worker's devices.
 
   Returns:
     The operators of each replica. Every operator is in exactly one set.
