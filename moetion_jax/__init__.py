@@ -30,7 +30,7 @@ _NAMES = {
   'recovery.plan': ('plan', 'StageInventory', 'RecoveryPlan'),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
-__all__ = sorted(_HOMES)
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from moetion_jax.state import model
-from moetion_jax.training import job
+from moetion_jax import Group, Job, Outputs, StageModel
 from tests.support.markov_train import DIM, LENGTH
 
 TOKENS, EXPERTS, HIDDEN = 16, 4, 12
@@ -46,7 +45,7 @@ class Chain:
     return Batch(text[:, :-1] % TOKENS, text[:, 1:] % TOKENS)
 
 
-class MarkovJob(job.Job):
+class MarkovJob(Job):
   """One layer of experts a stage; each token goes to one of them."""
 
   def stage_model(self, index):
@@ -84,16 +83,16 @@ class MarkovJob(job.Job):
         'dropped': jnp.zeros(1, jnp.int32),
       }
       if not is_last:
-        return model.Outputs(x, jnp.float32(0), counts)
+        return Outputs(x, jnp.float32(0), counts)
       loss = optax.softmax_cross_entropy_with_integer_labels(
         x @ weights['head'], inputs.labels
       ).mean()
-      return model.Outputs(None, loss, {**counts, 'loss': loss})
+      return Outputs(None, loss, {**counts, 'loss': loss})
 
-    return model.StageModel(
+    return StageModel(
       shapes={n: jax.ShapeDtypeStruct(s, 'float32') for n, s in shapes.items()},
       compute_dtypes=dict.fromkeys(shapes, 'float32'),
-      partition=lambda name: model.Group(
+      partition=lambda name: Group(
         name.rpartition('/')[0] or name, stacked='/experts/' in name
       ),
       initialize=initialize,

@@ -7,18 +7,22 @@ replicas, then faults as `launch.train --fail` takes them.
 import dataclasses
 import sys
 
-from moetion_jax import config, job_spec
-from moetion_jax.policies import settings as capture_settings
-from moetion_jax.policies.kinds import sparse
+from moetion_jax import (
+  POLICIES,
+  AgentSettings,
+  CaptureSettings,
+  JobSpec,
+  TrainConfig,
+  View,
+  run,
+)
 from moetion_jax.runtime import faults
-from moetion_jax.runtime.agent import run, settings
-from moetion_jax.runtime.records import recorder
 
 LENGTH, DIM = 8, 8
 
 
 def main(workdir, hostmem_dir, replicas, *script):
-  train = config.TrainConfig(
+  train = TrainConfig(
     iterations=40,
     stages=2,
     replicas=int(replicas),
@@ -27,21 +31,21 @@ def main(workdir, hostmem_dir, replicas, *script):
     eval_every=10,
   )
   tokens = train.global_microbatches * train.microbatch_size * LENGTH
-  job = job_spec.JobSpec(
+  job = JobSpec(
     factory='tests.support.markov_job:MarkovJob',
     config={'name': 'markov', 'train': dataclasses.asdict(train)},
     hidden_bytes=train.microbatch_size * LENGTH * DIM * 4,
     tokens_per_iteration=tokens,
     expert_capacity=tokens,
   )
-  where = settings.AgentSettings(
+  where = AgentSettings(
     workdir=workdir,
     hostmem_dir=hostmem_dir,
-    captures=capture_settings.CaptureSettings(policy=sparse.Sparse()),
+    captures=CaptureSettings(policy=POLICIES['sparse']),
     compilation_cache_dir='~/.cache/moetion_jax_tests',
     faults=faults.parse_all(script, train.stages, train.replicas),
   )
-  return run.run(job, where, recorder.View())
+  return run(job, where, View())
 
 
 if __name__ == '__main__':
