@@ -59,19 +59,15 @@ class ReadClient(Protocol):
     Raises:
       StoreError: the address is not loopback and there is no secret.
     """
-    ...
 
   def forget(self, key: keys.EntryKey) -> None:
     """Stops asking for an entry."""
-    ...
 
   def keep(self, addresses: set[str]) -> None:
     """Disconnects from every address but these."""
-    ...
 
   def wait(self, fd: int, timeout_seconds: float) -> None:
     """Waits until something came, or a descriptor is readable."""
-    ...
 
   def collect(self) -> list[Arrival]:
     """Returns what came since the last call."""
@@ -79,7 +75,6 @@ class ReadClient(Protocol):
 
   def close(self) -> None:
     """Drops all connections and reads. May be called twice."""
-    ...
 
 
 # Makes the client of a worker, with the seconds without an answer until a read
@@ -105,12 +100,9 @@ class ReadServer(Protocol):
       StoreError: the address is taken, or is not loopback and there is no
         secret; or the doorbell cannot be bound.
     """
-    ...
 
   def close(self) -> None:
     """Stops serving; readers go on asking. May be called twice."""
-    ...
 
   def fence(self, worker: keys.WorkerId) -> None:
     """Refuses a worker's older generations, also what they asked before."""
-    ...
