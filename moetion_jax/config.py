@@ -13,7 +13,15 @@ from typing import Any
 
 from moetion_jax import errors
 
-OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
+# By name, the factor on a rate that suits adamw: steps of optimizers differ in
+# size by nature. `state/optimizers.py` makes them.
+OPTIMIZERS = {
+  'adamw': 1.0,
+  'lion': 0.1,
+  'sgd': 30.0,
+  'adafactor': 3.0,
+  'muon': 1.0,
+}
 
 
 def _require(config: object, name: str, ok: bool, reason: str) -> None:

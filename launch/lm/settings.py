@@ -26,14 +26,6 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
   'small': {'learning_rate': 3e-3},
   'paper': {'learning_rate': 4.2e-4, 'warmup_iterations': 2000},
 }
-# Factors on a preset's rate: optimizers' steps differ in size by nature.
-_RATE_FACTOR = {
-  'adamw': 1.0,
-  'lion': 0.1,
-  'sgd': 30.0,
-  'adafactor': 3.0,
-  'muon': 1.0,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +149,7 @@ def make(
     **given,
   }
   if 'learning_rate' not in given:
-    factor = _RATE_FACTOR.get(given.get('optimizer', 'adamw'), 1.0)
+    factor = config.OPTIMIZERS.get(given.get('optimizer', 'adamw'), 1.0)
     optimizer['learning_rate'] *= factor
   return RunConfig(
     preset=preset,
