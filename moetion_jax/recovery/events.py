@@ -19,25 +19,29 @@ from moetion_jax.snapshots import coverage
 Name = tuple[int, int]  # a worker's stage and replica
 
 
+class Event:
+  """Something that the coordinator learns."""
+
+
 # ---- what happens ------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tick:
+class Tick(Event):
   """The time is `now`, in seconds of a clock that only goes forward."""
 
   now: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Started:
-  """The run may start its workers; the stores hold logs of generations."""
+class Started(Event):
+  """The workers may start; the stores have logs of this generation at most."""
 
   newest_generation: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Said:
+class Said(Event):
   """A worker said one of the messages below."""
 
   worker: Name
@@ -45,7 +49,7 @@ class Said:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Died:
+class Died(Event):
   """A worker's process ended; all that it said was handled before."""
 
   worker: Name
@@ -54,14 +58,14 @@ class Died:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Looked:
+class Looked(Event):
   """Somebody looked which workers' processes are stopped by a signal."""
 
   stopped: frozenset[Name] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StopAsked:
+class StopAsked(Event):
   """The user asked the run to stop, so many times more."""
 
   times: int = 1
@@ -262,7 +266,7 @@ class Failed:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Accepted:
+class Accepted(Event):
   """Answers `actions.Accept`: the workdir is this run's.
 
   Attributes:
@@ -275,7 +279,7 @@ class Accepted:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scanned:
+class Scanned(Event):
   """Answers `actions.Scan`: what the stores hold.
 
   Attributes:
@@ -292,7 +296,7 @@ class Scanned:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogsChecked:
+class LogsChecked(Event):
   """Answers `actions.CheckLogs`.
 
   Attributes:
@@ -307,7 +311,7 @@ class LogsChecked:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spliced:
+class Spliced(Event):
   """Answers `actions.Splice`: whether one was due, and all of the run."""
 
   is_due: bool
@@ -315,7 +319,7 @@ class Spliced:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Merged:
+class Merged(Event):
   """Answers `actions.Merge`.
 
   Attributes:
@@ -331,31 +335,14 @@ class Merged:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dropped:
+class Dropped(Event):
   """Answers `actions.DropDamaged`: the entries that are gone."""
 
   entries: tuple[segment_check.Damage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Broke:
+class Broke(Event):
   """Answers a question of which the answer could not be found."""
 
   error: errors.MoetionError
-
-
-Event = (
-  Tick
-  | Started
-  | Said
-  | Died
-  | Looked
-  | StopAsked
-  | Accepted
-  | Scanned
-  | LogsChecked
-  | Spliced
-  | Merged
-  | Dropped
-  | Broke
-)
