@@ -156,7 +156,8 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
         _start(starts[s['iteration']]) if s['iteration'] in starts else '-',
       )
     )
-  if all(_shares(s) == '1 of 1' for s in stage['snapshots']):
+  teams = {one['replicas'] for s in stage['snapshots'] for one in s['shares']}
+  if teams <= {1}:
     rows = [(*row[:2], *row[3:]) for row in rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   table = [
@@ -205,7 +206,11 @@ def main(argv: list[str]) -> int:
     found = list(scan.verify(run))
     damaged += found
     run = run.without(
-      {(d.stage, d.iteration) for d in found if d.kind == 'snapshot'},
+      {
+        (d.stage, d.iteration)
+        for d in found
+        if d.kind is stored_run.DamageKind.SNAPSHOT
+      },
       {d.key for d in found if d.key},
     )
   value = describe(run, damaged, in_use=in_use, verified=_VERIFY.value)

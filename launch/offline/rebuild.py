@@ -122,7 +122,7 @@ class Rebuilder:
     """
     for one in run.stages:
       for damage in one.damage:
-        if one.stage == self.index or damage.kind == 'log':
+        if one.stage == self.index or damage.kind is stored_run.DamageKind.LOG:
           say(damage.message)
     excluded: set[int] = set()
     while True:

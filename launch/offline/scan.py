@@ -185,7 +185,7 @@ def _scan_stage(
       damage.append(
         stored_run.Damage(
           stage=stage,
-          kind='log',
+          kind=stored_run.DamageKind.LOG,
           iteration=None,
           message=f'{one.segment_path(replica)}: No such file or directory',
         )
@@ -217,7 +217,7 @@ def _scan_log(
         damage=tuple(
           stored_run.Damage(
             stage=stage,
-            kind='log',
+            kind=stored_run.DamageKind.LOG,
             iteration=None,
             message=f'{path}: what cell {cell} says of its entry is damaged',
           )
@@ -229,7 +229,7 @@ def _scan_log(
   except (OSError, errors.StoreError) as error:
     reason = str(error)
   lost = stored_run.Damage(
-    stage=stage, kind='log', iteration=None, message=reason
+    stage=stage, kind=stored_run.DamageKind.LOG, iteration=None, message=reason
   )
   return dataclasses.replace(nothing, damage=(lost,))
 
@@ -262,7 +262,10 @@ def _scan_snapshots(
 
 def _broken(stage: int, iteration: int, message: str) -> stored_run.Damage:
   return stored_run.Damage(
-    stage=stage, kind='snapshot', iteration=iteration, message=message
+    stage=stage,
+    kind=stored_run.DamageKind.SNAPSHOT,
+    iteration=iteration,
+    message=message,
   )
 
 
@@ -350,7 +353,7 @@ def _verify_log(
     for error in reader.damaged_entries(entries.values()):
       yield stored_run.Damage(
         stage=one.stage,
-        kind='entry',
+        kind=stored_run.DamageKind.ENTRY,
         iteration=error.key.iteration,
         message=f'{path}: {error}',
         key=error.key,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -34,20 +35,28 @@ class UnreachableError(errors.MoetionError):
 # --- What there is -----------------------------------------------------------
 
 
+class DamageKind(enum.StrEnum):
+  """What is damaged."""
+
+  SNAPSHOT = 'snapshot'
+  ENTRY = 'entry'
+  LOG = 'log'
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Damage:
   """Something stored that is not as it was written.
 
   Attributes:
     stage: the stage it belongs to.
-    kind: 'snapshot', 'entry' or 'log'.
+    kind: what is damaged.
     iteration: its iteration; None for a whole log.
     message: text that names file and damage.
     key: the entry's key; None for snapshots and logs.
   """
 
   stage: int
-  kind: str
+  kind: DamageKind
   iteration: int | None
   message: str
   key: keys.EntryKey | None = None

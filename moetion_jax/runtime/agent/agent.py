@@ -247,8 +247,10 @@ class Agent:
     if faults.TABLE[fault.kind].place is faults.Place.AGENT:
       os.kill(os.getpid(), signal.SIGKILL)
 
-  def _write_workers(self, end: str = '') -> None:
-    """Has `workers.json` written, unless it is too new; `end`: as all ended."""
+  def _write_workers(
+    self, end: hang_detection.WorkerState | None = None
+  ) -> None:
+    """Writes `workers.json`, unless it is too new; `end`: how all ended."""
     processes, states = self._crew.workers, hang_detection.WorkerState
     known: list[tuple[child_process.WorkerProcess, tuple[object, ...]]] = [
       (

@@ -8,7 +8,7 @@ import sys
 import time
 
 from moetion_jax import errors
-from moetion_jax.recovery import actions, events, failures
+from moetion_jax.recovery import actions, events, failures, hang_detection
 from moetion_jax.runtime import environment as environment_lib, messages
 from moetion_jax.runtime.agent import beginning, ending, settings
 from moetion_jax.runtime.hosts import (
@@ -55,7 +55,7 @@ class Executor:
     """
     self.has_begun = False
     self.keeps_store = False
-    self.result: tuple[int, str] | None = None
+    self.result: tuple[int, hang_detection.WorkerState] | None = None
     self.kill_at: float | None = None
     self._where = where
     self._folder = folder
@@ -157,12 +157,15 @@ class Executor:
           )
         )
       case actions.Finish():
-        self._let_end('finished', iteration=self._recorder.iteration)
+        self._let_end(
+          hang_detection.WorkerState.FINISHED,
+          iteration=self._recorder.iteration,
+        )
         self.keep(False)
         self._recorder.view.note(f'Finished: {self._folder.checkpoint}')
       case actions.Stop():
         iteration = self._recorder.iteration
-        self._let_end('stopped', iteration=iteration)
+        self._let_end(hang_detection.WorkerState.STOPPED, iteration=iteration)
         note = 'Stopped before training began.'
         if self.has_begun:
           note = f'Stopped after iteration {iteration}.'
@@ -224,7 +227,9 @@ class Executor:
     self.keeps_store = keeps
     self._hosts.keep(keeps)
 
-  def _let_end(self, state: str, **fields: object) -> None:
+  def _let_end(
+    self, state: hang_detection.WorkerState, **fields: object
+  ) -> None:
     """Has all processes end by themselves; they are killed later."""
     self._recorder.event(state, **fields)
     self.result = 0, state
@@ -239,7 +244,7 @@ class Executor:
       error: the reason.
     """
     self._crew.close()  # and passes on what workers still had to print
-    self.result = 1, 'failed'
+    self.result = 1, hang_detection.WorkerState.FAILED
     fields, logs = {'error': str(error)}, list[pathlib.Path]()
     if isinstance(error, failures.WorkerError):
       fields |= {'stage': error.stage, 'iteration': error.iteration}
