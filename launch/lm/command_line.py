@@ -42,8 +42,10 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
   try:
     try:
       app.run(guarded, flags_parser=parse)
-    finally:  # not at the exit of the interpreter, which would complain
-      sys.stdout.flush()
+    except BaseException as ended:
+      is_success = isinstance(ended, SystemExit) and not ended.code
+      _flush(is_needed=is_success or isinstance(ended, BrokenPipeError))
+      raise
   except BrokenPipeError:
     broken = [fd for fd in (1, 2) if streams.is_broken(fd)]
     if not broken:
@@ -51,6 +53,21 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
     for fd in broken:
       streams.silence(fd)
     sys.exit(streams.BROKEN_PIPE_CODE)
+
+
+def _flush(*, is_needed: bool) -> None:
+  """Writes what was printed; at its exit the interpreter would complain.
+
+  Args:
+    is_needed: whether it counts that nobody reads it: not in a command that
+      failed anyway.
+  """
+  try:
+    sys.stdout.flush()
+  except BrokenPipeError:
+    if is_needed:
+      raise
+    streams.silence(1)
 
 
 def _refuse(name: str, reason: str) -> NoReturn:

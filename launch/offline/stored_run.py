@@ -280,7 +280,8 @@ class StoredRun:
       return ''
     return (
       'The run ended while it went over to other software: it begins again '
-      f'with state {self.only_start}, and drops its logs and all later starts.'
+      f'with state {self.newest_common_start or 0}, and drops its logs and all '
+      'later starts.'
     )
 
   @property

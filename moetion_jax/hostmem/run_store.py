@@ -213,7 +213,8 @@ def folders(hostmem_dir: str, run_id: str) -> list[pathlib.Path]:
     if (name := re.fullmatch(r'.*-host(\d+)', path.name))
   )
   found = [first, *(path for _, path in sorted(others))]
-  return [path for path in found if path.is_dir()]
+  # Not `is_dir`, which raises where the directory may not be searched.
+  return [path for path in found if os.path.isdir(path)]
 
 
 @contextlib.contextmanager

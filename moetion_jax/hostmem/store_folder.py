@@ -33,6 +33,12 @@ WORKDIR, FOLDER = 'workdir', 'folder'
 _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
 
 
+def identity_of(folder: str | os.PathLike[str]) -> tuple[int, int]:
+  """Returns the device and inode of a folder; raises OSError without one."""
+  status = os.stat(folder)
+  return status.st_dev, status.st_ino
+
+
 # --- The folder --------------------------------------------------------------
 
 
@@ -116,8 +122,7 @@ class StoreFolder:
     }
     if self.workdir:
       with contextlib.suppress(FileNotFoundError):
-        status = os.stat(self.workdir)
-        owner[FOLDER] = [status.st_dev, status.st_ino]
+        owner[FOLDER] = identity_of(self.workdir)
     with contextlib.suppress(FileNotFoundError):
       self._owner_before = (self.path / _OWNER).read_bytes()
     self._replace_owner(json.dumps(owner).encode() + b'\n')

@@ -200,6 +200,17 @@ def make_report(iteration: int, stage: int = 0, **fields: Any) -> report.Report:
   return report.Report(**{**plain, **fields})
 
 
+def make_change():
+  """An entry of `changes` in config.json, of a splice that is finished."""
+  return {
+    'names': ['jax'],
+    'from': {'jax': '1'},
+    'to': {'jax': '2'},
+    'exact_until': 4,
+    'complete_at': [6, 7],
+  }
+
+
 def make_lie(path, words):
   """Gives a snapshot another number, in a leaf with words, and checksums."""
   with snapshot_file.open_snapshot(path) as old:

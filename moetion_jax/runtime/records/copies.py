@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 from typing import Any
 
 
@@ -74,12 +73,6 @@ class Finding:
     if self.at_path is AtPath.HERE:
       return 'its own folder, put back where it was, or a copy'
     return f'its own folder, moved from {self.recorded}, or a copy'
-
-
-def identity_of(folder: str | os.PathLike[str]) -> tuple[int, int]:
-  """Returns the device and inode of a folder; raises OSError without one."""
-  status = os.stat(folder)
-  return status.st_dev, status.st_ino
 
 
 def identity_from_json(value: Any) -> tuple[int, int] | None:

@@ -133,7 +133,7 @@ class RunIds:
       identity=copies.identity_from_json(record.get(held_run.FOLDER)),
     )
     at_path = self._at_path(mark, run_id)
-    relation = copies.judge(copies.identity_of(self.path), mark, at_path)
+    relation = copies.judge(store_folder.identity_of(self.path), mark, at_path)
     return copies.Finding(relation=relation, recorded=path, at_path=at_path)
 
   def _at_path(self, mark: copies.Mark, run_id: str) -> copies.AtPath:
@@ -141,7 +141,7 @@ class RunIds:
       if os.path.samefile(self.path, mark.path):
         return copies.AtPath.HERE
       config = held_run.read_config(mark.path) or {}
-      is_itself = copies.identity_of(mark.path) == mark.identity
+      is_itself = store_folder.identity_of(mark.path) == mark.identity
     except (OSError, held_run.NotOursError):
       return copies.AtPath.GONE
     if run_id and config.get(held_run.RUN_ID) == run_id:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moetion_jax import config as config_lib, disk, errors
+from moetion_jax.hostmem import store_folder
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   changes as changes_lib,
   checkpoint_folder,
-  copies,
   files as record_files,
   held_run,
   own_files,
@@ -37,8 +37,8 @@ class Workdir:
   """A run's folder, locked while the run lives.
 
   Call `lock`, `check`, `take_id`, then, once the run is known to be able to
-  begin, `accept`; `close` last. Nothing but the run's id is written, and
-  nothing is removed, before `accept`.
+  begin, `accept`; `close` last. Before `accept` nothing is removed, and nothing
+  is written but the run's id, and with it in a copy whose folder it is.
 
   Attributes:
     path: the folder, absolute.
@@ -245,10 +245,10 @@ class Workdir:
       known = held_run.read_config(self.path) or {}
       is_other = known.get(held_run.RUN_ID, run_id) != run_id
       if is_other and not self._fresh:  # it is its original's
-        places = whereabouts_lib.Whereabouts.from_json(known).of_copy()
+        kept = whereabouts_lib.Whereabouts.from_json(known).of_copy()
         for name in whereabouts_lib.FIELDS:
           known.pop(name, None)
-        self._write_config(known | self._marks() | places.to_json())
+        self._write_config(known | self._marks() | kept.to_json())
     except OSError as error:
       raise self._error(error.strerror or str(error)) from error
 
@@ -295,7 +295,7 @@ class Workdir:
     return {
       held_run.RUN_ID: self.run_id,
       held_run.WORKDIR: str(self.path),
-      held_run.FOLDER: list(copies.identity_of(self.path)),
+      held_run.FOLDER: list(store_folder.identity_of(self.path)),
     }
 
   def _remove_earlier(self) -> list[str]:

@@ -13,6 +13,7 @@ from tests.support import helpers
 _COMMAND = """
 import os, sys
 from launch.lm import command_line, streams
+from moetion_jax import errors
 
 def main(argv):
   if argv[1] == 'outlive':
@@ -20,6 +21,10 @@ def main(argv):
   fd = os.open('/dev/null', os.O_RDONLY)
   for i in range(int(argv[2])):
     print('line', i)
+  if argv[1] == 'refuse':
+    raise errors.ConfigError('flag', 1, 'is wrong')
+  if argv[1] == 'crash':
+    raise ValueError('a bug')
   sys.stdout.flush()
   print(f'opened {fd}', file=sys.stderr)
   return 3
@@ -109,6 +114,24 @@ os.execv(sys.executable, [sys.executable, '-c', {_COMMAND!r}, {kind!r}, '3'])
   assert len(out.splitlines()) == (0 if 1 in closed else 3)
   if 2 not in closed:
     assert int(err.removeprefix('opened ')) > 2
+
+
+@pytest.mark.parametrize(
+  ('how', 'code', 'says'),
+  [('refuse', 2, '--flag=1: is wrong'), ('crash', 1, 'ValueError: a bug')],
+)
+def test_what_failed_counts_not_that_nobody_reads_it(how, code, says):
+  reader, writer = os.pipe()
+  os.close(reader)
+  # Written when it ends: a setting that undoes that would let `print` fail.
+  buffered = {k: v for k, v in os.environ.items() if k != 'PYTHONUNBUFFERED'}
+  process = _start(
+    how, '1', stdout=writer, stderr=subprocess.PIPE, env=buffered
+  )
+  os.close(writer)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == code and says in err
+  assert 'BrokenPipe' not in err
 
 
 def test_print_config_into_a_pipe_that_is_closed():

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from moetion_jax.hostmem import store_folder
 from moetion_jax.runtime.records import copies
 
 _HERE = (7, 100)
@@ -86,8 +87,8 @@ def test_identity_from_json(value, identity):
 
 def test_a_moved_folder_keeps_its_identity(tmp_path):
   (tmp_path / 'a').mkdir()
-  before = copies.identity_of(tmp_path / 'a')
+  before = store_folder.identity_of(tmp_path / 'a')
   os.rename(tmp_path / 'a', tmp_path / 'b')
   (tmp_path / 'a').mkdir()
-  assert copies.identity_of(tmp_path / 'b') == before
-  assert copies.identity_of(tmp_path / 'a') != before
+  assert store_folder.identity_of(tmp_path / 'b') == before
+  assert store_folder.identity_of(tmp_path / 'a') != before

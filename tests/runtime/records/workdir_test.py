@@ -18,18 +18,10 @@ from moetion_jax.runtime.records import (
   whereabouts,
   workdir,
 )
-from tests.support import power
+from tests.support import helpers, power
 
 _ENVIRONMENT = {'versions': {'jax': '1'}}
 _FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'environment': _ENVIRONMENT}
-
-_ENTRY = {
-  'names': ['jax'],
-  'from': {'jax': '0'},
-  'to': {'jax': '1'},
-  'exact_until': 1,
-  'complete_at': [1],
-}
 
 
 def _config(**train):
@@ -186,7 +178,7 @@ def test_a_config_of_others(tmp_path, fresh, content, words):
   'field',
   [
     {'changes': [{}]},
-    {'changes': [_ENTRY | {'complete_at': [1, 1]}]},
+    {'changes': [helpers.make_change()]},
     {'environment': {'versions': []}},
     {'left': []},
   ],
