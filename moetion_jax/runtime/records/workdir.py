@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,18 +144,26 @@ class Workdir:
     A new one has an id from the first moment on: an empty one is no sign of a
     run.
     """
+    is_new = False
+    if not os.path.lexists(lock):
+      with tempfile.NamedTemporaryFile(
+        dir=self.path, prefix=record_files.TEMPORARY_PREFIX
+      ) as new:
+        new.write(f'{held_run.new_id()}\n'.encode())
+        new.flush()
+        os.chmod(new.name, 0o644)
+        try:
+          os.link(new.name, lock)
+          is_new = True
+        except FileExistsError:
+          pass  # another start was quicker
+        except OSError:  # a file system without hard links
+          with contextlib.suppress(FileExistsError), open(lock, 'xb') as file:
+            file.write(pathlib.Path(new.name).read_bytes())
+            is_new = True
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-      self.lock_fd = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-      self.lock_fd = os.open(lock, flags)
-      return False
-    try:
-      self._write_lock(held_run.new_id())
-    except OSError:
-      lock.unlink()
-      raise
-    return True
+    self.lock_fd = os.open(lock, flags)
+    return is_new
 
   def close(self) -> None:
     """Gives the lock back; removes what `lock` created for no run."""

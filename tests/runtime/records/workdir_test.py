@@ -1,5 +1,6 @@
 """The folder of a run: what it may hold, what --fresh removes, its id."""
 
+import errno
 import json
 import os
 import pathlib
@@ -265,6 +266,30 @@ def test_an_empty_lock_file_is_no_sign_of_a_run(tmp_path, run):
   folder.close()
   (run / '.lock').write_bytes(b'')
   _opened(run).close()
+
+
+def test_a_start_that_dies_while_it_makes_the_lock(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+
+    def die(*unused):
+      raise SystemExit
+
+    patch.setattr(os, 'link', die)
+    with pytest.raises(SystemExit):
+      _opened(tmp_path)
+  assert not (tmp_path / '.lock').exists()
+  _opened(tmp_path).close()
+
+
+def test_the_lock_where_there_are_no_hard_links(tmp_path, monkeypatch):
+  def refuse(*unused):
+    raise PermissionError(errno.EPERM, 'no hard links')
+
+  monkeypatch.setattr(os, 'link', refuse)
+  folder = _opened(tmp_path)
+  assert folder.locked_id and os.listdir(tmp_path) == ['.lock']
+  folder.close()
+  assert os.listdir(tmp_path) == []
 
 
 def test_what_was_locked_for_no_run_leaves_nothing(tmp_path):
