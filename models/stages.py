@@ -222,25 +222,6 @@ def build_stage(
   )
 
 
-def num_parameters(
-  config: model_config.ModelConfig, *, active: bool = False
-) -> int:
-  """Counts the whole model's parameters.
-
-  Args:
-    config: the model's shape.
-    active: whether only those that one token meets are counted.
-  """
-  (spec,) = cut(config, 1)
-  total = 0
-  for name, leaf in build_stage(config, spec, seed=0).shapes.items():
-    size = leaf.size
-    if active and partition(name).stacked:
-      size = size // config.num_experts * config.experts_per_token
-    total += size
-  return total
-
-
 def _leaf_names(
   state: nnx.State, declared: dict[str, transformer.Parameter]
 ) -> Sequence[str]:

@@ -27,23 +27,15 @@ class MemoryStore:
 class MemoryLog(interface.Log):
   """One worker's log in a `MemoryStore`."""
 
-  def __init__(
-    self,
-    worker: keys.WorkerId,
-    store: MemoryStore,
-    compare: bool = True,
-  ):
+  def __init__(self, worker: keys.WorkerId, store: MemoryStore):
     """Stores the arguments.
 
     Args:
       worker: the worker that publishes and reads.
       store: the store, shared with the other workers' logs.
-      compare: whether publishing again compares the contents, on the host;
-        otherwise the first contents stay.
     """
     self._worker = worker
     self._store = store
-    self._compare = compare
     self._waiting_for: keys.EntryKey | None = None
     self._error: errors.MoetionError | None = None
 
@@ -73,7 +65,7 @@ class MemoryLog(interface.Log):
     with self._store.changed:
       known = self._store.entries.setdefault(key, array)
       self._store.changed.notify_all()
-    if known is not array and self._compare:
+    if known is not array:
       old, new = np.asarray(known), np.asarray(array)
       if (old.dtype, old.shape) != (new.dtype, new.shape) or not np.array_equal(
         raw_bytes.as_bytes(old), raw_bytes.as_bytes(new)

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 
 from launch.chaos import draw
 from launch.lm import one_process, settings as run_settings
-from models import config as model_config
+from models import config as model_config, stages
 from moetion_jax import config as config_lib, keys, report
 from moetion_jax.programs import mesh, stage as stage_lib
 from moetion_jax.runtime import spec as spec_lib
@@ -224,3 +224,22 @@ def make_lie(path, words):
     manifest.Buffer(n, a.dtype, a.shape, [a]) for n, a in arrays.items()
   ]
   snapshot_file.write(path, buffers, metadata)
+
+
+def num_parameters(
+  config: model_config.ModelConfig, *, active: bool = False
+) -> int:
+  """Counts the whole model's parameters.
+
+  Args:
+    config: the model's shape.
+    active: whether only those that one token meets are counted.
+  """
+  (spec,) = stages.cut(config, 1)
+  total = 0
+  for name, leaf in stages.build_stage(config, spec, seed=0).shapes.items():
+    size = leaf.size
+    if active and stages.partition(name).stacked:
+      size = size // config.num_experts * config.experts_per_token
+    total += size
+  return total
