@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
-from moetion_jax import codec, config as config_lib
+from moetion_jax import codec, config as config_lib, errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class JobSpec:
     expert_capacity: tokens that an expert takes in an iteration at most.
     data: what the job reads: a file, a folder or a pattern; '' for no file.
     init_from: checkpoint that it starts from; '' for none.
+    init_digest: digest of the state in that, as the run began with it; '' for
+      any.
   """
 
   factory: str
@@ -37,8 +40,42 @@ class JobSpec:
   expert_capacity: int
   data: str = ''
   init_from: str = ''
+  init_digest: str = ''
 
   @functools.cached_property
   def train(self) -> config_lib.TrainConfig:
     """How the job is trained and spread."""
     return codec.decode(config_lib.TrainConfig, self.config['train'])
+
+
+def check_data(
+  data: str, known: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+  """Checks that a worker reads the same as the others, and as before.
+
+  Args:
+    data: the setting that names what is read.
+    known: the fingerprint of what the run reads; {} for any.
+    here: the fingerprint of what the worker reads.
+
+  Raises:
+    errors.ConfigError: it is another one.
+  """
+  if known and (changed := config_lib.differences(known, here)):
+    raise changed_input('data', data, ', '.join(changed))
+
+
+def changed_input(flag: str, value: str, what: str) -> errors.ConfigError:
+  """Makes the error of something that a run reads and that has changed.
+
+  Args:
+    flag: the flag that names it.
+    value: the value of the flag.
+    what: what of it is different.
+  """
+  return errors.ConfigError(
+    flag,
+    value,
+    f'has changed since the run began ({what}): other bits would follow. Put '
+    'back what it was and give the same command, or pass --fresh to start over',
+  )

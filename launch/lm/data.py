@@ -186,8 +186,17 @@ class Dataset:
     """Returns what tells this corpus from another one, ready for JSON.
 
     Reads up to 1 GiB; `hashed_bytes` below the corpus's size says that only
-    evenly spaced samples were read.
+    evenly spaced samples were read. A mapped file is read each time, since it
+    may have changed.
     """
+    is_mapped = isinstance(self.tokens, np.memmap)
+    return self._hashed() if is_mapped else self._hashed_once
+
+  @functools.cached_property
+  def _hashed_once(self) -> dict[str, str | int]:
+    return self._hashed()
+
+  def _hashed(self) -> dict[str, str | int]:
     digest = hashlib.blake2b(str(self.tokens.size).encode(), digest_size=16)
     hashed_bytes = 0
     for chunk in _chunks(self.tokens, _HASHED_WHOLE_BYTES):

@@ -59,7 +59,8 @@ class TransformerJob(job.Job):
     if not path:
       return stage.initial_state
     weights_only = self._settings.init_weights_only
-    tree = checkpoint_file.load(path, 'init_from')
+    digest = self.spec.init_digest
+    tree = checkpoint_file.load(path, 'init_from', digest)
     checkpoint.check_all_stages(tree, path, 'init_from')
     checkpoint.check(stage, tree, path, weights_only=weights_only)
     return functools.partial(

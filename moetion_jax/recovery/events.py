@@ -86,7 +86,7 @@ class Ready:
     state_bytes: bytes of the stage's training state.
     operators: sizes of the stage's operators.
     environment: what it computes with.
-    data_fingerprint: fingerprint of the data, from the first worker.
+    data_fingerprint: fingerprint of the data that it reads.
   """
 
   device: str
@@ -95,7 +95,7 @@ class Ready:
   state_bytes: int
   operators: planner.StageSizes
   environment: dict[str, dict[str, Any]]
-  data_fingerprint: Any = None
+  data_fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from moetion_jax import job_spec
 from moetion_jax.runtime import (
@@ -42,6 +43,8 @@ class Spec:
     grows_capacity: whether an `orders.Go` may have a `capacity`.
     environment: the record that the worker's own must equal, see
       `environment.check_replacement`; {} for any.
+    data_fingerprint: the fingerprint that the worker's data must have; {} for
+      any.
     faults: the scripted faults that the worker performs.
     status_fd: the descriptor to which the worker writes.
     control_fd: the descriptor from which the worker reads.
@@ -67,6 +70,7 @@ class Spec:
   is_replacement: bool = False
   grows_capacity: bool = False
   environment: environment_lib.Record = dataclasses.field(default_factory=dict)
+  data_fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
   faults: tuple[faults_lib.Fault, ...] = ()
   status_fd: int
   control_fd: int

@@ -190,11 +190,8 @@ class Executor:
     }
     environment_lib.check_same_everywhere(records)
     environment = environment_lib.joined(list(records.values()))
-    self._recorder.accept(
-      {s: message for (s, r), message in action.ready.items() if not r},
-      environment,
-    )
-    self._crew.expect(environment)
+    self._recorder.accept(action.ready, environment)
+    self._crew.expect(environment, action.ready[0, 0].data_fingerprint)
     return events.Accepted(
       last_recorded=self._recorder.last_recorded,
       splices=self._recorder.splices,

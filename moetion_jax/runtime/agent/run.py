@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -16,6 +17,7 @@ from moetion_jax.runtime.agent import (
 )
 from moetion_jax.runtime.records import (
   changes,
+  checkpoint_folder,
   held_run,
   own_files,
   places,
@@ -57,7 +59,13 @@ def run(
   )
   folder.lock()
   try:
-    folder.check(job.config)
+    job = dataclasses.replace(
+      job, init_digest=checkpoint_folder.digest_of(job.init_from)
+    )
+    found = {}
+    if os.path.isdir(job.init_from):  # else a worker says what is missing
+      found = {workdir.INIT_DIGEST: job.init_digest}
+    folder.check(job.config | found)
     if folder.changes.may_splice:
       where = where.with_room_for_splice()
     return _run(job, where, folder, view)

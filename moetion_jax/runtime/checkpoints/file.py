@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 from orbax import checkpoint as ocp
 
-from moetion_jax import disk, errors
+from moetion_jax import disk, errors, job_spec
 from moetion_jax.runtime.checkpoints import (
   damage as damage_lib,
   proof as proof_lib,
@@ -88,8 +88,8 @@ def save(
       on_written(aside)
       checkpoint_folder.bring_to_disk(aside)
       try:
-        _, is_proven = _read(aside)
-        if is_proven:
+        _, found = _read(aside)
+        if found:
           return
         damage = 'it carries no digests'
       except _UnusableError as error:
@@ -170,7 +170,7 @@ def _checkpointer() -> ocp.StandardCheckpointer:
   )
 
 
-def load(path: str, flag: str) -> dict[str, Any]:
+def load(path: str, flag: str, digest: str = '') -> dict[str, Any]:
   """Reads a checkpoint written by `save`, and compares it with its digests.
 
   One of an earlier version carries none: then a line says so.
@@ -178,15 +178,20 @@ def load(path: str, flag: str) -> dict[str, Any]:
   Args:
     path: the checkpoint's folder.
     flag: the flag that named it, for errors.
+    digest: the digest that its state must have; '' for any.
 
   Raises:
-    errors.ConfigError: it is missing, damaged or not one of ours.
+    errors.ConfigError: it is missing, damaged, another one or not one of ours.
   """
   try:
-    tree, is_proven = _read(path)
+    tree, proof = _read(path)
   except _UnusableError as error:
     raise error.of_flag(flag, path) from error
-  if not is_proven:
+  found = proof.state if proof else ''
+  if digest not in ('', found):
+    what = f'its state had digest {digest}, and has {found or "none"}'
+    raise job_spec.changed_input(flag, path, what)
+  if not proof:
     print(
       f'{path}: is of an earlier version and carries no digests: whether it is '
       'what was saved cannot be told.',
@@ -209,8 +214,8 @@ class _UnusableError(Exception):
     return errors.ConfigError(flag, path, f'{self}; {self._advice}')
 
 
-def _read(path: str) -> tuple[dict[str, Any], bool]:
-  """Reads a checkpoint; returns it, and whether it could be compared.
+def _read(path: str) -> tuple[dict[str, Any], proof_lib.Proof | None]:
+  """Reads a checkpoint and its proof, with which it was compared.
 
   Raises:
     _UnusableError: it is missing, damaged or not one of ours.
@@ -234,7 +239,7 @@ def _read(path: str) -> tuple[dict[str, Any], bool]:
     reason += damage_lib.first_line(error)
   if reason:
     raise _UnusableError(reason)
-  return tree, proof is not None
+  return tree, proof
 
 
 def load_config(path: str, flag: str) -> dict[str, Any]:

@@ -89,13 +89,20 @@ class Crew:
     self._hosts.start(self._lock_fds[:1])
     self._hosts.register(self._selector, self._on_news)
 
-  def expect(self, environment: environment_lib.Record) -> None:
-    """Has workers that start from now on compare what they compute with.
+  def expect(
+    self,
+    environment: environment_lib.Record,
+    data_fingerprint: dict[str, Any],
+  ) -> None:
+    """Has workers that start from now on compare what they work with.
 
     Args:
       environment: the record that all workers have in common.
+      data_fingerprint: the fingerprint of the data that all read.
     """
-    self._spec = dataclasses.replace(self._spec, environment=environment)
+    self._spec = dataclasses.replace(
+      self._spec, environment=environment, data_fingerprint=data_fingerprint
+    )
 
   @property
   def standbys(self) -> Sequence[child_process.WorkerProcess]:

@@ -55,6 +55,12 @@ def stated(path: str | os.PathLike[str]) -> tuple[int, str] | None:
     return None
 
 
+def digest_of(path: str | os.PathLike[str]) -> str:
+  """Reads the digest of a checkpoint's state; '' if it does not say one."""
+  found = stated(path) if path else None
+  return found[1] if found else ''
+
+
 def doubt(workdir: str | os.PathLike[str], iterations: int) -> str:
   """Says why the checkpoint in a workdir is not the end of the run there.
 

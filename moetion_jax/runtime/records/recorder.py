@@ -88,27 +88,32 @@ class Recorder:
 
   def accept(
     self,
-    ready: Mapping[int, events.Ready],
+    ready: Mapping[events.Name, events.Ready],
     environment: environment_lib.Record,
   ) -> None:
     """Begins the run's files, when every stage can train.
 
     Args:
-      ready: the message of every stage.
+      ready: the message of every worker.
       environment: what all workers compute with.
 
     Raises:
-      errors.ConfigError: the workdir holds another run.
+      errors.ConfigError: the workdir holds another run, or two workers read
+        different data.
       errors.StoreError: its metrics are damaged.
     """
-    first, train = ready[0], self._job.train
+    first, train = ready[0, 0], self._job.train
+    inputs = {workdir.DATA_FINGERPRINT: first.data_fingerprint}
+    if self._job.init_from:
+      inputs[workdir.INIT_DIGEST] = self._job.init_digest
+    for other in ready.values():
+      job_spec.check_data(
+        self._job.data, first.data_fingerprint, other.data_fingerprint
+      )
     self._operators = [
-      len(ready[s].operators.state_bytes) for s in range(train.stages)
+      len(ready[s, 0].operators.state_bytes) for s in range(train.stages)
     ]
-    kept = self._folder.accept(
-      self._job.config | {'data_fingerprint': first.data_fingerprint},
-      environment,
-    )
+    kept = self._folder.accept(self._job.config | inputs, environment)
     self.accepted = True
     if kept:
       self.view.note(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moetion_jax import config as config_lib, disk, errors
+from moetion_jax import config as config_lib, disk, errors, job_spec
 from moetion_jax.hostmem import store_folder
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
@@ -24,10 +24,17 @@ from moetion_jax.runtime.records import (
 )
 
 _DYING_SECONDS = 2.0
+_SHOWN = 5  # settings in a message
 _LOCK_BYTES = 64  # more than an id takes
+DATA_FINGERPRINT = 'data_fingerprint'
+# Of the checkpoint that the run began with; versions before have none.
+INIT_DIGEST = 'init_digest'
+# What a run reads, by the flags that name it.
+_INPUTS = {DATA_FINGERPRINT: 'data', INIT_DIGEST: 'init_from'}
 # Fields of config.json known only once a worker has a backend and the data.
 FOUND_OUT = (
-  'data_fingerprint',
+  DATA_FINGERPRINT,
+  INIT_DIGEST,
   changes_lib.ENVIRONMENT,
   changes_lib.CHANGES,
   changes_lib.SOFTWARE,
@@ -200,12 +207,19 @@ class Workdir:
     for name in FOUND_OUT:
       if name not in config:
         known.pop(name, None)
+    if INIT_DIGEST not in known:
+      config = {k: v for k, v in config.items() if k != INIT_DIGEST}
     for name in held_run.MARKS:
       known.pop(name, None)
-    if changed := config_lib.differences(known, config):
+    changed = config_lib.differences(known, config)
+    for name, flag in _INPUTS.items():
+      if changed and changed[0].partition('.')[0] == name:
+        what = ', '.join(changed[:_SHOWN])
+        raise job_spec.changed_input(flag, config.get(flag, ''), what)
+    if changed:
       raise self._error(
-        f'holds a run with other settings ({", ".join(changed[:5])}); pass '
-        '--fresh to remove it, or another --workdir'
+        f'holds a run with other settings ({", ".join(changed[:_SHOWN])}); '
+        'pass --fresh to remove it, or another --workdir'
       )
 
   def _known(self) -> dict[str, Any] | None:
@@ -294,9 +308,10 @@ class Workdir:
     (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)
     known = whereabouts_lib.Whereabouts.from_json(self.changes.known)
     now = known.moved_to(self.whereabouts, self.changes.accepted_before)
-    self.changes.write(
-      config, self._marks() | now.to_json(), whereabouts_lib.FIELDS
-    )
+    marks = self._marks() | now.to_json()
+    if INIT_DIGEST in config:  # versions before did not record it
+      marks[INIT_DIGEST] = config[INIT_DIGEST]
+    self.changes.write(config, marks, whereabouts_lib.FIELDS)
     return kept
 
   def _marks(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from moetion_jax import codec, errors
+from moetion_jax import codec, errors, job_spec
 from moetion_jax.hostmem import entry
 from moetion_jax.recovery import events
 from moetion_jax.runtime import (
@@ -174,6 +174,8 @@ def _work(
   environment.check_replacement(spec.environment, found)
   job = job_lib.make(spec.job)
   data = prepared.data if prepared else job.data()
+  fingerprint = data.fingerprint()
+  job_spec.check_data(spec.job.data, spec.data_fingerprint, fingerprint)
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
   if len(spec.team) < train.replicas:
@@ -199,9 +201,7 @@ def _work(
         ),
         operators=run.sizes(),
         environment=found,
-        data_fingerprint=None
-        if spec.stage or spec.replica
-        else data.fingerprint(),
+        data_fingerprint=fingerprint,
       )
     )
   run.compile(loaded or lowered)

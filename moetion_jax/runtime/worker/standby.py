@@ -88,6 +88,7 @@ def prepare(
   )
   job = job_lib.make(spec)
   data = job.data()
+  data.fingerprint()  # kept where the text is, so that it is quick later
   stages = {i: lower(job, i, platform) for i in range(train.stages)}
   if platform == 'cpu':
     xla_setup.touch_memory(_TOUCHED_BYTES)

@@ -251,7 +251,7 @@ def test_lines_are_on_disk_before_what_needs_them(tmp_path, action, message):
     saver = child_process.WorkerProcess(0)
     told, saver._control_fd = os.pipe()
     with recorder.Recorder(job, folder, recorder.View()) as record:
-      record.accept({0: ready}, {})
+      record.accept({(0, 0): ready}, {})
       digests = {operator: np.zeros(2, np.uint32)}
       record.add(helpers.make_report(1, loss=1.0, digests=digests), [[0]])
       one = _executor(tmp_path, folder, record, {(0, 0): saver})

@@ -13,7 +13,7 @@ from orbax import checkpoint as ocp
 from launch.lm import checkpoint, settings, transformer_job
 from moetion_jax import codec, disk, errors, report
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
-from moetion_jax.runtime.records import own_files
+from moetion_jax.runtime.records import checkpoint_folder, own_files
 from tests.support import helpers, power
 
 pytestmark = pytest.mark.timeout(120)
@@ -54,6 +54,13 @@ def of_stage_1(tmp_path_factory):
   path = str(tmp_path_factory.mktemp('stage') / 'stage-1')
   checkpoint_file.save(path, [state], 7, codec.encode(config), digests)
   return path
+
+
+def test_another_state_than_the_run_began_with(saved):
+  digest = checkpoint_folder.digest_of(saved[0])
+  checkpoint_file.load(saved[0], 'init_from', digest)
+  with pytest.raises(errors.ConfigError, match='has changed since the run'):
+    checkpoint_file.load(saved[0], 'init_from', 'other')
 
 
 def _files(folder):

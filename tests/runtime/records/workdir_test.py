@@ -369,6 +369,28 @@ def test_a_checkpoint_of_before_digests_proves_nothing(run):
   folder.close()
 
 
+@pytest.mark.parametrize(
+  'changed, flag',
+  [
+    ({'data_fingerprint': {'name': 'y'}}, '--data='),
+    ({'init_digest': 'y'}, '--init_from='),
+  ],
+)
+def test_what_the_run_reads_has_changed(tmp_path, hostmem, changed, flag):
+  known = _config() | {'init_digest': 'x'}
+  _begin(tmp_path, hostmem, config=known)
+  reason = _refused(tmp_path, fresh=False, config=known | changed)
+  assert reason.startswith(flag) and 'has changed since the run' in reason
+  _begin(tmp_path, hostmem, config=known)
+
+
+def test_a_run_of_before_gets_the_digest_of_what_it_began_with(run, hostmem):
+  assert 'init_digest' not in _held(run)
+  _begin(run, hostmem, config=_config() | {'init_digest': 'x'})
+  assert _held(run)['init_digest'] == 'x'
+  assert scan.read_run(run)[1]['init_digest'] == 'x'
+
+
 # --- What a fresh run removes ------------------------------------------------
 
 
