@@ -49,6 +49,7 @@ class OngoingRecovery:
       it has it.
     resumed_at: time at which it had it, `time.monotonic`.
     goes_back: whether the plan starts before the line.
+    recorded: the newest iteration that was written down when it failed.
   """
 
   plan: recovery_plan.RecoveryPlan
@@ -59,11 +60,20 @@ class OngoingRecovery:
   fetch_seconds: float | None = None
   resumed_at: float = 0.0
   goes_back: bool = False
+  recorded: int = 0
 
   @property
   def replayed_iterations(self) -> int:
     """Number of iterations that the stage does again."""
     return recovery_plan.replayed_iterations(self.plan, self.target)
+
+  @property
+  def compared_iterations(self) -> int:
+    """Number of those that came out as they are written down.
+
+    Reports are one iteration late; a worker that reports another digest ends.
+    """
+    return max(min(self.recorded, self.target - 1) - self.plan.start, 0)
 
   def measured(self, now: float) -> dict[str, Any]:
     """Returns what an event says of the way back, once it is done.
@@ -75,6 +85,7 @@ class OngoingRecovery:
     return {
       'first_iteration': self.plan.first_iteration,
       'replayed_iterations': self.replayed_iterations,
+      'compared_iterations': self.compared_iterations,
       'seconds': {
         'detect': self.detect_seconds,
         'start': self.resumed_at - self.failed_at - self.fetch_seconds,
@@ -90,12 +101,15 @@ class OngoingRecovery:
       now: as of `measured`.
       is_exact: whether the policy brings the same bits back.
     """
+    if not is_exact:
+      how = 'from experts of different age'
+    elif self.compared_iterations:
+      how = f'{self.compared_iterations} compared, with the same digests'
+    else:
+      how = 'none of which had been written down, to be compared with'
     return (
       f'in {now - self.failed_at:.1f} s: {self.replayed_iterations} '
-      'iteration(s) done again, '
-      + (
-        'with the same digests' if is_exact else 'from experts of different age'
-      )
+      f'iteration(s) done again, {how}'
     )
 
 

@@ -80,6 +80,10 @@ class Inventory:
     """Returns the iteration of a stage's newest snapshot; 0 without any."""
     return max((name[0] for name in self._shares[stage]), default=0)
 
+  def oldest(self, stage: int) -> int:
+    """Returns the iteration of a stage's oldest snapshot; 0 without any."""
+    return min((name[0] for name in self._shares[stage]), default=0)
+
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
     """Returns the valid starts of a stage, the initial state included."""
     starts = self._policy.starts(

@@ -147,3 +147,26 @@ def test_nothing_goes_before_the_new_run_can_begin(
   config = json.loads((workdir / 'config.json').read_text())
   # The new run has an id of its own.
   assert on_disk.name != f'moetion-{config["run_id"]}'
+
+
+@pytest.mark.thorough
+def test_lost_lines_throw_no_snapshots_away(host, workdir, tmp_path):
+  """They are put back; a checkpoint of another run is no end of this one."""
+  flags = ('--stages=1', '--window_length=2', '--eval_every=0')
+  other = tmp_path / 'other'
+  runs.end(host.train(other, *flags, '--iterations=2'))
+  run = host.train(workdir, *flags)
+  runs.until(run, 'iteration 12/')
+  run.send_signal(signal.SIGINT)
+  runs.end(run)
+  shutil.copytree(other / 'checkpoint', workdir / 'checkpoint')
+  _refused(
+    host, workdir, *flags, words=['checkpoint is not the end of the run']
+  )
+  shutil.rmtree(workdir / 'checkpoint')
+  (workdir / 'metrics.jsonl').rename(tmp_path / 'lines')
+  _, err = runs.end(host.train(workdir, *flags), 2)
+  assert 'lines are missing' in err and '--fresh' in err, err
+  (tmp_path / 'lines').replace(workdir / 'metrics.jsonl')
+  out, _ = runs.end(host.train(workdir, *flags))
+  assert 'Going on with iteration' in out and len(runs.metrics(workdir)) == 40

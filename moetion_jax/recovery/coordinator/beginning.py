@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from moetion_jax import errors
 from moetion_jax.recovery import (
   actions,
   events,
   failures as failures_lib,
   inventory,
+  plan as recovery_plan,
   splice as splice_lib,
   suspicion,
 )
@@ -17,6 +19,10 @@ from moetion_jax.recovery.coordinator import (
   going_back,
   state as state_lib,
 )
+
+# Iterations of which a snapshot may be stored before their lines are written:
+# reports are one late, and on their way.
+_LATE_REPORTS = 2
 
 
 def started(state: state_lib.Beginning, event: events.Started) -> None:
@@ -122,6 +128,29 @@ def _check_stored(
   return min(last_recorded, finding.trusted)
 
 
+def _check_lines(run: state_lib.Run, last_recorded: int) -> None:
+  """Checks that snapshots are not of no use for want of lines alone.
+
+  Those before the recovery line are let go only when all up to it is written
+  down: if none as old as the last line is left, later lines were lost.
+
+  Raises:
+    errors.ConfigError: lines were lost; nothing has been removed yet.
+  """
+  inventories = run.inventory.stage_inventories([0] * len(run.stages))
+  usable = recovery_plan.plan(inventories, run.stages).start
+  oldest = max(map(run.inventory.oldest, run.stages))
+  if usable and oldest > last_recorded + _LATE_REPORTS:
+    raise errors.ConfigError(
+      'workdir',
+      run.settings.workdir,
+      f'metrics.jsonl in it ends with iteration {last_recorded}, but the run '
+      f'has snapshots of iterations {oldest} and later in '
+      f'{run.settings.snapshots}: lines are missing. Put the whole file back, '
+      'then the same command goes on; --fresh starts over',
+    )
+
+
 def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   """Lets everybody train: from what an earlier run left, if it left any."""
   found = yield from run.scan()
@@ -138,6 +167,8 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
     )
   newest = max(found.newest.values())
   plan = going_back.first_plan(run, last_recorded, newest)
+  if not plan.start:
+    _check_lines(run, last_recorded)
   spliced: events.Spliced = yield actions.Splice(
     splice=splice_lib.Splice(
       exact_until=plan.start,

@@ -327,6 +327,7 @@ def _follow(
       failed_at=before.failed_at if before else failed[0],
       detect_seconds=failed[1],
       goes_back=is_before or bool(before and before.goes_back),
+      recorded=run.recorded,
     )
     run.recoveries[stage] = one
     run.record(

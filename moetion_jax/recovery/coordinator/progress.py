@@ -83,8 +83,7 @@ def caught_up(
       if is_on_disk
       else one.plan.sources.get(stage, recovery_plan.OWN),
       **one.measured(run.now),
-      # A worker that finds another digest ends; it never catches up.
-      digest_verified=policy.is_exact,
+      digest_verified=policy.is_exact and one.compared_iterations > 0,
       **({'lost_tokens': loss.lost_tokens, 'plt': loss.plt} if loss else {}),
     )
     if not run.recoveries:

@@ -68,8 +68,8 @@ class MetricsFile:
             self._known[line['iteration']] = line
           except (ValueError, KeyError, TypeError):
             raise errors.StoreError(
-              f'{self._path}:{number} is damaged; move the file away or pass '
-              '--fresh'
+              f'{self._path}:{number} is damaged: put back the file as it '
+              'was, or pass --fresh to start over'
             ) from None
           whole += len(raw)
     self._file = open(self._path, 'ab')

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moetion_jax import errors
 from moetion_jax.hostmem import segment_check
 from moetion_jax.recovery import (
   actions,
@@ -73,6 +74,21 @@ def test_a_run_goes_on_with_what_is_left(
   assert run.line == start
   assert [a.keeps for a in run.of(actions.Keep)][0] == bool(start)
   assert len(run.of_kind('resumed')) == bool(start)
+
+
+def test_snapshots_are_not_thrown_away_because_lines_are_missing():
+  run = recoveries.Run()
+  for stage in (0, 1):
+    run.shares[stage] = {
+      (i, 0): recoveries.share(stage, i) for i in range(8, 20)
+    }
+  run.begin(last_recorded=0, newest=19)
+  error = run.error()
+  assert isinstance(error, errors.ConfigError)
+  assert 'ends with iteration 0' in error.reason
+  assert 'snapshots of iterations 8' in error.reason
+  assert not run.of(actions.ForgetSnapshots) and not run.of(actions.DropLogs)
+  assert not run.of(actions.Keep)
 
 
 @pytest.mark.parametrize('max_failures', [0, 2])
@@ -202,10 +218,22 @@ def test_one_stage_recovers():
     'source': 'own',
     'first_iteration': 9,
     'replayed_iterations': 3,
+    'compared_iterations': 2,
     'seconds': {'detect': 0.25, 'start': 3.0, 'fetch': 0.0, 'replay': 0.0},
     'digest_verified': True,
   }
   assert 'stage 1 recovered in 3.0 s' in run.of(actions.Note)[-1].text
+
+
+def test_a_recovery_before_anything_is_written_down_proves_nothing():
+  run = recoveries.Run()
+  run.begin()
+  run.works_on(1, 1)
+  run.dies(1)
+  run.comes_back(1)
+  (event,) = run.of_kind('recovered')
+  assert event['compared_iterations'] == 0 and not event['digest_verified']
+  assert 'same digests' not in run.of(actions.Note)[-1].text
 
 
 def test_one_that_did_not_recover_has_not():
