@@ -339,6 +339,15 @@ def test_a_splice_that_is_not_finished(left, pending):
     stored_run.choose(run.candidates(0), last + 1)
 
 
+def test_a_splice_whose_start_is_gone(left, pending, copy):
+  """The next start begins with state 0 then."""
+  start = pending['exact_until']
+  for path in copy.hostmem_dir.glob(f'moetion-*/*.snapshots/{start}'):
+    shutil.rmtree(path)
+  result = show(left.workdir, copy.hostmem_dir)
+  assert 'it begins again with state 0, and drops' in result.stdout
+
+
 # --- convert -----------------------------------------------------------------
 
 
