@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import dataclasses
 import statistics
 from collections.abc import Sequence
 
@@ -42,8 +43,11 @@ def is_late(blocked_seconds: float, seconds: float) -> bool:
   return blocked_seconds > _LATE_SHARE * seconds
 
 
+@dataclasses.dataclass(eq=False)
 class MeasuringPlanner(planner.Planner):
   """A planner that remembers the last reports.
+
+  Arguments are those of `settings.Policy.make_planner`.
 
   Attributes:
     WARM_UP_ITERATIONS: iterations before anything is chosen.
@@ -53,21 +57,14 @@ class MeasuringPlanner(planner.Planner):
   WARM_UP_ITERATIONS = 12
   MEASURED_ITERATIONS = 9
 
-  def __init__(
-    self,
-    settings: capture_settings.CaptureSettings,
-    stages: Sequence[planner.StageSizes],
-    platform: str,
-    capacity: float | None = None,
-    replicas: int = 1,
-  ):
-    """Stores the arguments; see `settings.Policy.make_planner`."""
-    self._settings = settings
-    self._stages = stages
-    self._platform = platform
-    self._capacity = capacity
-    self._replicas = replicas
-    self._target = settings.copy_share(platform)
+  settings: capture_settings.CaptureSettings
+  stages: Sequence[planner.StageSizes]
+  platform: str
+  expert_capacity: float | None = None
+  replicas: int = 1
+
+  def __post_init__(self) -> None:
+    self._target = self.settings.copy_share(self.platform)
     self._measured: collections.deque[Sequence[report.Report]] = (
       collections.deque(maxlen=self.MEASURED_ITERATIONS)
     )
@@ -118,24 +115,16 @@ class IntervalPlanner(MeasuringPlanner):
     interval: iterations between snapshots, in force or soon to be.
   """
 
-  def __init__(
-    self,
-    settings: capture_settings.CaptureSettings,
-    stages: Sequence[planner.StageSizes],
-    platform: str,
-    capacity: float | None = None,
-    replicas: int = 1,
-  ):
-    """Stores the arguments; see `settings.Policy.make_planner`."""
-    super().__init__(settings, stages, platform, capacity, replicas)
-    self.interval = settings.interval or _FIRST_INTERVAL
-    self._has_chosen = bool(settings.interval)
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self.interval = self.settings.interval or _FIRST_INTERVAL
+    self._has_chosen = bool(self.settings.interval)
 
   @property
   def lag_iterations(self) -> int:
     """See `planner.Planner`."""
     return capture_settings.lag_iterations(
-      self.interval, self._settings.keep_windows
+      self.interval, self.settings.keep_windows
     )
 
   @property
@@ -151,7 +140,7 @@ class IntervalPlanner(MeasuringPlanner):
     """See `planner.Planner`."""
     return [
       planner.PoolSize(files=self._files, size_bytes=size)
-      for size in self._worker_bytes(workers or self._replicas)
+      for size in self._worker_bytes(workers or self.replicas)
     ]
 
   @property
@@ -164,7 +153,7 @@ class IntervalPlanner(MeasuringPlanner):
     """Returns the interval in which every worker's copy hides."""
     bandwidths = [r.copy_bytes_per_second for r in reports]
     return intervals.common_dense_interval(
-      zip(self._worker_bytes(self._replicas), bandwidths, strict=True),
+      zip(self._worker_bytes(self.replicas), bandwidths, strict=True),
       iteration_seconds=self._iteration_seconds,
       overlap_target=self._target,
     )

@@ -36,23 +36,15 @@ class PartialPlanner(base.IntervalPlanner):
       empty if none grow.
   """
 
-  def __init__(
-    self,
-    settings: capture_settings.CaptureSettings,
-    stages: Sequence[planner.StageSizes],
-    platform: str,
-    capacity: float | None = None,
-    replicas: int = 1,
-  ):
-    """Stores the arguments; see `settings.Policy.make_planner`."""
-    super().__init__(settings, stages, platform, capacity, replicas)
+  def __post_init__(self) -> None:
+    super().__post_init__()
     self._layers: dict[str, list[keys.OperatorId]] = {}
-    for stage in stages:
+    for stage in self.stages:
       for operator in stage.state_bytes:
         if operator.expert >= 0:
           self._layers.setdefault(operator.group, []).append(operator)
     self._largest_layer = max(map(len, self._layers.values()), default=1)
-    self.experts = min(settings.partial_experts, self._largest_layer)
+    self.experts = min(self.settings.partial_experts, self._largest_layer)
     self._longest_round = self._round  # it gets shorter with more experts
     self._number = 0  # that of the next checkpoint
     self._versions: dict[keys.OperatorId, int] = dict.fromkeys(
@@ -99,7 +91,7 @@ class PartialPlanner(base.IntervalPlanner):
         slots=(selected & frozenset(stage.state_bytes),),
         always=frozenset(o for o in stage.state_bytes if o.expert < 0),
       )
-      for stage in self._stages
+      for stage in self.stages
     )
 
   def _select(self, first_iteration: int) -> frozenset[keys.OperatorId]:
@@ -115,7 +107,7 @@ class PartialPlanner(base.IntervalPlanner):
     selected: frozenset[keys.OperatorId] = frozenset()
     for layer in self._layers.values():
       selected |= partial.select_experts(
-        self._settings.partial_select,
+        self.settings.partial_select,
         layer,
         self.experts,
         number=self._number,
@@ -136,8 +128,8 @@ class PartialPlanner(base.IntervalPlanner):
   @property
   def _files(self) -> int:
     """See `IntervalPlanner`; reaches back as far as the oldest expert may."""
-    rounds = 1 + _MAX_ROUNDS * (self._settings.partial_select != 'sequential')
-    kept = rounds * self._longest_round + self._settings.keep_windows
+    rounds = 1 + _MAX_ROUNDS * (self.settings.partial_select != 'sequential')
+    kept = rounds * self._longest_round + self.settings.keep_windows
     return kept + _SPARE_FILES
 
   def _worker_bytes(self, workers: int) -> list[int]:
@@ -148,7 +140,7 @@ class PartialPlanner(base.IntervalPlanner):
         )
         for share in division.divide(stage.state_bytes, workers)
       )
-      for stage in self._stages
+      for stage in self.stages
     ]
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
@@ -186,7 +178,7 @@ class PartialPlanner(base.IntervalPlanner):
   def _forget(self) -> None:
     """Drops loads that nothing can ask for any more."""
     keep = _POPULARITY_ITERATIONS + (1 + _MAX_ROUNDS) * self._round * (
-      self.interval * (1 + self._settings.keep_windows)
+      self.interval * (1 + self.settings.keep_windows)
     )
     while len(self._loads) > keep:
       oldest = min(self._loads)
@@ -197,7 +189,7 @@ class PartialPlanner(base.IntervalPlanner):
     return tuple(
       (operator.group, operator.expert, factor)
       for operator, factor in self.capacity_factors.items()
-      if operator in self._stages[stage].state_bytes
+      if operator in self.stages[stage].state_bytes
     )
 
   def restart_from(
@@ -213,7 +205,7 @@ class PartialPlanner(base.IntervalPlanner):
     )
     plt = partial.proportion_of_lost_tokens(self._lost, processed)
     self.experts = partial.raised_experts(
-      self.experts, self._largest_layer, plt, self._settings.plt_budget
+      self.experts, self._largest_layer, plt, self.settings.plt_budget
     )
     self._versions = dict(versions)
     return planner.Loss(
@@ -235,8 +227,7 @@ class PartialPlanner(base.IntervalPlanner):
     lost = [self._versions[o] for o, tokens in lost_tokens.items() if tokens]
     oldest = min(lost, default=start)
     if (
-      not self._settings.policy.grows_capacity(self._settings)
-      or oldest == start
+      not self.settings.policy.grows_capacity(self.settings) or oldest == start
     ):
       return 0
     measured = sorted(self._loads)[-_POPULARITY_ITERATIONS:]

@@ -40,24 +40,16 @@ class SparsePlanner(base.MeasuringPlanner):
   WARM_UP_ITERATIONS = 6
   MEASURED_ITERATIONS = 5
 
-  def __init__(
-    self,
-    settings: capture_settings.CaptureSettings,
-    stages: Sequence[planner.StageSizes],
-    platform: str,
-    capacity: float | None = None,
-    replicas: int = 1,
-  ):
-    """Stores the arguments; see `settings.Policy.make_planner`."""
-    super().__init__(settings, stages, platform, capacity, replicas)
+  def __post_init__(self) -> None:
+    super().__post_init__()
     self._popularity = popularity.Popularity(
-      kind=settings.order, capacity=self._capacity
+      kind=self.settings.order, capacity=self.expert_capacity
     )
     self._rates: popularity.Rates = {}
     self.choice = self._choose(None)
     self._lag_window = self._window_iterations
     # Made once and for all: a replacement must find files of its own size.
-    self._pools = {n: self._make_pools(n) for n in range(1, replicas + 1)}
+    self._pools = {n: self._make_pools(n) for n in range(1, self.replicas + 1)}
 
   @property
   def lag_iterations(self) -> int:
@@ -67,7 +59,7 @@ class SparsePlanner(base.MeasuringPlanner):
     of a window, and would be one window further behind otherwise.
     """
     return capture_settings.lag_iterations(
-      self._lag_window, self._settings.keep_windows
+      self._lag_window, self.settings.keep_windows
     )
 
   @property
@@ -92,15 +84,15 @@ class SparsePlanner(base.MeasuringPlanner):
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
     """See `planner.Planner`; it is the same whatever is decided."""
-    return list(self._pools[workers or self._replicas])
+    return list(self._pools[workers or self.replicas])
 
   def _make_pools(self, workers: int) -> list[planner.PoolSize]:
-    longest = self._settings.longest_window
+    longest = self.settings.longest_window
     lengths = range(self._shortest(), longest + 1)
-    mode = self._settings.window_mode or decision.MODES[0]  # the larger one
+    mode = self.settings.window_mode or decision.MODES[0]  # the larger one
     return [
       planner.PoolSize(
-        files=self._settings.kept_snapshots,
+        files=self.settings.kept_snapshots,
         size_bytes=max(
           max(stage.snapshot_bytes(length, mode)) for length in lengths
         ),
@@ -114,7 +106,7 @@ class SparsePlanner(base.MeasuringPlanner):
     loads = {o: n for one in reports for o, n in one.load.items()}
     self._popularity = popularity.observe(self._popularity, loads)
     iteration = reports[0].iteration
-    kept_iterations = self._settings.keep_windows * self._window_iterations
+    kept_iterations = self.settings.keep_windows * self._window_iterations
     if iteration >= self._first_iteration + kept_iterations - 1:
       self._lag_window = self._window_iterations
     if iteration > self._first_iteration:  # the first waits for an older copy
@@ -137,7 +129,7 @@ class SparsePlanner(base.MeasuringPlanner):
 
   @property
   def _is_pinned(self) -> bool:
-    return bool(self._settings.window_length)
+    return bool(self.settings.window_length)
 
   @property
   def _may_be_whole(self) -> bool:
@@ -145,7 +137,7 @@ class SparsePlanner(base.MeasuringPlanner):
 
     They have it where it is the host's. A mode that is set means windows.
     """
-    return self._platform == 'cpu' and not self._settings.window_mode
+    return self.platform == 'cpu' and not self.settings.window_mode
 
   def _has_room_for(self, choice: window.WindowChoice) -> bool:
     """Returns True if its snapshots fit; a new order may give larger slots."""
@@ -169,31 +161,31 @@ class SparsePlanner(base.MeasuringPlanner):
     if not self._may_be_whole or every == 1:
       return False
     if self.choice.every > 1:
-      kept = max(map(self._settings.kept_whole, (every, self.choice.every)))
+      kept = max(map(self.settings.kept_whole, (every, self.choice.every)))
       return kept * size_bytes <= pool.files * pool.size_bytes
-    older = self._settings.kept_with(self.choice.window_length)
+    older = self.settings.kept_with(self.choice.window_length)
     kept_bytes = older * pool.size_bytes
-    kept_bytes += self._settings.kept_whole(every) * size_bytes
+    kept_bytes += self.settings.kept_whole(every) * size_bytes
     return kept_bytes <= pool.files * pool.size_bytes
 
   def _shortest(self) -> int:
     """Returns the shortest window that there will be room for."""
-    return self._settings.window_length or min(
-      _SHORTEST_WINDOW, self._settings.longest_window
+    return self.settings.window_length or min(
+      _SHORTEST_WINDOW, self.settings.longest_window
     )
 
   def _in_order(
     self, workers: int | None = None
   ) -> list[window.StageOperators]:
     return [
-      s.in_order(self._settings.order, self._rates, workers or self._replicas)
-      for s in self._stages
+      s.in_order(self.settings.order, self._rates, workers or self.replicas)
+      for s in self.stages
     ]
 
   def _budgets(self) -> list[window.CopyBudget]:
     """Returns what each stage can copy, from the last measured iterations."""
     budgets = []
-    for stage in range(len(self._stages)):
+    for stage in range(len(self.stages)):
       reports = [r[stage] for r in self._measured]
       budgets.append(
         window.CopyBudget(
@@ -210,10 +202,10 @@ class SparsePlanner(base.MeasuringPlanner):
     self, budgets: Sequence[window.CopyBudget] | None
   ) -> window.WindowChoice:
     """Chooses the longest window that a stage wants, or whole snapshots."""
-    pinned_mode = self._settings.window_mode or None
+    pinned_mode = self.settings.window_mode or None
     if self._is_pinned or budgets is None:
-      length = self._settings.window_length or min(
-        FIRST_WINDOW, self._settings.longest_window
+      length = self.settings.window_length or min(
+        FIRST_WINDOW, self.settings.longest_window
       )
       choices = [
         window.choose_window(
@@ -232,7 +224,7 @@ class SparsePlanner(base.MeasuringPlanner):
         window.choose_common_window,
         self._in_order(),
         budgets,
-        max_window_length=self._settings.longest_window,
+        max_window_length=self.settings.longest_window,
         pinned_mode=pinned_mode,
       )
       choice = choose(may_be_whole=self._may_be_whole)
@@ -241,7 +233,7 @@ class SparsePlanner(base.MeasuringPlanner):
     if choice.every > 1 and not self._has_room_for(choice):
       choice = dataclasses.replace(
         choice,
-        window_length=self._settings.longest_window,
+        window_length=self.settings.longest_window,
         every=1,
         reason=choice.reason + '; there is no room for whole snapshots: the '
         'longest window',
@@ -255,7 +247,7 @@ class SparsePlanner(base.MeasuringPlanner):
       window.enlarge(
         self.choice,
         stage,
-        max_window_length=self._settings.longest_window,
+        max_window_length=self.settings.longest_window,
       )
       for stage in self._in_order()
     ]
@@ -300,7 +292,7 @@ class SparsePlanner(base.MeasuringPlanner):
     return self._changed('window', first_iteration, fields)
 
   def _reorder(self, iteration: int) -> planner.Change | None:
-    if self._settings.order == 'static' or self.choice.window_length == 1:
+    if self.settings.order == 'static' or self.choice.window_length == 1:
       return None
     rates = popularity.rates(self._popularity)
     if not popularity.should_reorder(self._rates, rates):
@@ -310,7 +302,7 @@ class SparsePlanner(base.MeasuringPlanner):
       self._rates = before
       return None
     return self._changed(
-      'reorder', self._next_first(iteration), {'order': self._settings.order}
+      'reorder', self._next_first(iteration), {'order': self.settings.order}
     )
 
   def _changed(
@@ -340,7 +332,7 @@ class _NoPlanner(SparsePlanner):
 
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
     """See `planner.Planner`."""
-    return [planner.PoolSize(files=0, size_bytes=0) for _ in self._stages]
+    return [planner.PoolSize(files=0, size_bytes=0) for _ in self.stages]
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
     """See `planner.Planner`."""

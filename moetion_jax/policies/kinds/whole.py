@@ -36,19 +36,19 @@ class _WholePlanner(base.IntervalPlanner):
         every=self.interval,
         slots=(frozenset(stage.state_bytes),),
       )
-      for stage in self._stages
+      for stage in self.stages
     )
 
   def _worker_bytes(self, workers: int) -> list[int]:
     """Returns the state bytes of the worker with most of them, by stage."""
     return [
       max(stage.in_order('static', {}, workers).snapshot_bytes(1, 'rolling'))
-      for stage in self._stages
+      for stage in self.stages
     ]
 
   def _copy_seconds(self, reports: Sequence[report.Report]) -> float:
     """Returns the measured duration of a snapshot; inf while it is unknown."""
-    pairs = zip(reports, self._worker_bytes(self._replicas), strict=True)
+    pairs = zip(reports, self._worker_bytes(self.replicas), strict=True)
     return max(
       size / r.copy_bytes_per_second if r.copy_bytes_per_second else math.inf
       for r, size in pairs
@@ -56,7 +56,7 @@ class _WholePlanner(base.IntervalPlanner):
 
   def _may_change(self, reports: Sequence[report.Report]) -> bool:
     return (
-      not self._settings.interval
+      not self.settings.interval
       and self._is_warm
       and reports[0].iteration >= self._first_iteration
       and self._copy_seconds(reports) < math.inf
@@ -87,7 +87,7 @@ class DensePlanner(_WholePlanner):
 
   @property
   def _files(self) -> int:
-    return self._settings.keep_windows + _SPARE_FILES
+    return self.settings.keep_windows + _SPARE_FILES
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
     """See `planner.Planner`."""
@@ -117,19 +117,11 @@ class DensePlanner(_WholePlanner):
 class TwoPhasePlanner(_WholePlanner):
   """A planner that keeps what checkpoints cost within a budget."""
 
-  def __init__(
-    self,
-    settings: capture_settings.CaptureSettings,
-    stages: Sequence[planner.StageSizes],
-    platform: str,
-    capacity: float | None = None,
-    replicas: int = 1,
-  ):
-    """Stores the arguments; see `settings.Policy.make_planner`."""
-    super().__init__(settings, stages, platform, capacity, replicas)
+  def __post_init__(self) -> None:
+    super().__post_init__()
     self._since_snapshot_seconds = math.inf
     self._tuner = intervals.TwoPhaseTuner(
-      overhead_budget=settings.overhead_budget, interval=self.interval
+      overhead_budget=self.settings.overhead_budget, interval=self.interval
     )
 
   @property

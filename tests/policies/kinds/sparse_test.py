@@ -329,7 +329,7 @@ def test_the_popular_are_captured_last(order):
     _settings(window_length=2, order=order),
     [_sizes(6, 6, 6, 6), _sizes(6, 6, 6, 6, layer=1)],
     'cpu',
-    capacity=1000.0,
+    expert_capacity=1000.0,
   )
   assert _captured_by_slot(planner.decisions(0)[0]) == [[0, 1], [2, 3]]
   change = planner.add(
@@ -403,7 +403,7 @@ def _any_settings(draw, stages):
 
 def _decided(data, stages, settings, iterations):
   """Yields (iteration, decisions since, planner); draws what is measured."""
-  planner = sparse.SparsePlanner(settings, stages, 'cpu', capacity=50.0)
+  planner = sparse.SparsePlanner(settings, stages, 'cpu', expert_capacity=50.0)
   decided = [planner.decisions(0)]
   random = data.draw(st.randoms(use_true_random=False))
   bandwidths = st.sampled_from([0.0, 10.0, 100.0, 1e4])
