@@ -5,13 +5,13 @@ in a process that has a backend; here it is parsed, compared and put into words,
 without JAX.
 
 Not recorded, since none of it reaches a program: fractions of memory and
-allocators, huge pages and other GLIBC_TUNABLES, JAX's cache folder (a program
-that is loaded has the bits with which it was compiled), which of equal devices
-are visible, logs, dumps and profiles, timeouts and addresses. Nor is the
-version of this program itself: a new one has to go on with the same bits (a
-test finishes a run of an earlier one). What JAX itself records of a program's
-cache key (`jax/_src/cache_key.py`) is recorded here too, but for the program
-and the compile options, which follow from the settings.
+allocators, huge pages and GLIBC_TUNABLES but for those of the processor, JAX's
+cache folder (a program that is loaded has the bits with which it was compiled),
+which of equal devices are visible, logs, dumps and profiles, timeouts and
+addresses. Nor is the version of this program itself: a new one has to go on
+with the same bits (a test finishes a run of an earlier one). What JAX itself
+records of a program's cache key (`jax/_src/cache_key.py`) is recorded here too,
+but for the program and the compile options, which follow from the settings.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 from moetion_jax import errors
 
-# By section: 'versions' of libraries, 'device', 'options' of JAX, 'xla_flags',
-# 'libtpu_flags', environment 'variables', and the contents of 'files' that
-# flags and variables name; in each by name.
+# By section: 'versions' of libraries, 'device', the C library of the 'system',
+# 'options' of JAX, 'xla_flags', 'libtpu_flags', environment 'variables', and the
+# contents of 'files' that flags and variables name; in each by name.
 Record = dict[str, dict[str, Any]]
 
 # Reductions and scatters of GPUs in a fixed order (FACTS: exactness).

@@ -54,6 +54,8 @@ _INSTRUCTIONS = re.compile(
   r'(sse|ssse|avx|fma|f16c|bmi|amx|gfni|vaes|vpclmul|neon|asimd|sve|sme|bf16)'
 )
 _DIGEST_DIGITS = 16
+_LIBM = re.compile(r'\S+/libm[.-]\S+$', re.MULTILINE)
+_PRELOAD, _TUNABLES = 'LD_PRELOAD', 'GLIBC_TUNABLES'
 _DRIVER = '/proc/driver/nvidia/version'
 
 # Options of JAX that can change a program or its bits.
@@ -228,6 +230,7 @@ def read() -> environment.Record:
   return {
     'versions': dict(_VERSIONS),
     'device': _device(device),
+    'system': system(_content('/proc/self/maps'), os.environ),
     'options': options(jax.config.values),
     'xla_flags': flags,
     'libtpu_flags': libtpu,
@@ -257,6 +260,25 @@ def nccl_settings(files: Iterable[str]) -> dict[str, str]:
       name, is_set, value = line.partition('=')
       if is_set and not line.startswith('#'):
         found.setdefault(name, value)
+  return found
+
+
+def system(maps: str, variables: Mapping[str, str]) -> dict[str, str]:
+  """Records the C library, its mathematics, and what is loaded before them.
+
+  Args:
+    maps: the content of /proc/self/maps.
+    variables: the environment variables.
+  """
+  found = {'libc': ' '.join(platform.libc_ver())}
+  for name in sorted(set(_LIBM.findall(maps))):
+    found['libm'] = digest_of(name) or name
+  if preloaded := variables.get(_PRELOAD, ''):
+    files = [digest_of(path) for path in re.split('[ :]+', preloaded)]
+    found[_PRELOAD] = ' '.join([preloaded, *filter(None, files)])
+  tunables = variables.get(_TUNABLES, '').split(':')
+  if chosen := ':'.join(x for x in tunables if x.startswith('glibc.cpu.')):
+    found[_TUNABLES] = chosen  # it chooses between variants of functions
   return found
 
 

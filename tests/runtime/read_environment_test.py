@@ -168,3 +168,26 @@ def test_sources_that_hide_an_installed_package_are_named(tmp_path):
   (change,) = environment.changes(here, there)
   assert change.name == 'optax'
   assert change.now == f'{change.was} at {tmp_path / "optax"}'
+
+
+def test_the_c_library_and_what_is_loaded_before_it(tmp_path):
+  (tmp_path / 'libm.so.6').write_text('m')
+  (tmp_path / 'first.so').write_text('1')
+  maps = f'7f00-7f01 r-xp 0 00:1 5    {tmp_path}/libm.so.6\n'
+  maps += '7f02-7f03 r-xp 0 00:1 6    /lib/libmvec.so.1\n'
+  plain = read_environment.system(maps, {})
+  assert plain.keys() == {'libc', 'libm'} and 'sha256' in plain['libm']
+  variables = {
+    'LD_PRELOAD': f'{tmp_path}/first.so',
+    'GLIBC_TUNABLES': 'glibc.malloc.check=1:glibc.cpu.hwcaps=-FMA',
+  }
+  other = read_environment.system(maps, variables)
+  assert other['GLIBC_TUNABLES'] == 'glibc.cpu.hwcaps=-FMA'
+  (tmp_path / 'first.so').write_text('2')
+  (tmp_path / 'libm.so.6').write_text('n')
+  later = read_environment.system(maps, variables)
+  here = {'versions': {}, 'system': later}
+  found = environment.changes({'versions': {}, 'system': other}, here)
+  assert {x.name for x in found} == {'libm', 'LD_PRELOAD'}
+  # A record of before has none of that.
+  assert environment.completed({'versions': {}}, here) == here

@@ -81,6 +81,33 @@ def check(
   ):
     for path in paths:
       _check_input(name, value, path, removed, doomed)
+  _check_outside_data(places)
+
+
+def _check_outside_data(places: Places) -> None:
+  """Checks that nothing is written among the files that are all read.
+
+  Raises:
+    errors.ConfigError: a folder of the run lies there: the text would change.
+  """
+  root = os.path.realpath(os.path.expanduser(places.data))
+  if not places.data or not os.path.isdir(root):
+    return
+  for name in ('workdir', 'durable_dir', 'hostmem_dir'):
+    value = getattr(places, name)
+    path = os.path.realpath(os.path.expanduser(value))
+    if not value or not is_inside(path, root):
+      continue
+    below = os.path.relpath(path, root)
+    if below == os.curdir or not any(
+      part.startswith('.') for part in pathlib.Path(below).parts
+    ):
+      raise errors.ConfigError(
+        name,
+        value,
+        f'lies in --data={places.data}, of which all files are read: what the '
+        'run writes would change its own text. Name a folder outside',
+      )
 
 
 def _check_input(

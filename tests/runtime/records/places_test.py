@@ -88,7 +88,8 @@ def test_the_whole_workdir_as_a_checkpoint(here):
     {'data': 'r/logs/mine.txt'},
     {'data': 'r/to-text'},
     {'data': 'no/such/*'},
-    {'data': '.', 'workdir': '.hidden'},  # of a folder no hidden file is read
+    # Of a folder no hidden file is read.
+    {'data': '.', 'workdir': '.hidden', 'hostmem_dir': '.shm'},
     {'durable_dir': 'r'},
     {'durable_dir': 'r/disk'},
     {'durable_dir': 'r/durable'},
@@ -155,6 +156,18 @@ def test_what_is_always_in_the_way(here, fields, fresh):
   with pytest.raises(errors.ConfigError) as caught:
     _check(fresh, **fields)
   assert caught.value.flag == flag
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+@pytest.mark.parametrize(
+  'name, value',
+  [('workdir', 'text/r'), ('workdir', 'text'), ('durable_dir', 'text/disk')],
+)
+def test_what_is_written_among_the_text(here, name, value, fresh):
+  with pytest.raises(errors.ConfigError, match=f'--{name}=.*--data=text') as e:
+    _check(fresh, **{'data': 'text', name: value})
+  assert 'outside' in str(e.value)
+  _check(fresh, **{'data': 'text', name: 'text/.hidden/r'})  # is not read
 
 
 def test_where_a_path_leads(here):
