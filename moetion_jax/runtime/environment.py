@@ -25,7 +25,7 @@ from typing import Any
 from moetion_jax import errors
 
 # By section: 'versions' of libraries, 'device', the C library of the 'system',
-# 'options' of JAX, 'xla_flags', 'libtpu_flags', environment 'variables', and the
+# 'options' of JAX, 'xla_flags', 'libtpu_flags', environment 'variables', and
 # contents of 'files' that flags and variables name; in each by name.
 Record = dict[str, dict[str, Any]]
 

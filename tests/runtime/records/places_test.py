@@ -124,7 +124,8 @@ def test_data_that_fresh_removes(here, data):
   with pytest.raises(errors.ConfigError, match='--fresh removes') as caught:
     _check(True, data=data)
   assert caught.value.flag == 'data' and caught.value.value == data
-  _check(False, data=data)
+  if data.rstrip('/') not in ('r', '.'):  # the workdir lies in these
+    _check(False, data=data)
 
 
 def test_data_through_a_link_that_fresh_removes(here):
@@ -158,16 +159,15 @@ def test_what_is_always_in_the_way(here, fields, fresh):
   assert caught.value.flag == flag
 
 
-@pytest.mark.parametrize('fresh', [False, True])
 @pytest.mark.parametrize(
   'name, value',
   [('workdir', 'text/r'), ('workdir', 'text'), ('durable_dir', 'text/disk')],
 )
-def test_what_is_written_among_the_text(here, name, value, fresh):
+def test_what_is_written_among_the_text(here, name, value):
   with pytest.raises(errors.ConfigError, match=f'--{name}=.*--data=text') as e:
-    _check(fresh, **{'data': 'text', name: value})
+    _check(False, **{'data': 'text', name: value})
   assert 'outside' in str(e.value)
-  _check(fresh, **{'data': 'text', name: 'text/.hidden/r'})  # is not read
+  _check(False, **{'data': 'text', name: 'text/.hidden/r'})  # is not read
 
 
 def test_where_a_path_leads(here):
