@@ -41,6 +41,8 @@ class Run:
     done: all actions, in order.
     shares: by stage, what its store holds.
     newest: by stage, the newest iteration of its log.
+    length: the number of snapshots that together hold everything.
+    interval: iterations between snapshots.
     missing: the stages that miss a log.
     last_recorded: the newest line that an earlier run wrote.
     splices: those of the run.
@@ -78,6 +80,8 @@ class Run:
     self.done = []
     self.shares = [{} for _ in range(stages)]
     self.newest = [0] * stages
+    self.length = {'sparse': 3, 'partial': _EXPERTS}.get(policy, 1)
+    self.interval = captures.get('interval', 1)
     self.missing = set()
     self.last_recorded = 0
     self.splices = ()
@@ -108,8 +112,23 @@ class Run:
           self.last_recorded = min(self.last_recorded, action.iteration)
         elif isinstance(action, actions.Begin):
           self._recorded = action.iteration
+        elif isinstance(action, actions.DropLogs):
+          self._drop_logs()
+        elif isinstance(action, actions.MoveLine):
+          for shares in self.shares:
+            for name in [n for n in shares if n[0] < action.kept_from]:
+              del shares[name]
+        elif isinstance(action, actions.Send):
+          if isinstance(action.order, orders.Go) and action.order.is_fresh:
+            self.missing.discard(action.worker[0])
+            self.newest[action.worker[0]] = 0
     self.done += done
     return done
+
+  def _drop_logs(self):
+    self.damage = ()
+    self.missing = set(range(self.stages))
+    self.newest = [0] * self.stages
 
   def _forget_newer(self, stage, newest):
     for name in [n for n in self.shares[stage] if n[0] > newest]:
@@ -213,31 +232,48 @@ class Run:
     message = events.Resumed(first_iteration=first, fetch_seconds=0.0)
     return self.says(stage, message, replica)
 
-  def stores(self, stage, iteration, length=3):
+  def keeps(self, stage, iteration, length=0, team=()):
+    """A stage's store has a snapshot; returns the shares by replica."""
+    team = team or tuple(range(self.replicas))
+    shares = {
+      replica: share(stage, iteration, length or self.length, place, len(team))
+      for place, replica in enumerate(team)
+    }
+    self.shares[stage] |= {one.name: one for one in shares.values()}
+    return shares
+
+  def stores_one(self, stage, iteration, replica=0, length=0):
+    """One worker of a stage stores its share of a snapshot."""
+    team = self.one.state.team(stage)
+    place, length = team.index(replica), length or self.length
+    one = share(stage, iteration, length, place, len(team))
+    self.shares[stage][one.name] = one
+    return self.says(stage, events.Stored(share=one), replica)
+
+  def stores(self, stage, iteration, length=0):
     """All workers of a stage store a snapshot."""
     done = []
-    for replica in range(self.replicas):
-      one = share(stage, iteration, length, replica, self.replicas)
-      self.shares[stage][iteration, replica] = one
-      done += self.says(stage, events.Stored(share=one), replica)
+    for replica in self.one.state.team(stage):
+      done += self.stores_one(stage, iteration, replica, length)
     return done
 
   def reports(self, iteration, stages=None, **fields):
     """All workers report an iteration."""
     done = []
     for stage in stages or range(self.stages):
-      for replica in range(self.replicas):
+      for replica in self.one.state.team(stage):
         report = helpers.make_report(
           iteration, stage, replica=replica, **fields
         )
         done += self.says(stage, events.Reported(report=report), replica)
     return done
 
-  def train(self, until, length=3, **fields):
+  def train(self, until, length=0, **fields):
     """All stages do the next iterations: they store, then they report."""
     for iteration in range(min(self.begun), until + 1):
       for stage in range(self.stages):
-        self.stores(stage, iteration, length)
+        if iteration % self.interval == 0:
+          self.stores(stage, iteration, length)
       self.reports(iteration, **fields)
       self.newest = [iteration] * self.stages
     self.begun = [until + 1] * self.stages
