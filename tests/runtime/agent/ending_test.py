@@ -1,13 +1,16 @@
 """A run tells at its end of the one that it was to replace."""
 
+import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import selectors
 
 import numpy as np
 import pytest
 
+import moetion_jax
 from moetion_jax import codec, errors, keys
 from moetion_jax.hostmem import store_folder
 from moetion_jax.policies import planner, settings as capture_settings
@@ -197,26 +200,33 @@ def test_every_end_of_a_run(tmp_path, folder, capfd, error, is_passing):
 
 def test_each_error_has_its_row():
   """One that is added is to be thought about: is its cause gone?"""
+  for module in pkgutil.walk_packages(moetion_jax.__path__, 'moetion_jax.'):
+    importlib.import_module(module.name)
   kinds = {errors.MoetionError}
   while more := {c for k in kinds for c in k.__subclasses__()} - kinds:
     kinds |= more
   left = kinds - {type(error) for error, _ in _ENDS}
   names = {k.__name__ for k in left if k.__module__.startswith('moetion_jax')}
   # What is refused is no end; of the others a worker dies, and a `WorkerError`
-  # says so.
+  # says so, or they stay in the worker, or in a user's own loop.
   assert names <= {
     'ConfigError',
+    'DamagedError',
     'DivergedError',
     'EntryCorruptError',
     'EntryDecayedError',
     'FencedError',
+    'InterruptedStoreError',
+    'NotExactError',
     'ReplayMismatchError',
     'SegmentFullError',
     'SelectionError',
     'SnapshotCorruptError',
     'SnapshotFullError',
     'SnapshotLostError',
+    'StopHereError',
     'WrongBitsError',
+    '_OtherStateError',
   }
 
 
