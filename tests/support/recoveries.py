@@ -76,6 +76,7 @@ class Run:
     )
     self.stages = stages
     self.replicas = replicas
+    self.iterations = iterations
     self.now = 100.0
     self.done = []
     self.shares = [{} for _ in range(stages)]
@@ -276,9 +277,10 @@ class Run:
           self.stores(stage, iteration, length)
       self.reports(iteration, **fields)
       self.newest = [iteration] * self.stages
-    self.begun = [until + 1] * self.stages
+    newest = min(until + 1, self.iterations)
+    self.begun = [newest] * self.stages
     for stage in range(self.stages):
-      self.works_on(stage, until + 1)
+      self.works_on(stage, newest)
 
   def works_on(self, stage, iteration, replica=0, **fields):
     """A worker says what it does."""

@@ -41,7 +41,7 @@ _BEGINNING: _Handlers = {
   events.Started: beginning.started,
   events.Died: failing.died_early,
   events.StopAsked: ending.stop_asked,
-  events.Looked: lambda *unused: None,
+  events.Looked: failing.looked_early,
   events.Ready: beginning.ready,
   events.State: progress.says,
   events.Faulted: failing.faulted,

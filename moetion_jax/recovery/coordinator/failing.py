@@ -200,6 +200,19 @@ def _may_start(run: state_lib.Run, count: int) -> bool:
 # ---- workers that hang -------------------------------------------------------
 
 
+def looked_early(state: state_lib.Beginning, event: events.Looked) -> None:
+  """Ends workers that are stopped before all can train.
+
+  Those that are silent may import or compile. One look is not enough: whoever
+  continues the agent continues the workers a moment later.
+  """
+  for worker in state.workers:
+    was_stopped = worker.is_stopped
+    worker.is_stopped = worker.name in event.stopped
+    if was_stopped and worker.is_stopped and not worker.reason:
+      state.kill(worker, f'was stopped (SIGSTOP) while {worker.state}')
+
+
 def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
   """Ends a worker that hangs.
 

@@ -327,7 +327,8 @@ def _follow(
       failed_at=before.failed_at if before else failed[0],
       detect_seconds=failed[1],
       goes_back=is_before or bool(before and before.goes_back),
-      recorded=run.recorded,
+      # What is forgotten is compared with nothing.
+      recorded=run.recorded if run.settings.captures.policy.is_exact else 0,
     )
     run.recoveries[stage] = one
     run.record(

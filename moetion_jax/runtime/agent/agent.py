@@ -176,7 +176,7 @@ class Agent:
   def _look(self) -> None:
     """Looks now and then which workers are stopped."""
     now = time.monotonic()
-    if not self.has_begun or now - self._looked_at < _LOOK_SECONDS:
+    if now - self._looked_at < _LOOK_SECONDS:
       return
     self._looked_at = now
     stopped = {
