@@ -50,6 +50,7 @@ class Inventory:
     ]
     self._excluded: set[tuple[int, int]] = set()
     self._corrupt: set[tuple[int, int]] = set()
+    self._log_first = [1] * len(operators)
 
   def stored(self, stage: int, share: coverage.Share) -> None:
     """Takes in a snapshot that counts from now on."""
@@ -71,6 +72,10 @@ class Inventory:
   def lose_entry(self, stage: int, iteration: int) -> None:
     """Takes in that an entry of a stage's log is damaged."""
     self._corrupt.add((stage, iteration))
+
+  def log_began(self, stage: int, start: int) -> None:
+    """Takes in that a stage's log is new: it has nothing up to the start."""
+    self._log_first[stage] = start + 1
 
   def published_again(self, stage: int) -> None:
     """Forgets the damage to a stage's log: in recovering it wrote it again."""
@@ -182,7 +187,7 @@ class Inventory:
       recovery_plan.StageInventory(
         stage=stage,
         starts=self.starts(stage),
-        log_first=self.line + 1,
+        log_first=max(self.line + 1, self._log_first[stage]),
         log_lost=stage in lost,
         corrupt=frozenset(i for s, i in self._corrupt if s == stage),
         newest=begun,

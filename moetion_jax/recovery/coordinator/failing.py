@@ -50,6 +50,8 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
   found = yield from run.scan((stage,))
   # A stage that never trained in this run may not have made its log yet.
   lost = {s for s, size in enumerate(found.log_bytes) if not size} & run.trained
+  if others := lost - {stage}:  # who lost a log may have lost all
+    yield from run.scan(tuple(sorted(others)))
   if stage not in run.recoveries:  # else: of another
     worker.begun(max(found.newest[stage], run.inventory.newest(stage)))
   what = run.describe(worker, event)

@@ -123,7 +123,7 @@ def after(
   plan = recovery_plan.plan(
     run.inventory.stage_inventories(newest, lost),
     failed.keys(),
-    excluded=_unreported(run, run.recorded, whole_only=True),
+    excluded=_unreported(run, run.recorded),
   )
   # No log holds what such a plan needs, and all stages are members.
   is_before = plan.start < run.line
@@ -274,24 +274,22 @@ def _forget_after(
   run.forget_after(plan.start, is_replanned=True)
 
 
-def _unreported(
-  run: state_lib.Run, reported: int, *, whole_only: bool = False
-) -> set[tuple[int, int]]:
+def _unreported(run: state_lib.Run, recorded: int) -> set[tuple[int, int]]:
   """Returns starts after which an iteration would never be written down.
+
+  A worker never reports the iteration of the state that it begins with. That
+  it, or one before it, has done so is not known of every snapshot: some are of
+  an earlier run, which may have ended before it wrote their lines.
 
   Args:
     run: the state.
-    reported: newest iteration that all stages reported.
-    whole_only: whether only starts with whole snapshots count. With any other
-      the stage has done an iteration after the start too, and so had reported
-      that of the start: reports are one iteration late.
+    recorded: newest iteration that is written down.
   """
   return {
     (stage, start.iteration)
     for stage in run.stages
     for start in run.inventory.starts(stage)
-    if start.iteration > reported
-    and (not whole_only or start.complete_at == start.iteration)
+    if start.iteration > recorded
   }
 
 
@@ -353,6 +351,8 @@ def _let_go(
   generations = {w.name: w.generation for w in run.workers}
   run.do(actions.Locate(generations=generations))
   for stage in plan.stages:
+    if stage in fresh:
+      run.inventory.log_began(stage, plan.start)
     for worker in run.crew[stage].values():
       # From here on it replays, though it has not said so yet.
       worker.iteration, worker.is_idle = plan.first_iteration, False

@@ -343,12 +343,12 @@ def test_going_back_to_the_initial_state_at_first_keeps_what_is_there():
 
 
 @pytest.mark.parametrize(
-  ('length', 'reported', 'start'), [(1, 8, 8), (1, 7, 7), (3, 5, 6)]
+  ('length', 'reported', 'start'), [(1, 8, 8), (1, 7, 7), (3, 5, 5)]
 )
 def test_an_iteration_that_was_not_reported_is_done_again(
   length, reported, start
 ):
-  """A worker that begins with a whole snapshot never reports its iteration."""
+  """A worker never reports the iteration of the state that it begins with."""
   run = recoveries.Run(window_length=length)
   run.begin()
   run.train(reported, length)
@@ -358,6 +358,39 @@ def test_an_iteration_that_was_not_reported_is_done_again(
   run.newest = [9, 9]
   gone = run.dies(0)
   assert list(gone) == [0] and gone[0].start == start
+
+
+def test_snapshots_of_an_earlier_run_do_not_tell_what_was_reported():
+  run = recoveries.Run()
+  for stage in (0, 1):
+    for iteration in range(4, 12):
+      run.keeps(stage, iteration)
+  assert run.begin(last_recorded=5, newest=11)[0].start == 5
+  assert run.dies(0)[0].start == 5
+  for stage in (0, 1):
+    for iteration in (6, 7):
+      run.stores(stage, iteration)
+  run.reports(6)
+  assert run.dies(0)[0].start == 6
+
+
+def test_a_log_that_began_anew_has_nothing_from_before():
+  run = _train(recoveries.Run(), 10)
+  run.missing = {1}
+  gone = run.dies(1)
+  assert list(gone) == [1] and gone[1].start == 8 and gone[1].is_fresh
+  run.comes_back(1)
+  run.shares[0] = {n: s for n, s in run.shares[0].items() if n[0] < 10}
+  gone = run.dies(0)  # it needs iteration 8 of stage 1
+  assert list(gone) == [0, 1] and gone[0].start == 7
+
+
+def test_who_lost_a_log_may_have_lost_all():
+  run = _train(recoveries.Run(), 10)
+  run.missing = {1}
+  run.shares[1].clear()
+  gone = run.dies(0)
+  assert {go.start for go in gone.values()} == {0} and list(gone) == [0, 1]
 
 
 # ---- all go back together ----------------------------------------------------
