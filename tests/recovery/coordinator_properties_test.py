@@ -25,7 +25,7 @@ _HANG_SECONDS = 5
 # Every round is a second; all that is done again is done in far fewer.
 _LAST_ROUNDS = 400
 _POLICIES = {
-  'sparse': {'window_length': 3},
+  'sparse': {},
   'dense': {'interval': 2},
   'two_phase': {'interval': 3},
   'partial': {'interval': 2},
@@ -78,7 +78,7 @@ class _World(recoveries.Run):
     ended: how the run ended; None while it goes on.
   """
 
-  def __init__(self, policy, stages, replicas):
+  def __init__(self, policy, stages, replicas, window):
     super().__init__(
       stages=stages,
       replicas=replicas,
@@ -91,7 +91,10 @@ class _World(recoveries.Run):
         'grow_after': 2 * (replicas > 1),
       },
       **_POLICIES[policy],
+      **({'window_length': window} if policy == 'sparse' else {}),
     )
+    if policy == 'sparse':
+      self.length = window
     self.policy = policy
     self.processes = {}
     self.coming = []
@@ -315,7 +318,10 @@ class _World(recoveries.Run):
   def _complete(self, process):
     iteration = process.iteration
     for stage in range(self.stages):
-      if stage == process.stage:
+      distance = abs(stage - process.stage)
+      # Of stages that are no neighbours it needs scalars, which the snapshots
+      # of its conversion have.
+      if not distance or distance > 1 and iteration <= process.go.complete_at:
         continue
       if iteration not in self.published[stage]:
         process.is_waiting = True
@@ -472,8 +478,8 @@ _faults = st.tuples(
 )
 
 
-def _live_through(policy, stages, replicas, faults):
-  world = _World(policy, stages, replicas)
+def _live_through(policy, stages, replicas, window, faults):
+  world = _World(policy, stages, replicas, window)
   for kind, number, rounds, steps in faults:
     for _ in range(rounds):
       world.round()
@@ -497,9 +503,12 @@ def _check_end(world):
     is_due = world.deaths > _MAX_FAILURES or world.others
     assert is_due or world.policy == 'none', text
     return
+  state = world.one.state
   ends = {process.completed for process in world.processes.values()}
   if isinstance(world.ended, actions.Finish):
-    assert ends == {_ITERATIONS} and world.one.state.recorded == _ITERATIONS
+    # One that dies after it handed over may be on its way back still.
+    assert state.recorded == _ITERATIONS
+    assert ends == {_ITERATIONS} or state.recoveries
   else:  # all after the same iteration, unless some did not train yet
     assert world.asked and (len(ends) == 1 or world.of(actions.KillNow))
 
@@ -510,6 +519,7 @@ def _property(max_examples):
       policy=st.sampled_from([*_POLICIES, 'sparse', 'sparse']),
       stages=st.integers(1, 4),
       replicas=st.integers(1, 3),
+      window=st.integers(1, 4),
       faults=st.lists(_faults, max_size=6),
     )(test)
     return hypothesis.settings(
@@ -525,11 +535,13 @@ def _property(max_examples):
 
 
 @_property(120)
-def test_whatever_happens_it_goes_on_or_ends(policy, stages, replicas, faults):
-  _live_through(policy, stages, replicas, faults)
+def test_whatever_happens_it_goes_on_or_ends(
+  policy, stages, replicas, window, faults
+):
+  _live_through(policy, stages, replicas, window, faults)
 
 
 @pytest.mark.thorough
-@_property(1200)
-def test_whatever_happens_for_longer(policy, stages, replicas, faults):
-  _live_through(policy, stages, replicas, faults)
+@_property(1000)
+def test_whatever_happens_for_longer(policy, stages, replicas, window, faults):
+  _live_through(policy, stages, replicas, window, faults)
