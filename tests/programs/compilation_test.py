@@ -14,6 +14,7 @@ import pytest
 
 from launch.lm import one_process, transformer_job
 from moetion_jax import codec
+from moetion_jax.capture import selection
 from tests.support import helpers
 
 # Builds stage 1 of 2 as a worker or as a standby does, and works one iteration.
@@ -159,7 +160,8 @@ def test_placed_state_is_updated_in_place(placed_with):
     {n: np.zeros(s.shape, np.float32) for n, s in stage.model.shapes.items()},
     stage.shardings(stage.compute_specs),
   )
-  masks = worker._masks(frozenset(stage.partition.operators))
+  operators = stage.partition.operators
+  masks = selection.make_mask(operators, frozenset(operators))
   new, _, _ = programs.update(state, gradients, np.float32(1), masks)
   assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)} == before
 

@@ -48,7 +48,6 @@ def test_the_bits_of_the_one_process_cut(host, tmp_path):
     name = run_store.host_id(run_id, index)
     store = store_folder.StoreFolder(host.path, name, str(workdir))
     store.start()
-    (store.path / 'stage-0.replica-0.snapshots' / '7').mkdir(parents=True)
     store.close()
   flags = '--stages=3', '--iterations=4', f'--data={helpers.DATA}'
   out, _ = runs.end(host.train(workdir, _TWO, *flags))
