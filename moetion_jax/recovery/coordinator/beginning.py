@@ -132,7 +132,8 @@ def _check_lines(run: state_lib.Run, last_recorded: int) -> None:
   """Checks that snapshots are not of no use for want of lines alone.
 
   Those before the recovery line are let go only when all up to it is written
-  down: if none as old as the last line is left, later lines were lost.
+  down: if none as old as the last line is left, later lines were lost. The
+  first that a run takes, it may have taken before it wrote any line.
 
   Raises:
     errors.ConfigError: lines were lost; nothing has been removed yet.
@@ -140,7 +141,9 @@ def _check_lines(run: state_lib.Run, last_recorded: int) -> None:
   inventories = run.inventory.stage_inventories([0] * len(run.stages))
   usable = recovery_plan.plan(inventories, run.stages).start
   oldest = max(map(run.inventory.oldest, run.stages))
-  if usable and oldest > last_recorded + _LATE_REPORTS:
+  taken = (run.decisions[stage][0] for stage in run.stages)
+  first = max(one.first_iteration + one.every for one in taken)
+  if usable and oldest > max(last_recorded + _LATE_REPORTS, first):
     raise errors.ConfigError(
       'workdir',
       run.settings.workdir,
