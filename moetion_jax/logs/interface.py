@@ -141,7 +141,7 @@ class LogSettings:
     cells: number of entries the segment holds at most.
     fresh: whether to replace the segment that a predecessor left.
     host: name of this host in the location map.
-      full_seconds: seconds that publishing waits for room before it fails.
+    full_seconds: seconds that publishing waits for room before it fails.
     pending_entries: number of entries that may wait to be copied before
       `publish` waits as well.
     resend_seconds: seconds after which a read that got no answer is repeated.

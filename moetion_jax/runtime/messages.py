@@ -188,7 +188,6 @@ class Close:
   keep: bool
 
 
-# Ignored from a worker that was told to stop and go back.
 FromWorker = (
   Warm
   | FaultHappens

@@ -63,7 +63,7 @@ class HostAgent:
     run_store.close_store(self._store, keep=self._keeps_store)
 
   def run(self) -> None:
-    """Serves until the leader says `exit`, or is gone; then closes all.
+    """Serves until the leader says `Close`, or is gone; then closes all.
 
     Raises:
       errors.StoreError: the store cannot be served.

@@ -117,7 +117,7 @@ class StageRun:
     self._injector.phase('compile')
 
   def run(self) -> None:
-    """Obeys the agent, from `go` to `exit`.
+    """Obeys the agent, from `Go` to `Exit`.
 
     When all stages go back, this process stays: it ends what it does, wherever
     it is, and begins again with another state. Its programs are still there.
