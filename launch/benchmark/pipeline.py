@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.benchmark.harness import scratch, summary
+from moetion_jax import keys
 from moetion_jax.runtime import linux_process
 
 _MICROBATCHES = (4, 8, 16)
@@ -34,12 +35,10 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
   import numpy as np
 
   from launch.benchmark.harness import plain_step
-  from launch.lm import (
-    one_process,
-    settings as run_settings,
-    transformer_job,
-  )
+  from launch.lm import settings as run_settings, transformer_job
+  from moetion_jax.logs import memory_log
   from moetion_jax.state import optimizers
+  from moetion_jax.training import worker
 
   config = run_settings.make(
     preset,
@@ -48,8 +47,16 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
     optimizer_overrides={},
   )
   train = config.train
-  data = transformer_job.of(config).data()
-  (ours,) = one_process.make_workers(config, data)
+  job = transformer_job.of(config)
+  data, stage = job.data(), job.build_stage(0)
+  ours = worker.Worker(
+    0,
+    stage,
+    stage.compile(),
+    job.initial(stage)(),
+    memory_log.MemoryLog(keys.WorkerId(0, 0, 1), memory_log.MemoryStore()),
+    data,
+  )
 
   def run_ours(number: int) -> None:
     ours.train(

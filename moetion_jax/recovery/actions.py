@@ -240,21 +240,27 @@ class Save(Action):
 
   Attributes:
     worker: the worker.
+    iteration: the last iteration, of which all is written down.
     replicas: by stage, the replicas whose states are in the store.
   """
 
   worker: events.Name
+  iteration: int
   replicas: tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finish(Action):
-  """End the run: its final checkpoint is written."""
+  """End the run: its final checkpoint, of `iteration`, is written."""
+
+  iteration: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stop(Action):
-  """End the run, as the user asked."""
+  """End the run, as the user asked; the newest line written is `iteration`."""
+
+  iteration: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

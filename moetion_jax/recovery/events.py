@@ -134,8 +134,6 @@ class Resumed:
 class CaughtUp:
   """The iteration in which the worker's predecessor died is done."""
 
-  iteration: int
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:

@@ -3,8 +3,6 @@
 Both are pure functions of what the stores hold, with names and numbers only
 (DESIGN section 6). The workers' ordinary loop executes a plan, from the plan's
 start with a partial state.
-
-Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations

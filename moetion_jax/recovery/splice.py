@@ -5,8 +5,6 @@ the old trajectory and replays between them with the new software. Which bits
 come out follows from those snapshots alone, so they come out again after a
 failure, as long as nothing of the new trajectory takes part: captures of the
 two are never folded into one state.
-
-Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations

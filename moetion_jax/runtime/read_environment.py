@@ -319,17 +319,6 @@ def options(values: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def unclassified(names: Iterable[str]) -> list[str]:
-  """Returns a sentence for each option that is not in exactly one list."""
-  wrong = sorted(name for name in names if name not in MATTERS ^ HARMLESS)
-  return [
-    f'{name} is in {"both" if name in MATTERS else "none"} of the lists of '
-    f'JAX options in {__name__}: put it into MATTERS if it can change a '
-    'program or its bits, into HARMLESS if it cannot'
-    for name in wrong
-  ]
-
-
 def _device(device: Any) -> dict[str, Any]:
   """Describes a device and its platform, and how many a worker has."""
   found: dict[str, Any] = {

@@ -3,8 +3,6 @@
 A snapshot holds the training state of some operators and the compute weights of
 others. Folded one after the other, with an iteration replayed between two,
 they make a dense state. Which snapshots do is decided here, from names alone.
-
-Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations

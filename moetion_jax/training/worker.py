@@ -30,22 +30,18 @@ from moetion_jax.training import idle_clock, scalars as scalars_lib, schedule
 _EVALUATOR = 0  # the replica that evaluates
 
 
-class Batch(Protocol):
-  """Tokens of one microbatch: i32[B, T] each."""
-
-  inputs: np.ndarray
-  labels: np.ndarray
-
-
 class Data(Protocol):
-  """Random access to training and held-out text."""
+  """Random access to training and held-out text.
+
+  A batch has the tokens of one microbatch: `inputs` and `labels`, i32[B, T].
+  """
 
   def batch(self, iteration: int, microbatch: int) -> Any:
-    """Returns the Batch of a global microbatch; a pure function."""
+    """Returns the batch of a global microbatch; a pure function."""
     ...
 
   def held_out_batch(self, index: int) -> Any:
-    """Returns a held-out Batch."""
+    """Returns a held-out batch."""
     ...
 
   def fingerprint(self) -> dict[str, Any]:

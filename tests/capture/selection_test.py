@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from moetion_jax import keys
 from moetion_jax.capture import (
   programs as capture_programs,
@@ -18,7 +18,7 @@ from moetion_jax.policies import decision as decision_lib, slots
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import file as snapshot_file, memory_store
 from moetion_jax.training import worker
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 _EXPERTS = tuple(keys.OperatorId('layers/0/experts', e) for e in range(3))
 _HEAD, _LAYER = keys.OperatorId('head'), keys.OperatorId('layers/0')

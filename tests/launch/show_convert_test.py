@@ -16,7 +16,7 @@ import pytest
 from orbax import checkpoint as ocp
 
 from launch import convert as convert_lib
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from launch.offline import rebuild, scan as offline_scan, stored_run
 from moetion_jax import (
   config as config_lib,
@@ -27,7 +27,7 @@ from moetion_jax import (
 from moetion_jax.capture import conversion
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.snapshots import coverage
-from tests.support import helpers, runs
+from tests.support import helpers, one_process, runs
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from moetion_jax import codec
 from moetion_jax.capture import selection
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 # Builds stage 1 of 2 as a worker or as a standby does, and works one iteration.
 _PROCESS = """

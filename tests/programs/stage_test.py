@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from models import stages as stages_lib
 from moetion_jax import report
 from moetion_jax.state import model
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 

@@ -313,7 +313,7 @@ class _World(recoveries.Run):
     first = go.start + 1
     self.say(process, events.Resumed(first_iteration=first, fetch_seconds=0.0))
     if go.start and go.start == go.target:
-      self.say(process, events.CaughtUp(iteration=go.target))
+      self.say(process, events.CaughtUp())
 
   def _complete(self, process):
     iteration = process.iteration
@@ -334,7 +334,7 @@ class _World(recoveries.Run):
         self.stores_one(process.stage, iteration, process.replica)
     self._report(process, iteration - 1)
     if iteration == process.go.target:
-      self.say(process, events.CaughtUp(iteration=iteration))
+      self.say(process, events.CaughtUp())
 
   def _report(self, process, iteration):
     if iteration > process.reported:

@@ -20,7 +20,7 @@ import chex
 import jax
 import numpy as np
 
-from launch.lm import one_process, settings as run_settings, transformer_job
+from launch.lm import settings as run_settings, transformer_job
 from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.capture import (
   conversion as conversion_lib,
@@ -41,7 +41,7 @@ from moetion_jax.snapshots import (
 )
 from moetion_jax.state import layout
 from moetion_jax.training import worker
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 # One MoE layer a stage: eight experts, so that four devices have two each.
 _MODEL = {

@@ -17,13 +17,14 @@ import pytest
 from jax import numpy as jnp
 
 from launch.chaos import draw
-from launch.lm import one_process, settings as run_settings
+from launch.lm import settings as run_settings
 from models import config as model_config, stages
 from moetion_jax import config as config_lib, keys, report
 from moetion_jax.programs import mesh, stage as stage_lib
 from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.snapshots import file as snapshot_file, manifest
 from moetion_jax.state import partition
+from tests.support import one_process
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A text that stays what it is: what a test finds must not depend on commits.

@@ -306,8 +306,7 @@ class Run:
       for replica in self.one.state.team(stage):
         self.resumes(stage, replica)
       for replica in self.one.state.team(stage):
-        iteration = self.begun[stage]
-        self.says(stage, events.CaughtUp(iteration=iteration), replica)
+        self.says(stage, events.CaughtUp(), replica)
 
   # ---- what came of it -------------------------------------------------------
 

@@ -200,7 +200,7 @@ def _says(world, kind, name, rest):
     case 'resumed':
       world.resumes(stage, replica)
     case _:
-      if iteration:
+      if iteration and kind != 'caught_up':
         fields['iteration'] = iteration
       if kind == 'state':
         fields = {'detail': 'forward', 'steps': 1, **fields}

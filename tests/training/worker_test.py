@@ -4,9 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from moetion_jax import errors
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 
 class _Poisoned:

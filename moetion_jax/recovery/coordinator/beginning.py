@@ -183,8 +183,8 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
     lost, last_recorded = set(run.stages), min(last_recorded, plan.start)
   run.inventory.splices = splice_lib.in_force(spliced.splices)
   run.inventory.is_running = True
-  run.recorded, run.keeps_store = plan.start, bool(plan.start)
-  run.do(actions.Keep(keeps=run.keeps_store))
+  run.recorded = plan.start
+  run.do(actions.Keep(keeps=bool(plan.start)))
   if plan.start:
     run.record('resumed', first_iteration=plan.first_iteration)
     run.note(

@@ -2,7 +2,7 @@
 
 It is pure: events go in, actions come out. Nothing here reads a clock, a file
 or a socket. The line, and the team, generation and iteration of every worker
-are kept here and nowhere else.
+are decided here alone; whoever acts on them keeps processes and files.
 
 Where a dead stage starts again is decided by `plan.plan`, which
 `going_back.after` asks after a death (`failing.died`).
@@ -52,7 +52,6 @@ _RUN: _Handlers = {
   events.Died: failing.died,
   events.StopAsked: ending.stop_asked,
   events.Looked: failing.looked,
-  events.Ready: lambda *unused: None,
   events.State: progress.trains,
   events.Resumed: progress.resumed,
   events.CaughtUp: progress.caught_up,

@@ -40,7 +40,8 @@ def stop_asked(state: state_lib.State, event: events.StopAsked) -> None:
   if state.has_ended:
     state.do(actions.KillNow())
   elif state.signals > 1 or not is_training:
-    _end(state, actions.Stop())
+    recorded = state.recorded if isinstance(state, state_lib.Run) else 0
+    _end(state, actions.Stop(iteration=recorded))
     state.do(actions.KillNow())
   else:
     assert isinstance(state, state_lib.Run)
@@ -56,7 +57,7 @@ def done(
   if len(run.done) < len(run.workers):
     return
   if message.iteration < run.train.iterations:
-    _end(run, actions.Stop())
+    _end(run, actions.Stop(iteration=run.recorded))
     return
   if not (
     yield from failing.suspect(run, 'the run is done', counts_dropped=False)
@@ -88,7 +89,9 @@ def handed_over(
       tuple(replica for s, replica in givers if s == stage)
       for stage in run.stages
     )
-    run.do(actions.Save(worker=givers[0], replicas=replicas))
+    run.do(
+      actions.Save(worker=givers[0], iteration=run.recorded, replicas=replicas)
+    )
 
 
 def damaged(
@@ -144,7 +147,7 @@ def saved(
 ) -> None:
   """Ends the run, whose final checkpoint is written."""
   del worker, message
-  _end(run, actions.Finish())
+  _end(run, actions.Finish(iteration=run.recorded))
 
 
 def _end(state: state_lib.State, action: actions.Action) -> None:

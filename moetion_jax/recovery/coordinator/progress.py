@@ -98,10 +98,9 @@ def stored(
 ) -> None:
   """Takes in a snapshot that counts from now on."""
   worker.begun(message.share.iteration)
+  if not any(map(run.inventory.newest, run.stages)):
+    run.do(actions.Keep(keeps=True))  # now there is something to go on with
   run.inventory.stored(worker.stage, message.share)
-  if not run.keeps_store:  # now there is something to go on with
-    run.keeps_store = True
-    run.do(actions.Keep(keeps=True))
   _advance(run)
 
 

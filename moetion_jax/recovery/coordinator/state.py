@@ -267,7 +267,6 @@ class Run(State):
     recorded: the newest iteration that all stages reported and that is written.
     replays_until: the newest iteration that had begun before this start.
     loss: what the last recovery lost; None for nothing.
-    keeps_store: whether there is something to go on with.
     trained: the stages of which a worker began to train.
     recoveries: the stages on their way back.
     rollback: what all stages go back for.
@@ -292,7 +291,6 @@ class Run(State):
   recorded: int = 0
   replays_until: int = 0
   loss: planner_lib.Loss | None = None
-  keeps_store: bool = False
   trained: set[int] = dataclasses.field(default_factory=set)
   recoveries: dict[int, failures_lib.OngoingRecovery] = dataclasses.field(
     default_factory=dict

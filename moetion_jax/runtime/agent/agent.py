@@ -32,7 +32,11 @@ _LOOK_SECONDS = 0.25  # between two looks for workers that hang
 
 
 class Agent:
-  """One run's workers, from their start to their end."""
+  """One run's workers, from their start to their end.
+
+  Attributes:
+    executor: the state of what was done so far; for others to read.
+  """
 
   def __init__(
     self,
@@ -89,21 +93,11 @@ class Agent:
         snapshots=self._stores.snapshot_names(),
       )
     )
-    self._executor = executor.Executor(
+    self.executor = executor.Executor(
       where, folder, self._hosts, self._crew, self._stores, self._recorder
     )
     self._signal_pipe = linux_process.SignalPipe()
     self._looked_at = 0.0
-
-  @property
-  def has_begun(self) -> bool:
-    """True if the workers were told to train."""
-    return self._executor.has_begun
-
-  @property
-  def keeps_store(self) -> bool:
-    """True if the host stores stay, for a run that goes on from them."""
-    return self._executor.keeps_store
 
   def run(self, *, keeps_store: bool) -> int:
     """Runs the workers; when it returns they are gone.
@@ -117,7 +111,7 @@ class Agent:
     Raises:
       errors.ConfigError: the run cannot begin.
     """
-    self._executor.keep(keeps_store)
+    self.executor.keep(keeps_store)
     with contextlib.ExitStack() as stack:
       stack.callback(self._selector.close)
       stack.enter_context(self._signal_pipe.open())
@@ -134,11 +128,11 @@ class Agent:
       except errors.ConfigError:
         raise
       except errors.MoetionError as error:
-        self._executor.fail(error)
+        self.executor.fail(error)
       except OSError as error:  # a full disk, most likely
-        self._executor.fail(ending.of_system(error, self._folder.path))
-    assert self._executor.result is not None
-    code, state = self._executor.result
+        self.executor.fail(ending.of_system(error, self._folder.path))
+    assert self.executor.result is not None
+    code, state = self.executor.result
     with contextlib.suppress(OSError):
       self._write_workers(state)
     return code
@@ -158,8 +152,8 @@ class Agent:
           self._write_workers()
           continue
         timeout = min(timeout, due_seconds)
-      if self._executor.kill_at is not None:
-        left_seconds = self._executor.kill_at - time.monotonic()
+      if self.executor.kill_at is not None:
+        left_seconds = self.executor.kill_at - time.monotonic()
         if left_seconds <= 0:
           return
         timeout = min(timeout, left_seconds)
@@ -218,7 +212,7 @@ class Agent:
       self._coordinator.handle(events.Tick(now=time.monotonic()))
       for action in self._coordinator.handle(coming.pop()):
         try:
-          answer = self._executor.do(action)
+          answer = self.executor.do(action)
         except errors.MoetionError as error:
           if not isinstance(action, actions.Question):
             raise

@@ -151,24 +151,24 @@ class Executor:
         self._crew.workers[action.worker].send(
           messages.Save(
             path=str(self._folder.checkpoint),
-            iteration=self._recorder.iteration,
-            digest=self._recorder.digest,
+            iteration=action.iteration,
+            digest=self._recorder.digest(action.iteration),
             replicas=action.replicas,
           )
         )
       case actions.Finish():
         self._let_end(
-          hang_detection.WorkerState.FINISHED,
-          iteration=self._recorder.iteration,
+          hang_detection.WorkerState.FINISHED, iteration=action.iteration
         )
         self.keep(False)
         self._recorder.view.note(f'Finished: {self._folder.checkpoint}')
       case actions.Stop():
-        iteration = self._recorder.iteration
-        self._let_end(hang_detection.WorkerState.STOPPED, iteration=iteration)
+        self._let_end(
+          hang_detection.WorkerState.STOPPED, iteration=action.iteration
+        )
         note = 'Stopped before training began.'
         if self.has_begun:
-          note = f'Stopped after iteration {iteration}.'
+          note = f'Stopped after iteration {action.iteration}.'
         how = self._how_to_go_on(cause_stays=False)
         self._recorder.view.note(f'{note} {how}'.rstrip())
       case actions.KillNow():

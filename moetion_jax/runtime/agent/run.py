@@ -129,8 +129,8 @@ def _run(
     try:
       return agent.run(keeps_store=left)
     finally:
-      left = agent.keeps_store
-      if not agent.has_begun:
+      left = agent.executor.keeps_store
+      if not agent.executor.has_begun:
         store.disown()  # who is refused left nothing there
   finally:
     run_store.close_store(store, keep=left)

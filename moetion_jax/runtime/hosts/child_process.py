@@ -176,7 +176,9 @@ class ChildProcess(Generic[_Spec, _Sent]):
 
   def describe_exit(self) -> str:
     """Says how the process ended, for people."""
-    return describe_exit(self.exit_code)
+    if self.exit_code is not None and self.exit_code < 0:
+      return f'was killed by {signal.Signals(-self.exit_code).name}'
+    return f'exited with code {self.exit_code}'
 
 
 class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
@@ -257,13 +259,6 @@ def marked(variable: str, value: str) -> list[int]:
     except OSError:
       continue
   return found
-
-
-def describe_exit(exit_code: int | None) -> str:
-  """Says how a process ended, for people."""
-  if exit_code is not None and exit_code < 0:
-    return f'was killed by {signal.Signals(-exit_code).name}'
-  return f'exited with code {exit_code}'
 
 
 def _import_path() -> dict[str, str]:

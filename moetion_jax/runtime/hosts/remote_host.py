@@ -19,13 +19,6 @@ from moetion_jax.runtime import (
 )
 from moetion_jax.runtime.hosts import child_process
 
-AboutWorker = (
-  messages_lib.Started
-  | messages_lib.Said
-  | messages_lib.Printed
-  | messages_lib.Exited
-)
-
 # How long a host's agent may take to end its workers or itself when told to.
 _GRACE_SECONDS = 5.0
 
@@ -75,7 +68,7 @@ class RemoteWorker(child_process.WorkerProcess):
     """Pid of the process; 0 while it is not known."""
     return self._pid
 
-  def take(self, message: AboutWorker) -> None:
+  def take(self, message: messages_lib.FromHost) -> None:
     """Takes in a message of the host's agent about this worker."""
     match message:
       case messages_lib.Started():

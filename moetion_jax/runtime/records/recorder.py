@@ -139,10 +139,9 @@ class Recorder:
     """Iteration of the newest line that an earlier run wrote; 0 for none."""
     return self._lines.last_iteration
 
-  @property
-  def digest(self) -> str:
-    """Digest of the state after `iteration`, as it was written."""
-    return self._lines.digest(self.iteration)
+  def digest(self, iteration: int) -> str:
+    """Returns the digest of the state after an iteration, as it was written."""
+    return self._lines.digest(iteration)
 
   def event(self, kind: str, **fields: object) -> None:
     """Writes an event, if the run was accepted."""

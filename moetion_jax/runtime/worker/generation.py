@@ -299,7 +299,7 @@ class StageRun:
     """Reports, between iterations, that `target` is reached; True: stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
-      self._link.send(events.CaughtUp(iteration=target))
+      self._link.send(events.CaughtUp())
     return self._link.limit.stop(self._worker.iteration)
 
   def _conversion(self, go: orders.Go) -> conversion.Conversion:

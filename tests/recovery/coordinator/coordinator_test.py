@@ -239,7 +239,7 @@ def test_a_recovery_before_anything_is_written_down_proves_nothing():
 def test_one_that_did_not_recover_has_not():
   run = recoveries.Run()
   run.begin()
-  run.says(1, events.CaughtUp(iteration=1))
+  run.says(1, events.CaughtUp())
   assert not run.of_kind('recovered')
 
 
@@ -519,8 +519,10 @@ def test_all_hand_over_then_the_first_saves():
   assert asked == [(0, 0), (1, 0)]
   assert run.says(1, events.HandedOver()) == []
   (save,) = run.says(0, events.HandedOver())
-  assert save == actions.Save(worker=(0, 0), replicas=((0,), (0,)))
-  assert run.says(0, events.Saved()) == [actions.Finish()]
+  assert save == actions.Save(
+    worker=(0, 0), iteration=10, replicas=((0,), (0,))
+  )
+  assert run.says(0, events.Saved()) == [actions.Finish(iteration=10)]
 
 
 def test_who_dies_at_the_end_is_asked_again():
@@ -577,13 +579,16 @@ def test_a_run_that_is_asked_stops_after_the_same_iteration():
   assert {a.order for a in committed} == {orders.Commit(limit=13)}
   for stage in (0, 1):
     done = run.says(stage, events.Done(iteration=13))
-  assert done == [actions.Stop()]
+  assert done == [actions.Stop(iteration=10)]
 
 
 def test_asked_twice_it_stops_at_once():
   run = _train(recoveries.Run(), 10)
   run.handle(events.StopAsked())
-  assert run.handle(events.StopAsked()) == [actions.Stop(), actions.KillNow()]
+  assert run.handle(events.StopAsked()) == [
+    actions.Stop(iteration=10),
+    actions.KillNow(),
+  ]
   run = recoveries.Run()
   run.start()  # nothing is lost yet
   assert run.handle(events.StopAsked()) == [actions.Stop(), actions.KillNow()]

@@ -234,7 +234,7 @@ def test_each_error_has_its_row():
   ('action', 'message'),
   [
     # A checkpoint alone says that a run is finished, whoever died beside it.
-    (actions.Save(worker=(0, 0), replicas=((0,),)), messages.Save),
+    (actions.Save(worker=(0, 0), iteration=1, replicas=((0,),)), messages.Save),
     # Snapshots that a worker removes then are those of earlier lines.
     (actions.MoveLine(kept_from=1), messages.Line),
   ],

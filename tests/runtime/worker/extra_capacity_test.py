@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from moetion_jax.recovery import orders
 from moetion_jax.runtime.worker import extra_capacity
 from moetion_jax.training import worker as worker_lib
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 pytestmark = pytest.mark.thorough
 
