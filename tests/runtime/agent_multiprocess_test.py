@@ -243,7 +243,10 @@ def test_a_terminal_that_goes_stops_a_run(host, tmp_path):
   workdir = tmp_path / 'run'
   ours, theirs = os.openpty()
   os.set_blocking(ours, False)
+  # These tests may themselves run under nohup, which a child would inherit.
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   run = host.train(workdir, stdout=theirs, stderr=theirs)
+  signal.signal(signal.SIGHUP, before)
   os.close(theirs)
 
   def has_begun():
