@@ -58,15 +58,6 @@ _WORKDIR = flags.DEFINE_string(
 _MARK = 'MOETION_CHAOS'
 _POLL_SECONDS = 0.02
 _DYING_SECONDS = 10.0
-_MICRO_FLAGS = (
-  *(f'--model={name}={value}' for name, value in draw.MICRO_FIELDS.items()),
-  '--microbatches=4',
-  '--microbatch_size=8',
-  '--eval_every=5',
-  '--eval_microbatches=2',
-  '--dropout_rate=0.1',
-  '--window_length=3',
-)
 
 
 def train_flags(more: Sequence[str]) -> list[str]:
@@ -74,7 +65,7 @@ def train_flags(more: Sequence[str]) -> list[str]:
   is_micro = _PRESET.value == 'micro'
   return [
     f'--preset={"tiny" if is_micro else _PRESET.value}',
-    *(_MICRO_FLAGS if is_micro else ()),
+    *(draw.micro_flags(draw.policy_of(more)) if is_micro else ()),
     f'--stages={_STAGES.value}',
     f'--replicas={_REPLICAS.value}',
     f'--iterations={_ITERATIONS.value}',
@@ -253,7 +244,7 @@ def _disturb(folder: pathlib.Path, more: Sequence[str]):
     )
     problem = run.finish(outside)
     tally.add(run.events())
-    results.append((run.workdir, run.metrics()))
+    results.append((str(run.workdir), run.metrics()))
     print(
       f'run {number}: {problem or "finished"}; {tally.count} faults so far, '
       f'{time.monotonic() - begin:.0f} s',
@@ -268,23 +259,18 @@ def main(argv: list[str]) -> int:
   """Breaks runs until there were enough faults, then prints the verdict."""
   if not _FAULTS.value and not _MINUTES.value:
     raise errors.ConfigError('faults', 0, 'say how many, or --minutes')
+  draw.policy_of(argv[1:])
   made = None if _WORKDIR.value else tempfile.mkdtemp(prefix='chaos-')
   folder = pathlib.Path(_WORKDIR.value or str(made)).absolute()
   tally, results = _disturb(folder, argv[1:])
   run = ChaosRun(folder / 'undisturbed', train_flags(argv[1:]))
   if problem := run.finish(()):
     tally.problems.append(f'undisturbed: {problem}')
-  expected, equal = run.metrics(), 0
-  if len(expected) != _ITERATIONS.value:
-    tally.problems.append(f'undisturbed: {len(expected)} iterations')
-  for workdir, lines in results:
-    found = draw.differences(lines, expected)
-    equal += not found
-    tally.problems += [f'{workdir}: {text}' for text in found[:5]]
+  equal = tally.compare(dict(results), run.metrics(), _ITERATIONS.value)
   print(tally.table())
   print(
     f'seed {_SEED.value}: {equal} of {len(results)} runs equal to the '
-    f'undisturbed one in every bit of {len(expected)} losses and digests'
+    f'undisturbed one in every bit of {_ITERATIONS.value} losses and digests'
   )
   if tally.problems:
     print(f'What they left is in {folder}')

@@ -6,10 +6,14 @@ import collections
 import dataclasses
 import enum
 import random
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moetion_jax import errors
+from moetion_jax.policies import settings
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import faults
 
 
@@ -32,6 +36,7 @@ _OUTSIDE_WEIGHTS = {
 # Iterations to the kill: a damaged entry shows only if a neighbour reads it
 # again, soon.
 _AFTER_DAMAGE = 1
+_SHOWN = 5  # differences of one run
 
 
 # Changes to `tiny`, for a model that compiles in a second.
@@ -48,6 +53,38 @@ MICRO_FIELDS = {
   'shared_dim': 32,
   'dense_dim': 64,
 }
+
+
+def policy_of(more: Sequence[str]) -> settings.Policy:
+  """Returns the policy that flags of `launch.train` name.
+
+  Raises:
+    errors.ConfigError: its runs end with other bits after a fault, or end.
+  """
+  found = re.findall(r'(?:^|\n)--?policy[=\n](.*)', '\n'.join(more))
+  policy = registry.of_name(found[-1] if found else 'sparse')
+  if not policy.is_exact or not policy.takes_snapshots:
+    raise errors.ConfigError(
+      'policy',
+      policy.name,
+      'does not come to the bits of an undisturbed run after a fault: there is '
+      'nothing to compare',
+    )
+  return policy
+
+
+def micro_flags(policy: settings.Policy) -> list[str]:
+  """Returns the flags of `launch.train` for a run of the smallest model."""
+  often = 'window_length' if policy.has_windows else 'interval'
+  return [
+    *(f'--model={name}={value}' for name, value in MICRO_FIELDS.items()),
+    '--microbatches=4',
+    '--microbatch_size=8',
+    '--eval_every=5',
+    '--eval_microbatches=2',
+    '--dropout_rate=0.1',
+    f'--{often}=3',
+  ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +224,37 @@ class Tally:
         for later in events[number + 1 :]
       ):
         self.recovered[name] += 1
+
+  def compare(
+    self,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    expected: Sequence[Mapping[str, Any]],
+    iterations: int,
+  ) -> int:
+    """Compares runs with an undisturbed one; adds what is wrong to `problems`.
+
+    Nothing to compare is wrong, too.
+
+    Args:
+      runs: by name, the lines of each run.
+      expected: the lines of the undisturbed one.
+      iterations: the number of lines that it should have.
+
+    Returns:
+      The number of runs that are equal.
+    """
+    if not self.count:
+      self.problems.append('no fault happened')
+    if len(expected) != iterations:
+      what = f'{len(expected)} iterations, not {iterations}'
+      self.problems.append(f'undisturbed: {what}: there is nothing to compare')
+      return 0
+    equal = 0
+    for name, lines in runs.items():
+      found = differences(lines, expected)
+      equal += not found
+      self.problems += [f'{name}: {text}' for text in found[:_SHOWN]]
+    return equal
 
   @property
   def count(self) -> int:

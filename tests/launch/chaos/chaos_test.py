@@ -6,6 +6,8 @@ import random
 import pytest
 
 from launch.chaos import draw
+from moetion_jax import errors
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import faults as faults_lib
 from tests.support import helpers
 
@@ -84,6 +86,38 @@ def test_differences():
     'iteration 3: digest is ab, not ac'
   ]
   assert draw.differences([], [line]) == ['0 iterations, not 1']
+
+
+@pytest.mark.parametrize(
+  ('lines', 'expected', 'happened', 'equal', 'problem'),
+  [
+    (3, 3, 1, 1, ''),
+    (2, 3, 1, 0, 'run: 2 iterations, not 3'),
+    (0, 0, 1, 0, 'undisturbed: 0 iterations, not 3: there is nothing'),
+    (3, 3, 0, 1, 'no fault happened'),
+  ],
+)
+def test_a_verdict_is_over_something(lines, expected, happened, equal, problem):
+  tally = draw.Tally()
+  tally.add([_fault('kill', 1)] * happened)
+  known = [{'iteration': i, 'loss_hex': 'a', 'digest': 'b'} for i in range(3)]
+  assert tally.compare({'run': known[:lines]}, known[:expected], 3) == equal
+  assert problem in '; '.join(tally.problems)
+  assert bool(tally.problems) == bool(problem)
+
+
+@pytest.mark.parametrize('policy', registry.POLICIES)
+@pytest.mark.parametrize('form', ['--policy={}', '-policy\n{}'])
+def test_each_policy_gets_its_own_flags(policy, form):
+  more = ['--remat', *form.format(policy).split('\n')]
+  if not (registry.POLICIES[policy].is_exact and policy != 'none'):
+    with pytest.raises(errors.ConfigError, match='nothing to compare'):
+      draw.policy_of(more)
+    return
+  found = draw.micro_flags(draw.policy_of(more))[-1]
+  assert found == (
+    '--window_length=3' if policy == 'sparse' else '--interval=3'
+  )
 
 
 def test_it_says_how_long():
