@@ -70,7 +70,8 @@ class Agent:
       self._selector,
       beginning.worker_spec(job, where, folder, store, self._hosts.secret),
       self._book,
-      (folder.lock_fd, store.lock_fd),
+      folder.lock_fds,
+      store.lock_fds,
     )
     self._stores = stores.Stores(
       train.stages,

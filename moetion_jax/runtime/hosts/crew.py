@@ -52,7 +52,8 @@ class Crew:
     selector: selectors.BaseSelector,
     spec: spec_lib.Spec,
     book: faults.FaultBook,
-    lock_fds: tuple[int, int],
+    workdir_fds: tuple[int, ...],
+    store_fds: tuple[int, ...],
   ):
     """Stores the arguments.
 
@@ -62,8 +63,9 @@ class Crew:
       selector: the selector that the caller polls, calling its keys' data.
       spec: a worker's spec, but for what differs between workers.
       book: the scripted faults that have not happened yet.
-      lock_fds: descriptors of the locks of workdir and store, which all
-        processes inherit.
+      workdir_fds: descriptors of the locks of the workdir, which all processes
+        inherit.
+      store_fds: the same of the store, for those of this host.
     """
     self.workers: dict[tuple[int, int], child_process.WorkerProcess] = {}
     self.news: collections.deque[News] = collections.deque()
@@ -72,7 +74,8 @@ class Crew:
     self._selector = selector
     self._spec = spec
     self._book = book
-    self._lock_fds = lock_fds
+    self._workdir_fds = workdir_fds
+    self._lock_fds = (*workdir_fds, *store_fds)
     self._standbys = standbys.Standbys(
       self._replicas, hosts.standby, self._start, self.end
     )
@@ -86,7 +89,7 @@ class Crew:
 
   def open(self) -> None:
     """Starts the further hosts."""
-    self._hosts.start(self._lock_fds[:1])
+    self._hosts.start(self._workdir_fds)
     self._hosts.register(self._selector, self._on_news)
 
   def expect(

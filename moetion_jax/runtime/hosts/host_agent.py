@@ -119,7 +119,7 @@ class HostAgent:
         spec, agent_pid=os.getpid(), folder=str(self._store.path)
       ),
       environment,
-      (*self._spec.lock_fds, self._store.lock_fd),
+      (*self._spec.lock_fds, *self._store.lock_fds),
     )
     self._send(messages_lib.Started(stage=stage, pid=worker.pid))
     for fd, react in (

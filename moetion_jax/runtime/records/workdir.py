@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import tempfile
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moetion_jax import config as config_lib, disk, errors, job_spec
-from moetion_jax.hostmem import store_folder
+from moetion_jax.hostmem import locks, store_folder
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   changes as changes_lib,
@@ -50,8 +49,9 @@ class Workdir:
 
   Attributes:
     path: the folder, absolute.
-    lock_fd: the descriptor of the lock; a process that inherits it keeps the
-      lock. -1 when closed.
+    lock_fds: the descriptors of the locks, of the folder and of a file in it,
+      which may be removed; a process that inherits them keeps the locks. ()
+      when closed.
     locked_id: the run's id that stands in the lock file; '' for none.
     run_id: the run's id, from `take_id` on.
     earlier_id: the id of the run that `accept` removes; '' for none.
@@ -78,7 +78,7 @@ class Workdir:
     self.changes = changes_lib.Changes(
       self.path / 'config.json', accept_changes
     )
-    self.lock_fd = -1
+    self.lock_fds: tuple[int, ...] = ()
     self.locked_id = ''
     self.run_id = ''
     self.earlier_id = ''
@@ -115,11 +115,20 @@ class Workdir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
       self._created = missing
+      # The folder first: who holds that one is not told by the file, which may
+      # have been removed, and stays as it is.
+      flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+      self.lock_fds = (os.open(self.path, flags),)
+      _lock(self.lock_fds[0])
       if self._open_lock(lock):
         self._created = [lock, *missing]
-      _lock(self.lock_fd)
-      in_place = os.path.samestat(os.stat(lock), os.fstat(self.lock_fd))
-      content = os.pread(self.lock_fd, _LOCK_BYTES, 0)
+      folder_fd, lock_fd = self.lock_fds
+      _lock(lock_fd)
+      in_place = all(
+        os.path.samestat(os.stat(path), os.fstat(fd))
+        for path, fd in ((self.path, folder_fd), (lock, lock_fd))
+      )
+      content = os.pread(lock_fd, _LOCK_BYTES, 0)
     except (BlockingIOError, FileNotFoundError):
       in_place, content = False, b''  # or its run just removed it
     except OSError as error:
@@ -169,12 +178,12 @@ class Workdir:
             file.write(pathlib.Path(new.name).read_bytes())
             is_new = True
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    self.lock_fd = os.open(lock, flags)
+    self.lock_fds += (os.open(lock, flags),)
     return is_new
 
   def close(self) -> None:
     """Gives the lock back; removes what `lock` created for no run."""
-    if self.lock_fd < 0:
+    if not self.lock_fds:
       return
     with contextlib.suppress(OSError):  # somebody else put something there
       if self._fresh and self._id_before:  # the earlier run was not removed
@@ -182,8 +191,9 @@ class Workdir:
       for path in self._created:
         path.rmdir() if path.is_dir() else path.unlink()
     self._created = []
-    os.close(self.lock_fd)
-    self.lock_fd = -1
+    for fd in self.lock_fds:
+      os.close(fd)
+    self.lock_fds = ()
 
   @property
   def begins_anew(self) -> bool:
@@ -277,8 +287,9 @@ class Workdir:
 
   def _write_lock(self, run_id: str) -> None:
     data = f'{run_id}\n'.encode()
-    os.pwrite(self.lock_fd, data, 0)
-    os.ftruncate(self.lock_fd, len(data))
+    _, fd = self.lock_fds
+    os.pwrite(fd, data, 0)
+    os.ftruncate(fd, len(data))
 
   def accept(
     self, config: dict[str, Any], environment: environment_lib.Record
@@ -381,14 +392,14 @@ class Workdir:
 
 
 def _lock(fd: int) -> None:
-  """Locks a file; raises BlockingIOError if another run keeps it locked.
+  """Locks a file or folder; raises BlockingIOError if another run keeps it.
 
   Workers of an agent that was just killed hold the lock until they are gone.
   """
   deadline = time.monotonic() + _DYING_SECONDS
   while True:
     try:
-      return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return locks.lock(fd)
     except BlockingIOError:
       if time.monotonic() > deadline:
         raise

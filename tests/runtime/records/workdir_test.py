@@ -41,6 +41,12 @@ def _opened(path, *, fresh=False):
   return folder
 
 
+def _die(folder):
+  """Gives the locks back as a kill does."""
+  for fd in folder.lock_fds:
+    os.close(fd)
+
+
 def _begin(path, hostmem, *, fresh=False, config=None, durable=''):
   """Begins a run; returns what was said and kept."""
   folder = _opened(path, fresh=fresh)
@@ -241,6 +247,23 @@ def test_another_run(run):
   assert 'train.seed' in reason and '--fresh' in reason
 
 
+def test_one_run_at_a_time_whoever_removes_the_lock_file(run, tmp_path):
+  """Nor does a start that is refused make another one, with another id."""
+  folder = _opened(run)
+  (run / '.lock').unlink()
+  before = _contents(run)
+  with pytest.raises(errors.ConfigError, match='a living run uses it'):
+    _opened(run)
+  assert _contents(run) == before
+  # Nor where the folder was moved to; another one in its place is free.
+  run.rename(tmp_path / 'moved')
+  with pytest.raises(errors.ConfigError, match='a living run uses it'):
+    _opened(tmp_path / 'moved')
+  _opened(run).close()
+  folder.close()
+  _opened(tmp_path / 'moved').close()
+
+
 def test_a_lock_file_of_others(tmp_path):
   (tmp_path / '.lock').write_text('pid 17')
   with pytest.raises(errors.ConfigError, match=r'\.lock'):
@@ -275,8 +298,10 @@ def test_a_start_that_dies_while_it_makes_the_lock(tmp_path, monkeypatch):
       raise SystemExit
 
     patch.setattr(os, 'link', die)
+    folder = workdir.Workdir(str(tmp_path), fresh=False)
     with pytest.raises(SystemExit):
-      _opened(tmp_path)
+      folder.lock()
+    _die(folder)
   assert not (tmp_path / '.lock').exists()
   _opened(tmp_path).close()
 
@@ -476,7 +501,7 @@ def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
   store = store_folder.StoreFolder(hostmem, folder.run_id, folder.path)
   store.start()
   store.close()
-  os.close(folder.lock_fd)
+  _die(folder)
   again = _opened(tmp_path / 'run')
   _settle(again, hostmem)
   assert again.run_id == folder.run_id
@@ -628,7 +653,7 @@ def test_a_copy_keeps_its_new_id_through_a_kill(run, hostmem, tmp_path):
   shutil.copytree(run, copy)
   folder = _opened(copy)
   assert _settle(folder, hostmem)
-  os.close(folder.lock_fd)
+  _die(folder)
   said, _ = _begin(copy, hostmem)
   assert not said and held_run.read_id(copy) == folder.run_id
 
