@@ -20,7 +20,7 @@ from absl import flags
 
 from launch.lm import command_line
 from launch.offline import run_flags, scan, stored_run
-from moetion_jax import codec, config as config_lib, errors
+from moetion_jax import codec, errors, job_spec
 from moetion_jax.hostmem import run_store
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import changes, places
@@ -73,7 +73,7 @@ def load_data(
   data = transformer_job.of(run.config).data()
   known = dict(run.found_out.get('data_fingerprint', {}))
   here = data.fingerprint()
-  if changed := config_lib.differences(known, here):
+  if changed := job_spec.data_changes(known, here):
     raise errors.ConfigError(
       'data',
       run.config.data,

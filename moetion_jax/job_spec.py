@@ -13,6 +13,8 @@ from typing import Any
 
 from moetion_jax import codec, config as config_lib, errors
 
+NAME = 'name'  # the field of a fingerprint that is not compared
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobSpec:
@@ -23,7 +25,8 @@ class JobSpec:
       `training.job.Job` from this value.
     config: all settings of the job, as JSON. The workdir keeps them in
       config.json, and goes on with the same ones only. `train` is one of them:
-      the fields of a `TrainConfig`.
+      the fields of a `TrainConfig`. `data` and `init_from`, if they are there,
+      say where something lies: what that is is compared instead.
     hidden_bytes: size of what a stage sends to a neighbour for a microbatch.
     tokens_per_iteration: tokens that all replicas train on in one iteration.
     expert_capacity: tokens that an expert takes in an iteration at most.
@@ -48,6 +51,18 @@ class JobSpec:
     return codec.decode(config_lib.TrainConfig, self.config['train'])
 
 
+def data_changes(
+  known: Mapping[str, Any], here: Mapping[str, Any]
+) -> list[str]:
+  """Returns the fields in which fingerprints of other data differ.
+
+  The field `name`, if there is one, is for people: the same data may have
+  another one elsewhere.
+  """
+  found = config_lib.differences(known, here)
+  return [name for name in found if name != NAME]
+
+
 def check_data(
   data: str, known: Mapping[str, Any], here: Mapping[str, Any]
 ) -> None:
@@ -61,7 +76,7 @@ def check_data(
   Raises:
     errors.ConfigError: it is another one.
   """
-  if known and (changed := config_lib.differences(known, here)):
+  if known and (changed := data_changes(known, here)):
     raise changed_input('data', data, ', '.join(changed))
 
 

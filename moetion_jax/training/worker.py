@@ -45,7 +45,10 @@ class Data(Protocol):
     ...
 
   def fingerprint(self) -> dict[str, Any]:
-    """Returns what tells this data from other data, as JSON."""
+    """Returns what tells this data from other data, as JSON.
+
+    A field `name` is for people: it is not compared.
+    """
     ...
 
 

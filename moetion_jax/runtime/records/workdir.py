@@ -28,7 +28,7 @@ _LOCK_BYTES = 64  # more than an id takes
 DATA_FINGERPRINT = 'data_fingerprint'
 # Of the checkpoint that the run began with; versions before have none.
 INIT_DIGEST = 'init_digest'
-# What a run reads, by the flags that name it.
+# The settings that say where a run's inputs lie, by what says which they are.
 _INPUTS = {DATA_FINGERPRINT: 'data', INIT_DIGEST: 'init_from'}
 # Fields of config.json known only once a worker has a backend and the data.
 FOUND_OUT = (
@@ -214,6 +214,15 @@ class Workdir:
     if known is None or self._fresh:
       return
     self.changes.known = dict(known)
+    for name, flag in _INPUTS.items():
+      # It may lie elsewhere now: which one it is says the rest.
+      is_given = bool(config.get(flag)) or name == DATA_FINGERPRINT
+      if (
+        flag in config
+        and is_given
+        and (known.get(name) or _same_place(known.get(flag), config[flag]))
+      ):
+        known[flag] = config[flag]
     for name in FOUND_OUT:
       if name not in config:
         known.pop(name, None)
@@ -221,7 +230,12 @@ class Workdir:
       config = {k: v for k, v in config.items() if k != INIT_DIGEST}
     for name in held_run.MARKS:
       known.pop(name, None)
-    changed = config_lib.differences(known, config)
+    of_people = f'{DATA_FINGERPRINT}.{job_spec.NAME}'
+    changed = [
+      name
+      for name in config_lib.differences(known, config)
+      if name != of_people
+    ]
     for name, flag in _INPUTS.items():
       if changed and changed[0].partition('.')[0] == name:
         what = ', '.join(changed[:_SHOWN])
@@ -320,6 +334,7 @@ class Workdir:
     known = whereabouts_lib.Whereabouts.from_json(self.changes.known)
     now = known.moved_to(self.whereabouts, self.changes.accepted_before)
     marks = self._marks() | now.to_json()
+    marks |= {n: config[n] for n in _INPUTS.values() if n in config}
     if INIT_DIGEST in config:  # versions before did not record it
       marks[INIT_DIGEST] = config[INIT_DIGEST]
     self.changes.write(config, marks, whereabouts_lib.FIELDS)
@@ -389,6 +404,14 @@ class Workdir:
 
   def _error(self, reason: str) -> errors.ConfigError:
     return errors.ConfigError('workdir', str(self.path), reason)
+
+
+def _same_place(one: object, other: str) -> bool:
+  """Returns True if two settings name the same path, however spelled."""
+  if not isinstance(one, str) or not one or not other:
+    return False
+  here = os.path.realpath(os.path.expanduser(other))
+  return os.path.realpath(os.path.expanduser(one)) == here
 
 
 def _lock(fd: int) -> None:

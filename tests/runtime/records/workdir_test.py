@@ -22,7 +22,10 @@ from moetion_jax.runtime.records import (
 from tests.support import helpers, power
 
 _ENVIRONMENT = {'versions': {'jax': '1'}}
-_FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'environment': _ENVIRONMENT}
+_FOUND_OUT = {
+  'data_fingerprint': {'name': 'x', 'blake2b': '1'},
+  'environment': _ENVIRONMENT,
+}
 
 
 def _config(**train):
@@ -397,16 +400,57 @@ def test_a_checkpoint_of_before_digests_proves_nothing(run):
 @pytest.mark.parametrize(
   'changed, flag',
   [
-    ({'data_fingerprint': {'name': 'y'}}, '--data='),
+    ({'data_fingerprint': {'name': 'x', 'blake2b': '2'}}, '--data='),
+    ({'data': '/moved', 'data_fingerprint': {'blake2b': '2'}}, '--data='),
     ({'init_digest': 'y'}, '--init_from='),
+    ({'init_from': '/moved', 'init_digest': 'y'}, '--init_from='),
+    ({'init_from': '', 'init_digest': ''}, '--init_from='),
   ],
 )
 def test_what_the_run_reads_has_changed(tmp_path, hostmem, changed, flag):
-  known = _config() | {'init_digest': 'x'}
+  known = _config() | {'init_from': '/there', 'init_digest': 'x'}
   _begin(tmp_path, hostmem, config=known)
   reason = _refused(tmp_path, fresh=False, config=known | changed)
   assert reason.startswith(flag) and 'has changed since the run' in reason
   _begin(tmp_path, hostmem, config=known)
+
+
+def test_what_the_run_reads_has_moved(tmp_path, hostmem):
+  known = _config() | {'init_from': '/there', 'init_digest': 'x'}
+  _begin(tmp_path, hostmem, config=known)
+  moved = {
+    'data': './link/to/data',
+    'data_fingerprint': {'name': 'data', 'blake2b': '1'},
+    'init_from': '/moved',
+  }
+  folder = _opened(tmp_path)  # as before a worker has read it
+  folder.check(
+    {k: v for k, v in (known | moved).items() if k not in workdir.FOUND_OUT}
+  )
+  folder.close()
+  _begin(tmp_path, hostmem, config=known | moved)
+  assert _held(tmp_path)['data'] == './link/to/data'  # for whoever reads it
+  assert _held(tmp_path)['init_from'] == '/moved'
+  assert scan.read_run(tmp_path)[0].init_from == '/moved'
+  # It is no other run for that.
+  assert 'init_from' in _refused(
+    tmp_path, fresh=False, config=_config() | {'init_from': ''}
+  )
+
+
+def test_a_checkpoint_without_digests_may_be_spelled_otherwise(
+  tmp_path, hostmem, monkeypatch
+):
+  path = tmp_path / 'run'
+  (tmp_path / 'old').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'old')
+  monkeypatch.chdir(tmp_path)
+  known = _config() | {'init_from': str(tmp_path / 'old'), 'init_digest': ''}
+  _begin(path, hostmem, config=known)
+  for spelled in ('old', './old/', 'link'):
+    _begin(path, hostmem, config=known | {'init_from': spelled})
+  reason = _refused(path, fresh=False, config=known | {'init_from': 'other'})
+  assert 'other settings (init_from)' in reason
 
 
 def test_a_run_of_before_gets_the_digest_of_what_it_began_with(run, hostmem):
