@@ -72,7 +72,8 @@ def _executor(tmp_path, folder, record=None, workers=()):
     selectors.DefaultSelector(),  # nobody is started
     beginning.worker_spec(job, where, folder, store, ''),
     faults.FaultBook([]),
-    (-1, -1),
+    (),
+    (),
   )
   one = executor.Executor(
     where,
