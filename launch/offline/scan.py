@@ -6,7 +6,6 @@ Knows only files, and changes none: the run may live meanwhile.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Collection, Iterator
@@ -90,21 +89,18 @@ def read_run(
       this program.
   """
   file = pathlib.Path(path) / own_files.CONFIG
+  reason = f'holds no run: there is no {file}; name the --workdir of one'
   try:
-    value = json.loads(file.read_text())
-    for name in held_run.MARKS:
-      value.pop(name, None)
-    found_out = {
-      name: value.pop(name) for name in workdir.FOUND_OUT if name in value
-    }
-    config = codec.decode(run_settings.RunConfig, value)
-    changes.check_content(found_out, config.train.stages)
-    return config, found_out
-  except FileNotFoundError:
-    reason = f'holds no run: there is no {file}; name the --workdir of one'
+    if (value := held_run.read_config(path)) is not None:
+      for name in held_run.MARKS:
+        value.pop(name, None)
+      found_out = {
+        name: value.pop(name) for name in workdir.FOUND_OUT if name in value
+      }
+      return codec.decode(run_settings.RunConfig, value), found_out
   except OSError as error:
     reason = f'{file}: {error.strerror}'
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (held_run.NotOursError, ValueError, KeyError, TypeError) as error:
     reason = f'{file} is damaged, or of another version: {error}'
   raise errors.ConfigError('workdir', str(path), reason)
 

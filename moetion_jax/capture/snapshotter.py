@@ -16,7 +16,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,16 +38,6 @@ from moetion_jax.snapshots import (
 
 _MEASURED_COPIES = 4
 _FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
-
-
-class OnBlock(Protocol):
-  """A function that learns when a wait for room begins and ends."""
-
-  def __call__(
-    self, shortage: hang_detection.Shortage | None, what: str = ''
-  ) -> None:
-    """Takes in what there is too little of, and for what; None: no longer."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +79,8 @@ class Options:
     on_stored: called with the metadata of each snapshot once it counts, in the
       snapshot thread.
     full_seconds: seconds to wait for host memory when there is none.
-    on_block: see `OnBlock`; called in the snapshot thread.
+    on_block: called in the snapshot thread when a wait for room begins or ends,
+      with what there is too little of, and for what; None and '': no longer.
     share: operators that this worker captures, while other replicas capture
       the rest; None captures all.
   """
@@ -97,7 +88,9 @@ class Options:
   log: log_interface.Log | None = None
   on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None
   full_seconds: float = 60.0
-  on_block: OnBlock = lambda shortage, what='': None
+  on_block: Callable[[hang_detection.Shortage | None, str], None] = (
+    lambda shortage, what: None
+  )
   share: frozenset[keys.OperatorId] | None = None
 
 
@@ -406,7 +399,7 @@ class Snapshotter:
             full_at, found = None, hang_detection.Shortage.SNAPSHOTS
           if found != shortage:
             if shortage:
-              self._options.on_block(None)
+              self._options.on_block(None, '')
             shortage = found
             self._options.on_block(shortage, f'snapshot {job.iteration}')
           with self._changed:
@@ -416,4 +409,4 @@ class Snapshotter:
             self._store.retain(self._first_iteration)
     finally:
       if shortage:
-        self._options.on_block(None)
+        self._options.on_block(None, '')

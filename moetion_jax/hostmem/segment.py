@@ -24,6 +24,7 @@ import fcntl
 import mmap
 import os
 import pathlib
+import shutil
 import struct
 import time
 from collections.abc import Iterable
@@ -100,24 +101,31 @@ def fence(folder: str | os.PathLike[str], worker: keys.WorkerId) -> None:
   """Fences off a worker's older generations, which may live on.
 
   Whatever they do next with their log raises FencedError: they neither publish
-  nor read.
+  nor read. A log that cannot be told is removed, and so is lost: what they do
+  with it then reaches nobody.
 
   Args:
     folder: the store folder of the worker's host.
     worker: the newest generation of the worker.
+
+  Raises:
+    OSError: it cannot be removed either.
   """
   path = segment_path(folder, worker.stage, worker.replica)
   try:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+      word = os.pread(fd, _GENERATION.size, _GENERATION_OFFSET)
+      newest = max(int.from_bytes(word, 'little'), worker.generation)
+      # A word of its own: who looks sees the old one or the new one.
+      os.pwrite(fd, _GENERATION.pack(newest), _GENERATION_OFFSET)
+    finally:
+      os.close(fd)
   except FileNotFoundError:
     return
-  try:
-    word = os.pread(fd, _GENERATION.size, _GENERATION_OFFSET)
-    newest = max(int.from_bytes(word, 'little'), worker.generation)
-    # A word of its own: who looks sees the old one or the new one.
-    os.pwrite(fd, _GENERATION.pack(newest), _GENERATION_OFFSET)
-  finally:
-    os.close(fd)
+  except OSError:
+    is_folder = path.is_dir() and not path.is_symlink()
+    shutil.rmtree(path) if is_folder else path.unlink()
 
 
 class SegmentLayout:

@@ -399,7 +399,7 @@ def test_a_full_store_waits_until_something_may_go(training):
   _wait_until(lambda: training.on_disk() == [2, 3, 4])
   assert result().blocked_seconds > 0.1
   full = hang_detection.Shortage.SNAPSHOTS
-  assert said[:2] == [(full, 'snapshot 4'), (None,)]
+  assert said[:2] == [(full, 'snapshot 4'), (None, '')]
   taker.retain(3)
   taker.flush()
   assert training.on_disk() == [3, 4, 5]
@@ -439,7 +439,7 @@ def test_a_host_without_memory_is_waited_for_and_said(training):
   assert said == [blocked]
   store.has_room = True
   taker.flush()
-  assert said == [blocked, (None,)]
+  assert said == [blocked, (None, '')]
   assert training.on_disk() == [1]
 
 
@@ -452,7 +452,7 @@ def test_a_host_that_stays_without_memory_ends_the_run(training):
   training.take(taker, 1)
   with pytest.raises(errors.NoRoomError, match='snapshot 1: no room for 0.3 s'):
     taker.flush()
-  assert said[-1] == (None,)
+  assert said[-1] == (None, '')
 
 
 class _BusyStore(memory_store.SnapshotStore):
@@ -481,7 +481,7 @@ def test_times_without_room_are_not_added_up_and_each_is_said(training):
   training.take(taker, 1)
   taker.flush()
   lack, what = hang_detection.Shortage, 'snapshot 1'
-  both = [(lack.ROOM, what), (None,), (lack.SNAPSHOTS, what), (None,)]
+  both = [(lack.ROOM, what), (None, ''), (lack.SNAPSHOTS, what), (None, '')]
   assert said == both * 3
   assert training.on_disk() == [1]
 

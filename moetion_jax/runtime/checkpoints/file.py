@@ -13,7 +13,6 @@ travel along as Orbax custom metadata.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -261,11 +260,8 @@ def _metadata(path: str) -> tuple[Any, proof_lib.Proof | None]:
     _UnusableError: they are missing, damaged or not ours.
   """
   name = snapshot_file.ORBAX_METADATA_NAME
-  file = os.path.join(path, name)
   try:
-    # Not by Orbax, which logs what is wrong and then returns none.
-    with open(file, 'rb') as opened:
-      metadata = json.load(opened)['custom_metadata']
+    metadata = checkpoint_folder.read_metadata(path)['custom_metadata']
     proof = proof_lib.from_metadata(metadata)
   except FileNotFoundError as error:
     raise _no_metadata(path) from error

@@ -84,8 +84,9 @@ class Stores:
 
   def _log_bytes(self, stage: int) -> int:
     """Returns the size of a stage's smallest log; 0 if one is missing."""
-    paths = self.log_paths(stage)
-    return min(p.stat().st_size if p.exists() else 0 for p in paths)
+    paths = [p for p in self.log_paths(stage) if not p.is_symlink()]
+    sizes = [p.stat().st_size for p in paths if p.is_file()]
+    return min(sizes) if len(sizes) == len(self._replicas) else 0
 
   def _newest_entry(self, stage: int) -> int:
     """Returns the newest iteration of which a stage has an entry."""
@@ -106,19 +107,16 @@ class Stores:
   def forget_newer(self, iterations: Mapping[int, int]) -> None:
     """Invalidates all later snapshots, which will be different.
 
-    Call while nobody writes. The pages stay for whoever writes here next. Of
-    snapshots on disk the copies in memory go too: with them the next ones of
-    the same iterations are compared.
+    Call while nobody writes. The pages stay for whoever writes here next.
 
     Args:
       iterations: by stage, the newest snapshot that still counts.
     """
     for stage, iteration in iterations.items():
-      for root in {self._snapshots_of(stage), self._hosts.store_of(stage)}:
-        for folder in folders.snapshots_folders(root, stage):
-          for newer, path in snapshot_file.list_snapshots(folder).items():
-            if newer > iteration:
-              (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
+      for folder in folders.snapshots_folders(self._snapshots_of(stage), stage):
+        for newer, path in snapshot_file.list_snapshots(folder).items():
+          if newer > iteration:
+            (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
 
   def orphan(self, stage: int, team: Collection[int]) -> None:
     """Notes that of a stage only the replicas in `team` write snapshots now.

@@ -93,11 +93,22 @@ def doubt(workdir: str | os.PathLike[str], iterations: int) -> str:
 def _metadata(folder: pathlib.Path) -> dict[str, Any]:
   """Reads what Orbax keeps about a checkpoint; {} if that cannot be read."""
   try:
-    data = (folder / snapshot_file.ORBAX_METADATA_NAME).read_bytes()
-    value = json.loads(data)
+    value = read_metadata(folder)
   except (OSError, ValueError):
     return {}
   return value if isinstance(value, dict) else {}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Any:
+  """Reads what Orbax keeps about a checkpoint: not by Orbax, which logs errors.
+
+  Raises:
+    OSError: it cannot be read.
+    ValueError: it is damaged.
+  """
+  return json.loads(
+    pathlib.Path(path, snapshot_file.ORBAX_METADATA_NAME).read_bytes()
+  )
 
 
 @contextlib.contextmanager

@@ -69,3 +69,23 @@ def test_a_scan_says_what_logs_there_are(one):
   assert found.log_bytes == (first.stat().st_size, second.stat().st_size)
   first.unlink()
   assert one.scan([]).log_bytes[0] == 0
+
+
+@pytest.mark.parametrize('what', ['link', 'folder'])
+def test_a_log_that_cannot_be_fenced_is_lost(one, what):
+  """Not the run: its worker begins a new log, as if it were gone."""
+  (path,) = one.log_paths(1)
+  moved = path.rename(path.with_name('moved'))
+  if what == 'link':
+    path.symlink_to(moved)
+  else:
+    path.mkdir()
+    (path / 'file').touch()
+  assert one.scan([]).log_bytes[1] == 0
+  worker = keys.WorkerId(1, 0, 2)
+  segment.fence(path.parent, worker)
+  assert not path.exists() and moved.exists()
+  writer = segment.SegmentWriter(path.parent, worker, 1 << 14, 16)
+  writer.start()
+  writer.close()
+  assert one.scan([]).log_bytes[1]
