@@ -70,8 +70,7 @@ class Agent:
       self._selector,
       beginning.worker_spec(job, where, folder, store, self._hosts.secret),
       self._book,
-      folder.lock_fds,
-      store.lock_fds,
+      (folder.lock_fds, store.lock_fds),
     )
     self._stores = stores.Stores(
       train.stages,
@@ -131,7 +130,7 @@ class Agent:
       except errors.MoetionError as error:
         self.executor.fail(error)
       except OSError as error:  # a full disk, most likely
-        self.executor.fail(ending.of_system(error, self._folder.path))
+        self.executor.fail(ending.of_system(error, self._folder))
     assert self.executor.result is not None
     code, state = self.executor.result
     with contextlib.suppress(OSError):

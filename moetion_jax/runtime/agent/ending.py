@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-
 from moetion_jax import errors
+from moetion_jax.runtime.records import workdir
 
 
 def how_to_go_on(
@@ -14,6 +13,7 @@ def how_to_go_on(
   starts_over: bool,
   is_removed: bool,
   cause_stays: bool,
+  is_lost: bool = False,
 ) -> str:
   """Says what the same command does after a run that did not finish.
 
@@ -24,10 +24,14 @@ def how_to_go_on(
     is_removed: whether that was done.
     cause_stays: whether the same command meets the cause of the end again, as
       far as can be told: it does nothing else then, until that is gone.
+    is_lost: whether the workdir is gone, and with it what leads to them.
 
   Returns:
     A line for people; '' where there is nothing to say.
   """
+  if is_lost:
+    rest = f'Nothing goes on from {snapshots} any more: remove that. '
+    return f'{rest if snapshots else ""}The same command starts over.'
   command = 'Once the cause is gone, the' if cause_stays else 'The'
   command += ' same command'
   if starts_over and not has_begun:
@@ -42,14 +46,21 @@ def how_to_go_on(
   return f'{command} starts over.' if has_begun else ''
 
 
-def of_system(error: OSError, path: pathlib.Path) -> errors.StoreError:
+def of_system(error: OSError, folder: workdir.Workdir) -> errors.StoreError:
   """Says of an error of the system what to do.
 
   Args:
     error: the error.
-    path: the run's workdir, named where the error names no file.
+    folder: the run's workdir: named where the error names no file, or where it
+      is no longer, which explains the error.
   """
+  try:
+    folder.check_in_place()
+  except errors.StoreError as why:
+    return why
+  except OSError:
+    pass  # it is the same one
   return errors.StoreError(
-    f'{error.filename or path}: {error.strerror}; make that possible, then '
+    f'{error.filename or folder.path}: {error.strerror}; make that possible, then '
     'start again'
   )

@@ -250,7 +250,8 @@ class Executor:
         for worker in self._crew.workers.values()
         if worker.stage == error.stage
       ]
-    with contextlib.suppress(OSError):  # which may be why the run failed
+    # Which may be why the run failed.
+    with contextlib.suppress(OSError, errors.StoreError):
       self._recorder.event('failed', **fields)
     print(f'The run ended: {error}', file=sys.stderr)
     if logs and self._recorder.accepted:
@@ -266,4 +267,5 @@ class Executor:
       starts_over=self._starts_over,
       is_removed=self._recorder.removed_earlier,
       cause_stays=cause_stays,
+      is_lost=self._folder.is_gone,
     )

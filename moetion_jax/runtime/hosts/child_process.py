@@ -49,7 +49,11 @@ class Transcript:
 
   def open_log(self, path: pathlib.Path) -> None:
     """Writes lines to a file as well from now on, and those kept so far."""
-    self._log = open(path, 'ab', buffering=0)
+    self._log = open(path, 'a+b', buffering=0)
+    if self._log.seek(0, os.SEEK_END):
+      self._log.seek(-1, os.SEEK_END)
+      if self._log.read() != b'\n':  # torn by a death, or a full disk
+        self._log.write(b'\n')
     for line in self._unlogged:
       self._log.write(line + b'\n')
     self._unlogged.clear()

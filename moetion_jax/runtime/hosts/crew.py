@@ -52,8 +52,7 @@ class Crew:
     selector: selectors.BaseSelector,
     spec: spec_lib.Spec,
     book: faults.FaultBook,
-    workdir_fds: tuple[int, ...],
-    store_fds: tuple[int, ...],
+    lock_fds: tuple[tuple[int, ...], tuple[int, ...]],
   ):
     """Stores the arguments.
 
@@ -63,9 +62,8 @@ class Crew:
       selector: the selector that the caller polls, calling its keys' data.
       spec: a worker's spec, but for what differs between workers.
       book: the scripted faults that have not happened yet.
-      workdir_fds: descriptors of the locks of the workdir, which all processes
-        inherit.
-      store_fds: the same of the store, for those of this host.
+      lock_fds: descriptors of the locks of the workdir, which all processes
+        inherit, and of the store, for those of this host.
     """
     self.workers: dict[tuple[int, int], child_process.WorkerProcess] = {}
     self.news: collections.deque[News] = collections.deque()
@@ -74,8 +72,8 @@ class Crew:
     self._selector = selector
     self._spec = spec
     self._book = book
-    self._workdir_fds = workdir_fds
-    self._lock_fds = (*workdir_fds, *store_fds)
+    self._workdir_fds, store_fds = lock_fds
+    self._lock_fds = (*self._workdir_fds, *store_fds)
     self._standbys = standbys.Standbys(
       self._replicas, hosts.standby, self._start, self.end
     )

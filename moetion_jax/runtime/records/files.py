@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from typing import Any
+from typing import IO, Any
 
 from moetion_jax import disk, errors
 
@@ -20,6 +20,7 @@ from moetion_jax import disk, errors
 TEMPORARY_PREFIX = '.moetion-json-'
 # Fields in which two runs of one iteration must agree exactly.
 _EXACT = ('iteration', 'loss_hex', 'digest', 'tokens')
+_PUT_BACK = 'put back the file as it was, or pass --fresh to start over'
 
 
 class MetricsMismatchError(errors.WrongBitsError):
@@ -55,25 +56,25 @@ class MetricsFile:
     """Opens the file.
 
     Raises:
-      errors.StoreError: a line other than the last one is damaged.
+      errors.StoreError: a line is damaged, missing or out of order; but for the
+        last ones, which are written again.
     """
-    whole = 0
-    if os.path.exists(self._path):
-      with open(self._path, 'rb') as f:
-        for number, raw in enumerate(f, 1):
-          if not raw.endswith(b'\n'):
-            break  # torn by a death while it was written
-          try:
-            line = json.loads(raw)
-            self._known[line['iteration']] = line
-          except (ValueError, KeyError, TypeError):
-            raise errors.StoreError(
-              f'{self._path}:{number} is damaged: put back the file as it '
-              'was, or pass --fresh to start over'
-            ) from None
-          whole += len(raw)
-    self._file = open(self._path, 'ab')
-    self._file.truncate(whole)
+    self._file = open(self._path, 'a+b')
+    cut_torn_line(self._file)
+    self._file.seek(0)
+    for number, raw in enumerate(self._file, 1):
+      try:
+        line = json.loads(raw)
+        iteration = line['iteration']
+      except (ValueError, KeyError, TypeError):
+        iteration, line = None, {}
+      if iteration != number:
+        wrong = 'is damaged'
+        if iteration is not None:
+          wrong = f'is of iteration {iteration}, and not of {number}'
+        self.close()
+        raise errors.StoreError(f'{self._path}:{number} {wrong}: {_PUT_BACK}')
+      self._known[iteration] = line
 
   def close(self) -> None:
     """Closes the file; idempotent."""
@@ -103,8 +104,14 @@ class MetricsFile:
 
     Raises:
       MetricsMismatchError: a line exists and differs.
+      errors.StoreError: the file was removed, or another one put in its place.
     """
     assert self._file is not None, 'start() was not called'
+    if not is_in_place(self._path, self._file.fileno()):
+      raise errors.StoreError(
+        f'{self._path}: was removed, or replaced, while its run wrote it: '
+        f'{_PUT_BACK}'
+      )
     iteration = line['iteration']
     known = self._known.get(iteration)
     if known is None:
@@ -119,8 +126,8 @@ class MetricsFile:
         raise MetricsMismatchError(
           f'iteration {iteration}: {field} is {line[field]}, but '
           f'{self._path} has {known.get(field)}: this is not the run that '
-          'wrote it (other code, software or hardware?); pass --fresh to '
-          'start over'
+          'wrote it (other code, software or hardware?), or the line was '
+          f'changed: {_PUT_BACK}'
         )
 
   def sync(self) -> None:
@@ -150,8 +157,30 @@ class EventsFile:
   def write(self, kind: str, **fields: Any) -> None:
     """Appends one event; `time` is seconds since the epoch."""
     event = {'time': time.time(), 'kind': kind, 'stage': None, 'replica': None}
-    with open(self._path, 'ab') as f:
+    with open(self._path, 'a+b') as f:
+      cut_torn_line(f)
       f.write(json.dumps(event | fields).encode() + b'\n')
+
+
+def cut_torn_line(file: IO[bytes]) -> None:
+  """Cuts what a death, or a full disk, left of a last line.
+
+  Args:
+    file: a file of lines, open for reading and appending.
+  """
+  if file.seek(0, os.SEEK_END):
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b'\n':
+      file.seek(0)
+      file.truncate(file.read().rfind(b'\n') + 1)
+
+
+def is_in_place(path: str | os.PathLike[str], fd: int) -> bool:
+  """Tells whether a path still names what a descriptor has open."""
+  try:
+    return os.path.samestat(os.stat(path), os.fstat(fd))
+  except (FileNotFoundError, NotADirectoryError):
+    return False
 
 
 def write_json(

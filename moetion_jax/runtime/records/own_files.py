@@ -58,6 +58,10 @@ SNAPSHOTS: Tree = {r'\d+(\.tmp|\.old|\.replaced)?': SNAPSHOT}
 DURABLE: Tree = {r'stage-\d+\.replica-\d+\.snapshots': SNAPSHOTS}
 _LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None}
 _FILES = (METRICS, 'events.jsonl', 'workers.json')
+# What is written under such a name gets its own when it is whole.
+TEMPORARY: Tree = {
+  re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None
+}
 # A workdir without its config.json, which goes last, and its lock.
 RUN: Tree = {
   rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'
@@ -65,7 +69,7 @@ RUN: Tree = {
   DURABLE_NAME: DURABLE,
   **{re.escape(name): None for name in _FILES},
   LOGS_NAME: _LOGS,
-  re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None,
+  **TEMPORARY,
 }
 
 

@@ -144,8 +144,13 @@ class Recorder:
     return self._lines.digest(iteration)
 
   def event(self, kind: str, **fields: object) -> None:
-    """Writes an event, if the run was accepted."""
+    """Writes an event, if the run was accepted.
+
+    Raises:
+      errors.StoreError: the workdir was moved or removed.
+    """
     if self.accepted:
+      self._folder.check_in_place()
       self._events.write(kind, **fields)
 
   def add(
@@ -165,6 +170,7 @@ class Recorder:
 
     Raises:
       files.MetricsMismatchError: the iteration came out differently before.
+      errors.StoreError: the workdir, or its metrics, were moved or removed.
       merge.ReplicaMismatchError: replicas of a stage have different states.
     """
     by_worker = self._reports.setdefault(one.iteration, {})
@@ -177,6 +183,7 @@ class Recorder:
         return None
       reports.append(merged)
     line = merge.make_line(reports, self._job.tokens_per_iteration)
+    self._folder.check_in_place()
     self._lines.write(line)
     if one.iteration <= self.iteration:
       return None
@@ -206,9 +213,11 @@ class Recorder:
     Call it before what they could be made from again is given up.
 
     Raises:
+      errors.StoreError: the workdir was moved or removed.
       OSError: they cannot be.
     """
     if self.accepted:
+      self._folder.check_in_place()
       self._lines.sync()
       disk.sync_folder(self._folder.path)
 

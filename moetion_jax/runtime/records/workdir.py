@@ -124,10 +124,9 @@ class Workdir:
         self._created = [lock, *missing]
       folder_fd, lock_fd = self.lock_fds
       _lock(lock_fd)
-      in_place = all(
-        os.path.samestat(os.stat(path), os.fstat(fd))
-        for path, fd in ((self.path, folder_fd), (lock, lock_fd))
-      )
+      in_place = record_files.is_in_place(
+        self.path, folder_fd
+      ) and record_files.is_in_place(lock, lock_fd)
       content = os.pread(lock_fd, _LOCK_BYTES, 0)
     except (BlockingIOError, FileNotFoundError):
       in_place, content = False, b''  # or its run just removed it
@@ -194,6 +193,29 @@ class Workdir:
     for fd in self.lock_fds:
       os.close(fd)
     self.lock_fds = ()
+
+  @property
+  def is_gone(self) -> bool:
+    """True if the folder was removed while the run lived."""
+    path = os.readlink(f'/proc/self/fd/{self.lock_fds[0]}')
+    return not record_files.is_in_place(path, self.lock_fds[0])
+
+  def check_in_place(self) -> None:
+    """Checks that what is written to the path is written to the folder.
+
+    Raises:
+      errors.StoreError: it was moved or removed while the run lived.
+      OSError: the path cannot be looked up.
+    """
+    if record_files.is_in_place(self.path, self.lock_fds[0]):
+      return
+    if self.is_gone:
+      raise errors.StoreError(f'{self.path}: was removed while its run lived')
+    now = os.readlink(f'/proc/self/fd/{self.lock_fds[0]}')
+    raise errors.StoreError(
+      f'{self.path}: was moved to {now} while its run lived; move it back, or '
+      f'start it there, with --workdir={now}'
+    )
 
   @property
   def begins_anew(self) -> bool:
@@ -328,6 +350,8 @@ class Workdir:
     self.check(config)
     self.changes.check(environment)
     kept = self._remove_earlier() if self.begins_anew else []
+    # Whoever was killed while it wrote a file left a part of that.
+    own_files.remove(own_files.find(self.path, own_files.TEMPORARY))
     self._fresh = False
     self._created = []
     (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)

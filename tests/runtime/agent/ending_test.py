@@ -3,9 +3,9 @@
 import importlib
 import json
 import os
-import pathlib
 import pkgutil
 import selectors
+import shutil
 
 import numpy as np
 import pytest
@@ -72,8 +72,7 @@ def _executor(tmp_path, folder, record=None, workers=()):
     selectors.DefaultSelector(),  # nobody is started
     beginning.worker_spec(job, where, folder, store, ''),
     faults.FaultBook([]),
-    (),
-    (),
+    ((), ()),
   )
   one = executor.Executor(
     where,
@@ -179,7 +178,7 @@ _ENDS = [
     failures.WorkerError(0, 5, 'nobody replaces it', is_passing=True),
     True,
   ),
-  (ending.of_system(OSError(28, 'No space left'), pathlib.Path('w')), False),
+  (errors.StoreError('w: No space left; make that possible'), False),
 ]
 
 
@@ -197,6 +196,38 @@ def test_every_end_of_a_run(tmp_path, folder, capfd, error, is_passing):
   assert ended == f'The run ended: {error}'
   assert ('Once the cause is gone, the same' in how) == (not is_passing)
   assert ('The same command goes on' in how) == is_passing
+
+
+@pytest.mark.parametrize('is_moved', [True, False])
+def test_a_workdir_that_is_gone(tmp_path, folder, capfd, is_moved):
+  """Whichever file is missed, the folder is named, and what to do."""
+  one = _executor(tmp_path, folder)
+  one.has_begun = True
+  moved = tmp_path / 'moved'
+  folder.path.rename(moved)
+  if not is_moved:
+    shutil.rmtree(moved)
+  missed = FileNotFoundError(2, 'No such file', str(folder.path / 'x'))
+  one.fail(ending.of_system(missed, folder))
+  ended, how = capfd.readouterr().err.splitlines()
+  if is_moved:
+    assert f'{folder.path}: was moved to {moved}' in ended
+    assert f'--workdir={moved}' in ended
+    assert 'Once the cause is gone, the same command goes on' in how
+  else:
+    assert f'{folder.path}: was removed' in ended
+    assert how.startswith(f'Nothing goes on from {tmp_path / "durable"}')
+    assert how.endswith('The same command starts over.')
+  folder.path.mkdir()  # what somebody else makes in its place is left alone
+  with pytest.raises(errors.StoreError, match='was moved|was removed'):
+    folder.check_in_place()
+  assert not os.listdir(folder.path)
+  full = OSError(28, 'No space left on device')
+  folder.path.rmdir()
+  if is_moved:
+    moved.rename(folder.path)  # as the error says
+    folder.check_in_place()
+    assert str(folder.path) in str(ending.of_system(full, folder))
 
 
 def test_each_error_has_its_row():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import threading
 
 import numpy as np
@@ -67,6 +69,60 @@ def test_a_torn_last_line_is_cut(tmp_path, cut_bytes):
   assert open(path, 'rb').read() == whole
 
 
+@pytest.mark.parametrize(
+  ('order', 'named'),
+  [((1, 3, 4), 2), ((2, 3), 1), ((1, 3, 2), 2), ((1, 2, 2, 3), 3)],
+)
+def test_lines_that_are_missing_or_out_of_order(tmp_path, order, named):
+  """Then the file ends a run that goes on, until it is put back."""
+  path = tmp_path / 'metrics.jsonl'
+  with record_files.MetricsFile(str(path)) as f:
+    for iteration in (1, 2, 3, 4):
+      f.write(_line(iteration))
+  whole = path.read_bytes()
+  lines = whole.splitlines(keepends=True)
+  edited = b''.join(lines[iteration - 1] for iteration in order)
+  path.write_bytes(edited)
+  words = rf':{named} is of iteration {order[named - 1]}, .*put back.*--fresh'
+  with pytest.raises(errors.StoreError, match=words):
+    record_files.MetricsFile(str(path)).start()
+  assert path.read_bytes() == edited
+  path.write_bytes(whole)
+  with record_files.MetricsFile(str(path)) as f:
+    assert f.last_iteration == 4
+
+
+def test_a_line_that_was_changed_and_put_back(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  with record_files.MetricsFile(str(path)) as f:
+    f.write(_line(1))
+  whole = path.read_bytes()
+  path.write_bytes(whole.replace(_line(1)['loss_hex'].encode(), b'0x1.0p+0'))
+  with record_files.MetricsFile(str(path)) as f:
+    with pytest.raises(
+      record_files.MetricsMismatchError, match='put back the file as it was'
+    ):
+      f.write(_line(1))
+  path.write_bytes(whole)
+  with record_files.MetricsFile(str(path)) as f:
+    f.write(_line(1))
+
+
+@pytest.mark.parametrize('is_replaced', [False, True])
+def test_lines_that_are_removed_while_they_are_written(tmp_path, is_replaced):
+  path = tmp_path / 'metrics.jsonl'
+  with record_files.MetricsFile(str(path)) as f:
+    f.write(_line(1))
+    path.rename(tmp_path / 'away')
+    if is_replaced:
+      path.write_bytes(b'')
+    with pytest.raises(errors.StoreError, match='was removed.*put back'):
+      f.write(_line(2))
+    (tmp_path / 'away').rename(path)
+    f.write(_line(2))
+  assert list(record_files.read_lines(path)) == [1, 2]
+
+
 def test_a_damaged_line_is_named(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"iteration": 1}\nnonsense\n{"iteration": 3}\n')
@@ -94,6 +150,33 @@ def test_events_have_time_and_kind(tmp_path):
   first, second = (json.loads(x) for x in open(path))
   assert first['kind'] == 'start' and first['stage'] is None
   assert second['stage'] == 1 and second['time'] >= first['time']
+
+
+@pytest.mark.parametrize('torn', [b'{"time": 1', b'{"kind": "x"}\n{"ti', b'\n'])
+def test_an_event_after_a_torn_one_is_whole(tmp_path, torn):
+  path = tmp_path / 'events.jsonl'
+  path.write_bytes(torn)
+  record_files.EventsFile(str(path)).write('start')
+  *before, last = path.read_bytes().splitlines(keepends=True)
+  assert json.loads(last)['kind'] == 'start'
+  assert b''.join(before) == torn[: torn.rfind(b'\n') + 1]
+
+
+def test_write_json_on_a_full_disk_leaves_nothing(tmp_path):
+  """A limit of the size of files is met like a full disk: in the middle."""
+  path = tmp_path / 'workers.json'
+  record_files.write_json(str(path), {'n': 1})
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    with pytest.raises(OSError):
+      record_files.write_json(str(path), {'n': 2, 'pad': 'x' * (1 << 17)})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, old)
+  assert json.loads(path.read_text()) == {'n': 1}
+  assert os.listdir(tmp_path) == ['workers.json']
 
 
 def test_write_json_is_atomic(tmp_path):

@@ -245,6 +245,15 @@ def test_other_files_are_no_obstacle(tmp_path, hostmem, fresh):
   assert held_run.read_config(path)
 
 
+def test_what_a_kill_left_of_a_file_that_was_being_written(run, hostmem):
+  """A user's own file of nearly that name stays."""
+  torn, mine = run / '.moetion-json-abcd1234', run / '.moetion-json-notes.txt'
+  torn.write_text('{')
+  mine.write_text('')
+  _begin(run, hostmem)
+  assert not torn.exists() and mine.exists()
+
+
 def test_another_run(run):
   reason = _refused(run, fresh=False, config=_config(seed=7))
   assert 'train.seed' in reason and '--fresh' in reason
