@@ -43,6 +43,8 @@ class OptimizerConfig:
     b1: decay of the first moment, or momentum.
     b2: decay of the second moment (lion: of its momentum).
     clip_norm: global norm to which gradients are clipped; 0 never clips.
+    earlier: the schedules of a run that is trained longer with another one:
+      last iteration and `decay_iterations` of each, ascending.
   """
 
   optimizer: str = 'adamw'
@@ -54,6 +56,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.99
   clip_norm: float = 1.0
+  earlier: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self) -> None:
     _require(
@@ -84,7 +87,9 @@ class TrainConfig:
 
   Attributes:
     seed: seed of initial weights, data order and dropout.
-    iterations: number of optimizer updates in all.
+    iterations: the last iteration.
+    initial_iteration: the iteration of the initial state. The first one of the
+      run is the next, with its data.
     stages: number of pipeline stages.
     replicas: data-parallel workers of each stage.
     local_devices: devices of one worker, along the mesh axis 'expert'.
@@ -101,6 +106,7 @@ class TrainConfig:
 
   seed: int = 0
   iterations: int = 200
+  initial_iteration: int = 0
   stages: int = 1
   replicas: int = 1
   local_devices: int = 1
@@ -123,9 +129,15 @@ class TrainConfig:
       'eval_microbatches',
     ):
       _require(self, name, getattr(self, name) >= 1, 'must be at least 1')
-    for name in ('seed', 'eval_every'):
+    for name in ('seed', 'eval_every', 'initial_iteration'):
       _require(self, name, getattr(self, name) >= 0, 'must not be negative')
     _require(self, 'seed', self.seed < 2**32, 'must be below 2**32')
+    _require(
+      self,
+      'iterations',
+      self.iterations > self.initial_iteration,
+      f'must be more than the {self.initial_iteration} that are done already',
+    )
     _require(
       self,
       'shard_optimizer',

@@ -17,6 +17,21 @@ NAME = 'name'  # the field of a fingerprint that is not compared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+  """A checkpoint of the run itself, from which it goes on.
+
+  Attributes:
+    path: its folder.
+    iteration: iteration of the state.
+    digest: the digest of the state.
+  """
+
+  path: str
+  iteration: int
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class JobSpec:
   """A job as an agent knows it.
 
@@ -34,6 +49,8 @@ class JobSpec:
     init_from: checkpoint that it starts from; '' for none.
     init_digest: digest of the state in that, as the run began with it; '' for
       any.
+    base: the checkpoint with which a run that is trained longer goes on; None
+      for a run that begins with the job's own initial state.
   """
 
   factory: str
@@ -44,11 +61,17 @@ class JobSpec:
   data: str = ''
   init_from: str = ''
   init_digest: str = ''
+  base: Base | None = None
 
   @functools.cached_property
   def train(self) -> config_lib.TrainConfig:
     """How the job is trained and spread."""
     return codec.decode(config_lib.TrainConfig, self.config['train'])
+
+  @property
+  def initial_iteration(self) -> int:
+    """Iteration of the state that the run begins with."""
+    return self.base.iteration if self.base else self.train.initial_iteration
 
 
 def data_changes(

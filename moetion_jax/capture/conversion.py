@@ -71,6 +71,7 @@ class Route:
   Attributes:
     start: a valid start.
     newest: iteration of the newest snapshot that can be loaded.
+    initial: iteration of the initial state; a start there is that state.
     unverified_until: the last iteration whose snapshot was taken with other
       software (`recovery/splice`). What is replayed up to there comes to other
       bits than its digests and scalars say; what is folded in has its digests
@@ -79,6 +80,7 @@ class Route:
 
   start: coverage.Start
   newest: int
+  initial: int = 0
   unverified_until: int = 0
 
 
@@ -107,11 +109,12 @@ class Conversion:
     Args:
       programs: the stage's programs, for the operators that this worker has.
       digest: the stage's digest program.
-      initial: makes state 0, which is complete by definition.
+      initial: makes the initial state, which is complete by definition.
       load: reads the snapshot of an iteration and verifies it.
       route: the snapshots that it goes through.
     """
     self.start = route.start
+    self._initial_iteration = route.initial
     self.active: frozenset[keys.OperatorId] = frozenset()
     self.damaged: set[int] = set()
     self._programs = programs
@@ -136,7 +139,7 @@ class Conversion:
       SnapshotLostError: a snapshot is damaged.
       DivergedError: the bits of an operator are not what they were.
     """
-    if not self.start.iteration:
+    if self.start.iteration == self._initial_iteration:
       self.active = self._own
       return self._initial()
     return self._fold(self.start.iteration, None)

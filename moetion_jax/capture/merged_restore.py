@@ -34,7 +34,7 @@ def load(
     stage: the stage.
     start: iteration of the snapshot from which all but the experts comes.
     layout: layout of the state.
-    initial: makes state 0, for experts that were never saved.
+    initial: makes the initial state, for experts that were never saved.
 
   Returns:
     The operators as a whole snapshot of the start, without digests and scalars,

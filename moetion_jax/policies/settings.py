@@ -98,13 +98,12 @@ class Policy:
     """Returns the starts of a stage, ascending, the initial state included.
 
     Args:
-      records: the stage's snapshots, ascending.
+      records: the stage's snapshots, ascending; the first is the initial state.
       operators: all operators of the stage.
       line: the recovery line; what older starts need may be gone.
     """
     del line
-    initial = coverage.initial_record(operators)
-    return coverage.valid_starts((initial, *records), operators)
+    return coverage.valid_starts(records, operators)
 
   def versions(
     self,
@@ -115,7 +114,7 @@ class Policy:
     """Returns the iteration of the operators that a start has older ones of.
 
     Args:
-      records: the stage's snapshots, ascending.
+      records: the stage's snapshots, ascending; the first is the initial state.
       operators: all operators of the stage.
       start: the start's iteration.
     """

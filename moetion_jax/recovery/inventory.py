@@ -18,6 +18,7 @@ class Inventory:
   """All stages' snapshots, and the recovery line that follows from them.
 
   Attributes:
+    initial: iteration of the initial state.
     line: the recovery line, see `plan.recovery_line`.
     kept_from: iteration from which on snapshots are kept; before the line if a
       start there takes a part of its state from older ones.
@@ -30,6 +31,7 @@ class Inventory:
     policy: settings.Policy,
     operators: Sequence[Collection[keys.OperatorId]],
     lag_iterations: int,
+    initial: int = 0,
   ):
     """Starts without any snapshot but the initial state.
 
@@ -38,8 +40,9 @@ class Inventory:
       operators: the operators of each stage.
       lag_iterations: iterations by which the line lags behind, see
         `plan.recovery_line`.
+      initial: iteration of the initial state; older snapshots do not count.
     """
-    self.line = self.kept_from = 0
+    self.initial = self.line = self.kept_from = initial
     self.splices: tuple[splice_lib.Splice, ...] = ()
     self.is_running = False
     self.lag_iterations = lag_iterations
@@ -50,7 +53,7 @@ class Inventory:
     ]
     self._excluded: set[tuple[int, int]] = set()
     self._corrupt: set[tuple[int, int]] = set()
-    self._log_first = [1] * len(operators)
+    self._log_first = [initial + 1] * len(operators)
 
   def stored(self, stage: int, share: coverage.Share) -> None:
     """Takes in a snapshot that counts from now on."""
@@ -98,7 +101,11 @@ class Inventory:
       start
       for start in starts
       if splice_lib.allows(
-        self._barring, stage, start.iteration, is_running=self.is_running
+        self._barring,
+        stage,
+        start.iteration,
+        is_running=self.is_running,
+        initial=self.initial,
       )
     )
 
@@ -108,10 +115,13 @@ class Inventory:
     return self.splices if self._policy.is_exact else ()
 
   def _records(self, stage: int) -> tuple[coverage.SnapshotRecord, ...]:
-    return coverage.complete_records(
-      share
-      for (iteration, *_), share in self._shares[stage].items()
-      if (stage, iteration) not in self._excluded
+    return (
+      coverage.initial_record(self._operators[stage], self.initial),
+      *coverage.complete_records(
+        share
+        for (iteration, *_), share in self._shares[stage].items()
+        if iteration > self.initial and (stage, iteration) not in self._excluded
+      ),
     )
 
   def versions(self, start: int) -> dict[keys.OperatorId, int]:
@@ -130,11 +140,11 @@ class Inventory:
     """Takes all stages back to a state before the line, with empty logs.
 
     Args:
-      iteration: the state's iteration; 0 for the initial state, without any
-        snapshot.
+      iteration: the state's iteration; if it is the initial one, no snapshot
+        is left.
     """
     self._corrupt.clear()
-    if not iteration:
+    if iteration == self.initial:
       self._excluded.clear()
       for shares in self._shares:
         shares.clear()
@@ -191,6 +201,7 @@ class Inventory:
         log_lost=stage in lost,
         corrupt=frozenset(i for s, i in self._corrupt if s == stage),
         newest=begun,
+        sources={self.initial: (recovery_plan.INITIAL,)},
         unrecorded_until=splice_lib.unverified_until(self.splices, stage),
       )
       for stage, begun in enumerate(newest)

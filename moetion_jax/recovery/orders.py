@@ -12,8 +12,7 @@ class Go:
   """An order to train: from which start, and with how large stores.
 
   Attributes:
-    start: the iteration from which the conversion starts; 0 is the initial
-      state.
+    start: the iteration from which the conversion starts.
     complete_at: iteration of the last snapshot of the conversion.
     newest: iteration of the newest existing snapshot.
     excluded: iterations of damaged snapshots, to be taken again.

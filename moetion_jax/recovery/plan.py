@@ -31,8 +31,8 @@ class StageInventory:
   Attributes:
     stage: the stage's number, from 0.
     starts: the starts of a conversion, ascending, counted from verified copies
-      in the places that are required. Contains iteration 0 where the initial
-      state can be made again (from the seed or `--init_from`).
+      in the places that are required. Contains that of the initial state, where
+      it can be made again (from the seed or a checkpoint).
     log_first: the first iteration of which the stage's log has all entries, up
       to those of the iteration that it works on.
     log_lost: whether the log is gone or damaged as a whole: it has no entries.

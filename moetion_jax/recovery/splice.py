@@ -56,7 +56,12 @@ def in_force(splices: Sequence[Splice]) -> tuple[Splice, ...]:
 
 
 def allows(
-  splices: Sequence[Splice], stage: int, start: int, *, is_running: bool
+  splices: Sequence[Splice],
+  stage: int,
+  start: int,
+  *,
+  is_running: bool,
+  initial: int = 0,
 ) -> bool:
   """Returns whether a conversion may start there.
 
@@ -67,8 +72,9 @@ def allows(
     is_running: whether the run goes on already. Then nothing goes back behind
       the last splice: what is written down of the iterations since the start
       has the bits of the old software.
+    initial: iteration of the initial state, which is whole: nothing is folded.
   """
-  if any(one.bars(stage, start) for one in splices):
+  if start > initial and any(one.bars(stage, start) for one in splices):
     return False
   return not (is_running and splices and start < splices[-1].exact_until)
 

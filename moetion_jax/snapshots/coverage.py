@@ -141,10 +141,12 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
   )
 
 
-def initial_record(operators: Iterable[keys.OperatorId]) -> SnapshotRecord:
-  """Returns snapshot 0, the initial state, complete by definition."""
+def initial_record(
+  operators: Iterable[keys.OperatorId], iteration: int = 0
+) -> SnapshotRecord:
+  """Returns the snapshot of the initial state, complete by definition."""
   return SnapshotRecord(
-    iteration=0, state=frozenset(operators), compute=frozenset()
+    iteration=iteration, state=frozenset(operators), compute=frozenset()
   )
 
 

@@ -124,7 +124,7 @@ class Worker:
     report: Callable[[report_lib.Report], None],
     stop: Callable[[], bool] = lambda: False,
     *,
-    first_iteration: int = 1,
+    first_iteration: int | None = None,
     snapshots: snapshotter.Snapshotter | None = None,
     conversion: conversion_lib.Conversion | None = None,
     line: Callable[[int], int] = lambda iteration: iteration - 1,
@@ -138,7 +138,8 @@ class Worker:
         digest is read when the next iteration's work is already under way.
       stop: asked between iterations; True ends the loop early. With several
         stages all must stop after the same iteration.
-      first_iteration: the iteration after the current state's.
+      first_iteration: the iteration after the current state's; None: the first
+        one of the run.
       snapshots: takes a snapshot after every update; None for no snapshots.
       conversion: conversion that began the current, partial state; None: the
         state is whole.
@@ -161,7 +162,7 @@ class Worker:
         config,
         report,
         stop,
-        first_iteration,
+        first_iteration or config.initial_iteration + 1,
         snapshots,
         conversion,
         line,

@@ -260,10 +260,11 @@ class Partial(capture_settings.Policy):
   ) -> tuple[coverage.Start, ...]:
     """See `Policy`; an expert that was never saved is the initial one."""
     others = {o for o in operators if o.expert < 0}
+    initial = records[0].iteration
     return tuple(
       coverage.Start(iteration=record.iteration, complete_at=record.iteration)
-      for record in (coverage.initial_record(operators), *records)
-      if others <= record.state and not 0 < record.iteration < line
+      for record in records
+      if others <= record.state and not initial < record.iteration < line
     )
 
   def versions(

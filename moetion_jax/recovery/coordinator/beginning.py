@@ -68,7 +68,7 @@ def ready(
   accepted: events.Accepted = yield actions.Accept(ready=dict(state.ready))
   run.inventory.splices = splice_lib.in_force(accepted.splices)
   last_recorded = yield from _check_stored(run, accepted.last_recorded)
-  yield from _begin(run, last_recorded)
+  yield from _begin(run, max(last_recorded, run.inventory.initial))
   return run
 
 
@@ -99,6 +99,7 @@ def _make_run(state: state_lib.Beginning) -> state_lib.Run:
       settings.captures.policy,
       [s.state_bytes for s in sizes],
       planner.lag_iterations,
+      settings.job.initial_iteration,
     ),
     failures=failures_lib.Failures(settings.max_failures),
   )
@@ -139,11 +140,12 @@ def _check_lines(run: state_lib.Run, last_recorded: int) -> None:
     errors.ConfigError: lines were lost; nothing has been removed yet.
   """
   inventories = run.inventory.stage_inventories([0] * len(run.stages))
-  usable = recovery_plan.plan(inventories, run.stages).start
+  start = recovery_plan.plan(inventories, run.stages).start
   oldest = max(map(run.inventory.oldest, run.stages))
   taken = (run.decisions[stage][0] for stage in run.stages)
   first = max(one.first_iteration + one.every for one in taken)
-  if usable and oldest > max(last_recorded + _LATE_REPORTS, first):
+  is_usable = start > run.inventory.initial
+  if is_usable and oldest > max(last_recorded + _LATE_REPORTS, first):
     raise errors.ConfigError(
       'workdir',
       run.settings.workdir,
@@ -170,7 +172,8 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
     )
   newest = max(found.newest.values())
   plan = going_back.first_plan(run, last_recorded, newest)
-  if not plan.start:
+  initial = run.inventory.initial
+  if plan.start == initial:
     _check_lines(run, last_recorded)
   spliced: events.Spliced = yield actions.Splice(
     splice=splice_lib.Splice(
@@ -184,17 +187,19 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   run.inventory.splices = splice_lib.in_force(spliced.splices)
   run.inventory.is_running = True
   run.recorded = plan.start
-  run.do(actions.Keep(keeps=bool(plan.start)))
-  if plan.start:
+  run.do(actions.Keep(keeps=plan.start > initial))
+  source, base = run.settings.snapshots, run.settings.job.base
+  if plan.start == initial:
+    source = base.path if base else ''
+  else:
+    source = f'the snapshots in {source}'
+  if source:
     run.record('resumed', first_iteration=plan.first_iteration)
+    run.note(f'Going on with iteration {plan.first_iteration}, from {source}.')
+  if plan.start == initial and last_recorded > initial:
     run.note(
-      f'Going on with iteration {plan.first_iteration}, from the snapshots in '
-      f'{run.settings.snapshots}.'
-    )
-  elif last_recorded:
-    run.note(
-      f'{run.settings.workdir} has {last_recorded} iterations of this run; '
-      'they are done again and compared.'
+      f'{run.settings.workdir} has {last_recorded - initial} iterations of '
+      'this run; they are done again and compared.'
     )
   run.do(actions.Begin(iteration=plan.start))
   yield from going_back.begin(run, plan, lost, last_recorded)

@@ -74,7 +74,7 @@ def begin(
     last_recorded: the newest iteration that an earlier run wrote down.
   """
   policy = run.settings.captures.policy
-  if not plan.start:
+  if plan.start == run.inventory.initial:
     lost = plan.stages
     run.forget_snapshots()
   if not policy.is_local:
@@ -134,7 +134,7 @@ def after(
     run.replace(stage, team if stage == worker.stage else ())
   if worker.corrupt and worker.corrupt[0] in plan.stages:
     yield from _drop_damaged(run, worker.corrupt[0], plan.first_iteration)
-  if is_before and not plan.start:
+  if is_before and plan.start == run.inventory.initial:
     run.forget_snapshots()
   _let_go(run, plan, plan.stages if is_before else lost)
   return plan
@@ -240,7 +240,7 @@ def together(run: state_lib.Run) -> state_lib.Asking[None]:
   )
   run.rollback = state_lib.Rollback()
   run.do(actions.DropLogs())  # only now: a start meanwhile finds it again
-  if not plan.start:
+  if plan.start == run.inventory.initial:
     run.forget_snapshots()
   for stage in plan.stages:
     forget_end(run, stage)
@@ -402,7 +402,7 @@ def _order(
     decisions=(held, *later),
     generation=worker.generation,
     keeps_entries=policy.is_local,
-    merges=bool(plan.start) and not policy.is_exact,
+    merges=plan.start > run.inventory.initial and not policy.is_exact,
     capacity=run.planner.capacity(stage),
     capacity_until=run.loss.capacity_until if run.loss else 0,
     unverified_until=splice_lib.unverified_until(run.inventory.splices, stage),

@@ -311,6 +311,7 @@ class StageRun:
       conversion.Route(
         start=coverage.Start(iteration=go.start, complete_at=go.complete_at),
         newest=go.newest,
+        initial=self._spec.job.initial_iteration,
         unverified_until=go.unverified_until,
       ),
     )
