@@ -61,6 +61,6 @@ def of_system(error: OSError, folder: workdir.Workdir) -> errors.StoreError:
   except OSError:
     pass  # it is the same one
   return errors.StoreError(
-    f'{error.filename or folder.path}: {error.strerror}; make that possible, then '
-    'start again'
+    f'{error.filename or folder.path}: {error.strerror}; make that possible, '
+    'then start again'
   )

@@ -131,9 +131,8 @@ class Workdir:
     except (BlockingIOError, FileNotFoundError):
       in_place, content = False, b''  # or its run just removed it
     except OSError as error:
-      self._created = []
       self.close()
-      raise self._error(error.strerror or str(error)) from error
+      raise self._of_system(error) from error
     if not in_place:
       self._created = []
       self.close()
@@ -161,11 +160,11 @@ class Workdir:
     """
     is_new = False
     if not os.path.lexists(lock):
+      # Not buffered: a full disk is told at once, and the file goes.
       with tempfile.NamedTemporaryFile(
-        dir=self.path, prefix=record_files.TEMPORARY_PREFIX
+        buffering=0, dir=self.path, prefix=record_files.TEMPORARY_PREFIX
       ) as new:
         new.write(f'{held_run.new_id()}\n'.encode())
-        new.flush()
         os.chmod(new.name, 0o644)
         try:
           os.link(new.name, lock)
@@ -182,12 +181,10 @@ class Workdir:
 
   def close(self) -> None:
     """Gives the lock back; removes what `lock` created for no run."""
-    if not self.lock_fds:
-      return
     with contextlib.suppress(OSError):  # somebody else put something there
-      if self._fresh and self._id_before:  # the earlier run was not removed
-        self._write_lock(self._id_before)
-      for path in self._created:
+      if self.lock_fds and self._fresh and self._id_before:
+        self._write_lock(self._id_before)  # the earlier run was not removed
+      for path in filter(os.path.lexists, self._created):
         path.rmdir() if path.is_dir() else path.unlink()
     self._created = []
     for fd in self.lock_fds:
@@ -319,7 +316,7 @@ class Workdir:
           known.pop(name, None)
         self._write_config(known | self._marks() | kept.to_json())
     except OSError as error:
-      raise self._error(error.strerror or str(error)) from error
+      raise self._of_system(error) from error
 
   def _write_lock(self, run_id: str) -> None:
     data = f'{run_id}\n'.encode()
@@ -425,6 +422,10 @@ class Workdir:
       disk.sync_folder(self.path)
     except OSError as error:
       raise own_files.config_error(error, 'workdir', self.path) from error
+
+  def _of_system(self, error: OSError) -> errors.ConfigError:
+    what = error.strerror or str(error)
+    return self._error(f'{what}; make that possible, or name another --workdir')
 
   def _error(self, reason: str) -> errors.ConfigError:
     return errors.ConfigError('workdir', str(self.path), reason)
