@@ -223,6 +223,18 @@ def test_partial_snapshots_are_kept_that_the_line_needs():
   assert starts() == [0, 20, 24]
 
 
+def test_what_is_kept_never_grows():
+  found = _partial_inventory()
+  for number, iteration in enumerate(range(4, 28, 4)):
+    _stored_partly(found, iteration, [number % planning.EXPERTS])
+  assert found.advance(20, frozen=False) and found.kept_from == 4
+  # The only version of expert 1 is damaged, and no older one is there.
+  found.lose(0, 8)
+  assert found.advance(24, frozen=False) and found.line == 20
+  assert found.versions(20)[planning.expert(1)] == 0
+  assert found.kept_from == 4
+
+
 def test_a_run_that_begins_with_partial_snapshots():
   found = _partial_inventory()
   for number, iteration in enumerate(range(4, 28, 4)):

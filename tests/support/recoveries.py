@@ -44,6 +44,7 @@ class Run:
     length: the number of snapshots that together hold everything.
     interval: iterations between snapshots.
     missing: the stages that miss a log.
+    small: the stages whose log is smaller than the run needs.
     last_recorded: the newest line that an earlier run wrote.
     splices: those of the run.
     damage: what a check of the logs finds.
@@ -84,6 +85,7 @@ class Run:
     self.length = {'sparse': 3, 'partial': _EXPERTS}.get(policy, 1)
     self.interval = captures.get('interval', 1)
     self.missing = set()
+    self.small = set()
     self.last_recorded = 0
     self.splices = ()
     self.damage = ()
@@ -120,11 +122,18 @@ class Run:
             for name in [n for n in shares if n[0] < action.kept_from]:
               del shares[name]
         elif isinstance(action, actions.Send):
-          if isinstance(action.order, orders.Go) and action.order.is_fresh:
-            self.missing.discard(action.worker[0])
-            self.newest[action.worker[0]] = 0
+          self._sent(action.worker[0], action.order)
     self.done += done
     return done
+
+  def _sent(self, stage, order):
+    if not isinstance(order, orders.Go):
+      return
+    self.begun[stage] = order.start + 1
+    if order.is_fresh:
+      self.missing.discard(stage)
+      self.small.discard(stage)
+      self.newest[stage] = 0
 
   def _drop_logs(self):
     self.damage = ()
@@ -145,7 +154,8 @@ class Run:
         return events.Scanned(
           shares={s: tuple(self.shares[s].values()) for s in question.stages},
           log_bytes=tuple(
-            0 if s in self.missing else self.one.state.log_size(s).file_bytes
+            (s not in self.missing)
+            * (self.one.state.log_size(s).file_bytes - (s in self.small))
             for s in range(self.stages)
           ),
           newest={s: self.newest[s] for s in question.stages},
@@ -154,14 +164,14 @@ class Run:
         check = segment_check.SegmentCheck(10, tuple(self.damage))
         return events.LogsChecked(checks=(check,), newest=tuple(self.newest))
       case actions.DropDamaged():
-        return events.Dropped(
-          entries=tuple(
-            d
-            for d in self.damage
-            if d.stage == question.stage
-            and d.iteration >= question.first_iteration
-          )
+        dropped = tuple(
+          d
+          for d in self.damage
+          if d.stage == question.stage
+          and d.iteration >= question.first_iteration
         )
+        self.damage = tuple(d for d in self.damage if d not in dropped)
+        return events.Dropped(entries=dropped)
       case actions.Splice():
         return events.Spliced(is_due=False, splices=self.splices)
       case actions.Merge():
@@ -216,16 +226,10 @@ class Run:
     for stage in range(self.stages):
       for replica in range(self.replicas):
         done = self.ready(stage, replica)
-    gone = orders_in(done)
-    self._goes(gone)
     for stage in range(self.stages):
       for replica in range(self.replicas):
         self.resumes(stage, replica)
-    return gone
-
-  def _goes(self, gone):
-    for stage, go in gone.items():
-      self.begun[stage] = go.start + 1
+    return orders_in(done)
 
   def resumes(self, stage, replica=0):
     """A worker begins with what it was told."""
@@ -296,9 +300,7 @@ class Run:
       fields = {'iteration': self.begun[stage], **failed}
       self.says(stage, events.Failed(**fields), replica)
     done = self.handle(events.Died(worker=(stage, replica), pid=1, how=how))
-    gone = orders_in(done)
-    self._goes(gone)
-    return gone
+    return orders_in(done)
 
   def comes_back(self, *stages):
     """Workers resume and catch up."""

@@ -18,6 +18,7 @@ lines anew: read the difference.
   next broke "..."         the next question finds no answer
   next splice              the next start is with other software
   lose log 2               as found from now on: a stage's log is gone
+  small log 2              it is smaller than the run needs
   lose snapshots 2 [9]     so are its snapshots, or one of them
   damage 9 stage=0         as found from now on: an entry of iteration 9
   left recorded=9 newest=9 snapshots=[4,9]    by an earlier run
@@ -155,6 +156,8 @@ def _happens(world, words):
       _wait(world, int(rest[0]), {*map(_name, rest[2:])})
     case 'left':
       _left(world, **_fields(rest))
+    case 'small':
+      world.small.add(int(rest[1]))
     case 'lose':
       _lose(world, rest[0], *map(int, rest[1:]))
     case 'damage':

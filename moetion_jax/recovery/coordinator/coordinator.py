@@ -34,6 +34,7 @@ _PAST = (
   events.CaughtUp,
   events.Done,
   events.HandedOver,
+  events.Damaged,
 )
 # What is handled, and by whom, until all can train; and from then on. Of what
 # workers say the function gets the worker and the message.

@@ -108,7 +108,7 @@ def damaged(
     failures_lib.WorkerError: that state has arrived damaged too often.
   """
   name = message.stage, message.replica
-  if worker.is_going_back or name not in run.handed_over:
+  if name not in run.handed_over:
     return  # its worker goes back, and will hand over another one
   run.damaged[name] += 1
   count, what = run.damaged[name], message.what

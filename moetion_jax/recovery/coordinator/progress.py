@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import (
   actions,
   events,
@@ -153,8 +154,8 @@ def _decide(run: state_lib.Run, merged: events.Merged) -> None:
   if change.kind:
     run.record(change.kind, **change.fields)
   for known, decision in zip(run.decisions, change.decisions, strict=True):
-    if not run.settings.captures.policy.is_exact:  # no replay needs older ones
-      known.clear()
+    first = max(run.line, known[0].first_iteration)
+    del known[: known.index(decision_lib.active(known, first))]
     known.append(decision)
   for worker in run.workers:
     order = orders.Decide(decision=change.decisions[worker.stage])

@@ -263,7 +263,7 @@ class Run(State):
     planner: decides what is captured.
     inventory: what the stores hold, and the recovery line.
     failures: counts failures.
-    decisions: by stage, what is captured, in order; the first holds now.
+    decisions: by stage, what is captured, in order, from the line on.
     recorded: the newest iteration that all stages reported and that is written.
     replays_until: the newest iteration that had begun before this start.
     loss: what the last recovery lost; None for nothing.

@@ -192,6 +192,15 @@ def test_a_worker_is_told_what_holds_and_what_comes():
   assert [d.window_length for d in go.decisions] == [4, 6]
 
 
+def test_decisions_that_nobody_can_go_back_to_are_forgotten():
+  run = recoveries.Run(policy='partial', interval=2)
+  run.begin()
+  run.train(50)
+  assert run.line > 40
+  for known in run.one.state.decisions:
+    assert known[0].first_iteration <= run.line and len(known) < 5
+
+
 # ---- failures ----------------------------------------------------------------
 
 
