@@ -78,7 +78,12 @@ class SegmentReader:
     return False
 
   def find(self, key: keys.EntryKey) -> entry.EntryHeader | None:
-    """Returns the header of a committed entry that is still there, or None."""
+    """Returns the header of a committed entry that is still there, or None.
+
+    Of a file that somebody cut, none is.
+    """
+    if os.fstat(self._fd).st_size != self._layout.size_bytes:
+      return None
     header = self._entries.get(key)
     if header is None or not self._is_live(header):
       self._advance()

@@ -30,8 +30,8 @@ from moetion_jax import errors, keys
 from moetion_jax.hostmem import (
   doorbell,
   entry,
-  segment,
   segment_reader,
+  segment_writer,
   store_folder,
 )
 from moetion_jax.logs import interface as log_interface, remote
@@ -63,7 +63,7 @@ class BoundaryLog(log_interface.Log):
     self._worker = worker
     self._settings = settings
     self._connect = connect
-    self._writer = segment.SegmentWriter(
+    self._writer = segment_writer.SegmentWriter(
       settings.folder, worker, settings.size_bytes, settings.cells
     )
     self._index = segment_reader.StoreIndex(settings.folder)
@@ -234,7 +234,7 @@ class BoundaryLog(log_interface.Log):
       while not self._closing:
         try:
           return self._writer.put(key, array)
-        except segment.SegmentFullError as error:
+        except segment_writer.SegmentFullError as error:
           now = time.monotonic()
           if blocked_since is None:
             blocked_since, self._blocked_for = now, key

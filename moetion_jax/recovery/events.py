@@ -282,7 +282,8 @@ class Scanned(Event):
 
   Attributes:
     shares: by stage that was to be scanned, its snapshots.
-    log_bytes: by stage, the size of its smallest log; 0 if one is missing.
+    log_bytes: by stage, the size of its smallest log; 0 if one is missing
+      or not whole.
     newest: by stage that was to be scanned, the newest iteration of its logs.
     unreadable: why snapshots are left out, one reason each.
   """

@@ -106,8 +106,13 @@ class DataFile:
 
   @property
   def is_reserved(self) -> bool:
-    """True if every page exists, so that no write can die of SIGBUS."""
-    return os.fstat(self._fd).st_blocks * 512 >= self.size_bytes
+    """True if every page exists, so that no write can die of SIGBUS.
+
+    Somebody may have cut the file, or removed it, since it was opened.
+    """
+    status = os.fstat(self._fd)
+    is_there = status.st_nlink > 0 and status.st_size >= self.size_bytes
+    return is_there and status.st_blocks * 512 >= self.size_bytes
 
   def move(self, path: str | os.PathLike[str]) -> None:
     """Renames the file."""

@@ -251,6 +251,10 @@ class SnapshotStore(interface.Store):
 
   def _take(self) -> snapshot_file.DataFile:
     """Returns a file to write to; retires the oldest snapshots that may go."""
+    for data in [data for data in self._free if not data.is_reserved]:
+      self._free.remove(data)
+      data.remove()
+      self._balance()
     self._recycle_leftovers()
     for iteration in sorted(self._snapshots):
       if self._free or iteration >= self._first_iteration:

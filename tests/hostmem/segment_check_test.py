@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, segment, segment_check
+from moetion_jax.hostmem import entry, segment, segment_check, segment_writer
 from moetion_jax.runtime.worker import fault_damage
 
 
@@ -15,7 +15,9 @@ def _key(iteration, kind=keys.EntryKind.ACTIVATION):
 @pytest.fixture
 def writer(tmp_path):
   """Of a log with iterations 4 to 8, the first of which may be overwritten."""
-  one = segment.SegmentWriter(tmp_path, keys.WorkerId(2, 1, 1), 1 << 14, 8)
+  one = segment_writer.SegmentWriter(
+    tmp_path, keys.WorkerId(2, 1, 1), 1 << 14, 8
+  )
   one.start()
   for iteration in range(4, 9):
     one.put(_key(iteration), np.full(100, iteration))

@@ -20,7 +20,13 @@ import pytest
 from jax import numpy as jnp
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, segment, segment_reader, store_folder
+from moetion_jax.hostmem import (
+  entry,
+  segment,
+  segment_reader,
+  segment_writer,
+  store_folder,
+)
 from moetion_jax.logs import (
   boundary_log,
   interface as log_interface,
@@ -39,7 +45,7 @@ _HEAD = """
 import os, signal, sys, time
 import numpy as np
 from moetion_jax import keys
-from moetion_jax.hostmem import segment, segment_reader
+from moetion_jax.hostmem import segment_reader, segment_writer
 folder, *args = sys.argv[1:]
 
 def key(iteration, stage=0, kind=keys.EntryKind.ACTIVATION, microbatch=0):
@@ -160,15 +166,15 @@ def _log(folder, stage, secret=None, **settings):
 _WRITER_KILLED_BEFORE_COMMIT = (
   _HEAD
   + """
-commit = segment.SegmentWriter._commit
+commit = segment_writer.SegmentWriter._commit
 
 def commit_or_die(self, cell, header):
   if header.key == key(3):  # its payload is written
     os.kill(os.getpid(), signal.SIGKILL)
   commit(self, cell, header)
 
-segment.SegmentWriter._commit = commit_or_die
-writer = segment.SegmentWriter(folder, keys.WorkerId(0, 0, 1), 16384, 8)
+segment_writer.SegmentWriter._commit = commit_or_die
+writer = segment_writer.SegmentWriter(folder, keys.WorkerId(0, 0, 1), 16384, 8)
 writer.start()
 for iteration in range(1, 5):
   writer.put(key(iteration), np.full(5000, iteration, np.uint8))
@@ -198,7 +204,9 @@ def test_entry_of_a_writer_killed_in_the_middle(spawn, folder, script):
   found = index.entries()
   assert [header.key for header in found] == [_key(1), _key(2)]
   assert index.take(_key(3)) is None
-  replacement = segment.SegmentWriter(folder, keys.WorkerId(0, 0, 2), 16384, 8)
+  replacement = segment_writer.SegmentWriter(
+    folder, keys.WorkerId(0, 0, 2), 16384, 8
+  )
   replacement.start()
   # Its space is free: a third entry just fits, a fourth does not.
   for iteration in range(1, 4):
@@ -210,7 +218,7 @@ def test_entry_of_a_writer_killed_in_the_middle(spawn, folder, script):
     np.testing.assert_array_equal(stored, array)
     entry.verify(header, stored)
     del taken, stored
-  with pytest.raises(segment.SegmentFullError):
+  with pytest.raises(segment_writer.SegmentFullError):
     replacement.put(_key(4), np.full(5000, 4, np.uint8))
   replacement.close()
   index.close()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import segment, store_folder
+from moetion_jax.hostmem import segment_writer, store_folder
 from moetion_jax.logs import size as log_size
 from tests.support import helpers
 
@@ -57,7 +57,7 @@ def test_a_log_of_this_size_holds_what_it_is_for(stage, log_iterations):
   store = store_folder.StoreFolder('/dev/shm', f'test-{uuid.uuid4().hex}')
   store.start()
   try:
-    writer = segment.SegmentWriter(
+    writer = segment_writer.SegmentWriter(
       store.path, keys.WorkerId(stage, 0, 1), size.ring_bytes, size.cells
     )
     writer.start()

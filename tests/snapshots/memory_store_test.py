@@ -301,6 +301,28 @@ def test_data_files_go_round(folder, open_store):
   _check_all(store.folder, range(10, 13))
 
 
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda path: os.truncate(path, 0),
+    lambda path: os.truncate(path, _SIZE_BYTES // 2),
+    lambda path: path.unlink(),
+  ],
+  ids=['nothing left', 'half left', 'removed'],
+)
+def test_free_files_that_are_cut_or_removed(open_store, damage):
+  """Nobody dies of SIGBUS: others take their place."""
+  store = open_store(files=3)
+  _save(store, 1)
+  before = _data_files(store.folder)
+  for path in store.folder.glob('free-*'):
+    damage(path)
+  assert _save(store, 2) == _save(store, 3) == _BYTES
+  _check_all(store.folder, [1, 2, 3])
+  assert list(_data_files(store.folder).values()) == [_SIZE_BYTES] * 3
+  assert len(before.keys() & _data_files(store.folder).keys()) == 1
+
+
 def test_a_full_store_says_why(open_store):
   store = open_store(files=2)
   _save(store, 0)

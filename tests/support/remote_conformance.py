@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import doorbell, entry, segment, store_folder
+from moetion_jax.hostmem import (
+  doorbell,
+  entry,
+  segment_writer,
+  store_folder,
+)
 
 SECONDS = 30.0
 ME = keys.WorkerId(1, 0, 7)
@@ -35,7 +40,9 @@ class Host:
     )
     self.folder.start()
     worker = keys.WorkerId(0, 0, 1)
-    self.writer = segment.SegmentWriter(self.folder.path, worker, _RING_BYTES)
+    self.writer = segment_writer.SegmentWriter(
+      self.folder.path, worker, _RING_BYTES
+    )
     self.writer.start()
     self.bell = doorbell.Doorbell(self.folder.path, 'producer')
     self.bell.start()
@@ -220,7 +227,7 @@ class RemoteConformance:
 def _try_publish(host, name, data):
   try:
     host.publish(name, data)
-  except segment.SegmentFullError:
+  except segment_writer.SegmentFullError:
     gc.collect(0)
     return False
   return True

@@ -48,8 +48,7 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
   worker = run.worker(event.worker)
   stage = worker.stage
   found = yield from run.scan((stage,))
-  # A stage that never trained in this run may not have made its log yet.
-  lost = {s for s, size in enumerate(found.log_bytes) if not size} & run.trained
+  lost = _lost_logs(run, found)
   if others := lost - {stage}:  # who lost a log may have lost all
     yield from run.scan(tuple(sorted(others)))
   if stage not in run.recoveries:  # else: of another
@@ -79,6 +78,14 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
       f'{error}; stage(s) {stages} recover(s) from iteration '
       f'{plan.first_iteration} on, the others wait.'
     )
+
+
+def _lost_logs(run: state_lib.Run, found: events.Scanned) -> set[int]:
+  """Returns the stages whose logs are gone, or cut.
+
+  A stage that never trained in this run may not have made its log yet.
+  """
+  return {stage for stage in run.trained if not found.log_bytes[stage]}
 
 
 def failed_early(
@@ -238,6 +245,11 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
       run.kill(worker, why)
       return
   if why := hang_detection.deadlock(run.workers, run.now):
+    found = yield from run.scan()
+    for stage in sorted(_lost_logs(run, found)):
+      worker, *_ = run.crew[stage].values()
+      run.kill(worker, f'lost its log: {why}')
+      return
     if text := (yield from suspect(run, why)):
       raise errors.MoetionError(f'{text}; this is a defect of the program')
     run.kill(run.workers[0], f'waits for an entry that was lost: {why}')

@@ -83,10 +83,8 @@ class Stores:
     )
 
   def _log_bytes(self, stage: int) -> int:
-    """Returns the size of a stage's smallest log; 0 if one is missing."""
-    paths = [p for p in self.log_paths(stage) if not p.is_symlink()]
-    sizes = [p.stat().st_size for p in paths if p.is_file()]
-    return min(sizes) if len(sizes) == len(self._replicas) else 0
+    """Returns the size of a stage's smallest log; 0 if one is not whole."""
+    return min(map(segment.whole_bytes, self.log_paths(stage)))
 
   def _newest_entry(self, stage: int) -> int:
     """Returns the newest iteration of which a stage has an entry."""

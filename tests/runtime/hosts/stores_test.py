@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from moetion_jax import keys
-from moetion_jax.hostmem import segment, segment_check, store_folder
+from moetion_jax.hostmem import (
+  segment,
+  segment_check,
+  segment_writer,
+  store_folder,
+)
 from moetion_jax.runtime.hosts import hosts, stores
 from moetion_jax.runtime.worker import fault_damage
 
@@ -19,7 +24,7 @@ def one(shm_folder, tmp_path):
   store = store_folder.StoreFolder(shm_folder, 'moetion-test')
   store.start()
   for stage in (0, 1):
-    writer = segment.SegmentWriter(
+    writer = segment_writer.SegmentWriter(
       store.path, keys.WorkerId(stage, 0, 1), 1 << 14, 16
     )
     writer.start()
@@ -71,13 +76,15 @@ def test_a_scan_says_what_logs_there_are(one):
   assert one.scan([]).log_bytes[0] == 0
 
 
-@pytest.mark.parametrize('what', ['link', 'folder'])
+@pytest.mark.parametrize('what', ['link', 'folder', 'cut'])
 def test_a_log_that_cannot_be_fenced_is_lost(one, what):
   """Not the run: its worker begins a new log, as if it were gone."""
   (path,) = one.log_paths(1)
   moved = path.rename(path.with_name('moved'))
   if what == 'link':
     path.symlink_to(moved)
+  elif what == 'cut':
+    path.write_bytes(moved.read_bytes()[:-1])
   else:
     path.mkdir()
     (path / 'file').touch()
@@ -85,7 +92,7 @@ def test_a_log_that_cannot_be_fenced_is_lost(one, what):
   worker = keys.WorkerId(1, 0, 2)
   segment.fence(path.parent, worker)
   assert not path.exists() and moved.exists()
-  writer = segment.SegmentWriter(path.parent, worker, 1 << 14, 16)
+  writer = segment_writer.SegmentWriter(path.parent, worker, 1 << 14, 16)
   writer.start()
   writer.close()
   assert one.scan([]).log_bytes[1]
