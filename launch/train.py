@@ -1,7 +1,7 @@
 """Trains a Mixture-of-Experts language model: `python -m launch.train`.
 
-Flags become a `settings.RunConfig`; everything below reads that. Exit codes:
-0 finished or stopped on request, 1 the run failed, 2 a flag is wrong.
+Flags become a `settings.RunConfig`; everything below reads that. The README
+lists the exit codes, `errors.ExitCode`.
 """
 
 from __future__ import annotations

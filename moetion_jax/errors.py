@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection
+
+
+class ExitCode(enum.IntEnum):
+  """Exit codes of a run, which tell a scheduler whether to start it again."""
+
+  FINISHED = 0
+  FAILED = 1  # the last line on stderr says if its cause is gone
+  REFUSED = 2  # a setting is wrong
+  STOPPED = 75  # by a signal; sysexits.h: temporary, to be tried again
+  HUNG = 124  # as of timeout(1)
 
 
 class MoetionError(Exception):
   """Base of every error this project raises on purpose.
 
   Attributes:
+    exit_code: the exit code of a run that ends with it.
     is_passing: whether its cause ends with the run: the same command does not
       meet it again.
     suspects: iterations of snapshots that may be damaged, which would explain
       it.
   """
 
+  exit_code = ExitCode.FAILED
   is_passing = False
   suspects: tuple[int, ...] = ()
 
@@ -22,13 +35,15 @@ class MoetionError(Exception):
 class ConfigError(MoetionError):
   """A setting is unknown, out of range or contradicts another one.
 
-  `launch` turns it into one line on stderr and exit code 2.
+  `launch` turns it into one line on stderr.
 
   Attributes:
     flag: name of the setting as the user writes it, without dashes.
     value: the value it was set to.
     reason: the fault, and what would be right.
   """
+
+  exit_code = ExitCode.REFUSED
 
   def __init__(self, flag: str, value: object, reason: str):
     super().__init__(f'--{flag}={value}: {reason}')

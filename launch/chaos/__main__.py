@@ -113,7 +113,7 @@ class ChaosRun:
       code = self._once(coming)
       if code is None:
         return f'said nothing for {_STUCK.value:g} s'
-      if code == 0:
+      if code == errors.ExitCode.FINISHED:
         return ''
       if code != -signal.SIGKILL:
         return f'ended with exit code {code}'

@@ -1,4 +1,4 @@
-"""Runs a command's main: a wrong flag ends in one line and exit code 2."""
+"""Runs a command's main: a wrong flag ends in one line on stderr."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moetion_jax import errors
 def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
   """Parses flags, runs `main`, exits with its code; never returns.
 
-  A wrong flag or setting is one line on stderr and exit code 2. When nobody
-  reads the output any more the command ends quietly, unless `main` called
-  `streams.outlive`.
+  A wrong flag or setting is one line on stderr and `ExitCode.REFUSED`. When
+  nobody reads the output any more the command ends quietly, unless `main`
+  called `streams.outlive`.
 
   Args:
     name: the command's name in error lines.
@@ -72,4 +72,4 @@ def _flush(*, is_needed: bool) -> None:
 
 def _refuse(name: str, reason: str) -> NoReturn:
   print(f'{name}: error: {reason}', file=sys.stderr)
-  sys.exit(2)
+  sys.exit(errors.ExitCode.REFUSED)

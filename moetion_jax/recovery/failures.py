@@ -20,13 +20,32 @@ class WorkerError(errors.MoetionError):
   """
 
   def __init__(
-    self, stage: int, iteration: int, what: str, *, is_passing: bool = False
+    self,
+    stage: int,
+    iteration: int,
+    what: str,
+    *,
+    cause: errors.MoetionError | None = None,
   ):
-    """Makes the message of what happened to whom, and when."""
+    """Makes the message of what happened to whom, and when.
+
+    Args:
+      stage: the worker's stage.
+      iteration: the iteration that it had begun.
+      what: the end of the message.
+      cause: the reason why the worker cannot go on, if that is an error.
+    """
     super().__init__(f'stage {stage}, iteration {iteration}: {what}')
     self.stage = stage
     self.iteration = iteration
-    self.is_passing = is_passing
+    if cause is not None:
+      self.is_passing, self.exit_code = cause.is_passing, cause.exit_code
+
+
+class HangError(errors.MoetionError):
+  """A run makes no progress, and nothing that was tried has changed that."""
+
+  exit_code = errors.ExitCode.HUNG
 
 
 class NoReplacementError(errors.MoetionError):
@@ -127,20 +146,25 @@ class Failures:
     self._diverged = 0
     self._damaged, self._damaged_at = 0, -1
 
-  def add(self, failed: Mapping[int, str], line: int) -> None:
+  def add(
+    self, failed: Mapping[int, str], line: int, *, hangs: bool = False
+  ) -> None:
     """Counts a failure of each of some stages.
 
     Args:
       failed: the reason of each failed stage.
       line: the recovery line, for the error.
+      hangs: whether it was that a worker hung.
 
     Raises:
-      errors.MoetionError: a stage failed more often than it may.
+      HangError: a stage failed more often than it may, at last by hanging.
+      errors.MoetionError: it failed more often than it may.
     """
+    kind = HangError if hangs else errors.MoetionError
     self._of_stage.update(failed.keys())
     for stage, reason in failed.items():
       if self._of_stage[stage] > self._max_failures:
-        raise errors.MoetionError(
+        raise kind(
           f'{self._of_stage[stage]} failure(s) of stage {stage} since '
           f'iteration {line}, the last one: {reason}; more than '
           f'--max_failures={self._max_failures} end the run'

@@ -51,8 +51,7 @@ def stop(host, workdir, *flags, at=12, kill=False):
   run = host.train(workdir, *FLAGS, f'--iterations={ITERATIONS}', *flags)
   runs.until(run, f'iteration {at}/')
   if not kill:
-    run.send_signal(signal.SIGINT)
-    runs.end(run)
+    runs.stop(run)
     return
   for pid in host.processes():
     with contextlib.suppress(ProcessLookupError):
@@ -595,9 +594,7 @@ def test_a_living_run(tmp_path):
       result = show(tmp_path / 'run', host.path, '--verify')
       assert result.returncode == 0, result.stdout + result.stderr
       assert 'in use by a living run' in result.stdout
-    run.send_signal(signal.SIGINT)
-    out, _ = runs.end(run)
-    assert 'Stopped after' in out
+    assert runs.stop(run).startswith('Stopped after')
 
 
 def _refused(result, *words):

@@ -160,9 +160,8 @@ def test_sigterm_then_a_line_that_says_something_else(host, tmp_path):
   flag = '--window_length=4'
   run = host.train(workdir, flag)
   runs.until(run, 'iteration 6/')
-  run.send_signal(signal.SIGTERM)
-  out, _ = runs.end(run)
-  assert 'Stopped after iteration' in out
+  said = runs.stop(run, signal.SIGTERM)
+  assert said.startswith('Stopped after iteration')
   lines = _lines(workdir)
   assert 6 <= len(lines) < runs.ITERATIONS
   assert not (workdir / 'checkpoint').exists()

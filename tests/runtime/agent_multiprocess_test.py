@@ -11,6 +11,7 @@ import signal
 
 import pytest
 
+from moetion_jax import errors
 from tests.support import helpers, runs
 
 pytestmark = pytest.mark.timeout(600)
@@ -181,12 +182,13 @@ def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   # With another size of everything that is kept.
   run = host.train(workdir, '--max_window_length=12')
   runs.until_trained(run, 3)
-  run.send_signal(signal.SIGINT)
-  out, _ = runs.end(run)
+  said = runs.stop(run)
   last = runs.metrics(workdir)[-1]['iteration']
   assert 6 <= last < runs.ITERATIONS
-  assert f'Stopped after iteration {last}. The same command goes on' in out
-  assert '--fresh' in out
+  assert said.startswith(
+    f'Stopped after iteration {last}. The same command goes on'
+  )
+  assert '--fresh' in said
   assert {(w['state'], w['iteration']) for w in runs.workers(workdir)} == {
     ('stopped', last)
   }
@@ -221,9 +223,7 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   runs.until(run, 'iteration 6/')
   stopped = runs.workers(workdir)[1]['pid']
   os.kill(stopped, signal.SIGSTOP)  # so that no iteration can be finished
-  runs.stop_at_once(run)
-  out, _ = runs.end(run)
-  assert 'The same command goes on' in out
+  assert 'The same command goes on' in runs.stop_at_once(run)
   assert 'recovered' not in runs.kinds(workdir)
   assert host.has_ended()
   run = host.train(workdir)
@@ -258,7 +258,7 @@ def test_a_terminal_that_goes_stops_a_run(host, tmp_path):
   os.close(ours)
   for _ in range(2):  # the kernel sends one, and the shell another
     run.send_signal(signal.SIGHUP)
-  assert run.wait(runs.SECONDS) == 0
+  assert run.wait(runs.SECONDS) == errors.ExitCode.STOPPED
   assert runs.kinds(workdir)[-1] == 'stopped'
   assert host.has_ended() and os.listdir(host.path)
 
@@ -287,9 +287,8 @@ def test_a_run_that_compiles(host, tmp_path):
   runs.wait_for(lambda: runs.workers(workdir))
   _, err = runs.end(host.train(workdir), 2)
   assert 'living run' in err and len(err.strip().splitlines()) == 1
-  run.send_signal(signal.SIGTERM)
-  out, _ = runs.end(run)
-  assert 'Stopped after iteration 0. The same command starts over' in out
+  said = runs.stop(run, signal.SIGTERM)
+  assert said == 'Stopped after iteration 0. The same command starts over.'
   assert host.is_clean()
 
 

@@ -36,8 +36,7 @@ def _train(host, workdir, *flags, environment=()):
 def _stop(host, workdir, *flags):
   run = _train(host, workdir, *flags)
   runs.until(run, f'iteration {_STOPPED_AT}/')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
 
 
 def _copy(source, target):
@@ -199,8 +198,7 @@ def _two_phase(host, workdir, disk, *flags, environment=()):
 
 def _stop_after(run, iterations):
   runs.until_trained(run, iterations)
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
 
 
 def test_snapshots_on_disk_of_before_an_accepted_change(host, tmp_path):

@@ -6,7 +6,6 @@ The real program, with the files that users had in its workdir (issue 18).
 import json
 import pathlib
 import shutil
-import signal
 
 import pytest
 
@@ -113,8 +112,7 @@ def test_nothing_goes_before_the_new_run_can_begin(
   )
   run = host.train(workdir, *flags, f'--local_hosts={hosts}')
   runs.until(run, 'iteration 8/')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   (on_disk,) = (tmp_path / 'disk').iterdir()
   (on_disk / 'notes').write_text('mine')
   before = _contents(on_disk)
@@ -136,8 +134,7 @@ def test_nothing_goes_before_the_new_run_can_begin(
   run = host.train(workdir, *flags, f'--local_hosts={hosts}')
   runs.until(run, 'Going on with iteration')
   runs.until_trained(run, 1)
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   out, _ = runs.end(host.train(workdir, *flags, '--fresh', '--iterations=4'))
   assert out.count('removed as soon as the new run can begin') == hosts
   assert f'{on_disk}/notes' in out and 'Going on' not in out
@@ -157,8 +154,7 @@ def test_lost_lines_throw_no_snapshots_away(host, workdir, tmp_path):
   runs.end(host.train(other, *flags, '--iterations=2'))
   run = host.train(workdir, *flags)
   runs.until(run, 'iteration 12/')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   shutil.copytree(other / 'checkpoint', workdir / 'checkpoint')
   _refused(
     host, workdir, *flags, words=['checkpoint is not the end of the run']

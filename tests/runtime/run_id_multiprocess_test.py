@@ -16,9 +16,7 @@ _ITERATIONS = f'--iterations={3 * runs.ITERATIONS}'
 
 
 def _stop(run):
-  run.send_signal(signal.SIGINT)
-  out, _ = runs.end(run)
-  assert 'Stopped after' in out
+  assert runs.stop(run).startswith('Stopped after')
 
 
 def _snapshots(store):
@@ -126,8 +124,7 @@ def test_what_a_run_left_in_other_places_goes_at_its_end(
   run = host.train(workdir, *flags, other)
   assert str(on_disk) in runs.until(run, "The run's snapshots are in")
   runs.until(run, 'Starting')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   assert on_disk.exists() and list(host.path.iterdir())
   out, _ = runs.end(host.train(workdir, *flags, other))
   assert 'Finished' in out

@@ -15,7 +15,7 @@ import time
 import uuid
 
 from launch.offline import scan
-from moetion_jax import report
+from moetion_jax import errors, report
 from moetion_jax.runtime.hosts import child_process
 from tests.support import helpers
 
@@ -112,6 +112,13 @@ def end(process, code=0, seconds=SECONDS):
   return out, err
 
 
+def stop(process, number=signal.SIGINT, seconds=SECONDS):
+  """Asks a run to stop; returns the last line that it says to a scheduler."""
+  process.send_signal(number)
+  _, err = end(process, errors.ExitCode.STOPPED, seconds)
+  return err.splitlines()[-1]
+
+
 def until(process, words):
   """Reads its output up to a line with `words`."""
   for line in process.stdout:
@@ -126,11 +133,11 @@ def until_trained(process, iterations):
     until(process, 'tokens/s')
 
 
-def stop_at_once(process):
-  """Interrupts a run twice, without waiting."""
+def stop_at_once(process, seconds=SECONDS):
+  """Interrupts a run twice, without waiting; returns what `stop` does."""
   process.send_signal(signal.SIGINT)
   until(process, 'again to stop at once')
-  process.send_signal(signal.SIGINT)
+  return stop(process, seconds=seconds)
 
 
 def wait_for(condition, seconds=SECONDS):

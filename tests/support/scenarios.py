@@ -314,6 +314,8 @@ def _tell(action):
       return f'note {json.dumps(action.text)}'
     case actions.Fail():
       name = type(action.error).__name__
+      if (code := action.error.exit_code) != errors.ExitCode.FAILED:
+        name += f' {code.name.lower()}'
       return f'fail {name} {json.dumps(str(action.error))}'
     case actions.Send():
       order = action.order

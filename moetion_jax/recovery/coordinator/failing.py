@@ -27,8 +27,10 @@ def died_early(state: state_lib.Beginning, event: events.Died) -> None:
     failures_lib.WorkerError: there were too many such deaths.
   """
   worker = state.worker(event.worker)
+  what = state.describe(worker, event)
+  cause = failures_lib.HangError(what) if worker.hangs else None
   error = failures_lib.WorkerError(
-    worker.stage, worker.iteration, state.describe(worker, event)
+    worker.stage, worker.iteration, what, cause=cause
   )
   state.deaths += 1
   if state.deaths > state.settings.max_failures:
@@ -70,7 +72,7 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
     plan = yield from going_back.after(run, worker, what, team, lost)
   except errors.MoetionError as why:
     raise failures_lib.WorkerError(
-      stage, worker.iteration, str(why), is_passing=why.is_passing
+      stage, worker.iteration, str(why), cause=why
     ) from why
   if plan is not None:
     stages = ', '.join(map(str, plan.stages))
@@ -219,7 +221,8 @@ def looked_early(state: state_lib.Beginning, event: events.Looked) -> None:
     was_stopped = worker.is_stopped
     worker.is_stopped = worker.name in event.stopped
     if was_stopped and worker.is_stopped and not worker.reason:
-      state.kill(worker, f'was stopped (SIGSTOP) while {worker.state}')
+      why = f'was stopped (SIGSTOP) while {worker.state}'
+      state.kill(worker, why, hangs=True)
 
 
 def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
@@ -242,7 +245,7 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
     if why := hang_detection.hanging(
       worker, timeout_seconds, run.now, run.workers
     ):
-      run.kill(worker, why)
+      run.kill(worker, why, hangs=True)
       return
   if why := hang_detection.deadlock(run.workers, run.now):
     found = yield from run.scan()
@@ -251,7 +254,7 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
       run.kill(worker, f'lost its log: {why}')
       return
     if text := (yield from suspect(run, why)):
-      raise errors.MoetionError(f'{text}; this is a defect of the program')
+      raise failures_lib.HangError(f'{text}; this is a defect of the program')
     run.kill(run.workers[0], f'waits for an entry that was lost: {why}')
 
 

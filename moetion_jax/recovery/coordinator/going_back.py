@@ -116,7 +116,7 @@ def after(
     yield from together(run)
     return None
   failed = {worker.stage: reason}
-  _count(run, failed, worker.suspects)
+  _count(run, worker, reason, worker.suspects)
   if worker.corrupt:
     run.inventory.lose_entry(*worker.corrupt)
   newest = [run.begun(stage) for stage in run.stages]
@@ -141,10 +141,14 @@ def after(
 
 
 def _count(
-  run: state_lib.Run, failed: Mapping[int, str], suspects: Sequence[int]
+  run: state_lib.Run,
+  worker: state_lib.Worker,
+  reason: str,
+  suspects: Sequence[int],
 ) -> None:
-  """Counts failures; `suspects`: snapshots of theirs that may be damaged."""
-  run.failures.add(failed, run.line)
+  """Counts a failure; `suspects`: snapshots of it that may be damaged."""
+  failed = {worker.stage: reason}
+  run.failures.add(failed, run.line, hangs=worker.hangs)
   if suspects:
     run.failures.add_divergence(failed, len(run.stages))
     for stage in failed:
@@ -184,7 +188,7 @@ def _stop_all(
   rollback.failed[worker.stage] = reason
   # Older snapshots are to be trusted, and newer ones are dropped anyway.
   suspects = () if rollback.trusted is not None else worker.suspects
-  _count(run, {worker.stage: reason}, suspects)
+  _count(run, worker, reason, suspects)
   for stage in run.stages:
     rollback.newest[stage] = max(rollback.newest[stage], run.begun(stage))
     members = list(run.crew[stage].values())

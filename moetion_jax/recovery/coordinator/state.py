@@ -70,6 +70,7 @@ class Worker(hang_detection.Seen):
     steps: a count of what it did.
     iteration: the iteration that it works on.
     reason: why it has to be killed; '' for no reason.
+    hangs: whether that is because it hangs.
     suspects: iterations of snapshots that it found to be damaged.
     corrupt: stage and iteration of a log entry that it found to be damaged.
     has_caught_up: whether it has caught up with its predecessor, if any.
@@ -82,6 +83,7 @@ class Worker(hang_detection.Seen):
   steps: int = 0
   iteration: int = 0
   reason: str = ''
+  hangs: bool = False
   suspects: tuple[int, ...] = ()
   corrupt: tuple[int, int] | None = None
   has_caught_up: bool = False
@@ -201,9 +203,9 @@ class State:
       )
     )
 
-  def kill(self, worker: Worker, reason: str) -> None:
+  def kill(self, worker: Worker, reason: str, *, hangs: bool = False) -> None:
     """Ends a worker, which is then a death like others."""
-    worker.reason = reason
+    worker.reason, worker.hangs = reason, hangs
     self.do(actions.Kill(worker=worker.name))
 
   def describe(self, worker: Worker, death: events.Died) -> str:

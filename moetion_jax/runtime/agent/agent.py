@@ -12,6 +12,7 @@ import contextlib
 import os
 import selectors
 import signal
+import sys
 import time
 
 from moetion_jax import errors, job_spec
@@ -135,6 +136,8 @@ class Agent:
     code, state = self.executor.result
     with contextlib.suppress(OSError):
       self._write_workers(state)
+    for line in self.executor.last_words:
+      print(line, file=sys.stderr)
     return code
 
   def _start(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import sys
 import time
 
 from moetion_jax import errors
@@ -30,6 +29,8 @@ class Executor:
     keeps_store: whether the host stores stay, for a run that goes on from them.
     result: the exit code, and the state for `workers.json`; None while the run
       goes on.
+    last_words: lines for people and schedulers, to be printed when all else has
+      ended.
     kill_at: the time at which workers that live on are killed, of
       `time.monotonic`; None: they are not.
   """
@@ -55,7 +56,10 @@ class Executor:
     """
     self.has_begun = False
     self.keeps_store = False
-    self.result: tuple[int, hang_detection.WorkerState] | None = None
+    self.result: tuple[errors.ExitCode, hang_detection.WorkerState] | None = (
+      None
+    )
+    self.last_words: list[str] = []
     self.kill_at: float | None = None
     self._where = where
     self._folder = folder
@@ -158,19 +162,23 @@ class Executor:
         )
       case actions.Finish():
         self._let_end(
-          hang_detection.WorkerState.FINISHED, iteration=action.iteration
+          errors.ExitCode.FINISHED,
+          hang_detection.WorkerState.FINISHED,
+          action.iteration,
         )
         self.keep(False)
         self._recorder.view.note(f'Finished: {self._folder.checkpoint}')
       case actions.Stop():
         self._let_end(
-          hang_detection.WorkerState.STOPPED, iteration=action.iteration
+          errors.ExitCode.STOPPED,
+          hang_detection.WorkerState.STOPPED,
+          action.iteration,
         )
         note = 'Stopped before training began.'
         if self.has_begun:
           note = f'Stopped after iteration {action.iteration}.'
         how = self._how_to_go_on(cause_stays=False)
-        self._recorder.view.note(f'{note} {how}'.rstrip())
+        self.last_words = [f'{note} {how}'.rstrip()]
       case actions.KillNow():
         self.kill_at = time.monotonic()
       case actions.Fail():
@@ -225,23 +233,26 @@ class Executor:
     self._hosts.keep(keeps)
 
   def _let_end(
-    self, state: hang_detection.WorkerState, **fields: object
+    self,
+    code: errors.ExitCode,
+    state: hang_detection.WorkerState,
+    iteration: int,
   ) -> None:
     """Has all processes end by themselves; they are killed later."""
-    self._recorder.event(state, **fields)
-    self.result = 0, state
+    self._recorder.event(state, iteration=iteration)
+    self.result = code, state
     self.kill_at = time.monotonic() + _GRACE_SECONDS
     for worker in self._crew.everyone():
       worker.send(messages.Exit())
 
   def fail(self, error: errors.MoetionError) -> None:
-    """Ends a run that cannot go on, and says why and what can be done.
+    """Ends a run that cannot go on; `last_words` say why and what can be done.
 
     Args:
       error: the reason.
     """
     self._crew.close()  # and passes on what workers still had to print
-    self.result = 1, hang_detection.WorkerState.FAILED
+    self.result = error.exit_code, hang_detection.WorkerState.FAILED
     fields, logs = {'error': str(error)}, list[pathlib.Path]()
     if isinstance(error, failures.WorkerError):
       fields |= {'stage': error.stage, 'iteration': error.iteration}
@@ -253,12 +264,12 @@ class Executor:
     # Which may be why the run failed.
     with contextlib.suppress(OSError, errors.StoreError):
       self._recorder.event('failed', **fields)
-    print(f'The run ended: {error}', file=sys.stderr)
+    self.last_words = [f'The run ended: {error}']
     if logs and self._recorder.accepted:
       names = ' and '.join(map(str, logs))
-      print(f'What it printed is in {names}', file=sys.stderr)
+      self.last_words.append(f'What it printed is in {names}')
     if how := self._how_to_go_on(cause_stays=not error.is_passing):
-      print(how, file=sys.stderr)
+      self.last_words.append(how)
 
   def _how_to_go_on(self, *, cause_stays: bool) -> str:
     return ending.how_to_go_on(

@@ -110,7 +110,7 @@ def _run(
     print(
       f'This run is finished: {folder.checkpoint}. Pass --fresh to start over.'
     )
-    return 0
+    return errors.ExitCode.FINISHED
   left = run_store.report_leftovers(
     where.hostmem_dir, folder.earlier_id or run_id, anew=folder.begins_anew
   )

@@ -183,11 +183,11 @@ def main() -> int:
     HostAgent(spec, store, server).run()
   except errors.ConfigError as error:
     _send(spec, events.Refused.of(error))
-    return 2
+    return errors.ExitCode.REFUSED
   except errors.MoetionError as error:
     _send(spec, messages_lib.HostFailed(error=str(error)))
-    return 1
-  return 0
+    return errors.ExitCode.FAILED
+  return errors.ExitCode.FINISHED
 
 
 if __name__ == '__main__':

@@ -227,7 +227,7 @@ def main() -> int:
     _work(spec, link, prepared)
   except errors.ConfigError as error:
     link.send(events.Refused.of(error))
-    return 2
+    return errors.ExitCode.REFUSED
   except Exception as error:
     is_own = isinstance(error, errors.MoetionError)
     if not is_own:
@@ -248,8 +248,8 @@ def main() -> int:
         else None,
       )
     )
-    return 1
-  return 0
+    return errors.ExitCode.FAILED
+  return errors.ExitCode.FINISHED
 
 
 if __name__ == '__main__':

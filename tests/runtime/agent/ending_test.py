@@ -90,7 +90,7 @@ def _executor(tmp_path, folder, record=None, workers=()):
 @pytest.mark.parametrize('is_removed', [False, True])
 @pytest.mark.parametrize('is_failure', [False, True])
 def test_what_it_says_of_the_earlier_run_is_true(
-  tmp_path, folder, capfd, is_removed, is_failure
+  tmp_path, folder, is_removed, is_failure
 ):
   """An end after the removal, but before anybody trains."""
   one = _executor(tmp_path, folder)
@@ -110,7 +110,8 @@ def test_what_it_says_of_the_earlier_run_is_true(
     one.fail(errors.StoreError('full'))
   else:
     one.do(actions.Stop())
-  said = ''.join(capfd.readouterr())
+    assert one.result[0] == errors.ExitCode.STOPPED
+  said = ' '.join(one.last_words)
   assert ('Nothing of the earlier run was removed.' in said) != is_removed
   assert ('he same command starts over.' in said) == is_removed
 
@@ -171,11 +172,14 @@ _ENDS = [
   (files.MetricsMismatchError('not the run that wrote it'), False),
   (merge.ReplicaMismatchError('silent data corruption'), True),
   (plan.UnrecoverableError('nothing is left to start from'), False),
+  (failures.HangError('every stage waits'), False),
   (failures.NoReplacementError('--policy=none'), True),
   (remote_host.HostError('host-1: it cannot be used'), False),
   (remote_host.HostDiedError('host-1: its agent was killed'), True),
   (
-    failures.WorkerError(0, 5, 'nobody replaces it', is_passing=True),
+    failures.WorkerError(
+      0, 5, 'nobody', cause=failures.NoReplacementError('replaces it')
+    ),
     True,
   ),
   (errors.StoreError('w: No space left; make that possible'), False),
@@ -187,19 +191,22 @@ _ENDS = [
   _ENDS,
   ids=lambda x: type(x).__name__ if isinstance(x, Exception) else None,
 )
-def test_every_end_of_a_run(tmp_path, folder, capfd, error, is_passing):
+def test_every_end_of_a_run(tmp_path, folder, error, is_passing):
   """Only where its cause is gone is the same command said to go on."""
   one = _executor(tmp_path, folder)
   one.has_begun = True
   one.fail(error)
-  ended, how = capfd.readouterr().err.splitlines()
+  ended, how = one.last_words
   assert ended == f'The run ended: {error}'
+  is_hang = isinstance(error, failures.HangError)
+  code = errors.ExitCode.HUNG if is_hang else errors.ExitCode.FAILED
+  assert one.result[0] == code
   assert ('Once the cause is gone, the same' in how) == (not is_passing)
   assert ('The same command goes on' in how) == is_passing
 
 
 @pytest.mark.parametrize('is_moved', [True, False])
-def test_a_workdir_that_is_gone(tmp_path, folder, capfd, is_moved):
+def test_a_workdir_that_is_gone(tmp_path, folder, is_moved):
   """Whichever file is missed, the folder is named, and what to do."""
   one = _executor(tmp_path, folder)
   one.has_begun = True
@@ -209,7 +216,7 @@ def test_a_workdir_that_is_gone(tmp_path, folder, capfd, is_moved):
     shutil.rmtree(moved)
   missed = FileNotFoundError(2, 'No such file', str(folder.path / 'x'))
   one.fail(ending.of_system(missed, folder))
-  ended, how = capfd.readouterr().err.splitlines()
+  ended, how = one.last_words
   if is_moved:
     assert f'{folder.path}: was moved to {moved}' in ended
     assert f'--workdir={moved}' in ended
