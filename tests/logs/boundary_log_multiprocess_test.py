@@ -45,7 +45,7 @@ _HEAD = """
 import os, signal, sys, time
 import numpy as np
 from moetion_jax import keys
-from moetion_jax.hostmem import segment_reader, segment_writer
+from moetion_jax.hostmem import segment, segment_reader, segment_writer
 folder, *args = sys.argv[1:]
 
 def key(iteration, stage=0, kind=keys.EntryKind.ACTIVATION, microbatch=0):
