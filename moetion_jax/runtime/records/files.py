@@ -47,8 +47,10 @@ class MetricsFile:
   A context manager: `start` reads what is there and cuts a torn last line.
   """
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, initial_iteration: int = 0):
+    """Stores the path, and the iteration before that of the first line."""
     self._path = path
+    self._initial_iteration = initial_iteration
     self._known: dict[int, dict[str, Any]] = {}
     self._file = None
 
@@ -63,15 +65,16 @@ class MetricsFile:
     cut_torn_line(self._file)
     self._file.seek(0)
     for number, raw in enumerate(self._file, 1):
+      expected = self._initial_iteration + number
       try:
         line = json.loads(raw)
         iteration = line['iteration']
       except (ValueError, KeyError, TypeError):
         iteration, line = None, {}
-      if iteration != number:
+      if iteration != expected:
         wrong = 'is damaged'
         if iteration is not None:
-          wrong = f'is of iteration {iteration}, and not of {number}'
+          wrong = f'is of iteration {iteration}, and not of {expected}'
         self.close()
         raise errors.StoreError(f'{self._path}:{number} {wrong}: {_PUT_BACK}')
       self._known[iteration] = line

@@ -70,7 +70,9 @@ class Recorder:
     self._folder = folder
     self.view = view
     self._events = record_files.EventsFile(str(folder.path / 'events.jsonl'))
-    self._lines = record_files.MetricsFile(str(folder.path / 'metrics.jsonl'))
+    self._lines = record_files.MetricsFile(
+      str(folder.path / 'metrics.jsonl'), job.train.initial_iteration
+    )
     # The number of each stage's operators.
     self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}

@@ -92,6 +92,16 @@ def test_lines_that_are_missing_or_out_of_order(tmp_path, order, named):
     assert f.last_iteration == 4
 
 
+def test_lines_of_a_run_that_begins_later(tmp_path):
+  path = str(tmp_path / 'metrics.jsonl')
+  for _ in range(2):
+    with record_files.MetricsFile(path, 7) as f:
+      f.write(_line(8))
+      f.write(_line(9))
+  with pytest.raises(errors.StoreError, match='is of iteration 8, and not'):
+    record_files.MetricsFile(path).start()
+
+
 def test_a_line_that_was_changed_and_put_back(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   with record_files.MetricsFile(str(path)) as f:
