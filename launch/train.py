@@ -56,6 +56,12 @@ _INIT_FROM = flags.DEFINE_string(
 _INIT_WEIGHTS_ONLY = flags.DEFINE_bool(
   'init_weights_only', False, 'Take no optimizer state from --init_from.'
 )
+_INIT_POSITION = flags.DEFINE_bool(
+  'init_position',
+  False,
+  "Go on with the iteration after that of --init_from, its data and its run's "
+  'schedule of the learning rate, but for what flags say of that.',
+)
 _STAGES = flags.DEFINE_integer('stages', 2, 'Pipeline stages.')
 _REPLICAS = flags.DEFINE_integer(
   'replicas', None, 'Workers of each stage, which share its microbatches.'
@@ -69,6 +75,13 @@ _LOCAL_DEVICES = flags.DEFINE_integer(
   'local_devices', 1, "A worker's devices; experts are spread over them."
 )
 _ITERATIONS = flags.DEFINE_integer('iterations', None, 'Optimizer updates.')
+_EXTEND = flags.DEFINE_enum(
+  'extend',
+  '',
+  ('', 'pin', 'stretch'),
+  "Allow more --iterations than the run in --workdir has. 'pin': its schedule "
+  "stays; 'stretch': from its old end on, that of a run of so many iterations.",
+)
 _MICROBATCHES = flags.DEFINE_integer(
   'microbatches', None, 'Per replica and iteration.'
 )
@@ -202,12 +215,35 @@ def run_config() -> run_settings.RunConfig:
   for flag, field in ((_REMAT, 'remat'), (_DROPOUT, 'dropout_rate')):
     if flag.value is not None:
       overrides.append(f'{field}={flag.value}')
+  first, schedule = 0, {}
+  if _INIT_POSITION.value:
+    if not _INIT_FROM.value or _INIT_WEIGHTS_ONLY.value:
+      raise errors.ConfigError(
+        'init_position',
+        True,
+        'needs --init_from, without --init_weights_only: the position is in '
+        "the optimizer's state, too",
+      )
+    first, schedule = run_settings.position_of(_INIT_FROM.value)
+  optimizer = {
+    'optimizer': _OPTIMIZER.value,
+    'learning_rate': _LEARNING_RATE.value,
+    'warmup_iterations': _WARMUP.value,
+    'decay_iterations': _DECAY.value,
+    'final_fraction': _FINAL_FRACTION.value,
+    'weight_decay': _WEIGHT_DECAY.value,
+    'b1': _B1.value,
+    'b2': _B2.value,
+    'clip_norm': _CLIP_NORM.value,
+  }
+  given = {name: x for name, x in optimizer.items() if x is not None}
   return run_settings.make(
     _PRESET.value,
     model_overrides=overrides,
     train_overrides={
       'seed': _SEED.value,
       'iterations': _ITERATIONS.value,
+      'initial_iteration': first,
       'stages': _STAGES.value,
       'replicas': _REPLICAS.value,
       'shard_optimizer': _SHARD_OPTIMIZER.value,
@@ -218,17 +254,7 @@ def run_config() -> run_settings.RunConfig:
       'eval_microbatches': _EVAL_MICROBATCHES.value,
       'skip_nonfinite': _SKIP_NONFINITE.value,
     },
-    optimizer_overrides={
-      'optimizer': _OPTIMIZER.value,
-      'learning_rate': _LEARNING_RATE.value,
-      'warmup_iterations': _WARMUP.value,
-      'decay_iterations': _DECAY.value,
-      'final_fraction': _FINAL_FRACTION.value,
-      'weight_decay': _WEIGHT_DECAY.value,
-      'b1': _B1.value,
-      'b2': _B2.value,
-      'clip_norm': _CLIP_NORM.value,
-    },
+    optimizer_overrides=schedule | given,
     data=_DATA.value,
     data_dtype=_DATA_DTYPE.value,
     init_from=_INIT_FROM.value,
@@ -286,6 +312,7 @@ def main(argv: list[str]) -> int:
       grow_after=_GROW_AFTER.value,
       compilation_cache_dir=_CACHE.value,
       accept_changes=environment.canonical(_ACCEPT_CHANGES.value),
+      extend=_EXTEND.value,
       local_hosts=_LOCAL_HOSTS.value,
       full_seconds=_FULL_SECONDS.value,
       faults=faults.parse_all(

@@ -163,6 +163,31 @@ class TrainConfig:
     return iteration % self.eval_every == 0 or iteration == self.iterations
 
 
+def trained_longer(
+  known: TrainConfig, wanted: TrainConfig, schedule: str
+) -> TrainConfig:
+  """Makes the settings with which a run goes on, with more iterations.
+
+  Args:
+    known: the settings that the run has.
+    wanted: those of the user; `decay_iterations` is `iterations` by default.
+    schedule: 'pin', for the schedule that the run has; 'stretch', for that of
+      `wanted` from the end on that the run has; '', if the user did not say.
+  """
+  ours, theirs = known.optimizer, wanted.optimizer
+  decay_iterations, earlier = theirs.decay_iterations, ours.earlier
+  if schedule == 'pin' and decay_iterations == wanted.iterations:
+    decay_iterations = ours.decay_iterations
+  is_longer = wanted.iterations > known.iterations
+  if schedule == 'stretch' and is_longer:
+    if decay_iterations != ours.decay_iterations:
+      earlier = (*earlier, (known.iterations, ours.decay_iterations))
+  optimizer = dataclasses.replace(
+    theirs, decay_iterations=decay_iterations, earlier=earlier
+  )
+  return dataclasses.replace(wanted, optimizer=optimizer)
+
+
 def differences(
   ours: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> list[str]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from models import config as model_config, presets
 from moetion_jax import codec, config, errors, job_spec
+from moetion_jax.runtime.checkpoints import proof
+from moetion_jax.runtime.records import checkpoint_folder
 
 # What a preset trains with unless flags say otherwise. Iterations of the
 # `paper_*` presets are nominal: those are for clusters and cost models.
@@ -26,6 +28,14 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
   'small': {'learning_rate': 3e-3},
   'paper': {'learning_rate': 4.2e-4, 'warmup_iterations': 2000},
 }
+# Fields of OptimizerConfig that say which learning rate an update has.
+_SCHEDULE = (
+  'learning_rate',
+  'warmup_iterations',
+  'decay_iterations',
+  'final_fraction',
+  'earlier',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +169,37 @@ def make(
     ),
     **fields,
   )
+
+
+def position_of(init_from: str) -> tuple[int, dict[str, Any]]:
+  """Reads what a run takes over that goes on where a checkpoint ends.
+
+  Args:
+    init_from: the checkpoint's folder.
+
+  Returns:
+    The iteration of its state, and fields of OptimizerConfig: the schedule of
+    the run that wrote it.
+
+  Raises:
+    errors.ConfigError: it does not say them, or is damaged.
+  """
+  try:
+    metadata = checkpoint_folder.read_metadata(init_from)['custom_metadata']
+    known = proof.from_metadata(metadata)
+    train = codec.decode(config.TrainConfig, metadata[proof.CONFIG]['train'])
+    if known is None:
+      raise ValueError('it is of an earlier version')
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.ConfigError(
+      'init_from',
+      init_from,
+      f'does not say its iteration and schedule ({error}), which '
+      "--init_position takes over; leave that out, or name a finished run's "
+      'WORKDIR/checkpoint',
+    ) from error
+  schedule = {name: getattr(train.optimizer, name) for name in _SCHEDULE}
+  return known.iteration, schedule
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import optax
@@ -11,7 +10,7 @@ from launch.lm import checkpoint, data as data_lib, settings as run_settings
 from models import stages
 from moetion_jax import codec, job_spec
 from moetion_jax.programs import stage as stage_lib
-from moetion_jax.runtime.checkpoints import file as checkpoint_file
+from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 from moetion_jax.state import model as model_lib, optimizers, partition
 from moetion_jax.training import job
 
@@ -59,12 +58,10 @@ class TransformerJob(job.Job):
     if not path:
       return stage.initial_state
     weights_only = self._settings.init_weights_only
-    digest = self.spec.init_digest
-    tree = checkpoint_file.load(path, 'init_from', digest)
+    tree = checkpoint_file.load(path, 'init_from', self.spec.init_digest)
     checkpoint.check_all_stages(tree, path, 'init_from')
-    checkpoint.check(stage, tree, path, weights_only=weights_only)
-    return functools.partial(
-      checkpoint.state_of, stage, tree, weights_only=weights_only
+    return restore.initial(
+      stage, tree, path, 'init_from', weights_only=weights_only
     )
 
 

@@ -27,7 +27,6 @@ from moetion_jax.runtime.records import (
   held_run,
   own_files,
   run_ids,
-  workdir,
 )
 from moetion_jax.snapshots import file as snapshot_file, folders as folders_lib
 
@@ -95,7 +94,7 @@ def read_run(
       for name in held_run.MARKS:
         value.pop(name, None)
       found_out = {
-        name: value.pop(name) for name in workdir.FOUND_OUT if name in value
+        name: value.pop(name) for name in held_run.FOUND_OUT if name in value
       }
       return codec.decode(run_settings.RunConfig, value), found_out
   except OSError as error:

@@ -97,18 +97,18 @@ def test_init_from_continues_from_the_exact_state(finished, tmp_path):
 
 def test_init_from_is_bitwise(finished, tmp_path):
   from launch.lm import checkpoint, transformer_job
-  from moetion_jax.runtime.checkpoints import file as checkpoint_file
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 
   config = checkpoint.load_config(str(finished / 'checkpoint'), 'init_from')
   tree = checkpoint_file.load(str(finished / 'checkpoint'), 'init_from')
   digests, state, stage = {}, {}, None
   for index in range(config.train.stages):
     stage = transformer_job.of(config).build_stage(index)
-    state = checkpoint.state_of(stage, tree, weights_only=False)
+    state = restore.initial(stage, tree, 'x', 'init_from')()
     digests |= helpers.digests_of(stage, state)
   assert stage
   assert report.combine(digests) == _lines(finished)[-1]['digest']
-  fresh = checkpoint.state_of(stage, tree, weights_only=True)
+  fresh = restore.initial(stage, tree, 'x', 'y', weights_only=True)()
   np.testing.assert_array_equal(
     fresh['head']['master/head/table'], state['head']['master/head/table']
   )
@@ -120,14 +120,14 @@ def test_init_from_is_bitwise(finished, tmp_path):
 def test_init_from_with_another_optimizer(finished, optimizer):
   """Also where its state is a part of the other's, as lion's of adamw's."""
   from launch.lm import checkpoint, transformer_job
-  from moetion_jax.runtime.checkpoints import file as checkpoint_file
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 
   path = str(finished / 'checkpoint')
   config = checkpoint.load_config(path, 'init_from')
   assert config.train.optimizer.optimizer == 'adamw'
   tree = checkpoint_file.load(path, 'init_from')
-  checkpoint.check(
-    transformer_job.of(config).build_stage(0), tree, path, weights_only=False
+  restore.initial(
+    transformer_job.of(config).build_stage(0), tree, path, 'init_from'
   )
   other = dataclasses.replace(config.train.optimizer, optimizer=optimizer)
   train = dataclasses.replace(config.train, optimizer=other)
@@ -135,8 +135,8 @@ def test_init_from_with_another_optimizer(finished, optimizer):
     dataclasses.replace(config, train=train)
   ).build_stage(0)
   with pytest.raises(errors.ConfigError, match='--init_weights_only'):
-    checkpoint.check(stage, tree, path, weights_only=False)
-  checkpoint.check(stage, tree, path, weights_only=True)
+    restore.initial(stage, tree, path, 'init_from')
+  restore.initial(stage, tree, path, 'init_from', weights_only=True)
 
 
 def test_a_finished_run_says_so(finished):

@@ -4,7 +4,7 @@ import pytest
 
 from launch.lm import checkpoint, transformer_job
 from moetion_jax import report
-from moetion_jax.runtime.checkpoints import file as checkpoint_file
+from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 from tests.support import helpers, runs, worlds
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
@@ -113,7 +113,6 @@ def test_they_shrink_and_grow_and_leave_one_checkpoint(
   digests = {}
   for index in range(worlds.STAGES):
     stage = transformer_job.of(config).build_stage(index, team=(0,))
-    checkpoint.check(stage, tree, path, weights_only=False)
-    state = checkpoint.state_of(stage, tree, weights_only=False)
+    state = restore.initial(stage, tree, path, 'init_from')()
     digests |= helpers.digests_of(stage, state)
   assert report.combine(digests) == undisturbed[-1]['digest']

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from launch.lm import checkpoint, settings as run_settings, transformer_job
+from launch.lm import settings as run_settings, transformer_job
 from moetion_jax import config as config_lib, errors, keys
 from moetion_jax.capture import programs as capture_programs
 from moetion_jax.programs import (
@@ -22,6 +22,7 @@ from moetion_jax.programs import (
   stage as stage_lib,
 )
 from moetion_jax.runtime import final_state
+from moetion_jax.runtime.checkpoints import restore
 from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.snapshots import snapshot
 from moetion_jax.state import host_digest, model, optimizers
@@ -338,13 +339,12 @@ def test_a_checkpoint_to_start_from(weights_only):
       else:
         tree['optimizer'].setdefault(group, {})[leaf] = value
   expected = whole.split(
-    checkpoint.state_of(whole.stage, tree, weights_only=weights_only)
+    restore.initial(whole.stage, tree, 'x', 'y', weights_only=weights_only)()
   )
   parts: dict = {}
   for member in members:
-    checkpoint.check(member.stage, tree, 'x', weights_only=weights_only)
     parts |= member.split(
-      checkpoint.state_of(member.stage, tree, weights_only=weights_only)
+      restore.initial(member.stage, tree, 'x', 'y', weights_only=weights_only)()
     )
   chex.assert_trees_all_equal(parts, expected)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from moetion_jax import keys
+from moetion_jax import job_spec, keys
 from moetion_jax.hostmem import segment_check
 from moetion_jax.policies import planner, settings as capture_settings
 from moetion_jax.policies.kinds import registry
@@ -58,6 +58,7 @@ class Run:
     replicas=1,
     settings=None,
     policy='sparse',
+    base=0,
     **captures,
   ):
     self.one = coordinator.Coordinator(
@@ -67,6 +68,9 @@ class Run:
             stages=stages, iterations=iterations, replicas=replicas
           ).job_spec(),
           expert_capacity=100,
+          base=base
+          and job_spec.Base(path='CHECKPOINT', iteration=base, digest='d')
+          or None,
         ),
         captures=capture_settings.CaptureSettings(
           policy=registry.of_name(policy),
@@ -90,7 +94,7 @@ class Run:
     self.splices = ()
     self.damage = ()
     self.begun = [0] * stages
-    self._recorded = 0
+    self._recorded = base
     self._reports = {}
 
   # ---- the world -------------------------------------------------------------

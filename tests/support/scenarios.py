@@ -21,7 +21,9 @@ lines anew: read the difference.
   small log 2              it is smaller than the run needs
   lose snapshots 2 [9]     so are its snapshots, or one of them
   damage 9 stage=0         as found from now on: an entry of iteration 9
-  left recorded=9 newest=9 snapshots=[4,9]    by an earlier run
+  left recorded=9 newest=9 snapshots=[4,9]    by an earlier run; `run base=9`
+                           says that it was finished then, and goes on from its
+                           checkpoint
 
 1 stands for 1/0: replica 0 of stage 1. Left out are fields that have their
 usual value; of an order to go also those that are 0, and the sizes of files.
@@ -61,7 +63,7 @@ _SAID = {
 _ENDS = (actions.Fail, actions.Stop, actions.Finish, actions.KillNow)
 _SIZES = ('ring_bytes', 'cells', 'pool_files', 'pool_bytes')
 _CAPTURES = ('window_length', 'interval', 'order', 'keep_windows')
-_SHAPE = ('stages', 'replicas', 'iterations', 'policy')
+_SHAPE = ('stages', 'replicas', 'iterations', 'policy', 'base')
 
 
 class _World(recoveries.Run):
@@ -239,7 +241,7 @@ def _fault(world, fault):
   world.says(fault.stage, message, fault.replica)
 
 
-def _left(world, recorded, newest, snapshots):
+def _left(world, recorded, newest=0, snapshots=(1, 0)):
   world.last_recorded = recorded
   world.newest = [newest] * world.stages
   first, last = snapshots

@@ -8,6 +8,7 @@ from moetion_jax.runtime.records import workdir
 
 def how_to_go_on(
   snapshots: str,
+  checkpoint: str = '',
   *,
   has_begun: bool,
   starts_over: bool,
@@ -19,6 +20,8 @@ def how_to_go_on(
 
   Args:
     snapshots: the names of the folders of snapshots that stay; '' for none.
+    checkpoint: path of the checkpoint from which the run goes on without any;
+      '' for none.
     has_begun: whether the workers were told to train.
     starts_over: whether an earlier run was to be removed before that.
     is_removed: whether that was done.
@@ -43,6 +46,8 @@ def how_to_go_on(
       f'{command} goes on from the snapshots in {snapshots}; --fresh, or '
       'removing them, starts over.'
     )
+  if checkpoint and has_begun:
+    return f'{command} goes on from {checkpoint}; --fresh starts over.'
   return f'{command} starts over.' if has_begun else ''
 
 

@@ -274,6 +274,7 @@ class Executor:
   def _how_to_go_on(self, *, cause_stays: bool) -> str:
     return ending.how_to_go_on(
       self._stores.snapshot_names() if self.keeps_store else '',
+      self._folder.base.path if self._folder.base else '',
       has_begun=self.has_begun,
       starts_over=self._starts_over,
       is_removed=self._recorder.removed_earlier,

@@ -55,17 +55,23 @@ def run(
     job.train.stages, where.local_hosts, job.train.replicas
   )
   folder = workdir.Workdir(
-    where.workdir, fresh=where.fresh, accept_changes=where.accept_changes
+    where.workdir,
+    fresh=where.fresh,
+    accept_changes=where.accept_changes,
+    extend=where.extend,
   )
   folder.lock()
   try:
     job = dataclasses.replace(
-      job, init_digest=checkpoint_folder.digest_of(job.init_from)
+      job,
+      init_digest=checkpoint_folder.digest_of(job.init_from),
+      config=job.config | {'train': folder.settings_of(job.train)},
     )
     found = {}
     if os.path.isdir(job.init_from):  # else a worker says what is missing
-      found = {workdir.INIT_DIGEST: job.init_digest}
+      found = {held_run.INIT_DIGEST: job.init_digest}
     folder.check(job.config | found)
+    job = dataclasses.replace(job, base=folder.base)
     if folder.changes.may_splice:
       where = where.with_room_for_splice()
     return _run(job, where, folder, view)

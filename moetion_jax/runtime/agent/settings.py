@@ -36,6 +36,8 @@ class AgentSettings:
     compilation_cache_dir: see `xla_setup.configure`.
     accept_changes: names of libraries, options, flags and variables that may
       be other ones than those with which the run was begun.
+    extend: the schedule of a run that is trained longer: 'pin', 'stretch', or
+      '' for none, see `config.trained_longer`.
     local_hosts: the number of virtual hosts on this machine over which the
       stages are spread; they talk over TCP.
     full_seconds: seconds that a full log waits before the run ends.
@@ -55,6 +57,7 @@ class AgentSettings:
   grow_after: int = 0
   compilation_cache_dir: str = ''
   accept_changes: tuple[str, ...] = ()
+  extend: str = ''
   local_hosts: int = 1
   full_seconds: float = 60.0
   faults: tuple[faults_lib.Fault, ...] = ()

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from moetion_jax import disk, errors
+from moetion_jax import disk, errors, job_spec
 from moetion_jax.runtime.records import files as record_files, own_files
 from moetion_jax.snapshots import file as snapshot_file
 
@@ -88,6 +88,30 @@ def doubt(workdir: str | os.PathLike[str], iterations: int) -> str:
     f'it is of iteration {found[0]} with digest {found[1]}, and '
     f'{own_files.METRICS} ends with iteration {newest} and digest {known[1]}'
   )
+
+
+def base(
+  workdir: str | os.PathLike[str], iterations: int
+) -> job_spec.Base | None:
+  """Finds the checkpoint of a run that is trained longer.
+
+  It is of the iteration that was the last one before, which its digest proves.
+
+  Args:
+    workdir: the workdir.
+    iterations: the number of the run's iterations.
+
+  Returns:
+    The checkpoint, from which the run goes on; None if there is none.
+  """
+  path = pathlib.Path(workdir, own_files.CHECKPOINT_NAME)
+  found = stated(path) if is_committed(path) else None
+  if found is None or found[0] >= iterations:
+    return None
+  lines = record_files.read_lines(pathlib.Path(workdir, own_files.METRICS))
+  if lines.get(found[0], {}).get('digest') != found[1]:
+    return None
+  return job_spec.Base(path=str(path), iteration=found[0], digest=found[1])
 
 
 def _metadata(folder: pathlib.Path) -> dict[str, Any]:

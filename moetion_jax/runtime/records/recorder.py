@@ -11,6 +11,7 @@ from moetion_jax.recovery import events, splice as splice_lib
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   files as record_files,
+  held_run,
   merge,
   own_files,
   workdir,
@@ -105,9 +106,9 @@ class Recorder:
       errors.StoreError: its metrics are damaged.
     """
     first, train = ready[0, 0], self._job.train
-    inputs = {workdir.DATA_FINGERPRINT: first.data_fingerprint}
-    if self._job.init_from:
-      inputs[workdir.INIT_DIGEST] = self._job.init_digest
+    inputs = {held_run.DATA_FINGERPRINT: first.data_fingerprint}
+    if self._job.init_from and not self._job.base:  # else nobody has read it
+      inputs[held_run.INIT_DIGEST] = self._job.init_digest
     for other in ready.values():
       job_spec.check_data(
         self._job.data, first.data_fingerprint, other.data_fingerprint
@@ -130,6 +131,14 @@ class Recorder:
       platform=first.platform,
       device=first.device,
     )
+    if self._folder.ended_at:
+      self.event(
+        'extended',
+        iterations=train.iterations,
+        before=self._folder.ended_at,
+        decay_iterations=train.optimizer.decay_iterations,
+        earlier=train.optimizer.earlier,
+      )
 
   @property
   def removed_earlier(self) -> bool:

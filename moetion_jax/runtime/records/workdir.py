@@ -7,10 +7,16 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moetion_jax import config as config_lib, disk, errors, job_spec
+from moetion_jax import (
+  codec,
+  config as config_lib,
+  disk,
+  errors,
+  job_spec,
+)
 from moetion_jax.hostmem import locks, store_folder
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
@@ -23,21 +29,7 @@ from moetion_jax.runtime.records import (
 )
 
 _DYING_SECONDS = 2.0
-_SHOWN = 5  # settings in a message
 _LOCK_BYTES = 64  # more than an id takes
-DATA_FINGERPRINT = 'data_fingerprint'
-# Of the checkpoint that the run began with; versions before have none.
-INIT_DIGEST = 'init_digest'
-# The settings that say where a run's inputs lie, by what says which they are.
-_INPUTS = {DATA_FINGERPRINT: 'data', INIT_DIGEST: 'init_from'}
-# Fields of config.json known only once a worker has a backend and the data.
-FOUND_OUT = (
-  DATA_FINGERPRINT,
-  INIT_DIGEST,
-  changes_lib.ENVIRONMENT,
-  changes_lib.CHANGES,
-  changes_lib.SOFTWARE,
-)
 
 
 class Workdir:
@@ -62,10 +54,19 @@ class Workdir:
     removed_earlier: whether the removal of what an earlier run left has begun,
       and perhaps ended.
     changes: the environments that the run had; call `check` first.
+    base: the checkpoint from which a run that is trained longer goes on; None
+      for none. Call `check` first.
+    ended_at: the last iteration that it had before; 0: it is not trained
+      longer by this start.
   """
 
   def __init__(
-    self, path: str, *, fresh: bool, accept_changes: Sequence[str] = ()
+    self,
+    path: str,
+    *,
+    fresh: bool,
+    accept_changes: Sequence[str] = (),
+    extend: str = '',
   ):
     """Stores the arguments.
 
@@ -73,6 +74,8 @@ class Workdir:
       path: the folder.
       fresh: whether an earlier run in it is removed.
       accept_changes: names of what may have changed in the run's environment.
+      extend: the schedule of a run that is trained longer, see
+        `config.trained_longer`.
     """
     self.path = pathlib.Path(os.path.abspath(path))
     self.changes = changes_lib.Changes(
@@ -86,7 +89,11 @@ class Workdir:
     self._id_before = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self.removed_earlier = False
+    self.base: job_spec.Base | None = None
+    self.ended_at = 0
     self._fresh = fresh
+    self._extend = extend
+    self._iterations = 0  # as asked for; 0: as it has
     self._created: list[pathlib.Path] = []  # what goes again without a run
 
   @property
@@ -219,6 +226,18 @@ class Workdir:
     """True if nothing of an earlier run is gone on with."""
     return self._fresh or not os.path.lexists(self.path / own_files.CONFIG)
 
+  def settings_of(self, train: config_lib.TrainConfig) -> dict[str, Any]:
+    """Returns the settings of training, as they go on for the run here.
+
+    Args:
+      train: the user's settings.
+
+    Raises:
+      errors.ConfigError: the folder holds no run of ours, but something else.
+    """
+    known = None if self._fresh else self._known()
+    return codec.encode(held_run.settings_of(known, train, self._extend))
+
   def check(self, config: dict[str, Any]) -> None:
     """Checks that `config` describes the run that the folder holds, if any.
 
@@ -233,36 +252,16 @@ class Workdir:
     if known is None or self._fresh:
       return
     self.changes.known = dict(known)
-    for name, flag in _INPUTS.items():
-      # It may lie elsewhere now: which one it is says the rest.
-      is_given = bool(config.get(flag)) or name == DATA_FINGERPRINT
-      if (
-        flag in config
-        and is_given
-        and (known.get(name) or _same_place(known.get(flag), config[flag]))
-      ):
-        known[flag] = config[flag]
-    for name in FOUND_OUT:
-      if name not in config:
-        known.pop(name, None)
-    if INIT_DIGEST not in known:
-      config = {k: v for k, v in config.items() if k != INIT_DIGEST}
-    for name in held_run.MARKS:
-      known.pop(name, None)
-    of_people = f'{DATA_FINGERPRINT}.{job_spec.NAME}'
-    changed = [
-      name
-      for name in config_lib.differences(known, config)
-      if name != of_people
-    ]
-    for name, flag in _INPUTS.items():
-      if changed and changed[0].partition('.')[0] == name:
-        what = ', '.join(changed[:_SHOWN])
-        raise job_spec.changed_input(flag, config.get(flag, ''), what)
-    if changed:
+    had = held_run.check(known, config, str(self.path), self._extend)
+    wanted = config['train']['iterations']
+    is_finished = self.is_finished()
+    self._iterations = wanted
+    self.ended_at = had if wanted > had else 0
+    self.base = checkpoint_folder.base(self.path, wanted)
+    if self.ended_at and is_finished and self.base is None:
       raise self._error(
-        f'holds a run with other settings ({", ".join(changed[:_SHOWN])}); '
-        'pass --fresh to remove it, or another --workdir'
+        f'{self.checkpoint} carries no digest: it is of an earlier version, '
+        'and nothing proves what it is. --init_from begins a new run with it'
       )
 
   def _known(self) -> dict[str, Any] | None:
@@ -289,7 +288,8 @@ class Workdir:
     reason = own_files.in_the_way(self.path, fresh=self._fresh)
     if reason and not self.is_finished():
       raise self._error(f'{reason}; {away}')
-    if not self.begins_anew and (doubt := self._doubt(known)):
+    doubt = '' if self.begins_anew else self._doubt(known)
+    if doubt and not self._base_of(known):
       raise self._error(
         f'{self.checkpoint} is not the end of the run there: {doubt}. Nothing '
         'was removed: move that checkpoint away, then the same command goes on'
@@ -355,9 +355,7 @@ class Workdir:
     known = whereabouts_lib.Whereabouts.from_json(self.changes.known)
     now = known.moved_to(self.whereabouts, self.changes.accepted_before)
     marks = self._marks() | now.to_json()
-    marks |= {n: config[n] for n in _INPUTS.values() if n in config}
-    if INIT_DIGEST in config:  # versions before did not record it
-      marks[INIT_DIGEST] = config[INIT_DIGEST]
+    marks |= {n: config[n] for n in held_run.KEPT_UP if n in config}
     self.changes.write(config, marks, whereabouts_lib.FIELDS)
     return kept
 
@@ -404,8 +402,15 @@ class Workdir:
     """Says why a committed checkpoint is not that of the run `known`."""
     if known is None or not checkpoint_folder.is_committed(self.checkpoint):
       return ''
-    iterations = known['train'].get('iterations')
-    return checkpoint_folder.doubt(self.path, iterations)
+    return checkpoint_folder.doubt(self.path, self._iterations_of(known))
+
+  def _base_of(self, known: Mapping[str, Any] | None) -> job_spec.Base | None:
+    """Returns the checkpoint from which the run `known` goes on, if any."""
+    iterations = self._iterations_of(known) if known else 0
+    return checkpoint_folder.base(self.path, iterations)
+
+  def _iterations_of(self, known: Mapping[str, Any]) -> int:
+    return self._iterations or known['train'].get('iterations')
 
   def sync_finished(self) -> None:
     """Returns once the files of a finished run are on disk.
@@ -429,14 +434,6 @@ class Workdir:
 
   def _error(self, reason: str) -> errors.ConfigError:
     return errors.ConfigError('workdir', str(self.path), reason)
-
-
-def _same_place(one: object, other: str) -> bool:
-  """Returns True if two settings name the same path, however spelled."""
-  if not isinstance(one, str) or not one or not other:
-    return False
-  here = os.path.realpath(os.path.expanduser(other))
-  return os.path.realpath(os.path.expanduser(one)) == here
 
 
 def _lock(fd: int) -> None:

@@ -32,7 +32,10 @@ from moetion_jax.runtime import (
 from moetion_jax.runtime.worker import agent_link
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
+  from collections.abc import Callable
+
   from moetion_jax.runtime.worker import prepared as prepared_lib
+  from moetion_jax.state import partition
 
 # Errors after which a new worker would come to the same end, or wait as long.
 _FINAL = (
@@ -164,6 +167,7 @@ def _work(
 
   from moetion_jax.programs import compilation
   from moetion_jax.runtime import read_environment
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
   from moetion_jax.runtime.worker import generation
   from moetion_jax.training import job as job_lib
 
@@ -186,9 +190,16 @@ def _work(
     stage = job.bind(lowered.declared)
   else:
     stage = job.build_stage(spec.stage, spec.team, position)
-  run = generation.StageRun(
-    spec, link, stage, data, injector, job.initial(stage)
-  )
+
+  def initial() -> Callable[[], partition.State]:
+    if base := spec.job.base:
+      tree = checkpoint_file.load(base.path, 'workdir', base.digest)
+      return restore.initial(stage, tree, base.path, 'workdir')
+    return job.initial(stage)
+
+  # Nearly all replacements start from snapshots, and need not wait for it.
+  initial_state = (lambda: initial()()) if spec.is_replacement else initial()
+  run = generation.StageRun(spec, link, stage, data, injector, initial_state)
   if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
       events.Ready(

@@ -12,7 +12,7 @@ import pytest
 
 from launch.lm import settings as run_settings
 from launch.offline import scan
-from moetion_jax import codec, errors
+from moetion_jax import codec, config as config_lib, errors, job_spec
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.records import (
   held_run,
@@ -445,6 +445,80 @@ def test_a_checkpoint_of_before_digests_proves_nothing(run):
   folder.close()
 
 
+def _longer(path, iterations, extend='pin'):
+  """Opens a workdir for a run of more iterations; returns both."""
+  folder = workdir.Workdir(str(path), fresh=False, extend=extend)
+  folder.lock()
+  train = codec.decode(
+    config_lib.TrainConfig, _config(iterations=iterations)['train']
+  )
+  config = _config() | {'train': folder.settings_of(train)}
+  return folder, json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize('extend', ['pin', 'stretch'])
+def test_a_finished_run_goes_on_from_its_checkpoint(run, hostmem, extend):
+  _leave_all(run)
+  _commit(run)
+  last = _ITERATIONS + 20
+  with pytest.raises(errors.ConfigError, match='pin.*--extend=stretch'):
+    folder, config = _longer(run, last, '')
+    try:
+      folder.check(config)
+    finally:
+      folder.close()
+  for written in range(3):  # and again, wherever it died
+    folder, config = _longer(run, last, extend)
+    folder.check(config)
+    assert not folder.is_finished()
+    assert folder.base == job_spec.Base(
+      path=str(run / 'checkpoint'), iteration=_ITERATIONS, digest='the end'
+    )
+    assert folder.ended_at == (0 if written else _ITERATIONS)
+    _settle(folder, hostmem)
+    folder.accept(config, _ENVIRONMENT)
+    folder.close()
+    assert (run / 'checkpoint' / 'commit_success.txt').exists()
+    held = _held(run)['train']
+    assert held['iterations'] == last
+    assert held['optimizer']['decay_iterations'] == (
+      _ITERATIONS if extend == 'pin' else last
+    )
+    with open(run / 'metrics.jsonl', 'a') as lines:
+      line = {'iteration': _ITERATIONS + written + 1, 'digest': 'later'}
+      lines.write(json.dumps(line) + '\n')
+  _write_last_line(run, last, 'the new end')
+  _commit(run, last, 'the new end')
+  folder, config = _longer(run, last, extend)
+  folder.check(config)
+  assert folder.is_finished() and folder.base is None
+  folder.close()
+
+
+def test_a_stopped_run_goes_on_to_a_later_end(run, hostmem):
+  folder, config = _longer(run, _ITERATIONS + 20)
+  folder.check(config)
+  assert folder.base is None and not folder.is_finished()
+  _settle(folder, hostmem)
+  folder.accept(config, _ENVIRONMENT)
+  folder.close()
+  assert _held(run)['train'] == config['train']
+
+
+@pytest.mark.parametrize('digest', ['another', None])
+def test_what_proves_no_end_is_no_beginning(run, digest):
+  """The checkpoint of something else, or one that does not say of what."""
+  _leave_all(run)
+  if digest:
+    _commit(run, digest=digest)
+  with pytest.raises(errors.ConfigError, match='digest'):
+    folder, config = _longer(run, _ITERATIONS + 20)
+    try:
+      folder.check(config)
+    finally:
+      folder.close()
+
+
 @pytest.mark.parametrize(
   'changed, flag',
   [
@@ -473,7 +547,7 @@ def test_what_the_run_reads_has_moved(tmp_path, hostmem):
   }
   folder = _opened(tmp_path)  # as before a worker has read it
   folder.check(
-    {k: v for k, v in (known | moved).items() if k not in workdir.FOUND_OUT}
+    {k: v for k, v in (known | moved).items() if k not in held_run.FOUND_OUT}
   )
   folder.close()
   _begin(tmp_path, hostmem, config=known | moved)
