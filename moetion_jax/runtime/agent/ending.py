@@ -56,8 +56,8 @@ def of_system(error: OSError, folder: workdir.Workdir) -> errors.StoreError:
 
   Args:
     error: the error.
-    folder: the run's workdir: named where the error names no file, or where it
-      is no longer, which explains the error.
+    folder: the run's workdir: if it is no longer there, that explains the
+      error.
   """
   try:
     folder.check_in_place()
@@ -65,7 +65,7 @@ def of_system(error: OSError, folder: workdir.Workdir) -> errors.StoreError:
     return why
   except OSError:
     pass  # it is the same one
+  what = error.filename or 'the operating system refused something'
   return errors.StoreError(
-    f'{error.filename or folder.path}: {error.strerror}; make that possible, '
-    'then start again'
+    f'{what}: {error.strerror}; make that possible, then start again'
   )

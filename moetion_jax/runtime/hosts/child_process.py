@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from moetion_jax import codec
+from moetion_jax import codec, disk
 from moetion_jax.runtime import messages, spec as spec_lib
 
 _READ_BYTES = 1 << 16
@@ -42,7 +42,7 @@ class Transcript:
   def add(self, line: bytes) -> None:
     """Takes a line of output, without its line end."""
     if self._log:
-      self._log.write(line + b'\n')
+      self._write(line)
     elif len(self._unlogged) < _KEPT_LINES:
       self._unlogged.append(line)
     print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
@@ -53,10 +53,15 @@ class Transcript:
     if self._log.seek(0, os.SEEK_END):
       self._log.seek(-1, os.SEEK_END)
       if self._log.read() != b'\n':  # torn by a death, or a full disk
-        self._log.write(b'\n')
+        self._write(b'')
     for line in self._unlogged:
-      self._log.write(line + b'\n')
+      self._write(line)
     self._unlogged.clear()
+
+  def _write(self, line: bytes) -> None:
+    assert self._log is not None
+    with disk.naming(self._log.name):
+      self._log.write(line + b'\n')
 
   def close(self) -> None:
     """Closes the log. May be called twice."""

@@ -120,8 +120,9 @@ class MetricsFile:
     if known is None:
       # JSON has no NaN: such a loss is written as null, and loss_hex keeps it.
       clean = {k: None if _nonfinite(v) else v for k, v in line.items()}
-      self._file.write(json.dumps(clean).encode() + b'\n')
-      self._file.flush()
+      with disk.naming(self._path):
+        self._file.write(json.dumps(clean).encode() + b'\n')
+        self._file.flush()
       self._known[iteration] = line
       return
     for field in _EXACT:
@@ -136,7 +137,8 @@ class MetricsFile:
   def sync(self) -> None:
     """Returns once all lines are on disk: a loss of power leaves them."""
     assert self._file is not None, 'start() was not called'
-    os.fsync(self._file.fileno())
+    with disk.naming(self._path):
+      os.fsync(self._file.fileno())
 
   def cut(self, iteration: int) -> None:
     """Removes the lines of later iterations, which will come out otherwise."""
@@ -147,7 +149,8 @@ class MetricsFile:
         if json.loads(raw)['iteration'] > iteration:
           break
         kept += len(raw)
-    self._file.truncate(kept)
+    with disk.naming(self._path):
+      self._file.truncate(kept)
     self._known = {i: x for i, x in self._known.items() if i <= iteration}
 
 
@@ -160,7 +163,7 @@ class EventsFile:
   def write(self, kind: str, **fields: Any) -> None:
     """Appends one event; `time` is seconds since the epoch."""
     event = {'time': time.time(), 'kind': kind, 'stage': None, 'replica': None}
-    with open(self._path, 'a+b') as f:
+    with disk.naming(self._path), open(self._path, 'a+b') as f:
       cut_torn_line(f)
       f.write(json.dumps(event | fields).encode() + b'\n')
 
@@ -199,9 +202,12 @@ def write_json(
       one before that the old one. It takes as long as the disk takes.
   """
   folder = os.path.dirname(path) or '.'
-  with tempfile.NamedTemporaryFile(
-    'w', dir=folder, prefix=TEMPORARY_PREFIX, delete=False
-  ) as f:
+  with (
+    disk.naming(path),
+    tempfile.NamedTemporaryFile(
+      'w', dir=folder, prefix=TEMPORARY_PREFIX, delete=False
+    ) as f,
+  ):
     try:
       json.dump(value, f, indent=2)
       f.write('\n')

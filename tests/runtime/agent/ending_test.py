@@ -229,12 +229,17 @@ def test_a_workdir_that_is_gone(tmp_path, folder, is_moved):
   with pytest.raises(errors.StoreError, match='was moved|was removed'):
     folder.check_in_place()
   assert not os.listdir(folder.path)
-  full = OSError(28, 'No space left on device')
+  full = OSError(28, 'No space left on device', str(folder.path / 'x'))
   folder.path.rmdir()
   if is_moved:
     moved.rename(folder.path)  # as the error says
     folder.check_in_place()
     assert str(folder.path) in str(ending.of_system(full, folder))
+
+
+def test_what_names_no_file_is_not_blamed_on_the_workdir(folder):
+  said = str(ending.of_system(OSError(32, 'Broken pipe'), folder))
+  assert str(folder.path) not in said and 'Broken pipe' in said
 
 
 def test_each_error_has_its_row():

@@ -1,5 +1,6 @@
 """The files that a run leaves: written once, compared, cut, never torn."""
 
+import contextlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from moetion_jax import errors
+from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import files as record_files, merge
 from tests.support import helpers
 
@@ -172,21 +174,41 @@ def test_an_event_after_a_torn_one_is_whole(tmp_path, torn):
   assert b''.join(before) == torn[: torn.rfind(b'\n') + 1]
 
 
-def test_write_json_on_a_full_disk_leaves_nothing(tmp_path):
+@contextlib.contextmanager
+def _full():
   """A limit of the size of files is met like a full disk: in the middle."""
-  path = tmp_path / 'workers.json'
-  record_files.write_json(str(path), {'n': 1})
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
-    with pytest.raises(OSError):
-      record_files.write_json(str(path), {'n': 2, 'pad': 'x' * (1 << 17)})
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, old)
+
+
+def test_write_json_on_a_full_disk_leaves_nothing(tmp_path):
+  path = tmp_path / 'workers.json'
+  record_files.write_json(str(path), {'n': 1})
+  with _full(), pytest.raises(OSError, match='workers.json'):
+    record_files.write_json(str(path), {'n': 2, 'pad': 'x' * (1 << 17)})
   assert json.loads(path.read_text()) == {'n': 1}
   assert os.listdir(tmp_path) == ['workers.json']
+
+
+def test_a_file_that_cannot_grow_is_named(tmp_path):
+  long, metrics = 'x' * (1 << 17), tmp_path / 'metrics.jsonl'
+  with _full(), pytest.raises(OSError, match='events.jsonl'):
+    record_files.EventsFile(str(tmp_path / 'events.jsonl')).write(long)
+  with _full(), record_files.MetricsFile(str(metrics)) as file:
+    with pytest.raises(OSError, match='metrics.jsonl'):
+      file.write(_line(1) | {'long': long})
+  (tmp_path / 'stage-0.log').write_bytes(b'\n' * (1 << 16))
+  log = child_process.Transcript('stage 0')
+  log.open_log(tmp_path / 'stage-0.log')
+  with _full(), pytest.raises(OSError, match='stage-0.log'):
+    log.add(b'a line')
+  log.close()
 
 
 def test_write_json_is_atomic(tmp_path):
