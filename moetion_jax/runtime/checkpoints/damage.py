@@ -19,6 +19,7 @@ import tensorstore
 
 _TREE_METADATA = '_METADATA'  # Orbax's, of the tree's structure
 _MANIFEST = 'manifest.ocdbt'
+_ARRAY = '/.zarray'  # ends the key of an array's description
 _MAX_CHARACTERS = 300
 # TensorStore and Orbax add where in their sources they were, and all settings.
 _INTERNAL = re.compile(r'\s*\[(source locations|tensorstore_spec)=.*')
@@ -41,13 +42,16 @@ def explain(path: str, error: BaseException) -> str:
     error: what reading it raised.
 
   Returns:
-    The end of a sentence; what the error says, where all files seem whole.
+    The end of a sentence.
   """
+  text = str(error)
   try:
-    found = _damaged_file(path) or _file_of_array(path, str(error))
+    found = _damaged_file(path) or _file_of_array(path, text) or _misfit(path)
   except Exception as other:  # TensorStore raises many kinds
     found = first_line(other)
-  return found or first_line(error)
+  # All else that is read has checksums.
+  doubt = f'perhaps its file {_TREE_METADATA} is damaged: {first_line(error)}'
+  return found or doubt
 
 
 @contextlib.contextmanager
@@ -144,6 +148,26 @@ def _file_of_array(path: str, text: str) -> str:
     if place.key and f'"{place.key}"' in text:
       return f'its file {place.file} is damaged, in {place.key}'
   return ''
+
+
+def _misfit(path: str) -> str:
+  """Says which array the tree's structure names wrongly, or not at all."""
+  base = {'driver': 'file', 'path': os.path.abspath(path) + '/'}
+  spec = {'driver': 'ocdbt', 'base': base}
+  store = tensorstore.KvStore.open(spec).result()
+  found = (key.decode() for key in store.list().result())
+  there = {n.removesuffix(_ARRAY) for n in found if n.endswith(_ARRAY)}
+  with open(os.path.join(path, _TREE_METADATA), 'rb') as opened:
+    tree = json.load(opened)['tree_metadata']
+  named = {
+    '.'.join(str(part.get('key')) for part in leaf['key_metadata'])
+    for leaf in tree.values()
+  }
+  wrong = [f'names {name}, which is not there' for name in named - there]
+  wrong += [f'lacks {name}' for name in there - named]
+  if not wrong:
+    return ''
+  return f'its file {_TREE_METADATA} is damaged: it {min(wrong)}'
 
 
 def _places(path: str) -> Iterator[_Place]:

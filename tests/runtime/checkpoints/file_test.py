@@ -113,6 +113,26 @@ def test_16_bytes_anywhere_are_found_or_change_nothing(saved, copied):
   assert helpers.bits_of(checkpoint_file.load(str(copied), 'x')) == saved[1]
 
 
+@pytest.mark.parametrize(
+  ('was', 'becomes', 'words'),
+  [
+    (b'experts/w_down"', b'experts/w_dowo"', 'it lacks optimizer.layers/'),
+    (b'"skip_deserialize"', b'"skip_desesialize"', ''),
+    (b'"np.ndarray"', b'"np.ndbrray"', ''),
+    (b'"key_type": 2', b'"key_type": 6', ''),
+  ],
+)
+def test_a_bit_in_the_trees_structure(copied, was, becomes, words):
+  """It is JSON still, and all data is whole: Orbax finds something missing."""
+  file = copied / '_METADATA'
+  content = file.read_bytes()
+  assert was in content
+  file.write_bytes(content.replace(was, becomes, 1))
+  _refused(copied, 'its file _METADATA is damaged', words)
+  file.write_bytes(content)  # a copy of it, as the error says
+  checkpoint_file.load(str(copied), 'init_from')
+
+
 @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
 def test_a_torn_or_missing_file(saved, copied, capfd):
   """One line says which file it is, and what to do; no traceback is beside."""
