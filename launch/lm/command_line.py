@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -38,38 +40,29 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
     except errors.ConfigError as e:
       _refuse(name, str(e))
 
-  streams.open_missing()
+  streams.prepare()
   try:
     try:
       app.run(guarded, flags_parser=parse)
     except BaseException as ended:
-      is_success = isinstance(ended, SystemExit) and not ended.code
-      _flush(is_needed=is_success or isinstance(ended, BrokenPipeError))
-      raise
-  except BrokenPipeError:
-    broken = [fd for fd in (1, 2) if streams.is_broken(fd)]
-    if not broken:
-      raise  # it is another pipe
-    for fd in broken:
-      streams.silence(fd)
-    sys.exit(streams.BROKEN_PIPE_CODE)
-
-
-def _flush(*, is_needed: bool) -> None:
-  """Writes what was printed; at its exit the interpreter would complain.
-
-  Args:
-    is_needed: whether it counts that nobody reads it: not in a command that
-      failed anyway.
-  """
-  try:
-    sys.stdout.flush()
-  except BrokenPipeError:
-    if is_needed:
-      raise
-    streams.silence(1)
+      try:  # at its exit the interpreter would complain
+        sys.stdout.flush()
+      except streams.LostError:
+        if isinstance(ended, SystemExit) and not ended.code:
+          raise
+      raise  # what failed counts, not that nobody reads it
+  except streams.LostError as lost:
+    if lost.errno == errno.EPIPE:
+      sys.exit(streams.BROKEN_PIPE_CODE)
+    _say(f'{name}: error: {lost.filename} cannot be written: {lost.strerror}')
+    sys.exit(errors.ExitCode.FAILED)
 
 
 def _refuse(name: str, reason: str) -> NoReturn:
-  print(f'{name}: error: {reason}', file=sys.stderr)
+  _say(f'{name}: error: {reason}')
   sys.exit(errors.ExitCode.REFUSED)
+
+
+def _say(text: str) -> None:
+  with contextlib.suppress(streams.LostError):  # the exit code says enough
+    print(text, file=sys.stderr)

@@ -19,11 +19,18 @@ BROKEN_PIPE_CODE = 141
 _OUTPUTS = {1: 'standard output', 2: 'standard error'}
 
 
-def open_missing() -> None:
-  """Opens /dev/null in the place of each standard stream that is closed.
+class LostError(OSError):
+  """A standard stream can no longer be written; it is the error's filename.
 
-  Otherwise the next file that is opened takes its number, and what a library
-  prints goes there.
+  No `BrokenPipeError`: libraries end a process when they meet one (rich).
+  """
+
+
+def prepare() -> None:
+  """Has errors of the standard streams be a `LostError`; opens those missing.
+
+  In the place of each that is closed /dev/null is opened. Otherwise the next
+  file that is opened takes its number, and what a library prints goes there.
   """
   for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
     try:
@@ -36,6 +43,7 @@ def open_missing() -> None:
       os.set_inheritable(fd, True)
     if getattr(sys, name) is None:
       setattr(sys, name, open(fd, 'w' if fd else 'r', closefd=False))
+  outlive('')
 
 
 def outlive(name: str) -> None:
@@ -45,13 +53,13 @@ def outlive(name: str) -> None:
   goes nowhere.
 
   Args:
-    name: the command's name.
+    name: the command's name; '': it ends with a `LostError` instead.
   """
   for fd, stream in ((1, 'stdout'), (2, 'stderr')):
     old = getattr(sys, stream)
     with contextlib.suppress(OSError):
       old.flush()
-    setattr(sys, stream, _text(_Outlived(fd, name), old))
+    setattr(sys, stream, _text(_Output(fd, name), old))
 
 
 def silence(fd: int) -> None:
@@ -61,18 +69,11 @@ def silence(fd: int) -> None:
   os.close(null)
 
 
-def is_broken(fd: int) -> bool:
-  """Returns whether a descriptor is a pipe, or the like, that nobody reads."""
-  poll = select.poll()
-  poll.register(fd, select.POLLOUT)
-  return any(what & select.POLLERR for _, what in poll.poll(0))
-
-
-class _Outlived(io.FileIO):
-  """A standard stream to which every write succeeds, if only by being lost."""
+class _Output(io.FileIO):
+  """A standard stream that is lost with a `LostError`, or in silence."""
 
   def __init__(self, fd: int, name: str):
-    """Stores the descriptor and the command's name."""
+    """Stores the descriptor and the command's name, see `outlive`."""
     super().__init__(fd, 'w', closefd=False)
     self._command = name
 
@@ -83,7 +84,10 @@ class _Outlived(io.FileIO):
         select.select([], [self], [])
       return written
     except OSError as error:
-      silence(self.fileno())
+      fd = self.fileno()
+      silence(fd)  # what is buffered still would meet the same error
+      if not self._command:
+        raise LostError(error.errno, error.strerror, _OUTPUTS[fd]) from error
       self._tell(error)
       return memoryview(data).nbytes
 
@@ -101,11 +105,11 @@ class _Outlived(io.FileIO):
 
 
 def _text(raw: io.FileIO, like: TextIO) -> io.TextIOWrapper:
-  """Returns a text stream of the same kind as another one."""
+  """Returns a text stream like another one, which takes any text."""
   return io.TextIOWrapper(
     io.BufferedWriter(raw),
     encoding=like.encoding,
-    errors=like.errors,
+    errors='backslashreplace' if like.errors == 'strict' else like.errors,
     line_buffering=getattr(like, 'line_buffering', True),
     write_through=getattr(like, 'write_through', False),
   )

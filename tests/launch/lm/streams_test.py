@@ -25,6 +25,11 @@ def main(argv):
     raise errors.ConfigError('flag', 1, 'is wrong')
   if argv[1] == 'crash':
     raise ValueError('a bug')
+  if argv[1] == 'table':
+    import rich.console
+    rich.console.Console().print('a table')
+  if argv[1] == 'umlaut':
+    print(chr(252))
   sys.stdout.flush()
   print(f'opened {fd}', file=sys.stderr)
   return 3
@@ -132,6 +137,44 @@ def test_what_failed_counts_not_that_nobody_reads_it(how, code, says):
   _, err = process.communicate(timeout=60)
   assert process.returncode == code and says in err
   assert 'BrokenPipe' not in err
+
+
+@pytest.mark.parametrize('is_full', [False, True])
+def test_a_refusal_that_nobody_reads(is_full):
+  """Its code counts."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with open('/dev/full', 'wb') as full:
+    process = _start('refuse', '0', stderr=full if is_full else writer)
+  os.close(writer)
+  assert process.wait(60) == 2
+
+
+@pytest.mark.parametrize('lines', ['1', _MANY])
+def test_a_full_disk_is_named(lines):
+  with open('/dev/full', 'wb') as full:
+    process = _start('end', lines, stdout=full, stderr=subprocess.PIPE)
+    _, err = process.communicate(timeout=60)
+  said = 'it: error: standard output cannot be written: No space left on device'
+  assert (process.returncode, err.splitlines()[-1]) == (1, said)
+  assert 'Traceback' not in err and 'ignored' not in err
+
+
+def test_a_table_that_nobody_reads():
+  """The library that draws it would end the process with a code of its own."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  process = _start('table', '0', stdout=writer, stderr=subprocess.PIPE)
+  os.close(writer)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (streams.BROKEN_PIPE_CODE, '')
+
+
+def test_names_that_a_stream_has_no_letters_for():
+  ascii_only = os.environ | {'PYTHONIOENCODING': 'ascii'}
+  process = _start('umlaut', '0', stdout=subprocess.PIPE, env=ascii_only)
+  out, _ = process.communicate(timeout=60)
+  assert (process.returncode, out) == (3, '\\xfc\n')
 
 
 def test_print_config_into_a_pipe_that_is_closed():
