@@ -166,7 +166,8 @@ def _convert(run: stored_run.StoredRun) -> None:
   rebuilder = rebuild.Rebuilder.compile(run.config, stage, data)
   done = rebuilder.rebuild(run, _warn, _ITERATION.value, _START.value)
   replayed = range(done.start + 1, done.iteration + 1)
-  came = f'snapshot {done.start}' if done.start else 'the initial state'
+  is_initial = done.start == run.initial
+  came = 'the initial state' if is_initial else f'snapshot {done.start}'
   print(
     f'Stage {stage}, state {done.iteration}, digest '
     f'{report.combine(done.digests)}: from {came}, complete at '

@@ -43,6 +43,7 @@ def describe(
     'stores': [str(folder) for folder in run.folders],
     'in_use': in_use,
     'iterations': run.config.train.iterations,
+    'initial_iteration': run.initial,
     'last_line': max(run.metrics, default=0),
     'newest_common_start': run.newest_common_start,
     'only_start': run.only_start,
@@ -122,15 +123,16 @@ def _shares(snapshot: dict[str, Any]) -> str:
 def _lines(value: dict[str, Any]) -> list[str]:
   """Returns the lines that a person reads."""
   state = 'in use by a living run' if value['in_use'] else 'of a stopped run'
-  common = value['newest_common_start']
+  common, first = value['newest_common_start'], value['initial_iteration']
   lines = [
     f'{value["workdir"]}: {len(value["stages"])} stage(s), iteration '
     f'{value["last_line"]} of {value["iterations"]}',
     f'{", ".join(value["stores"])}: {state}',
-    f'newest common start: {_name(common) if common is not None else "none"}',
+    'newest common start: '
+    + ('none' if common is None else _name(common, first)),
   ]
   for stage in value['stages']:
-    lines += ['', *_stage_lines(stage)]
+    lines += ['', *_stage_lines(stage, first)]
   if value['damaged']:
     lines += ['', f'{len(value["damaged"])} damaged:']
     lines += [f'  {d["message"]}' for d in value['damaged']]
@@ -139,12 +141,12 @@ def _lines(value: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _stage_lines(stage: dict[str, Any]) -> list[str]:
+def _stage_lines(stage: dict[str, Any], initial: int) -> list[str]:
   operators, log = stage['operators'], stage['log']
   starts = {s['iteration']: s for s in stage['starts']}
   rows = [('snapshot', 'bytes', 'shares', 'slot', 'covers', 'valid start')]
-  if 0 in starts:
-    rows.append(('initial', '', '', '', '', _start(starts[0])))
+  if initial in starts:
+    rows.append(('initial', '', '', '', '', _start(starts[initial])))
   for s in stage['snapshots']:
     rows.append(
       (
@@ -153,7 +155,9 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
         _shares(s),
         f'{s["slot_operators"]} of {operators}',
         f'{s["covered_operators"]} of {operators}',
-        _start(starts[s['iteration']]) if s['iteration'] in starts else '-',
+        _start(starts[s['iteration']])
+        if s['iteration'] in starts.keys() - {initial}
+        else '-',
       )
     )
   teams = {one['replicas'] for s in stage['snapshots'] for one in s['shares']}
@@ -179,8 +183,9 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
   ]
 
 
-def _name(iteration: int) -> str:
-  return f'snapshot {iteration}' if iteration else 'the initial state'
+def _name(iteration: int, initial: int) -> str:
+  is_initial = iteration == initial
+  return 'the initial state' if is_initial else f'snapshot {iteration}'
 
 
 def _start(start: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from launch.offline import stored_log, stored_run
 from moetion_jax import errors, keys, report
 from moetion_jax.capture import conversion, programs as capture_programs
 from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 from moetion_jax.snapshots import coverage, reader, snapshot as snapshot_lib
 from moetion_jax.state import partition
 from moetion_jax.training import worker
@@ -189,6 +190,7 @@ class _Attempt:
       conversion.Route(
         start=self._start,
         newest=max(one.snapshots, default=0),
+        initial=self._run.initial,
         unverified_until=one.unverified_until,
       ),
     )
@@ -229,6 +231,10 @@ class _Attempt:
     )
 
   def _initial_state(self) -> partition.State:
+    if base := self._run.base:
+      tree = checkpoint_file.load(base.path, 'workdir', base.digest)
+      stage = self._tools.stage
+      return restore.initial(stage, tree, base.path, 'workdir')()
     return self._tools.job.initial(self._tools.stage)()
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:

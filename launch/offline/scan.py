@@ -53,6 +53,8 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
       checkpoint
     ) and not checkpoint_folder.doubt(absolute, config.train.iterations):
       what = f'the run is finished, its state is {checkpoint}'
+    elif checkpoint_folder.base(absolute, config.train.iterations):
+      what = f'the run goes on from {checkpoint}, its state until now'
     else:
       what = (
         'name the --hostmem_dir of the run; a host that was started anew has '
@@ -68,6 +70,7 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     config=config,
     found_out=found_out,
     folders=tuple(folders),
+    base=checkpoint_folder.base(absolute, config.train.iterations),
   )
 
 
@@ -125,7 +128,9 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
     stages=tuple(
       _without_dropped(
         dataclasses.replace(
-          _scan_stage(run.folders, stage, replicas, in_use), splices=splices
+          _scan_stage(run.folders, stage, replicas, in_use),
+          splices=splices,
+          initial=run.initial,
         ),
         pending,
       )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from launch.lm import settings as run_settings
-from moetion_jax import config as config_lib, errors, keys
+from moetion_jax import config as config_lib, errors, job_spec, keys
 from moetion_jax.hostmem import entry, segment
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files as record_files
@@ -155,6 +155,7 @@ class StoredStage:
       start and what can be made of it.
     only_start: the start of a splice that was begun and not finished: no other
       one counts, and no entry; None if there is no such splice.
+    initial: iteration of the initial state.
   """
 
   stage: int
@@ -166,6 +167,7 @@ class StoredStage:
   damage: tuple[Damage, ...] = ()
   splices: tuple[splice_lib.Splice, ...] = ()
   only_start: int | None = None
+  initial: int = 0
 
   def segment_path(self, replica: int) -> pathlib.Path:
     """Returns the path of a replica's log file."""
@@ -183,10 +185,15 @@ class StoredStage:
   @functools.cached_property
   def starts(self) -> tuple[coverage.Start, ...]:
     """Valid starts of a conversion, the initial state included."""
-    shares = [x.share for s in self.snapshots.values() for x in s.shares]
+    shares = [
+      x.share
+      for iteration, info in self.snapshots.items()
+      for x in info.shares
+      if iteration > self.initial
+    ]
     starts = coverage.valid_starts(
       (
-        coverage.initial_record(self.operators),
+        coverage.initial_record(self.operators, self.initial),
         *coverage.complete_records(shares),
       ),
       self.operators,
@@ -196,7 +203,11 @@ class StoredStage:
       for start in starts
       if self.only_start in (None, start.iteration)
       and splice_lib.allows(
-        self.splices, self.stage, start.iteration, is_running=True
+        self.splices,
+        self.stage,
+        start.iteration,
+        is_running=True,
+        initial=self.initial,
       )
     )
 
@@ -259,6 +270,8 @@ class StoredRun:
     config: the run's settings.
     found_out: see `scan.read_run`.
     folders: the run's stores.
+    base: the checkpoint from which the run goes on, as it is trained longer;
+      None for none.
     stages: the stores' content, by stage.
   """
 
@@ -266,6 +279,7 @@ class StoredRun:
   config: run_settings.RunConfig
   found_out: Mapping[str, Any]
   folders: tuple[pathlib.Path, ...]
+  base: job_spec.Base | None = None
   stages: tuple[StoredStage, ...] = ()
 
   @property
@@ -280,9 +294,15 @@ class StoredRun:
       return ''
     return (
       'The run ended while it went over to other software: it begins again '
-      f'with state {self.newest_common_start or 0}, and drops its logs and all '
-      'later starts.'
+      f'with state {self.newest_common_start or self.initial}, and drops its '
+      'logs and all later starts.'
     )
+
+  @property
+  def initial(self) -> int:
+    """Iteration of the initial state."""
+    train = self.config.train
+    return self.base.iteration if self.base else train.initial_iteration
 
   @property
   def newest_common_start(self) -> int | None:
