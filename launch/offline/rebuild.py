@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ from moetion_jax.training import worker
 
 # Generation 0: no real worker has it, and nothing is published offline.
 _GENERATION = 0
+
+
+class UnreachableError(errors.MoetionError):
+  """The state asked for cannot be made of what is there."""
 
 
 class DifferentError(errors.MoetionError):
@@ -116,7 +120,7 @@ class Rebuilder:
       start: the snapshot to start from; no other is then tried.
 
     Raises:
-      stored_run.UnreachableError: there is no such start (any more).
+      UnreachableError: there is no such start (any more).
       errors.ConfigError: the initial state is needed and --init_from is not
         what it was.
       errors.MoetionError: `start` is given, and leads to something else.
@@ -127,7 +131,7 @@ class Rebuilder:
           say(damage.message)
     excluded: set[int] = set()
     while True:
-      candidate, goal = stored_run.choose(
+      candidate, goal = choose(
         run.candidates(self.index), iteration, start, excluded
       )
       attempt = _Attempt(self, run, candidate.start)
@@ -280,3 +284,63 @@ class _Attempt:
         f'the {what} of iteration {iteration} is {found}, but metrics.jsonl '
         f'has {was}'
       )
+
+
+def choose(
+  candidates: Collection[stored_run.Candidate],
+  iteration: int | None = None,
+  start: int | None = None,
+  excluded: Collection[int] = (),
+) -> tuple[stored_run.Candidate, int]:
+  """Chooses the start to take, and the iteration to go to from it.
+
+  Args:
+    candidates: the valid starts of a stage.
+    iteration: the iteration to reach; None for the newest that can be.
+    start: the iteration to start from; None for the newest that leads there.
+    excluded: iterations of starts that turned out to be no good.
+
+  Raises:
+    UnreachableError: there is no such start; the message says what there is.
+  """
+  usable = [
+    c for c in candidates if c.is_usable and c.start.iteration not in excluded
+  ]
+  if start is not None:
+    named = [c for c in usable if c.start.iteration == start]
+    if not named:
+      raise UnreachableError(
+        f'snapshot {start} is no start that leads to a whole state; '
+        f'{_describe(candidates)}'
+      )
+    usable = named
+  goal = iteration
+  if goal is None:
+    goal = max((c.reaches for c in usable), default=0)
+    if not goal and start is None:
+      raise UnreachableError(
+        'nothing is left but the initial state (--iteration=0); '
+        + _describe(candidates)
+      )
+  reaching = [c for c in usable if c.start.complete_at <= goal <= c.reaches]
+  if not reaching:
+    raise UnreachableError(
+      f'iteration {goal} cannot be reached; {_describe(candidates)}'
+    )
+  return max(reaching, key=lambda c: c.start.iteration), goal
+
+
+def _describe(candidates: Collection[stored_run.Candidate]) -> str:
+  """Lists the starts, for an error about one that is not there."""
+  texts = []
+  for one in candidates:
+    if one.is_usable:
+      runs = [(one.start.complete_at, one.reaches)]
+      texts.append(
+        f'{one.start.iteration} leads to {stored_run.format_runs(runs)}'
+      )
+  text = 'starts: ' + ('; '.join(texts) or 'none')
+  newest = max(candidates, key=lambda c: c.reaches, default=None)
+  if newest and newest.missing:
+    text += f'. Beyond {newest.reaches} the logs have no {newest.missing}'
+  return text

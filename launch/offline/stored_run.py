@@ -28,10 +28,6 @@ DIGESTS, PARTIALS = 'digests', 'partials'
 _UNKNOWN = '?'  # group of operators whose names are not known
 
 
-class UnreachableError(errors.MoetionError):
-  """The state asked for cannot be made of what is there."""
-
-
 # --- What there is -----------------------------------------------------------
 
 
@@ -451,61 +447,3 @@ def format_runs(runs: Collection[Sequence[int]]) -> str:
   return ', '.join(
     f'{run[0]}' if run[0] == run[1] else f'{run[0]} to {run[1]}' for run in runs
   )
-
-
-def choose(
-  candidates: Collection[Candidate],
-  iteration: int | None = None,
-  start: int | None = None,
-  excluded: Collection[int] = (),
-) -> tuple[Candidate, int]:
-  """Chooses the start to take, and the iteration to go to from it.
-
-  Args:
-    candidates: the valid starts of a stage.
-    iteration: the iteration to reach; None for the newest that can be.
-    start: the iteration to start from; None for the newest that leads there.
-    excluded: iterations of starts that turned out to be no good.
-
-  Raises:
-    UnreachableError: there is no such start; the message says what there is.
-  """
-  usable = [
-    c for c in candidates if c.is_usable and c.start.iteration not in excluded
-  ]
-  if start is not None:
-    named = [c for c in usable if c.start.iteration == start]
-    if not named:
-      raise UnreachableError(
-        f'snapshot {start} is no start that leads to a whole state; '
-        f'{_describe(candidates)}'
-      )
-    usable = named
-  goal = iteration
-  if goal is None:
-    goal = max((c.reaches for c in usable), default=0)
-    if not goal and start is None:
-      raise UnreachableError(
-        'nothing is left but the initial state (--iteration=0); '
-        + _describe(candidates)
-      )
-  reaching = [c for c in usable if c.start.complete_at <= goal <= c.reaches]
-  if not reaching:
-    raise UnreachableError(
-      f'iteration {goal} cannot be reached; {_describe(candidates)}'
-    )
-  return max(reaching, key=lambda c: c.start.iteration), goal
-
-
-def _describe(candidates: Collection[Candidate]) -> str:
-  """Lists the starts, for an error about one that is not there."""
-  texts = []
-  for one in candidates:
-    if one.is_usable:
-      runs = [(one.start.complete_at, one.reaches)]
-      texts.append(f'{one.start.iteration} leads to {format_runs(runs)}')
-  text = 'starts: ' + ('; '.join(texts) or 'none')
-  newest = max(candidates, key=lambda c: c.reaches, default=None)
-  if newest and newest.missing:
-    text += f'. Beyond {newest.reaches} the logs have no {newest.missing}'
-  return text

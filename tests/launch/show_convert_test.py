@@ -334,8 +334,8 @@ def test_a_splice_that_is_not_finished(left, pending):
   assert json.loads(result.stdout)['only_start'] == start
   result = show(left.workdir, left.hostmem_dir)
   assert f'it begins again with state {start}, and drops' in result.stdout
-  with pytest.raises(stored_run.UnreachableError):
-    stored_run.choose(run.candidates(0), last + 1)
+  with pytest.raises(rebuild.UnreachableError):
+    rebuild.choose(run.candidates(0), last + 1)
 
 
 def test_a_splice_whose_start_is_gone(left, pending, copy):
@@ -412,11 +412,9 @@ def test_every_reachable_state_from_the_newest_start(
     host_tree(done.state), undisturbed[stage][left.last]
   )
   assert not said
-  with pytest.raises(
-    stored_run.UnreachableError, match=f'{left.last + 1} cannot'
-  ):
+  with pytest.raises(rebuild.UnreachableError, match=f'{left.last + 1} cannot'):
     rebuilt(left.last + 1)
-  with pytest.raises(stored_run.UnreachableError, match='no start'):
+  with pytest.raises(rebuild.UnreachableError, match='no start'):
     rebuilt(start=left.last - 1)
 
 
@@ -522,11 +520,11 @@ def test_a_damaged_log_of_a_neighbour(
   name = _damage(copy, left, what)
   rebuilt, said = rebuilders(copy.scan(), 0)
   if what.startswith('log'):
-    with pytest.raises(stored_run.UnreachableError, match='nothing is left'):
+    with pytest.raises(rebuild.UnreachableError, match='nothing is left'):
       rebuilt()
     assert name in said[0]
     with pytest.raises(
-      stored_run.UnreachableError, match='have no gradient of st'
+      rebuild.UnreachableError, match='have no gradient of st'
     ):
       rebuilt(left.last)
     return
@@ -536,9 +534,7 @@ def test_a_damaged_log_of_a_neighbour(
   chex.assert_trees_all_equal(
     host_tree(done.state), undisturbed[0][left.last - 1]
   )
-  with pytest.raises(
-    stored_run.UnreachableError, match='have no gradient of st'
-  ):
+  with pytest.raises(rebuild.UnreachableError, match='have no gradient of st'):
     rebuilt(left.last)
 
 
@@ -574,7 +570,7 @@ def test_metrics_of_another_run(left, copy, rebuilders, tmp_path):
   rebuilt, said = rebuilders(run, 1)
   with pytest.raises(rebuild.DifferentError, match='loss of iteration'):
     rebuilt(start=left.last - 2)
-  with pytest.raises(stored_run.UnreachableError, match='cannot be reached'):
+  with pytest.raises(rebuild.UnreachableError, match='cannot be reached'):
     rebuilt(left.last)
   assert 'loss of iteration' in said[0]
 
@@ -767,11 +763,11 @@ def test_choose(iteration, start, excluded, expected):
   ]
   if expected is None:
     with pytest.raises(
-      stored_run.UnreachableError, match='starts: 0 leads to 0; 2 '
+      rebuild.UnreachableError, match='starts: 0 leads to 0; 2 '
     ):
-      stored_run.choose(candidates, iteration, start, excluded)
+      rebuild.choose(candidates, iteration, start, excluded)
     return
-  candidate, goal = stored_run.choose(candidates, iteration, start, excluded)
+  candidate, goal = rebuild.choose(candidates, iteration, start, excluded)
   assert (candidate.start.iteration, goal) == expected
 
 
