@@ -66,9 +66,9 @@ def load_data(
   from launch.lm import transformer_job
 
   if path:
-    config = dataclasses.replace(run.config, data=os.path.abspath(path))
-    run = dataclasses.replace(run, config=config)
-  if 0 < stage < run.config.train.stages - 1:
+    settings = {**run.settings, 'data': os.path.abspath(path)}
+    run = dataclasses.replace(run, settings=settings)
+  if 0 < stage < run.train.stages - 1:
     return run, None
   data = transformer_job.of(run.config).data()
   known = dict(run.found_out.get('data_fingerprint', {}))
@@ -104,7 +104,7 @@ def check_environment(
     errors.ConfigError: something that is not accepted differs.
   """
   known = environment.of_worker(
-    changes.recorded(run.found_out, here), stage * run.config.train.replicas
+    changes.recorded(run.found_out, here), stage * run.train.replicas
   )
   found = environment.changes(known, here)
   environment.check_names(accepted, found, here)
@@ -124,7 +124,7 @@ def recorded_cores(run: stored_run.StoredRun, stage: int) -> str | None:
   known = run.found_out.get(changes.ENVIRONMENT)
   if not known:
     known = {'device': run.found_out.get(changes.SOFTWARE, {})}
-  number = stage * run.config.train.replicas
+  number = stage * run.train.replicas
   cores = environment.of_worker(known, number)['device'].get(environment.CORES)
   return None if cores is None else str(cores)
 
@@ -145,7 +145,7 @@ def _convert(run: stored_run.StoredRun) -> None:
     _warn(run.caution)
   xla_setup.use_cores(recorded_cores(run, stage))
   xla_setup.configure(
-    local_devices=run.config.train.local_devices,
+    local_devices=run.train.local_devices,
     compilation_cache_dir=_CACHE.value,
   )
   from launch.offline import rebuild
@@ -199,7 +199,7 @@ def _convert(run: stored_run.StoredRun) -> None:
 def main(argv: list[str]) -> int:
   """Converts as the flags say; returns the exit code."""
   run = run_flags.find_run(argv)
-  stages = run.config.train.stages
+  stages = run.config.train.stages  # of launch.train, or it says so
   if not 0 <= _STAGE.value < stages:
     raise errors.ConfigError(
       'stage', _STAGE.value, f'must be 0 to {stages - 1}'

@@ -42,7 +42,7 @@ def describe(
     'workdir': str(run.workdir),
     'stores': [str(folder) for folder in run.folders],
     'in_use': in_use,
-    'iterations': run.config.train.iterations,
+    'iterations': run.train.iterations,
     'initial_iteration': run.initial,
     'last_line': max(run.metrics, default=0),
     'newest_common_start': run.newest_common_start,
@@ -64,7 +64,7 @@ def describe(
 def _describe_stage(
   run: stored_run.StoredRun, one: stored_run.StoredStage
 ) -> dict[str, Any]:
-  whole = stored_run.whole_iterations(run.config.train, one)
+  whole = stored_run.whole_iterations(run.train, one)
   return {
     'stage': one.stage,
     'store': str(one.folder),

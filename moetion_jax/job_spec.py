@@ -115,5 +115,6 @@ def changed_input(flag: str, value: str, what: str) -> errors.ConfigError:
     flag,
     value,
     f'has changed since the run began ({what}): other bits would follow. Put '
-    'back what it was and give the same command, or pass --fresh to start over',
+    'back what it was and give the same command, or start the run over with '
+    '--fresh',
   )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import optax
@@ -65,10 +66,15 @@ class TransformerJob(job.Job):
     )
 
 
-def of(config: run_settings.RunConfig) -> TransformerJob:
+def of(config: run_settings.RunConfig, init_digest: str = '') -> TransformerJob:
   """Makes the job of a run.
+
+  Args:
+    config: the run's settings.
+    init_digest: digest of the state in its --init_from; '' for any.
 
   Raises:
     errors.ConfigError: the model cannot be cut or spread as asked.
   """
-  return TransformerJob(config.job_spec())
+  spec = dataclasses.replace(config.job_spec(), init_digest=init_digest)
+  return TransformerJob(spec)

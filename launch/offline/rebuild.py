@@ -15,6 +15,7 @@ from moetion_jax import errors, keys, report
 from moetion_jax.capture import conversion, programs as capture_programs
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
+from moetion_jax.runtime.records import held_run
 from moetion_jax.snapshots import coverage, reader, snapshot as snapshot_lib
 from moetion_jax.state import partition
 from moetion_jax.training import worker
@@ -207,12 +208,12 @@ class _Attempt:
         restoring.begin(),
         log,
         self._tools.data,
-        range(self._run.config.train.replicas),
+        range(self._run.train.replicas),
       )
       stage_worker.iteration = self._start.iteration
       stage_worker.train(
         # An evaluation changes no state.
-        dataclasses.replace(self._run.config.train, eval_every=0),
+        dataclasses.replace(self._run.train, eval_every=0),
         self._compare,
         lambda: stage_worker.iteration >= goal,
         first_iteration=self._start.iteration + 1,
@@ -239,7 +240,9 @@ class _Attempt:
       tree = checkpoint_file.load(base.path, 'workdir', base.digest)
       stage = self._tools.stage
       return restore.initial(stage, tree, base.path, 'workdir')()
-    return self._tools.job.initial(self._tools.stage)()
+    digest = self._run.found_out.get(held_run.INIT_DIGEST, '')
+    job = transformer_job.of(self._run.config, digest)
+    return job.initial(self._tools.stage)()
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
     """Loads a snapshot, verified. Conversions compare the digests of each."""

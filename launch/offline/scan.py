@@ -11,9 +11,8 @@ import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from launch.lm import settings as run_settings
 from launch.offline import stored_run
-from moetion_jax import codec, errors, keys
+from moetion_jax import codec, config as config_lib, errors, keys
 from moetion_jax.hostmem import (
   run_store,
   segment,
@@ -38,7 +37,8 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     errors.ConfigError: there is no run, or it left no store.
   """
   absolute = os.path.abspath(path)
-  config, found_out = read_run(absolute)
+  settings, found_out = read_settings(absolute)
+  iterations = settings['train']['iterations']
   run_store.check_hostmem_dir(hostmem_dir)
   ids = run_ids.RunIds(path=absolute, hostmem_dir=hostmem_dir)
   run_id = ids.find()
@@ -51,9 +51,9 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     checkpoint = pathlib.Path(absolute, own_files.CHECKPOINT_NAME)
     if checkpoint_folder.is_committed(
       checkpoint
-    ) and not checkpoint_folder.doubt(absolute, config.train.iterations):
+    ) and not checkpoint_folder.doubt(absolute, iterations):
       what = f'the run is finished, its state is {checkpoint}'
-    elif checkpoint_folder.base(absolute, config.train.iterations):
+    elif checkpoint_folder.base(absolute, iterations):
       what = f'the run goes on from {checkpoint}, its state until now'
     else:
       what = (
@@ -67,24 +67,25 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     )
   return stored_run.StoredRun(
     workdir=pathlib.Path(absolute),
-    config=config,
+    settings=settings,
     found_out=found_out,
     folders=tuple(folders),
-    base=checkpoint_folder.base(absolute, config.train.iterations),
+    base=checkpoint_folder.base(absolute, iterations),
   )
 
 
-def read_run(
+def read_settings(
   path: str | os.PathLike[str],
-) -> tuple[run_settings.RunConfig, dict[str, Any]]:
-  """Reads which run a folder holds.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads which run a folder holds, whatever its job is.
 
   Args:
     path: the folder, which is not locked.
 
   Returns:
-    The run's settings, and what its workers found out: `data_fingerprint`,
-    `environment`, `changes`; of an earlier version, `software`.
+    The run's settings as JSON, and what its workers found out:
+    `data_fingerprint`, `environment`, `changes`; of an earlier version,
+    `software`.
 
   Raises:
     errors.ConfigError: the folder holds no run, or one of another version of
@@ -99,7 +100,8 @@ def read_run(
       found_out = {
         name: value.pop(name) for name in held_run.FOUND_OUT if name in value
       }
-      return codec.decode(run_settings.RunConfig, value), found_out
+      codec.decode(config_lib.TrainConfig, value['train'])
+      return value, found_out
   except OSError as error:
     reason = f'{file}: {error.strerror}'
   except (held_run.NotOursError, ValueError, KeyError, TypeError) as error:
@@ -119,7 +121,7 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
   except errors.StoreError as error:
     hostmem_dir = str(run.folders[0].parent)
     raise errors.ConfigError('hostmem_dir', hostmem_dir, str(error)) from error
-  stages, replicas = range(run.config.train.stages), run.config.train.replicas
+  stages, replicas = range(run.train.stages), run.train.replicas
   entries = run.found_out.get(changes.CHANGES, ())
   splices = splice_lib.in_force(changes.splices_of(entries))
   pending = changes.pending_of(entries)
@@ -338,7 +340,7 @@ def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
         except errors.StoreError as error:
           if is_there(share.path):
             yield _broken(one.stage, iteration, str(error))
-    for replica in range(run.config.train.replicas):
+    for replica in range(run.train.replicas):
       yield from _verify_log(one, replica)
 
 

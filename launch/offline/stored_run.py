@@ -10,19 +10,19 @@ import dataclasses
 import enum
 import functools
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from launch.lm import settings as run_settings
-from moetion_jax import config as config_lib, errors, job_spec, keys
+from launch.offline import entries as entries_lib
+from moetion_jax import codec, config as config_lib, errors, job_spec, keys
 from moetion_jax.hostmem import entry, segment
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import coverage, file as snapshot_file
 
-REPLICA = 0  # the replica that evaluates, and whose scalars are read
 # As in `capture/conversion`, which imports JAX.
 DIGESTS, PARTIALS = 'digests', 'partials'
 _UNKNOWN = '?'  # group of operators whose names are not known
@@ -263,8 +263,8 @@ class StoredRun:
 
   Attributes:
     workdir: the run's folder, an absolute path.
-    config: the run's settings.
-    found_out: see `scan.read_run`.
+    settings: the run's settings, as config.json has them.
+    found_out: see `scan.read_settings`.
     folders: the run's stores.
     base: the checkpoint from which the run goes on, as it is trained longer;
       None for none.
@@ -272,11 +272,35 @@ class StoredRun:
   """
 
   workdir: pathlib.Path
-  config: run_settings.RunConfig
+  settings: Mapping[str, Any]
   found_out: Mapping[str, Any]
   folders: tuple[pathlib.Path, ...]
   base: job_spec.Base | None = None
   stages: tuple[StoredStage, ...] = ()
+
+  @functools.cached_property
+  def train(self) -> config_lib.TrainConfig:
+    """How the run is trained and spread, whatever its job is."""
+    return codec.decode(config_lib.TrainConfig, self.settings['train'])
+
+  @functools.cached_property
+  def config(self) -> run_settings.RunConfig:
+    """The settings of a run of launch.train.
+
+    Raises:
+      errors.ConfigError: the run is of another job, whose model nobody here
+        knows.
+    """
+    try:
+      return codec.decode(run_settings.RunConfig, self.settings)
+    except (ValueError, KeyError, TypeError) as error:
+      raise errors.ConfigError(
+        'workdir',
+        str(self.workdir),
+        'holds a run of another job than that of launch.train, or of another '
+        f'version ({error}): its states cannot be made here. The command '
+        'that began it goes on from what it left',
+      ) from error
 
   @property
   def only_start(self) -> int | None:
@@ -297,7 +321,7 @@ class StoredRun:
   @property
   def initial(self) -> int:
     """Iteration of the initial state."""
-    train = self.config.train
+    train = self.train
     return self.base.iteration if self.base else train.initial_iteration
 
   @property
@@ -313,7 +337,7 @@ class StoredRun:
 
   def candidates(self, stage: int) -> tuple[Candidate, ...]:
     """Returns a stage's valid starts, ascending, and how far each leads."""
-    train, one = self.config.train, self.stages[stage]
+    train, one = self.train, self.stages[stage]
     found: list[Candidate] = []
     for start in reversed(one.starts):
       reaches, missing = start.iteration, None
@@ -328,7 +352,7 @@ class StoredRun:
         missing = next(
           (
             key
-            for key in needed_entries(
+            for key in entries_lib.needed_entries(
               train,
               stage,
               reaches + 1,
@@ -372,49 +396,6 @@ class StoredRun:
 # --- What a conversion needs -------------------------------------------------
 
 
-def published_entries(
-  train: config_lib.TrainConfig, stage: int, iteration: int
-) -> Iterator[keys.EntryKey]:
-  """Yields the keys that a stage's replicas publish in an iteration."""
-  for replica in range(train.replicas):
-    kinds = [(keys.EntryKind.SCALARS, 1)]
-    if stage < train.stages - 1:
-      kinds.append((keys.EntryKind.ACTIVATION, train.microbatches))
-      if train.evaluates(iteration) and replica == REPLICA:
-        kinds.append((keys.EntryKind.EVALUATION, train.eval_microbatches))
-    if stage:
-      kinds.append((keys.EntryKind.GRADIENT, train.microbatches))
-    for kind, number in kinds:
-      for m in range(number):
-        yield keys.EntryKey(iteration, stage, replica, kind, m)
-
-
-def needed_entries(
-  train: config_lib.TrainConfig, stage: int, iteration: int, *, scalars: bool
-) -> Iterator[keys.EntryKey]:
-  """Yields the keys a stage needs to replay an iteration of all replicas.
-
-  Args:
-    train: the run's settings.
-    stage: the stage's number.
-    iteration: the iteration to replay, without an evaluation.
-    scalars: whether other stages' scalars are needed: no snapshot has them.
-  """
-  for other in range(train.stages):
-    wanted = set()
-    if other == stage - 1:
-      wanted.add(keys.EntryKind.ACTIVATION)
-    if other == stage + 1:
-      wanted.add(keys.EntryKind.GRADIENT)
-    if scalars and other != stage:
-      wanted.add(keys.EntryKind.SCALARS)
-    for key in published_entries(train, other, iteration):
-      # All replicas have the same scalars.
-      is_copy = key.kind is keys.EntryKind.SCALARS and key.replica != REPLICA
-      if key.kind in wanted and not is_copy:
-        yield key
-
-
 def whole_iterations(
   train: config_lib.TrainConfig, one: StoredStage
 ) -> list[tuple[int, int]]:
@@ -425,7 +406,7 @@ def whole_iterations(
       for iteration in {key.iteration for key in one.entries}
       if all(
         key in one.entries
-        for key in published_entries(train, one.stage, iteration)
+        for key in entries_lib.published_entries(train, one.stage, iteration)
       )
     ]
   )

@@ -17,7 +17,12 @@ from orbax import checkpoint as ocp
 
 from launch import convert as convert_lib
 from launch.lm import transformer_job
-from launch.offline import rebuild, scan as offline_scan, stored_run
+from launch.offline import (
+  entries as entries_lib,
+  rebuild,
+  scan as offline_scan,
+  stored_run,
+)
 from moetion_jax import (
   config as config_lib,
   errors,
@@ -26,6 +31,7 @@ from moetion_jax import (
 )
 from moetion_jax.capture import conversion
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
+from moetion_jax.runtime.records import checkpoint_folder
 from moetion_jax.snapshots import coverage
 from tests.support import helpers, one_process, runs
 
@@ -693,6 +699,51 @@ def test_stages_on_several_hosts(undisturbed, rebuilders, tmp_path):
       )
 
 
+def test_a_run_of_another_job(left):
+  """It is shown; to make a state of it would take its model."""
+  file = left.workdir / 'config.json'
+  before = show(left.workdir, left.hostmem_dir, '--json').stdout
+  content = file.read_text()
+  known = json.loads(content)
+  for name in ('preset', 'model', 'data'):
+    del known[name]
+  file.write_text(json.dumps({'name': 'mine', **known}))
+  try:
+    shown = show(left.workdir, left.hostmem_dir, '--json')
+    refused = convert(left.workdir, left.hostmem_dir, '--stage=0')
+  finally:
+    file.write_text(content)
+  assert shown.returncode == 0 and json.loads(shown.stdout) == json.loads(
+    before
+  )
+  _refused(refused, 'a run of another job than that of launch.train')
+
+
+def test_another_initial_state_than_the_run_began_with(left, tmp_path):
+  """It is compared where a state is made of it."""
+  job = transformer_job.of(left.config)
+  stages = [job.build_stage(index) for index in range(STAGES)]
+  states = [stage.initial_state() for stage in stages]
+  digests = {}
+  for stage, state in zip(stages, states, strict=True):
+    digests |= helpers.digests_of(stage, state)
+  path = str(tmp_path / 'checkpoint')
+  checkpoint_file.save(path, states, 0, left.run.settings, digests)
+  digest = checkpoint_folder.digest_of(path)
+  began = dataclasses.replace(
+    left.run,
+    settings={**left.run.settings, 'init_from': path},
+    found_out={**left.run.found_out, 'init_digest': digest},
+  )
+  tools = rebuild.Rebuilder.compile(began.config, 1, None)
+  done = tools.rebuild(began, print, 0)
+  chex.assert_trees_all_equal(host_tree(done.state), host_tree(states[1]))
+  found = {**left.run.found_out, 'init_digest': 'other'}
+  other = dataclasses.replace(began, found_out=found)
+  with pytest.raises(errors.ConfigError, match='--init_from=.*has changed'):
+    tools.rebuild(other, print, 0)
+
+
 # --- pure --------------------------------------------------------------------
 
 
@@ -718,7 +769,7 @@ def test_names_are_those_of_the_conversion():
 )
 def test_needed_entries(stage, scalars, expected):
   train = config_lib.TrainConfig(stages=3, microbatches=2, eval_every=1)
-  keys = stored_run.needed_entries(train, stage, 5, scalars=scalars)
+  keys = entries_lib.needed_entries(train, stage, 5, scalars=scalars)
   assert sorted(f'{k.kind.name} {k.stage}' for k in keys) == expected
 
 
@@ -726,7 +777,7 @@ def test_published_entries_are_all_that_a_log_has(left):
   train = left.config.train
   for one in left.run.stages:
     found = {k for k in one.entries if k.iteration == left.last}
-    expected = stored_run.published_entries(train, one.stage, left.last)
+    expected = entries_lib.published_entries(train, one.stage, left.last)
     assert found == set(expected)
 
 

@@ -14,8 +14,9 @@ import sys
 import time
 import uuid
 
+from launch.lm import settings as run_settings
 from launch.offline import scan
-from moetion_jax import errors, report
+from moetion_jax import codec, errors, report
 from moetion_jax.runtime.hosts import child_process
 from tests.support import helpers
 
@@ -199,7 +200,8 @@ def resumptions(workdir):
 
 def one_process_bits(workdir):
   """What `bits` should be: of the same stages, trained in this process."""
-  config, _ = scan.read_run(workdir)
+  settings, _ = scan.read_settings(workdir)
+  config = codec.decode(run_settings.RunConfig, settings)
   expected = []
   for reports in helpers.train_locally(config)[0]:
     digests = {o: d for r in reports for o, d in r.digests.items()}

@@ -241,7 +241,7 @@ def test_a_field_of_a_run_that_was_edited(run, field, fresh):
   assert '\n' not in reason
   if 'left' not in field:
     with pytest.raises(errors.ConfigError, match='config.json is damaged'):
-      scan.read_run(run)
+      scan.read_settings(run)
 
 
 @pytest.mark.parametrize('missing', [*_FOUND_OUT, 'train'])
@@ -553,7 +553,7 @@ def test_what_the_run_reads_has_moved(tmp_path, hostmem):
   _begin(tmp_path, hostmem, config=known | moved)
   assert _held(tmp_path)['data'] == './link/to/data'  # for whoever reads it
   assert _held(tmp_path)['init_from'] == '/moved'
-  assert scan.read_run(tmp_path)[0].init_from == '/moved'
+  assert scan.read_settings(tmp_path)[0]['init_from'] == '/moved'
   # It is no other run for that.
   assert 'init_from' in _refused(
     tmp_path, fresh=False, config=_config() | {'init_from': ''}
@@ -579,7 +579,7 @@ def test_a_run_of_before_gets_the_digest_of_what_it_began_with(run, hostmem):
   assert 'init_digest' not in _held(run)
   _begin(run, hostmem, config=_config() | {'init_digest': 'x'})
   assert _held(run)['init_digest'] == 'x'
-  assert scan.read_run(run)[1]['init_digest'] == 'x'
+  assert scan.read_settings(run)[1]['init_digest'] == 'x'
 
 
 # --- What a fresh run removes ------------------------------------------------
@@ -863,8 +863,8 @@ def test_a_run_of_that_version_which_left_nothing(run, hostmem):
 
 
 def test_settings_are_read_without_the_id(run):
-  config, found_out = scan.read_run(run)
-  assert codec.encode(config).keys() | found_out.keys() == _config().keys()
+  config, found_out = scan.read_settings(run)
+  assert config.keys() | found_out.keys() == _config().keys()
 
 
 def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
