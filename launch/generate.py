@@ -7,8 +7,12 @@ forward pass over the last `sequence_length` bytes, at one fixed shape.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import Any
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
 
 from absl import flags
 

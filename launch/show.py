@@ -6,8 +6,13 @@ Exit codes: 0 all was shown, 1 something is damaged, 2 there is nothing to show.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
 
 from absl import flags
 

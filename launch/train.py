@@ -7,6 +7,11 @@ lists the exit codes, `errors.ExitCode`.
 from __future__ import annotations
 
 import json
+import os
+import sys
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
 
 from absl import flags
 

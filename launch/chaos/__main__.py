@@ -26,6 +26,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/../..')
+
 from absl import flags
 
 from launch.chaos import draw

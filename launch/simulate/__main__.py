@@ -11,9 +11,13 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/../..')
 
 from absl import flags
 

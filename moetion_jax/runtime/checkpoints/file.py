@@ -267,7 +267,12 @@ def _metadata(path: str) -> tuple[Any, proof_lib.Proof | None]:
     raise _no_metadata(path) from error
   except NotADirectoryError as error:
     raise _UnusableError('is no folder', NAME_ONE) from error
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except OSError as error:
+    raise _UnusableError(
+      f'its {name} cannot be read: {error.strerror}',
+      'make that possible, or name another one',
+    ) from error
+  except (ValueError, KeyError, TypeError) as error:
     raise _UnusableError(
       f'its {name} is damaged, or not that of a checkpoint of ours: '
       f'{damage_lib.first_line(error)}'

@@ -61,6 +61,7 @@ def check(
   """
   workdir = os.path.realpath(places.workdir)
   removed = [os.path.realpath(folder) for folder in of_run]
+  _check_found('init_from', places.init_from)
   for name in ('durable_dir', 'hostmem_dir', 'compilation_cache_dir'):
     check_output(name, getattr(places, name), places.workdir, of_run)
   if places.durable_dir and _same(places.durable_dir, places.hostmem_dir):
@@ -159,8 +160,10 @@ def check_output(
     of_run: see `check`.
 
   Raises:
-    errors.ConfigError: it lies in what that run writes itself.
+    errors.ConfigError: it lies in what that run writes itself, or cannot be
+      looked up.
   """
+  _check_found(name, value)
   path = os.path.realpath(os.path.expanduser(value))
   removed = [os.path.realpath(folder) for folder in of_run]
   where = _written(path, os.path.realpath(workdir), removed) if value else ''
@@ -171,6 +174,22 @@ def check_output(
       f'lies in {where}, which the run writes and removes itself; name a '
       'folder outside',
     )
+
+
+def _check_found(name: str, value: str) -> None:
+  """Raises errors.ConfigError if the system refuses to look a path up.
+
+  A name may be too long, or a folder on the way may not be searched. That
+  nothing is there is no such error.
+  """
+  try:
+    os.stat(os.path.expanduser(value))
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    raise errors.ConfigError(
+      name, value, f'{error.strerror}; make that possible, or name another one'
+    ) from error
 
 
 def _written(path: str, workdir: str, removed: Collection[str]) -> str:

@@ -117,11 +117,14 @@ class Workdir:
       errors.ConfigError: a living run uses it, it cannot be created, or its
         lock file is another program's.
     """
-    missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
     lock = self.path / own_files.LOCK
     try:
+      missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
       self.path.mkdir(parents=True, exist_ok=True)
       self._created = missing
+    except OSError as error:
+      raise self._of_system(error) from error
+    try:
       # The folder first: who holds that one is not told by the file, which may
       # have been removed, and stays as it is.
       flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from moetion_jax import errors
-from moetion_jax.runtime.records import places as places_lib
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
+from moetion_jax.runtime.records import places as places_lib, workdir
 
 
 @pytest.fixture
@@ -46,6 +47,74 @@ def _check(fresh, workdir='r', **fields):
     of_run=['shm/moetion-1', 'disk/moetion-1'],
     fresh=fresh,
   )
+
+
+@pytest.fixture
+def as_other(tmp_path):
+  """Becomes a user who may search `tmp_path`, and not its folder `closed`."""
+  if os.geteuid() != 0:
+    pytest.skip('only root may be another user')
+  (tmp_path / 'closed').mkdir(mode=0o700)
+  tmp_path.chmod(0o777)
+  before = os.open('.', os.O_RDONLY)
+  os.chdir(tmp_path)  # those above it may be closed to others too
+  os.seteuid(65534)
+  yield
+  os.seteuid(0)
+  os.fchdir(before)
+  os.close(before)
+
+
+_REFUSED = [
+  ('x' * 500, 'File name too long'),
+  ('/'.join(['x' * 200] * 25), 'File name too long'),
+  ('closed/x', 'Permission denied'),
+  ('loop', 'Too many levels of symbolic links'),
+]
+
+
+@pytest.mark.parametrize(('path', 'why'), _REFUSED, ids=lambda x: x[:10])
+def test_paths_that_the_system_refuses(here, as_other, path, why):
+  """The setting is named, before anything is made or removed."""
+  os.symlink('loop', 'loop')
+  for name in (
+    'init_from',
+    'durable_dir',
+    'hostmem_dir',
+    'compilation_cache_dir',
+  ):
+    with pytest.raises(errors.ConfigError, match=why) as error:
+      _check(False, **{name: path})
+    assert error.value.flag == name and str(error.value.value) == path
+
+
+@pytest.mark.parametrize(
+  ('path', 'why'),
+  [*_REFUSED[:3], ('/proc/x', 'No such file'), ('/dev/null/x', 'Not a directory')],
+  ids=lambda x: x[:10],
+)
+def test_workdirs_that_the_system_refuses(
+  tmp_path, monkeypatch, request, path, why
+):
+  monkeypatch.chdir(tmp_path)
+  os.symlink('loop', 'loop')
+  if path.startswith('closed'):
+    request.getfixturevalue('as_other')
+  folder = workdir.Workdir(path, fresh=False)
+  with pytest.raises(errors.ConfigError, match=why) as error:
+    folder.lock()
+  assert error.value.flag == 'workdir'
+  folder.close()
+  assert {'loop', 'closed'} >= set(os.listdir('.'))
+
+
+@pytest.mark.parametrize(('path', 'why'), _REFUSED, ids=lambda x: x[:10])
+def test_checkpoints_that_the_system_refuses(as_other, path, why):
+  """They are not damaged."""
+  os.symlink('loop', 'loop')
+  with pytest.raises(errors.ConfigError, match=why) as error:
+    checkpoint_file.load_config(path, 'checkpoint')
+  assert 'damaged' not in str(error.value)
 
 
 @pytest.mark.parametrize(
