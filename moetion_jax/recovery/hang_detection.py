@@ -61,7 +61,7 @@ class Seen:
     shortage: what it lacks, if it is blocked.
     state_since: time since which it has been doing just that.
     heard_at: time of its last message.
-    is_stopped: whether the kernel says that it is stopped.
+    stopped_looks: looks in a row at which the kernel said that it is stopped.
   """
 
   stage: int
@@ -71,7 +71,16 @@ class Seen:
   shortage: Shortage | None = None
   state_since: float
   heard_at: float
-  is_stopped: bool = False
+  stopped_looks: int = 0
+
+
+def is_stopped(one: Seen) -> bool:
+  """Returns True if a worker is stopped by a signal.
+
+  One look is not enough: whoever continues the agent continues the workers a
+  moment later.
+  """
+  return one.stopped_looks > 1
 
 
 def hanging(
@@ -85,11 +94,11 @@ def hanging(
   Args:
     one: the worker.
     hang_timeout_seconds: time that one program may run.
-    now: the time.
+    now: the time, in seconds that count: not those in which nobody watched.
     everyone: all workers, among them those of its stage world.
   """
   silent_seconds, state_seconds = now - one.heard_at, now - one.state_since
-  if one.is_stopped and silent_seconds > _STOPPED_SILENCE_SECONDS:
+  if is_stopped(one) and silent_seconds > _STOPPED_SILENCE_SECONDS:
     return f'was stopped (SIGSTOP) while {one.state} {one.detail}'.rstrip()
   if silent_seconds > _SILENCE_SECONDS:
     return f'said nothing for {silent_seconds:.0f} s'

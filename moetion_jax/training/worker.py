@@ -127,8 +127,7 @@ class Worker:
     first_iteration: int | None = None,
     snapshots: snapshotter.Snapshotter | None = None,
     conversion: conversion_lib.Conversion | None = None,
-    line: Callable[[int], int] = lambda iteration: iteration - 1,
-    entries_line: Callable[[int], int] | None = None,
+    retain: Callable[[int], None] | None = None,
   ) -> int:
     """Trains from `first_iteration` to the last one.
 
@@ -143,10 +142,8 @@ class Worker:
       snapshots: takes a snapshot after every update; None for no snapshots.
       conversion: conversion that began the current, partial state; None: the
         state is whole.
-      line: called after every iteration, returns an iteration: snapshots from
-        before it, and log entries up to it, may be dropped.
-      entries_line: the same for entries of the log only, where they are dropped
-        earlier than snapshots; None: `line`.
+      retain: called after every iteration, in which log and snapshots may be
+        allowed to drop what nobody needs; None: they keep the last iteration.
 
     Returns:
       The last iteration that was done.
@@ -165,8 +162,7 @@ class Worker:
         first_iteration or config.initial_iteration + 1,
         snapshots,
         conversion,
-        line,
-        entries_line or line,
+        retain,
       )
     finally:
       self._idle.close()
@@ -179,8 +175,7 @@ class Worker:
     first_iteration,
     snapshots,
     conversion,
-    line,
-    entries_line,
+    retain,
   ) -> int:
     pending: Callable[[], report_lib.Report] | None = None
     iteration = first_iteration - 1
@@ -219,9 +214,12 @@ class Worker:
         if conversion and iteration in conversion.damaged:
           snapshots.distrust(iteration)
         taken = self._capture(snapshots, iteration, mask, digests, verdict)
-      self.log.retain(entries_line(iteration) + 1)
-      if snapshots:
-        snapshots.retain(line(iteration))
+      if retain is not None:
+        retain(iteration)
+      else:
+        self.log.retain(iteration)
+        if snapshots:
+          snapshots.retain(iteration - 1)
       pending = functools.partial(
         self._report,
         iteration=iteration,

@@ -84,7 +84,9 @@ def _train(compiled, folder, change):
   taker = snapshotter.Snapshotter(captures, store, decision, {})
   taker.start()
   try:
-    new.train(config.train, lambda _: None, snapshots=taker, line=lambda _: 0)
+    new.train(
+      config.train, lambda _: None, snapshots=taker, retain=lambda _: None
+    )
     taker.flush()
   finally:
     taker.close()

@@ -119,7 +119,10 @@ def undisturbed(left):
     workers,
     lambda reports: None,
     lambda: workers[0].iteration >= REFERENCE,
-    options=[{'line': lambda iteration: iteration - 2}] * len(workers),
+    options=[
+      {'retain': lambda iteration, log=worker.log: log.retain(iteration - 1)}
+      for worker in workers
+    ],
   )
   return states
 

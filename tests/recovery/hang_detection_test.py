@@ -39,17 +39,20 @@ def _seen(state='running', state_seconds=0.1, silent_seconds=0.2, **fields):
     ),
     pytest.param(_seen(silent_seconds=9.9), '', id='silent, but not yet long'),
     pytest.param(
-      _seen(is_stopped=True, silent_seconds=0.7),
+      _seen(stopped_looks=2, silent_seconds=0.7),
       'was stopped (SIGSTOP) while running update',
       id='stopped',
     ),
     pytest.param(
-      _seen('waiting', detail='', is_stopped=True, silent_seconds=0.7),
+      _seen('waiting', detail='', stopped_looks=2, silent_seconds=0.7),
       'was stopped (SIGSTOP) while waiting',
       id='stopped while it waited',
     ),
     pytest.param(
-      _seen(is_stopped=True, silent_seconds=0.5), '', id='stopped just now'
+      _seen(stopped_looks=2, silent_seconds=0.5), '', id='stopped just now'
+    ),
+    pytest.param(
+      _seen(stopped_looks=1, silent_seconds=5.0), '', id='stopped at one look'
     ),
   ],
 )

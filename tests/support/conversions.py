@@ -286,7 +286,7 @@ class Run:
       first_iteration=start.iteration + 1,
       snapshots=snapshots,
       conversion=rebuilding,
-      line=lambda iteration: 0,
+      retain=lambda iteration: None,
     )
     if new.iteration == self.config.train.iterations and not (
       compared and compared[-1] == new.iteration
@@ -356,7 +356,7 @@ def recorded(
         workers.append(
           worker.Worker(index, one.stage, one.programs, state, log, data)
         )
-        options.append({'snapshots': taker, 'line': lambda iteration: 0})
+        options.append({'snapshots': taker, 'retain': lambda iteration: None})
 
       def report(one):
         for index, part in enumerate(one):

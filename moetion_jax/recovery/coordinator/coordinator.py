@@ -94,7 +94,7 @@ class Coordinator:
     """
     state = self.state
     if isinstance(event, events.Tick):
-      state.now = event.now
+      state.tick(event.now)
       return []
     try:
       if self._work is not None:
@@ -128,7 +128,7 @@ class Coordinator:
     if not isinstance(event, events.Said):
       return handlers[type(event)](state, event)
     worker, message = state.worker(event.worker), event.message
-    worker.heard_at = state.now
+    worker.heard_at = state.watched
     if worker.is_going_back and isinstance(message, _PAST):
       return None
     return handlers[type(message)](state, worker, message)

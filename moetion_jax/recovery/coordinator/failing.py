@@ -15,8 +15,6 @@ from moetion_jax.recovery import (
 )
 from moetion_jax.recovery.coordinator import going_back, state as state_lib
 
-# The agent itself was stopped, or starved: what it did not hear says nothing.
-_ASLEEP_SECONDS = 2.0
 _DAMAGE_EVENTS = 20  # at most, of one check
 
 
@@ -214,15 +212,19 @@ def _may_start(run: state_lib.Run, count: int) -> bool:
 def looked_early(state: state_lib.Beginning, event: events.Looked) -> None:
   """Ends workers that are stopped before all can train.
 
-  Those that are silent may import or compile. One look is not enough: whoever
-  continues the agent continues the workers a moment later.
+  Those that are silent may import or compile.
   """
+  _note_stopped(state, event)
   for worker in state.workers:
-    was_stopped = worker.is_stopped
-    worker.is_stopped = worker.name in event.stopped
-    if was_stopped and worker.is_stopped and not worker.reason:
+    if hang_detection.is_stopped(worker) and not worker.reason:
       why = f'was stopped (SIGSTOP) while {worker.state}'
       state.kill(worker, why, hangs=True)
+
+
+def _note_stopped(state: state_lib.State, event: events.Looked) -> None:
+  for worker in state.workers:
+    is_stopped = worker.name in event.stopped
+    worker.stopped_looks = (worker.stopped_looks + 1) * is_stopped
 
 
 def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
@@ -232,22 +234,15 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
     errors.MoetionError: everybody waits for somebody, and no damaged entry
       explains it.
   """
-  was_asleep = run.now - run.looked_at > _ASLEEP_SECONDS
-  run.looked_at = run.now
-  if was_asleep:
-    for worker in run.workers:
-      worker.heard_at = worker.state_since = run.now
-    return
-  for worker in run.workers:
-    worker.is_stopped = worker.name in event.stopped
+  _note_stopped(run, event)
   timeout_seconds = run.settings.hang_timeout_seconds
   for worker in run.workers:
     if why := hang_detection.hanging(
-      worker, timeout_seconds, run.now, run.workers
+      worker, timeout_seconds, run.watched, run.workers
     ):
       run.kill(worker, why, hangs=True)
       return
-  if why := hang_detection.deadlock(run.workers, run.now):
+  if why := hang_detection.deadlock(run.workers, run.watched):
     found = yield from run.scan()
     for stage in sorted(_lost_logs(run, found)):
       worker, *_ = run.crew[stage].values()

@@ -29,7 +29,7 @@ def says(
   known = worker.state, worker.detail, worker.steps
   iteration = max(worker.iteration, message.iteration)
   if (*said, iteration) != (*known, worker.iteration):
-    worker.state_since = state.now
+    worker.state_since = state.watched
   worker.state, worker.detail, worker.steps = said
   worker.shortage, worker.iteration = message.shortage, iteration
 
@@ -42,7 +42,7 @@ def trains(
   if message.shortage is hang_detection.Shortage.SNAPSHOTS:
     # With gaps in the stores the line may stay behind, and nothing would free
     # snapshots: to go on is worth more than an older start.
-    if run.now - worker.state_since > _FULL_SECONDS:
+    if run.watched - worker.state_since > _FULL_SECONDS:
       _advance(run, keeps_older=False)
   elif message.state is blocked and worker.state is not blocked:
     run.note(

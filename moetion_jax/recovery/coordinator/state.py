@@ -24,6 +24,9 @@ from moetion_jax.recovery import (
   stopping,
 )
 
+# The longest time between two events that counts as watched.
+_UNWATCHED_SECONDS = 1.0
+
 T = TypeVar('T')
 # What may ask: it yields questions, is sent their answers, and returns a T.
 Asking = Generator[actions.Question, Any, T]
@@ -109,6 +112,7 @@ class State:
     settings: the settings.
     out: the actions that are to be returned.
     now: the time.
+    watched: seconds in which it was seen what happens, see `tick`.
     crew: by stage, the workers by replica.
     started: the number of workers that were started.
     signals: how often the user asked to stop.
@@ -118,10 +122,24 @@ class State:
   settings: Settings
   out: list[actions.Action] = dataclasses.field(default_factory=list)
   now: float = 0.0
+  watched: float = 0.0
   crew: list[dict[int, Worker]] = dataclasses.field(default_factory=list)
   started: int = 0
   signals: int = 0
   has_ended: bool = False
+
+  def tick(self, now: float) -> None:
+    """Takes in the time.
+
+    An agent looks several times a second. If it says nothing for longer, it was
+    stopped, or the machine gave it no time: then workers that it did not hear
+    were not silent, and those of the same machine had no time either.
+
+    Args:
+      now: the time, in seconds.
+    """
+    self.watched += min(now - self.now, _UNWATCHED_SECONDS)
+    self.now = now
 
   def do(self, action: actions.Action) -> None:
     """Has something done, after all that was decided before."""
@@ -182,8 +200,8 @@ class State:
         stage=start.stage,
         replica=replica,
         generation=start.generation,
-        heard_at=self.now,
-        state_since=self.now,
+        heard_at=self.watched,
+        state_since=self.watched,
       )
       for replica in start.team
     }
@@ -274,7 +292,6 @@ class Run(State):
     rollback: what all stages go back for.
     dropped: damaged entries that were written again; readers may be wrong.
     shrunk_at: by stage without all of its workers, the iteration since when.
-    looked_at: time of the last look for workers that hang.
     stop: when to stop, as all workers were told; None: at the end.
     answers: what they answered to that.
     done: who has trained to the end.
@@ -300,7 +317,6 @@ class Run(State):
   rollback: Rollback = dataclasses.field(default_factory=Rollback)
   dropped: list[segment_check.Damage] = dataclasses.field(default_factory=list)
   shrunk_at: dict[int, int] = dataclasses.field(default_factory=dict)
-  looked_at: float = 0.0
   stop: stopping.StopDecision | None = None
   answers: dict[events.Name, int] = dataclasses.field(default_factory=dict)
   done: set[events.Name] = dataclasses.field(default_factory=set)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +32,16 @@ class AgentLink:
   """The pipes between a worker and its agent, served by two threads.
 
   One thread reads: it acts on some messages, and the rest wait for `command`.
-  The other one tells the agent what the worker does.
+  It waits for nothing else, since what it hears may end any wait of the worker.
+  The other one sends, and tells the agent what the worker does.
 
   Attributes:
     limit: the iteration limit, to be asked between iterations.
-    line: the recovery line, as last heard.
   """
 
   def __init__(self, status_fd: int, control_fd: int):
     """Stores the pipes; `start` starts the threads."""
     self.limit = stopping.IterationLimit()
-    self.line = 0
     self._status_fd = status_fd
     self._control_fd = control_fd
     self._lock = threading.Lock()  # one message at a time
@@ -52,9 +51,14 @@ class AgentLink:
     self._scarce = ''
     self._worker: Any = None
     self._finished = False
+    self._answers: queue.Queue[messages.FromWorker] = queue.Queue()
+    self._locations_lock = threading.Lock()  # guards the next two attributes
     self._log: log_interface.Log | None = None
     self._locations: tuple[messages.ProducerLocation, ...] = ()
     self._decide: Decide = lambda decision: None
+    self._line_lock = threading.Lock()  # guards the next two attributes
+    self._line = 0  # the recovery line, as last heard
+    self._retain: Callable[[int], None] = lambda line: None
     self._interrupt_lock = threading.Lock()  # guards the next two attributes
     self._stops_here = 0  # those that `command` has not returned yet
     self._interrupt: Callable[[], None] = lambda: None
@@ -120,14 +124,19 @@ class AgentLink:
     """Sets the function that is called with each of the leader's decisions."""
     self._decide = decide
 
+  def retaining(self, retain: Callable[[int], None]) -> None:
+    """Sets the function that is called with the line, now and when it moves."""
+    with self._line_lock:
+      self._retain = retain
+      retain(self._line)
+
   def locating(self, log: log_interface.Log | None) -> None:
     """Sets the log that is told where entries are, as far as known."""
-    with self._lock:
+    with self._locations_lock:
       self._log = log
       self._locate()
 
   def _locate(self) -> None:
-
     if self._log and self._locations:
       self._log.update_locations(
         {(one.stage, one.replica): one.location for one in self._locations}
@@ -144,19 +153,25 @@ class AgentLink:
         match message := messages.unpack(line):
           case orders.Propose(limit=limit):
             begun = self.limit.propose(limit)
-            self.send(events.Answer(limit=limit, begun=begun))
+            self._answers.put(events.Answer(limit=limit, begun=begun))
           case orders.Commit():
             self.limit.commit(message.limit)
-          case messages.Line():
-            self.line = max(self.line, message.iteration)
+          case messages.Line(iteration=iteration):
+            with self._line_lock:
+              self._line = iteration
+              self._retain(iteration)
           case orders.Decide():
             self._decide(message.decision)
           case orders.StopHere():
             self._stop_here(message)
           case messages.Locations():
-            with self._lock:
+            with self._locations_lock:
               self._locations = message.locations
               self._locate()
+          case orders.Go():
+            with self._line_lock:
+              self._line = message.line
+            self._commands.put(message)
           case _:
             self._commands.put(message)
 
@@ -164,7 +179,8 @@ class AgentLink:
     """Tells what the worker does, again and again: silence is a sign too."""
     while True:
       self.send(self._state())
-      time.sleep(_STATE_SECONDS)
+      with contextlib.suppress(queue.Empty):
+        self.send(self._answers.get(timeout=_STATE_SECONDS))
 
   def _state(self) -> events.State:
     states, worker = hang_detection.WorkerState, self._worker

@@ -143,6 +143,7 @@ class StageRun:
     self._link.compiling('nothing, until it is told from where to go on')
     self._link.locating(None)
     self._link.deciding(lambda value: None)
+    self._link.retaining(lambda line: None)
     self._interrupts = []
     self._worker = None
     gc.collect()  # frees the state, before there is another one
@@ -170,7 +171,7 @@ class StageRun:
     if go.generation:
       self._spec = dataclasses.replace(self._spec, generation=go.generation)
     spec, link = self._spec, self._link
-    link.line, self._told, self._digests = go.line, 0, {}
+    self._told, self._digests = 0, {}
     log = self._log(go)
     log.start()
     self._closing.callback(log.close)
@@ -182,6 +183,20 @@ class StageRun:
     state = restoring.begin()
     fetched = time.monotonic()
     snapshots = self._snapshots(go, log)
+
+    def retain(line: int) -> None:
+      if snapshots:
+        snapshots.retain(line)
+      if go.keeps_entries:
+        log.retain(line + 1)
+
+    def between(iteration: int) -> None:
+      if not go.keeps_entries:
+        # Nobody goes back alone: neighbours need the newest entries only.
+        log.retain(iteration - 1)
+
+    # Not between iterations: the one at hand may wait for just that.
+    link.retaining(retain)
     self._worker = worker.Worker(
       spec.stage,
       self._stage,
@@ -209,11 +224,7 @@ class StageRun:
         first_iteration=go.start + 1,
         snapshots=snapshots,
         conversion=restoring,
-        line=lambda iteration: link.line,
-        # Nobody goes back alone: neighbours need the newest entries only.
-        entries_line=None
-        if go.keeps_entries
-        else lambda iteration: iteration - 2,
+        retain=between,
       )
       if link.is_interrupted:
         raise agent_link.StopHereError

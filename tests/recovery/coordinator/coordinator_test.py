@@ -167,8 +167,9 @@ def test_a_worker_that_has_no_room_moves_the_line_of_a_shorter_past():
     'shortage': hang_detection.Shortage.SNAPSHOTS,
   }
   for _ in range(2):
-    run.works_on(0, 11, **full)
-    run.now += 2
+    for _ in range(3):
+      run.works_on(0, 11, **full)
+      run.now += 0.5
   assert run.line == 8
 
 
@@ -497,7 +498,7 @@ def test_a_worker_that_hangs_is_ended_and_one_that_waits_is_not():
   for _ in range(30):
     run.now += 0.25
     for worker in run.one.state.workers:
-      worker.heard_at = run.now
+      worker.heard_at = run.one.state.watched
     run.handle(events.Looked())
   assert {a.worker for a in run.of(actions.Kill)} == {(1, 0)}
   run.dies(1)
@@ -511,6 +512,20 @@ def test_an_agent_that_slept_blames_nobody():
   run.now += 60
   run.handle(events.Looked(stopped=frozenset({(0, 0)})))
   assert not run.of(actions.Kill)
+
+
+def test_time_that_the_agent_was_not_given_counts_for_nobody():
+  run = _train(recoveries.Run(settings={'hang_timeout_seconds': 5}), 10)
+  run.works_on(0, 11)
+  for _ in range(4):  # it looks four times a second, if the machine lets it
+    run.now += 6
+    run.handle(events.Looked())
+  assert not run.of(actions.Kill)
+  for _ in range(7):
+    run.now += 0.25
+    run.handle(events.Looked())
+  (killed,) = {a.worker for a in run.of(actions.Kill)}
+  assert killed == (0, 0)
 
 
 # ---- the end -----------------------------------------------------------------
