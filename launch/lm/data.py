@@ -189,8 +189,12 @@ class Dataset:
     evenly spaced samples were read. A mapped file is read each time, since it
     may have changed.
     """
-    is_mapped = isinstance(self.tokens, np.memmap)
-    return self._hashed() if is_mapped else self._hashed_once
+    return self._hashed() if self.mapped_files() else self._hashed_once
+
+  def mapped_files(self) -> tuple[str, ...]:
+    """Returns the paths of what `fingerprint` reads each time."""
+    path = getattr(self.tokens, 'filename', None)  # a `np.memmap` has one
+    return (str(path),) if path else ()
 
   @functools.cached_property
   def _hashed_once(self) -> dict[str, str | int]:

@@ -26,7 +26,9 @@ from moetion_jax.hostmem import locks, memory_limits, private
 
 _PREFIX = 'moetion-'
 _OWNER = 'owner'
-_OWN_NAMES = ('lock', _OWNER)
+# What workers know of the data (`runtime/worker/fingerprints.py`).
+FINGERPRINT = 'fingerprint.tmp'
+_OWN_NAMES = ('lock', _OWNER, FINGERPRINT)
 # Fields of the owner file that say which folder the run has: its path, and its
 # device and inode, which tell it from copies.
 WORKDIR, FOLDER = 'workdir', 'folder'

@@ -47,7 +47,10 @@ class Data(Protocol):
   def fingerprint(self) -> dict[str, Any]:
     """Returns what tells this data from other data, as JSON.
 
-    A field `name` is for people: it is not compared.
+    A field `name` is for people: it is not compared. A class may have
+    `mapped_files()` as well, which returns the paths of what this reads from
+    files each time: while they are unchanged, one worker of a host reads them
+    for all.
     """
     ...
 

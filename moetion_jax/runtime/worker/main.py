@@ -168,7 +168,7 @@ def _work(
   from moetion_jax.programs import compilation
   from moetion_jax.runtime import read_environment
   from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
-  from moetion_jax.runtime.worker import generation
+  from moetion_jax.runtime.worker import fingerprints, generation
   from moetion_jax.training import job as job_lib
 
   position = spec.team.index(spec.replica)
@@ -178,7 +178,7 @@ def _work(
   environment.check_replacement(spec.environment, found)
   job = job_lib.make(spec.job)
   data = prepared.data if prepared else job.data()
-  fingerprint = data.fingerprint()
+  fingerprint = fingerprints.of(data, spec.folder)
   job_spec.check_data(spec.job.data, spec.data_fingerprint, fingerprint)
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None

@@ -19,7 +19,10 @@ from moetion_jax import job_spec
 from moetion_jax.capture import programs as capture_programs
 from moetion_jax.programs import compilation, jax_internals, stage as stage_lib
 from moetion_jax.runtime import xla_setup
-from moetion_jax.runtime.worker import prepared as prepared_lib
+from moetion_jax.runtime.worker import (
+  fingerprints,
+  prepared as prepared_lib,
+)
 from moetion_jax.training import job as job_lib
 
 # More than a first iteration of `tiny` takes; see `xla_setup.touch_memory`.
@@ -88,7 +91,8 @@ def prepare(
   )
   job = job_lib.make(spec)
   data = job.data()
-  data.fingerprint()  # kept where the text is, so that it is quick later
+  if not fingerprints.sources_of(data):
+    data.fingerprint()  # kept where the text is, so that it is quick later
   stages = {i: lower(job, i, platform) for i in range(train.stages)}
   if platform == 'cpu':
     xla_setup.touch_memory(_TOUCHED_BYTES)
