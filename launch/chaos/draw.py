@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 import random
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.chaos import outside
 from moetion_jax import errors
 from moetion_jax.policies import settings
 from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import faults
 
-
-class OutsideKind(enum.StrEnum):
-  """What a process suffers from outside."""
-
-  KILL_WORKER = 'kill a worker'
-  STOP_WORKER = 'stop a worker'
-  KILL_STANDBY = 'kill the standby'
-  KILL_AGENT = 'kill the agent'
-
-
-# How often each is drawn; for faults of scripts see `faults.TABLE`.
-_OUTSIDE_WEIGHTS = {
-  OutsideKind.KILL_WORKER: 6,
-  OutsideKind.STOP_WORKER: 2,
-  OutsideKind.KILL_STANDBY: 2,
-  OutsideKind.KILL_AGENT: 1,
-}
 # Iterations to the kill: a damaged entry shows only if a neighbour reads it
 # again, soon.
 _AFTER_DAMAGE = 1
@@ -85,23 +68,6 @@ def micro_flags(policy: settings.Policy) -> list[str]:
     '--dropout_rate=0.1',
     f'--{often}=3',
   ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutsideFault:
-  """A fault that a process suffers from outside.
-
-  Attributes:
-    kind: what happens.
-    stage: the worker's stage, where it is a worker.
-    replica: the worker's replica.
-    after_seconds: seconds since the fault before, or since the run trains.
-  """
-
-  kind: OutsideKind
-  stage: int
-  after_seconds: float
-  replica: int = 0
 
 
 def draw_script(
@@ -166,15 +132,26 @@ def draw_outside(
   stages: int,
   mean_seconds: float,
   replicas: int = 1,
-) -> list[OutsideFault]:
-  """Draws faults from outside, one after the other."""
-  kinds, weights = zip(*_OUTSIDE_WEIGHTS.items(), strict=True)
+  kinds: Sequence[outside.Kind] = tuple(outside.TABLE),
+) -> list[outside.Fault]:
+  """Draws faults from outside, one after the other.
+
+  Args:
+    source: source of randomness.
+    count: number of faults.
+    stages: stages of the run.
+    mean_seconds: mean time between two faults.
+    replicas: replicas of each stage.
+    kinds: what can happen.
+  """
+  weights = [outside.TABLE[kind].weight for kind in kinds]
   return [
-    OutsideFault(
-      kind=source.choices(kinds, weights)[0],
+    outside.Fault(
+      kind=(kind := source.choices(kinds, weights)[0]),
       stage=source.randrange(stages),
       after_seconds=source.expovariate(1 / mean_seconds),
       replica=_replica(source, replicas),
+      for_seconds=source.uniform(*outside.TABLE[kind].for_seconds),
     )
     for _ in range(count)
   ]

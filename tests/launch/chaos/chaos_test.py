@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from launch.chaos import draw
+from launch.chaos import draw, outside
 from moetion_jax import errors
 from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import faults as faults_lib
@@ -38,12 +38,16 @@ def test_everything_is_drawn(replicas):
     faults_lib.Phase
   )
   assert {kind for kind, _ in drawn} == set(faults_lib.FaultKind)
-  outside = draw.draw_outside(
+  drawn_outside = draw.draw_outside(
     source, 300, stages=3, mean_seconds=2.0, replicas=replicas
   )
-  assert {fault.kind for fault in outside} == set(draw.OutsideKind)
-  assert {(fault.stage, fault.replica) for fault in outside} == everybody
-  assert 1.5 < sum(f.after_seconds for f in outside) / len(outside) < 2.5
+  assert {fault.kind for fault in drawn_outside} == set(outside.Kind)
+  assert {(f.stage, f.replica) for f in drawn_outside} == everybody
+  mean_seconds = sum(f.after_seconds for f in drawn_outside) / 300
+  assert 1.5 < mean_seconds < 2.5
+  for fault in drawn_outside:
+    least, most = outside.TABLE[fault.kind].for_seconds
+    assert least <= fault.for_seconds <= most
 
 
 def _fault(kind, stage, phase='forward'):
