@@ -1,9 +1,8 @@
 """What is read is read once, and again if it may have changed."""
 
 import os
-import subprocess
-import sys
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -11,15 +10,6 @@ import pytest
 from launch.lm import data as data_lib
 from moetion_jax.hostmem import store_folder
 from moetion_jax.runtime.worker import fingerprints
-from tests.support import helpers
-
-_READ = """
-import sys
-from tests.runtime.worker import fingerprints_test
-one = fingerprints_test.Counting(fingerprints_test.load(sys.argv[1]))
-found = fingerprints_test.fingerprints.of(one, sys.argv[2])
-print(one.count, found['blake2b'], flush=True)
-"""
 
 
 class Counting:
@@ -121,15 +111,8 @@ def test_text_in_memory_is_no_business_of_others(tmp_path, store):
 
 def test_workers_that_start_together(file, store):
   """One of them reads, the others wait for what it finds."""
-  started = [
-    subprocess.Popen(
-      [sys.executable, '-c', _READ, file, store.path],
-      cwd=helpers.ROOT,
-      stdout=subprocess.PIPE,
-      text=True,
-    )
-    for _ in range(3)
-  ]
-  lines = [one.communicate(timeout=60)[0].split() for one in started]
-  assert sorted(count for count, _ in lines) == ['0', '0', '1']
-  assert {found for _, found in lines} == {load(file).fingerprint()['blake2b']}
+  ones = [Counting(load(file)) for _ in range(3)]
+  with futures.ThreadPoolExecutor(len(ones)) as pool:
+    found = list(pool.map(lambda one: fingerprints.of(one, store.path), ones))
+  assert sorted(one.count for one in ones) == [0, 0, 1]
+  assert found == [load(file).fingerprint()] * 3
