@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -41,6 +42,7 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
       _refuse(name, str(e))
 
   streams.prepare()
+  _check_text(name)
   try:
     try:
       app.run(guarded, flags_parser=parse)
@@ -56,6 +58,21 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
       sys.exit(streams.BROKEN_PIPE_CODE)
     _say(f'{name}: error: {lost.filename} cannot be written: {lost.strerror}')
     sys.exit(errors.ExitCode.FAILED)
+
+
+def _check_text(name: str) -> None:
+  """Refuses arguments and folders whose names libraries cannot take."""
+  try:
+    for text in (*sys.argv, os.getcwd()):
+      text.encode()
+  except UnicodeEncodeError as error:
+    _refuse(
+      name,
+      f'{error.object!a}: is no text as this locale has it; set PYTHONUTF8=1, '
+      'or name it in UTF-8',
+    )
+  except OSError as error:
+    _refuse(name, f'the current folder: {error.strerror}; change to another')
 
 
 def _refuse(name: str, reason: str) -> NoReturn:
