@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed, xla_bridge
+from jax.extend import backend
+from jaxlib import _jax
 
 
 def has_backend() -> bool:
@@ -85,6 +88,27 @@ def compile_lowered(
   """
   lowered._lowering.compile_args['backend'] = devices[0].client
   return lowered.compile(device_assignment=devices)
+
+
+def gather_at(host: str) -> None:
+  """Has the CPU collectives of this process's world use one address.
+
+  Reason: JAX does not tell gloo which, and that looks up the host's own name:
+  it may have no address, or one that others reach. Call this after
+  `jax.distributed.initialize`, before there is a backend.
+
+  Args:
+    host: this host's address, as the other members of the world reach it.
+  """
+  if jax.config.values['jax_cpu_collectives_implementation'] != 'gloo':
+    return
+  collectives = _jax.make_gloo_tcp_collectives(
+    distributed_client=distributed.global_state.client, hostname=host
+  )
+  factory = functools.partial(xla_bridge.make_cpu_client, collectives)
+  backend.register_backend_factory(
+    'cpu', factory, priority=0, fail_quietly=False
+  )
 
 
 def let_all_write_cache() -> None:

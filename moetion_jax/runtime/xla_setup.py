@@ -64,6 +64,7 @@ def join_world(
       initialization_timeout=seconds,
       coordinator_bind_address=address,
     )
+    jax_internals.gather_at(address.rpartition(':')[0])
     jax.devices()  # waits for the others
   except Exception as error:  # JAX passes on the RPC layer's errors
     raise errors.MoetionError(

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 
@@ -81,6 +82,39 @@ def test_compile_lowered():
   found = compiled(jax.device_put(np.array([1, 2], np.float32), sharding))
   assert found.sharding.device_set == set(devices)
   np.testing.assert_array_equal(found, np.array([3], np.float32))
+
+
+_WORLD = """
+import sys, jax, numpy as np
+from jax.experimental import multihost_utils
+from moetion_jax.runtime import xla_setup
+xla_setup.join_world(sys.argv[1], 2, int(sys.argv[2]), 60)
+print(multihost_utils.process_allgather(np.float32(sys.argv[2])).tolist())
+"""
+
+
+def test_gather_at():
+  """Of a host whose name has no address; it takes root to give it that."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  name = 'hostname moetion.invalid && exec "$@"'
+  members = [
+    subprocess.Popen(
+      ['unshare', '--uts', 'sh', '-c', name, 'sh']
+      + [sys.executable, '-c', _WORLD, address, str(number)],
+      cwd=helpers.ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  for member in members:
+    out, err = member.communicate(timeout=120)
+    assert member.returncode == 0, err
+    assert out.splitlines()[-1] == '[0.0, 1.0]'  # gloo may print before
 
 
 @pytest.fixture
