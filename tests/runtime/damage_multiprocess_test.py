@@ -193,7 +193,9 @@ def test_other_bits(host, workdir, undisturbed, fault):
 
 @pytest.mark.parametrize('phase', ['start,iteration=7', 'replay'])
 def test_a_failure_while_all_go_back(host, workdir, undisturbed, phase):
-  faults = ['poison_read:stage=1,iteration=7', f'kill:stage=2,phase={phase}']
+  # A gradient, which says that stage 2 has begun that iteration.
+  damage = 'poison_read:stage=1,iteration=7,phase=backward'
+  faults = [damage, f'kill:stage=2,phase={phase}']
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
   _check(host, workdir, undisturbed)
   assert len(runs.of_kind(workdir, 'fault')) == 2
