@@ -347,6 +347,7 @@ def test_settings_that_grew(start):
   start()
   with pytest.raises(errors.StoreError, match='--fresh'):
     start(keys.WorkerId(0, 0, 2), size_bytes=5 * mmap.PAGESIZE)
+  start(keys.WorkerId(0, 0, 2), size_bytes=5 * mmap.PAGESIZE, fresh=True)
 
 
 @pytest.mark.parametrize(

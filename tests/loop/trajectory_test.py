@@ -54,6 +54,8 @@ def test_a_damaged_record_is_refused(tmp_path, content):
   with pytest.raises(errors.StoreError, match='environment.json: .*: remove'):
     trajectory.Trajectory(tmp_path, ()).check()
   assert (tmp_path / 'environment.json').read_text() == content
+  (tmp_path / 'environment.json').unlink()  # the folder, with all that is in it
+  trajectory.Trajectory(tmp_path, ()).check()
 
 
 def test_an_unknown_name_is_refused_of_a_new_loop_too(tmp_path):

@@ -1,6 +1,8 @@
 """Snapshots in two phases: what counts is on disk."""
 
 import os
+import resource
+import signal
 import threading
 
 import numpy as np
@@ -119,6 +121,30 @@ def test_a_disk_that_cannot_be_written_is_named(stores, tmp_path):
   disk.parent.write_bytes(b'')
   with pytest.raises(errors_lib.StoreError, match=str(disk)):
     make().start()
+
+
+def test_a_disk_that_is_full(stores):
+  """A limit of the size of files is met like one; then there is room."""
+  _, disk, make = stores
+  store = make()
+  store.start()
+  store.save(1, {}, _buffers(1))
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  try:
+    # Memory was reserved before; only the disk is written to.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, before[1]))
+    with pytest.raises(
+      errors_lib.StoreError, match='make room, or name another --durable_dir'
+    ):
+      store.save(2, {}, _buffers(2))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, old)
+  assert store.iterations() == [1]
+  store.save(2, {}, _buffers(2))
+  assert store.iterations() == [1, 2] and set(_read(disk, 2)[1]) == {2}
+  store.close()
 
 
 def test_interrupt_from_another_thread_ends_a_save(stores, monkeypatch):

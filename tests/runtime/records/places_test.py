@@ -1,6 +1,8 @@
 """Paths of settings that lie where a run removes something."""
 
 import os
+import re
+import subprocess
 
 import pytest
 
@@ -90,7 +92,11 @@ def test_paths_that_the_system_refuses(here, as_other, path, why):
 
 @pytest.mark.parametrize(
   ('path', 'why'),
-  [*_REFUSED[:3], ('/proc/x', 'No such file'), ('/dev/null/x', 'Not a directory')],
+  [
+    *_REFUSED[:3],
+    ('/proc/x', 'No such file'),
+    ('/dev/null/x', 'Not a directory'),
+  ],
   ids=lambda x: x[:10],
 )
 def test_workdirs_that_the_system_refuses(
@@ -135,6 +141,14 @@ def test_init_from_that_fresh_removes(here, init_from):
   with pytest.raises(errors.ConfigError, match='ELSEWHERE'):
     _check(True, workdir='to-r', init_from=init_from)
   _check(False, init_from=init_from)  # nothing is removed
+  _move_out(caught.value.reason)
+  _check(True, init_from='elsewhere')
+
+
+def _move_out(reason):
+  """Does what a refusal says: `mv` with a name in place of ELSEWHERE."""
+  command = re.search(r'\((mv .*) ELSEWHERE\), and name it there', reason)[1]
+  subprocess.run([*command.split(), 'elsewhere'], check=True)
 
 
 def test_the_whole_workdir_as_a_checkpoint(here):
@@ -200,8 +214,10 @@ def test_data_that_fresh_removes(here, data):
 def test_data_through_a_link_that_fresh_removes(here):
   """Its target stays, but is not found any more."""
   (here / 'r' / 'events.jsonl').symlink_to('../text/a.txt')
-  with pytest.raises(errors.ConfigError, match=f'{here}/r/events.jsonl'):
+  with pytest.raises(errors.ConfigError, match=f'{here}/r/events.jsonl') as e:
     _check(True, data='r/events.jsonl')
+  _move_out(e.value.reason)
+  _check(True, data='elsewhere')
 
 
 @pytest.mark.parametrize('fresh', [False, True])
@@ -226,6 +242,9 @@ def test_what_is_always_in_the_way(here, fields, fresh):
   with pytest.raises(errors.ConfigError) as caught:
     _check(fresh, **fields)
   assert caught.value.flag == flag
+  said = 'name a folder outside', 'must lie elsewhere', 'name it there'
+  assert any(words in caught.value.reason for words in said)
+  _check(fresh, **{flag: 'old'})
 
 
 @pytest.mark.parametrize(
@@ -235,7 +254,8 @@ def test_what_is_always_in_the_way(here, fields, fresh):
 def test_what_is_written_among_the_text(here, name, value):
   with pytest.raises(errors.ConfigError, match=f'--{name}=.*--data=text') as e:
     _check(False, **{'data': 'text', name: value})
-  assert 'outside' in str(e.value)
+  assert 'Name a folder outside' in str(e.value)
+  _check(False, **{'data': 'text', name: 'old/r'})
   _check(False, **{'data': 'text', name: 'text/.hidden/r'})  # is not read
 
 

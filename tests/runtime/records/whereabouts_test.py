@@ -1,6 +1,7 @@
 """The places of a run: what may be gone on from, and what goes at the end."""
 
 import os
+import shutil
 
 import pytest
 
@@ -144,6 +145,10 @@ def test_what_is_of_before_an_accepted_change_is_refused(
   text = str(refused.value)
   assert f'={here}: {stale} is of before' in text and shown in text
   assert text.endswith('or remove that folder')
+  there = {names['on_disk']: made.get(names['on_disk']) or ''}
+  _search(tmp_path, made, there, changes).check()  # with the flags
+  shutil.rmtree(stale)
+  search.check()
 
 
 def test_nothing_is_stale_where_nothing_is(tmp_path):

@@ -97,6 +97,19 @@ def _refused(path, *, fresh, config=None):
   return str(caught.value)
 
 
+def _goes_on(path, *, fresh=False, config=None):
+  """A start there is not refused."""
+  folder = _opened(path, fresh=fresh)
+  try:
+    folder.check(config or _config())
+  finally:
+    folder.close()
+
+
+def _move_away(path, tmp_path_factory):
+  path.rename(tmp_path_factory.mktemp('away') / 'it')
+
+
 def _contents(folder):
   return {
     str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
@@ -213,13 +226,16 @@ def test_a_start_on_a_full_disk(tight, hostmem, left_bytes):
     ('\udcff', 'damaged'),
   ],
 )
-def test_a_config_of_others(tmp_path, fresh, content, words):
+def test_a_config_of_others(tmp_path, tmp_path_factory, fresh, content, words):
   data = content.encode(errors='surrogateescape')
   (tmp_path / 'config.json').write_bytes(data)
   (tmp_path / 'model.safetensors').write_text('weights')
   reason = _refused(tmp_path, fresh=fresh)
   assert words in reason and '--fresh' not in reason
-  assert '--workdir' in reason
+  assert 'name another --workdir, or move that away first' in reason
+  _goes_on(tmp_path / 'another', fresh=fresh)
+  _move_away(tmp_path / 'config.json', tmp_path_factory)
+  _goes_on(tmp_path, fresh=fresh)
 
 
 @pytest.mark.parametrize('fresh', [False, True])
@@ -265,11 +281,15 @@ def test_a_run_of_another_job(tmp_path, hostmem):
 @pytest.mark.parametrize(
   'name', ['checkpoint/x', 'metrics.jsonl', 'logs/stage-0.log']
 )
-def test_files_that_look_like_a_runs(tmp_path, fresh, name):
+def test_files_that_look_like_a_runs(tmp_path, tmp_path_factory, fresh, name):
   (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / name).write_text('of others')
   reason = _refused(tmp_path, fresh=fresh)
-  assert name.split('/')[0] in reason and '--fresh' not in reason
+  first = name.split('/')[0]
+  assert first in reason and '--fresh' not in reason
+  assert 'name another --workdir, or move that away first' in reason
+  _move_away(tmp_path / first, tmp_path_factory)
+  _goes_on(tmp_path, fresh=fresh)
 
 
 @pytest.mark.parametrize('fresh', [False, True])
@@ -295,7 +315,10 @@ def test_what_a_kill_left_of_a_file_that_was_being_written(run, hostmem):
 
 def test_another_run(run):
   reason = _refused(run, fresh=False, config=_config(seed=7))
-  assert 'train.seed' in reason and '--fresh' in reason
+  assert 'train.seed' in reason
+  assert 'pass --fresh to remove it, or another --workdir' in reason
+  _goes_on(run, fresh=True, config=_config(seed=7))
+  _goes_on(run.with_name('another'), config=_config(seed=7))
 
 
 def test_one_run_at_a_time_whoever_removes_the_lock_file(run, tmp_path):
@@ -422,7 +445,7 @@ def test_a_checkpoint_alone_is_no_finished_run(run):
   ids=['no lines', 'not at its end', 'iteration', 'digest'],
 )
 def test_a_checkpoint_of_another_run_finishes_nothing(
-  run, checkpoint, line, words
+  run, tmp_path_factory, checkpoint, line, words
 ):
   _commit(run, *checkpoint)
   if line is not None:
@@ -432,9 +455,9 @@ def test_a_checkpoint_of_another_run_finishes_nothing(
   folder = _opened(run)
   assert not folder.is_finished()
   folder.close()
-  folder = _opened(run, fresh=True)
-  folder.check(_config())
-  folder.close()
+  _goes_on(run, fresh=True)
+  _move_away(run / 'checkpoint', tmp_path_factory)
+  _goes_on(run)
 
 
 def test_a_checkpoint_of_before_digests_proves_nothing(run):
