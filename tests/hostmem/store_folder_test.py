@@ -11,6 +11,7 @@ import pytest
 
 from moetion_jax import errors
 from moetion_jax.hostmem import memory_limits, store_folder
+from tests.support import helpers
 
 
 @pytest.fixture
@@ -88,6 +89,21 @@ def test_lock_lives_as_long_as_a_worker_that_inherited_it(store):
 def test_bad_run_id(run_id):
   with pytest.raises(errors.StoreError, match='run id'):
     store_folder.StoreFolder('/dev/shm', run_id)
+
+
+def test_a_full_directory(tight, tmp_path):
+  """It says what to do, and leaves nothing."""
+  helpers.fill(tight)
+  (tmp_path / 'another').mkdir()
+  words = 'make room there, or name another directory in tmpfs'
+  with pytest.raises(errors.StoreError, match=words):
+    store_folder.StoreFolder(tight, 'x').start()
+  assert os.listdir(tight) == ['fill']
+  for folder in (tmp_path / 'another', tight):
+    (tight / 'fill').unlink(missing_ok=True)
+    one = store_folder.StoreFolder(folder, 'x')
+    one.start()
+    one.close()
 
 
 def test_missing_directory_names_the_flag():

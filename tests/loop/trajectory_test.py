@@ -41,6 +41,26 @@ def test_other_software_is_refused_by_name(shm_folder):
   assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize('remedy', ['another folder', 'removed'])
+def test_snapshots_of_another_state_are_refused(shm_folder, remedy):
+  """And a loop begins in another folder, or without them, as that says."""
+  case, folder = loops.plain(), shm_folder / 'loop'
+  with case.checkpointer(folder) as checkpointer:
+    loops.train(case, checkpointer, 6)
+  parameters = dict(case.state['params'])
+  parameters['another'] = parameters.pop('router')
+  other = dataclasses.replace(case, state={**case.state, 'params': parameters})
+  words = 'name another folder, or remove this one'
+  with pytest.raises(errors.StoreError, match=words):
+    other.checkpointer(folder).start()
+  if remedy == 'removed':
+    shutil.rmtree(folder)
+  else:
+    folder = shm_folder / 'another'
+  with other.checkpointer(folder) as checkpointer:
+    assert checkpointer.iteration == 0
+
+
 @pytest.mark.parametrize(
   'content',
   ['[]', 'null', '{}', '3', '{"environment": []}', '{', 'CHANGES', 'NAMELESS'],

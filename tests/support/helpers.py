@@ -244,3 +244,12 @@ def num_parameters(
       size = size // config.num_experts * config.experts_per_token
     total += size
   return total
+
+
+def fill(folder, left_bytes=0):
+  """Fills the file system of a folder, but for so much, with a file `fill`."""
+  path = pathlib.Path(folder, 'fill')
+  with contextlib.suppress(OSError), open(path, 'wb', buffering=0) as file:
+    while True:
+      file.write(bytes(4096))
+  os.truncate(path, path.stat().st_size - left_bytes)

@@ -1,12 +1,10 @@
 """The folder of a run: what it may hold, what --fresh removes, its id."""
 
-import contextlib
 import errno
 import json
 import os
 import pathlib
 import shutil
-import subprocess
 
 import pytest
 
@@ -173,30 +171,10 @@ def _store(hostmem, path):
   return store.path
 
 
-@pytest.fixture
-def tight(tmp_path):
-  """A folder on a file system of 16 pages; only root may mount one."""
-  folder = tmp_path / 'tight'
-  folder.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', folder]
-  subprocess.run(mount, check=True)
-  yield folder
-  subprocess.run(['umount', folder], check=True)
-
-
-def _fill(folder, left_bytes=0):
-  """Leaves so much room in a folder's file system."""
-  with contextlib.suppress(OSError), open(folder / 'fill', 'wb') as file:
-    while True:
-      file.write(bytes(4096))
-      file.flush()
-  os.truncate(folder / 'fill', (folder / 'fill').stat().st_size - left_bytes)
-
-
 @pytest.mark.parametrize('left_bytes', [0, 4096, 8192])
 def test_a_start_on_a_full_disk(tight, hostmem, left_bytes):
   """It says so and leaves nothing; with room there it begins."""
-  _fill(tight, left_bytes)
+  helpers.fill(tight, left_bytes)
   with pytest.raises((errors.ConfigError, OSError)) as caught:
     _begin(tight / 'run', hostmem, config=_config() | {'note': 'x' * 8192})
   if isinstance(caught.value, errors.ConfigError):
