@@ -78,7 +78,8 @@ class Options:
       before it was taken can be read, since it is never published again.
     on_stored: called with the metadata of each snapshot once it counts, in the
       snapshot thread.
-    full_seconds: seconds to wait for host memory when there is none.
+    full_seconds: seconds to wait for host memory when there is none; `math.inf`
+      where somebody else ends that wait.
     on_block: called in the snapshot thread when a wait for room begins or ends,
       with what there is too little of, and for what; None and '': no longer.
     share: operators that this worker captures, while other replicas capture
@@ -389,19 +390,23 @@ class Snapshotter:
               raise
             full_at = time.monotonic() if full_at is None else full_at
             found = hang_detection.Shortage.ROOM
+            what = (
+              f'snapshot {job.iteration}: {error.strerror}; free host memory, '
+              'or name a larger tmpfs with --hostmem_dir'
+            )
             if time.monotonic() > full_at + self._options.full_seconds:
               raise errors.NoRoomError(
-                f'snapshot {job.iteration}: no room for '
-                f'{self._options.full_seconds:g} s: {error.strerror}; free '
-                'host memory, or name a larger tmpfs with --hostmem_dir'
+                f'no room for {what}; that was so for '
+                f'{self._options.full_seconds:g} s'
               ) from error
           else:
             full_at, found = None, hang_detection.Shortage.SNAPSHOTS
+            what = f'snapshot {job.iteration}'
           if found != shortage:
             if shortage:
               self._options.on_block(None, '')
             shortage = found
-            self._options.on_block(shortage, f'snapshot {job.iteration}')
+            self._options.on_block(shortage, what)
           with self._changed:
             if self._closing:
               raise

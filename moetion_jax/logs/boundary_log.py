@@ -82,7 +82,7 @@ class BoundaryLog(log_interface.Log):
     self._error: BaseException | None = None
     self._closing = False
     self._waiting_for: keys.EntryKey | None = None
-    self._blocked_for: keys.EntryKey | None = None
+    self._blocked_for = ''
     self._late_nanoseconds = 0
 
   def start(self) -> None:
@@ -131,7 +131,7 @@ class BoundaryLog(log_interface.Log):
     return self._waiting_for
 
   @property
-  def blocked_for(self) -> keys.EntryKey | None:
+  def blocked_for(self) -> str:
     """See `interface.Log`."""
     return self._blocked_for
 
@@ -228,26 +228,19 @@ class BoundaryLog(log_interface.Log):
       self._fail(error)
 
   def _put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
-    """Writes an entry, waiting for room as long as the settings allow."""
-    blocked_since: float | None = None
+    """Writes an entry, waiting for room."""
     try:
       while not self._closing:
         try:
           return self._writer.put(key, array)
         except segment_writer.SegmentFullError as error:
-          now = time.monotonic()
-          if blocked_since is None:
-            blocked_since, self._blocked_for = now, key
-          elif now - blocked_since > self._settings.full_seconds:
-            raise errors.NoRoomError(
-              f'{key}: no room for {self._settings.full_seconds:g} s: {error}'
-            ) from error
+          self._blocked_for = f'{key}: {error}'
           self._bell.ring_others()  # lets them drop what they need no more
           with self._changed:
             self._changed.wait(_LEASE_POLL_SECONDS)
       return False
     finally:
-      self._blocked_for = None
+      self._blocked_for = ''
 
   # --- Reading ---------------------------------------------------------------
 

@@ -30,9 +30,9 @@ class Log(Protocol):
     return None
 
   @property
-  def blocked_for(self) -> keys.EntryKey | None:
-    """The entry that waits for room at this moment, or None."""
-    return None
+  def blocked_for(self) -> str:
+    """The entry that waits for room at this moment, and why; '' for none."""
+    return ''
 
   @property
   def late_seconds(self) -> float:
@@ -141,7 +141,6 @@ class LogSettings:
     cells: number of entries the segment holds at most.
     fresh: whether to replace the segment that a predecessor left.
     host: name of this host in the location map.
-    full_seconds: seconds that publishing waits for room before it fails.
     pending_entries: number of entries that may wait to be copied before
       `publish` waits as well.
     resend_seconds: seconds after which a read that got no answer is repeated.
@@ -152,6 +151,5 @@ class LogSettings:
   cells: int = 4096
   fresh: bool = False
   host: str = ''
-  full_seconds: float = 60.0
   pending_entries: int = 64
   resend_seconds: float = 1.0

@@ -53,10 +53,10 @@ class JoinedLog(interface.Log):
     return next(filter(None, waiting), None)
 
   @property
-  def blocked_for(self) -> keys.EntryKey | None:
+  def blocked_for(self) -> str:
     """See `interface.Log`."""
     blocked = (log.blocked_for for log in self._logs.values())
-    return next(filter(None, blocked), None)
+    return next(filter(None, blocked), '')
 
   @property
   def late_seconds(self) -> float:

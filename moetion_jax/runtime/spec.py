@@ -38,7 +38,6 @@ class Spec:
     secret: the job's secret, in hex; '' where all stages share one host.
     platform: for a standby, the platform as named by `compilation.platform_of`,
       where it is known.
-    full_seconds: seconds that the log waits for room before the run ends.
     is_replacement: whether the run had begun before this worker.
     grows_capacity: whether an `orders.Go` may have a `capacity`.
     environment: the record that the worker's own must equal, see
@@ -66,7 +65,6 @@ class Spec:
   host: str
   secret: str = dataclasses.field(repr=False)
   platform: str
-  full_seconds: float
   is_replacement: bool = False
   grows_capacity: bool = False
   environment: environment_lib.Record = dataclasses.field(default_factory=dict)

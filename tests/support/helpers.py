@@ -95,7 +95,6 @@ def worker_spec(config: run_settings.RunConfig, **fields: Any) -> spec_lib.Spec:
     'host': '',
     'secret': '',
     'platform': 'cpu',
-    'full_seconds': 1.0,
     'status_fd': -1,
     'control_fd': -1,
   }

@@ -51,7 +51,8 @@ def until_waiting(log, key):
 
 
 def until_blocked(log, key):
-  assert runs.wait_for(lambda: log.blocked_for, SECONDS) == key
+  blocked_for = runs.wait_for(lambda: log.blocked_for, SECONDS)
+  assert blocked_for.startswith(f'{key}: ')
 
 
 class LogConformance:

@@ -231,6 +231,7 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
   """Ends a worker that hangs.
 
   Raises:
+    failures_lib.WorkerError: there is no room for what a worker has.
     errors.MoetionError: everybody waits for somebody, and no damaged entry
       explains it.
   """
@@ -242,6 +243,15 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
     ):
       run.kill(worker, why, hangs=True)
       return
+    if (
+      worker.shortage is hang_detection.Shortage.ROOM
+      and run.watched - worker.state_since > run.settings.full_seconds
+    ):
+      raise failures_lib.WorkerError(
+        worker.stage,
+        worker.iteration,
+        f'{worker.detail}; that was so for {run.settings.full_seconds:g} s',
+      )
   if why := hang_detection.deadlock(run.workers, run.watched):
     found = yield from run.scan()
     for stage in sorted(_lost_logs(run, found)):

@@ -42,7 +42,6 @@ def worker_spec(
     host='',
     secret=secret,
     platform='',
-    full_seconds=where.full_seconds,
     grows_capacity=where.captures.policy.grows_capacity(where.captures),
     status_fd=-1,
     control_fd=-1,

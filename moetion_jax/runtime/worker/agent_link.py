@@ -195,7 +195,7 @@ class AgentLink:
       state, detail = states.DONE, ''
     elif blocked_for := worker.log.blocked_for:
       shortage = hang_detection.Shortage.ROOM
-      state, detail = states.BLOCKED, shortage.describe(str(blocked_for))
+      state, detail = states.BLOCKED, shortage.describe(blocked_for)
     elif waiting_for := worker.log.waiting_for:
       state, detail = states.WAITING, str(waiting_for)
     return events.State(

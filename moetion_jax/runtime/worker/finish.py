@@ -7,6 +7,7 @@ them with what the devices had, and saves them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 
@@ -83,9 +84,11 @@ class Finish:
       spec.stage,
       last.state,
       last.digests,
-      spec.full_seconds,
+      math.inf,  # that is the coordinator's to decide
       lambda: self._link.blocked(
-        hang_detection.Shortage.ROOM, 'the final state'
+        hang_detection.Shortage.ROOM,
+        'the final state: free host memory, or name a larger tmpfs with '
+        '--hostmem_dir',
       ),
       replica=spec.replica,
       partition=last.partition,

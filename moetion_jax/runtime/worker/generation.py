@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -255,7 +256,6 @@ class StageRun:
       cells=go.cells,
       fresh=go.is_fresh,
       host=spec.host,
-      full_seconds=spec.full_seconds,
     )
     connect = functools.partial(
       zmq_client.StoreClient, secret=bytes.fromhex(spec.secret) or None
@@ -389,7 +389,7 @@ class StageRun:
         on_stored=lambda metadata: self._link.send(
           events.Stored(share=folders.share_of(metadata))
         ),
-        full_seconds=spec.full_seconds,
+        full_seconds=math.inf,  # that is the coordinator's to decide
         on_block=self._link.blocked,
         share=share,
       ),

@@ -37,11 +37,10 @@ if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
   from moetion_jax.runtime.worker import prepared as prepared_lib
   from moetion_jax.state import partition
 
-# Errors after which a new worker would come to the same end, or wait as long.
+# Errors after which a new worker would come to the same end.
 _FINAL = (
   errors.NonFiniteError,
   errors.EntryMismatchError,
-  errors.NoRoomError,
   errors.DamagedDiskError,
 )
 # A standby prepares beside workers that train: it must not take their time.
