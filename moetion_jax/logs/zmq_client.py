@@ -3,6 +3,10 @@
 The client sends READ to the store server of the producer's host and repeats it
 every second until the entry is complete: a request that is parked in a server
 dies with it, and only the reader knows that it still waits.
+
+A connection that ended is made anew here: ZeroMQ never does it after an error
+of the protocol (measured: a frame that somebody on the way sends a second time
+would leave its reader waiting for ever).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from moetion_jax.hostmem import entry
 from moetion_jax.logs import receive_buffers, remote, wire_format
 
 _MAX_ENTRY_BYTES = 1 << 36
+_RECONNECT_SECONDS = 0.1
 
 
 @dataclasses.dataclass
@@ -62,6 +67,7 @@ class StoreClient:
     self._resend_seconds = resend_seconds
     self._context: zmq.Context | None = None
     self._sockets: dict[str, zmq.Socket] = {}
+    self._ends: dict[str, zmq.Socket] = {}  # which say that one has ended
     self._wants: dict[keys_lib.EntryKey, _Want] = {}
     self._pool = receive_buffers.BufferPool()
 
@@ -99,6 +105,7 @@ class StoreClient:
     """See `remote.ReadClient`."""
     arrived = []
     for address, connection in list(self._sockets.items()):
+      has_ended = self._ends[address].poll(0)
       while connection.poll(0):
         result = self._receive(address, connection)
         # What was not expected of this message must not begin the next one.
@@ -107,8 +114,18 @@ class StoreClient:
         if result is not None:
           self._wants.pop(result.key)
           arrived.append(result)
+      if has_ended:
+        self._begin_again(address)
     self._send_due()
     return arrived
+
+  def _begin_again(self, address: str) -> None:
+    """Gives up a connection; what it was to bring is asked for again."""
+    self._disconnect(address)
+    resend_at = time.monotonic() + _RECONNECT_SECONDS
+    for want in self._wants.values():
+      if want.address == address:
+        want.resend_at = min(want.resend_at, resend_at)
 
   def _receive(
     self, address: str, connection: zmq.Socket
@@ -183,12 +200,17 @@ class StoreClient:
         connection.curve_serverkey = keys.server_public
         connection.curve_publickey = keys.client_public
         connection.curve_secretkey = keys.client_secret
+      ends = connection.get_monitor_socket(zmq.EVENT_DISCONNECTED)
       connection.connect(address)
       self._poller.register(connection, zmq.POLLIN)
-      self._sockets[address] = connection
+      self._poller.register(ends, zmq.POLLIN)
+      self._sockets[address], self._ends[address] = connection, ends
     return self._sockets[address]
 
   def _disconnect(self, address: str) -> None:
-    connection = self._sockets.pop(address)
+    connection, ends = self._sockets.pop(address), self._ends.pop(address)
     self._poller.unregister(connection)
+    self._poller.unregister(ends)
+    connection.disable_monitor()
+    ends.close()
     connection.close()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import socket
+import threading
 
 import hypothesis
 import numpy as np
@@ -315,6 +316,125 @@ def test_garbage_to_a_server_with_a_secret(host, connect, caplog):
     client.want(_key(1), server.address)  # ours are not counted
     assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
   assert len([r for r in caplog.records if 'not ours' in r.message]) == 1
+
+
+class _Wire:
+  """A wire to a server, on which somebody sees and repeats what goes by.
+
+  Attributes:
+    address: the address at which clients connect.
+    sent: the frames of the clients, each connection's greeting the first.
+    repeats: whose next frame is sent twice; 'client', 'server' or ''.
+  """
+
+  def __init__(self, address):
+    ip, port = address.removeprefix('tcp://').rsplit(':', 1)
+    self._server = ip, int(port)
+    self._listener = socket.create_server(('127.0.0.1', 0))
+    self.address = f'tcp://127.0.0.1:{self._listener.getsockname()[1]}'
+    self.sent = []
+    self.repeats = ''
+    self._open = []
+    threading.Thread(target=self._accept, daemon=True).start()
+
+  @property
+  def connections(self):
+    """How often a client connected."""
+    return sum(frame.startswith(b'\xff') for frame in self.sent)
+
+  def close(self):
+    for one in (self._listener, *self._open):
+      with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+      one.close()
+
+  def replay(self):
+    """Sends a connection's frames again, to a new one; until it hangs up."""
+    with socket.create_connection(self._server, _SECONDS) as again:
+      with contextlib.suppress(OSError):
+        again.sendall(b''.join(self.sent))
+        again.shutdown(socket.SHUT_WR)
+        while again.recv(4096):
+          pass
+
+  def _accept(self):
+    with contextlib.suppress(OSError):
+      while True:
+        client, _ = self._listener.accept()
+        server = socket.create_connection(self._server, _SECONDS)
+        self._open += client, server
+        for name, source, sink in (
+          ('client', client, server),
+          ('server', server, client),
+        ):
+          threading.Thread(
+            target=self._pass_on, args=(name, source, sink), daemon=True
+          ).start()
+
+  def _pass_on(self, name, source, sink):
+    with contextlib.suppress(OSError, EOFError), sink, source:
+      greeting = b''
+      while len(greeting) < 64:  # in parts: each waits for the other's
+        greeting += (part := _read(source, 1))
+        sink.sendall(part)
+      if name == 'client':
+        self.sent.append(greeting)
+      while True:
+        flags = _read(source, 1)
+        size = _read(source, 8 if flags[0] & 2 else 1)
+        frame = flags + size + _read(source, int.from_bytes(size))
+        if name == 'client':
+          self.sent.append(frame)
+        sink.sendall(frame)
+        if self.repeats == name:
+          self.repeats = ''
+          sink.sendall(frame)
+
+
+def _read(source, nbytes):
+  data = source.recv(nbytes, socket.MSG_WAITALL)
+  if len(data) < nbytes:
+    raise EOFError
+  return data
+
+
+@pytest.fixture
+def wire(host):
+  """A wire to a server with a secret, which has entry 1 and 2."""
+  wire = _Wire(host.serve(secret=_SECRET).address)
+  host.publish(_key(1), np.arange(5))
+  host.publish(_key(2), np.arange(7))
+  yield wire
+  wire.close()
+
+
+def test_a_connection_that_is_replayed_gets_nothing(wire, host, connect):
+  client = connect(_SECRET)
+  client.want(_key(1), wire.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  (server,) = host.servers
+  before = server.refused_count
+  assert len(wire.sent) >= 3  # greeting, handshake, request
+  wire.replay()
+  _wait_until(lambda: server.refused_count > before)
+  assert not server.malformed_count
+  client.want(_key(2), wire.address)
+  assert _collect(client)[_key(2)].tolist() == [*range(7)]
+
+
+@pytest.mark.parametrize('whose', ['client', 'server'])
+def test_a_frame_that_comes_twice_ends_its_connection(wire, connect, whose):
+  """Its number is known; the reader connects anew, and gets what it wants."""
+  client = connect(_SECRET)
+  client.want(_key(1), wire.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  before = wire.connections
+  wire.repeats = whose
+  client.want(_key(2), wire.address)
+  assert _collect(client)[_key(2)].tolist() == [*range(7)]
+  client.want(_key(1), wire.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  assert wire.connections > before
 
 
 # --- Parts -------------------------------------------------------------------
