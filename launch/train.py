@@ -167,6 +167,9 @@ _KEEP_WINDOWS = flags.DEFINE_integer(
 _LOG_ITERATIONS = flags.DEFINE_integer(
   'log_iterations', 0, 'That boundary logs have room for; 0: as windows need.'
 )
+_MAX_SKIPPED = flags.DEFINE_integer(
+  'max_skipped', 10, 'Updates in a row that --skip_nonfinite leaves out.'
+)
 _MAX_FAILURES = flags.DEFINE_integer(
   'max_failures', 3, 'Failures without progress that end the run.'
 )
@@ -309,6 +312,7 @@ def main(argv: list[str]) -> int:
       hostmem_dir=_HOSTMEM_DIR.value,
       captures=captures,
       durable_dir=_DURABLE_DIR.value,
+      max_skipped=_MAX_SKIPPED.value,
       max_failures=_MAX_FAILURES.value,
       hang_timeout_seconds=_HANG_TIMEOUT.value,
       standby=_STANDBY.value,

@@ -74,8 +74,8 @@ class Progress(recorder.View):
     parts.append('busy ' + '/'.join(f'{share:.0%}' for share in busy))
     if not math.isnan(left):
       parts.append(f'ETA {datetime.timedelta(seconds=round(left))}')
-    if not line['updated']:
-      parts.append('SKIPPED (not finite)')
+    if line['skipped']:
+      parts.append(f'SKIPPED (not finite), {line["skipped"]} in a row')
     if 'eval_loss' in line:
       parts.append(f'held-out {line["eval_loss"]:.4f}')
     text = '  '.join(parts)

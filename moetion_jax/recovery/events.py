@@ -325,11 +325,13 @@ class Merged(Event):
     iteration: the newest iteration that all stages reported and that is
       written.
     reports: those of all stages if the iteration is complete and new.
+    skipped: updates in a row, up to that iteration, that were left out.
     wrong: why the report cannot be right; None if it can.
   """
 
   iteration: int
   reports: tuple[report_lib.Report, ...] = ()
+  skipped: int = 0
   wrong: errors.WrongBitsError | None = None
 
 

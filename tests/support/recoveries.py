@@ -94,6 +94,7 @@ class Run:
     self.splices = ()
     self.damage = ()
     self.begun = [0] * stages
+    self._skipped = 0
     self._recorded = base
     self._reports = {}
 
@@ -190,8 +191,10 @@ class Run:
     if wanted - known.keys() or one.iteration <= self._recorded:
       return events.Merged(iteration=self._recorded)
     self._recorded = one.iteration
+    self._skipped = 0 if one.updated else self._skipped + 1
     return events.Merged(
       iteration=one.iteration,
+      skipped=self._skipped,
       reports=tuple(known[s, t[0]] for s, t in enumerate(question.teams)),
     )
 

@@ -200,7 +200,7 @@ def _says(world, kind, name, rest):
     case 'stored':
       world.stores_one(stage, iteration, replica)
     case 'reported':
-      report = helpers.make_report(iteration, stage, replica=replica)
+      report = helpers.make_report(iteration, stage, replica=replica, **fields)
       world.says(stage, events.Reported(report=report), replica)
     case 'resumed':
       world.resumes(stage, replica)

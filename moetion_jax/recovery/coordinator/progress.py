@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moetion_jax import errors
 from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import (
   actions,
@@ -123,7 +124,8 @@ def reported(
   """Has a report written down; a wrong one ends its worker.
 
   Raises:
-    errors.WrongBitsError: it is wrong, and no damaged entry explains it.
+    errors.WrongBitsError: it is wrong, or too many updates are not finite, and
+      no damaged entry explains it.
   """
   worker.begun(message.report.iteration)
   merged: events.Merged = yield actions.Merge(
@@ -136,6 +138,18 @@ def reported(
     return
   run.recorded = merged.iteration
   if not merged.reports:
+    return
+  if merged.skipped > run.settings.max_skipped:
+    what = (
+      f'{merged.skipped} updates in a row, up to that of iteration '
+      f'{merged.iteration}, were left out, since their loss or norm is not '
+      f'finite; more than --max_skipped={run.settings.max_skipped} end the run'
+    )
+    if text := (yield from failing.suspect(run, what)):
+      raise errors.NonFiniteError(
+        text, 'raise it, or lower --learning_rate and start over with --fresh'
+      )
+    run.kill(worker, f'was ended: {what}')
     return
   _advance(run)
   if run.settings.warms_standbys and not run.signals and not run.recoveries:

@@ -40,6 +40,7 @@ class Settings:
     job: the run's job.
     captures: the settings of how snapshots are taken.
     max_failures: failures of one stage, without progress, that the run bears.
+    max_skipped: updates in a row that may be left out as not finite.
     hang_timeout_seconds: seconds after which a program that runs hangs.
     full_seconds: seconds that a full log waits before the run ends.
     shrinks: whether a stage goes on without a worker that has no successor.
@@ -54,6 +55,7 @@ class Settings:
   job: job_spec.JobSpec
   captures: capture_settings.CaptureSettings
   max_failures: int = 3
+  max_skipped: int = 10
   hang_timeout_seconds: float = 600.0
   full_seconds: float = 60.0
   shrinks: bool = False

@@ -84,6 +84,7 @@ class Agent:
         job=job,
         captures=where.captures,
         max_failures=where.max_failures,
+        max_skipped=where.max_skipped,
         hang_timeout_seconds=where.hang_timeout_seconds,
         full_seconds=where.full_seconds,
         shrinks=where.on_failure == 'shrink',

@@ -167,7 +167,10 @@ class Executor:
           action.iteration,
         )
         self.keep(False)
-        self._recorder.view.note(f'Finished: {self._folder.checkpoint}')
+        note = f'Finished: {self._folder.checkpoint}'
+        if skipped := self._recorder.skipped_in_all:
+          note += f' ({skipped} updates were left out: they were not finite)'
+        self._recorder.view.note(note)
       case actions.Stop():
         self._let_end(
           errors.ExitCode.STOPPED,
@@ -214,6 +217,7 @@ class Executor:
     return events.Merged(
       iteration=self._recorder.iteration,
       reports=tuple(reports or ()),
+      skipped=self._recorder.skipped,
       wrong=wrong,
     )
 

@@ -23,6 +23,9 @@ class AgentSettings:
     captures: the settings of how snapshots are taken.
     durable_dir: the directory for snapshots on disk; '': a folder in the
       workdir.
+    max_skipped: updates in a row that the run leaves out at most, see
+      `TrainConfig.skip_nonfinite`. A state that survived ten different batches
+      without one usable gradient has gone bad itself, as a rule.
     max_failures: failures of one stage, without progress, that the run bears.
     hang_timeout_seconds: seconds after which a program that runs counts as
       hanging.
@@ -49,6 +52,7 @@ class AgentSettings:
   hostmem_dir: str = '/dev/shm'
   captures: capture_settings.CaptureSettings
   durable_dir: str = ''
+  max_skipped: int = 10
   max_failures: int = 3
   hang_timeout_seconds: float = 600.0
   standby: bool = True
@@ -63,10 +67,11 @@ class AgentSettings:
   faults: tuple[faults_lib.Fault, ...] = ()
 
   def __post_init__(self) -> None:
-    if self.max_failures < 0:
-      raise errors.ConfigError(
-        'max_failures', self.max_failures, 'must not be negative'
-      )
+    for name in ('max_failures', 'max_skipped'):
+      if getattr(self, name) < 0:
+        raise errors.ConfigError(
+          name, getattr(self, name), 'must not be negative'
+        )
     if self.hang_timeout_seconds <= 0:
       raise errors.ConfigError(
         'hang_timeout', self.hang_timeout_seconds, 'must be positive'

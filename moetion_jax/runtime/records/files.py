@@ -102,6 +102,18 @@ class MetricsFile:
     """Returns the digest in an iteration's line; '' if it has none."""
     return str(self._known.get(iteration, {}).get('digest', ''))
 
+  @property
+  def skipped_in_all(self) -> int:
+    """The number of lines without an update."""
+    return sum(not x.get('updated', True) for x in self._known.values())
+
+  def skipped(self, iteration: int) -> int:
+    """Returns how many updates in a row, up to one, were left out."""
+    first = iteration
+    while not self._known.get(first, {}).get('updated', True):
+      first -= 1
+    return iteration - first
+
   def write(self, line: dict[str, Any]) -> None:
     """Writes one iteration's line, or compares it with the one that exists.
 

@@ -102,12 +102,15 @@ def merge_stage(
   return merged if len(merged.digests) >= operators else None
 
 
-def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
+def make_line(
+  reports: Sequence[report.Report], tokens: int, skipped_before: int = 0
+) -> dict[str, Any]:
   """Makes one iteration's line from all stages' reports.
 
   Args:
     reports: one report per stage, in stage order, all of one iteration.
     tokens: the number of tokens of the iteration.
+    skipped_before: updates that were left out in a row just before it.
   """
   last = reports[-1]
   digests = {o: d for r in reports for o, d in r.digests.items()}
@@ -128,6 +131,7 @@ def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
     'auxiliary_loss': last.auxiliary_loss,
     'dropped': last.dropped,
     'updated': last.updated,
+    'skipped': 0 if last.updated else skipped_before + 1,
   }
   if last.eval_loss is not None:
     line['eval_loss'] = last.eval_loss

@@ -154,6 +154,16 @@ class Recorder:
     """Returns the digest of the state after an iteration, as it was written."""
     return self._lines.digest(iteration)
 
+  @property
+  def skipped(self) -> int:
+    """The number of updates in a row, up to `iteration`, that were left out."""
+    return self._lines.skipped(self.iteration)
+
+  @property
+  def skipped_in_all(self) -> int:
+    """The number of updates of the run that were left out."""
+    return self._lines.skipped_in_all
+
   def event(self, kind: str, **fields: object) -> None:
     """Writes an event, if the run was accepted.
 
@@ -193,7 +203,11 @@ class Recorder:
       if merged is None:
         return None
       reports.append(merged)
-    line = merge.make_line(reports, self._job.tokens_per_iteration)
+    line = merge.make_line(
+      reports,
+      self._job.tokens_per_iteration,
+      self._lines.skipped(one.iteration - 1),
+    )
     self._folder.check_in_place()
     self._lines.write(line)
     if one.iteration <= self.iteration:

@@ -164,6 +164,23 @@ def test_events_have_time_and_kind(tmp_path):
   assert second['stage'] == 1 and second['time'] >= first['time']
 
 
+def test_updates_that_were_left_out_are_counted(tmp_path):
+  """Also those of an earlier start, or of a version that did not count."""
+  path, made = tmp_path / 'metrics.jsonl', []
+  with record_files.MetricsFile(str(path)) as file:
+    for iteration, updated in enumerate([True, False, True, False, False], 1):
+      report = helpers.make_report(iteration, updated=updated)
+      line = merge.make_line([report], 64, file.skipped(iteration - 1))
+      made.append(line.pop('skipped'))
+      file.write(line)
+  assert made == [0, 1, 0, 1, 2]
+  with record_files.MetricsFile(str(path)) as file:
+    assert [0, *made] == [file.skipped(iteration) for iteration in range(6)]
+    assert file.skipped_in_all == 3
+    file.cut(4)
+    assert file.skipped(4) == 1 and file.skipped_in_all == 2
+
+
 @pytest.mark.parametrize('torn', [b'{"time": 1', b'{"kind": "x"}\n{"ti', b'\n'])
 def test_an_event_after_a_torn_one_is_whole(tmp_path, torn):
   path = tmp_path / 'events.jsonl'
