@@ -107,6 +107,8 @@ class DurableStore(interface.Store):
     self._memory.save(iteration, metadata, buffers, replace=True)
     try:
       self._persist(iteration)
+    except FileNotFoundError as error:  # of memory: this one makes its own
+      raise errors.StoreError(f'{error.filename}: {error.strerror}') from error
     except OSError as error:
       raise errors.StoreError(
         f'{self.folder}: snapshot {iteration}: {error.strerror}; make room, or '
@@ -152,5 +154,8 @@ class DurableStore(interface.Store):
         if self._is_interrupted:
           raise InterruptedStoreError(f'{target}: given up')
         count = min(_PIECE_BYTES, size_bytes - offset)
-        offset += os.sendfile(new.fileno(), old.fileno(), offset, count)
+        sent = os.sendfile(new.fileno(), old.fileno(), offset, count)
+        if not sent:
+          raise errors.StoreError(f'{source / name}: was cut meanwhile')
+        offset += sent
       os.fsync(new.fileno())
