@@ -33,7 +33,7 @@ def how_to_go_on(
     A line for people; '' where there is nothing to say.
   """
   if is_lost:
-    rest = f'Nothing goes on from {snapshots} any more: remove that. '
+    rest = f'Without that nothing goes on from {snapshots}: remove them. '
     return f'{rest if snapshots else ""}The same command starts over.'
   command = 'Once the cause is gone, the' if cause_stays else 'The'
   command += ' same command'

@@ -217,7 +217,10 @@ class Workdir:
     if record_files.is_in_place(self.path, self.lock_fds[0]):
       return
     if self.is_gone:
-      raise errors.StoreError(f'{self.path}: was removed while its run lived')
+      raise errors.StoreError(
+        f'{self.path}: was removed while its run lived, or moved to another '
+        'file system: then start it there, with --workdir'
+      )
     now = os.readlink(f'/proc/self/fd/{self.lock_fds[0]}')
     raise errors.StoreError(
       f'{self.path}: was moved to {now} while its run lived; move it back, or '

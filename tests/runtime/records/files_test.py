@@ -204,6 +204,28 @@ def _full():
     signal.signal(signal.SIGXFSZ, old)
 
 
+def test_lines_and_events_on_a_full_disk(tight):
+  """What was written in part is cut; with room there it goes on."""
+  helpers.fill(tight, 8192)
+  events = record_files.EventsFile(str(tight / 'events.jsonl'))
+  path = tight / 'metrics.jsonl'
+  with record_files.MetricsFile(str(path)) as f:
+    with pytest.raises(OSError, match='No space left'):
+      for iteration in range(1, 100):
+        f.write(_line(iteration))
+        events.write('start', pad='x' * 300)
+  (tight / 'fill').unlink()
+  events.write('finished')
+  kinds = [json.loads(x)['kind'] for x in open(tight / 'events.jsonl')]
+  assert kinds == ['start'] * (len(kinds) - 1) + ['finished']
+  with record_files.MetricsFile(str(path)) as f:
+    first = f.last_iteration + 1
+    assert first > 1
+    for iteration in (first, first + 1):
+      f.write(_line(iteration))
+  assert list(record_files.read_lines(path)) == [*range(1, first + 2)]
+
+
 def test_write_json_on_a_full_disk_leaves_nothing(tmp_path):
   path = tmp_path / 'workers.json'
   record_files.write_json(str(path), {'n': 1})
