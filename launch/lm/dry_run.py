@@ -46,7 +46,7 @@ def show(
     )
     sizes.append(job_lib.stage_sizes(parts, config.train.local_devices))
   replicas = config.train.replicas
-  pools = captures.policy.make_planner(
+  pools = captures.policy.planner(
     captures, sizes, '', replicas=replicas
   ).pools()
   spec, kept_iterations = config.job_spec(), captures.kept_iterations
@@ -103,7 +103,7 @@ def by_policy(
     if not policy.takes_snapshots:
       continue
     one = captures.under(policy)
-    pools = policy.make_planner(one, sizes, '', replicas=replicas).pools()
+    pools = policy.planner(one, sizes, '', replicas=replicas).pools()
     largest = max(pool.size_bytes for pool in pools)
     total = replicas * sum(pool.files * pool.size_bytes for pool in pools)
     text = (

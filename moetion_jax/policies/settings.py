@@ -44,7 +44,8 @@ class Policy:
 
   Attributes:
     name: the name that the user gives.
-    planner: makes a planner; called as `make_planner`.
+    planner: makes the planner of a run, see `kinds.base.MeasuringPlanner`;
+      raises errors.ConfigError if a window is longer than a stage can have.
     takes_snapshots: whether anything is captured.
     has_windows: whether snapshots are parts of a window, not at an interval.
     is_local: whether only the stages that lost something go back; otherwise
@@ -61,28 +62,6 @@ class Policy:
   is_local: ClassVar[bool] = False
   is_exact: ClassVar[bool] = True
   is_durable: ClassVar[bool] = False
-
-  def make_planner(
-    self,
-    settings: CaptureSettings,
-    stages: Sequence[planner_lib.StageSizes],
-    platform: str,
-    capacity: float | None = None,
-    replicas: int = 1,
-  ) -> planner_lib.Planner:
-    """Makes the planner of a run.
-
-    Args:
-      settings: the run's settings of capture.
-      stages: the operators of each stage.
-      platform: the platform, as JAX names it.
-      capacity: tokens that an expert takes in an iteration at most.
-      replicas: number of replicas of each stage.
-
-    Raises:
-      errors.ConfigError: a window is longer than a stage can have.
-    """
-    return self.planner(settings, stages, platform, capacity, replicas)
 
   def grows_capacity(self, settings: CaptureSettings) -> bool:
     """Returns True if experts that lost tokens take more for some time."""

@@ -38,7 +38,7 @@ def sizes(stage=0):
 def make_planner(policy, replicas=1, stages=1, **fields) -> planner_lib.Planner:
   """A planner of a baseline policy that has made its first decisions."""
   kind = registry.of_name(policy)
-  planner = kind.make_planner(
+  planner = kind.planner(
     capture_settings.CaptureSettings(policy=kind, **fields),
     [sizes(stage) for stage in range(stages)],
     'tpu',  # where half of an iteration may copy

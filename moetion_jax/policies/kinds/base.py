@@ -47,9 +47,12 @@ def is_late(blocked_seconds: float, seconds: float) -> bool:
 class MeasuringPlanner(planner.Planner):
   """A planner that remembers the last reports.
 
-  Arguments are those of `settings.Policy.make_planner`.
-
   Attributes:
+    settings: the run's settings of capture.
+    stages: the operators of each stage.
+    platform: the platform, as JAX names it.
+    expert_capacity: tokens that an expert takes in an iteration at most.
+    replicas: number of replicas of each stage.
     WARM_UP_ITERATIONS: iterations before anything is chosen.
     MEASURED_ITERATIONS: the last ones, which a choice goes by.
   """

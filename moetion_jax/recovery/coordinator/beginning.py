@@ -81,7 +81,7 @@ def _make_run(state: state_lib.Beginning) -> state_lib.Run:
   settings = state.settings
   first = [state.ready[stage, 0] for stage in state.stages]
   sizes = [message.operators for message in first]
-  planner = settings.captures.policy.make_planner(
+  planner = settings.captures.policy.planner(
     settings.captures,
     sizes,
     first[0].platform,

@@ -93,7 +93,7 @@ def _run(planner, iterations, stages=1, **fields: Any):
 
 def _planner(*stages, platform='gpu', **fields):
   settings = _settings(**fields)
-  planner = settings.policy.make_planner(
+  planner = settings.policy.planner(
     settings, list(stages) or [_sizes(*[6] * 8)], platform
   )
   assert isinstance(planner, sparse.SparsePlanner)
