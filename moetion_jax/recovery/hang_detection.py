@@ -124,13 +124,16 @@ def hanging(
 
 
 def deadlock(everyone: Sequence[Seen], now: float) -> str:
-  """Returns who waits for what if all have waited too long; else ''."""
+  """Returns who waits for what if all have waited too long; else ''.
+
+  A worker that is done has published all that it will.
+  """
   waiters = [one for one in everyone if one.state is WorkerState.WAITING]
   worlds = {one.stage for one in waiters}
-  if not everyone or any(
+  if not waiters or any(
     now - one.state_since < _DEADLOCK_SECONDS
     or not (
-      one.state is WorkerState.WAITING
+      one.state in (WorkerState.WAITING, WorkerState.DONE)
       or (one.detail == _COLLECTIVE and one.stage in worlds)
     )
     for one in everyone

@@ -104,7 +104,12 @@ def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
     pytest.param(
       [_waiting(0), _waiting(1, 99, 'compiling')], '', id='compiles'
     ),
-    pytest.param([_waiting(0), _waiting(1, 99, 'done')], '', id='one is done'),
+    pytest.param(
+      [_waiting(0), _waiting(1, 99, 'done')],
+      'every stage waits: stage 0 for entry 0',
+      id='one is done',
+    ),
+    pytest.param([_waiting(0, 99, 'done')], '', id='all are done'),
     pytest.param(
       [_waiting(0), _waiting(1, 31.0)],
       'every stage waits: stage 0 for entry 0; stage 1 for entry 1',
