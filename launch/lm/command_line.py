@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -20,7 +21,7 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
 
   A wrong flag or setting is one line on stderr and `ExitCode.REFUSED`. When
   nobody reads the output any more the command ends quietly, unless `main`
-  called `streams.outlive`.
+  called `streams.outlive`; so it does at Ctrl-C.
 
   Args:
     name: the command's name in error lines.
@@ -53,6 +54,9 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
         if isinstance(ended, SystemExit) and not ended.code:
           raise
       raise  # what failed counts, not that nobody reads it
+  except KeyboardInterrupt:  # ends as whoever does not catch it, in silence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
   except streams.LostError as lost:
     if lost.errno == errno.EPIPE:
       sys.exit(streams.BROKEN_PIPE_CODE)

@@ -1,6 +1,7 @@
 """Commands whose output nobody reads, or cannot be written."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,6 +26,8 @@ def main(argv):
     raise errors.ConfigError('flag', 1, 'is wrong')
   if argv[1] == 'crash':
     raise ValueError('a bug')
+  if argv[1] == 'interrupt':
+    os.kill(os.getpid(), 2)
   if argv[1] == 'table':
     import rich.console
     rich.console.Console().print('a table')
@@ -137,6 +140,12 @@ def test_what_failed_counts_not_that_nobody_reads_it(how, code, says):
   _, err = process.communicate(timeout=60)
   assert process.returncode == code and says in err
   assert 'BrokenPipe' not in err
+
+
+def test_an_interrupt_ends_it_without_a_traceback():
+  process = _start('interrupt', '1', stderr=subprocess.PIPE)
+  _, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (-signal.SIGINT, '')
 
 
 @pytest.mark.parametrize('is_full', [False, True])
