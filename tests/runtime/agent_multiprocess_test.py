@@ -8,10 +8,12 @@ import contextlib
 import os
 import resource
 import signal
+import time
 
 import pytest
 
 from moetion_jax import errors
+from moetion_jax.hostmem import segment
 from tests.support import helpers, runs
 
 pytestmark = pytest.mark.timeout(600)
@@ -234,6 +236,31 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   assert f'left by pid {run.pid}; the run goes on with it' in out
   first = runs.resumptions(workdir)
   assert len(first) == 2 and min(first) > 1
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  assert host.is_clean()
+
+
+@pytest.mark.thorough
+def test_workers_go_on_with_a_stopped_agent(host, tmp_path, undisturbed):
+  """They wait for the line, which it moves, in the middle of an iteration."""
+  workdir = tmp_path / 'run'
+  run = host.train(workdir, '--window_length=3')
+  runs.until(run, 'iteration 5/')
+  run.send_signal(signal.SIGSTOP)
+
+  def newest():
+    paths = host.path.glob('*/*.segment')
+    return [segment.newest_iteration(path) for path in paths]
+
+  seen, since = newest(), time.monotonic()
+  while time.monotonic() < since + 2:  # until stores and logs are full
+    time.sleep(0.05)
+    if seen != newest():
+      seen, since = newest(), time.monotonic()
+  assert max(seen) < runs.ITERATIONS
+  run.send_signal(signal.SIGCONT)
+  runs.end(run)
+  assert 'failure' not in runs.kinds(workdir)
   assert runs.bits(runs.metrics(workdir)) == undisturbed
   assert host.is_clean()
 

@@ -7,9 +7,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
@@ -73,7 +75,8 @@ class Transcript:
 class ChildProcess(Generic[_Spec, _Sent]):
   """A child process and its pipes. `start` first; `kill`, `close` last.
 
-  Nothing here waits, except `close`: the owner polls `status_fd`, `output_fd`
+  Nothing here waits, except `close`, and a thread for a child that does not
+  read (one that is stopped, say): the owner polls `status_fd`, `output_fd`
   and `pid_fd`, and when one is readable calls `read_status`, `read_output` or
   `reap`.
 
@@ -91,6 +94,8 @@ class ChildProcess(Generic[_Spec, _Sent]):
     self._module = module
     self._on_line = on_line
     self._process: subprocess.Popen[bytes] | None = None
+    self._sent: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # b'': no more
+    self._sender = threading.Thread(target=self._send_all, daemon=True)
     self._status_lines = messages.Lines()
     self._output_lines = messages.Lines()
 
@@ -133,6 +138,7 @@ class ChildProcess(Generic[_Spec, _Sent]):
     with contextlib.suppress(BrokenPipeError):  # it died: its pid_fd says so
       self._process.stdin.write(json.dumps(codec.encode(full)).encode())
       self._process.stdin.close()
+    self._sender.start()
 
   @property
   def pid(self) -> int:
@@ -142,8 +148,12 @@ class ChildProcess(Generic[_Spec, _Sent]):
 
   def send(self, message: _Sent) -> None:
     """Sends a message; a message to a dead process is lost."""
+    self._sent.put(messages.pack(message))
+
+  def _send_all(self) -> None:
     with contextlib.suppress(BrokenPipeError):
-      messages.write(self._control_fd, messages.pack(message))
+      while data := self._sent.get():
+        messages.write(self._control_fd, data)
 
   def read_status(self) -> tuple[list[Any], bool]:
     """Returns the messages that have come, and whether no more can come."""
@@ -176,6 +186,9 @@ class ChildProcess(Generic[_Spec, _Sent]):
     self.is_closed = True
     if self._process is not None:
       self.exit_code = self._process.wait()
+    if self._sender.is_alive():  # it writes to nobody now
+      self._sent.put(b'')
+      self._sender.join()
     if self.output_fd >= 0:
       self.read_output()
     for fd in (self.status_fd, self.output_fd, self.pid_fd, self._control_fd):

@@ -1,6 +1,7 @@
 """Commands whose output nobody reads, or cannot be written."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_a_command_outlives_its_reader():
   )
   code, err = _end_after_one_line(process)
   assert code == 3
-  said, last = err.splitlines()
+  said, last = sorted(err.splitlines())
   assert said.startswith('it: standard output can no longer be written')
   assert 'Broken pipe' in said and last.startswith('opened')
 
@@ -206,3 +207,23 @@ def test_a_whole_reader_gets_everything():
   process = _start('outlive', '5', stdout=subprocess.PIPE)
   out, _ = process.communicate(timeout=60)
   assert out.splitlines() == [f'line {i}' for i in range(5)]
+
+
+@pytest.mark.parametrize(
+  ('lines', 'is_whole'), [(30_000, True), (200_000, False)]
+)
+def test_nobody_waits_for_a_slow_reader(lines, is_whole):
+  """As a terminal after Ctrl-S; what was printed is there when it goes on."""
+  process = _start(
+    'outlive', str(lines), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  assert select.select([process.stderr], [], [], 60)[0], 'it waits'
+  assert process.stderr.readline().startswith('opened')
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 3
+  read = out.splitlines()
+  if is_whole:
+    assert read == [f'line {i}' for i in range(lines)]
+  else:
+    assert read[:9] == [f'line {i}' for i in range(9)]
+    assert len(read) < lines and 'while nobody read is left out' in out

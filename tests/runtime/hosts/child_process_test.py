@@ -1,0 +1,28 @@
+"""A child process as its owner sees it, who must not wait for it."""
+
+import os
+import signal
+
+import pytest
+
+from moetion_jax.logs import remote
+from moetion_jax.runtime import messages, spec as spec_lib
+from moetion_jax.runtime.hosts import child_process
+from tests.support import helpers
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_is_stopped_keeps_nobody_waiting():
+  child = child_process.WorkerProcess(spec_lib.STANDBY)
+  child.start(helpers.worker_spec(helpers.micro_run()), {}, ())
+  os.kill(child.pid, signal.SIGSTOP)
+  one = messages.ProducerLocation(
+    stage=0,
+    replica=0,
+    location=remote.Location(host='x' * 1024, address='', generation=1),
+  )
+  for _ in range(10):  # more than a pipe holds
+    child.send(messages.Locations(locations=(one,) * 100))
+  child.kill()
+  child.close()
+  assert child.describe_exit() == 'was killed by SIGKILL'
