@@ -22,8 +22,6 @@ HALF_MADE = frozenset(
   {
     'SegmentWriter._layout',
     'StageRun._programs',
-    'StoreServer._monitor',
-    'StoreServer._router',
     'Worker()',
   }
 )
