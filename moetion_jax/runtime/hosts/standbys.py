@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from moetion_jax.runtime import spec as spec_lib
+from moetion_jax.runtime import linux_process, spec as spec_lib
 from moetion_jax.runtime.hosts import child_process
 
 # Starts per replica of which none became warm; then no more are started.
@@ -100,13 +100,17 @@ class Standbys:
   def take(self, stage: int, team: Sequence[int], host: str) -> TakenStandby:
     """Has the warm standbys become workers of a stage.
 
-    One that is not warm is of no use: a new process is faster.
+    One that is not warm is of no use: a new process is faster. One that is
+    stopped is ended: with a stage it would be found to be, and fail that again.
 
     Args:
       stage: the stage whose workers they become.
       team: the replicas that have a worker.
       host: name of the host on which they have to be.
     """
+    for worker in [*self.everyone]:
+      if worker in self.everyone and linux_process.is_stopped(worker.pid):
+        self.died(worker)
     warm = [
       worker
       for worker in self.everyone

@@ -1,6 +1,9 @@
-"""Which standbys there are, and who takes whose place; nothing runs here."""
+"""Which standbys there are, and who takes whose place; nothing is prepared."""
 
 import itertools
+import os
+import signal
+import subprocess
 
 import pytest
 
@@ -24,9 +27,14 @@ class _Processes:
       lambda replica: child_process.WorkerProcess(
         spec_lib.STANDBY, 'here', replica=replica
       ),
-      lambda worker, spec: self.started.append((worker, spec)),
+      self._start,
       self.ended.append,
     )
+
+  def _start(self, worker, spec):
+    worker._process = subprocess.Popen(['true'])
+    worker._process.wait()
+    self.started.append((worker, spec))
 
   def warm(self, **changes):
     """What is started, which then is warm."""
@@ -72,6 +80,25 @@ def test_a_world_that_lost_one_is_of_no_use():
   them.standbys.died(second)
   assert them.ended == [first, second] and not them.standbys.everyone
   assert [world for _, _, world, _ in them.warm()] == ['world 2'] * 2
+
+
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_one_that_is_stopped_is_ended(replicas):
+  them = _Processes(replicas)
+  them.warm()
+  everyone = [*them.standbys.everyone]
+  try:
+    for worker in everyone:
+      worker._process = subprocess.Popen(['sleep', 'infinity'])
+    everyone[-1]._process.send_signal(signal.SIGSTOP)
+    os.waitpid(everyone[-1].pid, os.WUNTRACED)
+    team = tuple(range(replicas))
+    assert them.standbys.take(0, team, 'here') == standbys.TakenStandby()
+    assert them.ended == everyone and not them.standbys.everyone
+  finally:
+    for worker in everyone:
+      worker._process.kill()
+      worker._process.wait()
 
 
 def test_a_world_that_is_not_complete_is_not_taken():
