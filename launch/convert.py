@@ -209,6 +209,7 @@ def main(argv: list[str]) -> int:
     )
   if _OUT.value and os.path.lexists(_OUT.value):
     raise errors.ConfigError('out', _OUT.value, 'exists; name another folder')
+  places.check_found('out', _OUT.value)
   places.check_output('out', _OUT.value, str(run.workdir), run.folders)
   with contextlib.ExitStack() as stack:
     try:

@@ -643,6 +643,8 @@ def test_wrong_flags_of_convert(left, tmp_path):
   refuse = lambda *flags: convert(left.workdir, left.hostmem_dir, *flags)  # noqa: E731
   _refused(refuse('--stage=3'), '--stage=3', '0 to 2')
   _refused(refuse('--stage=0', f'--out={tmp_path}'), '--out', 'exists')
+  long = f'--out={tmp_path}/{"x" * 500}'
+  _refused(refuse('--stage=0', long), '--out', 'File name too long')
   # It would pass for the checkpoint of the finished run.
   for folder in (left.workdir / 'checkpoint', left.run.folders[0] / 'x'):
     _refused(refuse('--stage=0', f'--out={folder}'), '--out', 'name a folder')

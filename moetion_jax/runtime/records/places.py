@@ -61,7 +61,9 @@ def check(
   """
   workdir = os.path.realpath(places.workdir)
   removed = [os.path.realpath(folder) for folder in of_run]
-  _check_found('init_from', places.init_from)
+  # A cache that cannot be used is no reason not to train.
+  for name in ('init_from', 'durable_dir', 'hostmem_dir'):
+    check_found(name, getattr(places, name))
   for name in ('durable_dir', 'hostmem_dir', 'compilation_cache_dir'):
     check_output(name, getattr(places, name), places.workdir, of_run)
   if places.durable_dir and _same(places.durable_dir, places.hostmem_dir):
@@ -160,10 +162,8 @@ def check_output(
     of_run: see `check`.
 
   Raises:
-    errors.ConfigError: it lies in what that run writes itself, or cannot be
-      looked up.
+    errors.ConfigError: it lies in what that run writes itself.
   """
-  _check_found(name, value)
   path = os.path.realpath(os.path.expanduser(value))
   removed = [os.path.realpath(folder) for folder in of_run]
   where = _written(path, os.path.realpath(workdir), removed) if value else ''
@@ -176,7 +176,7 @@ def check_output(
     )
 
 
-def _check_found(name: str, value: str) -> None:
+def check_found(name: str, value: str) -> None:
   """Raises errors.ConfigError if the system refuses to look a path up.
 
   A name may be too long, or a folder on the way may not be searched. That

@@ -79,15 +79,11 @@ _REFUSED = [
 def test_paths_that_the_system_refuses(here, as_other, path, why):
   """The setting is named, before anything is made or removed."""
   os.symlink('loop', 'loop')
-  for name in (
-    'init_from',
-    'durable_dir',
-    'hostmem_dir',
-    'compilation_cache_dir',
-  ):
+  for name in ('init_from', 'durable_dir', 'hostmem_dir'):
     with pytest.raises(errors.ConfigError, match=why) as error:
       _check(False, **{name: path})
     assert error.value.flag == name and str(error.value.value) == path
+  _check(False, compilation_cache_dir=path)  # the run does without
 
 
 @pytest.mark.parametrize(
