@@ -344,6 +344,31 @@ def test_a_full_store_says_why(open_store):
   assert _save(store, 3) == 0 or store.iterations() == [2, 3]
 
 
+def test_more_host_memory_for_a_full_store(open_store):
+  """What the error says, each in its way: more files, or fewer snapshots."""
+  store = open_store(files=2)
+  _save(store, 0)
+  _save(store, 1)
+  words = 'give more host memory or keep fewer windows'
+  with pytest.raises(interface.SnapshotFullError, match=words):
+    _save(store, 2)
+  store.close()
+  store = open_store(files=3)
+  assert _save(store, 2) == _BYTES
+  store.retain(1)
+  assert _save(store, 3) == _BYTES
+  _check_all(store.folder, [1, 2, 3])
+
+
+def test_fewer_snapshots_for_a_small_tmpfs(tight):
+  with pytest.raises(errors_lib.StoreError, match='fewer kept windows need'):
+    memory_store.SnapshotStore(tight / 'worker', 5 * _PAGE, 4).start()
+  assert not list((tight / 'worker').iterdir())
+  with memory_store.SnapshotStore(tight / 'worker', 5 * _PAGE, 2):
+    pass
+  assert len(list((tight / 'worker').iterdir())) == 2
+
+
 def test_snapshots_that_do_not_fit(open_store):
   store = open_store()
   large = np.zeros(_SIZE_BYTES + 1, np.uint8)
