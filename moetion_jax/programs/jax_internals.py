@@ -18,6 +18,9 @@ from jax._src import distributed, xla_bridge
 from jax.extend import backend
 from jaxlib import _jax
 
+# A week: it is the agent that ends a wait that leads nowhere.
+_MEETING_MILLISECONDS = 7 * 24 * 3600 * 1000
+
 
 def has_backend() -> bool:
   """Returns whether this process has created a backend; creates none.
@@ -121,6 +124,19 @@ def let_all_write_cache() -> None:
   """
   assert has_backend()
   distributed.global_state.process_id = 0
+
+
+def meet(name: str) -> None:
+  """Waits until all processes of the world call this, however long it takes.
+
+  Reason: gloo gives a member 30 s to come to the first collective, and no other
+  limit can be set; on a machine that has much to do that is no failure. Every
+  public function that waits for all is a collective itself.
+
+  Args:
+    name: the name of the meeting; there is one of it in a world.
+  """
+  distributed.global_state.client.wait_at_barrier(name, _MEETING_MILLISECONDS)
 
 
 @contextlib.contextmanager

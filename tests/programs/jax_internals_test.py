@@ -88,21 +88,19 @@ _WORLD = """
 import sys, jax, numpy as np
 from jax.experimental import multihost_utils
 from moetion_jax.runtime import xla_setup
-xla_setup.join_world(sys.argv[1], 2, int(sys.argv[2]), 60)
+xla_setup.join_world(sys.argv[1], 2, int(sys.argv[2]))
 print(multihost_utils.process_allgather(np.float32(sys.argv[2])).tolist())
 """
 
 
-def test_gather_at():
-  """Of a host whose name has no address; it takes root to give it that."""
+def _run_world(code, *arguments, within=()):
+  """The last line that each of two members printed; gloo may print before."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{probe.getsockname()[1]}'
-  name = 'hostname moetion.invalid && exec "$@"'
   members = [
     subprocess.Popen(
-      ['unshare', '--uts', 'sh', '-c', name, 'sh']
-      + [sys.executable, '-c', _WORLD, address, str(number)],
+      [*within, sys.executable, '-c', code, address, str(number), *arguments],
       cwd=helpers.ROOT,
       env=os.environ | {'JAX_PLATFORMS': 'cpu'},
       stdout=subprocess.PIPE,
@@ -111,10 +109,48 @@ def test_gather_at():
     )
     for number in range(2)
   ]
+  said = []
   for member in members:
     out, err = member.communicate(timeout=120)
     assert member.returncode == 0, err
-    assert out.splitlines()[-1] == '[0.0, 1.0]'  # gloo may print before
+    said.append(out.splitlines()[-1])
+  return said
+
+
+def test_gather_at():
+  """Of a host whose name has no address; it takes root to give it that."""
+  name = 'hostname moetion.invalid && exec "$@"'
+  within = ['unshare', '--uts', 'sh', '-c', name, 'sh']
+  assert _run_world(_WORLD, within=within) == ['[0.0, 1.0]'] * 2
+
+
+_LATE = """
+import sys, time, numpy as np
+from jax.experimental import multihost_utils
+from moetion_jax.programs import jax_internals
+from moetion_jax.runtime import xla_setup
+number = int(sys.argv[2])
+xla_setup.join_world(sys.argv[1], 2, number)
+if number == 1:
+  time.sleep(float(sys.argv[3]))
+come = time.monotonic()
+jax_internals.meet('a name')
+met = time.monotonic()
+multihost_utils.process_allgather(np.float32(0))
+print(come, met)
+"""
+
+
+@pytest.mark.parametrize(
+  'late_seconds',
+  # Without a meeting gloo gives up after 30.
+  [1, pytest.param(40, marks=pytest.mark.soak)],
+)
+def test_meet(late_seconds):
+  (_, met), (come, _) = (
+    map(float, line.split()) for line in _run_world(_LATE, str(late_seconds))
+  )
+  assert met >= come
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from moetion_jax.logs import (
   zmq_client,
 )
 from moetion_jax.policies import planner
-from moetion_jax.programs import stage as stage_lib
+from moetion_jax.programs import jax_internals, stage as stage_lib
 from moetion_jax.recovery import events, orders
 from moetion_jax.runtime import faults, messages, spec as spec_lib
 from moetion_jax.runtime.worker import (
@@ -51,6 +51,7 @@ from moetion_jax.snapshots import (
 from moetion_jax.state import partition
 from moetion_jax.training import job, worker
 
+_COLLECTIVE = 'reduce'  # the first program that all of a world run together
 # Room beside each leaf of each operator: digests, scalars, padding.
 _PADDING_BYTES = 64
 
@@ -91,6 +92,7 @@ class StageRun:
     )
     self._closing = contextlib.ExitStack()
     self._told = 0
+    self._has_met = False  # the others of the world, in a collective
 
   def sizes(self) -> planner.StageSizes:
     """Returns the sizes of the stage's operators."""
@@ -159,6 +161,9 @@ class StageRun:
     if self._link.is_interrupted:
       raise agent_link.StopHereError
     self._injector.phase(phase, iteration)
+    if phase == _COLLECTIVE and self._spec.world and not self._has_met:
+      self._has_met = True
+      jax_internals.meet(phase)
 
   def _train(self, go: orders.Go) -> None:
     """Trains until the run ends or stops.
@@ -184,6 +189,8 @@ class StageRun:
     state = restoring.begin()
     fetched = time.monotonic()
     snapshots = self._snapshots(go, log)
+    if self._stage.ownership and spec.world:
+      jax_internals.meet('compute')  # it gathers its compute weights
 
     def retain(line: int) -> None:
       if snapshots:

@@ -46,8 +46,6 @@ _FINAL = (
 # A standby prepares beside workers that train: it must not take their time.
 # With 5 it was not warm after four minutes where two cores had much to do.
 _STANDBY_NICENESS = 2
-# Time for the others of a world that get less of the cores.
-_STANDBY_WORLD_SECONDS = 300
 
 
 def _stand_by(
@@ -71,9 +69,7 @@ def _stand_by(
       from moetion_jax.runtime import xla_setup
 
       if spec.world:
-        xla_setup.join_world(
-          spec.world, len(spec.team), spec.replica, _STANDBY_WORLD_SECONDS
-        )
+        xla_setup.join_world(spec.world, len(spec.team), spec.replica)
       else:
         jax.devices()
     finally:  # the waiting thread goes on, and meets the error itself
