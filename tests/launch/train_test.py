@@ -145,6 +145,19 @@ def test_a_finished_run_says_so(finished):
   assert 'finished' in result.stdout and '--fresh' in result.stdout
 
 
+def test_a_worker_that_cannot_be_started_is_named(host, tmp_path):
+  """Whatever is missing for it; here: descriptors."""
+  limited = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+os.execv(sys.executable, [sys.executable, '-m', 'launch.train', *sys.argv[1:]])
+"""
+  flags = helpers.train_flags(tmp_path / 'run', f'--hostmem_dir={host.path}')
+  _, err = runs.end(host.start('-c', limited, *flags), 1)
+  assert 'Traceback' not in err
+  assert 'worker.main: Too many open files; make that possible' in err
+
+
 def test_another_run_in_the_same_workdir_is_refused(finished):
   flags = helpers.train_flags(finished, '--seed=7')
   result = helpers.launch('train', *flags)

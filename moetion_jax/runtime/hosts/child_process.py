@@ -111,7 +111,20 @@ class ChildProcess(Generic[_Spec, _Sent]):
       spec: what it is told, without the pipes.
       environment: variables to set on top of those of this process.
       lock_fds: descriptors that it inherits, and with them the locks.
+
+    Raises:
+      OSError: it cannot be started; the filename says what.
     """
+    with disk.naming(f'{sys.executable} -m {self._module}'):
+      self._start(spec, environment, lock_fds)
+    self._sender.start()
+
+  def _start(
+    self,
+    spec: _Spec,
+    environment: Mapping[str, str],
+    lock_fds: tuple[int, ...],
+  ) -> None:
     self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
     their_control, self._control_fd = os.pipe2(os.O_CLOEXEC)
     self.output_fd, their_output = os.pipe2(os.O_CLOEXEC)
@@ -138,13 +151,11 @@ class ChildProcess(Generic[_Spec, _Sent]):
     with contextlib.suppress(BrokenPipeError):  # it died: its pid_fd says so
       self._process.stdin.write(json.dumps(codec.encode(full)).encode())
       self._process.stdin.close()
-    self._sender.start()
 
   @property
   def pid(self) -> int:
-    """Pid of the process."""
-    assert self._process is not None
-    return self._process.pid
+    """Pid of the process; 0 before it was started."""
+    return self._process.pid if self._process is not None else 0
 
   def send(self, message: _Sent) -> None:
     """Sends a message; a message to a dead process is lost."""

@@ -9,6 +9,7 @@ whole or not at all.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 
 from moetion_jax.runtime import linux_process, spec as spec_lib
@@ -81,16 +82,19 @@ class Standbys:
       self._attempts += 1
       worker = self._make(len(self.everyone))
       self.everyone.append(worker)
-      self._start(
-        worker,
-        dataclasses.replace(
-          spec,
-          replica=worker.replica,
-          host=worker.host,
-          team=team,
-          world=self._world,
-        ),
+      full = dataclasses.replace(
+        spec,
+        replica=worker.replica,
+        host=worker.host,
+        team=team,
+        world=self._world,
       )
+      try:
+        self._start(worker, full)
+      except OSError as error:  # a run does without, for some time
+        print(f'No standby: {error}', file=sys.stderr)
+        self.died(worker)
+        return
 
   def warmed(self, worker: child_process.WorkerProcess) -> None:
     """Takes in that a standby is prepared."""

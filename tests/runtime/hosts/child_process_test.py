@@ -1,6 +1,7 @@
 """A child process as its owner sees it, who must not wait for it."""
 
 import os
+import resource
 import signal
 
 import pytest
@@ -9,6 +10,22 @@ from moetion_jax.logs import remote
 from moetion_jax.runtime import messages, spec as spec_lib
 from moetion_jax.runtime.hosts import child_process
 from tests.support import helpers
+
+
+def test_a_child_that_cannot_be_started_is_named():
+  """And is closed as if it had ended."""
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  child = child_process.WorkerProcess(spec_lib.STANDBY)
+  opened = len(os.listdir('/proc/self/fd'))
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 5, before[1]))
+    with pytest.raises(OSError, match='Too many open files: .*worker.main'):
+      child.start(helpers.worker_spec(helpers.micro_run()), {}, ())
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+  assert child.pid == 0
+  child.kill()
+  child.close()
 
 
 @pytest.mark.timeout(60)

@@ -1,5 +1,6 @@
 """Which standbys there are, and who takes whose place; nothing is prepared."""
 
+import errno
 import itertools
 import os
 import signal
@@ -19,7 +20,7 @@ class _Processes:
   """Notes what would be started and ended."""
 
   def __init__(self, replicas):
-    self.started, self.ended = [], []
+    self.started, self.ended, self.refuses = [], [], False
     worlds = (f'world {n}' for n in itertools.count(1))
     self.new_world = lambda: next(worlds)
     self.standbys = standbys.Standbys(
@@ -32,6 +33,8 @@ class _Processes:
     )
 
   def _start(self, worker, spec):
+    if self.refuses:
+      raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')
     worker._process = subprocess.Popen(['true'])
     worker._process.wait()
     self.started.append((worker, spec))
@@ -45,6 +48,17 @@ class _Processes:
     for worker, _ in new:
       self.standbys.warmed(worker)
     return [(s.replica, s.team, s.world, s.host) for _, s in new]
+
+
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_one_that_cannot_be_started_does_not_end_the_run(replicas, capsys):
+  them = _Processes(replicas)
+  them.refuses = True
+  assert them.warm() == [] and not them.standbys.everyone
+  assert len(them.ended) == 1
+  assert 'Resource temporarily unavailable' in capsys.readouterr().err
+  them.refuses = False
+  assert len(them.warm()) == replicas
 
 
 def test_one_replaces_one():
