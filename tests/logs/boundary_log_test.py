@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import mmap
+import os
 import threading
 import time
 import uuid
@@ -377,6 +378,37 @@ def test_fenced_reader(folders):
   pair.servers[0].fence(keys.WorkerId(1, 0, 2))
   with pytest.raises(errors.FencedError, match='generation 1'):
     pair.logs[1].read(_key(1), timeout_seconds=_SECONDS)
+  pair.close()
+
+
+@pytest.mark.parametrize('left', [None, 0.0, 0.5])
+@pytest.mark.parametrize('kind', ['host', 'hosts'])
+def test_a_log_that_is_cut_or_removed(folders, kind, left):
+  """Who writes it fails, whatever it waits for; who reads it waits."""
+  pair = _Pair(kind, folders)
+  writer, reader = pair.logs
+  writer.publish(_key(1), np.zeros(9, np.float32))
+  writer.flush(_SECONDS)
+  reader.read(_key(1), timeout_seconds=_SECONDS)
+  # Of the other, which gives nothing.
+  waiting = _Reading(writer, _key(1, stage=1)), _Reading(reader, _key(2))
+  _until_waiting(writer, _key(1, stage=1))
+  _until_waiting(reader, _key(2))
+  path = segment.segment_path(pair.folders[0], 0, 0)
+  if left is None:
+    path.unlink()
+  else:
+    os.truncate(path, int(path.stat().st_size * left))
+  assert 'cut or removed' in str(waiting[0].get())
+  with pytest.raises(errors.StoreError, match='cut or removed'):
+    writer.publish(_key(2), np.zeros(9, np.float32))
+  writer.close()
+  # Its next generation begins a new one.
+  segment.fence(pair.folders[0], keys.WorkerId(0, 0, 2))
+  pair.logs[0] = pair.make(0, generation=2)
+  pair.logs[0].start()
+  pair.logs[0].publish(_key(2), np.ones(9, np.float32))
+  assert waiting[1].get().tolist() == [1] * 9
   pair.close()
 
 
