@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import selectors
 import shutil
 
@@ -236,6 +237,13 @@ def test_a_workdir_that_is_gone(tmp_path, folder, is_moved):
     moved.rename(folder.path)  # as the error says
     folder.check_in_place()
     assert str(folder.path) in str(ending.of_system(full, folder))
+
+
+def test_the_readme_lists_every_exit_code():
+  text = (helpers.ROOT / 'README.md').read_text()
+  _, table = text.split('| exit code | what | start the same command again? |')
+  listed = re.findall(r'^\| (\d+) \|', table.split('\n\n')[0], re.MULTILINE)
+  assert sorted(map(int, listed)) == sorted(errors.ExitCode)
 
 
 def test_what_names_no_file_is_not_blamed_on_the_workdir(folder):
