@@ -313,6 +313,7 @@ def test_lines_are_on_disk_before_what_needs_them(tmp_path, action, message):
     job = helpers.micro_run().job_spec()
     saver = child_process.WorkerProcess(0)
     told, saver._control_fd = os.pipe()
+    saver._sender.start()
     with recorder.Recorder(job, folder, recorder.View()) as record:
       record.accept({(0, 0): ready}, {})
       digests = {operator: np.zeros(2, np.uint32)}
