@@ -346,11 +346,12 @@ def slot_choice(
   distinct = {id(s): i for i, s in enumerate(costs.stages)}.values()
   choices = []
   for stage in distinct:
-    operators = costs.operators(order, stage)
-    length = min(pinned_length or 0, len(operators.order)) or None
     choices.append(
       window.choose_window(
-        operators, budget, pinned_length=length, pinned_mode=pinned_mode
+        costs.operators(order, stage),
+        budget,
+        pinned_length=pinned_length,
+        pinned_mode=pinned_mode,
       )
     )
   return window.longest(choices)

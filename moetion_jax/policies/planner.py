@@ -123,6 +123,15 @@ class Planner(abc.ABC):
       reports: one report a stage, of the iteration after the last one's.
     """
 
+  def remarks(self, first_iteration: int) -> Change | None:
+    """Returns the event that the first decisions are worth, if any.
+
+    Args:
+      first_iteration: the iteration with which a run begins.
+    """
+    del first_iteration
+    return None
+
   def restart_from(
     self, start: int, versions: Mapping[keys.OperatorId, int]
   ) -> Loss | None:

@@ -61,10 +61,10 @@ def test_the_bits_of_the_one_process_cut(host, tmp_path, stages, microbatches):
 
 
 def test_killed_workers_recover(host, tmp_path, undisturbed):
-  """One of them, then all at once."""
+  """One of them, then all at once; stage 0 has fewer operators than slots."""
   workdir = tmp_path / 'run'
-  run = host.train(workdir, '--standby')
-  runs.until(run, 'iteration 6/')
+  run = host.train(workdir, '--standby', '--window_length=8')
+  runs.until(run, 'iteration 12/')
   os.kill(runs.workers(workdir)[1]['pid'], signal.SIGKILL)
   line = runs.until(run, 'was killed by SIGKILL')
   assert 'stage 1, iteration' in line and 'stage(s) 1 recover(s)' in line
@@ -77,6 +77,8 @@ def test_killed_workers_recover(host, tmp_path, undisturbed):
   events = runs.events(workdir)
   count = collections.Counter(e['kind'] for e in events)
   assert count['failure'] == 3 and count['finished'] == 1
+  (window,) = runs.of_kind(workdir, 'window')
+  assert window['empty_slots'] == [1, 0]
   assert events[-1]['kind'] == 'finished'
   recovered = [e for e in events if e['kind'] == 'recovered']
   assert {e['stage'] for e in recovered} == {0, 1}

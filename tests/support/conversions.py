@@ -88,7 +88,7 @@ class Piece:
 
   Attributes:
     first_iteration: of them.
-    window_length: cut to the number of operators.
+    window_length: slots are empty if it is more than there are operators.
     mode: of `slots.MODES`.
     seed: of the operators' order.
   """
@@ -101,12 +101,11 @@ class Piece:
   def decision(self, of: layout.Layout) -> decision_lib.CaptureDecision:
     order = list(of.operators)
     np.random.default_rng(self.seed).shuffle(order)
-    length = min(self.window_length, len(order))
     return decision_lib.CaptureDecision(
       first_iteration=self.first_iteration,
-      window_length=length,
+      window_length=self.window_length,
       mode=self.mode,
-      slots=slots.make_slots(order, of.state_bytes(), length),
+      slots=slots.make_slots(order, of.state_bytes(), self.window_length),
     )
 
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moetion_jax import report
+from moetion_jax import errors, report
 from moetion_jax.policies import (
   decision,
   planner,
@@ -65,6 +65,23 @@ class SparsePlanner(base.MeasuringPlanner):
   @property
   def _window_iterations(self) -> int:
     return self.choice.window_length * self.choice.every
+
+  def remarks(self, first_iteration: int) -> planner.Change | None:
+    """See `planner.Planner`: a pinned window of which slots are empty."""
+    fields = self._fields(self.choice)
+    if not self._is_pinned or 'empty_slots' not in fields:
+      return None
+    return self._changed('window', first_iteration, fields)
+
+  def _fields(self, choice: window.WindowChoice) -> dict[str, Any]:
+    """Returns what an event says of a window; by stage, its empty slots."""
+    fields = dataclasses.asdict(choice)
+    del fields['pinned']
+    empty_slots = [
+      max(0, choice.window_length - len(stage.state_bytes))
+      for stage in self.stages
+    ]
+    return fields | ({'empty_slots': empty_slots} if any(empty_slots) else {})
 
   def decisions(
     self, first_iteration: int
@@ -203,6 +220,13 @@ class SparsePlanner(base.MeasuringPlanner):
   ) -> window.WindowChoice:
     """Chooses the longest window that a stage wants, or whole snapshots."""
     pinned_mode = self.settings.window_mode or None
+    most = max(len(stage.state_bytes) for stage in self.stages)
+    if self.settings.window_length > most:
+      raise errors.ConfigError(
+        'window_length',
+        self.settings.window_length,
+        f'the largest stage has {most} operators only: no more slots than that',
+      )
     if self._is_pinned or budgets is None:
       length = self.settings.window_length or min(
         FIRST_WINDOW, self.settings.longest_window
@@ -287,9 +311,7 @@ class SparsePlanner(base.MeasuringPlanner):
     self.choice = choice
     self._lag_window = min(self._lag_window, self._window_iterations)
     self._late.clear()
-    fields = dataclasses.asdict(choice)
-    del fields['pinned']
-    return self._changed('window', first_iteration, fields)
+    return self._changed('window', first_iteration, self._fields(choice))
 
   def _reorder(self, iteration: int) -> planner.Change | None:
     if self.settings.order == 'static' or self.choice.window_length == 1:
@@ -333,6 +355,10 @@ class _NoPlanner(SparsePlanner):
   def pools(self, workers: int | None = None) -> list[planner.PoolSize]:
     """See `planner.Planner`."""
     return [planner.PoolSize(files=0, size_bytes=0) for _ in self.stages]
+
+  def remarks(self, first_iteration: int) -> planner.Change | None:
+    """See `planner.Planner`."""
+    return None
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
     """See `planner.Planner`."""

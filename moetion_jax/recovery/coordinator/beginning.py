@@ -201,5 +201,7 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
       f'{run.settings.workdir} has {last_recorded - initial} iterations of '
       'this run; they are done again and compared.'
     )
+  if remarks := run.planner.remarks(plan.start):
+    run.record(remarks.kind, **remarks.fields)
   run.do(actions.Begin(iteration=plan.start))
   yield from going_back.begin(run, plan, lost, last_recorded)

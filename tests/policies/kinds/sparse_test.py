@@ -71,9 +71,49 @@ def test_the_first_window(fields, operators, length, mode):
   assert planner.lag_iterations == length
 
 
-def test_a_window_longer_than_a_stage_is_refused():
-  with pytest.raises(errors.ConfigError, match='--window_length=9'):
-    sparse.SparsePlanner(_settings(window_length=9), [_sizes(*[60] * 8)], 'cpu')
+def test_a_window_longer_than_every_stage_is_refused():
+  stages = [_sizes(*[60] * n, layer=n) for n in (3, 8)]
+  with pytest.raises(errors.ConfigError, match='--window_length=9: .* 8 oper'):
+    sparse.SparsePlanner(_settings(window_length=9), stages, 'cpu')
+
+
+@pytest.mark.parametrize('order', ['static', 'count'])
+@pytest.mark.parametrize('mode', ['rolling', 'aligned'])
+def test_a_stage_with_fewer_operators_than_slots_has_empty_ones(order, mode):
+  stages = [_sizes(*[60] * n, layer=n) for n in (3, 8)]
+  planner = sparse.SparsePlanner(
+    _settings(window_length=7, window_mode=mode, order=order), stages, 'cpu'
+  )
+  few, many = planner.decisions(4)
+  assert sorted(map(len, few.slots)) == [0] * 4 + [1] * 3
+  assert all(many.slots)
+  for stage, decision in zip(stages, (few, many), strict=True):
+    records = [
+      coverage.SnapshotRecord(iteration=i, state=held[0], compute=held[1])
+      for i in range(4, 4 + 3 * 7)
+      if (held := decision.captured(i))
+    ]
+    starts = coverage.valid_starts(records, stage.state_bytes)
+    if mode == 'aligned':
+      assert {4, 11, 18} <= {s.iteration for s in starts}
+    else:  # from each that a whole window follows
+      assert {*range(4, 19)} <= {s.iteration for s in starts}
+    assert all(s.complete_at <= s.iteration + 6 for s in starts)
+  remarks = planner.remarks(4)
+  assert remarks is not None and remarks.kind == 'window'
+  assert remarks.fields['empty_slots'] == [4, 0]
+  assert remarks.fields['window_length'] == 7
+  whole = sparse.SparsePlanner(_settings(window_length=3), stages, 'cpu')
+  assert whole.remarks(4) is None
+
+
+def test_a_chosen_window_says_which_slots_are_empty():
+  planner = _planner(_sizes(*[6] * 3), _sizes(*[6] * 8, layer=1))
+  changes = _run(planner, range(1, 7), 2, copy_bytes_per_second=13.0)
+  (change,) = changes.values()
+  length = change.fields['window_length']
+  assert length > 3
+  assert change.fields['empty_slots'] == [length - 3, 0]
 
 
 # ---- measurements ------------------------------------------------------------

@@ -193,6 +193,21 @@ def test_a_worker_is_told_what_holds_and_what_comes():
   assert [d.window_length for d in go.decisions] == [4, 6]
 
 
+def test_a_stage_with_fewer_operators_than_slots_is_told_of(monkeypatch):
+  of_all = recoveries.operators
+  monkeypatch.setattr(recoveries, 'operators', lambda s: of_all(s)[: 6 - 4 * s])
+  run = recoveries.Run()
+  gone = run.begin()
+  (event,) = run.of_kind('window')
+  assert event['window_length'] == 3 and event['empty_slots'] == [0, 1]
+  sizes = {s: [len(x) for x in go.decisions[0].slots] for s, go in gone.items()}
+  assert sorted(sizes[1]) == [0, 1, 1] and min(sizes[0]) == 2
+  run.train(10)
+  assert run.line == 5
+  go = run.dies(1)[1]  # what begins after an empty slot has less to replay
+  assert (go.start, go.complete_at) == (9, 10)
+
+
 def test_decisions_that_nobody_can_go_back_to_are_forgotten():
   run = recoveries.Run(policy='partial', interval=2)
   run.begin()
