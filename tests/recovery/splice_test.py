@@ -77,6 +77,21 @@ def test_no_conversion_folds_both_trajectories():
     assert starts == [(4, 6), *new]
 
 
+def test_a_final_checkpoint_from_within_a_splice_is_whole():
+  """The run ended while nothing of the new software was a start yet."""
+  found = inventory.Inventory(
+    registry.POLICIES['sparse'], [shares.OPERATORS], 3, initial=6
+  )
+  found.splices, found.is_running = (_splice(4, 6),), True
+  assert [(s.iteration, s.complete_at) for s in found.starts(0)] == [(6, 6)]
+  for iteration in range(3, 10):  # those up to it do not count any more
+    found.stored(0, shares.rolling_share(iteration))
+  starts = [(s.iteration, s.complete_at) for s in found.starts(0)]
+  assert starts == [(6, 6), (7, 9)]
+  found.splices += (_splice(7, 9),)  # from then on nobody goes back to before
+  assert [s.iteration for s in found.starts(0)] == [7]
+
+
 def test_the_first_line_behind_a_splice_does_not_lag():
   found = inventory.Inventory(
     registry.POLICIES['sparse'], [shares.OPERATORS], 3

@@ -1,5 +1,6 @@
 """A run tells at its end of the one that it was to replace."""
 
+import functools
 import importlib
 import json
 import os
@@ -156,6 +157,17 @@ def test_what_the_same_command_does(
     is_removed=is_removed,
     cause_stays=cause_stays,
   )
+
+
+def test_a_run_that_is_trained_longer_goes_on_from_its_checkpoint():
+  situation = {'starts_over': False, 'is_removed': False, 'cause_stays': False}
+  says = functools.partial(ending.how_to_go_on, has_begun=True, **situation)
+  assert 'goes on from the snapshots in S;' in says('S', 'C')
+  assert says('', 'C') == (
+    'The same command goes on from C; --fresh starts over.'
+  )
+  # It has changed nothing yet.
+  assert not ending.how_to_go_on('', 'C', has_begun=False, **situation)
 
 
 _NAN = errors.NonFiniteError('the loss is NaN', 'lower --learning_rate')
