@@ -324,7 +324,7 @@ def main(argv: list[str]) -> int:
       extend=_EXTEND.value,
       local_hosts=_LOCAL_HOSTS.value,
       full_seconds=_FULL_SECONDS.value,
-      faults=faults.parse_all(
+      faults=faults.parse_faults(
         _FAIL.value, config.train.stages, config.train.replicas
       ),
     ),

@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _NAMES = {
-  'errors': ('MoetionError', 'ConfigError'),
+  'errors': ('ExitCode', 'exit_code_of', 'MoetionError', 'ConfigError'),
   # Sparse checkpoints for a loop of one's own.
   'loop': ('SparseCheckpointer', 'LoopSettings', 'NotExactError', 'Group'),
   # A job: `JobSpec` for its agent, a subclass of `Job` for its workers.
@@ -20,6 +20,7 @@ _NAMES = {
   # Its run, in processes that may die.
   'runtime.agent.run': ('run',),
   'runtime.agent.settings': ('AgentSettings',),
+  'runtime.faults': ('parse_faults',),
   'runtime.records.recorder': ('View',),
   'policies.settings': ('CaptureSettings',),
   'policies.kinds.registry': ('POLICIES',),

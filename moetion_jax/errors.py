@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Collection
+import os
+import sys
+from collections.abc import Callable, Collection
 
 
 class ExitCode(enum.IntEnum):
@@ -35,7 +38,7 @@ class MoetionError(Exception):
 class ConfigError(MoetionError):
   """A setting is unknown, out of range or contradicts another one.
 
-  `launch` turns it into one line on stderr.
+  `exit_code_of` turns it into one line on stderr.
 
   Attributes:
     flag: name of the setting as the user writes it, without dashes.
@@ -50,6 +53,27 @@ class ConfigError(MoetionError):
     self.flag = flag
     self.value = value
     self.reason = reason
+
+
+def exit_code_of(main: Callable[[], int | None], name: str = '') -> int:
+  """Runs a command's main, in which settings may turn out to be wrong.
+
+  Args:
+    main: makes the settings and does the work; returns its exit code, None for
+      `ExitCode.FINISHED`.
+    name: the command's name in the error line; '' for that of the program.
+
+  Returns:
+    What `main` returned; `ExitCode.REFUSED` after a ConfigError, which is told
+    in one line on stderr.
+  """
+  try:
+    return main() or ExitCode.FINISHED
+  except ConfigError as error:
+    with contextlib.suppress(OSError):  # the exit code says enough
+      name = name or os.path.basename(sys.argv[0])
+      print(f'{name}: error: {error}', file=sys.stderr, flush=True)
+    return ExitCode.REFUSED
 
 
 def check_known(flag: str, value: str, known: Collection[str]) -> None:

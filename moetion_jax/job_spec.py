@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,9 +39,9 @@ class JobSpec:
   Attributes:
     factory: 'package.module:function', the function that makes a worker's
       `training.job.Job` from this value.
-    config: all settings of the job, as JSON. The workdir keeps them in
-      config.json, and goes on with the same ones only. `train` is one of them:
-      the fields of a `TrainConfig`. `data` and `init_from`, if they are there,
+    config: all settings of the job, as JSON (tuples become lists). The workdir
+      keeps them in config.json, and goes on with the same ones only. `train`
+      is one of them: the fields of a `TrainConfig`. `data` and `init_from`, if they are there,
       say where something lies: what that is is compared instead.
     hidden_bytes: size of what a stage sends to a neighbour for a microbatch.
     tokens_per_iteration: tokens that all replicas train on in one iteration.
@@ -62,6 +63,13 @@ class JobSpec:
   init_from: str = ''
   init_digest: str = ''
   base: Base | None = None
+
+  def __post_init__(self) -> None:
+    try:  # as it is read back: a tuple, as of `dataclasses.asdict`, is a list
+      config = json.loads(json.dumps(self.config))
+    except (TypeError, ValueError) as error:
+      raise TypeError(f'JobSpec.config must be JSON: {error}') from error
+    object.__setattr__(self, 'config', config)
 
   @functools.cached_property
   def train(self) -> config_lib.TrainConfig:

@@ -12,7 +12,7 @@ from tests.support import helpers
 _OF_AGENTS = (
   'JobSpec TrainConfig OptimizerConfig AgentSettings CaptureSettings POLICIES '
   'View run plan StageInventory RecoveryPlan valid_starts choose_window '
-  'make_slots MoetionError ConfigError'
+  'make_slots MoetionError ConfigError ExitCode exit_code_of parse_faults'
 )
 
 

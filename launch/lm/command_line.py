@@ -34,13 +34,10 @@ def run_main(name: str, main: Callable[[list[str]], int | None]) -> None:
     except flags.Error as e:
       _refuse(name, str(e).splitlines()[0])
 
-  def guarded(argv: list[str]) -> int | None:
+  def guarded(argv: list[str]) -> int:
     if not flags.FLAGS['verbosity'].present:  # libraries narrate at INFO
       logging.set_verbosity(logging.WARNING)
-    try:
-      return main(argv)
-    except errors.ConfigError as e:
-      _refuse(name, str(e))
+    return errors.exit_code_of(lambda: main(argv), name)
 
   streams.prepare()
   _check_text(name)

@@ -247,7 +247,7 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
   return Fault(number=number, kind=kind, phase=phase, **fields)
 
 
-def parse_all(
+def parse_faults(
   texts: Sequence[str], stages: int, replicas: int = 1
 ) -> tuple[Fault, ...]:
   """Parses a whole script; see `parse`."""

@@ -65,7 +65,7 @@ def test_parse(text, fields):
 )
 def test_refused(text, words):
   with pytest.raises(errors.ConfigError, match='--fail=') as caught:
-    faults.parse_all(['kill:stage=0,iteration=1', text], stages=2)
+    faults.parse_faults(['kill:stage=0,iteration=1', text], stages=2)
   assert caught.value.value == text and words in caught.value.reason
 
 
@@ -165,7 +165,7 @@ def test_out_of_memory_is_real_and_over():
 
 
 def test_what_happened_is_left_out(tmp_path):
-  script = faults.parse_all(
+  script = faults.parse_faults(
     ['kill:stage=0,iteration=3', 'stop:stage=1,iteration=4'] * 2, stages=2
   )
   path = tmp_path / 'events.jsonl'

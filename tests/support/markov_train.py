@@ -1,7 +1,8 @@
 """Trains `markov_job`: `python -m tests.support.markov_train WORKDIR MEMORY`.
 
 This is the agent, which needs no JAX. Further arguments: the number of
-replicas, then faults as `launch.train --fail` takes them.
+replicas, then faults as `launch.train --fail` takes them. It ends with the exit
+codes of `launch.train`.
 """
 
 import dataclasses
@@ -14,39 +15,44 @@ from moetion_jax import (
   JobSpec,
   TrainConfig,
   View,
+  exit_code_of,
+  parse_faults,
   run,
 )
-from moetion_jax.runtime import faults
 
 LENGTH, DIM = 8, 8
 
 
-def main(workdir, hostmem_dir, replicas, *script):
+def make_job(replicas):
   train = TrainConfig(
     iterations=40,
     stages=2,
-    replicas=int(replicas),
+    replicas=replicas,
     microbatches=4,
     microbatch_size=8,
     eval_every=10,
   )
   tokens = train.global_microbatches * train.microbatch_size * LENGTH
-  job = JobSpec(
+  return JobSpec(
     factory='tests.support.markov_job:MarkovJob',
     config={'name': 'markov', 'train': dataclasses.asdict(train)},
     hidden_bytes=train.microbatch_size * LENGTH * DIM * 4,
     tokens_per_iteration=tokens,
     expert_capacity=tokens,
   )
+
+
+def main(workdir, hostmem_dir, replicas, *script):
+  job = make_job(int(replicas))
   where = AgentSettings(
     workdir=workdir,
     hostmem_dir=hostmem_dir,
     captures=CaptureSettings(policy=POLICIES['sparse']),
     compilation_cache_dir='~/.cache/moetion_jax_tests',
-    faults=faults.parse_all(script, train.stages, train.replicas),
+    faults=parse_faults(script, job.train.stages, job.train.replicas),
   )
   return run(job, where, View())
 
 
 if __name__ == '__main__':
-  sys.exit(main(*sys.argv[1:]))
+  sys.exit(exit_code_of(lambda: main(*sys.argv[1:])))

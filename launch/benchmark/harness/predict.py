@@ -285,7 +285,7 @@ def predicted_seconds(
 
 
 def _script(run: benchmark_runs.RunOutcome) -> tuple[faults.Fault, ...]:
-  return faults.parse_all(run.script, stages=1 << 30)  # the run accepted it
+  return faults.parse_faults(run.script, stages=1 << 30)  # the run accepted it
 
 
 def _window(run: benchmark_runs.RunOutcome) -> dict[str, Any]:

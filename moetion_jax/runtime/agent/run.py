@@ -47,7 +47,8 @@ def run(
     The exit code.
 
   Raises:
-    errors.ConfigError: the run cannot begin. Nothing but the run's id was
+    errors.ConfigError: the run cannot begin (`errors.exit_code_of` makes an
+      exit code of that). Nothing but the run's id was
       written, and nothing was removed, unless the error is that something
       cannot be: then a part of the earlier run may be gone.
   """

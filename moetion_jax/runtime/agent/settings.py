@@ -36,7 +36,9 @@ class AgentSettings:
       0: no limit.
     grow_after: iterations after which a shrunk stage gets its workers back; 0:
       never.
-    compilation_cache_dir: see `xla_setup.configure`.
+    compilation_cache_dir: folder in which compiled programs are kept. '' for
+      none: then each process compiles all of its programs, and so does one
+      that takes a dead worker's place, before it can recover.
     accept_changes: names of libraries, options, flags and variables that may
       be other ones than those with which the run was begun.
     extend: the schedule of a run that is trained longer: 'pin', 'stretch', or

@@ -240,7 +240,8 @@ def _longer(
       f'until {had.optimizer.decay_iterations}. --extend=pin goes on with that '
       'schedule, --extend=stretch with that of '
       f'{wanted.optimizer.decay_iterations} from iteration '
-      f'{had.iterations + 1} on; --fresh removes the run',
+      f'{had.iterations + 1} on (a job with an optimizer of its own keeps to '
+      'that, with either); --fresh removes the run',
     )
   optimizer = had.optimizer
   if extend == 'stretch':

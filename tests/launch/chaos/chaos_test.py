@@ -19,14 +19,14 @@ def test_a_drawn_script_is_a_script(replicas):
     source = random.Random(seed)
     script = draw.draw_script(source, 12, **size)
     assert len(script) == 12
-    assert faults_lib.parse_all(script, stages=3, replicas=replicas)
+    assert faults_lib.parse_faults(script, stages=3, replicas=replicas)
     assert draw.draw_script(random.Random(seed), 12, **size) == script
 
 
 @pytest.mark.parametrize('replicas', [1, 2])
 def test_everything_is_drawn(replicas):
   source = random.Random(0)
-  script = faults_lib.parse_all(
+  script = faults_lib.parse_faults(
     draw.draw_script(source, 3000, 3, iterations=20, replicas=replicas),
     stages=3,
     replicas=replicas,

@@ -76,6 +76,7 @@ def test_a_run_is_trained_longer(had, wanted, extend, expected):
   ('had', 'wanted', 'extend', 'words'),
   [
     (_train(40), _train(60), '', ['--extend=pin', '--extend=stretch', '40']),
+    (_train(40), _train(60), '', ['an optimizer of its own']),
     (_train(40, 20), _train(60, 20), '', ['--extend=pin', '--extend=stretch']),
     (_train(60), _train(40), 'pin', ['other settings (train.iterations']),
     (_train(40), _train(60, 50), 'pin', ['decay_iterations']),
