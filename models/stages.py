@@ -80,7 +80,7 @@ def cut(
 
 
 def partition(name: str) -> model.Group:
-  """Returns the operator group of a parameter (DESIGN section 2).
+  """Returns the operator group of a parameter.
 
   A group is the experts of one layer, each an operator; the rest of a layer;
   the embedding; or the head.

@@ -41,8 +41,9 @@ class JobSpec:
       `training.job.Job` from this value.
     config: all settings of the job, as JSON (tuples become lists). The workdir
       keeps them in config.json, and goes on with the same ones only. `train`
-      is one of them: the fields of a `TrainConfig`. `data` and `init_from`, if they are there,
-      say where something lies: what that is is compared instead.
+      is one of them: the fields of a `TrainConfig`. `data` and `init_from`, if
+      they are there, say where something lies: what that is is compared
+      instead.
     hidden_bytes: size of what a stage sends to a neighbour for a microbatch.
     tokens_per_iteration: tokens that all replicas train on in one iteration.
     expert_capacity: tokens that an expert takes in an iteration at most.

@@ -15,7 +15,7 @@ from moetion_jax import codec
 
 @dataclasses.dataclass(frozen=True, order=True)
 class OperatorId:
-  """The unit of checkpointing (DESIGN section 2).
+  """The unit of checkpointing.
 
   Attributes:
     group: name of the group of leaves the operator is made of, for example
@@ -61,7 +61,7 @@ class EntryKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class EntryKey:
-  """Name of one boundary log entry (DESIGN sections 1 and 2).
+  """Name of one boundary log entry.
 
   Attributes:
     iteration: number of the iteration, from 1.
@@ -93,7 +93,7 @@ class WorkerId:
     stage: stage of the worker; -1 for an agent.
     replica: replica of the worker; index of the host for an agent.
     generation: number that grows with every replacement; stores reject older
-      ones (DESIGN section 3, fencing).
+      ones (fencing).
   """
 
   stage: int

@@ -45,6 +45,12 @@ def test_no_module_shadows_the_standard_library(tree):
   _assert_kept(layering.check_names(tree))
 
 
+@pytest.mark.parametrize('package', _PACKAGES)
+def test_no_module_refers_to_a_document_that_is_not_here(package):
+  files = (helpers.ROOT / package).rglob('*.py')
+  assert not [str(file) for file in files if 'DESIGN' in file.read_text()]
+
+
 def test_launch_holds_commands(tree):
   _assert_kept(layering.check_commands(tree))
 

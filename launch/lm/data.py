@@ -2,7 +2,7 @@
 
 `batch(iteration, microbatch)` depends on nothing but the config and the corpus,
 so a worker that replays an iteration reads the very same tokens, in any order
-and in any process (DESIGN section 4).
+and in any process.
 
 There is no prefetch thread: on a 2-core machine a batch of 16 x 256 tokens
 takes about 220 microseconds (200 of them Grain's, about 12 a sequence).

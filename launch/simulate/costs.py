@@ -24,7 +24,7 @@ _FLOPS_PER_MULTIPLICATION = 2
 # Forward once, backward twice: for inputs and for weights.
 _PASSES = 3
 _ACTIVATION_BYTES = 2  # bfloat16
-_GRADIENT_BYTES = 4  # `reduce` sums in fp32 (DESIGN section 4)
+_GRADIENT_BYTES = 4  # `reduce` sums in fp32
 _STATE_BYTES = 12  # per parameter: fp32 weight and Adam's two moments
 # Share of a link that copies get even if training fills it by itself.
 _LEAST_FREE = 0.01

@@ -1,4 +1,4 @@
-"""Turns sparse snapshots into dense state: fold, replay, ... (DESIGN 4, 6).
+"""Turns sparse snapshots into dense state: fold, replay, fold.
 
 The replay between two folds is the worker's ordinary iteration; a conversion
 only says where it begins and what is folded after each update, and compares

@@ -4,7 +4,7 @@ The training thread hands the state over and goes on; the snapshot thread
 dispatches the copies on the device, waits for them and stores them. The state
 may be donated once the copies are dispatched, which `release` waits for. At
 most one snapshot is on its way, and no capture is ever skipped: when the last
-one is late, training waits, visibly (DESIGN section 5).
+one is late, training waits, visibly.
 """
 
 from __future__ import annotations

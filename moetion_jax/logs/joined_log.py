@@ -2,7 +2,7 @@
 
 When a replica cannot be replaced, another one does its microbatches as well and
 writes them into that one's log, under its name. So their readers need not know:
-who computes a microbatch is an assignment, a value (DESIGN section 1).
+who computes a microbatch is an assignment, a value.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ with loop.SparseCheckpointer(step, state, batch, rule, ...) as checkpointer:
 ```
 
 The step is the user's own: pure, `(state, batch) -> (state, ...)`. After a
-crash the same program restores what was captured by replaying that very step
-on placeholders (DESIGN section 4); gradients of all operators are computed in
-a replay too, so that clipping by the global norm inside the user's optax chain
-gives the same factor, and every bit comes back. Every snapshot has the digests
-of the whole state, with which the restored state is compared: a step that is
-not what `LoopSettings` says is found out, and by `rehearse` before it matters.
+crash the same program restores what was captured by replaying that very step on
+placeholders; gradients of all operators are computed in a replay too, so that
+clipping by the global norm inside the user's optax chain gives the same factor,
+and every bit comes back. Every snapshot has the digests of the whole state,
+with which the restored state is compared: a step that is not what
+`LoopSettings` says is found out, and by `rehearse` before it matters.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Slots: the operators that each snapshot captures, in order, and their bytes.
 
 A slot is the operators whose training state one snapshot holds, a window the
-slots that together cover every operator (DESIGN sections 2 and 5). All of it
-is pure: the leader plans, and every replica follows the published
-`decision.CaptureDecision`. The paper is arXiv 2412.15411 (section 3.5, appendix
-B).
+slots that together cover every operator. All of it is pure: the leader plans,
+and every replica follows the published `decision.CaptureDecision`. The paper is
+arXiv 2412.15411 (section 3.5, appendix B).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pure functions of a stage, on one device's share (DESIGN section 4).
+"""Pure functions of a stage, on one device's share.
 
 They take plain dicts and tuples of arrays, and are traced inside `shard_map`
 over axes 'data' (replicas) and 'expert' (a worker's devices). What is local to

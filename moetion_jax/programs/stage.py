@@ -1,4 +1,4 @@
-"""A stage's programs (DESIGN section 4), shardings and initial state.
+"""A stage's programs, shardings and initial state.
 
 The functions take plain dicts and tuples of arrays and are compiled ahead of
 time: calling one with another shape or sharding is an error, never a silent

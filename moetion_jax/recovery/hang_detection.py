@@ -1,8 +1,8 @@
 """Detection of workers that hang or are stopped, and of deadlock.
 
 The decisions are pure functions. A worker that waits is never to blame: its
-neighbour is, or the network (DESIGN section 6). Nor are the others of its stage
-world, which wait for it in a collective that cannot tell.
+neighbour is, or the network. Nor are the others of its stage world, which wait
+for it in a collective that cannot tell.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The recovery line, and the plan for a recovery.
 
-Both are pure functions of what the stores hold, with names and numbers only
-(DESIGN section 6). The workers' ordinary loop executes a plan, from the plan's
-start with a partial state.
+Both are pure functions of what the stores hold, with names and numbers only.
+The workers' ordinary loop executes a plan, from the plan's start with a partial
+state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decides from which snapshots a dense state can be made (DESIGN section 5).
+"""Decides from which snapshots a dense state can be made.
 
 A snapshot holds the training state of some operators and the compute weights of
 others. Folded one after the other, with an iteration replayed between two,

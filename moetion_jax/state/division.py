@@ -1,8 +1,8 @@
 """Division of a stage's work among its workers, as pure functions.
 
 All workers have the same state, so a snapshot of it is divided: each captures
-its share, and the stage's snapshot exists when all shares do (DESIGN section
-5). Another worker does the microbatches of a replica that has no worker.
+its share, and the stage's snapshot exists when all shares do. Another worker
+does the microbatches of a replica that has no worker.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The loop of one worker of a stage.
 
 A worker reads entries of its neighbours' boundary logs, runs its programs on
-them and publishes what comes out (DESIGN section 1). It never receives
-anything: what it needs is named, and reading waits until it exists.
+them and publishes what comes out. It never receives anything: what it needs is
+named, and reading waits until it exists.
 """
 
 from __future__ import annotations

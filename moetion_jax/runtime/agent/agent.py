@@ -1,9 +1,8 @@
 """The agent at work: it runs the workers and writes the files.
 
 One thread runs one loop: it waits for what workers say and print, for their
-ends and for signals (DESIGN section 3). All that happens is an event for the
-coordinator, which decides; the executor does it. The agent computes nothing and
-imports no JAX.
+ends and for signals. All that happens is an event for the coordinator, which
+decides; the executor does it. The agent computes nothing and imports no JAX.
 """
 
 from __future__ import annotations

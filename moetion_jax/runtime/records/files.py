@@ -1,4 +1,4 @@
-"""The files a run leaves behind (DESIGN section 9).
+"""The files a run leaves behind.
 
 `metrics.jsonl` is written once, in order, by the leader alone. A line that
 exists already (the run is being repeated or continued) is compared instead of

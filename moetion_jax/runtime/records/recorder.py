@@ -1,4 +1,4 @@
-"""The recorder: all that a run shows and leaves behind (DESIGN section 9)."""
+"""The recorder: all that a run shows and leaves behind."""
 
 from __future__ import annotations
 
