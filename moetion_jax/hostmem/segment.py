@@ -15,6 +15,10 @@ Leases are locks of open file descriptions (fcntl(2), F_OFD_SETLK) on one byte
 of the cell. They end with the descriptor, so also with a kill -9 of the
 reader. A writer retires an entry by marking the cell and then taking its lock;
 a reader takes the lock and then looks at the mark: one of them sees the other.
+
+Each bit that somebody reads is proved: the fixed fields of the header and the
+fields of a cell by checksums, the generation, which changes, by its complement
+beside it, and a mark by being one of two words.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import os
 import pathlib
 import shutil
 import struct
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -32,10 +37,14 @@ import numpy as np
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, raw_bytes
 
-_MAGIC = b'MoEtion1'
+_MAGIC = b'MoEtion2'
+# Magic, cells, stage, replica, checksum, generation word, the ring's place.
 _FILE = struct.Struct('<8sIiiIQQQ')
-GENERATION = struct.Struct('<Q')
-GENERATION_OFFSET = 24
+_GENERATION = struct.Struct('<Q')
+_GENERATION_OFFSET = 24
+_GENERATION_BITS = 32
+_LIVE = 0
+_RETIRED = int.from_bytes(b'retired.', 'little')  # no bit of damage makes it
 _CELLS_OFFSET = mmap.PAGESIZE
 _CELL_BYTES = 256
 
@@ -96,10 +105,11 @@ def fence(folder: str | os.PathLike[str], worker: keys.WorkerId) -> None:
     try:
       if not _whole_bytes(fd):
         raise OSError(errno.EIO, 'not whole', str(path))
-      word = os.pread(fd, GENERATION.size, GENERATION_OFFSET)
-      newest = max(int.from_bytes(word, 'little'), worker.generation)
+      word = os.pread(fd, _GENERATION.size, _GENERATION_OFFSET)
+      newest = max(_generation(*_GENERATION.unpack(word)), worker.generation)
       # A word of its own: who looks sees the old one or the new one.
-      os.pwrite(fd, GENERATION.pack(newest), GENERATION_OFFSET)
+      word = _GENERATION.pack(_generation_word(newest))
+      os.pwrite(fd, word, _GENERATION_OFFSET)
     finally:
       os.close(fd)
   except FileNotFoundError:
@@ -143,16 +153,31 @@ def pack_header(
     ring_offset: offset of the ring.
     size_bytes: size of the ring.
   """
+  fields = (_MAGIC, cells, worker.stage, worker.replica)
+  ring = (ring_offset, size_bytes)
   return _FILE.pack(
-    _MAGIC,
-    cells,
-    worker.stage,
-    worker.replica,
-    0,
-    worker.generation,
-    ring_offset,
-    size_bytes,
+    *fields,
+    _fields_checksum(*fields, *ring),
+    _generation_word(worker.generation),
+    *ring,
   )
+
+
+def _fields_checksum(*fields: bytes | int) -> int:
+  return zlib.crc32(repr(fields).encode())
+
+
+def _generation_word(generation: int) -> int:
+  mask = (1 << _GENERATION_BITS) - 1
+  return (~generation & mask) << _GENERATION_BITS | generation
+
+
+def _generation(word: int) -> int:
+  """Returns the generation that a word says; raises StoreError if damaged."""
+  generation = word & (1 << _GENERATION_BITS) - 1
+  if word != _generation_word(generation):
+    raise errors.StoreError('its header is damaged: no word of a generation')
+  return generation
 
 
 def _read_header(data: bytes, size_bytes: int) -> tuple[int, ...]:
@@ -167,15 +192,22 @@ def _read_header(data: bytes, size_bytes: int) -> tuple[int, ...]:
   """
   if size_bytes < _CELLS_OFFSET:
     raise errors.StoreError('not a segment: too short')
-  magic, cells, stage, replica, _, _, ring_offset, size = _FILE.unpack(data)
+  (magic, cells, stage, replica, checksum, word, ring_offset, size) = (
+    _FILE.unpack(data)
+  )
+  fields = (magic, cells, stage, replica, ring_offset, size)
   if (
     magic != _MAGIC
+    or checksum != _fields_checksum(*fields)
     or not cells
     or ring_offset < cell_offset(cells)
     or ring_offset % mmap.PAGESIZE
     or ring_offset + size != size_bytes
   ):
-    raise errors.StoreError('not a segment, or its header is damaged')
+    raise errors.StoreError(
+      'not a segment, one of another version, or its header is damaged'
+    )
+  _generation(word)
   return cells, stage, replica, ring_offset, size
 
 
@@ -202,20 +234,63 @@ class SegmentLayout:
     ).reshape(cells, -1)
     # Aligned words of their own: a store or a load of one is never torn.
     self.commits = words[:, entry.COMMIT_OFFSET // 8]
-    self.retired = words[:, entry.HEADER_BYTES // 8]
+    self._marks = words[:, entry.HEADER_BYTES // 8]
     self._words = words
 
   @property
   def generation(self) -> int:
-    """Newest generation of its worker; older ones are fenced off."""
-    return GENERATION.unpack_from(self.map, GENERATION_OFFSET)[0]
+    """Newest generation of its worker; older ones are fenced off.
+
+    Raises StoreError if the header is damaged by now.
+    """
+    data = self.map[: _FILE.size]
+    _read_header(data, self.size_bytes)
+    return _generation(*_GENERATION.unpack_from(data, _GENERATION_OFFSET))
+
+  @generation.setter
+  def generation(self, generation: int) -> None:
+    word = _generation_word(generation)
+    _GENERATION.pack_into(self.map, _GENERATION_OFFSET, word)
+
+  def is_live(self, cell: int) -> bool:
+    """Returns whether a cell's mark, which no checksum covers, is none."""
+    return int(self._marks[cell]) == _LIVE
+
+  def is_retired(self, cell: int) -> bool:
+    """Returns whether a cell is retired; neither live nor that: damaged."""
+    return int(self._marks[cell]) == _RETIRED
+
+  def retire(self, cell: int) -> None:
+    """Marks a cell's entry, which a reader may still have, as retired."""
+    self._marks[cell] = _RETIRED
+
+  def reuse(self, cell: int) -> None:
+    """Makes a cell, which nobody needs any more, one without an entry."""
+    self.commits[cell] = 0
+    self._marks[cell] = _LIVE
 
   def header(self, cell: int) -> entry.EntryHeader | None:
     """Returns a cell's committed entry, retired or not, or None without one."""
+    return self._unpack(cell, self._packed(cell))
+
+  def mended_header(self, cell: int) -> entry.EntryHeader | None:
+    """Returns a cell's entry though one bit of it may be damaged, or None."""
+    if (header := self.header(cell)) is not None:
+      return header
+    packed = bytearray(self._packed(cell))
+    for bit in range(len(packed) * 8):
+      packed[bit // 8] ^= 1 << bit % 8
+      if (header := self._unpack(cell, bytes(packed))) is not None:
+        return header
+      packed[bit // 8] ^= 1 << bit % 8
+    return None
+
+  def _packed(self, cell: int) -> bytes:
     start = cell_offset(cell)
-    header = entry.EntryHeader.unpack(
-      self.map[start : start + entry.HEADER_BYTES]
-    )
+    return self.map[start : start + entry.HEADER_BYTES]
+
+  def _unpack(self, cell: int, packed: bytes) -> entry.EntryHeader | None:
+    header = entry.EntryHeader.unpack(packed)
     if (
       header is None
       or header.sequence % self.cells != cell

@@ -73,7 +73,7 @@ def check(
 def drop_damaged(
   path: str | os.PathLike[str], first_iteration: int
 ) -> list[keys.EntryKey]:
-  """Retires entries with a wrong checksum, so that they are written again.
+  """Retires entries with damaged bytes or marks, to be written again.
 
   Call it only while nobody writes the segment.
 
@@ -95,11 +95,12 @@ def drop_damaged(
     layout = segment.SegmentLayout(file.fileno(), writable=True)
     for header in layout.headers():
       cell = header.sequence % layout.cells
-      if header.key.iteration < first_iteration or layout.retired[cell]:
+      if header.key.iteration < first_iteration or layout.is_retired(cell):
         continue
       data = layout.ring[header.offset : header.offset + header.nbytes]
-      if raw_bytes.checksum(data) != header.checksum:
-        layout.retired[cell] = 1
+      is_whole = raw_bytes.checksum(data) == header.checksum
+      if not is_whole or not layout.is_live(cell):
+        layout.retire(cell)
         dropped.append(header.key)
     # The mapping holds the open file, and so the lock, beyond the close.
     locks.try_lock(file.fileno(), fcntl.F_UNLCK, 0)

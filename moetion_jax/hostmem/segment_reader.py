@@ -110,10 +110,17 @@ class SegmentReader:
         yield error
 
   def damaged_cells(self) -> list[int]:
-    """Lists the cells whose commit word does not match their fields."""
+    """Lists the cells whose commit word does not match their fields.
+
+    Or whose mark is none that a writer makes.
+    """
+    layout = self._layout
 
     def is_damaged(cell: int) -> bool:
-      return bool(self._layout.commits[cell]) and not self._layout.header(cell)
+      return bool(layout.commits[cell]) and (
+        layout.header(cell) is None
+        or not (layout.is_live(cell) or layout.is_retired(cell))
+      )
 
     # Twice: a living writer may have been between two words.
     return [
@@ -125,7 +132,8 @@ class SegmentReader:
   def oldest_iteration(self, cell: int) -> int | None:
     """Returns the first iteration that a damaged cell's entry can be of.
 
-    Entries are written in order: it is not older than the one before it, or, if
+    Exact if no more than a bit of its fields is damaged. Otherwise: entries are
+    written in order: it is not older than the one before it, or, if
     that is gone, not older by more than one than the oldest one.
 
     Args:
@@ -134,8 +142,11 @@ class SegmentReader:
     Returns:
       The iteration, at least 1; None if nobody needs the entry any more.
     """
-    if self._layout.retired[cell]:
+    if self._layout.is_retired(cell):
       return None
+    # A guess that is too old would count for nothing, see `suspicion`.
+    if (known := self._layout.mended_header(cell)) is not None:
+      return known.key.iteration
     live = self.entries()
     sequence = self._layout.sequence(cell)
     for header in live:
@@ -168,9 +179,7 @@ class SegmentReader:
 
   def _is_live(self, header: entry.EntryHeader) -> bool:
     cell = self._cell(header)
-    return (
-      not self._layout.retired[cell] and self._layout.header(cell) == header
-    )
+    return self._layout.is_live(cell) and self._layout.header(cell) == header
 
   def _advance(self) -> None:
     """Indexes what was committed since the last look."""

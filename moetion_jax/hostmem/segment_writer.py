@@ -94,7 +94,7 @@ class SegmentWriter:
 
     Raises:
       FencedError: there is a newer generation of the worker.
-      StoreError: somebody cut or removed the file.
+      StoreError: somebody cut, removed or damaged the file.
     """
     status = os.fstat(self._fd)
     if status.st_size != self._layout.size_bytes or not status.st_nlink:
@@ -102,7 +102,11 @@ class SegmentWriter:
         f'{self.path.name}: was cut or removed while its worker lived: what '
         'was in it is lost'
       )
-    generation, mine = self._layout.generation, self._worker.generation
+    mine = self._worker.generation
+    try:
+      generation = self._layout.generation
+    except errors.StoreError as error:
+      raise errors.StoreError(f'{self.path.name}: is lost: {error}') from None
     if generation > mine:
       raise errors.FencedError(f'generation {generation} fences off {mine}')
 
@@ -137,21 +141,20 @@ class SegmentWriter:
         'smaller than this run needs: the settings changed; start over with '
         '--fresh'
       )
-    segment.GENERATION.pack_into(
-      self._layout.map, segment.GENERATION_OFFSET, self._worker.generation
-    )
+    self._layout.generation = self._worker.generation
     headers = self._layout.headers()
     if headers:
       self._next_sequence = headers[-1].sequence + 1
       self._head = headers[-1].offset + segment.ring_size(headers[-1].nbytes)
     for header in headers:
       cell = header.sequence % self._layout.cells
-      if not self._layout.retired[cell]:
+      if self._layout.is_live(cell):
         self._by_key[header.key] = header
         self._unverified.append(header)
       elif self._is_free(cell):
         continue
-      self._live.append(header)  # or retired, and a reader still has it
+      # Or retired, or of a damaged mark, and a reader still has it.
+      self._live.append(header)
 
   def close(self) -> None:
     """Gives the segment up; its entries stay. May be called twice."""
@@ -196,8 +199,7 @@ class SegmentWriter:
       return False
     offset = self._allocate(size)
     cell = self._next_sequence % self._layout.cells
-    self._layout.commits[cell] = 0
-    self._layout.retired[cell] = 0
+    self._layout.reuse(cell)
     header = entry.EntryHeader(
       key=key,
       generation=self._worker.generation,
@@ -311,7 +313,7 @@ class SegmentWriter:
       self._unverified[0].sequence <= oldest.sequence
     ):
       self._verify(self._unverified.popleft())
-    self._layout.retired[cell] = 1
+    self._layout.retire(cell)
     if not self._is_free(cell):
       raise SegmentFullError(f'{oldest.key}: a reader holds its memory')
     self._live.popleft()

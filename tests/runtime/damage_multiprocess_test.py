@@ -69,6 +69,16 @@ def _damage_header(path, key):
     file.write(b'\x7f')
 
 
+def _damage_generation(path, key):
+  """By one bit, so that it is newer than any."""
+  del key  # all entries are lost
+  with open(path, 'r+b') as file:
+    file.seek(31)
+    (byte,) = file.read(1)
+    file.seek(31)
+    file.write(bytes([byte ^ 0x40]))
+
+
 def _damage_unread(host, workdir, run, reader, key, damage, stops_agent=True):
   """Damages an entry whose reader is stopped before it can read it."""
 
@@ -133,13 +143,22 @@ def test_before_its_first_read(host, workdir, undisturbed, key, phase, flags):
   assert not _found(workdir)
 
 
-def test_a_header_before_its_first_read(host, workdir, undisturbed):
-  """The entry is lost: everybody waits for it, until the logs are checked."""
+@pytest.mark.parametrize(
+  ('damage', 'found'),
+  [
+    (_damage_header, {(0, 5)}),  # the iteration of the entry before it
+    (_damage_generation, set()),  # its writer sees that: the log is lost
+  ],
+)
+def test_an_entry_that_is_lost_before_its_first_read(
+  host, workdir, undisturbed, damage, found
+):
+  """Everybody waits for it, until the logs are checked."""
   run = _train(host, workdir, 'stop:stage=1,iteration=6,phase=forward')
-  _damage_unread(host, workdir, run, 1, _ACTIVATION, _damage_header)
+  _damage_unread(host, workdir, run, 1, _ACTIVATION, damage)
   runs.end(run, seconds=SECONDS)
   _check(host, workdir, undisturbed)
-  assert _found(workdir) == {(0, 5)}  # the iteration of the entry before it
+  assert _found(workdir) == found
 
 
 def test_replicas_before_its_first_read(host, workdir, tmp_path):
