@@ -100,7 +100,10 @@ def hanging(
   silent_seconds, state_seconds = now - one.heard_at, now - one.state_since
   if is_stopped(one) and silent_seconds > _STOPPED_SILENCE_SECONDS:
     return f'was stopped (SIGSTOP) while {one.state} {one.detail}'.rstrip()
-  if silent_seconds > _SILENCE_SECONDS:
+  # Until its first word nobody tells for it: on a busy machine imports alone
+  # may take longer than a worker may be silent.
+  is_new = one.state is WorkerState.STARTING
+  if silent_seconds > (hang_timeout_seconds if is_new else _SILENCE_SECONDS):
     return f'said nothing for {silent_seconds:.0f} s'
   if (
     one.state is WorkerState.RUNNING

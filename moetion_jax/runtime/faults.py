@@ -367,9 +367,11 @@ class FaultBook:
     for line in lines:
       try:
         event = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         continue  # a line torn by a death
-      fault = self._coming.get(event.get('number', -1))
+      if not isinstance(event, dict) or type(event.get('number')) is not int:
+        continue
+      fault = self._coming.get(event['number'])
       if (
         fault is not None
         and event.get('kind') == EVENT

@@ -39,6 +39,14 @@ def _seen(state='running', state_seconds=0.1, silent_seconds=0.2, **fields):
     ),
     pytest.param(_seen(silent_seconds=9.9), '', id='silent, but not yet long'),
     pytest.param(
+      _seen('starting', silent_seconds=100.0), '', id='one that imports'
+    ),
+    pytest.param(
+      _seen('starting', silent_seconds=100.1),
+      'said nothing for 100 s',
+      id='one that never said anything',
+    ),
+    pytest.param(
       _seen(stopped_looks=2, silent_seconds=0.7),
       'was stopped (SIGSTOP) while running update',
       id='stopped',

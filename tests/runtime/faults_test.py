@@ -177,6 +177,7 @@ def test_what_happened_is_left_out(tmp_path):
   events = [{'kind': 'fault', **faults.event_fields(f)} for f in script[:2]]
   events[0]['iteration'] = 7  # of another script
   events.append({'kind': 'failure', 'stage': 0})
+  events += [5, None, [], {'number': None}, {'number': [1]}]  # not ours
   text = '\n'.join(map(json.dumps, events)) + '\n{"kind": "fau'
   path.write_text(text)
   book = faults.FaultBook(script)

@@ -35,10 +35,26 @@ def read_lines(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
   lines = {}
   with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
     for raw in f:
-      with contextlib.suppress(ValueError, KeyError, TypeError):
-        line = json.loads(raw)
-        lines[line['iteration']] = line
+      iteration, line = _parse(raw)
+      if iteration is not None:
+        lines[iteration] = line
   return lines
+
+
+def read_object(text: bytes) -> dict[str, Any]:
+  """Returns the JSON object in a text; an empty one if it is none."""
+  with contextlib.suppress(ValueError, RecursionError):
+    value = json.loads(text)
+    if isinstance(value, dict):
+      return value
+  return {}
+
+
+def _parse(raw: bytes) -> tuple[int | None, dict[str, Any]]:
+  """Returns a line's iteration, None for a damaged one, and the line."""
+  line = read_object(raw)
+  iteration = line.get('iteration')
+  return (iteration if type(iteration) is int else None), line
 
 
 class MetricsFile:
@@ -53,6 +69,7 @@ class MetricsFile:
     self._initial_iteration = initial_iteration
     self._known: dict[int, dict[str, Any]] = {}
     self._file = None
+    self._size_bytes = 0
 
   def start(self) -> None:
     """Opens the file.
@@ -66,18 +83,15 @@ class MetricsFile:
     self._file.seek(0)
     for number, raw in enumerate(self._file, 1):
       expected = self._initial_iteration + number
-      try:
-        line = json.loads(raw)
-        iteration = line['iteration']
-      except (ValueError, KeyError, TypeError):
-        iteration, line = None, {}
+      iteration, line = _parse(raw)
       if iteration != expected:
         wrong = 'is damaged'
         if iteration is not None:
           wrong = f'is of iteration {iteration}, and not of {expected}'
         self.close()
         raise errors.StoreError(f'{self._path}:{number} {wrong}: {_PUT_BACK}')
-      self._known[iteration] = line
+      self._known[expected] = line
+    self._size_bytes = self._file.tell()
 
   def close(self) -> None:
     """Closes the file; idempotent."""
@@ -119,22 +133,17 @@ class MetricsFile:
 
     Raises:
       MetricsMismatchError: a line exists and differs.
-      errors.StoreError: the file was removed, or another one put in its place.
+      errors.StoreError: somebody removed, replaced, cut or lengthened the file.
     """
-    assert self._file is not None, 'start() was not called'
-    if not is_in_place(self._path, self._file.fileno()):
-      raise errors.StoreError(
-        f'{self._path}: was removed, or replaced, while its run wrote it: '
-        f'{_PUT_BACK}'
-      )
+    file = self._untouched()
     iteration = line['iteration']
     known = self._known.get(iteration)
     if known is None:
       # JSON has no NaN: such a loss is written as null, and loss_hex keeps it.
       clean = {k: None if _nonfinite(v) else v for k, v in line.items()}
       with disk.naming(self._path):
-        self._file.write(json.dumps(clean).encode() + b'\n')
-        self._file.flush()
+        self._size_bytes += file.write(json.dumps(clean).encode() + b'\n')
+        file.flush()
       self._known[iteration] = line
       return
     for field in _EXACT:
@@ -147,23 +156,44 @@ class MetricsFile:
         )
 
   def sync(self) -> None:
-    """Returns once all lines are on disk: a loss of power leaves them."""
-    assert self._file is not None, 'start() was not called'
+    """Returns once all lines are on disk: a loss of power leaves them.
+
+    Raises:
+      errors.StoreError: as of `write`.
+    """
     with disk.naming(self._path):
-      os.fsync(self._file.fileno())
+      os.fsync(self._untouched().fileno())
 
   def cut(self, iteration: int) -> None:
-    """Removes the lines of later iterations, which will come out otherwise."""
-    assert self._file is not None, 'start() was not called'
-    kept = 0
-    with open(self._path, 'rb') as f:
-      for raw in f:
-        if json.loads(raw)['iteration'] > iteration:
-          break
-        kept += len(raw)
+    """Removes the lines of later iterations, which will come out otherwise.
+
+    Raises:
+      errors.StoreError: as of `write`.
+    """
+    file, kept = self._untouched(), 0
+    file.seek(0)
+    for raw in file:
+      known, _ = _parse(raw)
+      if known is None or known > iteration:
+        break
+      kept += len(raw)
     with disk.naming(self._path):
-      self._file.truncate(kept)
+      file.truncate(kept)
+    self._size_bytes = kept
     self._known = {i: x for i, x in self._known.items() if i <= iteration}
+
+  def _untouched(self) -> IO[bytes]:
+    """Returns the file, which nobody else has changed since it was opened."""
+    assert self._file is not None, 'start() was not called'
+    fd = self._file.fileno()
+    with disk.naming(self._path):
+      is_ours = is_in_place(self._path, fd)
+      if is_ours and os.fstat(fd).st_size == self._size_bytes:
+        return self._file
+    raise errors.StoreError(
+      f'{self._path}: was removed, replaced, cut or added to while its run '
+      f'wrote it: {_PUT_BACK}'
+    )
 
 
 class EventsFile:

@@ -84,7 +84,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     return None
   try:
     value = json.loads(data)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise NotOursError(f'it is damaged, or no JSON: {error}') from error
   if not isinstance(value, dict):
     raise NotOursError('it holds no JSON object')

@@ -57,6 +57,45 @@ def test_lines_are_written_once_and_compared_after(tmp_path):
   assert [x['iteration'] for x in lines] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize('use', ['write', 'sync', 'cut'])
+@pytest.mark.parametrize('how', ['emptied', 'cut', 'added to', 'removed'])
+def test_nobody_else_changes_the_lines_of_a_living_run(tmp_path, how, use):
+  path = tmp_path / 'metrics.jsonl'
+  with record_files.MetricsFile(str(path)) as f:
+    for iteration in (1, 2):
+      f.write(_line(iteration))
+    if how == 'removed':
+      path.unlink()
+    elif how == 'added to':
+      with open(path, 'ab') as other:
+        other.write(b'{}\n')
+    else:
+      os.truncate(path, 0 if how == 'emptied' else 5)
+    uses = {
+      'write': lambda: f.write(_line(3)),
+      'sync': f.sync,
+      'cut': lambda: f.cut(1),
+    }
+    with pytest.raises(errors.StoreError, match='while its run wrote it: put'):
+      uses[use]()
+
+
+@pytest.mark.parametrize(
+  'line', ['5', 'null', '[]', '{"iteration": null}', '{"iteration": "3"}',
+           '{"iteration": true}', '{"iteration": [3]}', '[' * 100_000],
+)  # fmt: skip
+def test_a_line_that_is_none(tmp_path, line):
+  path = tmp_path / 'metrics.jsonl'
+  with record_files.MetricsFile(str(path)) as f:
+    for iteration in (1, 2):
+      f.write(_line(iteration))
+  with open(path, 'a') as other:
+    other.write(line + '\n')
+  assert list(record_files.read_lines(path)) == [1, 2]
+  with pytest.raises(errors.StoreError, match=':3 is damaged: put back'):
+    record_files.MetricsFile(str(path)).start()
+
+
 @pytest.mark.parametrize('cut_bytes', [1, 5, 40])
 def test_a_torn_last_line_is_cut(tmp_path, cut_bytes):
   path = str(tmp_path / 'metrics.jsonl')
