@@ -50,7 +50,7 @@ class Data(Protocol):
     A field `name` is for people: it is not compared. A class may have
     `mapped_files()` as well, which returns the paths of what this reads from
     files each time: while they are unchanged, one worker of a host reads them
-    for all.
+    for all, and no batch that was read from them after a change is used.
     """
     ...
 

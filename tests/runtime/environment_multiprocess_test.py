@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from tests.support import helpers, runs
@@ -251,6 +252,30 @@ def test_data_that_change_while_the_run_lives(host, workdir, tmp_path):
   text.write_bytes(before)
   out, _ = runs.end(_train(host, workdir, *flags))
   assert 'Going on with iteration' in out
+
+
+def test_a_mapped_file_that_changes_while_the_run_lives(
+  host, workdir, tmp_path, undisturbed
+):
+  """Nobody dies, and yet no iteration is done with what was written there."""
+  ids = tmp_path / 'ids.bin'
+  np.fromfile(helpers.DATA, np.uint8).astype(np.uint16).tofile(ids)
+  before = ids.read_bytes()
+  flags = [*_POLICIES['sparse'], f'--data={ids}', '--data_dtype=uint16']
+  flags += ['--model=vocab_size=256', '--nostandby']
+  run = _train(host, workdir, *flags)
+  runs.until(run, f'iteration {_STOPPED_AT}/')
+  with open(ids, 'r+b') as opened:
+    opened.write(bytes(len(before)))
+  _, err = runs.end(run, 1)
+  assert f'--data={ids}: has changed since the run began' in err, err
+  ended = runs.metrics(workdir)
+  assert len(ended) < _ITERATIONS
+  with open(ids, 'r+b') as opened:
+    opened.write(before)
+  out, _ = runs.end(_train(host, workdir, *flags))
+  assert 'Going on with iteration' in out
+  runs.check_finished(host, workdir, undisturbed)
 
 
 def test_a_checkpoint_that_changes_after_the_run_began(host, tmp_path):

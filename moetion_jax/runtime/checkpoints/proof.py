@@ -27,7 +27,7 @@ from moetion_jax import report
 from moetion_jax.runtime.records import checkpoint_folder
 from moetion_jax.state import host_digest
 
-CONFIG = 'moetion_config'
+CONFIG = checkpoint_folder.CONFIG
 _CHECKSUM = 'moetion_checksum'
 MASTER = 'master/'
 

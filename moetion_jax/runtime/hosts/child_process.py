@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from moetion_jax import codec, disk
 from moetion_jax.runtime import messages, spec as spec_lib
+from moetion_jax.runtime.records import files as record_files
 
 _READ_BYTES = 1 << 16
 _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
@@ -51,6 +52,7 @@ class Transcript:
 
   def open_log(self, path: pathlib.Path) -> None:
     """Writes lines to a file as well from now on, and those kept so far."""
+    record_files.unshare(path)
     self._log = open(path, 'a+b', buffering=0)
     if self._log.seek(0, os.SEEK_END):
       self._log.seek(-1, os.SEEK_END)

@@ -21,7 +21,9 @@ from moetion_jax.snapshots import file as snapshot_file
 
 # What a sync answers that loses what was written.
 _OF_DISK = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
-# In the custom metadata: the digests, and what they are of (`proof`).
+# In the custom metadata: the settings of the run, all that there was at first.
+CONFIG = 'moetion_config'
+# Beside them: the digests, and what they are of (`proof`).
 DIGESTS = 'moetion_digests'
 
 
@@ -81,13 +83,26 @@ def doubt(workdir: str | os.PathLike[str], iterations: int) -> str:
       'a run is finished only after its last one'
     )
   known = newest, lines[newest].get('digest')
-  found = stated(pathlib.Path(workdir, own_files.CHECKPOINT_NAME))
+  folder = pathlib.Path(workdir, own_files.CHECKPOINT_NAME)
+  found = stated(folder)
+  if found is None and known[1] and not _is_unproven(folder):
+    return (
+      f'its {snapshot_file.ORBAX_METADATA_NAME} is missing or damaged, and '
+      f'nothing else says that its digest is {known[1]}, with which '
+      f'{own_files.METRICS} ends'
+    )
   if found in (None, known):
     return ''
   return (
     f'it is of iteration {found[0]} with digest {found[1]}, and '
     f'{own_files.METRICS} ends with iteration {newest} and digest {known[1]}'
   )
+
+
+def _is_unproven(folder: pathlib.Path) -> bool:
+  """Tells whether a checkpoint was saved before there were digests in it."""
+  metadata = _metadata(folder).get('custom_metadata')
+  return isinstance(metadata, dict) and metadata.keys() == {CONFIG}
 
 
 def base(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import stat
 import tempfile
 import time
 from typing import IO, Any
@@ -78,6 +80,7 @@ class MetricsFile:
       errors.StoreError: a line is damaged, missing or out of order; but for the
         last ones, which are written again.
     """
+    unshare(self._path)
     self._file = open(self._path, 'a+b')
     cut_torn_line(self._file)
     self._file.seek(0)
@@ -205,6 +208,7 @@ class EventsFile:
   def write(self, kind: str, **fields: Any) -> None:
     """Appends one event; `time` is seconds since the epoch."""
     event = {'time': time.time(), 'kind': kind, 'stage': None, 'replica': None}
+    unshare(self._path)
     with disk.naming(self._path), open(self._path, 'a+b') as f:
       cut_torn_line(f)
       f.write(json.dumps(event | fields).encode() + b'\n')
@@ -221,6 +225,40 @@ def cut_torn_line(file: IO[bytes]) -> None:
     if file.read() != b'\n':
       file.seek(0)
       file.truncate(file.read().rfind(b'\n') + 1)
+
+
+def unshare(path: str | os.PathLike[str]) -> None:
+  """Puts a copy in the place of a file that has other names too.
+
+  A folder copied by hard links (`cp -al`) has the files of the other one: what
+  is written into them, and not beside and renamed, would be in both.
+
+  Args:
+    path: the file's path, at which nothing need be.
+
+  Raises:
+    OSError: there is no room for a copy, or it cannot be put there.
+  """
+  try:
+    status = os.lstat(path)
+  except FileNotFoundError:
+    return
+  if not stat.S_ISREG(status.st_mode) or status.st_nlink == 1:
+    return
+  folder = os.path.dirname(path) or '.'
+  with (
+    disk.naming(path),
+    tempfile.NamedTemporaryFile(
+      dir=folder, prefix=TEMPORARY_PREFIX, delete=False
+    ) as f,
+  ):
+    try:
+      shutil.copy2(path, f.name)
+      os.fsync(f.fileno())  # else a loss of power leaves the name alone
+      os.replace(f.name, path)
+    except BaseException:  # a full disk, most likely
+      os.unlink(f.name)
+      raise
 
 
 def is_in_place(path: str | os.PathLike[str], fd: int) -> bool:

@@ -56,12 +56,12 @@ SNAPSHOT: Tree = {
 SNAPSHOTS: Tree = {r'\d+(\.tmp|\.old|\.replaced)?': SNAPSHOT}
 # All of a run's folders of snapshots.
 DURABLE: Tree = {r'stage-\d+\.replica-\d+\.snapshots': SNAPSHOTS}
-_LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None}
 _FILES = (METRICS, 'events.jsonl', 'workers.json')
 # What is written under such a name gets its own when it is whole.
 TEMPORARY: Tree = {
   re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None
 }
+_LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None, **TEMPORARY}
 # A workdir without its config.json, which goes last, and its lock.
 RUN: Tree = {
   rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'

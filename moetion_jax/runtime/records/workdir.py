@@ -185,6 +185,7 @@ class Workdir:
           with contextlib.suppress(FileExistsError), open(lock, 'xb') as file:
             file.write(pathlib.Path(new.name).read_bytes())
             is_new = True
+    record_files.unshare(lock)
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
     self.lock_fds += (os.open(lock, flags),)
     return is_new

@@ -173,8 +173,13 @@ def _work(
   environment.check_replacement(spec.environment, found)
   job = job_lib.make(spec.job)
   data = prepared.data if prepared else job.data()
+  sources = fingerprints.sources_of(data)
   fingerprint = fingerprints.of(data, spec.folder)
   job_spec.check_data(spec.job.data, spec.data_fingerprint, fingerprint)
+  if sources:
+    data = fingerprints.WatchedData(
+      data, spec.job.data, spec.folder, fingerprint, sources
+    )
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
   if len(spec.team) < train.replicas:

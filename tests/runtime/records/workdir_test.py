@@ -12,7 +12,9 @@ from launch.lm import settings as run_settings
 from launch.offline import scan
 from moetion_jax import codec, config as config_lib, errors, job_spec
 from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import (
+  files as record_files,
   held_run,
   own_files,
   run_ids,
@@ -130,6 +132,7 @@ def _leave_all(path):
     file = path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('of the first run')
+  _write_metadata(path, {'moetion_config': {}})  # before there were digests
   _write_last_line(path)
 
 
@@ -143,8 +146,12 @@ def _commit(path, iteration=_ITERATIONS, digest='the end'):
   digests = {'iteration': iteration, 'state': digest}
   (path / 'checkpoint').mkdir(exist_ok=True)
   (path / 'checkpoint' / 'commit_success.txt').touch()
+  _write_metadata(path, {'moetion_digests': digests})
+
+
+def _write_metadata(path, value):
   (path / 'checkpoint' / '_CHECKPOINT_METADATA').write_text(
-    json.dumps({'custom_metadata': {'moetion_digests': digests}})
+    json.dumps({'custom_metadata': value})
   )
 
 
@@ -444,6 +451,67 @@ def test_a_checkpoint_of_before_digests_proves_nothing(run):
   folder.check(_config())
   assert folder.is_finished() and not folder.is_proven()
   folder.close()
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    None,
+    '{"custom',
+    '[]',
+    '{}',
+    '{"custom_metadata": {"moetion_config": 1, '
+    '"moetion_digest~": {}, "moetion_checksum": "x"}}',
+  ],
+)
+def test_damaged_metadata_finish_nothing(run, tmp_path_factory, content):
+  _commit(run)
+  _write_last_line(run)
+  metadata = run / 'checkpoint' / '_CHECKPOINT_METADATA'
+  whole = metadata.read_text()
+  metadata.unlink() if content is None else metadata.write_text(content)
+  folder = _opened(run)
+  assert not folder.is_finished()
+  folder.close()
+  reason = _refused(run, fresh=False)
+  assert '_CHECKPOINT_METADATA is missing or damaged' in reason, reason
+  _write_last_line(run, digest=None)  # of a version that wrote none
+  _goes_on(run)
+  _write_last_line(run)
+  metadata.write_text(whole)
+  _goes_on(run)
+  metadata.unlink()
+  _move_away(run / 'checkpoint', tmp_path_factory)  # as it says
+  _goes_on(run)
+
+
+def test_a_copy_of_hard_links_writes_nothing_into_the_original(
+  run, hostmem, tmp_path
+):
+  _leave_all(run)
+  (run / 'checkpoint' / 'commit_success.txt').unlink()
+  before, copy = _contents(run), tmp_path / 'copy'
+  shutil.copytree(run, copy, copy_function=os.link)
+  living = _opened(run)
+  try:  # nor does it wait for the other's lock
+    said, _ = _begin(copy, hostmem)
+  finally:
+    living.close()
+  assert 'is a copy of' in said
+  record_files.EventsFile(str(copy / 'events.jsonl')).write('start')
+  lines = record_files.MetricsFile(str(copy / 'metrics.jsonl'), _ITERATIONS - 1)
+  with lines:
+    lines.write({'iteration': _ITERATIONS + 1})
+  log = child_process.Transcript('stage 0')
+  log.open_log(copy / 'logs' / 'stage-0.log')
+  log.add(b'of the copy')
+  log.close()
+  assert _contents(run) == before
+  for name in ('.lock', 'config.json', 'events.jsonl'):
+    assert (copy / name).read_bytes() != before[name]
+  for name in ('metrics.jsonl', 'logs/stage-0.log'):
+    now = (copy / name).read_bytes()
+    assert now.startswith(before[name]) and now != before[name]
 
 
 def _longer(path, iterations, extend='pin'):

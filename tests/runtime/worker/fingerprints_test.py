@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from launch.lm import data as data_lib
+from moetion_jax import errors
 from moetion_jax.hostmem import store_folder
 from moetion_jax.runtime.worker import fingerprints
 
@@ -116,3 +117,56 @@ def test_workers_that_start_together(file, store):
     found = list(pool.map(lambda one: fingerprints.of(one, store.path), ones))
   assert sorted(one.count for one in ones) == [0, 0, 1]
   assert found == [load(file).fingerprint()] * 3
+
+
+def _watched(file, store):
+  one = Counting(load(file))
+  one.batch, one.held_out_batch = one._data.batch, one._data.held_out_batch
+  sources, known = (
+    fingerprints.sources_of(one),
+    fingerprints.of(one, store.path),
+  )
+  one.count = 0
+  return one, fingerprints.WatchedData(one, 'DATA', store.path, known, sources)
+
+
+@pytest.mark.parametrize('kind', ['batch', 'held_out_batch'])
+def test_no_batch_of_a_file_that_changed_since_is_given(file, store, kind):
+  """It is written in place: what was mapped before shows the new content."""
+  one, watched = _watched(file, store)
+  before = file.read_bytes()
+  read = {
+    'batch': lambda: watched.batch(1, 0),
+    'held_out_batch': lambda: watched.held_out_batch(0),
+  }[kind]
+  expected = read().inputs
+  assert one.count == 0  # nothing is hashed as long as nothing happens
+  os.utime(file)
+  np.testing.assert_array_equal(read().inputs, expected)
+  # Two bytes swapped; then ids that no model has, which is another error's.
+  for wrong in (before[2:4] + before[:2] + before[4:], b'\xff' * len(before)):
+    with open(file, 'r+b') as opened:
+      opened.write(wrong)
+    for _ in range(2):  # it is told each time
+      with pytest.raises(errors.ConfigError, match='--data=DATA: has changed'):
+        read()
+  with open(file, 'r+b') as opened:
+    opened.write(before)
+  np.testing.assert_array_equal(read().inputs, expected)
+
+
+def test_a_batch_of_a_file_that_was_another_for_a_moment(file, store):
+  one, watched = _watched(file, store)
+  expected, before, batch = one.batch(1, 0).inputs, file.read_bytes(), one.batch
+
+  def read_amid(iteration, microbatch):
+    one.batch = batch
+    for content in (bytes(len(before)), before):
+      with open(file, 'r+b') as opened:
+        opened.write(content)
+      if content != before:
+        found = batch(iteration, microbatch)
+    return found
+
+  one.batch = read_amid
+  np.testing.assert_array_equal(watched.batch(1, 0).inputs, expected)
