@@ -17,6 +17,7 @@ from moetion_jax import keys
 from moetion_jax.hostmem import entry, segment, segment_reader
 from moetion_jax.runtime import linux_process
 from moetion_jax.runtime.worker import fault_damage
+from moetion_jax.snapshots import file as snapshot_file, folders
 from tests.support import helpers, runs, worlds
 
 STAGES = 3
@@ -171,6 +172,32 @@ def test_replicas_before_its_first_read(host, workdir, tmp_path):
   _check(host, workdir, tmp_path / 'undisturbed')
   (failure,) = runs.of_kind(workdir, 'failure')
   assert str(_ACTIVATION) in failure['error']
+
+
+def test_files_that_are_cut_or_removed(host, workdir, undisturbed):
+  """Each is lost at once: no stage fails twice before it gets on."""
+  run = _train(host, workdir, flags=[_WINDOW, '--max_failures=1'])
+  for iteration, stage, left in ((2, 0, 0.5), (4, 1, None), (6, 2, 0)):
+    runs.until(run, f'iteration {iteration}/')
+    (store,) = host.path.glob('moetion-*')
+    snapshots = snapshot_file.list_snapshots(
+      folders.snapshots_folder(store, stage, 0)
+    )
+    # The newest, so that nobody removes it meanwhile: an older one serves.
+    newest = snapshots[max(snapshots)] / snapshot_file.DATA_NAME
+    os.truncate(newest, newest.stat().st_size // 2)
+    log = segment.segment_path(store, stage, 0)
+    if left is None:
+      log.unlink()
+    else:
+      os.truncate(log, int(log.stat().st_size * left))
+  _, err = runs.end(run, seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  assert 'defect' not in err
+  failures = runs.of_kind(workdir, 'failure')
+  for stage in range(STAGES):
+    (first, *_) = [e['error'] for e in failures if e['stage'] == stage]
+    assert 'cut or removed' in first or 'SIGBUS' in first, first
 
 
 # ---- after it was verified ---------------------------------------------------
