@@ -526,7 +526,11 @@ def _property(max_examples):
       deadline=None,
       max_examples=max_examples,
       derandomize=True,
-      phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+      phases=[
+        hypothesis.Phase.explicit,
+        hypothesis.Phase.generate,
+        hypothesis.Phase.shrink,
+      ],
       database=None,
       suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )(given)
@@ -535,6 +539,13 @@ def _property(max_examples):
 
 
 @_property(120)
+@hypothesis.example(  # one that is ready when its world has gone on already
+  policy='dense',
+  stages=2,
+  replicas=1,
+  window=1,
+  faults=[('stop', 1, 1, 0), ('kill', 0, 0, 0)],
+)
 def test_whatever_happens_it_goes_on_or_ends(
   policy, stages, replicas, window, faults
 ):

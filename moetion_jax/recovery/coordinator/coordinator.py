@@ -52,6 +52,8 @@ _BEGINNING: _Handlers = {
 _RUN: _Handlers = {
   events.Died: failing.died,
   events.StopAsked: ending.stop_asked,
+  # Of one that took the place of a worker that died when all could train.
+  events.Ready: lambda *unused: None,
   events.Looked: failing.looked,
   events.State: progress.trains,
   events.Resumed: progress.resumed,
