@@ -251,7 +251,9 @@ class _Attempt:
       raise errors.StoreError('there is none, or it was damaged')
     try:
       snapshot = reader.load(
-        self._tools.captures.layout, (share.path for share in info.shares)
+        self._tools.captures.layout,
+        iteration,
+        (share.store for share in info.shares),
       )
     except errors.StoreError as error:
       self.damaged[iteration] = str(error)

@@ -27,7 +27,11 @@ from moetion_jax.runtime.records import (
   own_files,
   run_ids,
 )
-from moetion_jax.snapshots import file as snapshot_file, folders as folders_lib
+from moetion_jax.snapshots import (
+  folders as folders_lib,
+  interface as snapshots_interface,
+  registry,
+)
 
 
 def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
@@ -243,13 +247,14 @@ def _scan_snapshots(
   damage: list[stored_run.Damage] = []
   missing: dict[int, list[str]] = {}
   for folder in folders_lib.snapshots_folders(store, stage):
-    found, broken = _scan_shares(folder, in_use)
+    stored = registry.stored(folder)
+    found, broken = _scan_shares(stored, in_use)
     for iteration, share in found.items():
       shares.setdefault(iteration, []).append(share)
     for iteration, message in broken.items():
       damage.append(_broken(stage, iteration, message))
     if not in_use:
-      for iteration, message in _gaps(folder, found.keys() | broken.keys()):
+      for iteration, message in _gaps(stored, found.keys() | broken.keys()):
         missing.setdefault(iteration, []).append(message)
   snapshots = {
     iteration: stored_run.SnapshotInfo(found=tuple(of_iteration))
@@ -272,20 +277,20 @@ def _broken(stage: int, iteration: int, message: str) -> stored_run.Damage:
 
 
 def _scan_shares(
-  folder: pathlib.Path, in_use: bool
+  stored: snapshots_interface.StoredSnapshots, in_use: bool
 ) -> tuple[dict[int, stored_run.ShareInfo], dict[int, str]]:
   """Returns one worker's whole snapshots, and the errors of its others."""
   found: dict[int, stored_run.ShareInfo] = {}
   broken: dict[int, str] = {}
-  for iteration, path in snapshot_file.list_snapshots(folder).items():
+  for iteration, path in stored.paths().items():
     try:
-      manifest = snapshot_file.read_manifest(path)
+      manifest = stored.manifest(iteration)
       share = folders_lib.share_of(manifest.metadata)
       names = keys.operators_from_json(
         manifest.metadata.get(stored_run.DIGESTS, ())
       )
     except errors.StoreError as error:
-      if not in_use or is_there(path):
+      if not in_use or iteration in stored.iterations():
         broken[iteration] = str(error)
       continue
     except (KeyError, TypeError, ValueError) as error:
@@ -296,6 +301,7 @@ def _scan_shares(
       continue
     digests = manifest.buffers.get(stored_run.DIGESTS)
     found[iteration] = stored_run.ShareInfo(
+      store=stored,
       path=path,
       size_bytes=sum(b.nbytes for b in manifest.buffers.values()),
       share=share,
@@ -307,7 +313,7 @@ def _scan_shares(
 
 
 def _gaps(
-  folder: pathlib.Path, known: Collection[int]
+  stored: snapshots_interface.StoredSnapshots, known: Collection[int]
 ) -> Iterator[tuple[int, str]]:
   """Yields the missing snapshots of a run that ended, each with a message.
 
@@ -315,19 +321,14 @@ def _gaps(
   neighbours was there.
   """
   for iteration in range(min(known, default=0), max(known, default=0)):
-    path = folder / str(iteration)
     if iteration in known:
       continue
-    if path.is_dir():
-      name = path / snapshot_file.MANIFEST_NAME
-      yield iteration, f'{name}: No such file or directory'
-    elif {iteration - 1, iteration + 1} <= set(known):
-      yield iteration, f'{path}: No such file or directory'
-
-
-def is_there(path: pathlib.Path) -> bool:
-  """Returns whether a snapshot is still there: a living run retires them."""
-  return (path / snapshot_file.MANIFEST_NAME).is_file()
+    left = (stored.folder / str(iteration)).exists()
+    if left or {iteration - 1, iteration + 1} <= set(known):
+      try:
+        stored.manifest(iteration)
+      except errors.StoreError as error:
+        yield iteration, str(error)
 
 
 def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
@@ -336,9 +337,9 @@ def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
     for iteration, info in one.snapshots.items():
       for share in info.found:
         try:
-          snapshot_file.open_snapshot(share.path, verify=True).close()
+          share.store.open(iteration, verify=True).close()
         except errors.StoreError as error:
-          if is_there(share.path):
+          if share.is_there():
             yield _broken(one.stage, iteration, str(error))
     for replica in range(run.train.replicas):
       yield from _verify_log(one, replica)

@@ -21,7 +21,7 @@ from moetion_jax import codec, config as config_lib, errors, job_spec, keys
 from moetion_jax.hostmem import entry, segment
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files as record_files
-from moetion_jax.snapshots import coverage, file as snapshot_file
+from moetion_jax.snapshots import coverage, interface as snapshots_interface
 
 # As in `capture/conversion`, which imports JAX.
 DIGESTS, PARTIALS = 'digests', 'partials'
@@ -63,7 +63,8 @@ class ShareInfo:
   """One worker's snapshot of an iteration, whose manifest is whole.
 
   Attributes:
-    path: the snapshot's directory.
+    store: the worker's snapshots.
+    path: the snapshot's file or directory.
     size_bytes: size of all its buffers.
     share: the operators that it holds.
     digests: number of operators whose digests it holds; 0 for none.
@@ -71,12 +72,17 @@ class ShareInfo:
     has_partials: whether it holds all stages' scalars.
   """
 
+  store: snapshots_interface.StoredSnapshots
   path: pathlib.Path
   size_bytes: int
   share: coverage.Share
   digests: int
   digest_names: tuple[keys.OperatorId, ...] = ()
   has_partials: bool
+
+  def is_there(self) -> bool:
+    """Returns whether it is still there: a living run retires snapshots."""
+    return self.share.iteration in self.store.iterations()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +235,7 @@ class StoredStage:
       if not one.digests or one.digests != len(names):
         return None
       with contextlib.suppress(errors.StoreError):
-        with snapshot_file.open_snapshot(one.path) as stored:
+        with one.store.open(iteration) as stored:
           stored.verify(DIGESTS)
           rows = np.array(stored.arrays[DIGESTS])
           found |= dict(zip(names, rows, strict=True))

@@ -11,12 +11,7 @@ import jax
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.snapshots import (
-  file as snapshot_file,
-  folders,
-  reader,
-  snapshot,
-)
+from moetion_jax.snapshots import folders, reader, registry, snapshot
 from moetion_jax.state import layout as layout_lib, partition
 
 
@@ -46,17 +41,17 @@ def load(
   iterations = {
     iteration
     for folder in folders.snapshots_folders(root, stage)
-    for iteration in snapshot_file.list_snapshots(folder)
+    for iteration in registry.stored(folder).iterations()
   }
   state: dict[keys.OperatorId, Any] = {}
   newest: snapshot.Snapshot | None = None
   for iteration in sorted(iterations, reverse=True):
     if iteration > start or len(state) == len(layout.operators):
       continue
-    paths = folders.find_shares(root, stage, iteration)
-    if not paths:
+    stores = folders.find_shares(root, stage, iteration)
+    if not stores:
       continue
-    merged = reader.load(layout, paths)
+    merged = reader.load(layout, iteration, stores)
     newest = newest or merged
     if newest.metadata['iteration'] != start:
       raise errors.StoreError(f'{root}: stage {stage} has no snapshot {start}')

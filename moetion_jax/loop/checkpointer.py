@@ -39,10 +39,9 @@ from moetion_jax.loop import settings as loop_settings, trajectory
 from moetion_jax.policies import decision, slots
 from moetion_jax.snapshots import (
   coverage,
-  file as snapshot_file,
   manifest,
-  memory_store,
   reader,
+  registry,
   snapshot as snapshot_lib,
 )
 from moetion_jax.state import (
@@ -160,6 +159,7 @@ class SparseCheckpointer:
         for name, master in masters.items()
       }
     )
+    self._stored = registry.stored(self._folder)
     self._snapshots: snapshotter.Snapshotter | None = None
 
   def start(self) -> None:
@@ -181,7 +181,7 @@ class SparseCheckpointer:
     )
     largest = max(slots.snapshot_bytes(made, *sizes, 'rolling'))
     parts = 1 + len(self._layout.leaves) * len(self._layout.operators)
-    store = memory_store.SnapshotStore(
+    store = registry.make(
       self._folder,
       largest
       + self._shared_bytes()
@@ -192,7 +192,7 @@ class SparseCheckpointer:
     self._programs.compile()
     if self._folder.is_dir():
       store_folder.check_private(self._folder)
-      snapshot_file.check_is_ours(self._folder)
+      store.check_is_ours()
       self._trajectory.check()
       start = _NOTHING
       if restored := self._restored():
@@ -215,7 +215,7 @@ class SparseCheckpointer:
     )
     self._snapshots.start()
     self._trajectory.record()
-    for later in self._paths():
+    for later in self._stored.iterations():
       if later > self.iteration:  # of no use or damaged: it is taken again
         self._snapshots.distrust(later)
 
@@ -363,12 +363,12 @@ class SparseCheckpointer:
       except conversion.DivergedError as error:
         diverged.append((starts[-1], error))
     if not diverged:
-      if paths := self._paths():
+      if iterations := self._stored.iterations():
         _log.warning(
           '%s: the state does not come back, it begins anew: there are '
           'snapshots of iterations %s, but no whole window that can be read',
           self._folder,
-          ', '.join(map(str, paths)),
+          ', '.join(map(str, iterations)),
         )
       return None
     start, error = diverged[0]
@@ -385,11 +385,11 @@ class SparseCheckpointer:
     """
     records = []
     operators = frozenset(self._layout.operators)
-    for iteration, path in self._paths().items():
+    for iteration, path in self._stored.paths().items():
       if iteration in lost:
         continue
       try:
-        metadata = snapshot_file.read_manifest(path).metadata
+        metadata = self._stored.manifest(iteration).metadata
       except manifest.SnapshotCorruptError as error:
         _log.warning('%s', error)
         lost.add(iteration)
@@ -407,9 +407,6 @@ class SparseCheckpointer:
       records.append(record)
     return records
 
-  def _paths(self) -> dict[int, pathlib.Path]:
-    return snapshot_file.list_snapshots(self._folder)
-
   def _converted(
     self, start: coverage.Start, newest: int, *, is_compared: bool = True
   ) -> tuple[Any, coverage.Start]:
@@ -424,7 +421,7 @@ class SparseCheckpointer:
 
     def load(iteration: int) -> snapshot_lib.Snapshot:
       try:
-        snapshot = reader.load(self._layout, [self._paths()[iteration]])
+        snapshot = reader.load(self._layout, iteration, [self._stored])
       except manifest.SnapshotCorruptError:
         raise
       except errors.StoreError as error:

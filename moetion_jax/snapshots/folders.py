@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moetion_jax import codec, errors
-from moetion_jax.snapshots import coverage, file as snapshot_file
+from moetion_jax.snapshots import coverage, interface, registry
 
 
 def snapshots_folder(
@@ -51,11 +51,10 @@ def read_shares(
   """
   shares = []
   for of_replica in snapshots_folders(folder, stage):
-    found = snapshot_file.list_snapshots(of_replica)
-    for _, path in sorted(found.items()):
+    stored = registry.stored(of_replica)
+    for iteration in stored.iterations():
       try:
-        metadata = snapshot_file.read_manifest(path).metadata
-        shares.append(share_of(metadata))
+        shares.append(share_of(stored.manifest(iteration).metadata))
       except errors.StoreError as error:
         on_unreadable(str(error))
   return shares
@@ -63,19 +62,17 @@ def read_shares(
 
 def find_shares(
   folder: str | os.PathLike[str], stage: int, iteration: int
-) -> list[pathlib.Path]:
+) -> list[interface.StoredSnapshots]:
   """Finds the shares that make a stage's snapshot, see `coverage.whole_teams`.
 
   Returns:
-    Their directories by replica; [] if there is no such snapshot.
+    Those who have them, by replica; [] if there is no such snapshot.
   """
-  found: dict[coverage.ShareName, pathlib.Path] = {}
+  found: dict[coverage.ShareName, interface.StoredSnapshots] = {}
   for of_replica in snapshots_folders(folder, stage):
-    path = snapshot_file.list_snapshots(of_replica).get(iteration)
-    if path is None:
-      continue
-    metadata = snapshot_file.read_manifest(path).metadata
-    found[share_of(metadata).name] = path
+    stored = registry.stored(of_replica)
+    if iteration in stored.iterations():
+      found[share_of(stored.manifest(iteration).metadata).name] = stored
   return [
     found[name] for name in coverage.whole_teams(found).get(iteration, ())
   ]

@@ -1,12 +1,13 @@
-"""Interface of a store of snapshots, as whoever takes them uses it."""
+"""Interfaces of a store of snapshots: of those who take them, and who read."""
 
 from __future__ import annotations
 
 import abc
 import json
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from moetion_jax import errors
 from moetion_jax.snapshots import (
@@ -19,35 +20,32 @@ class SnapshotFullError(errors.StoreError):
   """All room is in use, by snapshots that must be kept or by readers."""
 
 
-class Store(Protocol):
-  """The snapshots of one worker.
+class StoredSnapshots:
+  """The snapshots of one worker, as any process reads them at any time.
 
-  One thread uses it, except `retain` and `interrupt`, which any thread may
-  call: `start`, then `save` and `retain` in any order, then `close`. The
-  snapshots stay; they can be read at any time, by any process. The methods that
-  read are right for a store in a folder as `file` describes it.
+  Its methods are right for a folder as `file` describes it; a store of another
+  format overrides all of them.
 
   Attributes:
-    folder: folder of this worker alone.
+    folder: folder of this worker alone, which need not exist.
   """
 
-  folder: pathlib.Path
+  def __init__(self, folder: str | os.PathLike[str]):
+    """Stores the argument."""
+    self.folder = pathlib.Path(folder)
 
-  @abc.abstractmethod
-  def start(self) -> None:
-    """Takes over the snapshots that a predecessor committed, killed or not.
+  def paths(self) -> dict[int, pathlib.Path]:
+    """Lists the committed snapshots, by iteration, ascending.
 
-    Raises:
-      StoreError: the store cannot be used, or there is no room.
+    Returns:
+      The file or directory of each, in the folder. To remove it is to remove
+      the snapshot.
     """
-
-  @abc.abstractmethod
-  def close(self) -> None:
-    """Lets go of the store; its snapshots stay. May be called twice."""
+    return snapshot_file.list_snapshots(self.folder)
 
   def iterations(self) -> list[int]:
     """Returns the iterations of the committed snapshots, ascending."""
-    return list(snapshot_file.list_snapshots(self.folder))
+    return list(self.paths())
 
   def manifest(self, iteration: int) -> manifest_lib.Manifest:
     """Returns the description of a snapshot.
@@ -72,8 +70,44 @@ class Store(Protocol):
     return snapshot_file.open_snapshot(self._find(iteration), verify)
 
   def _find(self, iteration: int) -> pathlib.Path:
-    found = snapshot_file.list_snapshots(self.folder)
-    return found.get(iteration, self.folder / str(iteration))
+    return self.paths().get(iteration, self.folder / str(iteration))
+
+  def forget(self, iteration: int) -> None:
+    """Makes a snapshot no longer count, if there is one.
+
+    Call while nobody writes. Its room may stay for whoever writes here next.
+    """
+    path = self._find(iteration) / snapshot_file.MANIFEST_NAME
+    path.unlink(missing_ok=True)
+
+  def check_is_ours(self) -> None:
+    """Checks that nobody else keeps checkpoints in the folder, which exists.
+
+    Raises:
+      StoreError: what may be a snapshot is something else.
+    """
+    snapshot_file.check_is_ours(self.folder)
+
+
+class Store(StoredSnapshots, abc.ABC):
+  """The snapshots of one worker, as it takes them.
+
+  One thread uses it, except `retain` and `interrupt`, which any thread may
+  call: `start`, then `save` and `retain` in any order, then `close`. The
+  snapshots stay. `registry` names the store in use.
+  """
+
+  @abc.abstractmethod
+  def start(self) -> None:
+    """Takes over the snapshots that a predecessor committed, killed or not.
+
+    Raises:
+      StoreError: the store cannot be used, or there is no room.
+    """
+
+  @abc.abstractmethod
+  def close(self) -> None:
+    """Lets go of the store; its snapshots stay. May be called twice."""
 
   @abc.abstractmethod
   def retain(self, first_iteration: int) -> None:

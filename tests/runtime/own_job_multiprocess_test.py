@@ -10,9 +10,9 @@ from tests.support import helpers, runs
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
 
 
-def _train(host, workdir, replicas, *faults):
+def _train(host, workdir, replicas, *faults, program='markov_train'):
   run = host.start(
-    *('-m', 'tests.support.markov_train', workdir, host.path),
+    *('-m', f'tests.support.{program}', workdir, host.path),
     *(str(replicas), *faults),
   )
   runs.end(run, seconds=300)
@@ -21,21 +21,28 @@ def _train(host, workdir, replicas, *faults):
   return runs.metrics(workdir)
 
 
-@pytest.mark.parametrize('replicas', [1, 2])
-def test_another_job_recovers_to_the_same_bits(host, tmp_path, replicas):
+# Alone: with another store of snapshots too, in agent and workers.
+@pytest.mark.parametrize(
+  ('replicas', 'program'), [(1, 'plain_train'), (2, 'markov_train')]
+)
+def test_another_job_recovers_to_the_same_bits(
+  host, tmp_path, replicas, program
+):
   expected = _train(host, tmp_path / 'whole', replicas)
   assert expected[-1]['loss'] < expected[0]['loss'] / 2
   lines = _train(
     *(host, tmp_path / 'killed', replicas),
     'kill:stage=1,iteration=20,phase=forward',
     'kill:stage=0,iteration=30,phase=update',
+    program=program,
   )
   assert runs.bits(lines) == runs.bits(expected)
   recovered = runs.of_kind(tmp_path / 'killed', 'recovered')
   assert [event['stage'] for event in recovered] == [1, 0]
   for event in recovered:
     assert event['source'] == 'own' and event['digest_verified']
-  again = _train(host, tmp_path / 'killed', replicas)  # it knows it is done
+    assert event['first_iteration'] > 10  # from snapshots
+  again = _train(host, tmp_path / 'killed', replicas, program=program)  # done
   assert runs.bits(again) == runs.bits(expected)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetion_jax.snapshots import durable_store, memory_store
+from moetion_jax.snapshots import durable_store, memory_store, registry
 from tests.support import plain_store, store_conformance
 
 
@@ -39,6 +39,13 @@ class TestEveryStore(store_conformance.StoreConformance):
     yield make
     for store in stores:
       store.close()
+
+  @pytest.fixture
+  def stored(self, kind, shm_folder, tmp_path):
+    folder = (shm_folder if kind == 'memory' else tmp_path) / 'worker'
+    if kind == 'plain':
+      return plain_store.PlainStore(folder)
+    return registry.stored(folder)
 
   @pytest.fixture
   def damage(self, kind):

@@ -23,7 +23,10 @@ from moetion_jax import (
 LENGTH, DIM = 8, 8
 
 
-def make_job(replicas):
+FACTORY = 'tests.support.markov_job:MarkovJob'
+
+
+def make_job(replicas, factory=FACTORY):
   train = TrainConfig(
     iterations=40,
     stages=2,
@@ -34,7 +37,7 @@ def make_job(replicas):
   )
   tokens = train.global_microbatches * train.microbatch_size * LENGTH
   return JobSpec(
-    factory='tests.support.markov_job:MarkovJob',
+    factory=factory,
     config={'name': 'markov', 'train': dataclasses.asdict(train)},
     hidden_bytes=train.microbatch_size * LENGTH * DIM * 4,
     tokens_per_iteration=tokens,
@@ -42,8 +45,8 @@ def make_job(replicas):
   )
 
 
-def main(workdir, hostmem_dir, replicas, *script):
-  job = make_job(int(replicas))
+def main(workdir, hostmem_dir, replicas, *script, factory=FACTORY):
+  job = make_job(int(replicas), factory)
   where = AgentSettings(
     workdir=workdir,
     hostmem_dir=hostmem_dir,

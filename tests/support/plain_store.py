@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
 import numpy as np
 
-from moetion_jax.snapshots import file as snapshot_file, interface, manifest
+from moetion_jax import errors
+from moetion_jax.snapshots import (
+  file as snapshot_file,
+  interface,
+  manifest,
+  registry,
+)
+
+
+def use():
+  """Makes this process save and read with `PlainStore` alone."""
+  registry.make = lambda folder, size_bytes, files, durable_folder=None: (
+    PlainStore(durable_folder or folder)
+  )
+  registry.stored = PlainStore
 
 
 class PlainStore(interface.Store):
@@ -17,7 +30,7 @@ class PlainStore(interface.Store):
   """
 
   def __init__(self, folder):
-    self.folder = pathlib.Path(folder)
+    super().__init__(folder)
     self._first_iteration = 0
 
   def start(self):
@@ -28,9 +41,18 @@ class PlainStore(interface.Store):
   def close(self):
     pass
 
-  def iterations(self):
+  def paths(self):
     names = os.listdir(self.folder) if self.folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    found = sorted(int(name) for name in names if name.isdecimal())
+    return {iteration: self.folder / str(iteration) for iteration in found}
+
+  def forget(self, iteration):
+    (self.folder / str(iteration)).unlink(missing_ok=True)
+
+  def check_is_ours(self):
+    for path in self.paths().values():
+      if not path.is_file():
+        raise errors.StoreError(f'{path}: no snapshot of ours')
 
   def manifest(self, iteration):
     return self.open(iteration).manifest

@@ -1,5 +1,8 @@
 """What every snapshot store does: one suite, run for each of them."""
 
+import multiprocessing
+import shutil
+
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -54,12 +57,19 @@ def _check(store, iteration, slot=0, of=None):
       assert not found.flags.writeable
 
 
+def _check_all(stored, versions):
+  assert stored.iterations() == list(versions)
+  for iteration, of in versions.items():
+    _check(stored, iteration, of=of)
+
+
 class StoreConformance:
   """The suite.
 
   A fixture `make` makes stores of one folder, not started, with room for
-  `FILES` snapshots of `DATA_BYTES`. A fixture `damage` flips a bit in the first
-  array of a snapshot that a store has.
+  `FILES` snapshots of `DATA_BYTES`. A fixture `stored` is what
+  `registry.stored` returns for that folder where the store is in use. A fixture
+  `damage` flips a bit in the first array of a snapshot that a store has.
   """
 
   def test_what_goes_in_comes_out(self, make):
@@ -91,6 +101,48 @@ class StoreConformance:
       for iteration in (1, 2, 3):
         _check(store, iteration)
     second.close()
+
+  def test_another_process_reads_while_it_saves(self, make, stored):
+    assert stored.iterations() == [] and stored.paths() == {}
+    stored.forget(1)  # there is none
+    store = make()
+    store.start()
+    _save(store, 2)
+    _save(store, 1)
+    assert stored.iterations() == list(stored.paths()) == [1, 2]
+    assert all(p.parent == store.folder for p in stored.paths().values())
+    stored.check_is_ours()
+    _check(stored, 2)
+    _save(store, 2, of=3, replace=True)
+    other = multiprocessing.get_context('spawn').Process(
+      target=_check_all, args=(stored, {1: 1, 2: 3})
+    )
+    other.start()
+    other.join(60)
+    assert other.exitcode == 0
+    store.close()
+
+  def test_what_is_forgotten_or_removed_no_longer_counts(self, make, stored):
+    store = make()
+    store.start()
+    for iteration in (1, 2, 3):
+      _save(store, iteration)
+    store.close()
+    stored.forget(3)
+    path = stored.paths()[1]
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for found in (stored, make()):
+      assert found.iterations() == list(found.paths()) == [2]
+      for gone in (1, 3):
+        with pytest.raises(manifest.SnapshotCorruptError, match=f'/{gone}'):
+          found.open(gone)
+    store = make()
+    store.start()
+    assert store.iterations() == [2]
+    for iteration in (1, 3):  # it is taken again, with whatever bits
+      assert _save(store, iteration, of=7) == _BYTES
+      _check(stored, iteration, of=7)
+    store.close()
 
   def test_what_is_not_there(self, make):
     store = make()

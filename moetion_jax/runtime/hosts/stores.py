@@ -15,7 +15,7 @@ from moetion_jax.hostmem import segment, segment_check
 from moetion_jax.recovery import events
 from moetion_jax.runtime.hosts import hosts as hosts_lib
 from moetion_jax.runtime.records import own_files
-from moetion_jax.snapshots import file as snapshot_file, folders
+from moetion_jax.snapshots import folders, registry
 
 
 class Stores:
@@ -112,9 +112,10 @@ class Stores:
     """
     for stage, iteration in iterations.items():
       for folder in folders.snapshots_folders(self._snapshots_of(stage), stage):
-        for newer, path in snapshot_file.list_snapshots(folder).items():
+        stored = registry.stored(folder)
+        for newer in stored.iterations():
           if newer > iteration:
-            (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
+            stored.forget(newer)
 
   def orphan(self, stage: int, team: Collection[int]) -> None:
     """Notes that of a stage only the replicas in `team` write snapshots now.
@@ -128,8 +129,11 @@ class Stores:
     for path in folders.snapshots_folders(folder, stage):
       if path not in written:
         self._orphans.add(path)
-        for other in path.iterdir():
-          if not snapshot_file.is_snapshot_name(other.name):
+        there = list(path.iterdir())
+        # After it: what is committed meanwhile was not there by that name.
+        committed = registry.stored(path).paths().values()
+        for other in there:
+          if other not in committed:
             self._remove(other)
 
   def line_moved(self, line: int) -> None:
@@ -141,7 +145,7 @@ class Stores:
       line: the recovery line.
     """
     for folder in self._orphans:
-      for iteration, path in snapshot_file.list_snapshots(folder).items():
+      for iteration, path in registry.stored(folder).paths().items():
         if iteration < line:
           self._remove(path)
 

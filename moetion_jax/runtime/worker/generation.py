@@ -41,11 +41,9 @@ from moetion_jax.runtime.worker import (
 )
 from moetion_jax.snapshots import (
   coverage,
-  durable_store,
   folders,
-  interface as snapshots_interface,
-  memory_store,
   reader,
+  registry,
   snapshot,
 )
 from moetion_jax.state import partition
@@ -340,14 +338,14 @@ class StageRun:
     It is made of all replicas' shares; where they share the state like this
     worker's team, of its own share.
     """
-    paths = folders.find_shares(
+    stores = folders.find_shares(
       self._snapshots_root, self._spec.stage, iteration
     )
-    if not paths:
+    if not stores:
       raise errors.StoreError(f'{self._folder / str(iteration)}: there is none')
-    if self._stage.ownership and len(paths) == len(self._spec.team):
-      paths = [paths[self._stage.ownership.position]]
-    return reader.load(self._whole, paths)
+    if self._stage.ownership and len(stores) == len(self._spec.team):
+      stores = [stores[self._stage.ownership.position]]
+    return reader.load(self._whole, iteration, stores)
 
   def _load_merged(self, iteration: int) -> snapshot.Snapshot:
     """Loads a snapshot of all operators, each as new as there is."""
@@ -369,17 +367,16 @@ class StageRun:
     share = self._whole.shares(number)[position]
     leaves = len(self._layout.leaves) * len(self._layout.operators)
     padding_bytes = leaves * _PADDING_BYTES
-    store: snapshots_interface.Store = memory_store.SnapshotStore(
+    store = registry.make(
       folders.snapshots_folder(spec.folder, spec.stage, spec.replica),
       go.pool_bytes + padding_bytes,
       go.pool_files,
+      self._folder if spec.durable_folder else None,
     )
     if any(decision.is_whole for decision in go.decisions):
       # Before the store starts: it would make files only to remove them.
       whole_bytes = snapshot.snapshot_bytes(self._whole, share, frozenset())
       store.enlarge(whole_bytes + padding_bytes)
-    if spec.durable_folder:
-      store = durable_store.DurableStore(store, self._folder)
     self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(
       self._captures,

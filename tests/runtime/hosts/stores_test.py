@@ -12,6 +12,8 @@ from moetion_jax.hostmem import (
 )
 from moetion_jax.runtime.hosts import hosts, stores
 from moetion_jax.runtime.worker import fault_damage
+from moetion_jax.snapshots import folders, registry
+from tests.support import plain_store
 
 
 def _key(iteration, stage):
@@ -96,3 +98,38 @@ def test_a_log_that_cannot_be_fenced_is_lost(one, what):
   writer.start()
   writer.close()
   assert one.scan([]).log_bytes[1]
+
+
+@pytest.mark.parametrize('kind', ['own', 'plain'])
+def test_snapshots_are_those_of_the_store_in_use(one, kind, monkeypatch):
+  if kind == 'plain':
+    for name in ('make', 'stored'):  # put back afterwards
+      monkeypatch.setattr(registry, name, getattr(registry, name))
+    plain_store.use()
+  root = one.log_paths(1)[0].parent
+  for replica in (0, 1):
+    folder = folders.snapshots_folder(root, 1, replica)
+    store = registry.make(folder, 1 << 12, 4)
+    store.start()
+    for iteration in (3, 4, 5):
+      share = {'replica': replica, 'replicas': 2, 'state': [], 'compute': []}
+      store.save(iteration, {'iteration': iteration, **share}, [])
+    store.close()
+
+  def shares():
+    return [(s.replica, s.iteration) for s in one.scan([1]).shares[1]]
+
+  assert shares() == [(r, i) for r in (0, 1) for i in (3, 4, 5)]
+  one.forget_newer({1: 4})
+  assert shares() == [(r, i) for r in (0, 1) for i in (3, 4)]
+  one.orphan(1, [0])
+  assert shares() == [(r, i) for r in (0, 1) for i in (3, 4)]
+  one.line_moved(4)
+  assert shares() == [(0, 3), (0, 4), (1, 4)]
+  left = folders.snapshots_folder(root, 1, 1)
+  assert list(left.iterdir()) == [left / '4']  # its room is given back
+  for stored in folders.find_shares(root, 1, 4):
+    with stored.open(4, verify=True) as snapshot:
+      assert snapshot.metadata['iteration'] == 4
+  one.forget_snapshots([1])
+  assert shares() == []
