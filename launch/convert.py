@@ -16,11 +16,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
+
 from absl import flags
 
-from launch.lm import command_line, settings as run_settings
+from launch.lm import command_line
 from launch.offline import run_flags, scan, stored_run
-from moetion_jax import errors
+from moetion_jax import codec, errors, job_spec
 from moetion_jax.hostmem import run_store
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import changes, places
@@ -66,14 +69,14 @@ def load_data(
   from launch.lm import transformer_job
 
   if path:
-    config = dataclasses.replace(run.config, data=os.path.abspath(path))
-    run = dataclasses.replace(run, config=config)
-  if 0 < stage < run.config.train.stages - 1:
+    settings = {**run.settings, 'data': os.path.abspath(path)}
+    run = dataclasses.replace(run, settings=settings)
+  if 0 < stage < run.train.stages - 1:
     return run, None
-  data = transformer_job.load_data(run.config)
+  data = transformer_job.of(run.config).data()
   known = dict(run.found_out.get('data_fingerprint', {}))
   here = data.fingerprint()
-  if changed := run_settings.differences(known, here):
+  if changed := job_spec.data_changes(known, here):
     raise errors.ConfigError(
       'data',
       run.config.data,
@@ -104,7 +107,7 @@ def check_environment(
     errors.ConfigError: something that is not accepted differs.
   """
   known = environment.of_worker(
-    changes.recorded(run.found_out, here), stage * run.config.train.replicas
+    changes.recorded(run.found_out, here), stage * run.train.replicas
   )
   found = environment.changes(known, here)
   environment.check_names(accepted, found, here)
@@ -124,7 +127,7 @@ def recorded_cores(run: stored_run.StoredRun, stage: int) -> str | None:
   known = run.found_out.get(changes.ENVIRONMENT)
   if not known:
     known = {'device': run.found_out.get(changes.SOFTWARE, {})}
-  number = stage * run.config.train.replicas
+  number = stage * run.train.replicas
   cores = environment.of_worker(known, number)['device'].get(environment.CORES)
   return None if cores is None else str(cores)
 
@@ -145,12 +148,12 @@ def _convert(run: stored_run.StoredRun) -> None:
     _warn(run.caution)
   xla_setup.use_cores(recorded_cores(run, stage))
   xla_setup.configure(
-    local_devices=run.config.train.local_devices,
+    local_devices=run.train.local_devices,
     compilation_cache_dir=_CACHE.value,
   )
-  from launch.lm import checkpoint
   from launch.offline import rebuild
   from moetion_jax import report
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file
 
   run, data = load_data(run, stage, _DATA.value)
   if changed := check_environment(
@@ -163,11 +166,11 @@ def _convert(run: stored_run.StoredRun) -> None:
       f'Other than what the run had: {changed}. The bits may differ; digests '
       'will tell.'
     )
-  rebuilder = rebuild.Rebuilder(run.config, stage, data)
-  rebuilder.start()
+  rebuilder = rebuild.Rebuilder.compile(run.config, stage, data)
   done = rebuilder.rebuild(run, _warn, _ITERATION.value, _START.value)
   replayed = range(done.start + 1, done.iteration + 1)
-  came = f'snapshot {done.start}' if done.start else 'the initial state'
+  is_initial = done.start == run.initial
+  came = 'the initial state' if is_initial else f'snapshot {done.start}'
   print(
     f'Stage {stage}, state {done.iteration}, digest '
     f'{report.combine(done.digests)}: from {came}, complete at '
@@ -186,8 +189,12 @@ def _convert(run: stored_run.StoredRun) -> None:
   if not done.is_verified and done.iteration:
     _warn(f'No digest of state {done.iteration} was recorded anywhere.')
   if _OUT.value:
-    checkpoint.save(
-      _OUT.value, [done.state], done.iteration, run.config, done.digests
+    checkpoint_file.save(
+      _OUT.value,
+      [done.state],
+      done.iteration,
+      codec.encode(run.config),
+      done.digests,
     )
     print(f'Written: {os.path.abspath(_OUT.value)}')
 
@@ -195,13 +202,14 @@ def _convert(run: stored_run.StoredRun) -> None:
 def main(argv: list[str]) -> int:
   """Converts as the flags say; returns the exit code."""
   run = run_flags.find_run(argv)
-  stages = run.config.train.stages
+  stages = run.config.train.stages  # of launch.train, or it says so
   if not 0 <= _STAGE.value < stages:
     raise errors.ConfigError(
       'stage', _STAGE.value, f'must be 0 to {stages - 1}'
     )
   if _OUT.value and os.path.lexists(_OUT.value):
     raise errors.ConfigError('out', _OUT.value, 'exists; name another folder')
+  places.check_found('out', _OUT.value)
   places.check_output('out', _OUT.value, str(run.workdir), run.folders)
   with contextlib.ExitStack() as stack:
     try:

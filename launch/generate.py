@@ -7,8 +7,12 @@ forward pass over the last `sequence_length` bytes, at one fixed shape.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import Any
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
 
 from absl import flags
 
@@ -49,6 +53,7 @@ def main(argv: list[str]) -> int:
 
   from launch.lm import checkpoint
   from models import stages
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file
   from moetion_jax.state import model as model_lib
 
   path = _CHECKPOINT.value
@@ -61,7 +66,7 @@ def main(argv: list[str]) -> int:
   shape = dataclasses.replace(config.model, capacity_factor=0.0)
   (spec,) = stages.cut(shape, 1)
   model = stages.build_stage(shape, spec, seed=0)
-  tree = checkpoint.load(path, 'checkpoint')
+  tree = checkpoint_file.load(path, 'checkpoint')
   checkpoint.check_all_stages(tree, path, 'checkpoint')
   missing = model.shapes.keys() - tree['parameters'].keys()
   if missing:

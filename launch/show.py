@@ -6,8 +6,13 @@ Exit codes: 0 all was shown, 1 something is damaged, 2 there is nothing to show.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
 
 from absl import flags
 
@@ -42,7 +47,8 @@ def describe(
     'workdir': str(run.workdir),
     'stores': [str(folder) for folder in run.folders],
     'in_use': in_use,
-    'iterations': run.config.train.iterations,
+    'iterations': run.train.iterations,
+    'initial_iteration': run.initial,
     'last_line': max(run.metrics, default=0),
     'newest_common_start': run.newest_common_start,
     'only_start': run.only_start,
@@ -63,7 +69,7 @@ def describe(
 def _describe_stage(
   run: stored_run.StoredRun, one: stored_run.StoredStage
 ) -> dict[str, Any]:
-  whole = stored_run.whole_iterations(run.config.train, one)
+  whole = stored_run.whole_iterations(run.train, one)
   return {
     'stage': one.stage,
     'store': str(one.folder),
@@ -122,15 +128,16 @@ def _shares(snapshot: dict[str, Any]) -> str:
 def _lines(value: dict[str, Any]) -> list[str]:
   """Returns the lines that a person reads."""
   state = 'in use by a living run' if value['in_use'] else 'of a stopped run'
-  common = value['newest_common_start']
+  common, first = value['newest_common_start'], value['initial_iteration']
   lines = [
     f'{value["workdir"]}: {len(value["stages"])} stage(s), iteration '
     f'{value["last_line"]} of {value["iterations"]}',
     f'{", ".join(value["stores"])}: {state}',
-    f'newest common start: {_name(common) if common is not None else "none"}',
+    'newest common start: '
+    + ('none' if common is None else _name(common, first)),
   ]
   for stage in value['stages']:
-    lines += ['', *_stage_lines(stage)]
+    lines += ['', *_stage_lines(stage, first)]
   if value['damaged']:
     lines += ['', f'{len(value["damaged"])} damaged:']
     lines += [f'  {d["message"]}' for d in value['damaged']]
@@ -139,12 +146,12 @@ def _lines(value: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _stage_lines(stage: dict[str, Any]) -> list[str]:
+def _stage_lines(stage: dict[str, Any], initial: int) -> list[str]:
   operators, log = stage['operators'], stage['log']
   starts = {s['iteration']: s for s in stage['starts']}
   rows = [('snapshot', 'bytes', 'shares', 'slot', 'covers', 'valid start')]
-  if 0 in starts:
-    rows.append(('initial', '', '', '', '', _start(starts[0])))
+  if initial in starts:
+    rows.append(('initial', '', '', '', '', _start(starts[initial])))
   for s in stage['snapshots']:
     rows.append(
       (
@@ -153,10 +160,13 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
         _shares(s),
         f'{s["slot_operators"]} of {operators}',
         f'{s["covered_operators"]} of {operators}',
-        _start(starts[s['iteration']]) if s['iteration'] in starts else '-',
+        _start(starts[s['iteration']])
+        if s['iteration'] in starts.keys() - {initial}
+        else '-',
       )
     )
-  if all(_shares(s) == '1 of 1' for s in stage['snapshots']):
+  teams = {one['replicas'] for s in stage['snapshots'] for one in s['shares']}
+  if teams <= {1}:
     rows = [(*row[:2], *row[3:]) for row in rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   table = [
@@ -178,8 +188,9 @@ def _stage_lines(stage: dict[str, Any]) -> list[str]:
   ]
 
 
-def _name(iteration: int) -> str:
-  return f'snapshot {iteration}' if iteration else 'the initial state'
+def _name(iteration: int, initial: int) -> str:
+  is_initial = iteration == initial
+  return 'the initial state' if is_initial else f'snapshot {iteration}'
 
 
 def _start(start: dict[str, Any]) -> str:
@@ -205,7 +216,11 @@ def main(argv: list[str]) -> int:
     found = list(scan.verify(run))
     damaged += found
     run = run.without(
-      {(d.stage, d.iteration) for d in found if d.kind == 'snapshot'},
+      {
+        (d.stage, d.iteration)
+        for d in found
+        if d.kind is stored_run.DamageKind.SNAPSHOT
+      },
       {d.key for d in found if d.key},
     )
   value = describe(run, damaged, in_use=in_use, verified=_VERIFY.value)

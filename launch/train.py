@@ -1,12 +1,17 @@
 """Trains a Mixture-of-Experts language model: `python -m launch.train`.
 
-Flags become a `settings.RunConfig`; everything below reads that. Exit codes:
-0 finished or stopped on request, 1 the run failed, 2 a flag is wrong.
+Flags become a `settings.RunConfig`; everything below reads that. The README
+lists the exit codes, `errors.ExitCode`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
 
 from absl import flags
 
@@ -16,15 +21,15 @@ from launch.lm import (
   settings as run_settings,
   streams,
 )
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.policies import (
   decision,
   intervals,
   partial,
   popularity,
-  rules,
   settings as capture_settings,
 )
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import environment, faults
 from moetion_jax.runtime.agent import (
   run as agent_run,
@@ -56,6 +61,12 @@ _INIT_FROM = flags.DEFINE_string(
 _INIT_WEIGHTS_ONLY = flags.DEFINE_bool(
   'init_weights_only', False, 'Take no optimizer state from --init_from.'
 )
+_INIT_POSITION = flags.DEFINE_bool(
+  'init_position',
+  False,
+  "Go on with the iteration after that of --init_from, its data and its run's "
+  'schedule of the learning rate, but for what flags say of that.',
+)
 _STAGES = flags.DEFINE_integer('stages', 2, 'Pipeline stages.')
 _REPLICAS = flags.DEFINE_integer(
   'replicas', None, 'Workers of each stage, which share its microbatches.'
@@ -69,6 +80,13 @@ _LOCAL_DEVICES = flags.DEFINE_integer(
   'local_devices', 1, "A worker's devices; experts are spread over them."
 )
 _ITERATIONS = flags.DEFINE_integer('iterations', None, 'Optimizer updates.')
+_EXTEND = flags.DEFINE_enum(
+  'extend',
+  '',
+  ('', 'pin', 'stretch'),
+  "Allow more --iterations than the run in --workdir has. 'pin': its schedule "
+  "stays; 'stretch': from its old end on, that of a run of so many iterations.",
+)
 _MICROBATCHES = flags.DEFINE_integer(
   'microbatches', None, 'Per replica and iteration.'
 )
@@ -108,7 +126,7 @@ _HOSTMEM_DIR = flags.DEFINE_string(
   'hostmem_dir', '/dev/shm', 'Folder in tmpfs for logs and snapshots.'
 )
 _POLICY = flags.DEFINE_enum(
-  'policy', 'sparse', rules.POLICIES, 'What is captured; none: nothing.'
+  'policy', 'sparse', [*registry.POLICIES], 'What is captured; none: nothing.'
 )
 _INTERVAL = flags.DEFINE_integer(
   'interval', 0, 'Iterations between whole snapshots; 0: as measured.'
@@ -149,6 +167,9 @@ _KEEP_WINDOWS = flags.DEFINE_integer(
 _LOG_ITERATIONS = flags.DEFINE_integer(
   'log_iterations', 0, 'That boundary logs have room for; 0: as windows need.'
 )
+_MAX_SKIPPED = flags.DEFINE_integer(
+  'max_skipped', 10, 'Updates in a row that --skip_nonfinite leaves out.'
+)
 _MAX_FAILURES = flags.DEFINE_integer(
   'max_failures', 3, 'Failures without progress that end the run.'
 )
@@ -182,9 +203,9 @@ _FAIL = flags.DEFINE_multi_string(
   [],
   'KIND:stage=S,replica=R,iteration=I,phase=P: a fault that happens once; '
   'repeatable. KIND: '
-  + ', '.join(faults.KINDS)
+  + ', '.join(faults.FaultKind)
   + '. P: '
-  + ', '.join(faults.PHASES)
+  + ', '.join(faults.Phase)
   + '. I may be left out in start, compile, replay, hand_over and save.',
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
@@ -202,12 +223,35 @@ def run_config() -> run_settings.RunConfig:
   for flag, field in ((_REMAT, 'remat'), (_DROPOUT, 'dropout_rate')):
     if flag.value is not None:
       overrides.append(f'{field}={flag.value}')
+  first, schedule = 0, {}
+  if _INIT_POSITION.value:
+    if not _INIT_FROM.value or _INIT_WEIGHTS_ONLY.value:
+      raise errors.ConfigError(
+        'init_position',
+        True,
+        'needs --init_from, without --init_weights_only: the position is in '
+        "the optimizer's state, too",
+      )
+    first, schedule = run_settings.position_of(_INIT_FROM.value)
+  optimizer = {
+    'optimizer': _OPTIMIZER.value,
+    'learning_rate': _LEARNING_RATE.value,
+    'warmup_iterations': _WARMUP.value,
+    'decay_iterations': _DECAY.value,
+    'final_fraction': _FINAL_FRACTION.value,
+    'weight_decay': _WEIGHT_DECAY.value,
+    'b1': _B1.value,
+    'b2': _B2.value,
+    'clip_norm': _CLIP_NORM.value,
+  }
+  given = {name: x for name, x in optimizer.items() if x is not None}
   return run_settings.make(
     _PRESET.value,
     model_overrides=overrides,
     train_overrides={
       'seed': _SEED.value,
       'iterations': _ITERATIONS.value,
+      'initial_iteration': first,
       'stages': _STAGES.value,
       'replicas': _REPLICAS.value,
       'shard_optimizer': _SHARD_OPTIMIZER.value,
@@ -218,17 +262,7 @@ def run_config() -> run_settings.RunConfig:
       'eval_microbatches': _EVAL_MICROBATCHES.value,
       'skip_nonfinite': _SKIP_NONFINITE.value,
     },
-    optimizer_overrides={
-      'optimizer': _OPTIMIZER.value,
-      'learning_rate': _LEARNING_RATE.value,
-      'warmup_iterations': _WARMUP.value,
-      'decay_iterations': _DECAY.value,
-      'final_fraction': _FINAL_FRACTION.value,
-      'weight_decay': _WEIGHT_DECAY.value,
-      'b1': _B1.value,
-      'b2': _B2.value,
-      'clip_norm': _CLIP_NORM.value,
-    },
+    optimizer_overrides=schedule | given,
     data=_DATA.value,
     data_dtype=_DATA_DTYPE.value,
     init_from=_INIT_FROM.value,
@@ -242,10 +276,10 @@ def main(argv: list[str]) -> int:
     raise errors.ConfigError('', argv[1], 'is no flag; flags begin with --')
   config = run_config()
   if _PRINT_CONFIG.value:
-    print(json.dumps(config.to_json(), indent=2))
+    print(json.dumps(codec.encode(config), indent=2))
     return 0
   captures = capture_settings.CaptureSettings(
-    policy=_POLICY.value,
+    policy=registry.of_name(_POLICY.value),
     window_length=_WINDOW_LENGTH.value,
     window_mode=_WINDOW_MODE.value,
     order=_ORDER.value,
@@ -271,13 +305,14 @@ def main(argv: list[str]) -> int:
     return 0
   streams.outlive('launch.train')
   return agent_run.run(
-    config,
+    config.job_spec(),
     agent_settings.AgentSettings(
       workdir=_WORKDIR.value,
       fresh=_FRESH.value,
       hostmem_dir=_HOSTMEM_DIR.value,
       captures=captures,
       durable_dir=_DURABLE_DIR.value,
+      max_skipped=_MAX_SKIPPED.value,
       max_failures=_MAX_FAILURES.value,
       hang_timeout_seconds=_HANG_TIMEOUT.value,
       standby=_STANDBY.value,
@@ -286,9 +321,10 @@ def main(argv: list[str]) -> int:
       grow_after=_GROW_AFTER.value,
       compilation_cache_dir=_CACHE.value,
       accept_changes=environment.canonical(_ACCEPT_CHANGES.value),
+      extend=_EXTEND.value,
       local_hosts=_LOCAL_HOSTS.value,
       full_seconds=_FULL_SECONDS.value,
-      faults=faults.parse_all(
+      faults=faults.parse_faults(
         _FAIL.value, config.train.stages, config.train.replicas
       ),
     ),

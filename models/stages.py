@@ -80,7 +80,7 @@ def cut(
 
 
 def partition(name: str) -> model.Group:
-  """Returns the operator group of a parameter (DESIGN section 2).
+  """Returns the operator group of a parameter.
 
   A group is the experts of one layer, each an operator; the rest of a layer;
   the embedding; or the head.
@@ -208,26 +208,18 @@ def build_stage(
     capacity_shape=(len(moe_layers), config.num_experts)
     if max_capacity_factor is not None and moe_layers
     else None,
+    scaled=(
+      lambda factor: build_stage(
+        config,
+        spec,
+        seed=seed,
+        expert_devices=expert_devices,
+        max_capacity_factor=factor,
+      )
+    )
+    if moe_layers and config.capacity_factor
+    else None,
   )
-
-
-def num_parameters(
-  config: model_config.ModelConfig, *, active: bool = False
-) -> int:
-  """Counts the whole model's parameters.
-
-  Args:
-    config: the model's shape.
-    active: whether only those that one token meets are counted.
-  """
-  (spec,) = cut(config, 1)
-  total = 0
-  for name, leaf in build_stage(config, spec, seed=0).shapes.items():
-    size = leaf.size
-    if active and partition(name).stacked:
-      size = size // config.num_experts * config.experts_per_token
-    total += size
-  return total
 
 
 def _leaf_names(

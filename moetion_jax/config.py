@@ -7,10 +7,21 @@ name what the user typed.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
 
 from moetion_jax import errors
 
-OPTIMIZERS = ('adamw', 'lion', 'sgd', 'adafactor', 'muon')
+# By name, the factor on a rate that suits adamw: steps of optimizers differ in
+# size by nature. `state/optimizers.py` makes them.
+OPTIMIZERS = {
+  'adamw': 1.0,
+  'lion': 0.1,
+  'sgd': 30.0,
+  'adafactor': 3.0,
+  'muon': 1.0,
+}
 
 
 def _require(config: object, name: str, ok: bool, reason: str) -> None:
@@ -32,6 +43,8 @@ class OptimizerConfig:
     b1: decay of the first moment, or momentum.
     b2: decay of the second moment (lion: of its momentum).
     clip_norm: global norm to which gradients are clipped; 0 never clips.
+    earlier: the schedules of a run that is trained longer with another one:
+      last iteration and `decay_iterations` of each, ascending.
   """
 
   optimizer: str = 'adamw'
@@ -43,6 +56,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.99
   clip_norm: float = 1.0
+  earlier: tuple[tuple[int, int], ...] = ()
 
   def __post_init__(self) -> None:
     _require(
@@ -73,7 +87,9 @@ class TrainConfig:
 
   Attributes:
     seed: seed of initial weights, data order and dropout.
-    iterations: number of optimizer updates in all.
+    iterations: the last iteration.
+    initial_iteration: the iteration of the initial state. The first one of the
+      run is the next, with its data.
     stages: number of pipeline stages.
     replicas: data-parallel workers of each stage.
     local_devices: devices of one worker, along the mesh axis 'expert'.
@@ -90,6 +106,7 @@ class TrainConfig:
 
   seed: int = 0
   iterations: int = 200
+  initial_iteration: int = 0
   stages: int = 1
   replicas: int = 1
   local_devices: int = 1
@@ -112,9 +129,15 @@ class TrainConfig:
       'eval_microbatches',
     ):
       _require(self, name, getattr(self, name) >= 1, 'must be at least 1')
-    for name in ('seed', 'eval_every'):
+    for name in ('seed', 'eval_every', 'initial_iteration'):
       _require(self, name, getattr(self, name) >= 0, 'must not be negative')
     _require(self, 'seed', self.seed < 2**32, 'must be below 2**32')
+    _require(
+      self,
+      'iterations',
+      self.iterations > self.initial_iteration,
+      f'must be more than the {self.initial_iteration} that are done already',
+    )
     _require(
       self,
       'shard_optimizer',
@@ -138,3 +161,42 @@ class TrainConfig:
     if not self.eval_every:
       return False
     return iteration % self.eval_every == 0 or iteration == self.iterations
+
+
+def trained_longer(
+  known: TrainConfig, wanted: TrainConfig, schedule: str
+) -> TrainConfig:
+  """Makes the settings with which a run goes on, with more iterations.
+
+  Args:
+    known: the settings that the run has.
+    wanted: those of the user; `decay_iterations` is `iterations` by default.
+    schedule: 'pin', for the schedule that the run has; 'stretch', for that of
+      `wanted` from the end on that the run has; '', if the user did not say.
+  """
+  ours, theirs = known.optimizer, wanted.optimizer
+  decay_iterations, earlier = theirs.decay_iterations, ours.earlier
+  if schedule == 'pin' and decay_iterations == wanted.iterations:
+    decay_iterations = ours.decay_iterations
+  is_longer = wanted.iterations > known.iterations
+  if schedule == 'stretch' and is_longer:
+    if decay_iterations != ours.decay_iterations:
+      earlier = (*earlier, (known.iterations, ours.decay_iterations))
+  optimizer = dataclasses.replace(
+    theirs, decay_iterations=decay_iterations, earlier=earlier
+  )
+  return dataclasses.replace(wanted, optimizer=optimizer)
+
+
+def differences(
+  ours: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> list[str]:
+  """Returns dotted names of the fields in which two JSON configs differ."""
+  out = []
+  for name in sorted(ours.keys() | theirs.keys()):
+    a, b = ours.get(name), theirs.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      out += [f'{name}.{inner}' for inner in differences(a, b)]
+    elif json.dumps(a) != json.dumps(b):
+      out.append(name)
+  return out

@@ -6,6 +6,7 @@ loses power may come back with the name and without the data.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -13,6 +14,17 @@ from collections.abc import Iterator
 
 # What file systems without a sync of folders (some of FUSE) answer.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Has an error of a descriptor name its file, as errors of paths do."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_file(path: str | os.PathLike[str]) -> None:
@@ -53,6 +65,23 @@ def sync_tree(path: str | os.PathLike[str]) -> None:
     sync_folder(folder)
 
 
+def forget_tree(path: str | os.PathLike[str]) -> None:
+  """Has the system forget the files below a folder, which are on disk.
+
+  What is read after it comes from the disk, as far as that can be asked for.
+
+  Raises:
+    OSError: a file cannot be opened; it names the file.
+  """
+  for folder, _, files in os.walk(path, onerror=_raise):
+    for name in files:
+      fd = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC)
+      try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+      finally:
+        os.close(fd)
+
+
 def device_of(path: str | os.PathLike[str]) -> str:
   """Names the device on which a path lies, and where it is mounted.
 
@@ -88,14 +117,12 @@ def _mounts(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 
 
 def _sync(path: str | os.PathLike[str], flags: int) -> None:
-  try:
+  with naming(path):
     fd = os.open(path, flags | os.O_CLOEXEC)
     try:
       os.fsync(fd)
     finally:
       os.close(fd)
-  except OSError as error:  # that of a descriptor names no file
-    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _raise(error: OSError) -> None:

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import os
+import sys
+from collections.abc import Callable, Collection
+
+
+class ExitCode(enum.IntEnum):
+  """Exit codes of a run, which tell a scheduler whether to start it again."""
+
+  FINISHED = 0
+  FAILED = 1  # the last line on stderr says if its cause is gone
+  REFUSED = 2  # a setting is wrong
+  STOPPED = 75  # by a signal; sysexits.h: temporary, to be tried again
+  HUNG = 124  # as of timeout(1)
+
 
 class MoetionError(Exception):
   """Base of every error this project raises on purpose.
 
   Attributes:
+    exit_code: the exit code of a run that ends with it.
     is_passing: whether its cause ends with the run: the same command does not
       meet it again.
+    suspects: iterations of snapshots that may be damaged, which would explain
+      it.
   """
 
+  exit_code = ExitCode.FAILED
   is_passing = False
+  suspects: tuple[int, ...] = ()
 
 
 class ConfigError(MoetionError):
   """A setting is unknown, out of range or contradicts another one.
 
-  `launch` turns it into one line on stderr and exit code 2.
+  `exit_code_of` turns it into one line on stderr.
 
   Attributes:
     flag: name of the setting as the user writes it, without dashes.
@@ -25,11 +46,40 @@ class ConfigError(MoetionError):
     reason: the fault, and what would be right.
   """
 
+  exit_code = ExitCode.REFUSED
+
   def __init__(self, flag: str, value: object, reason: str):
     super().__init__(f'--{flag}={value}: {reason}')
     self.flag = flag
     self.value = value
     self.reason = reason
+
+
+def exit_code_of(main: Callable[[], int | None], name: str = '') -> int:
+  """Runs a command's main, in which settings may turn out to be wrong.
+
+  Args:
+    main: makes the settings and does the work; returns its exit code, None for
+      `ExitCode.FINISHED`.
+    name: the command's name in the error line; '' for that of the program.
+
+  Returns:
+    What `main` returned; `ExitCode.REFUSED` after a ConfigError, which is told
+    in one line on stderr.
+  """
+  try:
+    return main() or ExitCode.FINISHED
+  except ConfigError as error:
+    with contextlib.suppress(OSError):  # the exit code says enough
+      name = name or os.path.basename(sys.argv[0])
+      print(f'{name}: error: {error}', file=sys.stderr, flush=True)
+    return ExitCode.REFUSED
+
+
+def check_known(flag: str, value: str, known: Collection[str]) -> None:
+  """Raises ConfigError unless `value` is one of the flag's known values."""
+  if value not in known:
+    raise ConfigError(flag, value, f'known are {", ".join(known)}')
 
 
 class WrongBitsError(MoetionError):
@@ -61,6 +111,10 @@ class EntryMismatchError(WrongBitsError):
 
 class StoreError(MoetionError):
   """The host store is full, damaged or not usable here."""
+
+
+class FencedError(StoreError):
+  """This worker was replaced: a newer generation of it exists."""
 
 
 class DamagedDiskError(StoreError):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from moetion_jax import codec
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class OperatorId:
-  """The unit of checkpointing (DESIGN section 2).
+  """The unit of checkpointing.
 
   Attributes:
     group: name of the group of leaves the operator is made of, for example
@@ -43,6 +45,11 @@ def operators_from_json(
   return frozenset(OperatorId(group, expert) for group, expert in value)
 
 
+Operators = Annotated[
+  frozenset[OperatorId], codec.Form(operators_to_json, operators_from_json)
+]
+
+
 class EntryKind(enum.IntEnum):
   """Kind of a boundary log entry; its number is part of the file format."""
 
@@ -54,7 +61,7 @@ class EntryKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, order=True)
 class EntryKey:
-  """Name of one boundary log entry (DESIGN sections 1 and 2).
+  """Name of one boundary log entry.
 
   Attributes:
     iteration: number of the iteration, from 1.
@@ -86,7 +93,7 @@ class WorkerId:
     stage: stage of the worker; -1 for an agent.
     replica: replica of the worker; index of the host for an agent.
     generation: number that grows with every replacement; stores reject older
-      ones (DESIGN section 3, fencing).
+      ones (fencing).
   """
 
   stage: int

@@ -5,13 +5,33 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from moetion_jax import digest_rule, keys
+from moetion_jax import codec, digest_rule, keys
 
-_FLOATS = ('loss', 'auxiliary_loss', 'grad_norm', 'eval_loss')
+
+def digests_to_json(
+  digests: Mapping[keys.OperatorId, np.ndarray],
+) -> list[list[str | int]]:
+  """Lists operators' digests as [group, expert, lane, lane], lanes in hex."""
+  return [
+    [operator.group, operator.expert, *(f'{lane:08x}' for lane in lanes)]
+    for operator, lanes in digests.items()
+  ]
+
+
+def digests_from_json(
+  value: Iterable[Sequence[Any]],
+) -> dict[keys.OperatorId, np.ndarray]:
+  """Inverts `digests_to_json`."""
+  return {
+    keys.OperatorId(group, expert): np.array(
+      [int(lane, 16) for lane in lanes], np.uint32
+    )
+    for group, expert, *lanes in value
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +71,10 @@ class Report:
   grad_norm: float
   dropped: int
   updated: bool
-  digests: dict[keys.OperatorId, np.ndarray]
+  digests: Annotated[
+    dict[keys.OperatorId, np.ndarray],
+    codec.Form(digests_to_json, digests_from_json),
+  ]
   eval_loss: float | None
   seconds: float
   waited_seconds: float
@@ -66,52 +89,6 @@ class Report:
   def busy_share(self) -> float:
     """Share of the iteration in which the stage did not wait for entries."""
     return max(0.0, 1 - self.waited_seconds / max(self.seconds, 1e-9))
-
-  def to_json(self) -> dict[str, Any]:
-    """Converts to plain JSON without rounding: floats in hex."""
-    value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    for name in _FLOATS:
-      if value[name] is not None:
-        value[name] = float(value[name]).hex()
-    value['digests'] = digests_to_json(self.digests)
-    value['load'] = [[o.group, o.expert, n] for o, n in self.load.items()]
-    return value
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> Report:
-    """Inverts `to_json`."""
-    fields = dict(value)
-    for name in _FLOATS:
-      if fields[name] is not None:
-        fields[name] = float.fromhex(fields[name])
-    fields['digests'] = digests_from_json(fields['digests'])
-    fields['load'] = {
-      keys.OperatorId(group, expert): count
-      for group, expert, count in fields['load']
-    }
-    return cls(**fields)
-
-
-def digests_to_json(
-  digests: Mapping[keys.OperatorId, np.ndarray],
-) -> list[list[str | int]]:
-  """Lists operators' digests as [group, expert, lane, lane], lanes in hex."""
-  return [
-    [operator.group, operator.expert, *(f'{lane:08x}' for lane in lanes)]
-    for operator, lanes in digests.items()
-  ]
-
-
-def digests_from_json(
-  value: Iterable[Sequence[Any]],
-) -> dict[keys.OperatorId, np.ndarray]:
-  """Inverts `digests_to_json`."""
-  return {
-    keys.OperatorId(group, expert): np.array(
-      [int(lane, 16) for lane in lanes], np.uint32
-    )
-    for group, expert, *lanes in value
-  }
 
 
 def combine(digests: Mapping[keys.OperatorId, np.ndarray]) -> str:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import subprocess
 import tempfile
 
 import jax
@@ -40,6 +41,17 @@ def shm_folder():
   folder = pathlib.Path(tempfile.mkdtemp(dir='/dev/shm', prefix='test-'))
   yield folder
   shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def tight(tmp_path):
+  """A folder on a tmpfs of 16 pages; only root may mount one."""
+  folder = tmp_path / 'tight'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', folder]
+  subprocess.run(mount, check=True)
+  yield folder
+  subprocess.run(['umount', folder], check=True)
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 
 from moetion_jax import disk
 from moetion_jax.runtime.records import checkpoint_folder, files, merge
 from tests.support import helpers, power
+
+_CHECKPOINT = ('manifest.ocdbt', 'commit_success.txt', 'd/1', 'a/2')
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_a_checkpoint_that_took_its_place(mounted, has_others):
     os.sync()
   with checkpoint_folder.replacing(path) as place:
     os.mkdir(place)
-    for name in ('manifest.ocdbt', 'commit_success.txt', 'd/1', 'a/2'):
+    for name in _CHECKPOINT:
       file = os.path.join(place, name)
       os.makedirs(os.path.dirname(file), exist_ok=True)
       with open(file, 'w') as out:
@@ -68,6 +71,52 @@ def test_a_checkpoint_that_took_its_place(mounted, has_others):
   mounted.cut()
   assert _read_tree(path) == before
   assert sorted(os.listdir(mounted.path)) == ['checkpoint', 'lost+found']
+
+
+@pytest.mark.parametrize('has_others', [False, True])
+def test_the_order_in_which_a_checkpoint_takes_its_place(
+  tmp_path, monkeypatch, has_others
+):
+  """Wherever power is cut, one of both is whole, and none only seems to be."""
+  path = tmp_path / 'checkpoint'
+
+  def replace():
+    with checkpoint_folder.replacing(path) as place:
+      for name in _CHECKPOINT:
+        file = pathlib.Path(place, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    return pathlib.Path(place)
+
+  replace()
+  if has_others:  # then it is moved in beside them, file by file
+    (path / 'd' / 'notes').write_text('mine')
+  calls = power.record(monkeypatch)
+  place = replace()
+  monkeypatch.undo()
+  kinds = [call[0] for call in calls]
+  removed, moved = kinds.index('remove'), kinds.index('move')
+  # All of the new one, and its name, before anything of the old one goes.
+  folders = {f for name in _CHECKPOINT for f in (place / name).parents}
+  files = {place / name for name in _CHECKPOINT}
+  whole = {p for p in files | folders if p.is_relative_to(tmp_path)}
+  assert {*map(str, whole)} <= {p for kind, p in calls[:removed]}
+  assert {*kinds[:removed]} == {'sync'}
+  # That is gone before a file of the new one can be taken for one of its.
+  assert 'remove' not in [
+    kind for kind, p, *_ in calls[moved:] if not p.startswith(str(place))
+  ]
+  # What commits it, when all that was moved before has its name on disk.
+  last = len(kinds) - 1 - kinds[::-1].index('move')
+  for number in range(moved, last + 1):
+    if kinds[number] == 'move' and calls[number][2].endswith('success.txt'):
+      into = [c[2] for c in calls[:number] if c[0] == 'move']
+      assert len(into) == len(_CHECKPOINT) - 1
+      for name in into:
+        after = calls[calls.index(next(c for c in calls if name in c[2:])) :]
+        synced = after[: after.index(calls[number])]
+        assert ('sync', os.path.dirname(name)) in synced
+  assert ('sync', str(path if has_others else tmp_path)) in calls[last:]
 
 
 def test_a_json_file(mounted):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.benchmark.harness import runs as benchmark_runs, summary
-from moetion_jax.policies import rules
+from moetion_jax.policies.kinds import registry
 
 POLICIES = ('sparse', 'dense', 'partial')
 _BASE = 'none'
@@ -65,7 +65,7 @@ def measure(
       ],
       hostmem_dir,
     )
-    is_exact = rules.of_name(policy).is_exact
+    is_exact = registry.POLICIES[policy].is_exact
     if is_exact and not is_bit_equal(outcomes[policy], outcomes[_BASE]):
       raise RuntimeError(f'--policy={policy} came to other bits')
   return outcomes
@@ -95,7 +95,7 @@ def rows(outcomes: Outcomes) -> list[summary.Row]:
     last = curve(outcome)[-1][1]
     values = {'final held-out loss': (last, '')}
     if policy != _BASE:
-      is_exact = rules.of_name(policy).is_exact
+      is_exact = registry.POLICIES[policy].is_exact
       goal = 'yes' if is_exact else 'no'
       equal = float(is_bit_equal(outcome, base))
       values['bits of the undisturbed run'] = equal, goal

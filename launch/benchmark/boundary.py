@@ -9,6 +9,7 @@ What the verification of entries costs is measured beside the copy.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -51,12 +52,23 @@ def _key(number: int) -> keys.EntryKey:
   return keys.EntryKey(number, 0, 0, keys.EntryKind.ACTIVATION, 0)
 
 
-def _log(folder: str, stage: int, size_bytes: int, **settings: Any):
-  from moetion_jax.logs import boundary_log, interface as log_interface
+def _log(
+  folder: str,
+  stage: int,
+  size_bytes: int,
+  secret: bytes | None = None,
+  **settings: Any,
+):
+  from moetion_jax.logs import (
+    boundary_log,
+    interface as log_interface,
+    zmq_client,
+  )
 
   log = boundary_log.BoundaryLog(
     keys.WorkerId(stage, 0, 1),
     log_interface.LogSettings(folder=folder, size_bytes=size_bytes, **settings),
+    functools.partial(zmq_client.StoreClient, secret=secret),
   )
   log.start()
   return log
@@ -368,7 +380,8 @@ def verification_rows(
     train_overrides={'stages': 2},
     optimizer_overrides={},
   )
-  sizes = [n for stage in (0, 1) for n in log_size.entry_sizes(config, stage)]
+  job = config.job_spec()
+  sizes = [n for stage in (0, 1) for n in log_size.entry_sizes(job, stage)]
   entries = [np.full(n, number, np.uint8) for number, n in enumerate(sizes)]
   milliseconds = []
   for _ in range(rounds):

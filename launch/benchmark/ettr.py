@@ -18,7 +18,7 @@ from launch.benchmark.harness import (
   summary,
 )
 from launch.simulate import predict as simulate_predict
-from moetion_jax.policies import rules
+from moetion_jax.policies.kinds import registry
 
 POLICIES = ('sparse', 'dense', 'two_phase', 'partial')
 MTBF_ITERATIONS = (100, 50, 25)
@@ -115,7 +115,8 @@ def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
       found.append((f'{policy}, overhead, %', summary.summarize(overheads), ''))
       continue
     name = f'MTBF {mtbf}, {policy}'
-    goal = _GOAL if policy == 'sparse' else ''
+    is_ours = registry.POLICIES[policy].is_local
+    goal = _GOAL if is_ours else ''
     found.append((f'{name}, ETTR', summary.summarize(ratios), goal))
     together = _together(outcomes, policy, mtbf)
     failures = sum(len(run.of_kind('failure')) for run in runs)
@@ -136,13 +137,13 @@ def rows(outcomes: Outcomes, stages: int) -> list[summary.Row]:
         goal,
       ),
     ]
-    if policy != 'sparse' and ('sparse', mtbf) in outcomes:
+    if not is_ours and ('sparse', mtbf) in outcomes:
       ours = _together(outcomes, 'sparse', mtbf)
       found.append(
         (
           f'MTBF {mtbf}, sparse / {policy}, ETTR of all rounds together',
           summary.summarize([ours / together]),
-          '> 1' if rules.of_name(policy).is_exact else '',
+          '> 1' if registry.POLICIES[policy].is_exact else '',
         )
       )
     samples = _samples(bases, runs)

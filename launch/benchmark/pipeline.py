@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import functools
 import json
 import os
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.benchmark.harness import scratch, summary
+from moetion_jax import keys
 from moetion_jax.runtime import linux_process
 
 _MICROBATCHES = (4, 8, 16)
@@ -34,12 +35,10 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
   import numpy as np
 
   from launch.benchmark.harness import plain_step
-  from launch.lm import (
-    one_process,
-    settings as run_settings,
-    transformer_job,
-  )
+  from launch.lm import settings as run_settings, transformer_job
+  from moetion_jax.logs import memory_log
   from moetion_jax.state import optimizers
+  from moetion_jax.training import worker
 
   config = run_settings.make(
     preset,
@@ -48,8 +47,16 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
     optimizer_overrides={},
   )
   train = config.train
-  data = transformer_job.load_data(config)
-  (ours,) = one_process.make_workers(config, data)
+  job = transformer_job.of(config)
+  data, stage = job.data(), job.build_stage(0)
+  ours = worker.Worker(
+    0,
+    stage,
+    stage.compile(),
+    job.initial(stage)(),
+    memory_log.MemoryLog(keys.WorkerId(0, 0, 1), memory_log.MemoryStore()),
+    data,
+  )
 
   def run_ours(number: int) -> None:
     ours.train(
@@ -278,8 +285,8 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
   class Frozen(functions.Functions):
     """Functions whose backward keeps experts' `acc`; XLA drops the rest."""
 
-    def backward(self, compute, residuals, dy, acc):
-      dx, new = super().backward(compute, residuals, dy, acc)
+    def backward(self, recipe, compute, residuals, dy, acc):
+      dx, new = super().backward(recipe, compute, residuals, dy, acc)
       partition = self.model.partition
       return dx, {n: acc[n] if partition(n).stacked else new[n] for n in new}
 
@@ -289,18 +296,18 @@ def frozen_rows(preset: str, rounds: int) -> list[summary.Row]:
     train_overrides={'stages': 1, 'eval_every': 0},
     optimizer_overrides={},
   )
-  full = transformer_job.build_stage(config, 0)
-  without = copy.copy(full)
-  without.functions = Frozen(
+  full = transformer_job.of(config).build_stage(0)
+  frozen = Frozen(
     full.model,
     optimizers.make(config.train.optimizer),
     full.shape,
     config.train.local_devices,
   )
+  without = dataclasses.replace(full, functions=frozen)
   programs = {'full': full.compile(), 'frozen': without.compile()}
   first = programs['full']
   compute = first.compute_of(full.initial_state())
-  batch = transformer_job.load_data(config).batch(1, 0)
+  batch = transformer_job.of(config).data().batch(1, 0)
   seconds: dict[str, list[tuple[float, float]]] = {n: [] for n in programs}
   found = {}
   for _ in range(FROZEN_WARM_UP_ROUNDS + rounds):

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.lm import settings as run_settings
+from moetion_jax import codec
 
 
 def measure(
@@ -40,7 +41,7 @@ def measure(
     [sys.executable, '-m', 'launch.benchmark.promotion'],
     input=json.dumps(
       {
-        'config': config.to_json(),
+        'config': codec.encode(config),
         'stage': stage,
         'cache': compilation_cache_dir,
         'touch_bytes': touch_bytes,
@@ -77,13 +78,13 @@ def main() -> None:
   from moetion_jax.training import worker
 
   del worker  # only imported, as a standby does
-  config = run_settings.RunConfig.from_json(task['config'])
+  config = codec.decode(run_settings.RunConfig, task['config'])
   xla_setup.configure(
     local_devices=config.train.local_devices,
     compilation_cache_dir=task['cache'],
   )
   watch.lap('imports')
-  stage = transformer_job.declare_stage(config, task['stage'])
+  stage = transformer_job.of(config).declare_stage(task['stage'])
   watch.lap('declare')
   traced = stage.trace()
   watch.lap('trace')

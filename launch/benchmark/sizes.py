@@ -11,6 +11,7 @@ from launch.lm import settings as run_settings, transformer_job
 from models import presets
 from moetion_jax.policies import decision, planner
 from moetion_jax.programs import stage
+from moetion_jax.training import job as job_lib
 
 _WINDOWS = (1, 2, 4, 8, 16)
 _REPLICAS, _REPLICAS_WINDOW = (1, 2, 4, 8), 4
@@ -58,6 +59,6 @@ def _preset_sizes(preset: str) -> planner.StageSizes:
     optimizer_overrides={},
   )
   layout = stage.layout_of(
-    transformer_job.declare_stage(config, 0), has_devices=False
+    transformer_job.of(config).declare_stage(0), has_devices=False
   )
-  return transformer_job.stage_sizes(layout, 1)
+  return job_lib.stage_sizes(layout, 1)

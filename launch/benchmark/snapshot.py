@@ -24,12 +24,14 @@ import jax
 import numpy as np
 
 from launch.benchmark.harness import dense_job, profile_reader, scratch, summary
-from launch.lm import one_process, settings as run_settings, transformer_job
+from launch.lm import one_process, settings as run_settings
 from moetion_jax import report as report_lib
 from moetion_jax.capture import programs as capture_programs, snapshotter
-from moetion_jax.policies import settings as capture_settings, sparse_planner
+from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import sparse
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import memory_store
+from moetion_jax.training import job as job_lib
 
 # A block has as many iterations as take so long, and a multiple of
 # _ORBAX_EVERY.
@@ -58,9 +60,7 @@ class _Subject:
 
   def __init__(self, config: run_settings.RunConfig, block: _TimedBlock):
     self.block = block
-    (self.worker,) = one_process.make_workers(
-      config, transformer_job.load_data(config)
-    )
+    (self.worker,) = one_process.make_workers(config)
     self._config = config
     # Time of the training thread for every snapshot: until it goes on, at work,
     # and waiting for the snapshot before.
@@ -161,9 +161,11 @@ class _Sparse(_Subject):
     layout = stage.layout_of(self.worker.stage)
     self.programs = capture_programs.CapturePrograms(layout)
     self.programs.compile()
-    self.sizes = transformer_job.stage_sizes(layout, 1)
-    self._planner = sparse_planner.SparsePlanner(
-      capture_settings.CaptureSettings(window_mode=window_mode),
+    self.sizes = job_lib.stage_sizes(layout, 1)
+    self._planner = sparse.SparsePlanner(
+      capture_settings.CaptureSettings(
+        policy=sparse.Sparse(), window_mode=window_mode
+      ),
       [self.sizes],
       jax.default_backend(),
     )
@@ -289,7 +291,7 @@ def rows(
   )
   # Fills the cache: a subject that compiles its programs differs from one that
   # loads them.
-  one_process.make_workers(config, transformer_job.load_data(config))
+  one_process.make_workers(config)
   block = _TimedBlock()
   with scratch.folder(hostmem_dir) as root, contextlib.ExitStack() as stack:
 
@@ -323,7 +325,7 @@ def rows(
   goal = '<= 1.03' if jax.default_backend() == 'cpu' else '<= 1.01'
   out: list[summary.Row] = _paces('none', found['none'], seconds['none'])
   for name, subject in found.items():
-    if name == 'none':
+    if isinstance(subject, _Nothing):
       continue
     is_ours = isinstance(subject, _Sparse)
     label = name

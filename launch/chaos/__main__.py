@@ -1,7 +1,8 @@
 """Random faults against the running program: `python -m launch.chaos`.
 
-Runs the real command with scripted faults (`--fail`) and signals from outside;
-when the agent dies, the same command is started again. Then does the same run
+Runs the real command with scripted faults (`--fail`, `faults.TABLE`) and others
+from outside (`outside.TABLE`); when the agent dies, or ends since its disk was
+full, the same command is started again. Then does the same run
 undisturbed. The exit code is 0 only if every run finished with the same losses
 and digests in every iteration, and left neither processes nor files. Flags of
 `launch.train` follow after `--`:
@@ -26,9 +27,12 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/../..')
+
 from absl import flags
 
-from launch.chaos import draw
+from launch.chaos import draw, outside
 from launch.lm import command_line
 from moetion_jax import errors
 from moetion_jax.runtime.hosts import child_process
@@ -43,9 +47,7 @@ _STAGES = flags.DEFINE_integer('stages', 3, 'Pipeline stages.')
 _REPLICAS = flags.DEFINE_integer('replicas', 1, 'Workers of each stage.')
 _ITERATIONS = flags.DEFINE_integer('iterations', 40, 'Of one run.')
 _SCRIPTED = flags.DEFINE_integer('scripted', 12, 'Scripted faults of one run.')
-_OUTSIDE = flags.DEFINE_integer(
-  'outside', 4, 'Signals from outside in one run.'
-)
+_OUTSIDE = flags.DEFINE_integer('outside', 4, 'Faults from outside in one run.')
 _EVERY = flags.DEFINE_float('every', 5.0, 'Mean seconds between those.')
 _STUCK = flags.DEFINE_float(
   'stuck_seconds', 300.0, 'A run that says nothing for so long hangs.'
@@ -58,15 +60,8 @@ _WORKDIR = flags.DEFINE_string(
 _MARK = 'MOETION_CHAOS'
 _POLL_SECONDS = 0.02
 _DYING_SECONDS = 10.0
-_MICRO_FLAGS = (
-  *(f'--model={name}={value}' for name, value in draw.MICRO_FIELDS.items()),
-  '--microbatches=4',
-  '--microbatch_size=8',
-  '--eval_every=5',
-  '--eval_microbatches=2',
-  '--dropout_rate=0.1',
-  '--window_length=3',
-)
+# Of a disk that can be filled, for the smallest model and for others.
+_MICRO_MIB, _OTHER_MIB = 64, 2048
 
 
 def train_flags(more: Sequence[str]) -> list[str]:
@@ -74,7 +69,7 @@ def train_flags(more: Sequence[str]) -> list[str]:
   is_micro = _PRESET.value == 'micro'
   return [
     f'--preset={"tiny" if is_micro else _PRESET.value}',
-    *(_MICRO_FLAGS if is_micro else ()),
+    *(draw.micro_flags(draw.policy_of(more)) if is_micro else ()),
     f'--stages={_STAGES.value}',
     f'--replicas={_REPLICAS.value}',
     f'--iterations={_ITERATIONS.value}',
@@ -96,96 +91,118 @@ class ChaosRun:
     self.workdir = workdir
     self.outside: list[dict[str, Any]] = []
     self._mark = uuid.uuid4().hex
-    self._hostmem = pathlib.Path(_HOSTMEM_DIR.value, f'chaos-{self._mark}')
+    self.hostmem = pathlib.Path(_HOSTMEM_DIR.value, f'chaos-{self._mark}')
     self._arguments = [
       *arguments,
       f'--workdir={workdir}',
-      f'--hostmem_dir={self._hostmem}',
+      f'--hostmem_dir={self.hostmem}',
     ]
-    self._process: subprocess.Popen[bytes] | None = None
+    self.agent: subprocess.Popen[bytes]
+    self.reader: subprocess.Popen[bytes]
 
-  def finish(self, coming: Sequence[draw.OutsideFault]) -> str:
+  def finish(self, coming: Sequence[outside.Fault]) -> str:
     """Runs to the end, whatever dies; returns what went wrong, or ''."""
     self.workdir.mkdir(parents=True)
-    self._hostmem.mkdir(mode=0o700)
-    try:
+    self.hostmem.mkdir(mode=0o700)
+    with contextlib.ExitStack() as stack:
+      if any(fault.kind is outside.Kind.FILL_DISK for fault in coming):
+        size_mib = _MICRO_MIB if _PRESET.value == 'micro' else _OTHER_MIB
+        stack.enter_context(outside.own_disk(self.workdir, size_mib))
+      stack.callback(shutil.rmtree, self.hostmem, ignore_errors=True)
+      stack.callback(self._kill)
       return self._finish(list(coming)) or self._left()
-    finally:
-      for pid in self._living():
-        os.kill(pid, signal.SIGKILL)
-      if self._process is not None:
-        self._process.wait()
-      shutil.rmtree(self._hostmem, ignore_errors=True)
 
-  def _finish(self, coming: list[draw.OutsideFault]) -> str:
+  def _kill(self) -> None:
+    for pid in self.living():
+      os.kill(pid, signal.SIGKILL)
+    self._are_gone()
+
+  def _finish(self, coming: list[outside.Fault]) -> str:
     while True:
-      code = self._once(coming)
+      code, was_full = self._once(coming)
       if code is None:
         return f'said nothing for {_STUCK.value:g} s'
-      if code == 0:
+      if code == errors.ExitCode.FINISHED:
         return ''
-      if code != -signal.SIGKILL:
+      # On a full disk it ends, and says to make room and start it again.
+      is_allowed = was_full and code == errors.ExitCode.FAILED
+      if code != -signal.SIGKILL and not is_allowed:
         return f'ended with exit code {code}'
       if not self._are_gone():
         return 'workers outlived their agent'
 
-  def _once(self, coming: list[draw.OutsideFault]) -> int | None:
-    """Starts the command; returns its exit code, None if it hangs."""
+  def _once(self, coming: list[outside.Fault]) -> tuple[int | None, bool]:
+    """Starts the command.
+
+    Returns:
+      Its exit code, None if it hangs; and whether its disk was full meanwhile.
+    """
     with open(self.workdir / 'output', 'ab') as output:
-      self._process = subprocess.Popen(
+      self.reader = subprocess.Popen(
+        ['cat'], stdin=subprocess.PIPE, stdout=output
+      )
+    assert self.reader.stdin is not None
+    with self.reader, self.reader.stdin as printed:
+      self.agent = subprocess.Popen(
         [sys.executable, '-m', 'launch.train', *self._arguments],
-        stdout=output,
-        stderr=output,
+        stdout=printed,
+        stderr=printed,
         env=os.environ | {_MARK: self._mark},
       )
-    heard, heard_at, due_at = None, time.monotonic(), 0.0
-    while self._process.poll() is None:
+      printed.close()  # so that the reader ends with the run
+      try:
+        return self._watch(coming)
+      finally:
+        if self.agent.poll() is None:
+          self._kill()
+          self.agent.wait()
+
+  def _watch(self, coming: list[outside.Fault]) -> tuple[int | None, bool]:
+    """Does faults to the run until it ends; see `_once`."""
+    heard, heard_at, due_at, was_full = 0, time.monotonic(), 0.0, False
+    while self.agent.poll() is None:
       time.sleep(_POLL_SECONDS)
       now = time.monotonic()
-      size = (self.workdir / 'output').stat().st_size
-      if size != heard:
+      if (size := self._said_bytes()) != heard:
         heard, heard_at = size, now
       if now - heard_at > _STUCK.value:
-        return None
+        return None, was_full
       if coming and self._trains():
         due_at = due_at or now + coming[0].after_seconds
         if now >= due_at:
           due_at = 0.0
+          was_full |= coming[0].kind is outside.Kind.FILL_DISK
           self._do(coming.pop(0))
-    return self._process.returncode
+    return self.agent.returncode, was_full
+
+  def _said_bytes(self) -> int:
+    """Returns the size of all that the run has said, wherever."""
+    names = 'output', 'metrics.jsonl', 'events.jsonl'
+    paths = [self.workdir / name for name in names]
+    return sum(path.stat().st_size for path in paths if path.exists())
 
   def _trains(self) -> bool:
     """Returns whether workers.json is of the processes that run now."""
-    assert self._process is not None
-    agents = self._workers().get('agents', [])
-    return any(agent['pid'] == self._process.pid for agent in agents)
+    agents = self._read_workers().get('agents', [])
+    return any(agent['pid'] == self.agent.pid for agent in agents)
 
-  def _workers(self) -> dict[str, Any]:
+  def _read_workers(self) -> dict[str, Any]:
     try:
       return json.loads((self.workdir / 'workers.json').read_text())
     except FileNotFoundError:
       return {}
 
-  def _do(self, fault: draw.OutsideFault) -> None:
-    """Sends a fault's signal, if there is a process to get it."""
-    assert self._process is not None
-    pid, stage, number = self._process.pid, None, signal.SIGKILL
-    if fault.kind != 'kill the agent':
-      stage = None if fault.kind == 'kill the standby' else fault.stage
-      replica = None if stage is None else fault.replica
-      found = [
-        w
-        for w in self._workers()['workers']
-        if (w['stage'], w['replica']) == (stage, replica)
-      ]
-      pid = found[0]['pid'] if found else 0
-      if fault.kind == 'stop a worker':
-        number = signal.SIGSTOP
-    if pid not in self._living():
-      return
+  def workers(self) -> list[dict[str, Any]]:
+    """Reads the workers of workers.json."""
+    return self._read_workers()['workers']
+
+  def _do(self, fault: outside.Fault) -> None:
+    """Does a fault, if there is what it is done to."""
     event = {'time': time.time(), 'kind': 'outside', 'fault': fault.kind}
-    os.kill(pid, number)
-    self.outside.append(event | {'stage': stage})
+    rule = outside.TABLE[fault.kind]
+    if rule.act(self, fault):
+      stage = fault.stage if rule.of_stage else None
+      self.outside.append(event | {'stage': stage})
 
   def events(self) -> list[dict[str, Any]]:
     """Returns everything that happened, in order."""
@@ -196,13 +213,13 @@ class ChaosRun:
     """Returns the lines of metrics.jsonl, one for each iteration."""
     return read_lines(self.workdir / 'metrics.jsonl')
 
-  def _living(self) -> list[int]:
+  def living(self) -> list[int]:
     """Returns the processes of this run, zombies left out."""
     return child_process.marked(_MARK, self._mark)
 
   def _are_gone(self) -> bool:
     deadline = time.monotonic() + _DYING_SECONDS
-    while living := self._living():
+    while living := self.living():
       if time.monotonic() > deadline:
         return not living
       time.sleep(_POLL_SECONDS)
@@ -211,7 +228,7 @@ class ChaosRun:
   def _left(self) -> str:
     if not self._are_gone():
       return 'left processes'
-    files = os.listdir(self._hostmem)
+    files = os.listdir(self.hostmem)
     return f'left {", ".join(files)} in host memory' if files else ''
 
 
@@ -234,6 +251,10 @@ def _disturb(folder: pathlib.Path, more: Sequence[str]):
   """Runs until there were enough faults; returns tally and all metrics."""
   source = random.Random(_SEED.value)
   tally, begin, results = draw.Tally(), time.monotonic(), []
+  folder.mkdir(parents=True, exist_ok=True)
+  kinds = outside.possible(folder)
+  for kind in outside.TABLE.keys() - set(kinds):
+    print(f'Left out: {kind}, since nobody but root may mount one.')
   while not _is_over(tally, begin):
     number = len(results) + 1
     script = draw.draw_script(
@@ -243,16 +264,21 @@ def _disturb(folder: pathlib.Path, more: Sequence[str]):
       _ITERATIONS.value,
       _REPLICAS.value,
     )
-    outside = draw.draw_outside(
-      source, _OUTSIDE.value, _STAGES.value, _EVERY.value, _REPLICAS.value
+    coming = draw.draw_outside(
+      source,
+      _OUTSIDE.value,
+      _STAGES.value,
+      _EVERY.value,
+      _REPLICAS.value,
+      kinds,
     )
     run = ChaosRun(
       folder / f'run-{number}',
       [*train_flags(more), *(f'--fail={fault}' for fault in script)],
     )
-    problem = run.finish(outside)
+    problem = run.finish(coming)
     tally.add(run.events())
-    results.append((run.workdir, run.metrics()))
+    results.append((str(run.workdir), run.metrics()))
     print(
       f'run {number}: {problem or "finished"}; {tally.count} faults so far, '
       f'{time.monotonic() - begin:.0f} s',
@@ -267,23 +293,18 @@ def main(argv: list[str]) -> int:
   """Breaks runs until there were enough faults, then prints the verdict."""
   if not _FAULTS.value and not _MINUTES.value:
     raise errors.ConfigError('faults', 0, 'say how many, or --minutes')
+  draw.policy_of(argv[1:])
   made = None if _WORKDIR.value else tempfile.mkdtemp(prefix='chaos-')
   folder = pathlib.Path(_WORKDIR.value or str(made)).absolute()
   tally, results = _disturb(folder, argv[1:])
   run = ChaosRun(folder / 'undisturbed', train_flags(argv[1:]))
   if problem := run.finish(()):
     tally.problems.append(f'undisturbed: {problem}')
-  expected, equal = run.metrics(), 0
-  if len(expected) != _ITERATIONS.value:
-    tally.problems.append(f'undisturbed: {len(expected)} iterations')
-  for workdir, lines in results:
-    found = draw.differences(lines, expected)
-    equal += not found
-    tally.problems += [f'{workdir}: {text}' for text in found[:5]]
+  equal = tally.compare(dict(results), run.metrics(), _ITERATIONS.value)
   print(tally.table())
   print(
     f'seed {_SEED.value}: {equal} of {len(results)} runs equal to the '
-    f'undisturbed one in every bit of {len(expected)} losses and digests'
+    f'undisturbed one in every bit of {_ITERATIONS.value} losses and digests'
   )
   if tally.problems:
     print(f'What they left is in {folder}')

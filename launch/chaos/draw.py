@@ -5,39 +5,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import random
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.chaos import outside
+from moetion_jax import errors
+from moetion_jax.policies import settings
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import faults
 
-# How often each kind is drawn.
-_WEIGHTS = {
-  'kill': 10,
-  'stop': 2,
-  'exit': 2,
-  'exception': 2,
-  'oom': 1,
-  'corrupt_snapshot': 1,
-  'corrupt_weights': 1,
-  'torn_snapshot': 1,
-  'corrupt_log': 1,
-  'corrupt_final': 1,
-  'corrupt_read': 1,
-  'poison_read': 1,
-  'kill_agent': 2,
-  'kill_all': 1,
-}
-_OUTSIDE_WEIGHTS = {
-  'kill a worker': 6,
-  'stop a worker': 2,
-  'kill the standby': 2,
-  'kill the agent': 1,
-}
-OUTSIDE = tuple(_OUTSIDE_WEIGHTS)
 # Iterations to the kill: a damaged entry shows only if a neighbour reads it
 # again, soon.
 _AFTER_DAMAGE = 1
+_SHOWN = 5  # differences of one run
 
 
 # Changes to `tiny`, for a model that compiles in a second.
@@ -56,21 +38,36 @@ MICRO_FIELDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OutsideFault:
-  """A fault that a process suffers from outside.
+def policy_of(more: Sequence[str]) -> settings.Policy:
+  """Returns the policy that flags of `launch.train` name.
 
-  Attributes:
-    kind: one of OUTSIDE.
-    stage: the worker's stage, where it is a worker.
-    replica: the worker's replica.
-    after_seconds: seconds since the fault before, or since the run trains.
+  Raises:
+    errors.ConfigError: its runs end with other bits after a fault, or end.
   """
+  found = re.findall(r'(?:^|\n)--?policy[=\n](.*)', '\n'.join(more))
+  policy = registry.of_name(found[-1] if found else 'sparse')
+  if not policy.is_exact or not policy.takes_snapshots:
+    raise errors.ConfigError(
+      'policy',
+      policy.name,
+      'does not come to the bits of an undisturbed run after a fault: there is '
+      'nothing to compare',
+    )
+  return policy
 
-  kind: str
-  stage: int
-  after_seconds: float
-  replica: int = 0
+
+def micro_flags(policy: settings.Policy) -> list[str]:
+  """Returns the flags of `launch.train` for a run of the smallest model."""
+  often = 'window_length' if policy.has_windows else 'interval'
+  return [
+    *(f'--model={name}={value}' for name, value in MICRO_FIELDS.items()),
+    '--microbatches=4',
+    '--microbatch_size=8',
+    '--eval_every=5',
+    '--eval_microbatches=2',
+    '--dropout_rate=0.1',
+    f'--{often}=3',
+  ]
 
 
 def draw_script(
@@ -90,38 +87,38 @@ def draw_script(
     replicas: replicas of each stage.
   """
   script: list[str] = []
-  kinds, weights = zip(*_WEIGHTS.items(), strict=True)
+  kinds, weights = list(faults.TABLE), [r.weight for r in faults.TABLE.values()]
   while len(script) < count:
     kind = source.choices(kinds, weights)[0]
-    phase = source.choice(faults.PHASES)
+    place = faults.TABLE[kind].place
+    phase = source.choice(list(faults.Phase))
     stage = source.randrange(stages)
     iteration = source.randint(1, iterations)
-    if phase in faults.START_PHASES and kind not in _START_KINDS:
-      phase = 'forward'
-    elif phase == faults.REPLAY:
+    is_early = phase in faults.START_PHASES
+    if is_early and place is not faults.Place.PROCESS:
+      phase = faults.Phase.FORWARD
+    elif phase is faults.Phase.REPLAY:
       iteration = source.choice((0, iteration))
-    if kind == 'corrupt_log':
-      phase, iteration = 'forward', source.randint(2, max(2, iterations - 1))
-    elif kind == faults.FINAL_KIND:
+    if place is faults.Place.LOG:
+      phase = faults.Phase.FORWARD
+      iteration = source.randint(2, max(2, iterations - 1))
+    elif place is faults.Place.FINAL_STATE:
       phase = source.choice(faults.END_PHASES)
     if phase in faults.END_PHASES:
       iteration = 0
     replica = _replica(source, replicas)
-    if phase == 'save':
+    if phase is faults.Phase.SAVE:
       stage, replica = 0, 0  # who saves
     of = f'replica={replica},'
     script.append(
       f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'
     )
-    if kind == 'corrupt_log' and stages > 1:
+    if place is faults.Place.LOG and stages > 1:
       reader = stage + 1 if stage + 1 < stages else stage - 1
       script.append(
         f'kill:stage={reader},{of}iteration={iteration + _AFTER_DAMAGE}'
       )
   return script[:count]
-
-
-_START_KINDS = ('kill', 'stop', 'exit', 'exception', 'oom')
 
 
 def _replica(source: random.Random, replicas: int) -> int:
@@ -135,15 +132,26 @@ def draw_outside(
   stages: int,
   mean_seconds: float,
   replicas: int = 1,
-) -> list[OutsideFault]:
-  """Draws faults from outside, one after the other."""
-  kinds, weights = zip(*_OUTSIDE_WEIGHTS.items(), strict=True)
+  kinds: Sequence[outside.Kind] = tuple(outside.TABLE),
+) -> list[outside.Fault]:
+  """Draws faults from outside, one after the other.
+
+  Args:
+    source: source of randomness.
+    count: number of faults.
+    stages: stages of the run.
+    mean_seconds: mean time between two faults.
+    replicas: replicas of each stage.
+    kinds: what can happen.
+  """
+  weights = [outside.TABLE[kind].weight for kind in kinds]
   return [
-    OutsideFault(
-      kind=source.choices(kinds, weights)[0],
+    outside.Fault(
+      kind=(kind := source.choices(kinds, weights)[0]),
       stage=source.randrange(stages),
       after_seconds=source.expovariate(1 / mean_seconds),
       replica=_replica(source, replicas),
+      for_seconds=source.uniform(*outside.TABLE[kind].for_seconds),
     )
     for _ in range(count)
   ]
@@ -193,6 +201,37 @@ class Tally:
         for later in events[number + 1 :]
       ):
         self.recovered[name] += 1
+
+  def compare(
+    self,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    expected: Sequence[Mapping[str, Any]],
+    iterations: int,
+  ) -> int:
+    """Compares runs with an undisturbed one; adds what is wrong to `problems`.
+
+    Nothing to compare is wrong, too.
+
+    Args:
+      runs: by name, the lines of each run.
+      expected: the lines of the undisturbed one.
+      iterations: the number of lines that it should have.
+
+    Returns:
+      The number of runs that are equal.
+    """
+    if not self.count:
+      self.problems.append('no fault happened')
+    if len(expected) != iterations:
+      what = f'{len(expected)} iterations, not {iterations}'
+      self.problems.append(f'undisturbed: {what}: there is nothing to compare')
+      return 0
+    equal = 0
+    for name, lines in runs.items():
+      found = differences(lines, expected)
+      equal += not found
+      self.problems += [f'{name}: {text}' for text in found[:_SHOWN]]
+    return equal
 
   @property
   def count(self) -> int:

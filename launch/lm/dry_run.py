@@ -5,20 +5,19 @@ Nothing is started and no backend is created; sizes come from shapes alone.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from launch.lm import settings as run_settings, transformer_job
 from moetion_jax.hostmem import memory_limits
+from moetion_jax.logs import size as log_size
 from moetion_jax.policies import (
   planner,
-  rules as rules_lib,
   settings as capture_settings,
-  whole_planner,
 )
+from moetion_jax.policies.kinds import registry
 from moetion_jax.programs import stage
-from moetion_jax.recovery import recoverer
 from moetion_jax.runtime import placement
+from moetion_jax.training import job as job_lib
 
 
 def show(
@@ -43,19 +42,21 @@ def show(
   sizes = []
   for index in stages:
     parts = stage.layout_of(
-      transformer_job.declare_stage(config, index), has_devices=False
+      transformer_job.of(config).declare_stage(index), has_devices=False
     )
-    sizes.append(transformer_job.stage_sizes(parts, config.train.local_devices))
+    sizes.append(job_lib.stage_sizes(parts, config.train.local_devices))
   replicas = config.train.replicas
-  pools = whole_planner.make(captures, sizes, '', replicas=replicas).pools()
-  plans = recoverer.Recoverer(config, captures, 0, lambda kind: None)
+  pools = captures.policy.planner(
+    captures, sizes, '', replicas=replicas
+  ).pools()
+  spec, kept_iterations = config.job_spec(), captures.kept_iterations
   hosts = placement.host_of_stages(
     config.train.stages, local_hosts, config.train.replicas
   )
   totals = [0] * local_hosts
   for index, size, pool in zip(stages, sizes, pools, strict=True):
     state_bytes = sum(size.state_bytes.values())
-    log_bytes = plans.log_size(index).file_bytes
+    log_bytes = log_size.log_size(spec, index, kept_iterations).file_bytes
     snapshot_bytes = pool.files * pool.size_bytes
     totals[hosts[index]] += (
       replicas * (log_bytes + snapshot_bytes) + state_bytes
@@ -98,18 +99,11 @@ def by_policy(
     replicas: replicas of each stage.
   """
   lines = []
-  for name in rules_lib.POLICIES:
-    rules = rules_lib.of_name(name)
-    if not rules.takes_snapshots:
+  for name, policy in registry.POLICIES.items():
+    if not policy.takes_snapshots:
       continue
-    is_sparse = name == 'sparse'
-    one = dataclasses.replace(
-      captures,
-      policy=name,
-      window_length=captures.window_length if is_sparse else 0,
-      interval=0 if is_sparse else captures.interval,
-    )
-    pools = whole_planner.make(one, sizes, '', replicas=replicas).pools()
+    one = captures.under(policy)
+    pools = policy.planner(one, sizes, '', replicas=replicas).pools()
     largest = max(pool.size_bytes for pool in pools)
     total = replicas * sum(pool.files * pool.size_bytes for pool in pools)
     text = (
@@ -117,7 +111,7 @@ def by_policy(
       f'{memory_limits.format_bytes(largest)}; all in host memory '
       f'{memory_limits.format_bytes(total)}'
     )
-    if rules.is_durable:
+    if policy.is_durable:
       kept = captures.keep_windows + 1  # and the one being written
       on_disk = replicas * kept * sum(pool.size_bytes for pool in pools)
       text += f', on disk {memory_limits.format_bytes(on_disk)}'

@@ -12,11 +12,13 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from moetion_jax.runtime.records import recorder
 
-class Progress:
+
+class Progress(recorder.View):
   """One line an iteration; on a terminal a live bar instead.
 
-  A context manager. The rate shown is that of the line's iteration; the
+  The rate shown is that of the line's iteration; the
   estimate of the time left omits the first iteration, which warms caches.
   """
 
@@ -48,18 +50,13 @@ class Progress:
       self._bar.stop()
 
   def stages(self, states: Sequence[str]) -> None:
-    """Shows what each stage does at this moment, on a terminal."""
+    """Shows what each worker does at this moment, on a terminal."""
     if self._bar:
       text = '\n'.join(f'{i}: {state}' for i, state in enumerate(states))
       self._bar.update(self._task, stages=text)
 
   def show(self, line: dict[str, Any], busy: Sequence[float]) -> None:
-    """Shows one line of `metrics.jsonl`.
-
-    Args:
-      line: the line of one iteration.
-      busy: by stage, the share of the iteration in which it did not wait.
-    """
+    """Shows one line of `metrics.jsonl`, see `View`."""
     iteration, now = line['iteration'], time.monotonic()
     if self._first is None:
       self._first = (iteration, now)
@@ -77,8 +74,8 @@ class Progress:
     parts.append('busy ' + '/'.join(f'{share:.0%}' for share in busy))
     if not math.isnan(left):
       parts.append(f'ETA {datetime.timedelta(seconds=round(left))}')
-    if not line['updated']:
-      parts.append('SKIPPED (not finite)')
+    if line['skipped']:
+      parts.append(f'SKIPPED (not finite), {line["skipped"]} in a row')
     if 'eval_loss' in line:
       parts.append(f'held-out {line["eval_loss"]:.4f}')
     text = '  '.join(parts)

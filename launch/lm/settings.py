@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
+import numpy as np
+
 from models import config as model_config, presets
-from moetion_jax import config, errors
+from moetion_jax import codec, config, errors, job_spec
+from moetion_jax.runtime.checkpoints import proof
+from moetion_jax.runtime.records import checkpoint_folder
 
 # What a preset trains with unless flags say otherwise. Iterations of the
 # `paper_*` presets are nominal: those are for clusters and cost models.
@@ -24,14 +28,14 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
   'small': {'learning_rate': 3e-3},
   'paper': {'learning_rate': 4.2e-4, 'warmup_iterations': 2000},
 }
-# Factors on a preset's rate: optimizers' steps differ in size by nature.
-_RATE_FACTOR = {
-  'adamw': 1.0,
-  'lion': 0.1,
-  'sgd': 30.0,
-  'adafactor': 3.0,
-  'muon': 1.0,
-}
+# Fields of OptimizerConfig that say which learning rate an update has.
+_SCHEDULE = (
+  'learning_rate',
+  'warmup_iterations',
+  'decay_iterations',
+  'final_fraction',
+  'earlier',
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,26 +67,35 @@ class RunConfig:
     sequences = train.global_microbatches * train.microbatch_size
     return sequences * self.model.sequence_length
 
-  def to_json(self) -> dict[str, Any]:
-    """Returns plain dicts; `from_json` is the inverse."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, value: dict[str, Any]) -> RunConfig:
-    """Makes the settings from what `to_json` returned.
+  def job_spec(self) -> job_spec.JobSpec:
+    """Returns the run's job, as an agent knows it.
 
     Raises:
-      errors.ConfigError: a field has a value that is not allowed.
-      TypeError: a field is unknown or missing.
+      errors.ConfigError: the model cannot be cut or spread as asked.
     """
-    train = dict(value['train'])
-    train['optimizer'] = config.OptimizerConfig(**train['optimizer'])
-    return cls(
-      **{
-        **value,
-        'model': model_config.ModelConfig(**value['model']),
-        'train': config.TrainConfig(**train),
-      }
+    model, train = self.model, self.train
+    if train.stages > model.num_layers:
+      raise errors.ConfigError(
+        'stages', train.stages, f'must be 1 to {model.num_layers} (the layers)'
+      )
+    if model.num_experts % train.local_devices:
+      raise errors.ConfigError(
+        'local_devices',
+        train.local_devices,
+        f'must divide num_experts={model.num_experts}',
+      )
+    tokens = train.microbatch_size * model.sequence_length
+    seats = model.capacity(tokens // train.local_devices) * train.local_devices
+    return job_spec.JobSpec(
+      factory='launch.lm.transformer_job:TransformerJob',
+      config=codec.encode(self),
+      hidden_bytes=(
+        tokens * model.model_dim * np.dtype(model.compute_dtype).itemsize
+      ),
+      tokens_per_iteration=self.tokens_per_iteration,
+      expert_capacity=seats * train.global_microbatches,
+      data=self.data,
+      init_from=self.init_from,
     )
 
 
@@ -146,7 +159,7 @@ def make(
     **given,
   }
   if 'learning_rate' not in given:
-    factor = _RATE_FACTOR.get(given.get('optimizer', 'adamw'), 1.0)
+    factor = config.OPTIMIZERS.get(given.get('optimizer', 'adamw'), 1.0)
     optimizer['learning_rate'] *= factor
   return RunConfig(
     preset=preset,
@@ -158,16 +171,35 @@ def make(
   )
 
 
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-  """Returns dotted names of the fields in which two JSON configs differ."""
-  out = []
-  for name in sorted(ours.keys() | theirs.keys()):
-    a, b = ours.get(name), theirs.get(name)
-    if isinstance(a, dict) and isinstance(b, dict):
-      out += [f'{name}.{inner}' for inner in differences(a, b)]
-    elif json.dumps(a) != json.dumps(b):
-      out.append(name)
-  return out
+def position_of(init_from: str) -> tuple[int, dict[str, Any]]:
+  """Reads what a run takes over that goes on where a checkpoint ends.
+
+  Args:
+    init_from: the checkpoint's folder.
+
+  Returns:
+    The iteration of its state, and fields of OptimizerConfig: the schedule of
+    the run that wrote it.
+
+  Raises:
+    errors.ConfigError: it does not say them, or is damaged.
+  """
+  try:
+    metadata = checkpoint_folder.read_metadata(init_from)['custom_metadata']
+    known = proof.from_metadata(metadata)
+    train = codec.decode(config.TrainConfig, metadata[proof.CONFIG]['train'])
+    if known is None:
+      raise ValueError('it is of an earlier version')
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise errors.ConfigError(
+      'init_from',
+      init_from,
+      f'does not say its iteration and schedule ({error}), which '
+      "--init_position takes over; leave that out, or name a finished run's "
+      'WORKDIR/checkpoint',
+    ) from error
+  schedule = {name: getattr(train.optimizer, name) for name in _SCHEDULE}
+  return known.iteration, schedule
 
 
 def _given(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,19 @@ from launch.lm import settings as run_settings, transformer_job
 from launch.offline import stored_log, stored_run
 from moetion_jax import errors, keys, report
 from moetion_jax.capture import conversion, programs as capture_programs
-from moetion_jax.programs import stage as stage_lib
-from moetion_jax.snapshots import (
-  coverage,
-  file as snapshot_file,
-  snapshot as snapshot_lib,
-)
+from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
+from moetion_jax.runtime.records import held_run
+from moetion_jax.snapshots import coverage, reader, snapshot as snapshot_lib
 from moetion_jax.state import partition
 from moetion_jax.training import worker
 
 # Generation 0: no real worker has it, and nothing is published offline.
 _GENERATION = 0
+
+
+class UnreachableError(errors.MoetionError):
+  """The state asked for cannot be made of what is there."""
 
 
 class DifferentError(errors.MoetionError):
@@ -65,34 +67,43 @@ class Rebuilt:
     return self.iteration in {*self.snapshots, *self.whole_digests}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rebuilder:
-  """Rebuilds states of one stage; compiles its programs once, in `start`."""
+  """Rebuilds states of one stage; `compile` makes one.
 
-  def __init__(
-    self, config: run_settings.RunConfig, stage: int, data: worker.Data | None
-  ):
-    """Stores the arguments.
+  Attributes:
+    index: the stage's number.
+    data: the run's data; only the first and the last stage read any.
+    job: the run's job.
+    stage: the stage, for one worker that does what all replicas did.
+    programs: the stage's programs.
+    captures: its programs of capture and fold.
+  """
 
-    Args:
-      config: the run's settings.
-      stage: the stage's number.
-      data: the run's data; only the first and the last stage read any.
-    """
-    self.index = stage
-    self.data: Any = data
-    self._config = config
+  index: int
+  data: Any  # a worker.Data, or None
+  job: transformer_job.TransformerJob
+  stage: stage_lib.Stage
+  programs: compilation.Programs
+  captures: capture_programs.CapturePrograms
 
-  def start(self) -> None:
-    """Compiles the stage's programs."""
-    # One worker that does what all replicas did.
-    self.stage: stage_lib.Stage = transformer_job.build_stage(
-      self._config, self.index, team=(0,)
+  @classmethod
+  def compile(
+    cls, config: run_settings.RunConfig, index: int, data: worker.Data | None
+  ) -> Rebuilder:
+    """Compiles a stage's programs."""
+    job = transformer_job.of(config)
+    stage = job.build_stage(index, team=(0,))
+    captures = capture_programs.CapturePrograms(stage_lib.layout_of(stage))
+    captures.compile()
+    return cls(
+      index=index,
+      data=data,
+      job=job,
+      stage=stage,
+      programs=stage.compile(),
+      captures=captures,
     )
-    self.programs = self.stage.compile()
-    self.captures = capture_programs.CapturePrograms(
-      stage_lib.layout_of(self.stage)
-    )
-    self.captures.compile()
 
   def rebuild(
     self,
@@ -110,18 +121,18 @@ class Rebuilder:
       start: the snapshot to start from; no other is then tried.
 
     Raises:
-      stored_run.UnreachableError: there is no such start (any more).
+      UnreachableError: there is no such start (any more).
       errors.ConfigError: the initial state is needed and --init_from is not
         what it was.
       errors.MoetionError: `start` is given, and leads to something else.
     """
     for one in run.stages:
       for damage in one.damage:
-        if one.stage == self.index or damage.kind == 'log':
+        if one.stage == self.index or damage.kind is stored_run.DamageKind.LOG:
           say(damage.message)
     excluded: set[int] = set()
     while True:
-      candidate, goal = stored_run.choose(
+      candidate, goal = choose(
         run.candidates(self.index), iteration, start, excluded
       )
       attempt = _Attempt(self, run, candidate.start)
@@ -136,8 +147,9 @@ class Rebuilder:
         if start is not None:
           raise
         say(f'Not from snapshot {candidate.start.iteration}: {error}')
-        suspects = set(getattr(error, 'suspects', ()))
-        key = getattr(error, 'key', None)
+        suspects = set(error.suspects)
+        if isinstance(error, stored_log.EntryLostError):
+          key = error.key
         if key is None and not attempt.damaged:
           excluded.add(candidate.start.iteration)
       for damaged, message in sorted(attempt.damaged.items()):
@@ -180,9 +192,12 @@ class _Attempt:
       self._tools.programs.digest,
       self._initial_state,
       self._load,
-      self._start,
-      newest=max(one.snapshots, default=0),
-      unverified_until=one.unverified_until,
+      conversion.Route(
+        start=self._start,
+        newest=max(one.snapshots, default=0),
+        initial=self._run.initial,
+        unverified_until=one.unverified_until,
+      ),
     )
     with contextlib.closing(log):
       log.start()
@@ -193,12 +208,12 @@ class _Attempt:
         restoring.begin(),
         log,
         self._tools.data,
-        range(self._run.config.train.replicas),
+        range(self._run.train.replicas),
       )
       stage_worker.iteration = self._start.iteration
       stage_worker.train(
         # An evaluation changes no state.
-        dataclasses.replace(self._run.config.train, eval_every=0),
+        dataclasses.replace(self._run.train, eval_every=0),
         self._compare,
         lambda: stage_worker.iteration >= goal,
         first_iteration=self._start.iteration + 1,
@@ -221,9 +236,13 @@ class _Attempt:
     )
 
   def _initial_state(self) -> partition.State:
-    config = self._run.config
-    initial = transformer_job.load_initial(config, self._tools.stage)
-    return transformer_job.initial_state(config, self._tools.stage, initial)
+    if base := self._run.base:
+      tree = checkpoint_file.load(base.path, 'workdir', base.digest)
+      stage = self._tools.stage
+      return restore.initial(stage, tree, base.path, 'workdir')()
+    digest = self._run.found_out.get(held_run.INIT_DIGEST, '')
+    job = transformer_job.of(self._run.config, digest)
+    return job.initial(self._tools.stage)()
 
   def _load(self, iteration: int) -> snapshot_lib.Snapshot:
     """Loads a snapshot, verified. Conversions compare the digests of each."""
@@ -231,15 +250,11 @@ class _Attempt:
     if info is None or not info.shares:
       raise errors.StoreError('there is none, or it was damaged')
     try:
-      shares = []
-      for share in info.shares:
-        found = snapshot_file.open_snapshot(share.path, verify=True)
-        shares.append(
-          snapshot_lib.from_arrays(
-            self._tools.captures.layout, found.metadata, found.arrays
-          )
-        )
-      snapshot = snapshot_lib.merge(shares)
+      snapshot = reader.load(
+        self._tools.captures.layout,
+        iteration,
+        (share.store for share in info.shares),
+      )
     except errors.StoreError as error:
       self.damaged[iteration] = str(error)
       raise
@@ -274,3 +289,63 @@ class _Attempt:
         f'the {what} of iteration {iteration} is {found}, but metrics.jsonl '
         f'has {was}'
       )
+
+
+def choose(
+  candidates: Collection[stored_run.Candidate],
+  iteration: int | None = None,
+  start: int | None = None,
+  excluded: Collection[int] = (),
+) -> tuple[stored_run.Candidate, int]:
+  """Chooses the start to take, and the iteration to go to from it.
+
+  Args:
+    candidates: the valid starts of a stage.
+    iteration: the iteration to reach; None for the newest that can be.
+    start: the iteration to start from; None for the newest that leads there.
+    excluded: iterations of starts that turned out to be no good.
+
+  Raises:
+    UnreachableError: there is no such start; the message says what there is.
+  """
+  usable = [
+    c for c in candidates if c.is_usable and c.start.iteration not in excluded
+  ]
+  if start is not None:
+    named = [c for c in usable if c.start.iteration == start]
+    if not named:
+      raise UnreachableError(
+        f'snapshot {start} is no start that leads to a whole state; '
+        f'{_describe(candidates)}'
+      )
+    usable = named
+  goal = iteration
+  if goal is None:
+    goal = max((c.reaches for c in usable), default=0)
+    if not goal and start is None:
+      raise UnreachableError(
+        'nothing is left but the initial state (--iteration=0); '
+        + _describe(candidates)
+      )
+  reaching = [c for c in usable if c.start.complete_at <= goal <= c.reaches]
+  if not reaching:
+    raise UnreachableError(
+      f'iteration {goal} cannot be reached; {_describe(candidates)}'
+    )
+  return max(reaching, key=lambda c: c.start.iteration), goal
+
+
+def _describe(candidates: Collection[stored_run.Candidate]) -> str:
+  """Lists the starts, for an error about one that is not there."""
+  texts = []
+  for one in candidates:
+    if one.is_usable:
+      runs = [(one.start.complete_at, one.reaches)]
+      texts.append(
+        f'{one.start.iteration} leads to {stored_run.format_runs(runs)}'
+      )
+  text = 'starts: ' + ('; '.join(texts) or 'none')
+  newest = max(candidates, key=lambda c: c.reaches, default=None)
+  if newest and newest.missing:
+    text += f'. Beyond {newest.reaches} the logs have no {newest.missing}'
+  return text

@@ -9,11 +9,11 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from launch.offline import stored_run
-from moetion_jax import errors, keys
+from moetion_jax import codec, config as config_lib, errors, keys
 from moetion_jax.hostmem import (
-  entry,
   run_store,
   segment,
   segment_reader,
@@ -23,11 +23,15 @@ from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import (
   changes,
   checkpoint_folder,
+  held_run,
   own_files,
   run_ids,
-  workdir,
 )
-from moetion_jax.snapshots import file as snapshot_file, folders as folders_lib
+from moetion_jax.snapshots import (
+  folders as folders_lib,
+  interface as snapshots_interface,
+  registry,
+)
 
 
 def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
@@ -37,7 +41,8 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     errors.ConfigError: there is no run, or it left no store.
   """
   absolute = os.path.abspath(path)
-  config, found_out = workdir.read_run(absolute)
+  settings, found_out = read_settings(absolute)
+  iterations = settings['train']['iterations']
   run_store.check_hostmem_dir(hostmem_dir)
   ids = run_ids.RunIds(path=absolute, hostmem_dir=hostmem_dir)
   run_id = ids.find()
@@ -48,8 +53,12 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     if original:
       where = f'it is a copy of {original}'
     checkpoint = pathlib.Path(absolute, own_files.CHECKPOINT_NAME)
-    if checkpoint_folder.is_committed(checkpoint):
+    if checkpoint_folder.is_committed(
+      checkpoint
+    ) and not checkpoint_folder.doubt(absolute, iterations):
       what = f'the run is finished, its state is {checkpoint}'
+    elif checkpoint_folder.base(absolute, iterations):
+      what = f'the run goes on from {checkpoint}, its state until now'
     else:
       what = (
         'name the --hostmem_dir of the run; a host that was started anew has '
@@ -62,10 +71,46 @@ def find(path: str, hostmem_dir: str) -> stored_run.StoredRun:
     )
   return stored_run.StoredRun(
     workdir=pathlib.Path(absolute),
-    config=config,
+    settings=settings,
     found_out=found_out,
     folders=tuple(folders),
+    base=checkpoint_folder.base(absolute, iterations),
   )
+
+
+def read_settings(
+  path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads which run a folder holds, whatever its job is.
+
+  Args:
+    path: the folder, which is not locked.
+
+  Returns:
+    The run's settings as JSON, and what its workers found out:
+    `data_fingerprint`, `environment`, `changes`; of an earlier version,
+    `software`.
+
+  Raises:
+    errors.ConfigError: the folder holds no run, or one of another version of
+      this program.
+  """
+  file = pathlib.Path(path) / own_files.CONFIG
+  reason = f'holds no run: there is no {file}; name the --workdir of one'
+  try:
+    if (value := held_run.read_config(path)) is not None:
+      for name in held_run.MARKS:
+        value.pop(name, None)
+      found_out = {
+        name: value.pop(name) for name in held_run.FOUND_OUT if name in value
+      }
+      codec.decode(config_lib.TrainConfig, value['train'])
+      return value, found_out
+  except OSError as error:
+    reason = f'{file}: {error.strerror}'
+  except (held_run.NotOursError, ValueError, KeyError, TypeError) as error:
+    reason = f'{file} is damaged, or of another version: {error}'
+  raise errors.ConfigError('workdir', str(path), reason)
 
 
 def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
@@ -80,7 +125,7 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
   except errors.StoreError as error:
     hostmem_dir = str(run.folders[0].parent)
     raise errors.ConfigError('hostmem_dir', hostmem_dir, str(error)) from error
-  stages, replicas = range(run.config.train.stages), run.config.train.replicas
+  stages, replicas = range(run.train.stages), run.train.replicas
   entries = run.found_out.get(changes.CHANGES, ())
   splices = splice_lib.in_force(changes.splices_of(entries))
   pending = changes.pending_of(entries)
@@ -89,7 +134,9 @@ def scan(run: stored_run.StoredRun, *, in_use: bool) -> stored_run.StoredRun:
     stages=tuple(
       _without_dropped(
         dataclasses.replace(
-          _scan_stage(run.folders, stage, replicas, in_use), splices=splices
+          _scan_stage(run.folders, stage, replicas, in_use),
+          splices=splices,
+          initial=run.initial,
         ),
         pending,
       )
@@ -144,7 +191,7 @@ def _scan_stage(
       damage.append(
         stored_run.Damage(
           stage=stage,
-          kind='log',
+          kind=stored_run.DamageKind.LOG,
           iteration=None,
           message=f'{one.segment_path(replica)}: No such file or directory',
         )
@@ -166,32 +213,29 @@ def _scan_log(
   nothing = stored_run.StoredStage(
     stage=stage, folder=folder, snapshots={}, entries={}
   )
-  reader = segment_reader.SegmentReader(path)
   try:
-    reader.start()
-    return dataclasses.replace(
-      nothing,
-      generation=reader.generation,
-      segment_bytes=path.stat().st_size,
-      entries={header.key: header for header in reader.entries()},
-      damage=tuple(
-        stored_run.Damage(
-          stage=stage,
-          kind='log',
-          iteration=None,
-          message=f'{path}: what cell {cell} says of its entry is damaged',
-        )
-        for cell in reader.damaged_cells()
-      ),
-    )
+    with segment_reader.SegmentReader.open(path) as reader:
+      return dataclasses.replace(
+        nothing,
+        generation=reader.generation,
+        segment_bytes=path.stat().st_size,
+        entries={header.key: header for header in reader.entries()},
+        damage=tuple(
+          stored_run.Damage(
+            stage=stage,
+            kind=stored_run.DamageKind.LOG,
+            iteration=None,
+            message=f'{path}: what cell {cell} says of its entry is damaged',
+          )
+          for cell in reader.damaged_cells()
+        ),
+      )
   except FileNotFoundError:
     return nothing
   except (OSError, errors.StoreError) as error:
     reason = str(error)
-  finally:
-    reader.close()
   lost = stored_run.Damage(
-    stage=stage, kind='log', iteration=None, message=reason
+    stage=stage, kind=stored_run.DamageKind.LOG, iteration=None, message=reason
   )
   return dataclasses.replace(nothing, damage=(lost,))
 
@@ -203,13 +247,14 @@ def _scan_snapshots(
   damage: list[stored_run.Damage] = []
   missing: dict[int, list[str]] = {}
   for folder in folders_lib.snapshots_folders(store, stage):
-    found, broken = _scan_shares(folder, in_use)
+    stored = registry.stored(folder)
+    found, broken = _scan_shares(stored, in_use)
     for iteration, share in found.items():
       shares.setdefault(iteration, []).append(share)
     for iteration, message in broken.items():
       damage.append(_broken(stage, iteration, message))
     if not in_use:
-      for iteration, message in _gaps(folder, found.keys() | broken.keys()):
+      for iteration, message in _gaps(stored, found.keys() | broken.keys()):
         missing.setdefault(iteration, []).append(message)
   snapshots = {
     iteration: stored_run.SnapshotInfo(found=tuple(of_iteration))
@@ -224,25 +269,28 @@ def _scan_snapshots(
 
 def _broken(stage: int, iteration: int, message: str) -> stored_run.Damage:
   return stored_run.Damage(
-    stage=stage, kind='snapshot', iteration=iteration, message=message
+    stage=stage,
+    kind=stored_run.DamageKind.SNAPSHOT,
+    iteration=iteration,
+    message=message,
   )
 
 
 def _scan_shares(
-  folder: pathlib.Path, in_use: bool
+  stored: snapshots_interface.StoredSnapshots, in_use: bool
 ) -> tuple[dict[int, stored_run.ShareInfo], dict[int, str]]:
   """Returns one worker's whole snapshots, and the errors of its others."""
   found: dict[int, stored_run.ShareInfo] = {}
   broken: dict[int, str] = {}
-  for iteration, path in snapshot_file.list_snapshots(folder).items():
+  for iteration, path in stored.paths().items():
     try:
-      manifest = snapshot_file.read_manifest(path)
-      share = folders_lib.share_from_json(manifest.metadata)
+      manifest = stored.manifest(iteration)
+      share = folders_lib.share_of(manifest.metadata)
       names = keys.operators_from_json(
         manifest.metadata.get(stored_run.DIGESTS, ())
       )
     except errors.StoreError as error:
-      if not in_use or is_there(path):
+      if not in_use or iteration in stored.iterations():
         broken[iteration] = str(error)
       continue
     except (KeyError, TypeError, ValueError) as error:
@@ -253,6 +301,7 @@ def _scan_shares(
       continue
     digests = manifest.buffers.get(stored_run.DIGESTS)
     found[iteration] = stored_run.ShareInfo(
+      store=stored,
       path=path,
       size_bytes=sum(b.nbytes for b in manifest.buffers.values()),
       share=share,
@@ -264,7 +313,7 @@ def _scan_shares(
 
 
 def _gaps(
-  folder: pathlib.Path, known: Collection[int]
+  stored: snapshots_interface.StoredSnapshots, known: Collection[int]
 ) -> Iterator[tuple[int, str]]:
   """Yields the missing snapshots of a run that ended, each with a message.
 
@@ -272,19 +321,14 @@ def _gaps(
   neighbours was there.
   """
   for iteration in range(min(known, default=0), max(known, default=0)):
-    path = folder / str(iteration)
     if iteration in known:
       continue
-    if path.is_dir():
-      name = path / snapshot_file.MANIFEST_NAME
-      yield iteration, f'{name}: No such file or directory'
-    elif {iteration - 1, iteration + 1} <= set(known):
-      yield iteration, f'{path}: No such file or directory'
-
-
-def is_there(path: pathlib.Path) -> bool:
-  """Returns whether a snapshot is still there: a living run retires them."""
-  return (path / snapshot_file.MANIFEST_NAME).is_file()
+    left = (stored.folder / str(iteration)).exists()
+    if left or {iteration - 1, iteration + 1} <= set(known):
+      try:
+        stored.manifest(iteration)
+      except errors.StoreError as error:
+        yield iteration, str(error)
 
 
 def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
@@ -293,11 +337,11 @@ def verify(run: stored_run.StoredRun) -> Iterator[stored_run.Damage]:
     for iteration, info in one.snapshots.items():
       for share in info.found:
         try:
-          snapshot_file.open_snapshot(share.path, verify=True).close()
+          share.store.open(iteration, verify=True).close()
         except errors.StoreError as error:
-          if is_there(share.path):
+          if share.is_there():
             yield _broken(one.stage, iteration, str(error))
-    for replica in range(run.config.train.replicas):
+    for replica in range(run.train.replicas):
       yield from _verify_log(one, replica)
 
 
@@ -308,22 +352,12 @@ def _verify_log(
   if not entries:
     return
   path = one.segment_path(replica)
-  reader = segment_reader.SegmentReader(path)
-  try:
-    reader.start()
-    for key, header in entries.items():
-      array = reader.view(header)
-      if array is None:  # a living run let go of it
-        continue
-      try:
-        entry.verify(header, array)
-      except errors.StoreError as error:
-        yield stored_run.Damage(
-          stage=one.stage,
-          kind='entry',
-          iteration=key.iteration,
-          message=f'{path}: {error}',
-          key=key,
-        )
-  finally:
-    reader.close()
+  with segment_reader.SegmentReader.open(path) as reader:
+    for error in reader.damaged_entries(entries.values()):
+      yield stored_run.Damage(
+        stage=one.stage,
+        kind=stored_run.DamageKind.ENTRY,
+        iteration=error.key.iteration,
+        message=f'{path}: {error}',
+        key=error.key,
+      )

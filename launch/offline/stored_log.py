@@ -10,6 +10,7 @@ import numpy as np
 from launch.offline import stored_run
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, raw_bytes, segment_reader
+from moetion_jax.logs import interface
 
 
 class EntryLostError(errors.StoreError):
@@ -24,19 +25,14 @@ class EntryLostError(errors.StoreError):
     self.key = key
 
 
-class StoredLog:
-  """A stage's log (see `interface.Log`) of all stored entries; writes nothing.
+class StoredLog(interface.Log):
+  """A stage's log of all stored entries; no call waits, nothing is written.
 
   What the stage publishes again is compared with what it published before.
 
   Attributes:
     compared: number of entries compared.
   """
-
-  waiting_for: keys.EntryKey | None = None  # a missing entry never comes
-  late_seconds = 0.0
-  blocked_for: keys.EntryKey | None = None
-  published_count = 0
 
   def __init__(
     self,
@@ -68,7 +64,7 @@ class StoredLog:
     self._indices.clear()
 
   def interrupt(self, error: errors.MoetionError) -> None:
-    """Does nothing: no call waits here. See `interface.Log`."""
+    """Does nothing: no call waits here."""
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
     """Compares an entry with the stored one, if any; see `interface.Log`."""
@@ -116,18 +112,3 @@ class StoredLog:
     if taken is None:
       raise EntryLostError(key, f'{path}: there is no {key}')
     return jax.device_put(taken[1], sharding)
-
-  def prefetch(
-    self,
-    key: keys.EntryKey,
-    sharding: jax.sharding.Sharding | None = None,
-  ) -> None:
-    """Does nothing: an entry is there already, or never comes."""
-
-  def retain(self, first_iteration: int) -> None:
-    """Does nothing: the run that goes on decides what is retained."""
-
-  def flush(
-    self, timeout_seconds: float | None = None, count: int | None = None
-  ) -> None:
-    """Does nothing: nothing is written."""

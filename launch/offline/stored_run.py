@@ -7,31 +7,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from launch.lm import settings as run_settings
-from moetion_jax import config as config_lib, errors, keys
-from moetion_jax.hostmem import entry, raw_bytes, segment
+from launch.offline import entries as entries_lib
+from moetion_jax import codec, config as config_lib, errors, job_spec, keys
+from moetion_jax.hostmem import entry, segment
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime.records import files as record_files
-from moetion_jax.snapshots import coverage, file as snapshot_file
+from moetion_jax.snapshots import coverage, interface as snapshots_interface
 
-REPLICA = 0  # the replica that evaluates, and whose scalars are read
 # As in `capture/conversion`, which imports JAX.
 DIGESTS, PARTIALS = 'digests', 'partials'
 _UNKNOWN = '?'  # group of operators whose names are not known
 
 
-class UnreachableError(errors.MoetionError):
-  """The state asked for cannot be made of what is there."""
-
-
 # --- What there is -----------------------------------------------------------
+
+
+class DamageKind(enum.StrEnum):
+  """What is damaged."""
+
+  SNAPSHOT = 'snapshot'
+  ENTRY = 'entry'
+  LOG = 'log'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +45,14 @@ class Damage:
 
   Attributes:
     stage: the stage it belongs to.
-    kind: 'snapshot', 'entry' or 'log'.
+    kind: what is damaged.
     iteration: its iteration; None for a whole log.
     message: text that names file and damage.
     key: the entry's key; None for snapshots and logs.
   """
 
   stage: int
-  kind: str
+  kind: DamageKind
   iteration: int | None
   message: str
   key: keys.EntryKey | None = None
@@ -58,7 +63,8 @@ class ShareInfo:
   """One worker's snapshot of an iteration, whose manifest is whole.
 
   Attributes:
-    path: the snapshot's directory.
+    store: the worker's snapshots.
+    path: the snapshot's file or directory.
     size_bytes: size of all its buffers.
     share: the operators that it holds.
     digests: number of operators whose digests it holds; 0 for none.
@@ -66,12 +72,17 @@ class ShareInfo:
     has_partials: whether it holds all stages' scalars.
   """
 
+  store: snapshots_interface.StoredSnapshots
   path: pathlib.Path
   size_bytes: int
   share: coverage.Share
   digests: int
   digest_names: tuple[keys.OperatorId, ...] = ()
   has_partials: bool
+
+  def is_there(self) -> bool:
+    """Returns whether it is still there: a living run retires snapshots."""
+    return self.share.iteration in self.store.iterations()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +98,9 @@ class SnapshotInfo:
   @functools.cached_property
   def shares(self) -> tuple[ShareInfo, ...]:
     """Shares that make the snapshot, by replica; () while one is missing."""
-    of_team: dict[int, dict[int, ShareInfo]] = {}
-    for one in self.found:
-      team = of_team.setdefault(one.share.replicas, {})
-      team.setdefault(one.share.replica, one)
-    for replicas, team in sorted(of_team.items()):
-      if len(team) == replicas:
-        return tuple(one for _, one in sorted(team.items()))
-    return ()
+    named = {one.share.name: one for one in self.found}
+    teams = coverage.whole_teams(named).values()
+    return tuple(named[name] for team in teams for name in team)
 
   @property
   def path(self) -> pathlib.Path:
@@ -151,6 +157,7 @@ class StoredStage:
       start and what can be made of it.
     only_start: the start of a splice that was begun and not finished: no other
       one counts, and no entry; None if there is no such splice.
+    initial: iteration of the initial state.
   """
 
   stage: int
@@ -162,6 +169,7 @@ class StoredStage:
   damage: tuple[Damage, ...] = ()
   splices: tuple[splice_lib.Splice, ...] = ()
   only_start: int | None = None
+  initial: int = 0
 
   def segment_path(self, replica: int) -> pathlib.Path:
     """Returns the path of a replica's log file."""
@@ -179,10 +187,15 @@ class StoredStage:
   @functools.cached_property
   def starts(self) -> tuple[coverage.Start, ...]:
     """Valid starts of a conversion, the initial state included."""
-    shares = [x.share for s in self.snapshots.values() for x in s.shares]
+    shares = [
+      x.share
+      for iteration, info in self.snapshots.items()
+      for x in info.shares
+      if iteration > self.initial
+    ]
     starts = coverage.valid_starts(
       (
-        coverage.initial_record(self.operators),
+        coverage.initial_record(self.operators, self.initial),
         *coverage.complete_records(shares),
       ),
       self.operators,
@@ -192,7 +205,11 @@ class StoredStage:
       for start in starts
       if self.only_start in (None, start.iteration)
       and splice_lib.allows(
-        self.splices, self.stage, start.iteration, is_running=True
+        self.splices,
+        self.stage,
+        start.iteration,
+        is_running=True,
+        initial=self.initial,
       )
     )
 
@@ -218,13 +235,10 @@ class StoredStage:
       if not one.digests or one.digests != len(names):
         return None
       with contextlib.suppress(errors.StoreError):
-        with snapshot_file.open_snapshot(one.path) as stored:
+        with one.store.open(iteration) as stored:
+          stored.verify(DIGESTS)
           rows = np.array(stored.arrays[DIGESTS])
-          if (
-            raw_bytes.checksum(rows)
-            == stored.manifest.buffers[DIGESTS].checksum
-          ):
-            found |= dict(zip(names, rows, strict=True))
+          found |= dict(zip(names, rows, strict=True))
     return found if found.keys() == self.operators else None
 
 
@@ -255,17 +269,44 @@ class StoredRun:
 
   Attributes:
     workdir: the run's folder, an absolute path.
-    config: the run's settings.
-    found_out: see `workdir.read_run`.
+    settings: the run's settings, as config.json has them.
+    found_out: see `scan.read_settings`.
     folders: the run's stores.
+    base: the checkpoint from which the run goes on, as it is trained longer;
+      None for none.
     stages: the stores' content, by stage.
   """
 
   workdir: pathlib.Path
-  config: run_settings.RunConfig
+  settings: Mapping[str, Any]
   found_out: Mapping[str, Any]
   folders: tuple[pathlib.Path, ...]
+  base: job_spec.Base | None = None
   stages: tuple[StoredStage, ...] = ()
+
+  @functools.cached_property
+  def train(self) -> config_lib.TrainConfig:
+    """How the run is trained and spread, whatever its job is."""
+    return codec.decode(config_lib.TrainConfig, self.settings['train'])
+
+  @functools.cached_property
+  def config(self) -> run_settings.RunConfig:
+    """The settings of a run of launch.train.
+
+    Raises:
+      errors.ConfigError: the run is of another job, whose model nobody here
+        knows.
+    """
+    try:
+      return codec.decode(run_settings.RunConfig, self.settings)
+    except (ValueError, KeyError, TypeError) as error:
+      raise errors.ConfigError(
+        'workdir',
+        str(self.workdir),
+        'holds a run of another job than that of launch.train, or of another '
+        f'version ({error}): its states cannot be made here. The command '
+        'that began it goes on from what it left',
+      ) from error
 
   @property
   def only_start(self) -> int | None:
@@ -279,8 +320,15 @@ class StoredRun:
       return ''
     return (
       'The run ended while it went over to other software: it begins again '
-      f'with state {self.only_start}, and drops its logs and all later starts.'
+      f'with state {self.newest_common_start or self.initial}, and drops its '
+      'logs and all later starts.'
     )
+
+  @property
+  def initial(self) -> int:
+    """Iteration of the initial state."""
+    train = self.train
+    return self.base.iteration if self.base else train.initial_iteration
 
   @property
   def newest_common_start(self) -> int | None:
@@ -295,7 +343,7 @@ class StoredRun:
 
   def candidates(self, stage: int) -> tuple[Candidate, ...]:
     """Returns a stage's valid starts, ascending, and how far each leads."""
-    train, one = self.config.train, self.stages[stage]
+    train, one = self.train, self.stages[stage]
     found: list[Candidate] = []
     for start in reversed(one.starts):
       reaches, missing = start.iteration, None
@@ -310,7 +358,7 @@ class StoredRun:
         missing = next(
           (
             key
-            for key in needed_entries(
+            for key in entries_lib.needed_entries(
               train,
               stage,
               reaches + 1,
@@ -354,49 +402,6 @@ class StoredRun:
 # --- What a conversion needs -------------------------------------------------
 
 
-def published_entries(
-  train: config_lib.TrainConfig, stage: int, iteration: int
-) -> Iterator[keys.EntryKey]:
-  """Yields the keys that a stage's replicas publish in an iteration."""
-  for replica in range(train.replicas):
-    kinds = [(keys.EntryKind.SCALARS, 1)]
-    if stage < train.stages - 1:
-      kinds.append((keys.EntryKind.ACTIVATION, train.microbatches))
-      if train.evaluates(iteration) and replica == REPLICA:
-        kinds.append((keys.EntryKind.EVALUATION, train.eval_microbatches))
-    if stage:
-      kinds.append((keys.EntryKind.GRADIENT, train.microbatches))
-    for kind, number in kinds:
-      for m in range(number):
-        yield keys.EntryKey(iteration, stage, replica, kind, m)
-
-
-def needed_entries(
-  train: config_lib.TrainConfig, stage: int, iteration: int, *, scalars: bool
-) -> Iterator[keys.EntryKey]:
-  """Yields the keys a stage needs to replay an iteration of all replicas.
-
-  Args:
-    train: the run's settings.
-    stage: the stage's number.
-    iteration: the iteration to replay, without an evaluation.
-    scalars: whether other stages' scalars are needed: no snapshot has them.
-  """
-  for other in range(train.stages):
-    wanted = set()
-    if other == stage - 1:
-      wanted.add(keys.EntryKind.ACTIVATION)
-    if other == stage + 1:
-      wanted.add(keys.EntryKind.GRADIENT)
-    if scalars and other != stage:
-      wanted.add(keys.EntryKind.SCALARS)
-    for key in published_entries(train, other, iteration):
-      # All replicas have the same scalars.
-      is_copy = key.kind is keys.EntryKind.SCALARS and key.replica != REPLICA
-      if key.kind in wanted and not is_copy:
-        yield key
-
-
 def whole_iterations(
   train: config_lib.TrainConfig, one: StoredStage
 ) -> list[tuple[int, int]]:
@@ -407,7 +412,7 @@ def whole_iterations(
       for iteration in {key.iteration for key in one.entries}
       if all(
         key in one.entries
-        for key in published_entries(train, one.stage, iteration)
+        for key in entries_lib.published_entries(train, one.stage, iteration)
       )
     ]
   )
@@ -429,61 +434,3 @@ def format_runs(runs: Collection[Sequence[int]]) -> str:
   return ', '.join(
     f'{run[0]}' if run[0] == run[1] else f'{run[0]} to {run[1]}' for run in runs
   )
-
-
-def choose(
-  candidates: Collection[Candidate],
-  iteration: int | None = None,
-  start: int | None = None,
-  excluded: Collection[int] = (),
-) -> tuple[Candidate, int]:
-  """Chooses the start to take, and the iteration to go to from it.
-
-  Args:
-    candidates: the valid starts of a stage.
-    iteration: the iteration to reach; None for the newest that can be.
-    start: the iteration to start from; None for the newest that leads there.
-    excluded: iterations of starts that turned out to be no good.
-
-  Raises:
-    UnreachableError: there is no such start; the message says what there is.
-  """
-  usable = [
-    c for c in candidates if c.is_usable and c.start.iteration not in excluded
-  ]
-  if start is not None:
-    named = [c for c in usable if c.start.iteration == start]
-    if not named:
-      raise UnreachableError(
-        f'snapshot {start} is no start that leads to a whole state; '
-        f'{_describe(candidates)}'
-      )
-    usable = named
-  goal = iteration
-  if goal is None:
-    goal = max((c.reaches for c in usable), default=0)
-    if not goal and start is None:
-      raise UnreachableError(
-        'nothing is left but the initial state (--iteration=0); '
-        + _describe(candidates)
-      )
-  reaching = [c for c in usable if c.start.complete_at <= goal <= c.reaches]
-  if not reaching:
-    raise UnreachableError(
-      f'iteration {goal} cannot be reached; {_describe(candidates)}'
-    )
-  return max(reaching, key=lambda c: c.start.iteration), goal
-
-
-def _describe(candidates: Collection[Candidate]) -> str:
-  """Lists the starts, for an error about one that is not there."""
-  texts = []
-  for one in candidates:
-    if one.is_usable:
-      runs = [(one.start.complete_at, one.reaches)]
-      texts.append(f'{one.start.iteration} leads to {format_runs(runs)}')
-  text = 'starts: ' + ('; '.join(texts) or 'none')
-  newest = max(candidates, key=lambda c: c.reaches, default=None)
-  if newest and newest.missing:
-    text += f'. Beyond {newest.reaches} the logs have no {newest.missing}'
-  return text

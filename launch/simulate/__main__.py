@@ -11,15 +11,20 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+
+if not __package__:  # run as a file
+  sys.path[0] = os.path.abspath(f'{sys.path[0]}/../..')
 
 from absl import flags
 
 from launch.lm import command_line
 from moetion_jax import errors
-from moetion_jax.policies import decision, popularity, rules
+from moetion_jax.policies import decision, popularity
+from moetion_jax.policies.kinds import registry
 
 _CLUSTER = flags.DEFINE_string(
   'cluster',
@@ -28,7 +33,7 @@ _CLUSTER = flags.DEFINE_string(
 )
 _JOB = flags.DEFINE_string('job', '', 'Of the table; its last one by default.')
 _POLICY = flags.DEFINE_multi_enum(
-  'policy', None, rules.POLICIES, 'Repeatable. All by default.'
+  'policy', None, [*registry.POLICIES], 'Repeatable. All by default.'
 )
 _HOURS = flags.DEFINE_float('hours', 12.0, 'That a run takes.', 0.01)
 _SEEDS = flags.DEFINE_integer('seeds', 10, 'Runs with random failures.', 1)
@@ -118,7 +123,7 @@ def run() -> None:
       trace=trace,
       on_no_spare=_ON_NO_SPARE.value,
     )
-    for policy in _POLICY.value or rules.POLICIES
+    for policy in _POLICY.value or registry.POLICIES
   ]
   seconds = time.monotonic() - begin
   title = (

@@ -15,15 +15,16 @@ from collections.abc import Mapping
 from launch.lm import settings as run_settings, transformer_job
 from launch.simulate import cluster as cluster_lib
 from models import config as model_config, stages as stages_lib, transformer
-from moetion_jax import config, keys
-from moetion_jax.policies import planner, popularity, rules, window
+from moetion_jax import config, errors, keys
+from moetion_jax.policies import planner, popularity, window
 from moetion_jax.programs import stage as stage_lib
+from moetion_jax.training import job as job_lib
 
 _FLOPS_PER_MULTIPLICATION = 2
 # Forward once, backward twice: for inputs and for weights.
 _PASSES = 3
 _ACTIVATION_BYTES = 2  # bfloat16
-_GRADIENT_BYTES = 4  # `reduce` sums in fp32 (DESIGN section 4)
+_GRADIENT_BYTES = 4  # `reduce` sums in fp32
 _STATE_BYTES = 12  # per parameter: fp32 weight and Adam's two moments
 # Share of a link that copies get even if training fills it by itself.
 _LEAST_FREE = 0.01
@@ -230,9 +231,9 @@ def of(cluster: cluster_lib.Cluster, job: cluster_lib.TrainingJob) -> Costs:
     key = (*kinds, spec.has_embedding, spec.has_head)
     if key not in known:
       parts = stage_lib.layout_of(
-        transformer_job.declare_stage(run, index), has_devices=False
+        transformer_job.of(run).declare_stage(index), has_devices=False
       )
-      known[key] = transformer_job.stage_sizes(parts, job.expert_devices)
+      known[key] = job_lib.stage_sizes(parts, job.expert_devices)
     sizes.append(known[key])
   tokens = job.sequences * model.sequence_length
   activations = tokens // job.replicas * model.model_dim * _ACTIVATION_BYTES
@@ -341,15 +342,16 @@ def slot_choice(
   pinned_mode: str | None = None,
 ) -> window.WindowChoice:
   """Chooses the window of a job: the longest that one of its stages wants."""
-  rules.check_known('order', order, popularity.ORDERS)
+  errors.check_known('order', order, popularity.ORDERS)
   distinct = {id(s): i for i, s in enumerate(costs.stages)}.values()
   choices = []
   for stage in distinct:
-    operators = costs.operators(order, stage)
-    length = min(pinned_length or 0, len(operators.order)) or None
     choices.append(
       window.choose_window(
-        operators, budget, pinned_length=length, pinned_mode=pinned_mode
+        costs.operators(order, stage),
+        budget,
+        pinned_length=pinned_length,
+        pinned_mode=pinned_mode,
       )
     )
   return window.longest(choices)

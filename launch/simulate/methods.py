@@ -15,7 +15,10 @@ from collections.abc import Mapping
 
 from launch.simulate import world as world_lib
 from moetion_jax import keys
-from moetion_jax.policies import decision as decision_lib
+from moetion_jax.policies import (
+  decision as decision_lib,
+  settings as capture_settings,
+)
 from moetion_jax.recovery import plan as recovery_plan
 from moetion_jax.snapshots import coverage
 
@@ -82,6 +85,11 @@ class _Timed:
   reads: Reads
   durable: Durable = Durable()
 
+  @property
+  def label(self) -> str:
+    """See `world.Method`."""
+    return self.name
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nothing(_Timed):
@@ -112,6 +120,11 @@ class Whole(_Timed):
   landing_seconds: float
   in_storage: bool = False
   taken: tuple[int, ...] = ()
+
+  @property
+  def label(self) -> str:
+    """See `world.Method`."""
+    return f'{self.name}, every {self.interval}'
 
   def newest(self, completed: int) -> int:
     """Returns the iteration of the newest snapshot; 0 if there is none."""
@@ -150,7 +163,7 @@ class Whole(_Timed):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sparse(_Timed):
+class Windowed(_Timed):
   """Sparse snapshots; with logs only the stages that lost something replay.
 
   Attributes:
@@ -182,6 +195,16 @@ class Sparse(_Timed):
   replays_interrupted: bool = False
   replicated_logs: bool = False
   keep_windows: int = 2
+
+  @property
+  def label(self) -> str:
+    """See `world.Method`."""
+    every = f' every {self.decision.every}' if self.decision.every > 1 else ''
+    return (
+      f'{self.name}, window {self.decision.window_length} {self.decision.mode}'
+      + every
+      + ('' if self.logs else ', no logs')
+    )
 
   @property
   def period(self) -> int:
@@ -240,7 +263,7 @@ class Sparse(_Timed):
     line = recovery_plan.recovery_line(
       [[s.iteration for s in starts]] * world.stages,
       situation.line,
-      self.period * (self.keep_windows - 1),
+      capture_settings.lag_iterations(self.period, self.keep_windows),
       frozen=bool(situation.recovering),
     )
     inventories = [
@@ -249,12 +272,14 @@ class Sparse(_Timed):
     ]
     failed = situation.failed if self.logs else range(world.stages)
     plan = recovery_plan.plan(inventories, failed)
-    if plan.is_job_wide:
-      start = self.durable.newest(situation)
-      return everybody(world, start, self.reads.durable_seconds)
-    if plan.start == 0 and len(plan.stages) == world.stages:
-      # All train again, and capture: there is no replay to lose if one dies.
-      return everybody(world, 0, 0.0)
+    if len(plan.stages) == world.stages:
+      # Where a state of the durable store is newer, all go back to that. All
+      # train again, and capture: there is no replay to lose if one dies.
+      durable = self.durable.newest(situation)
+      if durable > plan.start:
+        return everybody(world, durable, self.reads.durable_seconds)
+      if plan.start == 0:
+        return everybody(world, 0, 0.0)
     since, part = self._interrupted(situation)
     members: dict[int, world_lib.Recovery] = {}
     for segment in _neighbours(plan.stages):
@@ -313,7 +338,6 @@ class Sparse(_Timed):
   ) -> recovery_plan.StageInventory:
     lost = [h for h in world.hosts_of_stage(stage) if h in situation.lost_hosts]
     copied = all(world.has_copy(h, situation.lost_hosts) for h in lost)
-    durable = self.durable.newest(situation)
     initial = coverage.Start(iteration=0, complete_at=0)
     held = starts if copied else ()
     return recovery_plan.StageInventory(
@@ -323,11 +347,6 @@ class Sparse(_Timed):
       log_lost=bool(lost) and not (self.replicated_logs and copied),
       newest=situation.recovering.get(stage, situation.completed + 1),
       sources={s.iteration: (_PEER,) for s in held} if lost else {},
-      durable_starts=(
-        (coverage.Start(iteration=durable, complete_at=durable),)
-        if durable
-        else ()
-      ),
     )
 
 

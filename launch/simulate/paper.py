@@ -186,7 +186,7 @@ def _of_all_models(paper: _Paper) -> list[Row]:
   windows = [
     m.decision.window_length
     for job in paper.jobs
-    if isinstance(m := paper.study(job, SPARSE).method, methods.Sparse)
+    if isinstance(m := paper.study(job, SPARSE).method, methods.Windowed)
   ]
   intervals = [
     m.interval
@@ -347,7 +347,7 @@ def _conversion(
 ) -> float:
   """Returns seconds from a window's first snapshot to its conversion's end."""
   method = policies.make(costs, settings)
-  assert isinstance(method, methods.Sparse)
+  assert isinstance(method, methods.Windowed)
   return method.replay(1, method.decision.window_length - 1, 1)
 
 
@@ -357,7 +357,7 @@ def _ablation(paper: _Paper) -> list[Row]:
     SPARSE, logs=False, skip_frozen=False, order='static'
   )
   method = paper.study('deepseek_moe', SPARSE).method
-  assert isinstance(method, methods.Sparse)
+  assert isinstance(method, methods.Windowed)
   length = method.decision.window_length
   # A stage in the middle: no embedding, no head.
   middle = len(costs.stages) // 2
@@ -408,7 +408,7 @@ def _large(large: _Paper) -> list[Row]:
   seconds = costs.iteration_seconds
   window = _lost(0.86, mtbf, 0.0) / (1.5 * seconds)
   sparse = large.study(job, SPARSE)
-  assert isinstance(sparse.method, methods.Sparse)
+  assert isinstance(sparse.method, methods.Windowed)
   length = sparse.method.decision.window_length
   gemini = large.study(job, GEMINI)
   return [

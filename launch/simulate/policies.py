@@ -22,12 +22,9 @@ from moetion_jax.policies import (
   intervals,
   partial,
   popularity,
-  rules,
   window,
 )
-
-# Share of an iteration that it may wait for a copy, as in `sparse_planner`.
-_LATE_SHARE = 0.02
+from moetion_jax.policies.kinds import base, registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,7 @@ class PolicySettings:
   """The settings of a policy.
 
   Attributes:
-    policy: one of `rules.POLICIES`.
+    policy: a key of `registry.POLICIES`.
     peers: number of hosts that a host's snapshots are copied to; two_phase:
       none.
     overlap_target: share of an iteration that a copy may take.
@@ -73,10 +70,10 @@ class PolicySettings:
   durable_seconds: float = 0.0
 
   def __post_init__(self) -> None:
-    rules.of_name(self.policy)
-    rules.check_known('order', self.order, popularity.ORDERS)
+    registry.of_name(self.policy)
+    errors.check_known('order', self.order, popularity.ORDERS)
     if self.window_mode:
-      rules.check_known('window_mode', self.window_mode, decision_lib.MODES)
+      errors.check_known('window_mode', self.window_mode, decision_lib.MODES)
     for name, least in (
       ('peers', 0),
       ('interval', 0),
@@ -123,15 +120,16 @@ def make(costs: costs_lib.Costs, settings: PolicySettings) -> world_lib.Method:
   Raises:
     errors.ConfigError: a setting does not fit the model.
   """
-  if settings.policy == 'none':
+  policy = registry.of_name(settings.policy)
+  if not policy.takes_snapshots:
     return methods.Nothing(
       **_timed(costs, settings, _pace(costs), _whole_reads(costs))
     )
-  if settings.policy == 'two_phase':
+  if policy.is_durable:
     return _two_phase(costs, settings)
-  if settings.policy == 'sparse':
+  if policy.has_windows:
     return _sparse(costs, settings)
-  return _in_memory(costs, settings)
+  return _in_memory(costs, settings, is_whole=policy.is_exact)
 
 
 def _timed(
@@ -201,7 +199,7 @@ def _copy(
 
 
 def _in_memory(
-  costs: costs_lib.Costs, settings: PolicySettings
+  costs: costs_lib.Costs, settings: PolicySettings, *, is_whole: bool
 ) -> methods.Whole:
   """Makes dense and partial: snapshots in host memory, copied to peers."""
   links = costs.links(peers=settings.peers, logs=False)
@@ -219,7 +217,7 @@ def _in_memory(
     return size / costs.job.replicas
 
   count = None
-  if settings.policy == 'partial':
+  if not is_whole:
     count = min(settings.partial_experts, costs.job.config().num_experts)
   interval = settings.interval or intervals.dense_interval(
     state_bytes=share(count),
@@ -237,9 +235,7 @@ def _in_memory(
   if count is None:
     return methods.Whole(**timed, interval=interval, landing_seconds=landing)
   experts = costs.job.config().num_experts
-  counts = [count]
-  while counts[-1] < experts:
-    counts.append(min(experts, counts[-1] * 2))
+  counts = partial.possible_counts(count, experts)
   made = {k: pace_and_landing(k) for k in counts}
   return partial_method.Partial(
     **timed,
@@ -283,7 +279,9 @@ def _two_phase(
   )
 
 
-def _sparse(costs: costs_lib.Costs, settings: PolicySettings) -> methods.Sparse:
+def _sparse(
+  costs: costs_lib.Costs, settings: PolicySettings
+) -> methods.Windowed:
   job = costs.job
   links = costs.links(
     peers=settings.peers,
@@ -323,7 +321,7 @@ def _sparse(costs: costs_lib.Costs, settings: PolicySettings) -> methods.Sparse:
     peer_seconds=costs.peer_seconds(read),
     durable_seconds=costs.storage_seconds,
   )
-  return methods.Sparse(
+  return methods.Windowed(
     **_timed(costs, settings, _pace(costs, tuple(extra)), reads),
     decision=decision,
     landing_seconds=tuple(x for _, x in copies),
@@ -360,7 +358,7 @@ def _until_not_late(
   """
   while True:
     latest = max(e for e, _ in _copies(costs, links, choice, operators))
-    if latest <= _LATE_SHARE * choice.every * costs.iteration_seconds:
+    if not base.is_late(latest, choice.every * costs.iteration_seconds):
       return choice
     if (longer := window.enlarge(choice, operators)) == choice:
       return choice

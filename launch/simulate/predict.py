@@ -15,7 +15,8 @@ from launch.simulate import (
   world as world_lib,
 )
 from moetion_jax import keys
-from moetion_jax.policies import decision as decision_lib, partial, rules
+from moetion_jax.policies import decision as decision_lib, partial
+from moetion_jax.policies.kinds import registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Measured:
   """The settings, measurements and failures of a run.
 
   Attributes:
-    policy: one of `rules.POLICIES`.
+    policy: a key of `registry.POLICIES`.
     iterations: iterations that the run does.
     iteration_seconds: seconds of one, without snapshots and failures.
     blocked_seconds: seconds by which a snapshot makes the run longer: waits and
@@ -102,7 +103,7 @@ def error(predicted_seconds: float, measured_seconds: float) -> float:
 
 
 def _method(measured: Measured) -> world_lib.Method:
-  rules.of_name(measured.policy)
+  policy = registry.of_name(measured.policy)
   pause = (0.0,) * (measured.interval - 1)
   pace = world_lib.Pace(
     iteration_seconds=measured.iteration_seconds,
@@ -119,9 +120,9 @@ def _method(measured: Measured) -> world_lib.Method:
       durable_seconds=measured.fetch_seconds,
     ),
   }
-  if measured.policy == 'none':
+  if not policy.takes_snapshots:
     return methods.Nothing(**timed)
-  if measured.policy == 'sparse':
+  if policy.has_windows:
     # What is in which slot makes no difference here: one operator in each.
     decision = decision_lib.CaptureDecision(
       # Whole snapshots are taken at multiples of the interval, as by `Whole`.
@@ -134,7 +135,7 @@ def _method(measured: Measured) -> world_lib.Method:
         for i in range(measured.window_length)
       ),
     )
-    return methods.Sparse(
+    return methods.Windowed(
       **timed,
       decision=decision,
       landing_seconds=(measured.landing_seconds,) * measured.window_length,
@@ -147,15 +148,13 @@ def _method(measured: Measured) -> world_lib.Method:
     'interval': measured.interval,
     'landing_seconds': measured.landing_seconds,
   }
-  if measured.policy != 'partial':
+  if policy.is_exact:
     return methods.Whole(
       **whole,
-      in_storage=measured.policy == 'two_phase',
+      in_storage=policy.is_durable,
       taken=measured.taken,
     )
-  counts = [measured.partial_experts]
-  while counts[-1] < measured.experts:
-    counts.append(min(measured.experts, counts[-1] * 2))
+  counts = partial.possible_counts(measured.partial_experts, measured.experts)
   return partial_method.Partial(
     **whole,
     experts=measured.experts,

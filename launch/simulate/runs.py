@@ -18,7 +18,6 @@ from launch.simulate import (
   cluster as cluster_lib,
   core,
   costs as costs_lib,
-  methods,
   policies,
   world as world_lib,
 )
@@ -62,24 +61,10 @@ class Study:
       return 0.0
     return _INTERVAL * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
-  @property
-  def label(self) -> str:
-    """The policy and what it chose."""
-    method = self.method
-    if isinstance(method, methods.Sparse):
-      choice = method.decision
-      text = f'sparse, window {choice.window_length} {choice.mode}'
-      if choice.every > 1:
-        text += f' every {choice.every}'
-      return text + ('' if method.logs else ', no logs')
-    if isinstance(method, methods.Whole):
-      return f'{method.name}, every {method.interval}'
-    return method.name
-
   def to_json(self) -> dict[str, Any]:
     """Returns settings, means with intervals, and the first run's curve."""
     return {
-      'label': self.label,
+      'label': self.method.label,
       'settings': dataclasses.asdict(self.settings),
       'seeds': len(self.results),
       'figures': {
@@ -197,7 +182,7 @@ def table(title: str, studies: Sequence[Study]) -> Any:
     cells = [text.format(one.mean(name)) for name, _, text in COLUMNS]
     if error := one.error('ettr'):
       cells[0] += f' ± {error:.4f}'
-    made.add_row(one.label, *cells)
+    made.add_row(one.method.label, *cells)
   return made
 
 
@@ -211,7 +196,7 @@ def plot(path: pathlib.Path, studies: Sequence[Study]) -> None:
   figure, axes = pyplot.subplots(figsize=(8, 5))
   for one in studies:
     seconds, iterations = zip(*one.results[0].curve, strict=True)
-    axes.plot([s / 3600 for s in seconds], iterations, label=one.label)
+    axes.plot([s / 3600 for s in seconds], iterations, label=one.method.label)
   axes.set_xlabel('hours')
   axes.set_ylabel('iterations done')
   axes.legend()

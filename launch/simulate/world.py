@@ -1,7 +1,7 @@
 """The inputs of a simulation: pace, places, failures, a method. Values; pure.
 
 Time is in seconds from the beginning of the run. *Completed* i means that
-update i was done; the state after it is state i (DESIGN section 2).
+update i was done; the state after it is state i.
 """
 
 from __future__ import annotations
@@ -241,6 +241,11 @@ class Method(Protocol):
   @property
   def name(self) -> str:
     """The policy's name."""
+    ...
+
+  @property
+  def label(self) -> str:
+    """The policy and what it chose."""
     ...
 
   @property

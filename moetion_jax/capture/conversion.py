@@ -1,4 +1,4 @@
-"""Turns sparse snapshots into dense state: fold, replay, ... (DESIGN 4, 6).
+"""Turns sparse snapshots into dense state: fold, replay, fold.
 
 The replay between two folds is the worker's ordinary iteration; a conversion
 only says where it begins and what is folded after each update, and compares
@@ -7,6 +7,7 @@ the result with the digests that the snapshots carry.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +29,6 @@ class DivergedError(errors.WrongBitsError):
   Attributes:
     operator: the rebuilt operator.
     iteration: iteration of the state.
-    suspects: iterations of the snapshots that may be the cause.
   """
 
   def __init__(
@@ -46,11 +46,7 @@ class DivergedError(errors.WrongBitsError):
 
 
 class ReplayMismatchError(errors.WrongBitsError):
-  """A replay published an entry with other bits than before the failure.
-
-  Attributes:
-    suspects: iterations of the snapshots that may be the cause.
-  """
+  """A replay published an entry with other bits than before the failure."""
 
   def __init__(self, error: errors.EntryMismatchError, suspects: range):
     super().__init__(
@@ -61,15 +57,31 @@ class ReplayMismatchError(errors.WrongBitsError):
 
 
 class SnapshotLostError(errors.StoreError):
-  """A snapshot that a conversion needs cannot be had.
-
-  Attributes:
-    suspects: iteration of the snapshot.
-  """
+  """A snapshot that a conversion needs cannot be had."""
 
   def __init__(self, iteration: int, reason: errors.StoreError):
     super().__init__(f'snapshot {iteration} is needed and lost: {reason}')
     self.suspects = (iteration,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Route:
+  """The snapshots that a conversion goes through.
+
+  Attributes:
+    start: a valid start.
+    newest: iteration of the newest snapshot that can be loaded.
+    initial: iteration of the initial state; a start there is that state.
+    unverified_until: the last iteration whose snapshot was taken with other
+      software (`recovery/splice`). What is replayed up to there comes to other
+      bits than its digests and scalars say; what is folded in has its digests
+      all the same.
+  """
+
+  start: coverage.Start
+  newest: int
+  initial: int = 0
+  unverified_until: int = 0
 
 
 class Conversion:
@@ -90,33 +102,27 @@ class Conversion:
     digest: Callable[[Any], jax.Array],
     initial: Callable[[], partition.State],
     load: Callable[[int], snapshot_lib.Snapshot],
-    start: coverage.Start,
-    newest: int,
-    unverified_until: int = 0,
+    route: Route,
   ):
     """Stores the arguments.
 
     Args:
       programs: the stage's programs, for the operators that this worker has.
       digest: the stage's digest program.
-      initial: makes state 0, which is complete by definition.
+      initial: makes the initial state, which is complete by definition.
       load: reads the snapshot of an iteration and verifies it.
-      start: a valid start.
-      newest: iteration of the newest snapshot that `load` can give.
-      unverified_until: the last iteration whose snapshot was taken with other
-        software (`recovery/splice`). What is replayed up to there comes to
-        other bits than its digests and scalars say; what is folded in has its
-        digests all the same.
+      route: the snapshots that it goes through.
     """
-    self.start = start
+    self.start = route.start
+    self._initial_iteration = route.initial
     self.active: frozenset[keys.OperatorId] = frozenset()
     self.damaged: set[int] = set()
     self._programs = programs
     self._digest = digest
     self._initial = initial
     self._load = load
-    self._newest = newest
-    self._unverified_until = unverified_until
+    self._newest = route.newest
+    self._unverified_until = route.unverified_until
     self._own = frozenset(programs.layout.operators)
     self._expected: dict[keys.OperatorId, np.ndarray] = {}
     self._loaded: tuple[int, snapshot_lib.Snapshot] | None = None
@@ -133,7 +139,7 @@ class Conversion:
       SnapshotLostError: a snapshot is damaged.
       DivergedError: the bits of an operator are not what they were.
     """
-    if not self.start.iteration:
+    if self.start.iteration == self._initial_iteration:
       self.active = self._own
       return self._initial()
     return self._fold(self.start.iteration, None)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.snapshots import file as snapshot_file, folders, snapshot
+from moetion_jax.snapshots import folders, reader, registry, snapshot
 from moetion_jax.state import layout as layout_lib, partition
 
 
@@ -29,7 +29,7 @@ def load(
     stage: the stage.
     start: iteration of the snapshot from which all but the experts comes.
     layout: layout of the state.
-    initial: makes state 0, for experts that were never saved.
+    initial: makes the initial state, for experts that were never saved.
 
   Returns:
     The operators as a whole snapshot of the start, without digests and scalars,
@@ -41,22 +41,17 @@ def load(
   iterations = {
     iteration
     for folder in folders.snapshots_folders(root, stage)
-    for iteration in snapshot_file.list_snapshots(folder)
+    for iteration in registry.stored(folder).iterations()
   }
   state: dict[keys.OperatorId, Any] = {}
   newest: snapshot.Snapshot | None = None
   for iteration in sorted(iterations, reverse=True):
     if iteration > start or len(state) == len(layout.operators):
       continue
-    shares = []
-    for path in folders.find_shares(root, stage, iteration):
-      stored = snapshot_file.open_snapshot(path, verify=True)
-      shares.append(
-        snapshot.from_arrays(layout, stored.metadata, stored.arrays)
-      )
-    if not shares:
+    stores = folders.find_shares(root, stage, iteration)
+    if not stores:
       continue
-    merged = snapshot.merge(shares)
+    merged = reader.load(layout, iteration, stores)
     newest = newest or merged
     if newest.metadata['iteration'] != start:
       raise errors.StoreError(f'{root}: stage {stage} has no snapshot {start}')

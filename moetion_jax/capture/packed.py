@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,57 +102,6 @@ class Packed:
           for start, end in blocks_lib.runs(its)
         ],
       )
-
-
-class PackedCall(NamedTuple):
-  """The operators that a call captures.
-
-  Attributes:
-    sources: places in the family of the sources that it takes.
-    rows: number of rows of each source and every device.
-    picked: operators as in `Packed`.
-  """
-
-  sources: tuple[int, ...]
-  rows: int
-  picked: dict[tuple[int, int, int], keys_lib.OperatorId]
-
-
-def deal(
-  queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]],
-  sizes: Sequence[int],
-) -> list[PackedCall]:
-  """Deals operators of a stacked family to few calls, half full if possible.
-
-  Args:
-    queues: operators asked for, of each source and device.
-    sizes: numbers of rows that a call may take, falling to 1.
-  """
-  left = [[list(queue) for queue in of_source] for of_source in queues]
-  calls = []
-  while most := max(len(q) for of_source in left for q in of_source):
-    everyone = tuple(range(len(left)))
-    longest = max(everyone, key=lambda s: max(map(len, left[s])))
-    fitting = [size for size in sizes if size >= most][-1:]
-    fitting += [size for size in sizes if size < most][:1]
-    sources, rows = next(
-      (
-        (chosen, rows)
-        for chosen in (everyone, (longest,))
-        for rows in fitting
-        if 2 * sum(min(rows, len(q)) for s in chosen for q in left[s])
-        >= rows * sum(len(left[s]) for s in chosen)
-      ),
-      ((longest,), max(size for size in sizes if size <= most)),
-    )
-    picked = {}
-    for place, source in enumerate(sources):
-      for device, queue in enumerate(left[source]):
-        for row, operator in enumerate(queue[:rows]):
-          picked[place, device, row] = operator
-        del queue[:rows]
-    calls.append(PackedCall(sources, rows, picked))
-  return calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,21 +188,27 @@ class Family:
         queues[place][row // self._local].append(operator)
     if not any(any(of_source) for of_source in queues):
       return []
-    calls = deal(queues, self._sizes) if self._is_stacked else self._all(queues)
+    calls = (
+      sources_lib.deal(queues, self._sizes, may_pad=True)
+      if self._is_stacked
+      else self._all(queues)
+    )
     return [self._planned_call(call) for call in calls]
 
   def _all(
     self, queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]]
-  ) -> list[PackedCall]:
+  ) -> list[sources_lib.Call]:
     """Deals sources that are not stacked to calls, half full in bytes."""
     asked = {i: queue[0] for i, (queue,) in enumerate(queues) if queue}
     sizes = [_row_bytes(source) for source in self._sources]
     everyone = tuple(range(len(sizes)))
     if len(asked) > 1 and 2 * sum(sizes[i] for i in asked) >= sum(sizes):
-      return [PackedCall(everyone, 1, {(i, 0, 0): o for i, o in asked.items()})]
-    return [PackedCall((i,), 1, {(0, 0, 0): o}) for i, o in asked.items()]
+      return [
+        sources_lib.Call(everyone, 1, {(i, 0, 0): o for i, o in asked.items()})
+      ]
+    return [sources_lib.Call((i,), 1, {(0, 0, 0): o}) for i, o in asked.items()]
 
-  def _planned_call(self, call: PackedCall) -> _Planned:
+  def _planned_call(self, call: sources_lib.Call) -> _Planned:
     sources = [self._sources[i] for i in call.sources]
     index = None
     if self._is_stacked:

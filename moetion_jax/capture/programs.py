@@ -1,4 +1,4 @@
-"""Programs for capture and fold on the device (DESIGN sections 4 and 5).
+"""Programs for capture and fold on the device.
 
 `capture` copies the operators of a slot into buffers of their own, so that the
 training thread may donate the state right after: by leaf (`rows`) on CPU,

@@ -143,14 +143,17 @@ class RowCaptures:
       yield Rows(source.kind, columns, {0: operators[0]}, outputs)
       return
     local = source.local_rows(self._devices)
-    for size, call in _calls(
-      operators, source.rows, local, self._sizes(source)
-    ):
-      index = np.zeros((self._devices, size), np.int32)
-      for row, operator in call.items():
-        index[row // size, row % size] = source.rows[operator] % local
-      outputs = programs[f'capture {size} of {first}'](index, *arrays)
-      yield Rows(source.kind, columns, call, outputs)
+    queues: list[list[keys.OperatorId]] = [[] for _ in range(self._devices)]
+    for operator in operators:
+      queues[source.rows[operator] // local].append(operator)
+    for call in sources_lib.deal([queues], self._sizes(source), may_pad=False):
+      index = np.zeros((self._devices, call.rows), np.int32)
+      picked = {}
+      for (_, device, row), operator in call.picked.items():
+        index[device, row] = source.rows[operator] % local
+        picked[device * call.rows + row] = operator
+      outputs = programs[f'capture {call.rows} of {first}'](index, *arrays)
+      yield Rows(source.kind, columns, picked, outputs)
 
   def _sizes(self, source: sources_lib.Source) -> tuple[int, ...]:
     """Returns how many rows of each device a call may take, falling."""
@@ -207,36 +210,3 @@ def _rows_of_all(index, *leaves):
 def _whole(*leaves):
   """Copies leaves, with a leading dim of one row."""
   return tuple(jnp.copy(x)[None] for x in leaves)
-
-
-def _calls(
-  picked: Sequence[keys.OperatorId],
-  places: Mapping[keys.OperatorId, int],
-  local: int,
-  sizes: Sequence[int],
-) -> list[tuple[int, dict[int, keys.OperatorId]]]:
-  """Deals operators of a group to as few calls as possible.
-
-  Args:
-    picked: the operators to deal.
-    places: row of each operator of the group.
-    local: number of the group's rows on one device.
-    sizes: numbers of rows that a call may take of every device, falling to 1.
-
-  Returns:
-    (rows of every device, operators by row) of each call; a device's rows are
-    neighbours.
-  """
-  queues: dict[int, list[keys.OperatorId]] = {}
-  for operator in picked:
-    queues.setdefault(places[operator] // local, []).append(operator)
-  calls = []
-  while most := max(map(len, queues.values())):
-    number = next(size for size in sizes if size <= most)
-    call = {}
-    for device, queue in sorted(queues.items()):
-      for place, operator in enumerate(queue[:number]):
-        call[device * number + place] = operator
-      del queue[:number]
-    calls.append((number, call))
-  return calls

@@ -4,7 +4,7 @@ The training thread hands the state over and goes on; the snapshot thread
 dispatches the copies on the device, waits for them and stores them. The state
 may be donated once the copies are dispatched, which `release` waits for. At
 most one snapshot is on its way, and no capture is ever skipped: when the last
-one is late, training waits, visibly (DESIGN section 5).
+one is late, training waits, visibly.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,19 @@ import jax
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.capture import programs as capture_programs, transfer
+from moetion_jax.capture import (
+  programs as capture_programs,
+  selection,
+  transfer,
+)
 from moetion_jax.logs import interface as log_interface
 from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import hang_detection
-from moetion_jax.snapshots import manifest, memory_store, snapshot
+from moetion_jax.snapshots import (
+  interface as snapshots_interface,
+  manifest,
+  snapshot,
+)
 
 _MEASURED_COPIES = 4
 _FULL_POLL_SECONDS = 0.1  # a reader's lease ends without notice
@@ -53,10 +62,37 @@ class _CaptureJob:
   compute: Mapping[str, jax.Array]
   operators: tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]]
   extras: Mapping[str, jax.Array | np.ndarray]
+  check: Callable[[], None]  # raises if the step selected other operators
   fields: Mapping[str, Any]
   replace: bool
-  published_count: int
+  mark: log_interface.Mark
   is_whole: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What snapshots of a worker of a run have, and those of a lone loop do not.
+
+  Attributes:
+    log: the worker's log. A snapshot counts only when everything published
+      before it was taken can be read, since it is never published again.
+    on_stored: called with the metadata of each snapshot once it counts, in the
+      snapshot thread.
+    full_seconds: seconds to wait for host memory when there is none; `math.inf`
+      where somebody else ends that wait.
+    on_block: called in the snapshot thread when a wait for room begins or ends,
+      with what there is too little of, and for what; None and '': no longer.
+    share: operators that this worker captures, while other replicas capture
+      the rest; None captures all.
+  """
+
+  log: log_interface.Log | None = None
+  on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+  full_seconds: float = 60.0
+  on_block: Callable[[hang_detection.Shortage | None, str], None] = (
+    lambda shortage, what: None
+  )
+  share: frozenset[keys.OperatorId] | None = None
 
 
 class Snapshotter:
@@ -72,14 +108,10 @@ class Snapshotter:
   def __init__(
     self,
     programs: capture_programs.CapturePrograms,
-    store: memory_store.SnapshotStore,
+    store: snapshots_interface.Store,
     decision: decision_lib.CaptureDecision,
     fields: Mapping[str, Any],
-    log: log_interface.Log | None = None,
-    on_stored: Callable[[Mapping[str, Any]], None] = lambda metadata: None,
-    full_seconds: float = 60.0,
-    on_block: Callable[[str], None] = lambda reason: None,
-    share: frozenset[keys.OperatorId] | None = None,
+    options: Options | None = None,
   ):
     """Stores the arguments.
 
@@ -88,26 +120,15 @@ class Snapshotter:
       store: a store that is not started and that only this object uses.
       decision: which operators are captured in which iteration.
       fields: metadata of every snapshot.
-      log: the worker's log. A snapshot counts only when everything published
-        before it was taken can be read, since it is never published again.
-      on_stored: called with the metadata of each snapshot once it counts, in
-        the snapshot thread.
-      full_seconds: seconds to wait for host memory when there is none.
-      on_block: called with the reason when a wait for room begins, with ''
-        when it ends; in the snapshot thread.
-      share: operators that this worker captures, while other replicas capture
-        the rest; None captures all.
+      options: what else a worker of a run has.
     """
     self.newest = -1
     self._programs = programs
     self._store = store
     self._fields = dict(fields)
-    self._log = log
-    self._on_stored = on_stored
-    self._full_seconds = full_seconds
-    self._on_block = on_block
-    self._share = share
+    self._options = Options() if options is None else options
     self._decisions = [decision]
+    self._asked = -1, decision  # an iteration, and what holds in it
     self._changed = threading.Condition()  # guards the fields below
     self._copies: collections.deque[tuple[int, float]] = collections.deque(
       maxlen=_MEASURED_COPIES  # bytes and seconds
@@ -177,9 +198,15 @@ class Snapshotter:
   def slot(self, iteration: int) -> frozenset[keys.OperatorId]:
     """Returns the operators whose training state an iteration captures."""
     with self._changed:
-      decision = decision_lib.active(self._decisions, iteration)
-    captured = decision.captured(iteration)
+      captured = self._decision(iteration).captured(iteration)
     return captured[0] if captured else frozenset()
+
+  def _decision(self, iteration: int) -> decision_lib.CaptureDecision:
+    """Returns what holds in an iteration; a later word does not change it."""
+    if self._asked[0] != iteration:
+      active = decision_lib.active(self._decisions, iteration)
+      self._asked = iteration, active
+    return self._asked[1]
 
   def take(
     self,
@@ -187,6 +214,7 @@ class Snapshotter:
     state: Any,
     compute: Mapping[str, jax.Array],
     extras: Mapping[str, jax.Array | np.ndarray],
+    mask: selection.Mask | None = None,
     **fields: Any,
   ) -> TakenSnapshot:
     """Takes the snapshot of the state after `iteration`, if it has one.
@@ -196,19 +224,32 @@ class Snapshotter:
       state: the training state; may be donated once `release` has returned.
       compute: the compute weights, which nobody may donate.
       extras: further arrays by name, which nobody may donate.
+      mask: the mask that the training step returned for `slot`, by which the
+        snapshot counts; None if the step is one that returns none.
       **fields: metadata of this snapshot.
 
     Raises:
       StoreError, EntryMismatchError: an earlier snapshot could not be stored.
+      SelectionError: the training step selected other operators for one.
     """
     with self._changed:
       self._check()
-      decision = decision_lib.active(self._decisions, iteration)
+      decision = self._decision(iteration)
       captured = decision.captured(iteration)
       if captured is None:
         return TakenSnapshot()
-      if self._share is not None:
-        captured = captured[0] & self._share, captured[1] & self._share
+      check = functools.partial(
+        selection.check,
+        iteration,
+        mask,
+        self._programs.layout.partition.operators,
+        captured[0],
+      )
+      if self._options.share is not None:
+        captured = (
+          captured[0] & self._options.share,
+          captured[1] & self._options.share,
+        )
       is_broken = iteration in self._broken
       if iteration in self._known and not is_broken:
         return TakenSnapshot()  # in a replay: it exists already
@@ -224,9 +265,10 @@ class Snapshotter:
         compute=compute,
         operators=captured,
         extras=extras,
+        check=check,
         fields=fields,
         replace=is_broken,
-        published_count=self._log.published_count if self._log else 0,
+        mark=self._options.log.mark() if self._options.log else (),
         is_whole=decision.is_whole,
       )
       self._changed.notify_all()
@@ -245,7 +287,7 @@ class Snapshotter:
       The seconds waited.
 
     Raises:
-      StoreError, EntryMismatchError: as `take`.
+      StoreError, EntryMismatchError, SelectionError: as `take`.
     """
     with self._changed:
       begin = time.monotonic()
@@ -290,8 +332,9 @@ class Snapshotter:
     captured, job = self._capture()
     on_host = captured.to_host()
     buffers = on_host.buffers()
-    if self._log:
-      self._log.flush(count=job.published_count)
+    job.check()
+    if self._options.log:
+      self._options.log.flush(mark=job.mark)
     metadata = on_host.metadata(
       iteration=job.iteration, **self._fields, **job.fields
     )
@@ -300,7 +343,7 @@ class Snapshotter:
     size = self._store_one(job, metadata, buffers)
     with self._changed:
       self._copies.append((size, time.monotonic() - begin))
-    self._on_stored(metadata)
+    self._options.on_stored(metadata)
     return job.iteration
 
   def _capture(self) -> tuple[transfer.Captured, _CaptureJob]:
@@ -330,7 +373,7 @@ class Snapshotter:
       NoRoomError: there was no host memory, and none came in time.
     """
     full_at: float | None = None  # since when there has been no room at all
-    reason = ''
+    shortage: hang_detection.Shortage | None = None
     if job.is_whole:  # the files may be sized for the parts of a window
       self._store.enlarge(
         manifest.data_bytes(buffer.nbytes for buffer in buffers)
@@ -341,30 +384,34 @@ class Snapshotter:
           return self._store.save(
             job.iteration, metadata, buffers, replace=job.replace
           )
-        except (memory_store.SnapshotFullError, OSError) as error:
+        except (snapshots_interface.SnapshotFullError, OSError) as error:
           if isinstance(error, OSError):
             if error.errno != errno.ENOSPC:
               raise
             full_at = time.monotonic() if full_at is None else full_at
-            found = f'no room for snapshot {job.iteration}'
-            if time.monotonic() > full_at + self._full_seconds:
+            found = hang_detection.Shortage.ROOM
+            what = (
+              f'snapshot {job.iteration}: {error.strerror}; free host memory, '
+              'or name a larger tmpfs with --hostmem_dir'
+            )
+            if time.monotonic() > full_at + self._options.full_seconds:
               raise errors.NoRoomError(
-                f'snapshot {job.iteration}: no room for '
-                f'{self._full_seconds:g} s: {error.strerror}; free host '
-                'memory, or name a larger tmpfs with --hostmem_dir'
+                f'no room for {what}; that was so for '
+                f'{self._options.full_seconds:g} s'
               ) from error
           else:
-            full_at, found = None, hang_detection.SNAPSHOTS_FULL
-          if found != reason:
-            if reason:
-              self._on_block('')
-            reason = found
-            self._on_block(reason)
+            full_at, found = None, hang_detection.Shortage.SNAPSHOTS
+            what = f'snapshot {job.iteration}'
+          if found != shortage:
+            if shortage:
+              self._options.on_block(None, '')
+            shortage = found
+            self._options.on_block(shortage, what)
           with self._changed:
             if self._closing:
               raise
             self._changed.wait(_FULL_POLL_SECONDS)
             self._store.retain(self._first_iteration)
     finally:
-      if reason:
-        self._on_block('')
+      if shortage:
+        self._options.on_block(None, '')

@@ -106,3 +106,60 @@ def sources(layout: layout_lib.Layout) -> Iterator[Source]:
       )
       about_them = Shapes(kind, about.stacked, arrays)
       yield Source(kind, group, leaves, keys, about_them, rows)
+
+
+class Call(NamedTuple):
+  """The operators that a call of a program captures.
+
+  Attributes:
+    sources: places of the sources that it takes.
+    rows: number of rows of each source and every device.
+    picked: operators by place among its sources, device and row of that device.
+  """
+
+  sources: tuple[int, ...]
+  rows: int
+  picked: dict[tuple[int, int, int], keys_lib.OperatorId]
+
+
+def deal(
+  queues: Sequence[Sequence[Sequence[keys_lib.OperatorId]]],
+  sizes: Sequence[int],
+  *,
+  may_pad: bool,
+) -> list[Call]:
+  """Deals operators of stacked sources to few calls.
+
+  Args:
+    queues: operators asked for, of each source and device.
+    sizes: numbers of rows that a call may take, falling to 1.
+    may_pad: whether calls may take several sources, and more rows than any
+      device has operators left, if they are half full; else each takes as many
+      rows of one source as some device can fill.
+  """
+  left = [[list(queue) for queue in of_source] for of_source in queues]
+  calls = []
+  while most := max(len(q) for of_source in left for q in of_source):
+    everyone = tuple(range(len(left)))
+    longest = max(everyone, key=lambda s: max(map(len, left[s])))
+    fitting = [size for size in sizes if size >= most][-1:]
+    fitting += [size for size in sizes if size < most][:1]
+    sources, rows = next(
+      (
+        (chosen, rows)
+        for chosen in (everyone, (longest,))
+        for rows in fitting
+        if may_pad
+        if 2 * sum(min(rows, len(q)) for s in chosen for q in left[s])
+        >= rows * sum(len(left[s]) for s in chosen)
+      ),
+      ((longest,), max(size for size in sizes if size <= most)),
+    )
+    picked = {}
+    for place, source in enumerate(sources):
+      for device, queue in enumerate(left[source]):
+        for row, operator in enumerate(queue[:rows]):
+          picked[place, device, row] = operator
+        del queue[:rows]
+    calls.append(Call(sources, rows, picked))
+  return calls

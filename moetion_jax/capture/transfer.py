@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from moetion_jax import keys
+from moetion_jax.capture import packed, rows
 from moetion_jax.snapshots import blocks as blocks_lib, manifest
 
 _HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
-
-
-class Part(Protocol):
-  """A part of what was captured, in arrays on the device."""
-
-  @property
-  def outputs(self) -> tuple[jax.Array, ...]:
-    """Arrays of the part."""
-    ...
-
-  def blocks(
-    self, hosts: Sequence[np.ndarray]
-  ) -> Iterable[tuple[blocks_lib.Block, list[np.ndarray]]]:
-    """Yields blocks and the pieces of their rows, cut from host outputs."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +29,7 @@ class Captured:
     extras: further arrays by name.
   """
 
-  parts: tuple[Any, ...]  # each a Part, and a dataclass
+  parts: tuple[rows.Rows | packed.Packed, ...]
   state_operators: frozenset[keys.OperatorId]
   compute_operators: frozenset[keys.OperatorId]
   shared: Mapping[str, jax.Array]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import weakref
+from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
@@ -43,11 +45,6 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 ALIGNMENT_BYTES = 64  # what XLA needs to alias host memory
-# Copy and checksum alternate on pieces that are still near a cache. Each asks
-# for the GIL four times: beside a thread that holds it most of the time, 8 MiB
-# take 8 to 15 ms in pieces of 256 KiB, which the second-level cache would hold,
-# and 1.5 ms in these (alone 0.5 and 0.6 ms).
-_PIECE_BYTES = 1 << 22
 
 
 def whole_pages(nbytes: int) -> int:
@@ -56,15 +53,59 @@ def whole_pages(nbytes: int) -> int:
 
 
 def padded(nbytes: int) -> int:
-  """Rounds a payload up to ring units; at least one, so no two coincide."""
-  return max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+  """Rounds up to a multiple of the alignment."""
+  return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def copy_with_checksum(source: np.ndarray, target: np.ndarray) -> int:
-  """Copies u8[nbytes]; returns the checksum of what was copied."""
+class _Loan:
+  """Memory as NumPy sees it; every array that aliases it holds this object."""
+
+  def __init__(self, memory: np.ndarray):
+    self.memory = memory
+    address, _ = memory.__array_interface__['data']
+    self.__array_interface__ = {
+      'data': (address, True),
+      'shape': memory.shape,
+      'typestr': '|u1',
+      'version': 3,
+    }
+
+
+def lend(memory: np.ndarray, on_return: Callable[[], object]) -> np.ndarray:
+  """Returns a read-only view of u8[nbytes] that tells when it is read no more.
+
+  Args:
+    memory: the memory.
+    on_return: called when every view and every JAX array that aliases the
+      memory is gone, so that nothing, not even a running program, can read it.
+  """
+  loan = _Loan(memory)
+  weakref.finalize(loan, on_return).atexit = False
+  return np.asarray(loan)
+
+
+def copy_with_checksum(
+  arrays: Iterable[np.ndarray],
+  target: np.ndarray | None,
+  piece_bytes: int,
+) -> int:
+  """Copies arrays one after another; returns the checksum of their bytes.
+
+  Args:
+    arrays: the arrays.
+    target: u8[their bytes]; None for the checksum alone.
+    piece_bytes: copy and checksum alternate on pieces of this size. A small one
+      is still near a cache when its checksum is computed, but each piece asks
+      for the GIL four times.
+  """
   digest = xxhash.xxh3_64()
-  for start in range(0, len(source), _PIECE_BYTES):
-    piece = source[start : start + _PIECE_BYTES]
-    target[start : start + _PIECE_BYTES] = piece
-    digest.update(piece.data)
+  offset = 0
+  for array in arrays:
+    data = as_bytes(array)
+    for start in range(0, len(data), piece_bytes):
+      piece = data[start : start + piece_bytes]
+      if target is not None:
+        target[offset : offset + len(piece)] = piece
+        offset += len(piece)
+      digest.update(piece.data)
   return digest.intdigest()

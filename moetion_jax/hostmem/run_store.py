@@ -135,11 +135,11 @@ def newest_generation(folder: str | os.PathLike[str]) -> int:
   """Returns the newest generation that wrote into a store; 0 if none did."""
   newest = 0
   for path in pathlib.Path(folder).glob('*.segment'):
-    reader = segment_reader.SegmentReader(path)
-    with contextlib.suppress(OSError, errors.StoreError):
-      reader.start()
+    with (
+      contextlib.suppress(OSError, errors.StoreError),
+      segment_reader.SegmentReader.open(path) as reader,
+    ):
       newest = max(newest, reader.generation)
-    reader.close()
   return newest
 
 
@@ -213,7 +213,8 @@ def folders(hostmem_dir: str, run_id: str) -> list[pathlib.Path]:
     if (name := re.fullmatch(r'.*-host(\d+)', path.name))
   )
   found = [first, *(path for _, path in sorted(others))]
-  return [path for path in found if path.is_dir()]
+  # Not `is_dir`, which raises where the directory may not be searched.
+  return [path for path in found if os.path.isdir(path)]
 
 
 @contextlib.contextmanager

@@ -15,45 +15,38 @@ Leases are locks of open file descriptions (fcntl(2), F_OFD_SETLK) on one byte
 of the cell. They end with the descriptor, so also with a kill -9 of the
 reader. A writer retires an entry by marking the cell and then taking its lock;
 a reader takes the lock and then looks at the mark: one of them sees the other.
+
+Each bit that somebody reads is proved: the fixed fields of the header and the
+fields of a cell by checksums, the generation, which changes, by its complement
+beside it, and a mark by being one of two words.
 """
 
 from __future__ import annotations
 
-import collections
-import fcntl
+import errno
 import mmap
 import os
 import pathlib
+import shutil
 import struct
-import time
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import (
-  entry,
-  locks,
-  memory_limits,
-  raw_bytes,
-  store_folder,
-)
+from moetion_jax.hostmem import entry, raw_bytes
 
-_MAGIC = b'MoEtion1'
+_MAGIC = b'MoEtion2'
+# Magic, cells, stage, replica, checksum, generation word, the ring's place.
 _FILE = struct.Struct('<8sIiiIQQQ')
 _GENERATION = struct.Struct('<Q')
 _GENERATION_OFFSET = 24
+_GENERATION_BITS = 32
+_LIVE = 0
+_RETIRED = int.from_bytes(b'retired.', 'little')  # no bit of damage makes it
 _CELLS_OFFSET = mmap.PAGESIZE
 _CELL_BYTES = 256
-# Iterations after which an entry is verified once more. By then all programs
-# that read it have ended, and states from before it are still there (with
-# --keep_windows=1, or windows of one iteration, perhaps the initial one only).
-_LOOK_BACK_ITERATIONS = 2
-_LOOK_BACK_ENTRIES = 2  # for each new one, so that none has to wait
-
-
-class SegmentFullError(errors.StoreError):
-  """The segment has no room now: retained or leased entries fill it."""
 
 
 def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
@@ -63,9 +56,14 @@ def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
     iteration_entry_bytes: payload size of each entry of one iteration.
     iterations: number of finished iterations that are retained.
   """
-  sizes = [raw_bytes.padded(nbytes) for nbytes in iteration_entry_bytes]
+  sizes = [ring_size(nbytes) for nbytes in iteration_entry_bytes]
   # An entry is never split at the ring's end: up to the largest one is lost.
   return sum(sizes) * (iterations + 1) + max(sizes, default=0)
+
+
+def ring_size(nbytes: int) -> int:
+  """Returns what a payload takes of a ring: never nothing, so none coincide."""
+  return raw_bytes.padded(max(nbytes, 1))
 
 
 def file_bytes(size_bytes: int, cells: int) -> int:
@@ -87,51 +85,212 @@ def cell_offset(cell: int) -> int:
   return _CELLS_OFFSET + cell * _CELL_BYTES
 
 
+def fence(folder: str | os.PathLike[str], worker: keys.WorkerId) -> None:
+  """Fences off a worker's older generations, which may live on.
+
+  Whatever they do next with their log raises FencedError: they neither publish
+  nor read. A log that cannot be told, or is not whole, is removed, and so is
+  lost: what they do with it then reaches nobody.
+
+  Args:
+    folder: the store folder of the worker's host.
+    worker: the newest generation of the worker.
+
+  Raises:
+    OSError: it cannot be removed either.
+  """
+  path = segment_path(folder, worker.stage, worker.replica)
+  try:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+      if not _whole_bytes(fd):
+        raise OSError(errno.EIO, 'not whole', str(path))
+      word = os.pread(fd, _GENERATION.size, _GENERATION_OFFSET)
+      newest = max(_generation(*_GENERATION.unpack(word)), worker.generation)
+      # A word of its own: who looks sees the old one or the new one.
+      word = _GENERATION.pack(_generation_word(newest))
+      os.pwrite(fd, word, _GENERATION_OFFSET)
+    finally:
+      os.close(fd)
+  except FileNotFoundError:
+    return
+  except OSError:
+    is_folder = path.is_dir() and not path.is_symlink()
+    shutil.rmtree(path) if is_folder else path.unlink()
+
+
+def whole_bytes(path: str | os.PathLike[str]) -> int:
+  """Returns the size of a segment; 0 if it is missing, cut or no segment."""
+  try:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+  except OSError:
+    return 0
+  try:
+    return _whole_bytes(fd)
+  except OSError:  # a folder
+    return 0
+  finally:
+    os.close(fd)
+
+
+def _whole_bytes(fd: int) -> int:
+  try:
+    size_bytes = os.fstat(fd).st_size
+    _read_header(os.pread(fd, _FILE.size, 0), size_bytes)
+  except errors.StoreError:
+    return 0
+  return size_bytes
+
+
+def pack_header(
+  worker: keys.WorkerId, cells: int, ring_offset: int, size_bytes: int
+) -> bytes:
+  """Packs the first bytes of a segment.
+
+  Args:
+    worker: the worker that writes it.
+    cells: the number of its cells.
+    ring_offset: offset of the ring.
+    size_bytes: size of the ring.
+  """
+  fields = (_MAGIC, cells, worker.stage, worker.replica)
+  ring = (ring_offset, size_bytes)
+  return _FILE.pack(
+    *fields,
+    _fields_checksum(*fields, *ring),
+    _generation_word(worker.generation),
+    *ring,
+  )
+
+
+def _fields_checksum(*fields: bytes | int) -> int:
+  return zlib.crc32(repr(fields).encode())
+
+
+def _generation_word(generation: int) -> int:
+  mask = (1 << _GENERATION_BITS) - 1
+  return (~generation & mask) << _GENERATION_BITS | generation
+
+
+def _generation(word: int) -> int:
+  """Returns the generation that a word says; raises StoreError if damaged."""
+  generation = word & (1 << _GENERATION_BITS) - 1
+  if word != _generation_word(generation):
+    raise errors.StoreError('its header is damaged: no word of a generation')
+  return generation
+
+
+def _read_header(data: bytes, size_bytes: int) -> tuple[int, ...]:
+  """Returns number of cells, stage, replica, offset and size of the ring.
+
+  Args:
+    data: the first bytes of a segment.
+    size_bytes: the size of the file.
+
+  Raises:
+    StoreError: it is no segment, or a damaged one.
+  """
+  if size_bytes < _CELLS_OFFSET:
+    raise errors.StoreError('not a segment: too short')
+  (magic, cells, stage, replica, checksum, word, ring_offset, size) = (
+    _FILE.unpack(data)
+  )
+  fields = (magic, cells, stage, replica, ring_offset, size)
+  if (
+    magic != _MAGIC
+    or checksum != _fields_checksum(*fields)
+    or not cells
+    or ring_offset < cell_offset(cells)
+    or ring_offset % mmap.PAGESIZE
+    or ring_offset + size != size_bytes
+  ):
+    raise errors.StoreError(
+      'not a segment, one of another version, or its header is damaged'
+    )
+  _generation(word)
+  return cells, stage, replica, ring_offset, size
+
+
 class SegmentLayout:
-  """A mapped segment file, seen as header, cells and ring."""
+  """A mapped segment file, seen as header, cells and ring.
+
+  Whoever touches what was cut off dies of SIGBUS: compare `size_bytes` before.
+  """
 
   def __init__(self, fd: int, writable: bool):
     """Maps the file; raises StoreError if it is no segment or a damaged one."""
-    size_bytes = os.fstat(fd).st_size
-    if size_bytes < _CELLS_OFFSET:
-      raise errors.StoreError('not a segment: too short')
+    self.size_bytes = size_bytes = os.fstat(fd).st_size
+    header = os.pread(fd, _FILE.size, 0)
+    cells, stage, replica, offset, size = _read_header(header, size_bytes)
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     # Never closed by hand: it is unmapped when the last view of it is gone.
     self.map = mmap.mmap(
       fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection
     )
-    magic, cells, stage, replica, _, _, ring_offset, size = _FILE.unpack_from(
-      self.map
-    )
-    if (
-      magic != _MAGIC
-      or not cells
-      or ring_offset < cell_offset(cells)
-      or ring_offset % mmap.PAGESIZE
-      or ring_offset + size != size_bytes
-    ):
-      raise errors.StoreError('not a segment, or its header is damaged')
     self.cells, self.stage, self.replica = cells, stage, replica
-    self.ring = np.frombuffer(self.map, np.uint8, size, ring_offset)
+    self.ring = np.frombuffer(self.map, np.uint8, size, offset)
     words = np.frombuffer(
       self.map, np.uint64, cells * _CELL_BYTES // 8, _CELLS_OFFSET
     ).reshape(cells, -1)
     # Aligned words of their own: a store or a load of one is never torn.
     self.commits = words[:, entry.COMMIT_OFFSET // 8]
-    self.retired = words[:, entry.HEADER_BYTES // 8]
+    self._marks = words[:, entry.HEADER_BYTES // 8]
     self._words = words
 
   @property
   def generation(self) -> int:
-    """Generation of the newest writer."""
-    return _GENERATION.unpack_from(self.map, _GENERATION_OFFSET)[0]
+    """Newest generation of its worker; older ones are fenced off.
+
+    Raises StoreError if the header is damaged by now.
+    """
+    data = self.map[: _FILE.size]
+    _read_header(data, self.size_bytes)
+    return _generation(*_GENERATION.unpack_from(data, _GENERATION_OFFSET))
+
+  @generation.setter
+  def generation(self, generation: int) -> None:
+    word = _generation_word(generation)
+    _GENERATION.pack_into(self.map, _GENERATION_OFFSET, word)
+
+  def is_live(self, cell: int) -> bool:
+    """Returns whether a cell's mark, which no checksum covers, is none."""
+    return int(self._marks[cell]) == _LIVE
+
+  def is_retired(self, cell: int) -> bool:
+    """Returns whether a cell is retired; neither live nor that: damaged."""
+    return int(self._marks[cell]) == _RETIRED
+
+  def retire(self, cell: int) -> None:
+    """Marks a cell's entry, which a reader may still have, as retired."""
+    self._marks[cell] = _RETIRED
+
+  def reuse(self, cell: int) -> None:
+    """Makes a cell, which nobody needs any more, one without an entry."""
+    self.commits[cell] = 0
+    self._marks[cell] = _LIVE
 
   def header(self, cell: int) -> entry.EntryHeader | None:
     """Returns a cell's committed entry, retired or not, or None without one."""
+    return self._unpack(cell, self._packed(cell))
+
+  def mended_header(self, cell: int) -> entry.EntryHeader | None:
+    """Returns a cell's entry though one bit of it may be damaged, or None."""
+    if (header := self.header(cell)) is not None:
+      return header
+    packed = bytearray(self._packed(cell))
+    for bit in range(len(packed) * 8):
+      packed[bit // 8] ^= 1 << bit % 8
+      if (header := self._unpack(cell, bytes(packed))) is not None:
+        return header
+      packed[bit // 8] ^= 1 << bit % 8
+    return None
+
+  def _packed(self, cell: int) -> bytes:
     start = cell_offset(cell)
-    header = entry.EntryHeader.unpack(
-      self.map[start : start + entry.HEADER_BYTES]
-    )
+    return self.map[start : start + entry.HEADER_BYTES]
+
+  def _unpack(self, cell: int, packed: bytes) -> entry.EntryHeader | None:
+    header = entry.EntryHeader.unpack(packed)
     if (
       header is None
       or header.sequence % self.cells != cell
@@ -168,317 +327,3 @@ def newest_iteration(path: str | os.PathLike[str]) -> int:
       return SegmentLayout(file.fileno(), writable=False).newest_iteration
   except (OSError, errors.StoreError):
     return 0
-
-
-def drop_damaged(
-  path: str | os.PathLike[str], first_iteration: int
-) -> list[keys.EntryKey]:
-  """Retires entries with a wrong checksum, so that they are written again.
-
-  Call it only while nobody writes the segment.
-
-  Args:
-    path: path of the segment.
-    first_iteration: first iteration to check; older entries are left alone.
-
-  Returns:
-    Names of the retired entries.
-
-  Raises:
-    StoreError: the file is no segment, or its writer is alive.
-    OSError: the file cannot be opened.
-  """
-  dropped = []
-  with open(path, 'r+b') as file:
-    if not locks.try_lock(file.fileno(), fcntl.F_WRLCK, 0):
-      raise errors.StoreError(f'{path}: its writer lives')
-    layout = SegmentLayout(file.fileno(), writable=True)
-    for header in layout.headers():
-      cell = header.sequence % layout.cells
-      if header.key.iteration < first_iteration or layout.retired[cell]:
-        continue
-      data = layout.ring[header.offset : header.offset + header.nbytes]
-      if raw_bytes.checksum(data) != header.checksum:
-        layout.retired[cell] = 1
-        dropped.append(header.key)
-    # The mapping holds the open file, and so the lock, beyond the close.
-    locks.try_lock(file.fileno(), fcntl.F_UNLCK, 0)
-  return dropped
-
-
-class SegmentWriter:
-  """The one writer of a segment. Not thread-safe, except `retain`.
-
-  Call `start`, then `put` and `retain` in any order, then `close`. The file
-  stays.
-  """
-
-  def __init__(
-    self,
-    folder: str | os.PathLike[str],
-    worker: keys.WorkerId,
-    size_bytes: int,
-    cells: int = 4096,
-  ):
-    """Stores the settings.
-
-    Args:
-      folder: the store folder.
-      worker: the worker that writes.
-      size_bytes: size of the ring, see `ring_bytes`.
-      cells: number of entries the segment can hold, whatever their size.
-    """
-    self.path = segment_path(folder, worker.stage, worker.replica)
-    self._worker = worker
-    self._size_bytes = raw_bytes.whole_pages(size_bytes)
-    self._cells = cells
-    self._fd = -1
-    self._first_iteration = 0
-    self._live: collections.deque[entry.EntryHeader] = collections.deque()
-    self._by_key: dict[keys.EntryKey, entry.EntryHeader] = {}
-    self._unverified: collections.deque[entry.EntryHeader] = collections.deque()
-    self._next_sequence = 0
-    self._head = 0  # ring offset of the next payload
-
-  def start(self, fresh: bool = False) -> None:
-    """Adopts the segment a predecessor left, or creates one.
-
-    With `fresh` the segment is replaced.
-
-    Raises:
-      StoreError: there is no room; the predecessor is alive; the segment
-        belongs to a newer generation, is damaged, or is smaller than asked for.
-    """
-    try:
-      if self.path.exists():
-        self._open()
-      if fresh or self._fd < 0:
-        self._create()
-        self._open()
-      self._adopt()
-    except errors.StoreError as error:
-      self.close()
-      raise errors.StoreError(f'{self.path}: {error}') from None
-
-  def _open(self) -> None:
-    """Opens the file for this process alone."""
-    self.close()
-    self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    if not locks.try_lock(self._fd, fcntl.F_WRLCK, 0):
-      raise errors.StoreError('another living process writes it')
-
-  def _create(self) -> None:
-    ring_offset = raw_bytes.whole_pages(cell_offset(self._cells))
-    temporary = self.path.with_suffix('.new')
-    temporary.unlink(missing_ok=True)
-    fd = store_folder.reserve(temporary, ring_offset + self._size_bytes)
-    header = _FILE.pack(
-      _MAGIC,
-      self._cells,
-      self._worker.stage,
-      self._worker.replica,
-      0,
-      self._worker.generation,
-      ring_offset,
-      self._size_bytes,
-    )
-    os.pwrite(fd, header, 0)
-    os.close(fd)
-    temporary.rename(self.path)
-
-  def _adopt(self) -> None:
-    """Takes over what is committed, and the right to write."""
-    self._layout = SegmentLayout(self._fd, writable=True)
-    generation, mine = self._layout.generation, self._worker.generation
-    if generation > mine:
-      raise errors.StoreError(f'generation {generation} fences off {mine}')
-    if (
-      len(self._layout.ring) < self._size_bytes
-      or self._layout.cells < self._cells
-    ):
-      raise errors.StoreError(
-        'smaller than this run needs: the settings changed; start over with '
-        '--fresh'
-      )
-    _GENERATION.pack_into(self._layout.map, _GENERATION_OFFSET, mine)
-    headers = self._layout.headers()
-    if headers:
-      self._next_sequence = headers[-1].sequence + 1
-      self._head = headers[-1].offset + raw_bytes.padded(headers[-1].nbytes)
-    for header in headers:
-      cell = header.sequence % self._layout.cells
-      if not self._layout.retired[cell]:
-        self._by_key[header.key] = header
-        self._unverified.append(header)
-      elif self._is_free(cell):
-        continue
-      self._live.append(header)  # or retired, and a reader still has it
-
-  def close(self) -> None:
-    """Gives the segment up; its entries stay. May be called twice."""
-    if self._fd >= 0:
-      # The mapping holds the open file, and so the lock, beyond the close.
-      locks.try_lock(self._fd, fcntl.F_UNLCK, 0)
-      os.close(self._fd)
-      self._fd = -1
-
-  def retain(self, first_iteration: int) -> None:
-    """Allows the space of entries of earlier iterations to be reused."""
-    self._first_iteration = max(self._first_iteration, first_iteration)
-
-  def put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
-    """Writes an entry; it is there for every reader when this returns.
-
-    Returns:
-      True, or False if an equal entry existed.
-
-    Raises:
-      EntryMismatchError: an unequal entry of this name exists.
-      EntryDecayedError: this entry exists and is damaged; or an older one is,
-        which is to make room.
-      SegmentFullError: there is no room until `retain` advances or a lease
-        ends.
-      StoreError: the entry is larger than the segment, or not of a dtype of
-        `raw_bytes.DTYPES`.
-    """
-    data = raw_bytes.as_bytes(array)
-    if raw_bytes.padded(len(data)) > len(self._layout.ring):
-      raise errors.StoreError(
-        f'{key}: {memory_limits.format_bytes(len(data))} do not fit into a '
-        f'segment of {memory_limits.format_bytes(len(self._layout.ring))}'
-      )
-    if array.dtype not in raw_bytes.DTYPES:
-      raise errors.StoreError(f'{key}: dtype {array.dtype} cannot be stored')
-    if known := self._by_key.get(key):
-      self._compare(known, array, data)
-      return False
-    offset = self._allocate(raw_bytes.padded(len(data)))
-    cell = self._next_sequence % self._layout.cells
-    self._layout.commits[cell] = 0
-    self._layout.retired[cell] = 0
-    header = entry.EntryHeader(
-      key=key,
-      generation=self._worker.generation,
-      sequence=self._next_sequence,
-      dtype=array.dtype,
-      shape=array.shape,
-      offset=offset,
-      nbytes=len(data),
-      checksum=raw_bytes.copy_with_checksum(
-        data, self._layout.ring[offset : offset + len(data)]
-      ),
-      committed_nanoseconds=time.monotonic_ns(),
-    )
-    self._commit(cell, header)
-    self._next_sequence += 1
-    self._head = offset + raw_bytes.padded(len(data))
-    self._live.append(header)
-    self._unverified.append(header)
-    self._by_key[key] = header
-    return True
-
-  def look_back(self, iteration: int) -> None:
-    """Verifies a few older entries once more; call after every `put`.
-
-    Memory may be damaged between a reader's verification and the end of the
-    program that reads.
-
-    Args:
-      iteration: the iteration of which entries are written now.
-
-    Raises:
-      EntryDecayedError: an entry is damaged.
-    """
-    last = iteration - _LOOK_BACK_ITERATIONS
-    for _ in range(_LOOK_BACK_ENTRIES):
-      if not self._unverified or self._unverified[0].key.iteration > last:
-        return
-      self._verify(self._unverified.popleft())
-
-  def _verify(self, header: entry.EntryHeader) -> None:
-    stored = self._layout.ring[header.offset : header.offset + header.nbytes]
-    if raw_bytes.checksum(stored) != header.checksum:
-      raise entry.EntryDecayedError(header.key)
-
-  def _compare(
-    self, known: entry.EntryHeader, array: np.ndarray, data: np.ndarray
-  ) -> None:
-    stored = self._layout.ring[known.offset : known.offset + known.nbytes]
-    if known.dtype == array.dtype and known.shape == array.shape:
-      if np.array_equal(stored, data):
-        return
-      if known.checksum == raw_bytes.checksum(data):
-        raise entry.EntryDecayedError(known.key)
-    raise errors.EntryMismatchError(
-      f'{known.key}: published again with other contents: was '
-      f'{known.dtype}{list(known.shape)} checksum {known.checksum:016x}, now '
-      f'{array.dtype}{list(array.shape)} checksum '
-      f'{raw_bytes.checksum(data):016x}'
-    )
-
-  def _commit(self, cell: int, header: entry.EntryHeader) -> None:
-    packed = header.pack()
-    start = cell_offset(cell)
-    self._layout.map[start : start + entry.COMMIT_OFFSET] = packed[
-      : entry.COMMIT_OFFSET
-    ]
-    # A barrier on machines that reorder stores: whoever sees the commit word
-    # and then takes the lease passes the same lock of the kernel after us.
-    locks.try_lock(self._fd, fcntl.F_UNLCK, start)
-    self._layout.commits[cell] = int.from_bytes(
-      packed[entry.COMMIT_OFFSET :], 'little'
-    )
-
-  def _allocate(self, size: int) -> int:
-    """Finds `size` free bytes in the ring, retiring old entries as needed."""
-    while True:
-      if self._has_cell():
-        offset = self._gap(size)
-        if offset is not None:
-          return offset
-      self._retire_oldest()
-
-  def _has_cell(self) -> bool:
-    if not self._live:
-      return True
-    used_cells = self._next_sequence - self._live[0].sequence
-    return used_cells < self._layout.cells
-
-  def _gap(self, size: int) -> int | None:
-    """Finds `size` free bytes after the newest entry; None if there are not."""
-    if not self._live:
-      return 0
-    tail = self._live[0].offset
-    if self._head <= tail:  # wrapped around; equal: full
-      return self._head if self._head + size <= tail else None
-    if self._head + size <= len(self._layout.ring):
-      return self._head
-    return 0 if size <= tail else None
-
-  def _retire_oldest(self) -> None:
-    oldest = self._live[0]
-    if oldest.key.iteration >= self._first_iteration:
-      raise SegmentFullError(
-        f'{self.path.name}: full of entries since iteration '
-        f'{oldest.key.iteration}, which must be kept; give more host memory or '
-        'keep less with --log_iterations'
-      )
-    cell = oldest.sequence % self._layout.cells
-    while self._unverified and (
-      self._unverified[0].sequence <= oldest.sequence
-    ):
-      self._verify(self._unverified.popleft())
-    self._layout.retired[cell] = 1
-    if not self._is_free(cell):
-      raise SegmentFullError(f'{oldest.key}: a reader holds its memory')
-    self._live.popleft()
-    if self._by_key.get(oldest.key) is oldest:
-      del self._by_key[oldest.key]
-
-  def _is_free(self, cell: int) -> bool:
-    """Returns whether no reader holds the retired entry of a cell."""
-    start = cell_offset(cell)
-    if not locks.try_lock(self._fd, fcntl.F_WRLCK, start):
-      return False
-    locks.try_lock(self._fd, fcntl.F_UNLCK, start)
-    return True

@@ -8,42 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import re
 import threading
-import weakref
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, locks, segment
+from moetion_jax.hostmem import entry, locks, raw_bytes, segment
 
 _SEGMENT_NAME = re.compile(r'stage-(\d+)\.replica-(\d+)\.segment')
-
-
-class _Payload:
-  """A leased payload as NumPy sees it; the lease ends with this object.
-
-  Every view and every JAX array that aliases the memory holds it, so the lease
-  lasts exactly as long as anything, a running program included, can read it.
-  """
-
-  def __init__(
-    self,
-    layout: segment.SegmentLayout,
-    header: entry.EntryHeader,
-    lease_fd: int,
-  ):
-    ring, _ = layout.ring.__array_interface__['data']
-    self._map = layout.map
-    self.__array_interface__ = {
-      'data': (ring + header.offset, True),
-      'shape': (header.nbytes,),
-      'typestr': '|u1',
-      'version': 3,
-    }
-    weakref.finalize(self, os.close, lease_fd).atexit = False
 
 
 class SegmentReader:
@@ -52,33 +29,42 @@ class SegmentReader:
   Not thread-safe. Views outlive `close`.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
-    """Stores the path of an existing segment."""
-    self.path = pathlib.Path(path)
-    self._fd = -1
+  def __init__(
+    self, path: pathlib.Path, fd: int, layout: segment.SegmentLayout
+  ):
+    """Stores the arguments; `open` makes them."""
+    self.path = path
+    self._fd = fd
+    self._layout = layout
     self._entries: dict[keys.EntryKey, entry.EntryHeader] = {}
     self._by_cell: dict[int, entry.EntryHeader] = {}
     self._next_sequence = 0
 
-  def start(self) -> None:
-    """Maps the file.
+  @classmethod
+  def open(cls, path: str | os.PathLike[str]) -> SegmentReader:
+    """Maps a segment; `close` it, or use it as a context manager.
 
     Raises:
       FileNotFoundError: there is no file yet.
       StoreError: the file is no segment, or a damaged one.
     """
-    self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-      self._layout = segment.SegmentLayout(self._fd, writable=False)
+      layout = segment.SegmentLayout(fd, writable=False)
     except errors.StoreError as error:
-      self.close()
-      raise errors.StoreError(f'{self.path}: {error}') from None
+      os.close(fd)
+      raise errors.StoreError(f'{path}: {error}') from None
+    return cls(pathlib.Path(path), fd, layout)
 
   def close(self) -> None:
-    """Forgets the file. May be called twice."""
-    if self._fd >= 0:
-      os.close(self._fd)
-      self._fd = -1
+    """Forgets the file; once."""
+    os.close(self._fd)
+
+  def __enter__(self) -> SegmentReader:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
 
   @property
   def generation(self) -> int:
@@ -92,7 +78,12 @@ class SegmentReader:
     return False
 
   def find(self, key: keys.EntryKey) -> entry.EntryHeader | None:
-    """Returns the header of a committed entry that is still there, or None."""
+    """Returns the header of a committed entry that is still there, or None.
+
+    Of a file that somebody cut, none is.
+    """
+    if os.fstat(self._fd).st_size != self._layout.size_bytes:
+      return None
     header = self._entries.get(key)
     if header is None or not self._is_live(header):
       self._advance()
@@ -106,11 +97,30 @@ class SegmentReader:
     self._rescan()
     return list(self._entries.values())
 
+  def damaged_entries(
+    self, headers: Iterable[entry.EntryHeader]
+  ) -> Iterator[entry.EntryCorruptError]:
+    """Yields an error for each damaged entry that was not retired meanwhile."""
+    for header in headers:
+      array = self.view(header)
+      try:
+        if array is not None:
+          entry.verify(header, array)
+      except entry.EntryCorruptError as error:
+        yield error
+
   def damaged_cells(self) -> list[int]:
-    """Lists the cells whose commit word does not match their fields."""
+    """Lists the cells whose commit word does not match their fields.
+
+    Or whose mark is none that a writer makes.
+    """
+    layout = self._layout
 
     def is_damaged(cell: int) -> bool:
-      return bool(self._layout.commits[cell]) and not self._layout.header(cell)
+      return bool(layout.commits[cell]) and (
+        layout.header(cell) is None
+        or not (layout.is_live(cell) or layout.is_retired(cell))
+      )
 
     # Twice: a living writer may have been between two words.
     return [
@@ -122,7 +132,8 @@ class SegmentReader:
   def oldest_iteration(self, cell: int) -> int | None:
     """Returns the first iteration that a damaged cell's entry can be of.
 
-    Entries are written in order: it is not older than the one before it, or, if
+    Exact if no more than a bit of its fields is damaged. Otherwise: entries are
+    written in order: it is not older than the one before it, or, if
     that is gone, not older by more than one than the oldest one.
 
     Args:
@@ -131,8 +142,11 @@ class SegmentReader:
     Returns:
       The iteration, at least 1; None if nobody needs the entry any more.
     """
-    if self._layout.retired[cell]:
+    if self._layout.is_retired(cell):
       return None
+    # A guess that is too old would count for nothing, see `suspicion`.
+    if (known := self._layout.mended_header(cell)) is not None:
+      return known.key.iteration
     live = self.entries()
     sequence = self._layout.sequence(cell)
     for header in live:
@@ -156,7 +170,8 @@ class SegmentReader:
     ):
       os.close(lease_fd)
       return None
-    data = np.asarray(_Payload(self._layout, header, lease_fd))
+    payload = self._layout.ring[header.offset : header.offset + header.nbytes]
+    data = raw_bytes.lend(payload, functools.partial(os.close, lease_fd))
     return entry.from_bytes(data, header)
 
   def _cell(self, header: entry.EntryHeader) -> int:
@@ -164,9 +179,7 @@ class SegmentReader:
 
   def _is_live(self, header: entry.EntryHeader) -> bool:
     cell = self._cell(header)
-    return (
-      not self._layout.retired[cell] and self._layout.header(cell) == header
-    )
+    return self._layout.is_live(cell) and self._layout.header(cell) == header
 
   def _advance(self) -> None:
     """Indexes what was committed since the last look."""
@@ -266,9 +279,9 @@ class StoreIndex:
   def _reader(self, stage: int, replica: int) -> SegmentReader | None:
     reader = self._readers.get((stage, replica))
     if reader is None:
-      reader = SegmentReader(segment.segment_path(self._folder, stage, replica))
+      path = segment.segment_path(self._folder, stage, replica)
       try:
-        reader.start()
+        reader = SegmentReader.open(path)
       except FileNotFoundError:
         return None
       self._readers[stage, replica] = reader

@@ -2,15 +2,15 @@
 
 The folder lies in tmpfs (`/dev/shm/moetion-<run id>`, mode 0700) and outlives
 the processes that use it: what is committed in it is what a recovery reads. Its
-lock is one open file description, created by the agent and inherited by its
-workers, so it is free exactly when the last of them is gone.
+locks, of the folder and of a file in it, are open file descriptions, created by
+the agent and inherited by its workers, so they are free exactly when the last
+of them is gone, whoever removes the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -19,18 +19,26 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from moetion_jax import errors
-from moetion_jax.hostmem import memory_limits, private
+from moetion_jax.hostmem import locks, memory_limits, private
 
 _PREFIX = 'moetion-'
 _OWNER = 'owner'
-_OWN_NAMES = ('lock', _OWNER)
+# What workers know of the data (`runtime/worker/fingerprints.py`).
+FINGERPRINT = 'fingerprint.tmp'
+_OWN_NAMES = ('lock', _OWNER, FINGERPRINT)
 # Fields of the owner file that say which folder the run has: its path, and its
 # device and inode, which tell it from copies.
 WORKDIR, FOLDER = 'workdir', 'folder'
 _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
+
+
+def identity_of(folder: str | os.PathLike[str]) -> tuple[int, int]:
+  """Returns the device and inode of a folder; raises OSError without one."""
+  status = os.stat(folder)
+  return status.st_dev, status.st_ino
 
 
 # --- The folder --------------------------------------------------------------
@@ -39,13 +47,14 @@ _RUN_ID = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
 class StoreFolder:
   """The store folder of one run, and the lock that says the run lives.
 
-  The agent uses it: `start()`, spawn workers with `pass_fds=[lock_fd]`, then
+  The agent uses it: `start()`, spawn workers with `pass_fds=lock_fds`, then
   `remove()` when the run is finished or `close()` to keep it for a resumption.
 
   Attributes:
     path: the folder.
     run_id: id of the run.
     workdir: the run's workdir, absolute; '' if there is none.
+    lock_fds: the descriptors whose inheritance keeps the locks; () when closed.
   """
 
   def __init__(
@@ -69,13 +78,8 @@ class StoreFolder:
     self.path = pathlib.Path(hostmem_dir) / (_PREFIX + run_id)
     self.run_id = run_id
     self.workdir = str(workdir)
-    self._lock_fd = -1
+    self.lock_fds: tuple[int, ...] = ()
     self._owner_before: bytes | None = None
-
-  @property
-  def lock_fd(self) -> int:
-    """The descriptor whose inheritance keeps the lock; -1 when closed."""
-    return self._lock_fd
 
   def start(self) -> None:
     """Creates the folder, or takes over the one a dead run left.
@@ -93,7 +97,7 @@ class StoreFolder:
         'directory in tmpfs with --hostmem_dir'
       ) from error
     check_private(self.path)
-    self._lock_fd = _lock(self.path)
+    self.lock_fds = _lock(self.path)
     try:
       self._write_owner()
     except OSError as error:
@@ -116,8 +120,7 @@ class StoreFolder:
     }
     if self.workdir:
       with contextlib.suppress(FileNotFoundError):
-        status = os.stat(self.workdir)
-        owner[FOLDER] = [status.st_dev, status.st_ino]
+        owner[FOLDER] = identity_of(self.workdir)
     with contextlib.suppress(FileNotFoundError):
       self._owner_before = (self.path / _OWNER).read_bytes()
     self._replace_owner(json.dumps(owner).encode() + b'\n')
@@ -142,9 +145,8 @@ class StoreFolder:
 
   def close(self) -> None:
     """Gives the lock back and keeps the folder; may be called twice."""
-    if self._lock_fd >= 0:
-      os.close(self._lock_fd)
-      self._lock_fd = -1
+    _close(self.lock_fds)
+    self.lock_fds = ()
 
   def remove(self) -> None:
     """Removes the folder with all that is in it, then gives the lock back."""
@@ -166,8 +168,8 @@ def check_private(path: str | os.PathLike[str]) -> None:
     )
 
 
-def _lock(path: pathlib.Path, *, create: bool = True) -> int:
-  """Locks a store folder; the descriptor holds the lock until closed.
+def _lock(path: pathlib.Path, *, create: bool = True) -> tuple[int, ...]:
+  """Locks a store folder; the descriptors hold the locks until closed.
 
   Args:
     path: the folder.
@@ -180,24 +182,30 @@ def _lock(path: pathlib.Path, *, create: bool = True) -> int:
   name = path / 'lock'
   flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
   flags |= os.O_CREAT if create else 0
+  fds: list[int] = []
   try:
-    fd = os.open(name, flags, 0o600)
-    private.restrict(fd)  # the umask may have taken bits away
-  except OSError as error:
-    raise errors.StoreError(f'{name}: {error.strerror}') from error
-  try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if os.path.samestat(os.stat(name), os.fstat(fd)):
-      return fd
+    fds.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    # First: who holds it keeps its lock file, be that gone or not.
+    locks.lock(fds[0])
+    fds.append(os.open(name, flags, 0o600))
+    private.restrict(fds[1])  # the umask may have taken bits away
+    locks.lock(fds[1])
+    if os.path.samestat(os.stat(name), os.fstat(fds[1])):
+      return tuple(fds)
     reason = 'was just removed by its run'  # we locked what nobody else finds
   except FileNotFoundError:
-    reason = 'was just removed by its run'
+    reason = 'was just removed by its run' if create else 'has no lock file'
   except BlockingIOError:
     reason = f'in use by a living run (pid {read_owner(path).get("pid")})'
   except OSError as error:
     reason = f'cannot be locked ({error.strerror})'
-  os.close(fd)
+  _close(fds)
   raise errors.StoreError(f'{path}: {reason}')
+
+
+def _close(fds: Iterable[int]) -> None:
+  for fd in fds:
+    os.close(fd)
 
 
 def read_owner(path: str | os.PathLike[str]) -> dict[str, object]:
@@ -217,11 +225,11 @@ def hold(path: str | os.PathLike[str]) -> Iterator[None]:
     StoreError: a living process uses the folder, or it is not private.
   """
   check_private(path)
-  fd = _lock(pathlib.Path(path))
+  fds = _lock(pathlib.Path(path))
   try:
     yield
   finally:
-    os.close(fd)
+    _close(fds)
 
 
 # --- Leftovers ---------------------------------------------------------------
@@ -255,7 +263,7 @@ def find_leftovers(hostmem_dir: str | os.PathLike[str]) -> list[Leftover]:
   for path in sorted(pathlib.Path(hostmem_dir).glob(_PREFIX + '*')):
     try:
       check_private(path)
-      os.close(_lock(path, create=False))
+      _close(_lock(path, create=False))
     except (OSError, errors.StoreError):
       continue
     owner = read_owner(path)
@@ -290,9 +298,18 @@ def remove_store(path: str | os.PathLike[str]) -> None:
   if not folder.exists():
     return
   check_private(folder)
-  fd = _lock(folder)
+  fds = _lock(folder)
   shutil.rmtree(folder, ignore_errors=True)
-  os.close(fd)
+  _close(fds)
+
+
+def is_empty(path: str | os.PathLike[str]) -> bool:
+  """Tells whether a store folder of ours has nothing to go on with."""
+  try:
+    entries = list(pathlib.Path(path).iterdir())
+  except OSError:  # somebody else's
+    return False
+  return all(x.name in _OWN_NAMES or x.is_socket() for x in entries)
 
 
 def empty_store(path: str | os.PathLike[str]) -> None:

@@ -25,25 +25,24 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-import zmq
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import (
   doorbell,
   entry,
-  segment,
   segment_reader,
+  segment_writer,
   store_folder,
 )
-from moetion_jax.logs import interface as log_interface, remote, zmq_client
+from moetion_jax.logs import interface as log_interface, remote
 
 # A lease that keeps a full segment full ends without notice.
 _LEASE_POLL_SECONDS = 0.01
 _COLLECT_SECONDS = 0.05
 
 
-class BoundaryLog:
-  """A worker's log in host memory (see `interface.Log`).
+class BoundaryLog(log_interface.Log):
+  """A worker's log in host memory.
 
   Publish, read and prefetch from one thread; everything else from any.
   """
@@ -52,16 +51,19 @@ class BoundaryLog:
     self,
     worker: keys.WorkerId,
     settings: log_interface.LogSettings,
+    connect: remote.Connect,
   ):
     """Stores the arguments.
 
     Args:
       worker: the worker that publishes and reads.
       settings: the log's settings.
+      connect: makes the client that reads from other hosts.
     """
     self._worker = worker
     self._settings = settings
-    self._writer = segment.SegmentWriter(
+    self._connect = connect
+    self._writer = segment_writer.SegmentWriter(
       settings.folder, worker, settings.size_bytes, settings.cells
     )
     self._index = segment_reader.StoreIndex(settings.folder)
@@ -69,21 +71,22 @@ class BoundaryLog:
       settings.folder, f'stage-{worker.stage}.replica-{worker.replica}'
     )
     self._threads: list[threading.Thread] = []
+    # Replaced as a whole: whoever reads one entry of it needs no lock.
+    self._locations: dict[tuple[int, int], remote.Location] = {}
     self._changed = threading.Condition()  # guards what follows
     self._queue: collections.deque[
       tuple[keys.EntryKey, jax.Array | np.ndarray]
     ] = collections.deque()
     self._reads: dict[keys.EntryKey, Read] = {}
-    self._locations: dict[tuple[int, int], remote.Location] = {}
     self._published_count = 0
     self._error: BaseException | None = None
     self._closing = False
     self._waiting_for: keys.EntryKey | None = None
-    self._blocked_for: keys.EntryKey | None = None
+    self._blocked_for = ''
     self._late_nanoseconds = 0
 
   def start(self) -> None:
-    """Creates or adopts the segment and starts the threads.
+    """See `interface.Log`: creates or adopts the segment, starts the threads.
 
     Raises:
       StoreError: the folder is not private; or see `SegmentWriter.start`.
@@ -124,11 +127,11 @@ class BoundaryLog:
 
   @property
   def waiting_for(self) -> keys.EntryKey | None:
-    """The entry that `read` waits for at this moment, or None."""
+    """See `interface.Log`."""
     return self._waiting_for
 
   @property
-  def blocked_for(self) -> keys.EntryKey | None:
+  def blocked_for(self) -> str:
     """See `interface.Log`."""
     return self._blocked_for
 
@@ -140,12 +143,7 @@ class BoundaryLog:
   def update_locations(
     self, locations: Mapping[tuple[int, int], remote.Location]
   ) -> None:
-    """Replaces the location map, by (stage, replica).
-
-    A location of an older generation than the known one is ignored. Producers
-    that the map does not name are looked for on this host. Waiting reads go on
-    at the new places.
-    """
+    """See `interface.Log`."""
     with self._changed:
       known = self._locations
       self._locations = {
@@ -183,18 +181,18 @@ class BoundaryLog:
       self._published_count += 1
       self._changed.notify_all()
 
-  @property
-  def published_count(self) -> int:
+  def mark(self) -> log_interface.Mark:
     """See `interface.Log`."""
-    return self._published_count
+    return (self._published_count,)
 
   def flush(
-    self, timeout_seconds: float | None = None, count: int | None = None
+    self,
+    timeout_seconds: float | None = None,
+    mark: log_interface.Mark | None = None,
   ) -> None:
     """See `interface.Log`."""
     with self._changed:
-      if count is None:
-        count = self._published_count
+      (count,) = self.mark() if mark is None else mark
       done = self._changed.wait_for(
         lambda: (
           self._error is not None
@@ -230,26 +228,19 @@ class BoundaryLog:
       self._fail(error)
 
   def _put(self, key: keys.EntryKey, array: np.ndarray) -> bool:
-    """Writes an entry, waiting for room as long as the settings allow."""
-    blocked_since: float | None = None
+    """Writes an entry, waiting for room."""
     try:
       while not self._closing:
         try:
           return self._writer.put(key, array)
-        except segment.SegmentFullError as error:
-          now = time.monotonic()
-          if blocked_since is None:
-            blocked_since, self._blocked_for = now, key
-          elif now - blocked_since > self._settings.full_seconds:
-            raise errors.NoRoomError(
-              f'{key}: no room for {self._settings.full_seconds:g} s: {error}'
-            ) from error
+        except segment_writer.SegmentFullError as error:
+          self._blocked_for = f'{key}: {error}'
           self._bell.ring_others()  # lets them drop what they need no more
           with self._changed:
             self._changed.wait(_LEASE_POLL_SECONDS)
       return False
     finally:
-      self._blocked_for = None
+      self._blocked_for = ''
 
   # --- Reading ---------------------------------------------------------------
 
@@ -267,11 +258,8 @@ class BoundaryLog:
       read = self._reads.get(key)
     if read is None:
       read = Read(sharding)
-      if self._address(key) is None and (taken := self._take(key)):
-        array = read.put(*taken)
-        self._note_late(begin, taken[0].committed_nanoseconds)
-        return array
-      read = self._start_read(key, read)
+      if self._address(key) is not None or not self._take(key, read):
+        read = self._start_read(key, read)
     waits = not read.future.done()
     if waits:
       self._waiting_for = key
@@ -285,13 +273,9 @@ class BoundaryLog:
       with self._changed:
         if read.future.done():
           self._reads.pop(key, None)
-          self._note_late(begin, read.committed_nanoseconds)
-
-  def _note_late(self, begin: int, committed: int) -> None:
-    """Adds to `late_seconds` when a read that began at `begin` ends."""
-    if committed:
-      late = time.monotonic_ns() - max(begin, committed)
-      self._late_nanoseconds += max(0, late)
+          if committed := read.committed_nanoseconds:
+            late = time.monotonic_ns() - max(begin, committed)
+            self._late_nanoseconds += max(0, late)
 
   def prefetch(
     self,
@@ -310,21 +294,25 @@ class BoundaryLog:
     self._bell.ring()
     return read
 
-  def _take(
-    self, key: keys.EntryKey
-  ) -> tuple[entry.EntryHeader, np.ndarray] | None:
-    """Returns an entry of this host, verified; None if it is not there.
+  def _take(self, key: keys.EntryKey, read: Read) -> bool:
+    """Completes the read of an entry that is on this host; False if it is not.
 
     Memory that was written a moment ago can be damaged as well; what comes from
     other hosts was verified on its way.
 
     Raises:
-      EntryCorruptError: the entry is damaged.
       StoreError: the segment is damaged.
     """
-    if taken := self._index.take(key):
+    taken = self._index.take(key)
+    if taken is None:
+      return False
+    try:
       entry.verify(*taken)
-    return taken
+    except entry.EntryCorruptError as error:
+      read.complete(None, error)
+    else:
+      read.complete(*taken)
+    return True
 
   def _address(self, key: keys.EntryKey) -> str | None:
     """Returns the store server to ask for an entry; None for this host."""
@@ -335,16 +323,12 @@ class BoundaryLog:
 
   def _read_all(self) -> None:
     """Runs the reader thread."""
-    poller = zmq.Poller()
-    poller.register(self._bell.fileno(), zmq.POLLIN)
-    client = zmq_client.StoreClient(
-      self._worker, poller, self._settings.secret, self._settings.resend_seconds
-    )
-    tick_milliseconds = int(self._settings.resend_seconds * 500)
+    client = self._connect(self._worker, self._settings.resend_seconds)
+    tick_seconds = self._settings.resend_seconds / 2
     refresh_at = collect_at = 0.0
     try:
       while not self._closing:
-        poller.poll(tick_milliseconds)
+        client.wait(self._bell.fileno(), tick_seconds)
         self._bell.drain()
         self._look(client)
         if time.monotonic() > refresh_at:
@@ -360,8 +344,13 @@ class BoundaryLog:
     finally:
       client.close()
 
-  def _look(self, client: zmq_client.StoreClient) -> None:
-    """Completes the reads whose entries can be had now."""
+  def _look(self, client: remote.ReadClient) -> None:
+    """Completes the reads whose entries can be had now.
+
+    Raises:
+      FencedError: this worker was replaced.
+    """
+    self._writer.check_fence()
     with self._changed:
       waiting = {k: r for k, r in self._reads.items() if not r.future.done()}
       client.keep({place.address for place in self._locations.values()})
@@ -371,13 +360,7 @@ class BoundaryLog:
         client.want(key, address)
         continue
       client.forget(key)
-      try:
-        taken = self._take(key)
-      except entry.EntryCorruptError as error:
-        read.complete(None, error)
-        continue
-      if taken:
-        read.complete(*taken)
+      self._take(key, read)
     for key, header, result in client.collect():
       if key in waiting:
         waiting[key].complete(header, result)
@@ -387,6 +370,7 @@ class BoundaryLog:
   def _check(self) -> None:
     if self._error is not None:
       raise self._error
+    self._writer.check_fence()
 
   def _fail(self, error: BaseException) -> None:
     """Makes every call, waiting ones included, raise the first `error`."""
@@ -417,11 +401,6 @@ class Read:
     default_factory=concurrent.futures.Future
   )
 
-  def put(self, header: entry.EntryHeader, array: np.ndarray) -> jax.Array:
-    """Puts the entry on the device."""
-    self.committed_nanoseconds = header.committed_nanoseconds
-    return jax.device_put(array, self.sharding)
-
   def complete(
     self,
     header: entry.EntryHeader | None,
@@ -434,7 +413,8 @@ class Read:
         if isinstance(result, errors.StoreError):
           raise result
         assert header is not None
-        array = self.put(header, result)
+        self.committed_nanoseconds = header.committed_nanoseconds
+        array = jax.device_put(result, self.sharding)
       except Exception as error:
         self.future.set_exception(error)
       else:

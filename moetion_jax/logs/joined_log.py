@@ -2,7 +2,7 @@
 
 When a replica cannot be replaced, another one does its microbatches as well and
 writes them into that one's log, under its name. So their readers need not know:
-who computes a microbatch is an assignment, a value (DESIGN section 1).
+who computes a microbatch is an assignment, a value.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import jax
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.logs import boundary_log, remote
+from moetion_jax.logs import interface, remote
 
 
-class JoinedLog:
-  """An `interface.Log` of several replicas; each entry goes to its replica's.
+class JoinedLog(interface.Log):
+  """The log of several replicas; each entry goes to its replica's.
 
   An entry of a neighbour is read through the log of the same replica, whose
   doorbell its producer rings.
   """
 
-  def __init__(self, logs: Mapping[int, boundary_log.BoundaryLog]):
+  def __init__(self, logs: Mapping[int, interface.Log]):
     """Stores the logs by replica; they are not started yet."""
     self._logs = dict(logs)
 
@@ -43,41 +43,37 @@ class JoinedLog:
 
   def interrupt(self, error: errors.MoetionError) -> None:
     """See `interface.Log`."""
-    for log in self._all():
+    for log in self._logs.values():
       log.interrupt(error)
 
   @property
   def waiting_for(self) -> keys.EntryKey | None:
     """See `interface.Log`."""
-    return next(filter(None, (x.waiting_for for x in self._all())), None)
+    waiting = (log.waiting_for for log in self._logs.values())
+    return next(filter(None, waiting), None)
 
   @property
-  def blocked_for(self) -> keys.EntryKey | None:
+  def blocked_for(self) -> str:
     """See `interface.Log`."""
-    return next(filter(None, (x.blocked_for for x in self._all())), None)
+    blocked = (log.blocked_for for log in self._logs.values())
+    return next(filter(None, blocked), '')
 
   @property
   def late_seconds(self) -> float:
     """See `interface.Log`."""
-    return sum(log.late_seconds for log in self._all())
-
-  @property
-  def published_count(self) -> int:
-    """See `interface.Log`."""
-    return sum(log.published_count for log in self._all())
-
-  def _all(self) -> list[boundary_log.BoundaryLog]:
-    return list(self._logs.values())
+    return sum(log.late_seconds for log in self._logs.values())
 
   def update_locations(
     self, locations: Mapping[tuple[int, int], remote.Location]
   ) -> None:
-    """See `BoundaryLog.update_locations`."""
-    for log in self._all():
+    """See `interface.Log`."""
+    for log in self._logs.values():
       log.update_locations(locations)
 
   def publish(self, key: keys.EntryKey, array: jax.Array | np.ndarray) -> None:
     """See `interface.Log`."""
+    if key.replica not in self._logs:
+      raise ValueError(f'replicas {list(self._logs)} do not publish: {key}')
     self._logs[key.replica].publish(key, array)
 
   def read(
@@ -102,13 +98,19 @@ class JoinedLog:
 
   def retain(self, first_iteration: int) -> None:
     """See `interface.Log`."""
-    for log in self._all():
+    for log in self._logs.values():
       log.retain(first_iteration)
 
+  def mark(self) -> interface.Mark:
+    """See `interface.Log`."""
+    return tuple(log.mark() for log in self._logs.values())
+
   def flush(
-    self, timeout_seconds: float | None = None, count: int | None = None
+    self,
+    timeout_seconds: float | None = None,
+    mark: interface.Mark | None = None,
   ) -> None:
-    """See `interface.Log`; waits for all so far, whatever `count` is."""
-    del count
-    for log in self._all():
-      log.flush(timeout_seconds)
+    """See `interface.Log`; each log may take that long."""
+    marks = self.mark() if mark is None else mark
+    for log, its_mark in zip(self._logs.values(), marks, strict=True):
+      log.flush(timeout_seconds, its_mark)

@@ -12,6 +12,7 @@ import numpy as np
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import raw_bytes
+from moetion_jax.logs import interface
 
 
 class MemoryStore:
@@ -23,35 +24,24 @@ class MemoryStore:
     self.entries: dict[keys.EntryKey, jax.Array | np.ndarray] = {}
 
 
-class MemoryLog:
-  """One worker's log in a `MemoryStore` (see `interface.Log`)."""
+class MemoryLog(interface.Log):
+  """One worker's log in a `MemoryStore`."""
 
-  late_seconds = 0.0
-  blocked_for = None
-
-  def __init__(
-    self,
-    worker: keys.WorkerId,
-    store: MemoryStore,
-    compare: bool = True,
-  ):
+  def __init__(self, worker: keys.WorkerId, store: MemoryStore):
     """Stores the arguments.
 
     Args:
       worker: the worker that publishes and reads.
       store: the store, shared with the other workers' logs.
-      compare: whether publishing again compares the contents, on the host;
-        otherwise the first contents stay.
     """
     self._worker = worker
     self._store = store
-    self._compare = compare
     self._waiting_for: keys.EntryKey | None = None
     self._error: errors.MoetionError | None = None
 
   @property
   def waiting_for(self) -> keys.EntryKey | None:
-    """The entry that `read` waits for at this moment, or None."""
+    """See `interface.Log`."""
     return self._waiting_for
 
   def start(self) -> None:
@@ -75,7 +65,7 @@ class MemoryLog:
     with self._store.changed:
       known = self._store.entries.setdefault(key, array)
       self._store.changed.notify_all()
-    if known is not array and self._compare:
+    if known is not array:
       old, new = np.asarray(known), np.asarray(array)
       if (old.dtype, old.shape) != (new.dtype, new.shape) or not np.array_equal(
         raw_bytes.as_bytes(old), raw_bytes.as_bytes(new)
@@ -110,13 +100,6 @@ class MemoryLog:
       return array
     return jax.device_put(array, sharding)
 
-  def prefetch(
-    self,
-    key: keys.EntryKey,
-    sharding: jax.sharding.Sharding | None = None,
-  ) -> None:
-    """Does nothing: entries are on the device when they are published."""
-
   def retain(self, first_iteration: int) -> None:
     """See `interface.Log`."""
     me = self._worker.stage, self._worker.replica
@@ -124,16 +107,6 @@ class MemoryLog:
       for key in list(self._store.entries):
         if (key.stage, key.replica) == me and key.iteration < first_iteration:
           del self._store.entries[key]
-
-  @property
-  def published_count(self) -> int:
-    """Always 0: no entry is ever on its way."""
-    return 0
-
-  def flush(
-    self, timeout_seconds: float | None = None, count: int | None = None
-  ) -> None:
-    """Does nothing: entries are there when `publish` returns."""
 
   def _check(self) -> None:
     if self._error:

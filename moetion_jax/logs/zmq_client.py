@@ -3,6 +3,10 @@
 The client sends READ to the store server of the producer's host and repeats it
 every second until the entry is complete: a request that is parked in a server
 dies with it, and only the reader knows that it still waits.
+
+A connection that ended is made anew here: ZeroMQ never does it after an error
+of the protocol (measured: a frame that somebody on the way sends a second time
+would leave its reader waiting for ever).
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -21,20 +24,7 @@ from moetion_jax.hostmem import entry
 from moetion_jax.logs import receive_buffers, remote, wire_format
 
 _MAX_ENTRY_BYTES = 1 << 36
-
-
-class Arrival(NamedTuple):
-  """Result of a read that ended.
-
-  Attributes:
-    key: name of the entry.
-    header: header of the entry; None if there is none.
-    result: the entry, complete and correct, or the error that says why not.
-  """
-
-  key: keys_lib.EntryKey
-  header: entry.EntryHeader | None
-  result: np.ndarray | errors.StoreError
+_RECONNECT_SECONDS = 0.1
 
 
 @dataclasses.dataclass
@@ -51,10 +41,7 @@ class _Want:
 
 
 class StoreClient:
-  """Reads entries from the store servers of other hosts.
-
-  Use it from one thread: `want`, poll, `collect`, again and again. Call
-  `collect` at least once a second: it repeats what got no answer.
+  """A `remote.ReadClient` of `zmq_server.StoreServer`s.
 
   Attributes:
     malformed_count: number of messages ignored because they were not ours.
@@ -63,30 +50,29 @@ class StoreClient:
   def __init__(
     self,
     worker: keys_lib.WorkerId,
-    poller: zmq.Poller,
+    resend_seconds: float,
     secret: bytes | None = None,
-    resend_seconds: float = 1.0,
   ):
     """Stores the settings.
 
     Args:
       worker: the worker that reads.
-      poller: poller with which connections are registered as they come and go.
-      secret: secret of the job.
       resend_seconds: seconds without an answer until a read is sent again.
+      secret: secret of the job.
     """
     self.malformed_count = 0
     self._worker = worker
-    self._poller = poller
+    self._poller = zmq.Poller()
     self._secret = secret
     self._resend_seconds = resend_seconds
     self._context: zmq.Context | None = None
     self._sockets: dict[str, zmq.Socket] = {}
+    self._ends: dict[str, zmq.Socket] = {}  # which say that one has ended
     self._wants: dict[keys_lib.EntryKey, _Want] = {}
     self._pool = receive_buffers.BufferPool()
 
   def close(self) -> None:
-    """Drops all connections and reads. May be called twice."""
+    """See `remote.ReadClient`."""
     for address in list(self._sockets):
       self._disconnect(address)
     self._wants.clear()
@@ -95,29 +81,31 @@ class StoreClient:
       self._context = None
 
   def want(self, key: keys_lib.EntryKey, address: str) -> None:
-    """Asks for an entry, unless that address was asked for it already.
-
-    Raises:
-      StoreError: the address is not loopback and there is no secret.
-    """
+    """See `remote.ReadClient`."""
     want = self._wants.get(key)
     if want is None or want.address != address:
       self._wants[key] = _Want(address, 0.0)
       self._send_due()
 
   def forget(self, key: keys_lib.EntryKey) -> None:
-    """Stops asking for an entry."""
+    """See `remote.ReadClient`."""
     self._wants.pop(key, None)
 
   def keep(self, addresses: set[str]) -> None:
-    """Disconnects from every address but these."""
+    """See `remote.ReadClient`."""
     for address in set(self._sockets) - addresses:
       self._disconnect(address)
 
-  def collect(self) -> list[Arrival]:
-    """Returns what came since the last call."""
+  def wait(self, fd: int, timeout_seconds: float) -> None:
+    """See `remote.ReadClient`."""
+    self._poller.register(fd, zmq.POLLIN)
+    self._poller.poll(int(timeout_seconds * 1000))
+
+  def collect(self) -> list[remote.Arrival]:
+    """See `remote.ReadClient`."""
     arrived = []
     for address, connection in list(self._sockets.items()):
+      has_ended = self._ends[address].poll(0)
       while connection.poll(0):
         result = self._receive(address, connection)
         # What was not expected of this message must not begin the next one.
@@ -126,10 +114,22 @@ class StoreClient:
         if result is not None:
           self._wants.pop(result.key)
           arrived.append(result)
+      if has_ended:
+        self._begin_again(address)
     self._send_due()
     return arrived
 
-  def _receive(self, address: str, connection: zmq.Socket) -> Arrival | None:
+  def _begin_again(self, address: str) -> None:
+    """Gives up a connection; what it was to bring is asked for again."""
+    self._disconnect(address)
+    resend_at = time.monotonic() + _RECONNECT_SECONDS
+    for want in self._wants.values():
+      if want.address == address:
+        want.resend_at = min(want.resend_at, resend_at)
+
+  def _receive(
+    self, address: str, connection: zmq.Socket
+  ) -> remote.Arrival | None:
     """Takes a message in; returns the result if it completes a read."""
     head = connection.recv()
     reply = wire_format.unpack(head[: wire_format.MESSAGE_BYTES])
@@ -142,8 +142,8 @@ class StoreClient:
     if want is None or want.address != address:
       return None  # answered before, or by a server we no longer ask
     if kind == wire_format.MessageType.FENCED:
-      return Arrival(
-        key, header, remote.FencedError(f'{self._worker} was replaced')
+      return remote.Arrival(
+        key, header, errors.FencedError(f'{self._worker} was replaced')
       )
     if (
       header is None
@@ -173,8 +173,8 @@ class StoreClient:
       return None
     if want.digest.intdigest() != header.checksum:
       damaged = entry.EntryCorruptError(key, f'damaged at {address}')
-      return Arrival(key, header, damaged)
-    return Arrival(key, header, want.array)
+      return remote.Arrival(key, header, damaged)
+    return remote.Arrival(key, header, want.array)
 
   def _send_due(self) -> None:
     now = time.monotonic()
@@ -200,12 +200,17 @@ class StoreClient:
         connection.curve_serverkey = keys.server_public
         connection.curve_publickey = keys.client_public
         connection.curve_secretkey = keys.client_secret
+      ends = connection.get_monitor_socket(zmq.EVENT_DISCONNECTED)
       connection.connect(address)
       self._poller.register(connection, zmq.POLLIN)
-      self._sockets[address] = connection
+      self._poller.register(ends, zmq.POLLIN)
+      self._sockets[address], self._ends[address] = connection, ends
     return self._sockets[address]
 
   def _disconnect(self, address: str) -> None:
-    connection = self._sockets.pop(address)
+    connection, ends = self._sockets.pop(address), self._ends.pop(address)
     self._poller.unregister(connection)
+    self._poller.unregister(ends)
+    connection.disable_monitor()
+    ends.close()
     connection.close()

@@ -7,6 +7,7 @@ readers or lies in tmpfs.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -32,8 +33,66 @@ _UNREACHABLE_MILLISECONDS = 10_000
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Endpoint:
+  """A bound address: where requests arrive, and what its connections do.
+
+  Attributes:
+    context: the context of the sockets.
+    authenticator: the thread that knows the readers' keys, if there is one.
+    router: the socket of requests.
+    monitor: the socket of events of its connections.
+  """
+
+  context: zmq.Context
+  authenticator: zmq.auth.thread.ThreadAuthenticator | None
+  router: zmq.Socket
+  monitor: zmq.Socket
+
+  def close(self) -> None:
+    """Closes the sockets and all connections."""
+    self.router.disable_monitor()
+    self.monitor.close()
+    self.router.close()
+    if self.authenticator is not None:
+      self.authenticator.stop()
+    self.context.term()
+
+
+def _bind(address: str, secret: bytes | None) -> _Endpoint:
+  """Binds an address; raises StoreError if that cannot be done."""
+  context, authenticator = zmq.Context(), None
+  router = context.socket(zmq.ROUTER)
+  router.linger = 0
+  router.maxmsgsize = _MAX_REQUEST_BYTES
+  # What waits to be sent is mapped memory and small headers: no limit, since
+  # at a limit a ROUTER drops.
+  router.sndhwm = 0
+  # A host that vanished may not hold leases for the kernel's 15 minutes.
+  router.tcp_maxrt = _UNREACHABLE_MILLISECONDS
+  if secret is not None:
+    keys = wire_format.CurveKeys.from_secret(secret)
+    authenticator = zmq.auth.thread.ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback(
+      domain='*', credentials_provider=keys
+    )
+    router.curve_server = True
+    router.curve_secretkey = keys.server_secret
+  monitor = router.get_monitor_socket(
+    zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+  )
+  endpoint = _Endpoint(context, authenticator, router, monitor)
+  try:
+    router.bind(address)
+  except zmq.ZMQError as error:
+    endpoint.close()
+    raise errors.StoreError(f'{address}: {error.strerror}') from error
+  return endpoint
+
+
 class StoreServer:
-  """Serves the committed entries of a store folder to other hosts.
+  """A `remote.ReadServer`.
 
   Runs in the host's agent, so it outlives the workers whose entries it serves.
 
@@ -41,7 +100,6 @@ class StoreServer:
     address: address that readers connect to, known after `start`.
     malformed_count: number of messages that were not ours, or were about
       damaged segments.
-    fenced_count: number of requests from generations that were replaced.
     refused_count: number of connections that ended before they proved to be
       ours.
   """
@@ -61,111 +119,83 @@ class StoreServer:
     """
     self.address = address
     self.malformed_count = 0
-    self.fenced_count = 0
     self.refused_count = 0
     self._secret = secret
     self._index = segment_reader.StoreIndex(folder)
     self._bell = doorbell.Doorbell(folder, 'store-server')
     self._closing = threading.Event()
     self._thread: threading.Thread | None = None
-    self._context: zmq.Context | None = None
-    self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
+    self._endpoint: _Endpoint | None = None
     self._generations: dict[tuple[int, int], int] = {}
-    # By key and connection: when the reader counts as gone.
-    self._parked: dict[tuple[keys_lib.EntryKey, bytes], float] = {}
+    # By key and connection: who reads, and when it counts as gone.
+    self._parked: dict[
+      tuple[keys_lib.EntryKey, bytes], tuple[keys_lib.WorkerId, float]
+    ] = {}
     self._sending: dict[tuple[keys_lib.EntryKey, bytes], weakref.ref] = {}
     self._complain_at = 0.0
     # Connections by descriptor, oldest first, that proved nothing yet.
     self._strangers: dict[int, None] = {}
 
   def start(self) -> None:
-    """Binds the address and starts to serve.
-
-    Raises:
-      StoreError: the address is taken, or is not loopback and there is no
-        secret; or the doorbell cannot be bound.
-    """
+    """See `remote.ReadServer`."""
     wire_format.check_address(self.address, self._secret)
     self._bell.start()
-    self._context = zmq.Context()
-    self._router = self._context.socket(zmq.ROUTER)
-    self._router.linger = 0
-    self._router.maxmsgsize = _MAX_REQUEST_BYTES
-    # What waits to be sent is mapped memory and small headers: no limit, since
-    # at a limit a ROUTER drops.
-    self._router.sndhwm = 0
-    # A host that vanished may not hold leases for the kernel's 15 minutes.
-    self._router.tcp_maxrt = _UNREACHABLE_MILLISECONDS
-    if self._secret is not None:
-      keys = wire_format.CurveKeys.from_secret(self._secret)
-      self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
-      self._authenticator.start()
-      self._authenticator.configure_curve_callback(
-        domain='*', credentials_provider=keys
-      )
-      self._router.curve_server = True
-      self._router.curve_secretkey = keys.server_secret
-    self._monitor = self._router.get_monitor_socket(
-      zmq.EVENT_ACCEPTED
-      | zmq.EVENT_HANDSHAKE_SUCCEEDED
-      | zmq.EVENT_DISCONNECTED
-    )
     try:
-      self._router.bind(self.address)
-    except zmq.ZMQError as error:
+      self._endpoint = _bind(self.address, self._secret)
+    except errors.StoreError:
       self.close()
-      raise errors.StoreError(f'{self.address}: {error.strerror}') from error
-    self.address = self._router.last_endpoint.decode().rstrip('\0')
+      raise
+    router = self._endpoint.router
+    self.address = router.last_endpoint.decode().rstrip('\0')
     self._thread = threading.Thread(
-      target=self._serve, name='store-server', daemon=True
+      target=self._serve,
+      args=(router, self._endpoint.monitor),
+      name='store-server',
+      daemon=True,
     )
     self._thread.start()
 
   def close(self) -> None:
-    """Stops serving; readers go on asking. May be called twice."""
+    """See `remote.ReadServer`."""
     self._closing.set()
     if self._thread is not None:
       self._bell.ring()
       self._thread.join()
       self._thread = None
-    if self._context is not None:
-      self._router.disable_monitor()
-      self._monitor.close()
-      self._router.close()
-      if self._authenticator is not None:
-        self._authenticator.stop()
-        self._authenticator = None
-      self._context.term()
-      self._context = None
+    if self._endpoint is not None:
+      self._endpoint.close()
+      self._endpoint = None
     self._index.close()
     self._bell.close()
 
-  def fence(self, stage: int, replica: int, generation: int) -> None:
-    """Refuses requests of that worker from older generations than this one."""
-    self._generations[stage, replica] = generation
+  def fence(self, worker: keys_lib.WorkerId) -> None:
+    """See `remote.ReadServer`."""
+    self._generations[worker.stage, worker.replica] = worker.generation
+    self._bell.ring()
 
-  def _serve(self) -> None:
+  def _serve(self, router: zmq.Socket, monitor: zmq.Socket) -> None:
     poller = zmq.Poller()
-    poller.register(self._router, zmq.POLLIN)
-    poller.register(self._monitor, zmq.POLLIN)
+    poller.register(router, zmq.POLLIN)
+    poller.register(monitor, zmq.POLLIN)
     poller.register(self._bell.fileno(), zmq.POLLIN)
     tidy_at = 0.0
     while not self._closing.is_set():
       poller.poll(1000 if self._parked else None)
       self._bell.drain()
-      self._receive()
-      self._watch()
+      self._receive(router)
+      self._watch(monitor)
+      self._refuse_fenced(router)
       for key in {key for key, _ in self._parked}:
-        self._answer(key)
+        self._answer(router, key)
       if time.monotonic() > tidy_at:
         tidy_at = time.monotonic() + 1
         self._tidy()
 
-  def _receive(self) -> None:
-    """Handles every request that has arrived."""
+  def _receive(self, router: zmq.Socket) -> None:
+    """Parks every request that has arrived."""
     while True:
       try:
-        frames = self._router.recv_multipart(zmq.NOBLOCK)
+        frames = router.recv_multipart(zmq.NOBLOCK)
       except zmq.Again:
         return
       request = wire_format.unpack(frames[1]) if len(frames) == 2 else None
@@ -174,20 +204,23 @@ class StoreServer:
         self._complain(f'a message that is not ours ({len(frames)} frames)')
         continue
       _, worker, key, _ = request
-      if worker.generation < self._generations.get(
-        (worker.stage, worker.replica), 0
-      ):
-        self.fenced_count += 1
-        fenced = wire_format.pack(wire_format.MessageType.FENCED, worker, key)
-        self._router.send_multipart([frames[0], fenced])
-      elif len(self._parked) < _MAX_PARKED:
-        self._parked[key, frames[0]] = time.monotonic() + _PARKED_SECONDS
-        self._answer(key)
+      if len(self._parked) < _MAX_PARKED:
+        gone_at = time.monotonic() + _PARKED_SECONDS
+        self._parked[key, frames[0]] = worker, gone_at
 
-  def _watch(self) -> None:
+  def _refuse_fenced(self, router: zmq.Socket) -> None:
+    """Tells readers of older generations that they were replaced."""
+    for (key, identity), (worker, _) in list(self._parked.items()):
+      newest = self._generations.get((worker.stage, worker.replica), 0)
+      if worker.generation < newest:
+        del self._parked[key, identity]
+        fenced = wire_format.pack(wire_format.MessageType.FENCED, worker, key)
+        router.send_multipart([identity, fenced])
+
+  def _watch(self, monitor: zmq.Socket) -> None:
     """Counts connections that were not ours; ZeroMQ itself hangs up."""
-    while self._monitor.poll(0):
-      event = zmq.utils.monitor.recv_monitor_message(self._monitor)
+    while monitor.poll(0):
+      event = zmq.utils.monitor.recv_monitor_message(monitor)
       if event['event'] == zmq.EVENT_ACCEPTED:
         self._strangers[event['value']] = None
       elif event['event'] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -199,7 +232,7 @@ class StoreServer:
         self.refused_count += 1
         self._complain('a connection that is not ours')
 
-  def _answer(self, key: keys_lib.EntryKey) -> None:
+  def _answer(self, router: zmq.Socket, key: keys_lib.EntryKey) -> None:
     """Sends an entry to all who wait for it, if it exists."""
     try:
       # What all stages went back from may still be mapped here, and be wrong.
@@ -215,10 +248,11 @@ class StoreServer:
       sending = self._sending.get(parked)
       # A reader that repeats itself before the last byte is out can wait.
       if sending is None or sending() is None:
-        self._send(parked, *taken)
+        self._send(router, parked, *taken)
 
   def _send(
     self,
+    router: zmq.Socket,
     parked: tuple[keys_lib.EntryKey, bytes],
     header: entry.EntryHeader,
     array: np.ndarray,
@@ -230,7 +264,7 @@ class StoreServer:
     memory, packed = memoryview(data.data), header.pack()
     me = keys_lib.WorkerId(key.stage, key.replica, header.generation)
     for offset in range(0, max(1, header.nbytes), PIECE_BYTES):
-      self._router.send_multipart(
+      router.send_multipart(
         [
           identity,
           wire_format.pack(wire_format.MessageType.PIECE, me, key, offset)
@@ -243,8 +277,8 @@ class StoreServer:
   def _tidy(self) -> None:
     now = time.monotonic()
     self._parked = {
-      parked: gone_at
-      for parked, gone_at in self._parked.items()
+      parked: (worker, gone_at)
+      for parked, (worker, gone_at) in self._parked.items()
       if now < gone_at
     }
     self._sending = {

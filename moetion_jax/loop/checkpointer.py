@@ -8,12 +8,12 @@ with loop.SparseCheckpointer(step, state, batch, rule, ...) as checkpointer:
 ```
 
 The step is the user's own: pure, `(state, batch) -> (state, ...)`. After a
-crash the same program restores what was captured by replaying that very step
-on placeholders (DESIGN section 4); gradients of all operators are computed in
-a replay too, so that clipping by the global norm inside the user's optax chain
-gives the same factor, and every bit comes back. Every snapshot has the digests
-of the whole state, with which the restored state is compared: a step that is
-not what `LoopSettings` says is found out, and by `rehearse` before it matters.
+crash the same program restores what was captured by replaying that very step on
+placeholders; gradients of all operators are computed in a replay too, so that
+clipping by the global norm inside the user's optax chain gives the same factor,
+and every bit comes back. Every snapshot has the digests of the whole state,
+with which the restored state is compared: a step that is not what
+`LoopSettings` says is found out, and by `rehearse` before it matters.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from moetion_jax.loop import settings as loop_settings, trajectory
 from moetion_jax.policies import decision, slots
 from moetion_jax.snapshots import (
   coverage,
-  file as snapshot_file,
   manifest,
-  memory_store,
+  reader,
+  registry,
   snapshot as snapshot_lib,
 )
 from moetion_jax.state import (
@@ -146,6 +146,9 @@ class SparseCheckpointer:
     )
     self._template = loop_template.Template(state)
     self._layout = _layout(self._template, state, rule, settings)
+    self._window_length = min(
+      settings.window_length, len(self._layout.operators)
+    )
     self._programs = capture_programs.CapturePrograms(self._layout)
     self._digest = jax.jit(self._digests)
     dtypes = self._layout.compute_dtypes
@@ -156,6 +159,7 @@ class SparseCheckpointer:
         for name, master in masters.items()
       }
     )
+    self._stored = registry.stored(self._folder)
     self._snapshots: snapshotter.Snapshotter | None = None
 
   def start(self) -> None:
@@ -167,9 +171,7 @@ class SparseCheckpointer:
       ConfigError: a name in `accept_changes` is unknown.
       NotExactError: the restored state is not what was captured.
     """
-    window_length = min(
-      self._settings.window_length, len(self._layout.operators)
-    )
+    window_length = self._window_length
     sizes = self._layout.state_bytes(), self._layout.compute_bytes()
     made = slots.make_slots(
       slots.order_operators('static', self._layout.operators, {}),
@@ -179,7 +181,7 @@ class SparseCheckpointer:
     )
     largest = max(slots.snapshot_bytes(made, *sizes, 'rolling'))
     parts = 1 + len(self._layout.leaves) * len(self._layout.operators)
-    store = memory_store.SnapshotStore(
+    store = registry.make(
       self._folder,
       largest
       + self._shared_bytes()
@@ -188,10 +190,9 @@ class SparseCheckpointer:
       window_length * _KEPT_WINDOWS + _SLACK,
     )
     self._programs.compile()
-    self._kept_iterations = window_length * _KEPT_WINDOWS
     if self._folder.is_dir():
       store_folder.check_private(self._folder)
-      snapshot_file.check_is_ours(self._folder)
+      store.check_is_ours()
       self._trajectory.check()
       start = _NOTHING
       if restored := self._restored():
@@ -214,7 +215,7 @@ class SparseCheckpointer:
     )
     self._snapshots.start()
     self._trajectory.record()
-    for later in self._paths():
+    for later in self._stored.iterations():
       if later > self.iteration:  # of no use or damaged: it is taken again
         self._snapshots.distrust(later)
 
@@ -253,13 +254,14 @@ class SparseCheckpointer:
     plain = self._layout.partition.unflatten(
       list(map(loop_template.auto, arrays))
     )
-    self._snapshots.retain(iteration - self._kept_iterations)
+    self._snapshots.retain(iteration - self._window_length * _KEPT_WINDOWS)
+    fields: dict[str, Any] = {_WEAK: weak}
     self._snapshots.take(
       iteration,
       plain,
       self._compute_of(self._masters(plain)),
       {conversion.DIGESTS: self._digest(plain)},
-      **{_WEAK: weak},
+      **fields,
     )
     self._snapshots.release()  # the caller's next step may donate the state
     self.state, self.iteration = state, iteration
@@ -361,12 +363,12 @@ class SparseCheckpointer:
       except conversion.DivergedError as error:
         diverged.append((starts[-1], error))
     if not diverged:
-      if paths := self._paths():
+      if iterations := self._stored.iterations():
         _log.warning(
           '%s: the state does not come back, it begins anew: there are '
           'snapshots of iterations %s, but no whole window that can be read',
           self._folder,
-          ', '.join(map(str, paths)),
+          ', '.join(map(str, iterations)),
         )
       return None
     start, error = diverged[0]
@@ -383,11 +385,11 @@ class SparseCheckpointer:
     """
     records = []
     operators = frozenset(self._layout.operators)
-    for iteration, path in self._paths().items():
+    for iteration, path in self._stored.paths().items():
       if iteration in lost:
         continue
       try:
-        metadata = snapshot_file.read_manifest(path).metadata
+        metadata = self._stored.manifest(iteration).metadata
       except manifest.SnapshotCorruptError as error:
         _log.warning('%s', error)
         lost.add(iteration)
@@ -405,9 +407,6 @@ class SparseCheckpointer:
       records.append(record)
     return records
 
-  def _paths(self) -> dict[int, pathlib.Path]:
-    return snapshot_file.list_snapshots(self._folder)
-
   def _converted(
     self, start: coverage.Start, newest: int, *, is_compared: bool = True
   ) -> tuple[Any, coverage.Start]:
@@ -421,16 +420,13 @@ class SparseCheckpointer:
     weak: dict[int, list[str]] = {}
 
     def load(iteration: int) -> snapshot_lib.Snapshot:
-      stored = snapshot_file.open_snapshot(
-        self._paths()[iteration], verify=True
-      )
-      weak[iteration] = stored.metadata.get(_WEAK, [])
       try:
-        snapshot = snapshot_lib.from_arrays(
-          self._layout, stored.metadata, stored.arrays
-        )
+        snapshot = reader.load(self._layout, iteration, [self._stored])
+      except manifest.SnapshotCorruptError:
+        raise
       except errors.StoreError as error:
         raise _OtherStateError(str(error)) from error
+      weak[iteration] = snapshot.metadata.get(_WEAK, [])
       return (
         snapshot if is_compared else dataclasses.replace(snapshot, extras={})
       )
@@ -440,9 +436,11 @@ class SparseCheckpointer:
       lambda plain: self._digest(jax.tree.map(loop_template.auto, plain)),
       dict,  # no start is iteration 0
       load,
-      start,
-      newest,
-      self._trajectory.unverified_until(start),
+      conversion.Route(
+        start=start,
+        newest=newest,
+        unverified_until=self._trajectory.unverified_until(start),
+      ),
     )
     plain = going.begin()
     for iteration in range(start.iteration + 1, start.complete_at + 1):

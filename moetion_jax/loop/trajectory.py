@@ -21,7 +21,7 @@ from moetion_jax import errors
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime import environment, read_environment
 from moetion_jax.runtime.records import changes as changes_lib
-from moetion_jax.snapshots import coverage, file as snapshot_file
+from moetion_jax.snapshots import coverage, registry
 
 _NAME = 'environment.json'
 _STAGE = 0  # a loop is one stage
@@ -58,7 +58,7 @@ class Trajectory:
     """
     here = read_environment.read()
     known = _read(self._folder / _NAME)
-    if not known and snapshot_file.list_snapshots(self._folder):
+    if not known and registry.stored(self._folder).iterations():
       # It may be anything: to go on is to accept a change.
       known = {changes_lib.ENVIRONMENT: here | {_UNRECORDED: {_NAME: 'gone'}}}
     self._changes.known = known
@@ -109,9 +109,10 @@ class Trajectory:
           exact_until=start.iteration, complete_at=(start.complete_at,)
         )
       )
-      for iteration, path in snapshot_file.list_snapshots(self._folder).items():
+      stored = registry.stored(self._folder)
+      for iteration in stored.iterations():
         if iteration > start.complete_at:
-          (path / snapshot_file.MANIFEST_NAME).unlink()
+          stored.forget(iteration)
       done = self._changes.finish()
     _log.warning(
       '%s: other bits than before from iteration %d on: %s changed',

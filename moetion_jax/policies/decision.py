@@ -5,17 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from moetion_jax import keys
-from moetion_jax.policies import rules
+from moetion_jax import errors, keys
 
 MODES = ('rolling', 'aligned')
 # Snapshots without compute weights: a restore takes what one lacks from older
 # ones.
 PARTIAL = 'partial'
-Slots = tuple[frozenset[keys.OperatorId], ...]
+Slots = tuple[keys.Operators, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +38,10 @@ class CaptureDecision:
   mode: str
   every: int = 1
   slots: Slots
-  always: frozenset[keys.OperatorId] = frozenset()
+  always: keys.Operators = frozenset()
 
   def __post_init__(self) -> None:
-    rules.check_known('window_mode', self.mode, (*MODES, PARTIAL))
+    errors.check_known('window_mode', self.mode, (*MODES, PARTIAL))
     if self.first_iteration < 0:
       raise ValueError(f'first_iteration={self.first_iteration} is negative')
     if self.window_length < 1 or self.window_length != len(self.slots):
@@ -90,25 +88,6 @@ class CaptureDecision:
     if self.mode == 'rolling':
       others += self.slots[:index]
     return self.slots[index], frozenset().union(*others)
-
-  def to_json(self) -> dict[str, Any]:
-    """Converts to plain JSON values; `from_json` is the exact inverse."""
-    slots = [keys.operators_to_json(s) for s in self.slots]
-    always = keys.operators_to_json(self.always)
-    return vars(self) | {'slots': slots, 'always': always}
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> CaptureDecision:
-    """Inverts `to_json`.
-
-    Raises:
-      ValueError: the fields are not those of a decision.
-    """
-    if value.keys() != {f.name for f in dataclasses.fields(cls)}:
-      raise ValueError(f'no decision has the fields {sorted(value)}')
-    slots = tuple(keys.operators_from_json(s) for s in value['slots'])
-    always = keys.operators_from_json(value['always'])
-    return cls(**{**value, 'slots': slots, 'always': always})
 
 
 def active(

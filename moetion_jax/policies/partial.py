@@ -9,10 +9,11 @@ for `popularity`, the first preprint of MoEtion (arXiv 2412.15411v1).
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from moetion_jax import keys
-from moetion_jax.policies import popularity as popularity_lib, rules, slots
+from moetion_jax import errors, keys
+from moetion_jax.policies import popularity as popularity_lib, slots
 
 # Proportion of lost tokens beyond which PEC saves more experts; MoC-System's
 # default.
@@ -60,7 +61,7 @@ def select_experts(
     ages: checkpoints since each expert was saved; 0 where missing.
     max_age: age from which an expert is overdue; None for no limit.
   """
-  rules.check_known('partial_select', kind, SELECTIONS)
+  errors.check_known('partial_select', kind, SELECTIONS)
   if count < 1 or number < 0:
     raise ValueError(f'{count=} of checkpoint {number=}')
   ordered = sorted(experts)
@@ -187,6 +188,14 @@ def raised_experts(
     plt_budget: the PLT that is allowed.
   """
   return min(experts, count * 2 if plt > plt_budget else count)
+
+
+def possible_counts(count: int, experts: int) -> list[int]:
+  """Returns the numbers of experts that restores may raise `count` to."""
+  counts = [count]
+  while counts[-1] < experts:
+    counts.append(raised_experts(counts[-1], experts, math.inf))
+  return counts
 
 
 def capacity_factors(

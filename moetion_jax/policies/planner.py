@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from moetion_jax import keys, report
-from moetion_jax.policies import (
-  decision,
-  popularity,
-  settings as capture_settings,
-  slots,
-  window,
-)
+from moetion_jax.policies import decision, popularity, slots, window
 from moetion_jax.state import division
-
-# Share of an iteration that a copy may take: where it uses the very cores that
-# compute, and where it does not.
-_OVERLAP_TARGET = {'cpu': 0.02}
-_OTHER_OVERLAP_TARGET = 0.5
-
-
-def overlap_target(
-  settings: capture_settings.CaptureSettings, platform: str
-) -> float:
-  """Returns the share of an iteration that a copy may take, on a platform."""
-  return settings.overlap_target or _OVERLAP_TARGET.get(
-    platform, _OTHER_OVERLAP_TARGET
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,25 +26,6 @@ class StageSizes:
   state_bytes: Mapping[keys.OperatorId, int]
   compute_bytes: Mapping[keys.OperatorId, int]
   device: Mapping[keys.OperatorId, int | None]
-
-  def to_json(self) -> list[list[Any]]:
-    """Converts to plain JSON; `from_json` is the inverse."""
-    return [
-      [o.group, o.expert, n, self.compute_bytes[o], self.device[o]]
-      for o, n in self.state_bytes.items()
-    ]
-
-  @classmethod
-  def from_json(cls, value: Sequence[Sequence[Any]]) -> StageSizes:
-    """Inverts `to_json`."""
-    names = [keys.OperatorId(row[0], row[1]) for row in value]
-    columns = [
-      dict(zip(names, c, strict=True))
-      for c in list(zip(*value, strict=True))[2:]
-    ]
-    return cls(
-      state_bytes=columns[0], compute_bytes=columns[1], device=columns[2]
-    )
 
   def in_order(
     self, order: str, rates: popularity.Rates, replicas: int = 1
@@ -110,20 +72,41 @@ class Change:
   decisions: tuple[decision.CaptureDecision, ...]
 
 
-class Planner(Protocol):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+  """The losses of a restore, and what follows from them.
+
+  Attributes:
+    lost_tokens: number of tokens that trained an expert and are forgotten; a
+      token counts once for each expert that it went to.
+    plt: proportion of lost tokens, of all restores so far; see
+      `partial.proportion_of_lost_tokens`.
+    experts: experts of each layer that a checkpoint saves from now on.
+    capacity_until: iteration up to which experts take more tokens, to make up
+      for what they lost; 0 if they do not.
+  """
+
+  lost_tokens: float
+  plt: float
+  experts: int
+  capacity_until: int = 0
+
+
+class Planner(abc.ABC):
   """Makes the leader's decisions, for all stages alike."""
 
   @property
+  @abc.abstractmethod
   def lag_iterations(self) -> int:
     """Iterations by which the recovery line lags behind the newest snapshot."""
-    ...
 
+  @abc.abstractmethod
   def decisions(
     self, first_iteration: int
   ) -> tuple[decision.CaptureDecision, ...]:
     """Returns what each stage captures from an iteration until a `Change`."""
-    ...
 
+  @abc.abstractmethod
   def pools(self, workers: int | None = None) -> list[PoolSize]:
     """Returns the room for the snapshots of each stage.
 
@@ -131,8 +114,40 @@ class Planner(Protocol):
       workers: number of a stage's workers that share the snapshots; None for
         all replicas.
     """
-    ...
 
+  @abc.abstractmethod
   def add(self, reports: Sequence[report.Report]) -> Change | None:
-    """Takes in all stages' reports on an iteration; returns any change."""
-    ...
+    """Takes in an iteration, which decides on any change.
+
+    Args:
+      reports: one report a stage, of the iteration after the last one's.
+    """
+
+  def remarks(self, first_iteration: int) -> Change | None:
+    """Returns the event that the first decisions are worth, if any.
+
+    Args:
+      first_iteration: the iteration with which a run begins.
+    """
+    del first_iteration
+    return None
+
+  def restart_from(
+    self, start: int, versions: Mapping[keys.OperatorId, int]
+  ) -> Loss | None:
+    """Takes in that all stages go back, and that all since is forgotten.
+
+    Args:
+      start: iteration of the snapshot that they go back to.
+      versions: see `settings.Policy.versions`.
+
+    Returns:
+      The losses; None under an exact policy.
+    """
+    del start, versions
+    return None
+
+  def capacity(self, stage: int) -> tuple[tuple[str, int, float], ...]:
+    """Returns a stage's experts that take more tokens; see `orders.Go`."""
+    del stage
+    return ()

@@ -9,8 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from moetion_jax import keys
-from moetion_jax.policies import rules
+from moetion_jax import errors, keys
 
 ORDERS = ('static', 'count', 'soft_count', 'time_decayed', 'capacity_aware')
 
@@ -40,7 +39,7 @@ class Popularity:
   history: tuple[Rates, ...] = ()
 
   def __post_init__(self) -> None:
-    rules.check_known('order', self.kind, ORDERS)
+    errors.check_known('order', self.kind, ORDERS)
     if self.window_iterations < 1 or not 0 < self.decay <= 1:
       raise ValueError(f'{self.window_iterations=}, {self.decay=}')
     if self.kind == 'capacity_aware' and not (self.capacity or 0) > 0:

@@ -1,23 +1,104 @@
-"""Settings of capture: how state is captured, and how much of it is kept."""
+"""Settings of capture, and the interface of the policies."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import ClassVar
 
-from moetion_jax import errors
+from moetion_jax import errors, keys
 from moetion_jax.policies import (
   decision,
   intervals,
   partial,
+  planner as planner_lib,
   popularity,
-  rules as rules_lib,
 )
+from moetion_jax.snapshots import coverage
 
 # Snapshots and iterations beyond what the line keeps: those on their way, and
 # those kept until everybody has been told.
 _SLACK = 4
 # Where nobody goes back alone, logs serve neighbours that are a little late.
 _LATEST_ITERATIONS = 4
+# Share of an iteration that a copy may take: where it uses the very cores that
+# compute, and where it does not.
+_COPY_SHARE = {'cpu': 0.02}
+_OTHER_COPY_SHARE = 0.5
+
+
+def lag_iterations(window_iterations: int, keep_windows: int) -> int:
+  """Returns the iterations by which the recovery line lags behind.
+
+  Args:
+    window_iterations: iterations of one window, or of one interval.
+    keep_windows: windows of snapshots to keep.
+  """
+  return window_iterations * (keep_windows - 1)
+
+
+class Policy:
+  """What a run captures, and who goes back to what after a failure.
+
+  A policy has no state: `registry.POLICIES` has one object of each.
+
+  Attributes:
+    name: the name that the user gives.
+    planner: makes the planner of a run, see `kinds.base.MeasuringPlanner`;
+      raises errors.ConfigError if a window is longer than a stage can have.
+    takes_snapshots: whether anything is captured.
+    has_windows: whether snapshots are parts of a window, not at an interval.
+    is_local: whether only the stages that lost something go back; otherwise
+      all stages go back together to the newest snapshot that all have.
+    is_exact: whether a run that recovers ends with the bits of an undisturbed
+      one. Otherwise all that came after the start is forgotten.
+    is_durable: whether a restore reads what was written to storage.
+  """
+
+  name: ClassVar[str]
+  planner: ClassVar[Callable[..., planner_lib.Planner]]
+  takes_snapshots: ClassVar[bool] = True
+  has_windows: ClassVar[bool] = False
+  is_local: ClassVar[bool] = False
+  is_exact: ClassVar[bool] = True
+  is_durable: ClassVar[bool] = False
+
+  def grows_capacity(self, settings: CaptureSettings) -> bool:
+    """Returns True if experts that lost tokens take more for some time."""
+    del settings
+    return False
+
+  def starts(
+    self,
+    records: Sequence[coverage.SnapshotRecord],
+    operators: Collection[keys.OperatorId],
+    line: int,
+  ) -> tuple[coverage.Start, ...]:
+    """Returns the starts of a stage, ascending, the initial state included.
+
+    Args:
+      records: the stage's snapshots, ascending; the first is the initial state.
+      operators: all operators of the stage.
+      line: the recovery line; what older starts need may be gone.
+    """
+    del line
+    return coverage.valid_starts(records, operators)
+
+  def versions(
+    self,
+    records: Sequence[coverage.SnapshotRecord],
+    operators: Collection[keys.OperatorId],
+    start: int,
+  ) -> dict[keys.OperatorId, int]:
+    """Returns the iteration of the operators that a start has older ones of.
+
+    Args:
+      records: the stage's snapshots, ascending; the first is the initial state.
+      operators: all operators of the stage.
+      start: the start's iteration.
+    """
+    del records, operators, start
+    return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +106,7 @@ class CaptureSettings:
   """The user's settings of capture.
 
   Attributes:
-    policy: one of `rules.POLICIES`.
+    policy: the policy, from `registry.POLICIES`.
     window_length: number of slots; 0 to choose it from measurements.
     window_mode: one of `decision.MODES`; '' to choose it.
     order: one of `popularity.ORDERS`.
@@ -36,8 +117,8 @@ class CaptureSettings:
       one of the newest is damaged.
     log_iterations: iterations that the logs have room for; 0 for what the
       windows need.
-    interval: iterations between snapshots, for policies other than 'sparse'; 0
-      to choose it from measurements.
+    interval: iterations between snapshots, for policies without windows; 0 to
+      choose it from measurements.
     overhead_budget: share of the run that checkpoints of 'two_phase' may take.
     partial_experts: experts of each layer that a checkpoint of 'partial' saves.
     partial_select: one of `partial.SELECTIONS`.
@@ -45,7 +126,7 @@ class CaptureSettings:
       more experts are saved.
   """
 
-  policy: str = 'sparse'
+  policy: Policy
   window_length: int = 0
   window_mode: str = ''
   order: str = 'static'
@@ -60,13 +141,12 @@ class CaptureSettings:
   plt_budget: float = partial.PLT_BUDGET
 
   def __post_init__(self) -> None:
-    rules_lib.check_known('policy', self.policy, rules_lib.POLICIES)
-    rules_lib.check_known(
+    errors.check_known(
       'partial_select', self.partial_select, partial.SELECTIONS
     )
-    rules_lib.check_known('order', self.order, popularity.ORDERS)
+    errors.check_known('order', self.order, popularity.ORDERS)
     if self.window_mode:
-      rules_lib.check_known('window_mode', self.window_mode, decision.MODES)
+      errors.check_known('window_mode', self.window_mode, decision.MODES)
     for name, least in (
       ('window_length', 0),
       ('max_window_length', 1),
@@ -85,15 +165,17 @@ class CaptureSettings:
     for name in ('overhead_budget', 'plt_budget'):
       if not 0 < getattr(self, name) <= 1:
         raise errors.ConfigError(name, getattr(self, name), 'must be in (0, 1]')
-    if self.interval and self.policy in ('sparse', 'none'):
+    if self.interval and self.policy.has_windows:
       raise errors.ConfigError(
-        'interval', self.interval, f'means nothing with --policy={self.policy}'
+        'interval',
+        self.interval,
+        f'means nothing with --policy={self.policy.name}',
       )
-    if self.window_length and self.policy not in ('sparse', 'none'):
+    if self.window_length and not self.policy.has_windows:
       raise errors.ConfigError(
         'window_length', self.window_length, 'is of --policy=sparse'
       )
-    if not self.rules.is_local:
+    if not self.policy.is_local:
       return
     least = self.kept_with(self.window_length or 1)
     if self.log_iterations and self.log_iterations < least:
@@ -104,15 +186,24 @@ class CaptureSettings:
         f'{self.window_length or 1} and --keep_windows={self.keep_windows}',
       )
 
-  @property
-  def rules(self) -> rules_lib.Policy:
-    """The promises of the policy."""
-    return rules_lib.of_name(self.policy)
+  def under(self, policy: Policy) -> CaptureSettings:
+    """Returns the same settings for another policy, but for those it has not.
 
-  @property
-  def grows_capacity(self) -> bool:
-    """True if experts that lost tokens take more of them for some time."""
-    return self.policy == 'partial' and self.partial_select == 'popularity'
+    Args:
+      policy: the other policy.
+    """
+    has_windows = policy.has_windows
+    return dataclasses.replace(
+      self,
+      policy=policy,
+      window_length=self.window_length if has_windows else 0,
+      interval=0 if has_windows else self.interval,
+    )
+
+  def copy_share(self, platform: str) -> float:
+    """Returns the share of an iteration that a copy may take, on a platform."""
+    default = _COPY_SHARE.get(platform, _OTHER_COPY_SHARE)
+    return self.overlap_target or default
 
   @property
   def _windows(self) -> int:
@@ -151,7 +242,7 @@ class CaptureSettings:
   @property
   def kept_iterations(self) -> int:
     """Most iterations whose entries and snapshots are kept."""
-    if not self.rules.is_local:
+    if not self.policy.is_local:
       return self.log_iterations or _LATEST_ITERATIONS
     return self.log_iterations or self.kept_with(self.longest_window)
 

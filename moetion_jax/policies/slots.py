@@ -1,10 +1,9 @@
 """Slots: the operators that each snapshot captures, in order, and their bytes.
 
 A slot is the operators whose training state one snapshot holds, a window the
-slots that together cover every operator (DESIGN sections 2 and 5). All of it
-is pure: the leader plans, and every replica follows the published
-`decision.CaptureDecision`. The paper is arXiv 2412.15411 (section 3.5, appendix
-B).
+slots that together cover every operator. All of it is pure: the leader plans,
+and every replica follows the published `decision.CaptureDecision`. The paper is
+arXiv 2412.15411 (section 3.5, appendix B).
 """
 
 from __future__ import annotations
@@ -13,18 +12,13 @@ import bisect
 import collections
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moetion_jax import errors, keys
-from moetion_jax.policies import decision, popularity as popularity_lib, rules
+from moetion_jax.policies import decision, popularity as popularity_lib
+from moetion_jax.state import division
 
 Bytes = Mapping[keys.OperatorId, int]
-# Device of the 'expert' axis that holds an operator; None if all hold it.
-DeviceOf = Callable[[keys.OperatorId], int | None]
-
-
-def on_no_device(operator: keys.OperatorId) -> None:
-  """The `DeviceOf` of a worker with one device."""
 
 
 def order_operators(
@@ -45,7 +39,7 @@ def order_operators(
   Returns:
     The experts, then all other operators: every token trains those.
   """
-  rules.check_known('order', kind, popularity_lib.ORDERS)
+  errors.check_known('order', kind, popularity_lib.ORDERS)
   ordered = sorted(operators)
   decision.check_distinct(ordered)
   experts = [o for o in ordered if o.expert >= 0]
@@ -61,7 +55,7 @@ def make_slots(
   order: Sequence[keys.OperatorId],
   bytes_of: Bytes,
   window_length: int,
-  device_of: DeviceOf = on_no_device,
+  device_of: division.DeviceOf = division.on_no_device,
   *,
   keep_order: bool = True,
 ) -> decision.Slots:
@@ -110,7 +104,9 @@ def make_slots(
 
 
 def busiest_device_bytes(
-  slots: decision.Slots, bytes_of: Bytes, device_of: DeviceOf = on_no_device
+  slots: decision.Slots,
+  bytes_of: Bytes,
+  device_of: division.DeviceOf = division.on_no_device,
 ) -> tuple[int, ...]:
   """Returns the bytes that the busiest device of a slot has to copy, by slot.
 
@@ -138,7 +134,7 @@ def snapshot_bytes(
   'rolling': training state of the slot and compute weights of all others.
   'aligned': training state of the slot and compute weights of later slots.
   """
-  rules.check_known('window_mode', mode, decision.MODES)
+  errors.check_known('window_mode', mode, decision.MODES)
   state = [sum(state_bytes[o] for o in slot) for slot in slots]
   compute = [sum(compute_bytes[o] for o in slot) for slot in slots]
   total = sum(compute)
@@ -148,7 +144,7 @@ def snapshot_bytes(
 
 
 def _devices(
-  operators: Iterable[keys.OperatorId], device_of: DeviceOf
+  operators: Iterable[keys.OperatorId], device_of: division.DeviceOf
 ) -> list[int]:
   """Returns the devices of the 'expert' axis that hold operators alone."""
   return sorted({d for o in operators if (d := device_of(o)) is not None})
@@ -158,7 +154,7 @@ def _cut(
   order: Sequence[keys.OperatorId],
   bytes_of: Bytes,
   window_length: int,
-  device_of: DeviceOf,
+  device_of: division.DeviceOf,
 ) -> decision.Slots:
   """Returns the contiguous cut whose largest slot is smallest."""
   count = len(order)
@@ -195,7 +191,7 @@ def _greedy(
   order: Sequence[keys.OperatorId],
   bytes_of: Bytes,
   window_length: int,
-  device_of: DeviceOf,
+  device_of: division.DeviceOf,
 ) -> decision.Slots:
   """Longest processing time first (Graham 1969), ignoring the order."""
   devices = _devices(order, device_of)

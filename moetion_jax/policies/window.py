@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from moetion_jax import errors, keys
-from moetion_jax.policies import decision, rules, slots as slots_lib
+from moetion_jax.policies import decision, slots as slots_lib
+from moetion_jax.state import division
 
 _GROWTH = 1.25  # least factor by which a window grows if copies run late
 
@@ -32,7 +33,7 @@ class StageOperators:
   order: tuple[keys.OperatorId, ...]
   state_bytes: slots_lib.Bytes
   compute_bytes: slots_lib.Bytes
-  device_of: slots_lib.DeviceOf = slots_lib.on_no_device
+  device_of: division.DeviceOf = division.on_no_device
   keep_order: bool = True
   shares: tuple[frozenset[keys.OperatorId], ...] = ()
 
@@ -133,7 +134,8 @@ def choose_window(
   """Chooses the window of one stage (Algorithm 1, with measured inputs).
 
   It is the first of these that there is:
-  1. the pinned length, rolling unless the mode is pinned as well;
+  1. the pinned length, rolling unless the mode is pinned as well; a stage with
+     fewer operators has empty slots, since the length is common to all;
   2. the shortest rolling window whose largest snapshot is within
      `target_bytes`. A rolling snapshot is never below all compute weights, so
      there may be none, however long;
@@ -161,9 +163,9 @@ def choose_window(
   """
   limit = _limit(stage, max_window_length)
   if pinned_mode is not None:
-    rules.check_known('window_mode', pinned_mode, decision.MODES)
+    errors.check_known('window_mode', pinned_mode, decision.MODES)
   if pinned_length is not None:
-    _check_pinned(pinned_length, len(stage.order), max_window_length)
+    _check_pinned(pinned_length, max_window_length)
     return WindowChoice(
       window_length=pinned_length,
       mode=pinned_mode or decision.MODES[0],
@@ -344,15 +346,11 @@ def _limit(stage: StageOperators, max_window_length: int | None) -> int:
   return min(len(stage.order), max_window_length)
 
 
-def _check_pinned(
-  length: int, operators: int, max_window_length: int | None
-) -> None:
-  """Raises ConfigError if a stage cannot have windows of this length."""
+def _check_pinned(length: int, max_window_length: int | None) -> None:
+  """Raises ConfigError if no stage can have windows of this length."""
   reason = None
   if length < 1:
     reason = 'must be at least 1'
-  elif length > operators:
-    reason = f'a stage has {operators} operators only: no more slots than that'
   elif max_window_length is not None and length > max_window_length:
     reason = f'the logs have room for {max_window_length} iterations only'
   if reason is not None:

@@ -56,7 +56,7 @@ class ProgramShape:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """Compiled programs of one stage (DESIGN section 4).
+  """Compiled programs of one stage.
 
   The fields stand in the order of their first use, which is the order in which
   they are compiled.

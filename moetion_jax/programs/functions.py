@@ -1,4 +1,4 @@
-"""Pure functions of a stage, on one device's share (DESIGN section 4).
+"""Pure functions of a stage, on one device's share.
 
 They take plain dicts and tuples of arrays, and are traced inside `shard_map`
 over axes 'data' (replicas) and 'expert' (a worker's devices). What is local to
@@ -36,9 +36,6 @@ Tree: TypeAlias = Any
 class Functions:
   """Functions of one stage, as one of its workers runs them.
 
-  `forward` is traced before `backward`, which puts the vjp function together
-  again.
-
   Attributes:
     model: the stage's model.
     shape: sizes that the programs are compiled for.
@@ -66,8 +63,7 @@ class Functions:
     self.shape = shape
     self.expert_devices = expert_devices
     self.ownership = ownership
-    self._optimizer = optimizer
-    self._recipe: residuals_lib.Recipe | None = None  # set by forward
+    self.optimizer = optimizer
     self.order = ordered_sum.Order.of_team(
       shape.replicas, shape.workers, expert_devices
     )
@@ -101,7 +97,7 @@ class Functions:
       expert_devices=self.expert_devices,
     )
     return type(self)(
-      self.model, self._optimizer, self.shape, self.expert_devices, ownership
+      self.model, self.optimizer, self.shape, self.expert_devices, ownership
     )
 
   def init(self, masters: Mapping[str, jax.Array]) -> partition_lib.State:
@@ -114,7 +110,7 @@ class Functions:
       }
     return {
       g.name: optimizer_update.init_group(
-        self._optimizer,
+        self.optimizer,
         {n: masters[n] for n in names},
         stacked=g.stacked,
         buffers=self.model.buffers,
@@ -125,8 +121,12 @@ class Functions:
   def _trained(self, compute: Compute) -> Compute:
     return {n: w for n, w in compute.items() if n not in self.model.buffers}
 
-  def forward(self, compute, inputs, position):
-    """Runs forward: (compute, inputs, position) -> (y, residuals, counts)."""
+  def forward(self, on_recipe, compute, inputs, position):
+    """Runs forward: (compute, inputs, position) -> (y, residuals, counts).
+
+    While it is traced, `on_recipe` is called with what `backward` needs to put
+    the vjp function together again.
+    """
     trained = self._trained(compute)
     position = position._replace(microbatch=position.microbatch[0])
 
@@ -142,13 +142,13 @@ class Functions:
       (y, _), vjp, counts = jax.vjp(function, trained, has_aux=True)
     else:
       (y, _), vjp, counts = jax.vjp(objective, trained, inputs.x, has_aux=True)
-    residuals, self._recipe = residuals_lib.split(vjp, compute)
+    residuals, recipe = residuals_lib.split(vjp, compute)
+    on_recipe(recipe)
     return y, jax.tree.map(lambda r: r[None], residuals), _own(counts)
 
-  def backward(self, compute, residuals, dy, acc):
+  def backward(self, recipe, compute, residuals, dy, acc):
     """Runs backward: (compute, residuals, dy, acc) -> (dx, acc)."""
-    assert self._recipe is not None  # forward is traced first
-    vjp = self._recipe.join(compute, [r[0] for r in residuals])
+    vjp = recipe.join(compute, [r[0] for r in residuals])
     # The objective is the mean over all replicas' devices and microbatches.
     share = 1.0 / self._terms
     cotangents = vjp((dy, jnp.float32(share)))
@@ -200,13 +200,6 @@ class Functions:
     }
     return self.ownership.pack(compute) if self.ownership else compute
 
-  def gather(self, words):
-    """Gathers and unpacks the words of all replicas: words -> compute."""
-    assert self.ownership is not None
-    return self.ownership.unpack(
-      {kind: jax.lax.all_gather(x[0], 'data') for kind, x in words.items()}
-    )
-
   def update(self, state, gradients, clip_factor, slot):
     """Clips and applies gradients; returns (state, compute, selection)."""
     new = {}
@@ -219,7 +212,7 @@ class Functions:
         for n in names
       }
       new[group.name] = optimizer_update.update_group(
-        self._optimizer,
+        self.optimizer,
         state[group.name],
         own,
         stacked=group.stacked,
@@ -229,10 +222,6 @@ class Functions:
     selection = {g: jnp.asarray(mask) for g, mask in slot.items()}
     compute = () if self.ownership else self.compute_of(new)
     return new, compute, selection
-
-  def place(self, state):
-    """Copies a state into buffers that nobody else holds."""
-    return copied(state)
 
   def digest(self, state):
     """Digests a state: state -> u32[operators, 2], in `partition`'s order."""

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax._src import distributed, xla_bridge
+from jax.extend import backend
+from jaxlib import _jax
+
+# A week: it is the agent that ends a wait that leads nowhere.
+_MEETING_MILLISECONDS = 7 * 24 * 3600 * 1000
 
 
 def has_backend() -> bool:
@@ -87,6 +93,27 @@ def compile_lowered(
   return lowered.compile(device_assignment=devices)
 
 
+def gather_at(host: str) -> None:
+  """Has the CPU collectives of this process's world use one address.
+
+  Reason: JAX does not tell gloo which, and that looks up the host's own name:
+  it may have no address, or one that others reach. Call this after
+  `jax.distributed.initialize`, before there is a backend.
+
+  Args:
+    host: this host's address, as the other members of the world reach it.
+  """
+  if jax.config.values['jax_cpu_collectives_implementation'] != 'gloo':
+    return
+  collectives = _jax.make_gloo_tcp_collectives(
+    distributed_client=distributed.global_state.client, hostname=host
+  )
+  factory = functools.partial(xla_bridge.make_cpu_client, collectives)
+  backend.register_backend_factory(
+    'cpu', factory, priority=0, fail_quietly=False
+  )
+
+
 def let_all_write_cache() -> None:
   """Lets this process write the compilation cache whatever its number is.
 
@@ -97,6 +124,19 @@ def let_all_write_cache() -> None:
   """
   assert has_backend()
   distributed.global_state.process_id = 0
+
+
+def meet(name: str) -> None:
+  """Waits until all processes of the world call this, however long it takes.
+
+  Reason: gloo gives a member 30 s to come to the first collective, and no other
+  limit can be set; on a machine that has much to do that is no failure. Every
+  public function that waits for all is a collective itself.
+
+  Args:
+    name: the name of the meeting; there is one of it in a world.
+  """
+  distributed.global_state.client.wait_at_barrier(name, _MEETING_MILLISECONDS)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A stage's programs (DESIGN section 4), shardings and initial state.
+"""A stage's programs, shardings and initial state.
 
 The functions take plain dicts and tuples of arrays and are compiled ahead of
 time: calling one with another shape or sharding is an error, never a silent
@@ -17,7 +17,8 @@ Dims: B sequences of a microbatch, T sequence, D model, M microbatches.
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from moetion_jax.programs import (
   compilation,
   functions as functions_lib,
   mesh as mesh_lib,
+  residuals as residuals_lib,
 )
 from moetion_jax.state import (
   layout,
@@ -44,39 +46,43 @@ Compute = functions_lib.Compute
 Tree = functions_lib.Tree
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
   """One stage: partition, shardings, initial state, programs.
 
-  A stage made with an abstract mesh has no devices yet, and nothing that it
-  does creates a backend, `trace` included; `on` gives it devices.
+  A declared stage has no devices yet, and nothing that it does creates a
+  backend, `trace` included; `on` gives it devices.
 
   Attributes:
     functions: the pure functions that its programs are traced from.
     whole: the functions of a worker that has all of the training state;
       `functions` itself, unless replicas share the state.
-    abstract_mesh: shape of a worker's own mesh.
-    abstract_world: shape of the stage world's mesh.
+    devices: mesh of the worker's own devices and mesh of those of all replicas;
+      None before it has any.
   """
 
-  def __init__(
-    self,
+  functions: functions_lib.Functions
+  whole: functions_lib.Functions
+  devices: tuple[jax.sharding.Mesh, jax.sharding.Mesh] | None = None
+
+  @classmethod
+  def declare(
+    cls,
     model: model_lib.StageModel,
     optimizer: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    expert_devices: int,
     shape: compilation.ProgramShape,
-  ):
-    """Stores the arguments; `trace` and `compile` do the work."""
-    expert_devices = mesh.shape['expert']
-    self.functions = functions_lib.Functions(
-      model, optimizer, shape, expert_devices
-    )
-    self.whole = self.functions
-    self.abstract_mesh = mesh_lib.abstract_mesh(expert_devices)
-    self.abstract_world = mesh_lib.abstract_mesh(
-      expert_devices, shape.world_size
-    )
-    self._mesh = mesh if isinstance(mesh, jax.sharding.Mesh) else None
-    self._world = self._mesh
+  ) -> Stage:
+    """Makes a stage without devices.
+
+    Args:
+      model: the stage's model.
+      optimizer: the optimizer of every operator.
+      expert_devices: number of devices of a worker.
+      shape: sizes that its programs are compiled for.
+    """
+    functions = functions_lib.Functions(model, optimizer, shape, expert_devices)
+    return cls(functions=functions, whole=functions)
 
   def sharded(self, position: int) -> Stage:
     """Makes the ZeRO-1 view of this stage: only what worker `position` owns.
@@ -84,9 +90,7 @@ class Stage:
     Raises:
       errors.ConfigError: there are more workers than can own something.
     """
-    part = copy.copy(self)
-    part.functions = self.functions.sharded(position)
-    return part
+    return dataclasses.replace(self, functions=self.functions.sharded(position))
 
   @property
   def model(self) -> model_lib.StageModel:
@@ -116,22 +120,32 @@ class Stage:
   # ---- devices and shardings -----------------------------------------------
 
   @property
+  def abstract_mesh(self) -> jax.sharding.AbstractMesh:
+    """Shape of a worker's own mesh."""
+    return mesh_lib.abstract_mesh(self.functions.expert_devices)
+
+  @property
+  def abstract_world(self) -> jax.sharding.AbstractMesh:
+    """Shape of the stage world's mesh."""
+    return mesh_lib.abstract_mesh(
+      self.functions.expert_devices, self.shape.world_size
+    )
+
+  @property
   def mesh(self) -> jax.sharding.Mesh:
     """Mesh of the worker's own devices.
 
     Raises:
       RuntimeError: the stage has no devices yet.
     """
-    if self._mesh is None:
+    if self.devices is None:
       raise RuntimeError('the stage has no devices yet: see Stage.on')
-    return self._mesh
+    return self.devices[0]
 
   @property
   def world(self) -> jax.sharding.Mesh:
     """Mesh of the devices of all replicas; raises as `mesh` does."""
-    if self._world is None:
-      raise RuntimeError('the stage has no devices yet: see Stage.on')
-    return self._world
+    return self.devices[1] if self.devices else self.mesh
 
   def on(
     self, mesh: jax.sharding.Mesh, world: jax.sharding.Mesh | None = None
@@ -150,9 +164,7 @@ class Stage:
     ):
       if found.shape != wanted.shape:
         raise ValueError(f'the stage is cut for {wanted}, not {found}')
-    placed = copy.copy(self)
-    placed._mesh, placed._world = mesh, world
-    return placed
+    return dataclasses.replace(self, devices=(mesh, world))
 
   def _group_spec(self, group: model_lib.Group) -> PartitionSpec:
     return PartitionSpec('expert') if group.stacked else _SAME
@@ -321,9 +333,8 @@ class Stage:
     """
     traced: dict[str, jax.stages.Traced] = {}
 
-    def program(name, in_specs, out_specs, shapes, donate=()):
+    def program(name, function, in_specs, out_specs, shapes, donate=()):
       on_program(name)
-      function = getattr(self.functions, name)
       in_world = name in compilation.IN_WORLD
       mesh = self.abstract_world if in_world else self.abstract_mesh
       traced[name], results = compilation.trace(
@@ -356,15 +367,18 @@ class Stage:
       )
     inputs, input_shapes = self._input_specs, self._input_shapes()
     hidden_spec = () if self.model.has_head else _OWN
+    recipes: list[residuals_lib.Recipe] = []
     y, residuals, counts = program(
       'forward',
+      functools.partial(self.functions.forward, recipes.append),
       (self.compute_specs, inputs, position_specs),
       (hidden_spec, _OWN, _OWN),
       (compute_shapes, input_shapes, position_shapes),
     )
-    acc = program('zeros', (), self._acc_specs, ())
+    acc = program('zeros', self.functions.zeros, (), self._acc_specs, ())
     program(
       'backward',
+      functools.partial(self.functions.backward, recipes[0]),
       (self.compute_specs, _OWN, hidden_spec, self._acc_specs),
       (() if self.model.has_embedding else _OWN, self._acc_specs),
       (compute_shapes, residuals, y, acc),
@@ -374,12 +388,14 @@ class Stage:
     lanes = self.functions.order.lanes
     program(
       'reduce',
+      self.functions.reduce,
       ((self._acc_specs,) * lanes, _OWN),
       (self.compute_specs, _SAME),
       self._shapes_in_world(((acc,) * lanes, (all_counts,) * lanes)),
     )
     program(
       'evaluate',
+      self.functions.evaluate,
       (self.compute_specs, inputs),
       _SAME if self.model.has_head else _OWN,
       (compute_shapes, input_shapes),
@@ -400,6 +416,7 @@ class Stage:
       words, from_update = dict.fromkeys(self.ownership.words, _OWN), ()
     program(
       'update',
+      self.functions.update,
       (states, self.compute_specs, _SAME, by_group),
       (states, from_update, by_group),
       (
@@ -410,13 +427,20 @@ class Stage:
       ),
       donate=(0,),
     )
-    program('place', (states,), states, (shapes,))
-    own = program('compute_of', (states,), words, (shapes,))
+    functions = self.functions
+    program('place', functions_lib.copied, (states,), states, (shapes,))
+    own = program(
+      'compute_of', functions.compute_of, (states,), words, (shapes,)
+    )
     if self.ownership:
       program(
-        'gather', (words,), self.compute_specs, (self._shapes_in_world(own),)
+        'gather',
+        self.ownership.gather,
+        (words,),
+        self.compute_specs,
+        (self._shapes_in_world(own),),
       )
-    program('digest', (states,), _SAME, (shapes,))
+    program('digest', functions.digest, (states,), _SAME, (shapes,))
 
   def compile(
     self, on_program: Callable[[str], None] = lambda _: None

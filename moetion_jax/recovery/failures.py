@@ -11,6 +11,49 @@ from moetion_jax import errors
 from moetion_jax.recovery import plan as recovery_plan
 
 
+class WorkerError(errors.MoetionError):
+  """A worker ended, or cannot go on.
+
+  Attributes:
+    stage: the worker's stage.
+    iteration: the iteration that it had begun.
+  """
+
+  def __init__(
+    self,
+    stage: int,
+    iteration: int,
+    what: str,
+    *,
+    cause: errors.MoetionError | None = None,
+  ):
+    """Makes the message of what happened to whom, and when.
+
+    Args:
+      stage: the worker's stage.
+      iteration: the iteration that it had begun.
+      what: the end of the message.
+      cause: the reason why the worker cannot go on, if that is an error.
+    """
+    super().__init__(f'stage {stage}, iteration {iteration}: {what}')
+    self.stage = stage
+    self.iteration = iteration
+    if cause is not None:
+      self.is_passing, self.exit_code = cause.is_passing, cause.exit_code
+
+
+class HangError(errors.MoetionError):
+  """A run makes no progress, and nothing that was tried has changed that."""
+
+  exit_code = errors.ExitCode.HUNG
+
+
+class NoReplacementError(errors.MoetionError):
+  """A dead worker has no successor; a run that starts again has new workers."""
+
+  is_passing = True
+
+
 @dataclasses.dataclass(kw_only=True)
 class OngoingRecovery:
   """One stage on its way back.
@@ -21,9 +64,11 @@ class OngoingRecovery:
     reason: why the predecessor died, or why the stage joined.
     failed_at: time at which the failure was noticed, `time.monotonic`.
     detect_seconds: time between the failure and its notice, where known.
-    resumed: the new worker's message when it began to train; None before.
-    resumed_at: time of that message, `time.monotonic`.
+    fetch_seconds: time that the new worker took to get its state; None before
+      it has it.
+    resumed_at: time at which it had it, `time.monotonic`.
     goes_back: whether the plan starts before the line.
+    recorded: the newest iteration that was written down when it failed.
   """
 
   plan: recovery_plan.RecoveryPlan
@@ -31,14 +76,23 @@ class OngoingRecovery:
   reason: str
   failed_at: float
   detect_seconds: float
-  resumed: Mapping[str, Any] | None = None
+  fetch_seconds: float | None = None
   resumed_at: float = 0.0
   goes_back: bool = False
+  recorded: int = 0
 
   @property
   def replayed_iterations(self) -> int:
     """Number of iterations that the stage does again."""
     return recovery_plan.replayed_iterations(self.plan, self.target)
+
+  @property
+  def compared_iterations(self) -> int:
+    """Number of those that came out as they are written down.
+
+    Reports are one iteration late; a worker that reports another digest ends.
+    """
+    return max(min(self.recorded, self.target - 1) - self.plan.start, 0)
 
   def measured(self, now: float) -> dict[str, Any]:
     """Returns what an event says of the way back, once it is done.
@@ -46,15 +100,15 @@ class OngoingRecovery:
     Args:
       now: the time at which the stage had caught up, `time.monotonic`.
     """
-    assert self.resumed is not None, 'it has not begun to train yet'
-    fetch_seconds = self.resumed['fetch_seconds']
+    assert self.fetch_seconds is not None, 'it has not begun to train yet'
     return {
       'first_iteration': self.plan.first_iteration,
       'replayed_iterations': self.replayed_iterations,
+      'compared_iterations': self.compared_iterations,
       'seconds': {
         'detect': self.detect_seconds,
-        'start': self.resumed_at - self.failed_at - fetch_seconds,
-        'fetch': fetch_seconds,
+        'start': self.resumed_at - self.failed_at - self.fetch_seconds,
+        'fetch': self.fetch_seconds,
         'replay': now - self.resumed_at,
       },
     }
@@ -66,12 +120,15 @@ class OngoingRecovery:
       now: as of `measured`.
       is_exact: whether the policy brings the same bits back.
     """
+    if not is_exact:
+      how = 'from experts of different age'
+    elif self.compared_iterations:
+      how = f'{self.compared_iterations} compared, with the same digests'
+    else:
+      how = 'none of which had been written down, to be compared with'
     return (
       f'in {now - self.failed_at:.1f} s: {self.replayed_iterations} '
-      'iteration(s) done again, '
-      + (
-        'with the same digests' if is_exact else 'from experts of different age'
-      )
+      f'iteration(s) done again, {how}'
     )
 
 
@@ -89,20 +146,25 @@ class Failures:
     self._diverged = 0
     self._damaged, self._damaged_at = 0, -1
 
-  def add(self, failed: Mapping[int, str], line: int) -> None:
+  def add(
+    self, failed: Mapping[int, str], line: int, *, hangs: bool = False
+  ) -> None:
     """Counts a failure of each of some stages.
 
     Args:
       failed: the reason of each failed stage.
       line: the recovery line, for the error.
+      hangs: whether it was that a worker hung.
 
     Raises:
-      errors.MoetionError: a stage failed more often than it may.
+      HangError: a stage failed more often than it may, at last by hanging.
+      errors.MoetionError: it failed more often than it may.
     """
+    kind = HangError if hangs else errors.MoetionError
     self._of_stage.update(failed.keys())
     for stage, reason in failed.items():
       if self._of_stage[stage] > self._max_failures:
-        raise errors.MoetionError(
+        raise kind(
           f'{self._of_stage[stage]} failure(s) of stage {stage} since '
           f'iteration {line}, the last one: {reason}; more than '
           f'--max_failures={self._max_failures} end the run'

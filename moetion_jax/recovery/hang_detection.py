@@ -1,17 +1,43 @@
 """Detection of workers that hang or are stopped, and of deadlock.
 
 The decisions are pure functions. A worker that waits is never to blame: its
-neighbour is, or the network (DESIGN section 6). Nor are the others of its stage
-world, which wait for it in a collective that cannot tell.
+neighbour is, or the network. Nor are the others of its stage world, which wait
+for it in a collective that cannot tell.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 
-# Reason of a blocked worker that may not overwrite any of its snapshots.
-SNAPSHOTS_FULL = 'all its snapshots are needed'
+
+class WorkerState(enum.StrEnum):
+  """State of a worker, as in `workers.json`."""
+
+  STARTING = 'starting'
+  WARMING = 'warming'  # a standby that prepares
+  STANDBY = 'standby'
+  COMPILING = 'compiling'
+  RUNNING = 'running'
+  WAITING = 'waiting'  # for an entry
+  BLOCKED = 'blocked'
+  DONE = 'done'
+  STOPPED = 'stopped'  # these three: the run ended so
+  FINISHED = 'finished'
+  FAILED = 'failed'
+
+
+class Shortage(enum.StrEnum):
+  """What a blocked worker lacks, for people."""
+
+  SNAPSHOTS = 'all its snapshots are needed'  # none may be overwritten
+  ROOM = 'no room'
+
+  def describe(self, what: str) -> str:
+    """Says it, and for `what` there is no room, if that is it."""
+    return f'{self} for {what}' if self is Shortage.ROOM else str(self)
+
 
 # A worker speaks four times a second. One that is silent for this long is
 # stopped, or so starved that nobody is served by waiting.
@@ -19,81 +45,98 @@ _SILENCE_SECONDS = 10.0
 _STOPPED_SILENCE_SECONDS = 0.6  # if the kernel says that it is stopped
 _DEADLOCK_SECONDS = 30.0
 # States in which a worker lets the others of its world wait for it.
-_EXCUSES = ('waiting', 'blocked', 'compiling')
+_EXCUSES = (WorkerState.WAITING, WorkerState.BLOCKED, WorkerState.COMPILING)
 _COLLECTIVE = 'reduce'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Seen:
   """The known state of one worker.
 
   Attributes:
     stage: the stage that the worker trains.
     replica: the worker's replica of the stage.
-    state: 'compiling', 'running', 'waiting', 'done' or another one.
+    state: what it does.
     detail: the program that it runs, the entry that it waits for, or the like.
-    state_seconds: time for which it has been doing just that.
-    silent_seconds: time for which it has said nothing.
-    is_stopped: whether the kernel says that it is stopped.
+    shortage: what it lacks, if it is blocked.
+    state_since: time since which it has been doing just that.
+    heard_at: time of its last message.
+    stopped_looks: looks in a row at which the kernel said that it is stopped.
   """
 
   stage: int
-  state: str
-  detail: str
-  state_seconds: float
-  silent_seconds: float
-  is_stopped: bool = False
   replica: int = 0
+  state: WorkerState = WorkerState.STARTING
+  detail: str = ''
+  shortage: Shortage | None = None
+  state_since: float
+  heard_at: float
+  stopped_looks: int = 0
+
+
+def is_stopped(one: Seen) -> bool:
+  """Returns True if a worker is stopped by a signal.
+
+  One look is not enough: whoever continues the agent continues the workers a
+  moment later.
+  """
+  return one.stopped_looks > 1
 
 
 def hanging(
-  one: Seen, hang_timeout_seconds: float, everyone: Sequence[Seen] = ()
+  one: Seen,
+  hang_timeout_seconds: float,
+  now: float,
+  everyone: Sequence[Seen] = (),
 ) -> str:
   """Returns why a worker must be replaced; '' if it need not be.
 
   Args:
     one: the worker.
     hang_timeout_seconds: time that one program may run.
+    now: the time, in seconds that count: not those in which nobody watched.
     everyone: all workers, among them those of its stage world.
   """
-  if one.is_stopped and one.silent_seconds > _STOPPED_SILENCE_SECONDS:
+  silent_seconds, state_seconds = now - one.heard_at, now - one.state_since
+  if is_stopped(one) and silent_seconds > _STOPPED_SILENCE_SECONDS:
     return f'was stopped (SIGSTOP) while {one.state} {one.detail}'.rstrip()
-  if one.silent_seconds > _SILENCE_SECONDS:
-    return f'said nothing for {one.silent_seconds:.0f} s'
+  # Until its first word nobody tells for it: on a busy machine imports alone
+  # may take longer than a worker may be silent.
+  is_new = one.state is WorkerState.STARTING
+  if silent_seconds > (hang_timeout_seconds if is_new else _SILENCE_SECONDS):
+    return f'said nothing for {silent_seconds:.0f} s'
   if (
-    one.state == 'running'
-    and one.state_seconds > hang_timeout_seconds
+    one.state is WorkerState.RUNNING
+    and state_seconds > hang_timeout_seconds
     and not any(x.state in _EXCUSES for x in everyone if x.stage == one.stage)
   ):
     return (
-      f'hung: it has been running {one.detail} for {one.state_seconds:.0f} s '
+      f'hung: it has been running {one.detail} for {state_seconds:.0f} s '
       f'(--hang_timeout={hang_timeout_seconds:g})'
     )
-  if _is_full(one) and all(
-    x.state_seconds >= _DEADLOCK_SECONDS
-    and (x.state == 'waiting' or _is_full(x))
+  if one.shortage is Shortage.SNAPSHOTS and all(
+    now - x.state_since >= _DEADLOCK_SECONDS
+    and (x.state is WorkerState.WAITING or x.shortage is Shortage.SNAPSHOTS)
     for x in (one, *everyone)
   ):
     return (
-      f'hung: {SNAPSHOTS_FULL} for {one.state_seconds:.0f} s, and nobody '
+      f'hung: {one.shortage} for {state_seconds:.0f} s, and nobody '
       'does anything'
     )
   return ''
 
 
-def _is_full(one: Seen) -> bool:
-  """Returns True if a worker waits until a snapshot may go."""
-  return one.state == 'blocked' and one.detail == SNAPSHOTS_FULL
+def deadlock(everyone: Sequence[Seen], now: float) -> str:
+  """Returns who waits for what if all have waited too long; else ''.
 
-
-def deadlock(everyone: Sequence[Seen]) -> str:
-  """Returns who waits for what if all have waited too long; else ''."""
-  waiters = [one for one in everyone if one.state == 'waiting']
+  A worker that is done has published all that it will.
+  """
+  waiters = [one for one in everyone if one.state is WorkerState.WAITING]
   worlds = {one.stage for one in waiters}
-  if not everyone or any(
-    one.state_seconds < _DEADLOCK_SECONDS
+  if not waiters or any(
+    now - one.state_since < _DEADLOCK_SECONDS
     or not (
-      one.state == 'waiting'
+      one.state in (WorkerState.WAITING, WorkerState.DONE)
       or (one.detail == _COLLECTIVE and one.stage in worlds)
     )
     for one in everyone
@@ -102,14 +145,3 @@ def deadlock(everyone: Sequence[Seen]) -> str:
   return 'every stage waits: ' + '; '.join(
     f'stage {one.stage} for {one.detail}' for one in waiters
   )
-
-
-def is_stopped(pid: int) -> bool:
-  """Returns True if the kernel has a process of this host stopped."""
-  try:
-    with open(f'/proc/{pid}/stat', 'rb') as file:
-      stat = file.read()
-  except OSError:
-    return False
-  # The process's name, in parentheses, may hold anything.
-  return stat.rpartition(b')')[2].split()[:1] == [b'T']

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from moetion_jax import keys
+from moetion_jax.policies import settings
 from moetion_jax.recovery import plan as recovery_plan, splice as splice_lib
 from moetion_jax.snapshots import coverage
 
@@ -17,40 +18,51 @@ class Inventory:
   """All stages' snapshots, and the recovery line that follows from them.
 
   Attributes:
+    initial: iteration of the initial state.
     line: the recovery line, see `plan.recovery_line`.
+    kept_from: iteration from which on snapshots are kept; before the line if a
+      start there takes a part of its state from older ones.
     splices: where the run went on with other software, in order.
     is_running: whether the run goes on already, see `splice.allows`.
   """
 
   def __init__(
-    self, operators: Sequence[Collection[keys.OperatorId]], lag_iterations: int
+    self,
+    policy: settings.Policy,
+    operators: Sequence[Collection[keys.OperatorId]],
+    lag_iterations: int,
+    initial: int = 0,
   ):
     """Starts without any snapshot but the initial state.
 
     Args:
+      policy: the policy, which tells what is a start.
       operators: the operators of each stage.
       lag_iterations: iterations by which the line lags behind, see
         `plan.recovery_line`.
+      initial: iteration of the initial state; older snapshots do not count.
     """
-    self.line = 0
+    self.initial = self.line = self.kept_from = initial
     self.splices: tuple[splice_lib.Splice, ...] = ()
     self.is_running = False
     self.lag_iterations = lag_iterations
+    self._policy = policy
     self._operators = [frozenset(o) for o in operators]
-    self._shares: list[dict[tuple[int, int, int], coverage.Share]] = [
+    self._shares: list[dict[coverage.ShareName, coverage.Share]] = [
       {} for _ in operators
     ]
     self._excluded: set[tuple[int, int]] = set()
     self._corrupt: set[tuple[int, int]] = set()
+    self._log_first = [initial + 1] * len(operators)
 
   def stored(self, stage: int, share: coverage.Share) -> None:
     """Takes in a snapshot that counts from now on."""
-    self._shares[stage][_name(share)] = share
+    self._shares[stage][share.name] = share
     self._excluded.discard((stage, share.iteration))
 
   def rescan(self, stage: int, shares: Iterable[coverage.Share]) -> None:
     """Replaces what is known of a stage by what its store holds."""
-    self._shares[stage] = {_name(share): share for share in shares}
+    self._shares[stage] = {share.name: share for share in shares}
 
   def lose(self, stage: int, iteration: int) -> None:
     """Excludes a snapshot that is damaged: it no longer counts."""
@@ -64,6 +76,10 @@ class Inventory:
     """Takes in that an entry of a stage's log is damaged."""
     self._corrupt.add((stage, iteration))
 
+  def log_began(self, stage: int, start: int) -> None:
+    """Takes in that a stage's log is new: it has nothing up to the start."""
+    self._log_first[stage] = start + 1
+
   def published_again(self, stage: int) -> None:
     """Forgets the damage to a stage's log: in recovering it wrote it again."""
     self._corrupt = {x for x in self._corrupt if x[0] != stage}
@@ -72,46 +88,67 @@ class Inventory:
     """Returns the iteration of a stage's newest snapshot; 0 without any."""
     return max((name[0] for name in self._shares[stage]), default=0)
 
+  def oldest(self, stage: int) -> int:
+    """Returns the iteration of a stage's oldest snapshot; 0 without any."""
+    return min((name[0] for name in self._shares[stage]), default=0)
+
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
     """Returns the valid starts of a stage, the initial state included."""
-    shares = [
-      share
-      for (iteration, *_), share in self._shares[stage].items()
-      if (stage, iteration) not in self._excluded
-    ]
-    operators = self._operators[stage]
-    starts = coverage.valid_starts(
-      (
-        coverage.initial_record(operators),
-        *coverage.complete_records(shares),
-      ),
-      operators,
+    starts = self._policy.starts(
+      self._records(stage), self._operators[stage], self.line
     )
     return tuple(
       start
       for start in starts
       if splice_lib.allows(
-        self.splices, stage, start.iteration, is_running=self.is_running
+        self._barring,
+        stage,
+        start.iteration,
+        is_running=self.is_running,
+        initial=self.initial,
       )
     )
+
+  @property
+  def _barring(self) -> tuple[splice_lib.Splice, ...]:
+    """The splices that bar starts: none if all after a start is forgotten."""
+    return self.splices if self._policy.is_exact else ()
+
+  def _records(self, stage: int) -> tuple[coverage.SnapshotRecord, ...]:
+    return (
+      coverage.initial_record(self._operators[stage], self.initial),
+      *coverage.complete_records(
+        share
+        for (iteration, *_), share in self._shares[stage].items()
+        if iteration > self.initial and (stage, iteration) not in self._excluded
+      ),
+    )
+
+  def versions(self, start: int) -> dict[keys.OperatorId, int]:
+    """Returns the versions (`Policy.versions`) in a start's state."""
+    found: dict[keys.OperatorId, int] = {}
+    for stage, operators in enumerate(self._operators):
+      found |= self._policy.versions(self._records(stage), operators, start)
+    return found
 
   def begin_at(self, iteration: int) -> None:
     """Sets the line to the start with which all stages begin."""
     self.line = iteration
+    self.kept_from = min(self.versions(iteration).values(), default=iteration)
 
   def go_back(self, iteration: int) -> None:
     """Takes all stages back to a state before the line, with empty logs.
 
     Args:
-      iteration: the state's iteration; 0 for the initial state, without any
-        snapshot.
+      iteration: the state's iteration; if it is the initial one, no snapshot
+        is left.
     """
-    self.line = iteration
     self._corrupt.clear()
-    if not iteration:
+    if iteration == self.initial:
       self._excluded.clear()
       for shares in self._shares:
         shares.clear()
+    self.begin_at(iteration)
 
   def advance(
     self, reported: int, *, frozen: bool, keeps_older: bool = True
@@ -126,7 +163,7 @@ class Inventory:
         are damaged.
     """
     lag_iterations = self.lag_iterations if keeps_older else 0
-    if self.splices and self.line == self.splices[-1].exact_until:
+    if self._barring and self.line == self._barring[-1].exact_until:
       # Until the first start behind a splice all is kept since its own: stores
       # and logs have no room for more.
       lag_iterations = 0
@@ -137,13 +174,15 @@ class Inventory:
     line = recovery_plan.recovery_line(
       starts, self.line, lag_iterations, frozen=frozen
     )
-    moved = line > self.line
-    self.line = line
-    if moved:
-      for shares in self._shares:
-        for name in [n for n in shares if n[0] < line]:
-          del shares[name]
-    return moved
+    if line == self.line:
+      return False
+    kept_before = self.kept_from
+    self.begin_at(line)
+    self.kept_from = max(self.kept_from, kept_before)
+    for shares in self._shares:
+      for name in [n for n in shares if n[0] < self.kept_from]:
+        del shares[name]
+    return True
 
   def stage_inventories(
     self, newest: Sequence[int], lost: Collection[int] = ()
@@ -158,15 +197,12 @@ class Inventory:
       recovery_plan.StageInventory(
         stage=stage,
         starts=self.starts(stage),
-        log_first=self.line + 1,
+        log_first=max(self.line + 1, self._log_first[stage]),
         log_lost=stage in lost,
         corrupt=frozenset(i for s, i in self._corrupt if s == stage),
         newest=begun,
+        sources={self.initial: (recovery_plan.INITIAL,)},
         unrecorded_until=splice_lib.unverified_until(self.splices, stage),
       )
       for stage, begun in enumerate(newest)
     ]
-
-
-def _name(share: coverage.Share) -> tuple[int, int, int]:
-  return share.iteration, share.replicas, share.replica

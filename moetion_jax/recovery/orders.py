@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+
+from moetion_jax.policies import decision as decision_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,8 +12,7 @@ class Go:
   """An order to train: from which start, and with how large stores.
 
   Attributes:
-    start: the iteration from which the conversion starts; 0 is the initial
-      state.
+    start: the iteration from which the conversion starts.
     complete_at: iteration of the last snapshot of the conversion.
     newest: iteration of the newest existing snapshot.
     excluded: iterations of damaged snapshots, to be taken again.
@@ -25,7 +24,7 @@ class Go:
     cells: number of entries that the log can hold.
     pool_files: number of snapshots that there is room for; 0 if none are taken.
     pool_bytes: size of each of them.
-    decisions: what is captured when, as `decision.CaptureDecision.to_json`.
+    decisions: what is captured when.
     generation: the worker's generation from now on; 0 for that of its `Spec`.
     keeps_entries: whether the log keeps what comes after the line; otherwise it
       keeps only what neighbours may still read.
@@ -50,7 +49,7 @@ class Go:
   cells: int
   pool_files: int
   pool_bytes: int
-  decisions: tuple[Mapping[str, Any], ...]
+  decisions: tuple[decision_lib.CaptureDecision, ...]
   generation: int = 0
   keeps_entries: bool = True
   merges: bool = False
@@ -58,13 +57,39 @@ class Go:
   capacity_until: int = 0
   unverified_until: int = 0
 
-  def to_json(self) -> dict[str, Any]:
-    """Converts to plain dicts; `from_json` is the inverse."""
-    return dataclasses.asdict(self)
 
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> Go:
-    """Inverts `to_json`."""
-    lists = {k: tuple(value[k]) for k in ('decisions', 'excluded')}
-    lists['capacity'] = tuple(tuple(x) for x in value['capacity'])
-    return cls(**{**value, **lists})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StopHere:
+  """Stop where you are, and keep process and programs: an order follows.
+
+  It is never sent before the first `orders.Go`.
+  """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decide:
+  """What is captured from now on."""
+
+  decision: decision_lib.CaptureDecision
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Propose:
+  """Wait after an iteration until more is said."""
+
+  limit: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Commit:
+  """End after an iteration."""
+
+  limit: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HandOver:
+  """Put the training state into the store folder."""
+
+
+Order = Go | StopHere | Decide | Propose | Commit | HandOver

@@ -1,10 +1,8 @@
 """The recovery line, and the plan for a recovery.
 
-Both are pure functions of what the stores hold, with names and numbers only
-(DESIGN section 6). The workers' ordinary loop executes a plan, from the plan's
-start with a partial state.
-
-Pure Python without JAX, since the agent, which plans, uses it.
+Both are pure functions of what the stores hold, with names and numbers only.
+The workers' ordinary loop executes a plan, from the plan's start with a partial
+state.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ class StageInventory:
   Attributes:
     stage: the stage's number, from 0.
     starts: the starts of a conversion, ascending, counted from verified copies
-      in the places that are required. Contains iteration 0 where the initial
-      state can be made again (from the seed or `--init_from`).
+      in the places that are required. Contains that of the initial state, where
+      it can be made again (from the seed or a checkpoint).
     log_first: the first iteration of which the stage's log has all entries, up
       to those of the iteration that it works on.
     log_lost: whether the log is gone or damaged as a whole: it has no entries.
@@ -45,7 +43,6 @@ class StageInventory:
     sources: by start iteration, the names of places that have the stage's
       snapshots, best first. Without any, the source is the initial state for
       iteration 0 and the stage's own store for others.
-    durable_starts: the starts of a conversion from the durable tier.
     unrecorded_until: the last iteration whose snapshot does not say the scalars
       that others publish now: it is of other software. 0 for none.
   """
@@ -59,7 +56,6 @@ class StageInventory:
   sources: Mapping[int, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
   )
-  durable_starts: tuple[coverage.Start, ...] = ()
   unrecorded_until: int = 0
 
 
@@ -75,8 +71,6 @@ class RecoveryPlan:
     start: the iteration from whose snapshots all members start.
     complete_at: by member, the last snapshot of its conversion.
     sources: by member, the name of the place to read the snapshots from.
-    is_job_wide: whether everybody goes back together to a job-wide durable
-      iteration: then logs and snapshots of later ones no longer count.
     reasons: by member, why it is one.
   """
 
@@ -84,7 +78,6 @@ class RecoveryPlan:
   start: int
   complete_at: Mapping[int, int]
   sources: Mapping[int, str]
-  is_job_wide: bool = False
   reasons: Mapping[int, str]
 
   @property
@@ -153,9 +146,6 @@ def plan(
   A start is possible if it is valid for each member of its set. Of the possible
   ones, the one with the smallest set is taken; of those, the newest.
 
-  If there is none, or if everybody would go back anyway and the durable tier is
-  newer, everybody goes back to the newest durable iteration of the whole job.
-
   A failure during a recovery needs a new plan: call this again, with both
   failures and new inventories.
 
@@ -178,9 +168,6 @@ def plan(
   case = _Case(
     inventories=by_stage,
     starts=[_usable(i.stage, i.starts, excluded) for i in by_stage],
-    durable_starts=[
-      _usable(i.stage, i.durable_starts, excluded) for i in by_stage
-    ],
   )
   initial = case.initial_members(failed)
   if not initial:
@@ -196,13 +183,9 @@ def plan(
         best = start, members
       if len(members) == len(initial):
         break  # no other start has a smaller set
-  durable = max(_common(case.durable_starts), default=None)
-  if best is None or len(best[1]) == len(by_stage):
-    if durable is not None and (best is None or durable > best[0]):
-      return case.job_wide_plan(durable, initial)
   if best is None:
     raise UnrecoverableError(case.explain(candidates, initial))
-  return case.local_plan(*best)
+  return case.make_plan(*best)
 
 
 # Start iteration -> complete_at.
@@ -231,7 +214,6 @@ class _Case:
 
   inventories: Sequence[StageInventory]
   starts: Sequence[_Starts]
-  durable_starts: Sequence[_Starts]
 
   def initial_members(self, failed: Collection[int]) -> dict[int, str]:
     """Returns who recovers whatever the start is, with the reasons."""
@@ -279,7 +261,7 @@ class _Case:
       f'does not publish again from iteration {start}'
     )
 
-  def local_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
+  def make_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
     """Makes the plan to start from snapshots of the members or their peers."""
     default = (INITIAL if start == 0 else OWN,)
     return RecoveryPlan(
@@ -293,21 +275,6 @@ class _Case:
       reasons={m: members[m] for m in sorted(members)},
     )
 
-  def job_wide_plan(
-    self, start: int, initial: Mapping[int, str]
-  ) -> RecoveryPlan:
-    """Makes the plan in which everybody starts from the durable tier."""
-    stages = range(len(self.inventories))
-    together = f'everybody goes back to durable iteration {start}'
-    return RecoveryPlan(
-      stages=tuple(stages),
-      start=start,
-      complete_at={s: self.durable_starts[s][start] for s in stages},
-      sources={s: DURABLE for s in stages},
-      is_job_wide=True,
-      reasons={s: initial.get(s, together) for s in stages},
-    )
-
   def explain(
     self, candidates: Collection[int], initial: Mapping[int, str]
   ) -> str:
@@ -319,8 +286,7 @@ class _Case:
       blamed = [m for m in sorted(members) if start not in self.starts[m]]
       where = f'to recover with the others from iteration {start}'
     stages = '; '.join(
-      f'stage {m} ({members[m]}) has {where}: '
-      f'{_listing(self.starts[m])}, durable: {_listing(self.durable_starts[m])}'
+      f'stage {m} ({members[m]}) has {where}: {_listing(self.starts[m])}'
       for m in blamed
     )
     return (

@@ -5,15 +5,12 @@ the old trajectory and replays between them with the new software. Which bits
 come out follows from those snapshots alone, so they come out again after a
 failure, as long as nothing of the new trajectory takes part: captures of the
 two are never folded into one state.
-
-Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,20 +38,6 @@ class Splice:
     """
     return self.exact_until < start <= self.complete_at[stage]
 
-  def to_json(self) -> dict[str, Any]:
-    """Returns plain values; `from_json` is the inverse."""
-    return {
-      'exact_until': self.exact_until,
-      'complete_at': list(self.complete_at),
-    }
-
-  @classmethod
-  def from_json(cls, value: Mapping[str, Any]) -> Splice:
-    """Inverts `to_json`; other keys are ignored."""
-    return cls(
-      exact_until=value['exact_until'], complete_at=tuple(value['complete_at'])
-    )
-
 
 def in_force(splices: Sequence[Splice]) -> tuple[Splice, ...]:
   """Returns the splices behind which something old may still be.
@@ -73,7 +56,12 @@ def in_force(splices: Sequence[Splice]) -> tuple[Splice, ...]:
 
 
 def allows(
-  splices: Sequence[Splice], stage: int, start: int, *, is_running: bool
+  splices: Sequence[Splice],
+  stage: int,
+  start: int,
+  *,
+  is_running: bool,
+  initial: int = 0,
 ) -> bool:
   """Returns whether a conversion may start there.
 
@@ -84,8 +72,9 @@ def allows(
     is_running: whether the run goes on already. Then nothing goes back behind
       the last splice: what is written down of the iterations since the start
       has the bits of the old software.
+    initial: iteration of the initial state, which is whole: nothing is folded.
   """
-  if any(one.bars(stage, start) for one in splices):
+  if start > initial and any(one.bars(stage, start) for one in splices):
     return False
   return not (is_running and splices and start < splices[-1].exact_until)
 

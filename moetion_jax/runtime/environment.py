@@ -5,13 +5,13 @@ in a process that has a backend; here it is parsed, compared and put into words,
 without JAX.
 
 Not recorded, since none of it reaches a program: fractions of memory and
-allocators, huge pages and other GLIBC_TUNABLES, JAX's cache folder (a program
-that is loaded has the bits with which it was compiled), which of equal devices
-are visible, logs, dumps and profiles, timeouts and addresses. Nor is the
-version of this program itself: a new one has to go on with the same bits (a
-test finishes a run of an earlier one). What JAX itself records of a program's
-cache key (`jax/_src/cache_key.py`) is recorded here too, but for the program
-and the compile options, which follow from the settings.
+allocators, huge pages and GLIBC_TUNABLES but for those of the processor, JAX's
+cache folder (a program that is loaded has the bits with which it was compiled),
+which of equal devices are visible, logs, dumps and profiles, timeouts and
+addresses. Nor is the version of this program itself: a new one has to go on
+with the same bits (a test finishes a run of an earlier one). What JAX itself
+records of a program's cache key (`jax/_src/cache_key.py`) is recorded here too,
+but for the program and the compile options, which follow from the settings.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 from moetion_jax import errors
 
-# By section: 'versions' of libraries, 'device', 'options' of JAX, 'xla_flags',
-# 'libtpu_flags', environment 'variables', and the contents of 'files' that
-# flags and variables name; in each by name.
+# By section: 'versions' of libraries, 'device', the C library of the 'system',
+# 'options' of JAX, 'xla_flags', 'libtpu_flags', environment 'variables', and
+# contents of 'files' that flags and variables name; in each by name.
 Record = dict[str, dict[str, Any]]
 
 # Reductions and scatters of GPUs in a fixed order (FACTS: exactness).
@@ -38,8 +38,8 @@ _XLA_FLAGS, _FILES = 'xla_flags', 'files'
 # The one thing that may differ between the workers of a run.
 CORES = 'cores'
 
-# Flags of XLA that cannot change a program: what it writes down, and where it
-# looks for its tools. The number of devices is recorded as such.
+# Flags of XLA that cannot change a program, such as what it writes down. The
+# number of devices is recorded as such.
 _HARMLESS_FLAGS = (
   'xla_dump_',
   'xla_gpu_dump_',
@@ -48,7 +48,6 @@ _HARMLESS_FLAGS = (
   'xla_detailed_logging',
   'xla_hlo_profile',
   'xla_force_host_platform_device_count',
-  'xla_gpu_cuda_data_dir',
   'xla_gpu_experimental_autotune_cache_mode',
   'xla_tpu_sdc_checker_',
 )
@@ -158,6 +157,14 @@ _WRITTEN_FILES = (
 _NAMES_FILE = re.compile(r'file|path|_from$', re.IGNORECASE)
 # These may name a folder, all files of which are read.
 _READ_FOLDERS = ('xla_gpu_pgle_profile_file_or_directory_path',)
+# These name a folder of tools, of which those are read that make code.
+_TOOLS = {
+  'xla_gpu_cuda_data_dir': (
+    'nvvm/libdevice/libdevice.10.bc',
+    'bin/ptxas',
+    'bin/nvlink',
+  ),
+}
 # Recorded since there are `files`.
 _ONCE_HARMLESS = ('xla_gpu_per_fusion_autotune_cache_dir',)
 
@@ -235,9 +242,10 @@ def contents(
   found = {}
   for name, value in sorted(named.items()):
     # A flag that was given twice has both values.
+    tools = [f'{value}/{tool}' for tool in _TOOLS.get(name, ())]
     digests = [
       digest(path, name in _READ_FOLDERS)
-      for path in dict.fromkeys([value, *value.split()])
+      for path in dict.fromkeys([value, *value.split(), *tools])
       if '/' in path or _NAMES_FILE.search(name)
     ]
     text = ' '.join(filter(None, digests))
@@ -312,10 +320,12 @@ def completed(known: Record, here: Record) -> Record:
   filled = {**here, **known}
   for section in set(_OPEN) & filled.keys():
     filled[section] = {**here.get(section, {}), **known.get(section, {})}
-  if _FILES not in known and _XLA_FLAGS in known:
-    flags = here.get(_XLA_FLAGS, {})
-    later = {name: flags[name] for name in _ONCE_HARMLESS if name in flags}
-    filled[_XLA_FLAGS] = {**known[_XLA_FLAGS], **later}
+  # There were `files` before the folders of tools counted.
+  later = (*_TOOLS, *(_ONCE_HARMLESS if _FILES not in known else ()))
+  for section in {_XLA_FLAGS, _FILES} & known.keys():
+    found = here.get(section, {})
+    added = {name: found[name] for name in later if name in found}
+    filled[section] = {**added, **known[section]}
   return filled
 
 

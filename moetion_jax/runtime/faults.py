@@ -9,54 +9,70 @@ records what has happened.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import mmap
 import os
 import pathlib
 import resource
 import signal
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NoReturn
 
 from moetion_jax import errors
 
-# What happens. The agent performs its own kinds itself: it must note them.
-AGENT_KINDS = ('kill_agent', 'kill_all')
-SNAPSHOT_KINDS = ('corrupt_snapshot', 'corrupt_weights', 'torn_snapshot')
-FINAL_KIND = 'corrupt_final'
-READ_KINDS = ('corrupt_read', 'poison_read')
-KINDS = (
-  'kill',
-  'stop',
-  'exit',
-  'exception',
-  'oom',
-  *SNAPSHOT_KINDS,
-  'corrupt_log',
-  FINAL_KIND,
-  *READ_KINDS,
-  *AGENT_KINDS,
-)
-# When: phases as the loop names them; START_PHASES, before it is known which
-# iteration the worker begins with; REPLAY, anything done again after a failure;
-# END_PHASES, after the last iteration: a worker's state is in the store, the
-# final checkpoint (by the first worker) is written and not yet read back.
-START_PHASES = ('start', 'compile')
-END_PHASES = ('hand_over', 'save')
-REPLAY = 'replay'
-PHASES = (
-  *START_PHASES,
-  'forward',
-  'backward',
-  'update',
-  'capture',
-  'publish',
-  REPLAY,
-  *END_PHASES,
-)
-
 _EXIT_CODE = 3
 _OOM_BYTES = 1 << 30
+
+
+class Phase(enum.StrEnum):
+  """When a fault happens: phases as the loop names them, and some more."""
+
+  START = 'start'  # it is not yet known which iteration the worker begins with
+  COMPILE = 'compile'  # the same
+  FORWARD = 'forward'
+  BACKWARD = 'backward'
+  UPDATE = 'update'
+  CAPTURE = 'capture'
+  PUBLISH = 'publish'
+  REPLAY = 'replay'  # anything done again after a failure
+  HAND_OVER = 'hand_over'  # a worker's final state is in the store
+  SAVE = 'save'  # the final checkpoint is written and not yet read back
+
+
+START_PHASES = (Phase.START, Phase.COMPILE)
+END_PHASES = (Phase.HAND_OVER, Phase.SAVE)
+_WITH_DATA = tuple(phase for phase in Phase if phase not in START_PHASES)
+
+
+class Place(enum.Enum):
+  """What a fault damages; whoever owns that has an act in the injector."""
+
+  PROCESS = enum.auto()  # of the worker itself
+  SNAPSHOTS = enum.auto()  # of the worker, in host memory; it dies of it
+  LOG = enum.auto()  # of the worker
+  READS = enum.auto()  # an entry between its check and the program
+  FINAL_STATE = enum.auto()  # what was just written for the checkpoint
+  AGENT = enum.auto()  # it performs these itself: it must note them
+
+
+class FaultKind(enum.StrEnum):
+  """What happens; `TABLE` says where and how."""
+
+  KILL = 'kill'
+  STOP = 'stop'
+  EXIT = 'exit'
+  EXCEPTION = 'exception'
+  OOM = 'oom'
+  CORRUPT_SNAPSHOT = 'corrupt_snapshot'
+  CORRUPT_WEIGHTS = 'corrupt_weights'
+  TORN_SNAPSHOT = 'torn_snapshot'
+  CORRUPT_LOG = 'corrupt_log'
+  CORRUPT_FINAL = 'corrupt_final'
+  CORRUPT_READ = 'corrupt_read'
+  POISON_READ = 'poison_read'
+  KILL_AGENT = 'kill_agent'
+  KILL_ALL = 'kill_all'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,22 +81,22 @@ class Fault:
 
   Attributes:
     number: the fault's position in the script, from 0.
-    kind: one of KINDS.
+    kind: what happens.
     stage: the stage of the worker that has the fault.
     replica: the replica of that worker.
     iteration: the iteration in which it happens. In START_PHASES the
       replacement of a worker that had begun this iteration has the fault; 0
       means the first worker. In REPLAY 0 means the first replayed iteration,
       in END_PHASES the last one, whichever that is.
-    phase: one of PHASES.
+    phase: when it happens.
   """
 
   number: int
-  kind: str
+  kind: FaultKind
   stage: int
   replica: int = 0
   iteration: int
-  phase: str = 'forward'
+  phase: Phase = Phase.FORWARD
 
   def __str__(self) -> str:
     return (
@@ -88,9 +104,76 @@ class Fault:
       f'iteration={self.iteration},phase={self.phase}'
     )
 
-  def to_json(self) -> dict[str, Any]:
-    """Returns plain values; `Fault(**value)` is the inverse."""
-    return dataclasses.asdict(self)
+
+Act = Callable[[Fault, int], None]  # of the fault and the current iteration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+  """Where and how faults of one kind happen.
+
+  Attributes:
+    place: what they damage.
+    phases: when they may happen.
+    weight: how often `launch.chaos` draws them.
+    act: performs one; None: that is up to the owner of what is damaged.
+  """
+
+  place: Place
+  phases: tuple[Phase, ...] = tuple(Phase)
+  weight: int = 1
+  act: Act | None = None
+
+
+def signal_self(number: signal.Signals) -> None:
+  """Sends a signal to this process."""
+  os.kill(os.getpid(), number)
+
+
+def _raise(fault: Fault, iteration: int) -> None:
+  del iteration
+  raise RuntimeError(f'scripted: {fault}')
+
+
+def run_out_of_memory() -> NoReturn:
+  """Raises MemoryError: lowers the memory limit, then exceeds it."""
+  _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
+  with open('/proc/self/statm', 'rb') as file:
+    used_bytes = int(file.read().split()[0]) * mmap.PAGESIZE
+  resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _OOM_BYTES // 2, hard))
+  try:
+    bytearray(_OOM_BYTES)
+  finally:
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+  raise AssertionError('there was memory beyond the limit')
+
+
+TABLE: Mapping[FaultKind, Rule] = {
+  FaultKind.KILL: Rule(
+    place=Place.PROCESS,
+    weight=10,
+    act=lambda *_: signal_self(signal.SIGKILL),
+  ),
+  FaultKind.STOP: Rule(
+    place=Place.PROCESS,
+    weight=2,
+    act=lambda *_: signal_self(signal.SIGSTOP),
+  ),
+  FaultKind.EXIT: Rule(
+    place=Place.PROCESS, weight=2, act=lambda *_: os._exit(_EXIT_CODE)
+  ),
+  FaultKind.EXCEPTION: Rule(place=Place.PROCESS, weight=2, act=_raise),
+  FaultKind.OOM: Rule(place=Place.PROCESS, act=lambda *_: run_out_of_memory()),
+  FaultKind.CORRUPT_SNAPSHOT: Rule(place=Place.SNAPSHOTS, phases=_WITH_DATA),
+  FaultKind.CORRUPT_WEIGHTS: Rule(place=Place.SNAPSHOTS, phases=_WITH_DATA),
+  FaultKind.TORN_SNAPSHOT: Rule(place=Place.SNAPSHOTS, phases=_WITH_DATA),
+  FaultKind.CORRUPT_LOG: Rule(place=Place.LOG, phases=_WITH_DATA),
+  FaultKind.CORRUPT_FINAL: Rule(place=Place.FINAL_STATE, phases=END_PHASES),
+  FaultKind.CORRUPT_READ: Rule(place=Place.READS, phases=_WITH_DATA),
+  FaultKind.POISON_READ: Rule(place=Place.READS, phases=_WITH_DATA),
+  FaultKind.KILL_AGENT: Rule(place=Place.AGENT, weight=2),
+  FaultKind.KILL_ALL: Rule(place=Place.AGENT),
+}
 
 
 def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
@@ -110,12 +193,14 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
   def refuse(reason: str) -> NoReturn:
     raise errors.ConfigError('fail', text, reason)
 
-  kind, colon, rest = text.partition(':')
-  if kind not in KINDS or not colon:
+  name, colon, rest = text.partition(':')
+  if name not in TABLE or not colon:
     refuse(
       'must be KIND:stage=S,replica=R,iteration=I,phase=P with a KIND of '
-      + ', '.join(KINDS)
+      + ', '.join(TABLE)
     )
+  kind = FaultKind(name)
+  rule = TABLE[kind]
   found: dict[str, str] = {}
   for setting in rest.split(','):
     name, equals, value = setting.partition('=')
@@ -124,14 +209,16 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
     if name in found:
       refuse(f'{name} is there twice')
     found[name] = value
-  phase = found.pop('phase', END_PHASES[0] if kind == FINAL_KIND else 'forward')
-  if phase not in PHASES:
-    refuse(f'phase must be one of {", ".join(PHASES)}')
-  may_be_0 = phase in (*START_PHASES, REPLAY, *END_PHASES)
+  usual = Phase.FORWARD if Phase.FORWARD in rule.phases else rule.phases[0]
+  phase = found.pop('phase', usual)
+  if phase not in list(Phase):
+    refuse(f'phase must be one of {", ".join(Phase)}')
+  phase = Phase(phase)
+  may_be_0 = phase in (*START_PHASES, Phase.REPLAY, *END_PHASES)
   fields = {'replica': 0}
   if may_be_0:
     fields['iteration'] = 0
-  if kind in AGENT_KINDS:
+  if rule.place is Place.AGENT:
     fields['stage'] = 0
   limits = {'stage': stages, 'replica': replicas}
   for name, value in found.items():
@@ -148,19 +235,19 @@ def parse(text: str, number: int, stages: int, replicas: int = 1) -> Fault:
       'iteration must be at least 1, but for start, compile, replay, hand_over '
       'and save'
     )
-  if kind == FINAL_KIND and phase not in END_PHASES:
-    refuse(f'{kind} happens in one of {", ".join(END_PHASES)}')
-  if phase == 'save' and (fields['stage'] or fields['replica']):
+  if phase not in rule.phases and rule.place is Place.FINAL_STATE:
+    refuse(f'{kind} happens in one of {", ".join(rule.phases)}')
+  if phase is Phase.SAVE and (fields['stage'] or fields['replica']):
     refuse('stage 0 replica 0 saves, nobody else')
-  damages = (*SNAPSHOT_KINDS, 'corrupt_log', *READ_KINDS)
-  if kind in damages and phase in START_PHASES:
+  if phase not in rule.phases:
     refuse(f'nothing is there to corrupt in phase {phase}')
-  if kind in AGENT_KINDS and phase in START_PHASES and not fields['iteration']:
+  is_first = phase in START_PHASES and not fields['iteration']
+  if rule.place is Place.AGENT and is_first:
     refuse('before the run has begun nobody notes that it happened')
   return Fault(number=number, kind=kind, phase=phase, **fields)
 
 
-def parse_all(
+def parse_faults(
   texts: Sequence[str], stages: int, replicas: int = 1
 ) -> tuple[Fault, ...]:
   """Parses a whole script; see `parse`."""
@@ -195,8 +282,8 @@ class FaultInjector:
   """Performs the faults of one worker when they are due.
 
   Attributes:
-    acts: the action of each kind; kinds that need the worker's stores, or its
-      agent, are added by their owner.
+    acts: the act at each place where it is not that of `TABLE`; added by the
+      owner of what is damaged.
     replays_until: the last iteration that had already been begun before.
   """
 
@@ -212,13 +299,7 @@ class FaultInjector:
       announce: called before a fault happens; once it has returned, the agent
         must learn of the fault whatever becomes of this process.
     """
-    self.acts: dict[str, Callable[[Fault, int], None]] = {
-      'kill': lambda fault, iteration: _signal_self(signal.SIGKILL),
-      'stop': lambda fault, iteration: _signal_self(signal.SIGSTOP),
-      'exit': lambda fault, iteration: os._exit(_EXIT_CODE),
-      'exception': _raise,
-      'oom': lambda fault, iteration: run_out_of_memory(),
-    }
+    self.acts: dict[Place, Act] = {}
     self.replays_until = 0
     self._script = list(script)
     self._announce = announce
@@ -227,20 +308,23 @@ class FaultInjector:
     """Performs the fault that is due; call when a phase begins.
 
     Args:
-      phase: one of PHASES, or another one, which has no faults.
+      phase: a `Phase`, or another program's name, which has no faults.
       iteration: the current iteration; 0 in START_PHASES.
     """
     for fault in self._script:
       if self._is_due(fault, phase, iteration):
         self._script.remove(fault)
         self._announce(fault)
-        self.acts[fault.kind](fault, iteration)
+        rule = TABLE[fault.kind]
+        act = self.acts.get(rule.place, rule.act)
+        assert act is not None, fault
+        act(fault, iteration)
         return
 
   def _is_due(self, fault: Fault, phase: str, iteration: int) -> bool:
     if fault.phase in START_PHASES:
       return fault.phase == phase
-    if fault.phase == REPLAY:
+    if fault.phase is Phase.REPLAY:
       is_replayed = 0 < iteration <= self.replays_until
       return is_replayed and fault.iteration in (0, iteration)
     if fault.phase in END_PHASES:
@@ -248,30 +332,7 @@ class FaultInjector:
     return (fault.phase, fault.iteration) == (phase, iteration)
 
 
-def _signal_self(number: int) -> None:
-  os.kill(os.getpid(), number)
-
-
-def _raise(fault: Fault, iteration: int) -> None:
-  del iteration
-  raise RuntimeError(f'scripted: {fault}')
-
-
-def run_out_of_memory() -> NoReturn:
-  """Raises MemoryError: lowers the memory limit, then exceeds it."""
-  _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
-  with open('/proc/self/statm', 'rb') as file:
-    used_bytes = int(file.read().split()[0]) * mmap.PAGESIZE
-  resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _OOM_BYTES // 2, hard))
-  try:
-    bytearray(_OOM_BYTES)
-  finally:
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-  raise AssertionError('there was memory beyond the limit')
-
-
 EVENT = 'fault'
-_EVENT_FIELDS = ('stage', 'replica', 'iteration', 'phase')
 
 
 def event_fields(fault: Fault) -> dict[str, object]:
@@ -279,7 +340,10 @@ def event_fields(fault: Fault) -> dict[str, object]:
   return {
     'number': fault.number,
     'fault': fault.kind,
-    **{name: getattr(fault, name) for name in _EVENT_FIELDS},
+    'stage': fault.stage,
+    'replica': fault.replica,
+    'iteration': fault.iteration,
+    'phase': fault.phase,
   }
 
 
@@ -303,9 +367,11 @@ class FaultBook:
     for line in lines:
       try:
         event = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         continue  # a line torn by a death
-      fault = self._coming.get(event.get('number', -1))
+      if not isinstance(event, dict) or type(event.get('number')) is not int:
+        continue
+      fault = self._coming.get(event['number'])
       if (
         fault is not None
         and event.get('kind') == EVENT

@@ -31,7 +31,7 @@ def reap_orphans(pids: Iterable[int]) -> None:
       os.waitpid(pid, 0)
 
 
-STOP = (signal.SIGINT, signal.SIGTERM)
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class SignalPipe:
@@ -44,13 +44,22 @@ class SignalPipe:
   def __init__(self, numbers: tuple[signal.Signals, ...] = STOP):
     """Stores the signals; their handlers stay as they are until `open`."""
     self._numbers = numbers
+    self._hung_up = False
     self.fd = -1
 
   @contextlib.contextmanager
   def open(self) -> Iterator[None]:
-    """Has the signals do nothing but fill the pipe while the context lasts."""
+    """Has the signals do nothing but fill the pipe while the context lasts.
+
+    A hangup that is ignored stays so: `nohup` asks for that.
+    """
     self.fd, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    before = {n: signal.signal(n, _ignore) for n in self._numbers}
+    is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {
+      n: signal.signal(n, _ignore)
+      for n in self._numbers
+      if n != signal.SIGHUP or not is_kept
+    }
     wakeup_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
       yield
@@ -63,9 +72,27 @@ class SignalPipe:
       self.fd = -1
 
   def take(self) -> int:
-    """Returns how many signals came since the last call; call when readable."""
-    return len(os.read(self.fd, 64))
+    """Returns how many signals came since the last call; call when readable.
+
+    Hangups count once: a terminal that goes sends one, and its shell another.
+    """
+    numbers = os.read(self.fd, 64)
+    hangups = numbers.count(signal.SIGHUP)
+    counted = len(numbers) - hangups + (hangups > 0 and not self._hung_up)
+    self._hung_up = self._hung_up or hangups > 0
+    return counted
 
 
 def _ignore(*unused: object) -> None:
   pass  # not SIG_IGN: it would write nothing to the pipe
+
+
+def is_stopped(pid: int) -> bool:
+  """Returns True if the kernel has a process of this host stopped."""
+  try:
+    with open(f'/proc/{pid}/stat', 'rb') as file:
+      stat = file.read()
+  except OSError:
+    return False
+  # The process's name, in parentheses, may hold anything.
+  return stat.rpartition(b')')[2].split()[:1] == [b'T']

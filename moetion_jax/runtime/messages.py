@@ -1,67 +1,7 @@
-"""Messages between an agent and its workers: JSON, one object a line.
+"""What an agent, its workers and the agents of further hosts tell each other.
 
-A worker gets its `Spec` on stdin, the agent of a further host its `HostSpec`;
-then:
-
-  worker -> agent (`kind` and fields)
-    warm      a standby is prepared
-    ready     the worker is able to train: `device`, `platform`,
-              `lowering_platform` (`compilation.platform_of`),
-              `state_bytes`, `operators` (`planner.StageSizes`),
-              `environment` (`environment.Record`), `data_fingerprint`
-    state     what it does now, a few times a second: `state`, `detail`,
-              `iteration`, `steps` (a count of what it did)
-    resumed   it trains from now on: `first_iteration`, `start_seconds` (up to
-              its programs), `fetch_seconds` (its state)
-    caught_up the iteration in which its predecessor died is done: `iteration`
-    stored    a snapshot counts: `share` (`folders.share_from_json`)
-    report    an iteration is done: `report` (`report.Report.to_json`)
-    answer    the reply to `propose`: `limit`, `begun`
-    done      the loop ended: `iteration`
-    stopped_here  it has stopped, as it was told, and waits for `go`
-    handed_over, saved: what `hand_over` or `save` asked for is done
-    damaged   not saved: what a worker handed over is not what it had: `stage`
-              and `replica` of that worker, `what`; `is_sent_so`: that is what
-              it sent (`final_state.DamagedError`)
-    rewritten the checkpoint was read back damaged, and is written once more:
-              `what`
-    fault     a scripted fault happens now: `number`, `at` (`time.monotonic`)
-    refused   a setting is wrong: `flag`, `value`, `reason`
-    failed    the worker ends now: `error`, `iteration`; `advice`: what to do
-              if no damage explains it, or ''; `final`: another
-              attempt would end the same way; `suspects`: iterations of
-              snapshots that may be damaged; `corrupt`: stage and iteration of
-              a damaged log entry, or null; `has_wrong_bits`: a damaged log
-              entry may be the cause, though nobody found it
-  agent -> worker
-    promote   a standby becomes a worker: `spec`, `environment`
-    locations where every stage's entries are: `locations`, a list of `stage`,
-              `replica`, `host`, `address`, `generation`; sent again on a change
-    go        train, once the programs are compiled: `go` (`orders.Go`)
-    stop_here stop where you are, and keep process and programs: another `go`
-              follows; never sent before the first `go`
-    line      the recovery line: `iteration`; older things may be let go of
-    decide    what is captured from now on: `decision`
-              (`decision.CaptureDecision`)
-    propose   wait after iteration `limit` until more is said
-    commit    end after iteration `limit`
-    hand_over put the training state into the store folder
-    save      write everyone's state as the final checkpoint: `path`,
-              `iteration`, `digest` (as in metrics.jsonl), `replicas` (per
-              stage, those that have put theirs)
-    exit      end
-  further host's agent -> leader
-    serving   its store is open: `address` of its server
-    started   a worker runs: `stage`, `pid`
-    said      a worker's message: `stage`, `message`
-    printed   a line that a worker printed: `stage`, `line`
-    exited    a worker, after its last word: `stage`, `exit_code`
-    refused, failed: the host cannot be used; fields as from a worker
-  leader -> further host's agent
-    start     start a worker: `stage`, `generation`, `spec`, `environment`
-    tell      pass a message on to a worker: `stage`, `message`
-    kill      kill a worker: `stage`
-    exit      end once all workers are gone: `keep` the store or remove it
+A message is JSON, one object a line (`codec`). The unions at the end say
+who sends what to whom.
 """
 
 from __future__ import annotations
@@ -69,139 +9,222 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from launch.lm import settings as run_settings
-from moetion_jax.runtime import (
-  environment as environment_lib,
-  faults as faults_lib,
-)
+from moetion_jax import codec, keys
+from moetion_jax.logs import remote
+from moetion_jax.recovery import events, orders
+from moetion_jax.runtime import spec as spec_lib
 
-Message = dict[str, Any]
-
-STANDBY = -1  # the stage number of a process that has no stage yet
+# ---- a worker to its agent, besides `events` ---------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-  """Everything that a worker process is told when it starts.
+class Warm:
+  """A standby is prepared."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultHappens:
+  """A scripted fault happens now, at a time of `time.monotonic`."""
+
+  number: int
+  at: float
+
+
+# ---- an agent to its worker -------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Promote:
+  """A standby becomes a worker.
 
   Attributes:
-    config: the run's settings.
-    stage: the stage that the worker trains; STANDBY for none yet.
-    replica: the worker's replica of the stage.
-    generation: the worker's generation.
-    world: address of the stage world's coordinator; '' for a worker alone, and
-      for a standby that joins no world ahead.
-    team: the replicas of the stage that have a worker, in the world's order.
-    stands_for: replicas without a worker, whose microbatches this worker does.
-    agent_pid: pid of the process with which the worker dies.
-    cores: the cores on which the worker runs; empty for any.
-    compilation_cache_dir: see `xla_setup.configure`.
-    folder: the store folder of the worker's host.
-    durable_folder: the folder of snapshots on disk; '' for none.
-    handover_folder: the leader's store folder, into which everyone puts the
-      final state. So a host of `--local_hosts` is on the leader's machine.
-    host: name of the worker's host in the location map.
-    secret: the job's secret, in hex; '' where all stages share one host.
-    platform: for a standby, the platform as named by `compilation.platform_of`,
-      where it is known.
-    full_seconds: seconds that the log waits for room before the run ends.
-    is_replacement: whether the run had begun before this worker.
-    grows_capacity: whether an `orders.Go` may have a `capacity`.
-    environment: the record that the worker's own must equal, see
-      `environment.check_replacement`; {} for any.
-    faults: the scripted faults that the worker performs.
-    status_fd: the descriptor to which the worker writes.
-    control_fd: the descriptor from which the worker reads.
+    spec: the worker's spec; its descriptors are those of the standby.
+    environment: environment variables to set.
   """
 
-  config: run_settings.RunConfig
+  spec: spec_lib.Spec
+  environment: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProducerLocation:
+  """Location of the entries of one worker."""
+
   stage: int
-  replica: int = 0
-  generation: int
-  world: str = ''
-  team: tuple[int, ...] = (0,)
-  stands_for: tuple[int, ...] = ()
-  agent_pid: int
-  cores: tuple[int, ...]
-  compilation_cache_dir: str
-  folder: str
-  durable_folder: str = ''
-  handover_folder: str
-  host: str
-  secret: str = dataclasses.field(repr=False)
-  platform: str
-  full_seconds: float
-  is_replacement: bool = False
-  grows_capacity: bool = False
-  environment: environment_lib.Record = dataclasses.field(default_factory=dict)
-  faults: tuple[faults_lib.Fault, ...] = ()
-  status_fd: int
-  control_fd: int
-
-  @property
-  def loads_ahead(self) -> bool:
-    """True if a standby creates a backend and loads its programs.
-
-    On an accelerator it would take memory from the workers; and a backend on
-    CPU has as many threads as cores that it may use at its creation.
-    """
-    return self.platform == 'cpu' and bool(self.cores)
-
-  def to_json(self) -> Message:
-    """Returns plain dicts; `from_json` is the inverse."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, value: Message) -> Spec:
-    """Inverts `to_json`."""
-    return cls(
-      **{
-        **value,
-        'config': run_settings.RunConfig.from_json(value['config']),
-        'cores': tuple(value['cores']),
-        'team': tuple(value['team']),
-        'stands_for': tuple(value['stands_for']),
-        'faults': tuple(faults_lib.Fault(**x) for x in value['faults']),
-      }
-    )
+  replica: int
+  location: remote.Location
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HostSpec:
-  """Everything that the agent of a further host is told when it starts.
+class Locations:
+  """Where all workers' entries are; sent again on a change."""
+
+  locations: tuple[ProducerLocation, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """The recovery line: what is older may be let go of."""
+
+  iteration: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Save:
+  """Write everyone's state as the final checkpoint.
 
   Attributes:
-    name: the host's name in the location map.
-    run_id: the name of its store folder.
-    hostmem_dir: the directory of that folder.
-    workdir: the run's workdir, absolute, for the folder's owner file.
-    secret: the job's secret, in hex.
-    agent_pid: pid of the leader, with which this process dies.
-    lock_fds: descriptors of locks that it holds and hands on to its workers.
-    status_fd: the descriptor to which it writes.
-    control_fd: the descriptor from which it reads.
+    path: the folder of the checkpoint.
+    iteration: the iteration of the state.
+    digest: its digest, as in `metrics.jsonl`.
+    replicas: of each stage, the replicas that have put theirs.
   """
 
-  name: str
-  run_id: str
-  hostmem_dir: str
-  workdir: str
-  secret: str = dataclasses.field(repr=False)
-  agent_pid: int
-  lock_fds: tuple[int, ...]
-  status_fd: int
-  control_fd: int
+  path: str
+  iteration: int
+  digest: str
+  replicas: tuple[tuple[int, ...], ...]
 
-  def to_json(self) -> Message:
-    """Returns plain dicts; `from_json` is the inverse."""
-    return dataclasses.asdict(self)
 
-  @classmethod
-  def from_json(cls, value: Message) -> HostSpec:
-    """Inverts `to_json`."""
-    return cls(**{**value, 'lock_fds': tuple(value['lock_fds'])})
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exit:
+  """End the process."""
+
+
+# ---- the agent of a further host to the leader ------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+  """The host's store is open: the address of its server."""
+
+  address: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Started:
+  """The worker of a stage runs."""
+
+  stage: int
+  pid: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Said:
+  """A message of the worker of a stage."""
+
+  stage: int
+  message: FromWorker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Printed:
+  """A line that the worker of a stage printed."""
+
+  stage: int
+  line: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exited:
+  """The worker of a stage ended; all its messages came before."""
+
+  stage: int
+  exit_code: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostFailed:
+  """The host cannot be used."""
+
+  error: str
+
+
+# ---- the leader to the agent of a further host ------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+  """Start a worker.
+
+  Attributes:
+    spec: the worker's spec, without what only its host's agent knows.
+    environment: environment variables to set.
+  """
+
+  spec: spec_lib.Spec
+  environment: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tell:
+  """Pass a message on to the worker of a stage."""
+
+  stage: int
+  message: ToWorker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kill:
+  """Kill the worker of a stage."""
+
+  stage: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fence:
+  """Refuse older generations of a worker, this host's or another's."""
+
+  worker: keys.WorkerId
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Close:
+  """End once all workers are gone, and keep the store or remove it."""
+
+  keep: bool
+
+
+FromWorker = (
+  Warm
+  | FaultHappens
+  | events.Ready
+  | events.Resumed
+  | events.CaughtUp
+  | events.Stored
+  | events.Reported
+  | events.Done
+  | events.HandedOver
+  | events.State
+  | events.Answer
+  | events.StoppedHere
+  | events.Saved
+  | events.Damaged
+  | events.Rewritten
+  | events.Refused
+  | events.Failed
+)
+ToWorker = (
+  Promote
+  | Locations
+  | orders.Go
+  | orders.StopHere
+  | Line
+  | orders.Decide
+  | orders.Propose
+  | orders.Commit
+  | orders.HandOver
+  | Save
+  | Exit
+)
+FromHost = (
+  Serving | Started | Said | Printed | Exited | events.Refused | HostFailed
+)
+ToHost = Start | Tell | Kill | Fence | Close
+Message = FromWorker | ToWorker | FromHost | ToHost
 
 
 def write(fd: int, data: bytes) -> None:
@@ -210,9 +233,18 @@ def write(fd: int, data: bytes) -> None:
     data = data[os.write(fd, data) :]
 
 
-def encode(kind: str, **fields: Any) -> bytes:
-  """Encodes one message as a line."""
-  return json.dumps({'kind': kind, **fields}).encode() + b'\n'
+def pack(message: Message) -> bytes:
+  """Makes a line of a message."""
+  return json.dumps(codec.encode(message, Message)).encode() + b'\n'
+
+
+def unpack(line: bytes) -> Any:
+  """Makes a `Message` of a line.
+
+  Raises:
+    ValueError: it is none; names class and field.
+  """
+  return codec.decode(Message, json.loads(line))
 
 
 class Lines:

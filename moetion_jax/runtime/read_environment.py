@@ -13,6 +13,7 @@ import itertools
 import os
 import pathlib
 import platform
+import pwd
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,8 @@ _INSTRUCTIONS = re.compile(
   r'(sse|ssse|avx|fma|f16c|bmi|amx|gfni|vaes|vpclmul|neon|asimd|sve|sme|bf16)'
 )
 _DIGEST_DIGITS = 16
+_LIBM = re.compile(r'\S+/libm[.-]\S+$', re.MULTILINE)
+_PRELOAD, _TUNABLES = 'LD_PRELOAD', 'GLIBC_TUNABLES'
 _DRIVER = '/proc/driver/nvidia/version'
 
 # Options of JAX that can change a program or its bits.
@@ -222,16 +225,61 @@ def read() -> environment.Record:
   device = jax.local_devices()[0]
   flags = environment.parse_flags(os.environ.get('XLA_FLAGS', ''))
   libtpu = environment.parse_flags(os.environ.get('LIBTPU_INIT_ARGS', ''))
-  variables = environment.variables(os.environ)
+  settings = {} if device.platform == 'cpu' else nccl_settings(_nccl_files())
+  variables = environment.variables({**settings, **os.environ})
   return {
     'versions': dict(_VERSIONS),
     'device': _device(device),
+    'system': system(_content('/proc/self/maps'), os.environ),
     'options': options(jax.config.values),
     'xla_flags': flags,
     'libtpu_flags': libtpu,
     'variables': variables,
     'files': environment.contents(variables | libtpu | flags, digest_of),
   }
+
+
+def _nccl_files() -> list[str]:
+  """Lists the files that NCCL reads, of which the first one to set holds."""
+  files = [os.environ.get('NCCL_CONF_FILE', ''), '/etc/nccl.conf']
+  with contextlib.suppress(KeyError):  # a user without an entry
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    files[0] = files[0] or os.path.join(home, '.nccl.conf')
+  return files
+
+
+def nccl_settings(files: Iterable[str]) -> dict[str, str]:
+  """Returns the variables that NCCL sets itself where they are not set.
+
+  Args:
+    files: paths of files with lines NAME=VALUE; of two lines the first holds.
+  """
+  found: dict[str, str] = {}
+  for file in files:
+    for line in _content(file).splitlines():
+      name, is_set, value = line.partition('=')
+      if is_set and not line.startswith('#'):
+        found.setdefault(name, value)
+  return found
+
+
+def system(maps: str, variables: Mapping[str, str]) -> dict[str, str]:
+  """Records the C library, its mathematics, and what is loaded before them.
+
+  Args:
+    maps: the content of /proc/self/maps.
+    variables: the environment variables.
+  """
+  found = {'libc': ' '.join(platform.libc_ver())}
+  for name in sorted(set(_LIBM.findall(maps))):
+    found['libm'] = digest_of(name) or name
+  if preloaded := variables.get(_PRELOAD, ''):
+    files = [digest_of(path) for path in re.split('[ :]+', preloaded)]
+    found[_PRELOAD] = ' '.join([preloaded, *filter(None, files)])
+  tunables = variables.get(_TUNABLES, '').split(':')
+  if chosen := ':'.join(x for x in tunables if x.startswith('glibc.cpu.')):
+    found[_TUNABLES] = chosen  # it chooses between variants of functions
+  return found
 
 
 def digest_of(path: str, reads_folder: bool = False) -> str | None:
@@ -269,17 +317,6 @@ def options(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in sorted(values.items())
     if name not in HARMLESS
   }
-
-
-def unclassified(names: Iterable[str]) -> list[str]:
-  """Returns a sentence for each option that is not in exactly one list."""
-  wrong = sorted(name for name in names if name not in MATTERS ^ HARMLESS)
-  return [
-    f'{name} is in {"both" if name in MATTERS else "none"} of the lists of '
-    f'JAX options in {__name__}: put it into MATTERS if it can change a '
-    'program or its bits, into HARMLESS if it cannot'
-    for name in wrong
-  ]
 
 
 def _device(device: Any) -> dict[str, Any]:

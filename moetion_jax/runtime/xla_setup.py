@@ -12,7 +12,11 @@ from moetion_jax import errors
 from moetion_jax.programs import jax_internals
 from moetion_jax.runtime import environment
 
-_WORLD_SECONDS = 60  # members may have to import and compile first
+# Members may have to import and compile first, on a machine with much to do.
+# For one that died nobody waits: the agent ends them all.
+_WORLD_SECONDS = 600
+# The agent watches, by a clock that does not jump; JAX goes by the time of day.
+_HEARTBEAT_SECONDS = 7 * 24 * 3600
 
 # mallopt parameters of glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -39,16 +43,13 @@ def configure(*, local_devices: int, compilation_cache_dir: str) -> None:
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def join_world(
-  address: str, replicas: int, replica: int, seconds: int = _WORLD_SECONDS
-) -> None:
+def join_world(address: str, replicas: int, replica: int) -> None:
   """Makes this process a member of its stage world; call after `configure`.
 
   Args:
     address: address of the world's coordinator, which is replica 0.
     replicas: number of members of the world.
     replica: this process's number among them.
-    seconds: seconds to wait for the others.
 
   Raises:
     errors.MoetionError: the others did not come, or the port is taken.
@@ -61,9 +62,11 @@ def join_world(
       replicas,
       replica,
       cluster_detection_method='deactivate',
-      initialization_timeout=seconds,
+      initialization_timeout=_WORLD_SECONDS,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       coordinator_bind_address=address,
     )
+    jax_internals.gather_at(address.rpartition(':')[0])
     jax.devices()  # waits for the others
   except Exception as error:  # JAX passes on the RPC layer's errors
     raise errors.MoetionError(

@@ -1,10 +1,8 @@
-"""Decides from which snapshots a dense state can be made (DESIGN section 5).
+"""Decides from which snapshots a dense state can be made.
 
 A snapshot holds the training state of some operators and the compute weights of
 others. Folded one after the other, with an iteration replayed between two,
 they make a dense state. Which snapshots do is decided here, from names alone.
-
-Pure Python without JAX, since the agent, which plans, uses it.
 """
 
 from __future__ import annotations
@@ -12,8 +10,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from moetion_jax import keys
+
+
+class ShareName(NamedTuple):
+  """The name of a share among all shares of a stage.
+
+  Attributes:
+    iteration: the iteration after which the state was captured.
+    replicas: number of shares that make the stage's snapshot.
+    replica: the worker's replica, from 0.
+  """
+
+  iteration: int
+  replicas: int
+  replica: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +44,19 @@ class Share:
   iteration: int
   replica: int = 0
   replicas: int = 1
-  state: frozenset[keys.OperatorId]
-  compute: frozenset[keys.OperatorId]
+  state: keys.Operators
+  compute: keys.Operators
 
   def __post_init__(self):
     if self.iteration < 0 or not 0 <= self.replica < self.replicas:
       raise ValueError(
         f'share {self.replica} of {self.replicas} of iteration {self.iteration}'
       )
+
+  @property
+  def name(self) -> ShareName:
+    """Name of the share; its copies have the same."""
+    return ShareName(self.iteration, self.replicas, self.replica)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +65,11 @@ class SnapshotRecord:
 
   Attributes:
     iteration: the iteration after which the state was captured.
-    replicas: number of shares that make the snapshot.
     state: operators whose training state it holds.
     compute: operators whose compute weights it holds.
   """
 
   iteration: int
-  replicas: int = 1
   state: frozenset[keys.OperatorId]
   compute: frozenset[keys.OperatorId]
 
@@ -72,12 +88,31 @@ class Start:
   complete_at: int
 
 
-def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
+def whole_teams(names: Iterable[ShareName]) -> dict[int, list[ShareName]]:
   """Finds the snapshots of a stage that have all their shares.
 
   A stage that changed its number of replicas may have captured an iteration
   twice, with the same bits in other shares. Shares of the two never make a
   snapshot together; if both are complete, the one with fewer shares is taken.
+
+  Args:
+    names: the names of the shares that there are.
+
+  Returns:
+    The shares that make each snapshot, by replica; by iteration, ascending.
+  """
+  teams: dict[tuple[int, int], set[ShareName]] = {}
+  for name in names:
+    teams.setdefault((name.iteration, name.replicas), set()).add(name)
+  whole: dict[int, list[ShareName]] = {}
+  for (iteration, replicas), team in sorted(teams.items()):
+    if len(team) == replicas:
+      whole.setdefault(iteration, sorted(team))
+  return whole
+
+
+def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
+  """Finds the snapshots that have all their shares, see `whole_teams`.
 
   Args:
     shares: shares of one stage, in any order; copies of a share count once.
@@ -89,30 +124,29 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
     ValueError: two shares of one iteration, replica and number of replicas hold
       different operators.
   """
-  groups: dict[tuple[int, int], dict[int, Share]] = {}
+  named: dict[ShareName, Share] = {}
   for share in shares:
-    group = groups.setdefault((share.iteration, share.replicas), {})
-    if group.setdefault(share.replica, share) != share:
+    if named.setdefault(share.name, share) != share:
       raise ValueError(
         f'iteration {share.iteration} has two different shares '
         f'{share.replica} of {share.replicas}'
       )
-  records: dict[int, SnapshotRecord] = {}
-  for (iteration, replicas), group in sorted(groups.items()):
-    if len(group) == replicas and iteration not in records:
-      records[iteration] = SnapshotRecord(
-        iteration=iteration,
-        replicas=replicas,
-        state=frozenset().union(*(s.state for s in group.values())),
-        compute=frozenset().union(*(s.compute for s in group.values())),
-      )
-  return tuple(records.values())
+  return tuple(
+    SnapshotRecord(
+      iteration=iteration,
+      state=frozenset().union(*(named[name].state for name in team)),
+      compute=frozenset().union(*(named[name].compute for name in team)),
+    )
+    for iteration, team in whole_teams(named).items()
+  )
 
 
-def initial_record(operators: Iterable[keys.OperatorId]) -> SnapshotRecord:
-  """Returns snapshot 0, the initial state, complete by definition."""
+def initial_record(
+  operators: Iterable[keys.OperatorId], iteration: int = 0
+) -> SnapshotRecord:
+  """Returns the snapshot of the initial state, complete by definition."""
   return SnapshotRecord(
-    iteration=0, state=frozenset(operators), compute=frozenset()
+    iteration=iteration, state=frozenset(operators), compute=frozenset()
   )
 
 

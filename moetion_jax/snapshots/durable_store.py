@@ -18,8 +18,8 @@ from moetion_jax import disk, errors
 from moetion_jax.hostmem import private
 from moetion_jax.snapshots import (
   file as snapshot_file,
+  interface,
   manifest as manifest_lib,
-  memory_store,
 )
 
 _TEMPORARY_SUFFIX = '.tmp'
@@ -35,16 +35,12 @@ class InterruptedStoreError(errors.StoreError):
   """Raised when a snapshot is given up on its way to storage."""
 
 
-class DurableStore:
-  """The snapshots of one worker on disk; used like a `SnapshotStore`.
-
-  One thread uses it, except `retain` and `interrupt`, which any thread may
-  call.
-  """
+class DurableStore(interface.Store):
+  """The snapshots of one worker, on disk."""
 
   def __init__(
     self,
-    memory: memory_store.SnapshotStore,
+    memory: interface.Store,
     folder: str | os.PathLike[str],
   ):
     """Stores the arguments.
@@ -61,11 +57,7 @@ class DurableStore:
     self._is_interrupted = False
 
   def start(self) -> None:
-    """Takes over the snapshots that a predecessor committed.
-
-    Raises:
-      StoreError: the memory store or the folder cannot be used.
-    """
+    """See `interface.Store`."""
     missing = [self.folder, *self.folder.parents]
     missing = [path for path in missing if not path.exists()]
     try:
@@ -83,23 +75,19 @@ class DurableStore:
     self._memory.retain(_ALL)
 
   def close(self) -> None:
-    """Closes the memory store. May be called twice."""
+    """See `interface.Store`."""
     self._memory.close()
 
   def interrupt(self) -> None:
-    """Gives up the save on its way; later saves fail."""
+    """See `interface.Store`."""
     self._is_interrupted = True
 
-  def iterations(self) -> list[int]:
-    """Returns the iterations of the snapshots on disk, ascending."""
-    return sorted(snapshot_file.list_snapshots(self.folder))
-
   def retain(self, first_iteration: int) -> None:
-    """Allows snapshots of earlier iterations to be removed."""
+    """See `interface.Store`."""
     self._first_iteration = max(self._first_iteration, first_iteration)
 
   def enlarge(self, size_bytes: int) -> None:
-    """Makes room for larger snapshots; see `SnapshotStore.enlarge`."""
+    """See `interface.Store`."""
     self._memory.enlarge(size_bytes)
 
   def save(
@@ -110,19 +98,17 @@ class DurableStore:
     *,
     replace: bool = False,
   ) -> int:
-    """Saves a snapshot; when this returns, it is on disk.
-
-    Returns:
-      The bytes of all buffers.
-
-    Raises:
-      EntryMismatchError: see `SnapshotStore.save`.
-      StoreError: the snapshot cannot be written.
-      InterruptedStoreError: `interrupt` was called.
-    """
-    self._memory.save(iteration, metadata, buffers, replace=replace)
+    """See `interface.Store`; when this returns, the snapshot is on disk."""
+    if iteration in self.iterations() and self._keeps(
+      iteration, metadata, buffers, replace
+    ):
+      return 0
+    # What memory still has of that iteration never counted.
+    self._memory.save(iteration, metadata, buffers, replace=True)
     try:
       self._persist(iteration)
+    except FileNotFoundError as error:  # of memory: this one makes its own
+      raise errors.StoreError(f'{error.filename}: {error.strerror}') from error
     except OSError as error:
       raise errors.StoreError(
         f'{self.folder}: snapshot {iteration}: {error.strerror}; make room, or '
@@ -168,5 +154,8 @@ class DurableStore:
         if self._is_interrupted:
           raise InterruptedStoreError(f'{target}: given up')
         count = min(_PIECE_BYTES, size_bytes - offset)
-        offset += os.sendfile(new.fileno(), old.fileno(), offset, count)
+        sent = os.sendfile(new.fileno(), old.fileno(), offset, count)
+        if not sent:
+          raise errors.StoreError(f'{source / name}: was cut meanwhile')
+        offset += sent
       os.fsync(new.fileno())

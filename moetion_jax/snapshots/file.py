@@ -26,7 +26,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,8 +106,13 @@ class DataFile:
 
   @property
   def is_reserved(self) -> bool:
-    """True if every page exists, so that no write can die of SIGBUS."""
-    return os.fstat(self._fd).st_blocks * 512 >= self.size_bytes
+    """True if every page exists, so that no write can die of SIGBUS.
+
+    Somebody may have cut the file, or removed it, since it was opened.
+    """
+    status = os.fstat(self._fd)
+    is_there = status.st_nlink > 0 and status.st_size >= self.size_bytes
+    return is_there and status.st_blocks * 512 >= self.size_bytes
 
   def move(self, path: str | os.PathLike[str]) -> None:
     """Renames the file."""
@@ -173,21 +178,7 @@ def write(
       )
     else:
       data_file.move(directory / DATA_NAME)
-    stored, offset = {}, 0
-    for buffer in buffers:
-      end = offset + buffer.nbytes
-      stored[buffer.name] = manifest_lib.StoredBuffer(
-        name=buffer.name,
-        dtype=np.dtype(buffer.dtype),
-        shape=tuple(buffer.shape),
-        offset=offset,
-        nbytes=end - offset,
-        checksum=buffer.checksum(data_file.memory[offset:end]),
-      )
-      offset = manifest_lib.padded(end)
-  manifest = manifest_lib.Manifest(
-    metadata=metadata, buffers=stored, used_bytes=used_bytes
-  )
+    manifest = manifest_lib.fill(data_file.memory, buffers, metadata)
   temporary = directory / (MANIFEST_NAME + '.new')
   private.write(temporary, manifest.pack())
   temporary.rename(directory / MANIFEST_NAME)
@@ -231,16 +222,21 @@ class StoredSnapshot:
     """The JSON object that the snapshot was written with."""
     return self.manifest.metadata
 
-  def verify(self) -> None:
-    """Raises SnapshotCorruptError, naming the first damaged buffer."""
+  def verify(self, *names: str) -> None:
+    """Raises SnapshotCorruptError, naming the first damaged buffer.
+
+    Args:
+      *names: names of the buffers to verify; all by default.
+    """
     # The raising frame has no array: a kept traceback must not keep the lease.
-    damage = self._damage()
+    damage = self._damage(names or self.arrays)
     if damage:
       raise manifest_lib.SnapshotCorruptError(damage)
 
-  def _damage(self) -> str:
-    for name, array in self.arrays.items():
-      found, buffer = raw_bytes.checksum(array), self.manifest.buffers[name]
+  def _damage(self, names: Iterable[str]) -> str:
+    for name in names:
+      found = raw_bytes.checksum(self.arrays[name])
+      buffer = self.manifest.buffers[name]
       if found != buffer.checksum:
         return (
           f'{self.path / DATA_NAME}: buffer {name} (bytes {buffer.offset} to '

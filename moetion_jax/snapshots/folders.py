@@ -8,11 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moetion_jax import errors, keys
-from moetion_jax.snapshots import coverage, file as snapshot_file
-
-# The fields of a snapshot's metadata that describe its share.
-SHARE_FIELDS = ('iteration', 'replica', 'replicas', 'state', 'compute')
+from moetion_jax import codec, errors
+from moetion_jax.snapshots import coverage, interface, registry
 
 
 def snapshots_folder(
@@ -22,15 +19,13 @@ def snapshots_folder(
   return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.snapshots'
 
 
-def share_from_json(value: Mapping[str, Any]) -> coverage.Share:
-  """Makes the share that snapshot metadata or a message describes."""
-  return coverage.Share(
-    iteration=value['iteration'],
-    replica=value['replica'],
-    replicas=value['replicas'],
-    state=keys.operators_from_json(value['state']),
-    compute=keys.operators_from_json(value['compute']),
-  )
+def share_of(metadata: Mapping[str, Any]) -> coverage.Share:
+  """Makes the share that a snapshot's metadata describes, among other things.
+
+  Raises:
+    ValueError: a field has a wrong type.
+  """
+  return codec.decode_part(coverage.Share, metadata)
 
 
 def snapshots_folders(
@@ -56,11 +51,10 @@ def read_shares(
   """
   shares = []
   for of_replica in snapshots_folders(folder, stage):
-    found = snapshot_file.list_snapshots(of_replica)
-    for _, path in sorted(found.items()):
+    stored = registry.stored(of_replica)
+    for iteration in stored.iterations():
       try:
-        metadata = snapshot_file.read_manifest(path).metadata
-        shares.append(share_from_json(metadata))
+        shares.append(share_of(stored.manifest(iteration).metadata))
       except errors.StoreError as error:
         on_unreadable(str(error))
   return shares
@@ -68,23 +62,17 @@ def read_shares(
 
 def find_shares(
   folder: str | os.PathLike[str], stage: int, iteration: int
-) -> list[pathlib.Path]:
-  """Finds the shares that make a stage's snapshot.
-
-  Follows the rule of `coverage.complete_records`.
+) -> list[interface.StoredSnapshots]:
+  """Finds the shares that make a stage's snapshot, see `coverage.whole_teams`.
 
   Returns:
-    Their directories by replica; [] if there is no such snapshot.
+    Those who have them, by replica; [] if there is no such snapshot.
   """
-  of_number: dict[int, dict[int, pathlib.Path]] = {}
+  found: dict[coverage.ShareName, interface.StoredSnapshots] = {}
   for of_replica in snapshots_folders(folder, stage):
-    path = snapshot_file.list_snapshots(of_replica).get(iteration)
-    if path is None:
-      continue
-    metadata = snapshot_file.read_manifest(path).metadata
-    group = of_number.setdefault(metadata['replicas'], {})
-    group[metadata['replica']] = path
-  for replicas, group in sorted(of_number.items()):
-    if len(group) == replicas:
-      return [group[replica] for replica in range(replicas)]
-  return []
+    stored = registry.stored(of_replica)
+    if iteration in stored.iterations():
+      found[share_of(stored.manifest(iteration).metadata).name] = stored
+  return [
+    found[name] for name in coverage.whole_teams(found).get(iteration, ())
+  ]

@@ -27,8 +27,18 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from moetion_jax import errors
-from moetion_jax.hostmem import memory_limits, private, store_folder
-from moetion_jax.snapshots import file as snapshot_file, manifest, orbax_handler
+from moetion_jax.hostmem import (
+  memory_limits,
+  private,
+  raw_bytes,
+  store_folder,
+)
+from moetion_jax.snapshots import (
+  file as snapshot_file,
+  interface,
+  manifest,
+  orbax_handler,
+)
 
 _POOL_PREFIX = 'free-'
 _RETIRED_PREFIX = 'retired-'
@@ -40,17 +50,8 @@ _TEMPORARY_NAME = re.compile(
 )
 
 
-class SnapshotFullError(errors.StoreError):
-  """Every data file is in use, by snapshots that must be kept or by readers."""
-
-
-class SnapshotStore:
-  """The snapshots of one worker.
-
-  One thread uses it, except `retain`, which any thread may call: `start`, then
-  `save` and `retain` in any order, then `close`; or a with block. The files
-  stay; `file.list_snapshots(folder)` finds the snapshots.
-  """
+class SnapshotStore(interface.Store):
+  """The snapshots of one worker, in tmpfs; use it in a with block."""
 
   def __init__(
     self, folder: str | os.PathLike[str], size_bytes: int, files: int
@@ -63,7 +64,7 @@ class SnapshotStore:
       files: largest number of snapshots, the one being written included.
     """
     self.folder = pathlib.Path(folder)
-    self._size_bytes = _whole_pages(size_bytes)
+    self._size_bytes = raw_bytes.whole_pages(max(size_bytes, 1))
     self._files = files
     self._reserved_bytes = self._size_bytes * files
     self._is_cut_anew = False
@@ -79,10 +80,10 @@ class SnapshotStore:
     self._leftovers: dict[pathlib.Path, snapshot_file.DataFile | None] = {}
 
   def start(self) -> None:
-    """Adopts what a predecessor left, killed or not, and reserves the pool.
+    """See `interface.Store`: adopts what is there, and reserves the pool.
 
-    Committed snapshots stay. Data files of temporary directories are kept if
-    they have the size that is asked for now.
+    Data files of temporary directories are kept if they have the size that is
+    asked for now.
 
     Raises:
       StoreError: a living process uses the folder, the folder is not private,
@@ -112,7 +113,7 @@ class SnapshotStore:
     logging.getLogger('absl').addFilter(self._quiet)
 
   def close(self) -> None:
-    """Lets go of the folder; its files stay. May be called twice."""
+    """See `interface.Store`."""
     if self._checkpointer is not None:
       self._checkpointer.close()
       self._checkpointer = None
@@ -136,28 +137,18 @@ class SnapshotStore:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def iterations(self) -> list[int]:
-    """Returns the iterations of the committed snapshots, ascending."""
-    return sorted(self._snapshots)
-
   def retain(self, first_iteration: int) -> None:
-    """Allows snapshots of earlier iterations to be retired when need be."""
+    """See `interface.Store`."""
     self._first_iteration = max(self._first_iteration, first_iteration)
 
   def enlarge(self, size_bytes: int) -> None:
-    """Cuts what was reserved into fewer and larger data files.
+    """See `interface.Store`: cuts what was reserved into larger data files.
 
     Snapshots keep the files that they have. Other files make way; larger ones
     are made one by one, when they are needed and there are bytes for them. May
     be called before `start`; does nothing if the files are large enough.
-
-    Args:
-      size_bytes: size of a data file, see `manifest.data_bytes`.
-
-    Raises:
-      StoreError: not even one file would fit.
     """
-    size_bytes = _whole_pages(size_bytes)
+    size_bytes = raw_bytes.whole_pages(size_bytes)
     if size_bytes <= self._size_bytes:
       return
     if size_bytes > self._reserved_bytes:
@@ -181,30 +172,7 @@ class SnapshotStore:
     *,
     replace: bool = False,
   ) -> int:
-    """Saves a snapshot; when this returns, it is committed.
-
-    If the iteration has a snapshot of the same buffers, it must be equal, and
-    nothing is done. A snapshot of other buffers (a replay has another slot) is
-    kept unless `replace`. A damaged one is replaced in any case.
-
-    Args:
-      iteration: iteration of the snapshot, from 0.
-      metadata: any JSON object.
-      buffers: the snapshot's arrays; pieces may be JAX arrays, which must not
-        be donated before this returns.
-      replace: whether a snapshot of other operators, or with other bits, takes
-        the old one's place; the old one counts until then.
-
-    Returns:
-      The bytes written; 0 if the existing snapshot was kept.
-
-    Raises:
-      EntryMismatchError: bits diverged; names the buffer or the metadata.
-      SnapshotFullError: no data file is free until `retain` advances or a lease
-        ends.
-      OSError: with ENOSPC, somebody else took memory that `enlarge` gave back.
-      StoreError: buffers cannot be written, or are larger than a data file.
-    """
+    """See `interface.Store`."""
     if self._checkpointer is None:
       raise errors.StoreError(f'{self.folder}: not started')
     json.dumps(metadata)  # raises TypeError before anything is done
@@ -238,33 +206,6 @@ class SnapshotStore:
     if error is not None:
       raise error
     return sum(buffer.nbytes for buffer in buffers)
-
-  def _keeps(
-    self,
-    iteration: int,
-    metadata: dict[str, Any],
-    buffers: Sequence[manifest.Buffer],
-    replace: bool,
-  ) -> bool:
-    """True if the existing snapshot stays; EntryMismatchError if it differs."""
-    path = self._path(iteration)
-    try:
-      with snapshot_file.open_snapshot(path) as stored:
-        old = {b.identity: b.checksum for b in stored.manifest.buffers.values()}
-        if old.keys() == {b.identity for b in buffers}:
-          try:
-            _compare_buffers(iteration, old, buffers)
-            _compare_metadata(iteration, stored.metadata, metadata)
-          except errors.EntryMismatchError:
-            if replace:  # it is not trusted
-              return False
-            raise
-        elif replace:
-          return False
-        stored.verify()
-        return True
-    except manifest.SnapshotCorruptError:
-      return False
 
   def _settle(self, iteration: int, data: snapshot_file.DataFile) -> None:
     """Tidies up after a save, failed or not: the folder says what counts."""
@@ -310,6 +251,10 @@ class SnapshotStore:
 
   def _take(self) -> snapshot_file.DataFile:
     """Returns a file to write to; retires the oldest snapshots that may go."""
+    for data in [data for data in self._free if not data.is_reserved]:
+      self._free.remove(data)
+      data.remove()
+      self._balance()
     self._recycle_leftovers()
     for iteration in sorted(self._snapshots):
       if self._free or iteration >= self._first_iteration:
@@ -323,12 +268,12 @@ class SnapshotStore:
       return self._free.pop()
     oldest = min(self._snapshots, default=0)
     if oldest >= self._first_iteration:
-      raise SnapshotFullError(
+      raise interface.SnapshotFullError(
         f'{self.folder}: all {self._files} data files hold snapshots since '
         f'iteration {oldest}, which must be kept; give more host memory or '
         'keep fewer windows'
       )
-    raise SnapshotFullError(
+    raise interface.SnapshotFullError(
       f'{self.folder}: readers hold snapshots that could be retired'
     )
 
@@ -447,39 +392,3 @@ class SnapshotStore:
       with contextlib.suppress(OSError):  # damaged from outside
         held.append((path / snapshot_file.DATA_NAME).stat().st_size)
     return sum(held)
-
-
-def _whole_pages(size_bytes: int) -> int:
-  page = os.sysconf('SC_PAGE_SIZE')
-  return max(1, -(-size_bytes // page)) * page
-
-
-def _compare_buffers(
-  iteration: int,
-  old: dict[tuple[Any, ...], int],
-  new: Sequence[manifest.Buffer],
-) -> None:
-  """Raises EntryMismatchError, naming the first buffer that differs."""
-  for buffer in new:
-    was, now = old[buffer.identity], buffer.checksum()
-    if was != now:
-      raise errors.EntryMismatchError(
-        f'snapshot {iteration}, buffer {buffer.name}: captured again with '
-        f'other contents: was checksum {was:016x}, now {now:016x}'
-      )
-
-
-def _compare_metadata(
-  iteration: int, old: dict[str, Any], new: dict[str, Any]
-) -> None:
-  """Raises EntryMismatchError, naming the first key that differs."""
-  for key in sorted(old.keys() | new.keys()):
-    # As text: the file holds JSON, in which a NaN equals itself.
-    was, now = (
-      json.dumps(value.get(key), sort_keys=True) for value in (old, new)
-    )
-    if was != now:
-      raise errors.EntryMismatchError(
-        f'snapshot {iteration}, metadata {key}: captured again with other '
-        f'contents: was {was}, now {now}'
-      )

@@ -27,7 +27,7 @@ TEMPORARY_SUFFIX = ocp.path.atomicity.TMP_DIR_SUFFIX
 
 
 class SnapshotHandler(ocp.AsyncCheckpointHandler):
-  """Writes and reads one snapshot; see `SnapshotSave` and `SnapshotRestore`.
+  """Writes and reads one snapshot; see `SnapshotSave`.
 
   Each process saves on its own: nothing here waits for another process.
   """
@@ -48,17 +48,14 @@ class SnapshotHandler(ocp.AsyncCheckpointHandler):
 
   def restore(
     self, directory: epath.Path, args: SnapshotRestore | None = None
-  ) -> dict[str, Any] | snapshot_file.StoredSnapshot:
-    """Reads what was saved, in the form that `SnapshotRestore` asks for.
+  ) -> dict[str, Any]:
+    """Returns {'metadata': ..., 'arrays': {name: copy}}, verified.
 
     Raises:
       SnapshotCorruptError: the files are not what was written.
     """
-    args = args or SnapshotRestore()
-    snapshot = snapshot_file.open_snapshot(directory, args.verify)
-    if not args.copy:
-      return snapshot
-    with snapshot:
+    del args
+    with snapshot_file.open_snapshot(directory, verify=True) as snapshot:
       return {
         'metadata': snapshot.metadata,
         'arrays': {
@@ -91,16 +88,7 @@ class SnapshotSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(SnapshotHandler, for_restore=True)
 @dataclasses.dataclass
 class SnapshotRestore(ocp.args.CheckpointArgs):
-  """The options of a restore.
-
-  Attributes:
-    verify: whether to check all checksums first.
-    copy: whether to return {'metadata': ..., 'arrays': {name: copy}}; if
-      False, a leased `file.StoredSnapshot`, which the caller closes.
-  """
-
-  verify: bool = True
-  copy: bool = True
+  """The arguments of a restore: none, but Orbax wants a class of them."""
 
 
 class _Write(Future):

@@ -1,8 +1,7 @@
 """A snapshot in host memory: made from stored arrays, used in a fold.
 
 During replay a frozen operator runs on placeholders: its masters are its
-compute weights upcast (the cast back gives the same bits), all else is zero
-(DESIGN section 4).
+compute weights upcast (the cast back gives the same bits), all else is zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bit digests of operators (DESIGN section 2).
+"""Bit digests of operators.
 
 An operator's digest is two uint32 lanes computed from every bit of its training
 state. It depends on the operator's own words, their leaf's name and their

@@ -1,8 +1,8 @@
 """Division of a stage's work among its workers, as pure functions.
 
 All workers have the same state, so a snapshot of it is divided: each captures
-its share, and the stage's snapshot exists when all shares do (DESIGN section
-5). Another worker does the microbatches of a replica that has no worker.
+its share, and the stage's snapshot exists when all shares do. Another worker
+does the microbatches of a replica that has no worker.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ import collections
 from collections.abc import Callable, Collection, Mapping
 
 from moetion_jax import keys
+
+# Returns which of a worker's devices, along the axis 'expert', holds an
+# operator; None if all do.
+DeviceOf = Callable[[keys.OperatorId], int | None]
 
 
 def on_no_device(operator: keys.OperatorId) -> int | None:
@@ -22,7 +26,7 @@ def on_no_device(operator: keys.OperatorId) -> int | None:
 def divide(
   sizes: Mapping[keys.OperatorId, int],
   replicas: int,
-  device_of: Callable[[keys.OperatorId], int | None] = on_no_device,
+  device_of: DeviceOf = on_no_device,
 ) -> tuple[frozenset[keys.OperatorId], ...]:
   """Divides a stage's operators among its replicas, for good.
 
@@ -35,8 +39,7 @@ def divide(
   Args:
     sizes: bytes of each operator.
     replicas: number of replicas of the stage.
-    device_of: returns which of a worker's devices holds an operator; None if
-      all do.
+    device_of: places of the operators on a worker's devices.
 
   Returns:
     The operators of each replica. Every operator is in exactly one set.

@@ -75,8 +75,10 @@ class StageModel:
     has_head: True in the last stage, which reads labels.
     hidden_shape: (T, D) of what travels between stages.
     hidden_dtype: dtype of what travels between stages.
-    capacity_shape: (L, E) of `Position.capacity`, where experts' capacities can
-      be scaled; None where they cannot.
+    capacity_shape: (L, E) of `Position.capacity`, where it scales how many
+      tokens each expert takes; None where nothing scales it.
+    scaled: makes the same stage with a `capacity_shape`, for factors up to its
+      argument; None where nothing limits the tokens that an expert takes.
   """
 
   shapes: Mapping[str, jax.ShapeDtypeStruct]
@@ -91,3 +93,4 @@ class StageModel:
   hidden_shape: tuple[int, int]
   hidden_dtype: jax.typing.DTypeLike
   capacity_shape: tuple[int, int] | None = None
+  scaled: Callable[[float], StageModel] | None = None

@@ -6,7 +6,7 @@ The training state of a group is one plain dict with the leaves
 The optimizer is vmapped over a stacked group, and applied once to any other. On
 stacked leaves as a whole, transforms that look at a leaf's shape or norm
 (adafactor, muon) would couple experts, and a frozen expert would reach an
-active one during replay (DESIGN section 4).
+active one during replay.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import optax
+from jax import numpy as jnp
 
 from moetion_jax import config as config_lib
 
@@ -17,9 +18,28 @@ def schedule(config: config_lib.OptimizerConfig) -> optax.Schedule:
   """Makes the schedule: linear warm-up to the peak, then cosine decay.
 
   It decays to a fraction of the peak. A run no longer than its warm-up warms up
-  for a tenth of its iterations, at least one.
+  for a tenth of its iterations, at least one. Updates up to the last one of an
+  earlier schedule have that one.
   """
-  total = max(2, config.decay_iterations)
+  found = _of_length(config, config.decay_iterations)
+  for last, decay_iterations in reversed(config.earlier):
+    found = _switched(last, _of_length(config, decay_iterations), found)
+  return found
+
+
+def _switched(
+  last: int, before: optax.Schedule, after: optax.Schedule
+) -> optax.Schedule:
+  def switched(count):
+    return jnp.where(count <= last, before(count), after(count))
+
+  return switched
+
+
+def _of_length(
+  config: config_lib.OptimizerConfig, decay_iterations: int
+) -> optax.Schedule:
+  total = max(2, decay_iterations)
   warmup = config.warmup_iterations
   if warmup >= total:
     warmup = max(1, total // 10)

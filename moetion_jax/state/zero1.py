@@ -170,6 +170,12 @@ class Ownership:
       words[kind] = jnp.concatenate([*parts[kind], rest])[None]
     return words
 
+  def gather(self, words: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Gathers and unpacks what all replicas packed; over axis 'data'."""
+    return self.unpack(
+      {kind: jax.lax.all_gather(x[0], 'data') for kind, x in words.items()}
+    )
+
   def unpack(self, words: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Unpacks all compute weights on one device.
 

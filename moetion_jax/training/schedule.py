@@ -5,8 +5,6 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from moetion_jax import keys
-
 
 class TaskKind(enum.Enum):
   """One of the programs that run once a microbatch."""
@@ -46,13 +44,3 @@ def one_forward_one_backward(
 def evaluation(microbatches: int) -> tuple[Task, ...]:
   """Lists the held-out microbatches that follow an iteration's update."""
   return tuple(Task(TaskKind.EVALUATE, m) for m in range(microbatches))
-
-
-def selection_by_group(
-  operators: tuple[keys.OperatorId, ...], slot: frozenset[keys.OperatorId]
-) -> dict[str, list[bool]]:
-  """Makes a mask for each group: True for operators that the slot captures."""
-  masks: dict[str, list[bool]] = {}
-  for operator in operators:
-    masks.setdefault(operator.group, []).append(operator in slot)
-  return masks

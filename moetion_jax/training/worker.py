@@ -1,8 +1,8 @@
 """The loop of one worker of a stage.
 
 A worker reads entries of its neighbours' boundary logs, runs its programs on
-them and publishes what comes out (DESIGN section 1). It never receives
-anything: what it needs is named, and reading waits until it exists.
+them and publishes what comes out. It never receives anything: what it needs is
+named, and reading waits until it exists.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ import jax
 import numpy as np
 
 from moetion_jax import config as config_lib, errors, keys, report as report_lib
-from moetion_jax.capture import conversion as conversion_lib, snapshotter
+from moetion_jax.capture import (
+  conversion as conversion_lib,
+  selection,
+  snapshotter,
+)
 from moetion_jax.logs import interface as log_interface
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.state import model as model_lib, partition
@@ -26,22 +30,28 @@ from moetion_jax.training import idle_clock, scalars as scalars_lib, schedule
 _EVALUATOR = 0  # the replica that evaluates
 
 
-class Batch(Protocol):
-  """Tokens of one microbatch: i32[B, T] each."""
-
-  inputs: np.ndarray
-  labels: np.ndarray
-
-
 class Data(Protocol):
-  """Random access to training and held-out text."""
+  """Random access to training and held-out text.
+
+  A batch has the tokens of one microbatch: `inputs` and `labels`, i32[B, T].
+  """
 
   def batch(self, iteration: int, microbatch: int) -> Any:
-    """Returns the Batch of a global microbatch; a pure function."""
+    """Returns the batch of a global microbatch; a pure function."""
     ...
 
   def held_out_batch(self, index: int) -> Any:
-    """Returns a held-out Batch."""
+    """Returns a held-out batch."""
+    ...
+
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns what tells this data from other data, as JSON.
+
+    A field `name` is for people: it is not compared. A class may have
+    `mapped_files()` as well, which returns the paths of what this reads from
+    files each time: while they are unchanged, one worker of a host reads them
+    for all, and no batch that was read from them after a change is used.
+    """
     ...
 
 
@@ -117,11 +127,10 @@ class Worker:
     report: Callable[[report_lib.Report], None],
     stop: Callable[[], bool] = lambda: False,
     *,
-    first_iteration: int = 1,
+    first_iteration: int | None = None,
     snapshots: snapshotter.Snapshotter | None = None,
     conversion: conversion_lib.Conversion | None = None,
-    line: Callable[[int], int] = lambda iteration: iteration - 1,
-    entries_line: Callable[[int], int] | None = None,
+    retain: Callable[[int], None] | None = None,
   ) -> int:
     """Trains from `first_iteration` to the last one.
 
@@ -131,14 +140,13 @@ class Worker:
         digest is read when the next iteration's work is already under way.
       stop: asked between iterations; True ends the loop early. With several
         stages all must stop after the same iteration.
-      first_iteration: the iteration after the current state's.
+      first_iteration: the iteration after the current state's; None: the first
+        one of the run.
       snapshots: takes a snapshot after every update; None for no snapshots.
       conversion: conversion that began the current, partial state; None: the
         state is whole.
-      line: called after every iteration, returns an iteration: snapshots from
-        before it, and log entries up to it, may be dropped.
-      entries_line: the same for entries of the log only, where they are dropped
-        earlier than snapshots; None: `line`.
+      retain: called after every iteration, in which log and snapshots may be
+        allowed to drop what nobody needs; None: they keep the last iteration.
 
     Returns:
       The last iteration that was done.
@@ -154,11 +162,10 @@ class Worker:
         config,
         report,
         stop,
-        first_iteration,
+        first_iteration or config.initial_iteration + 1,
         snapshots,
         conversion,
-        line,
-        entries_line or line,
+        retain,
       )
     finally:
       self._idle.close()
@@ -171,8 +178,7 @@ class Worker:
     first_iteration,
     snapshots,
     conversion,
-    line,
-    entries_line,
+    retain,
   ) -> int:
     pending: Callable[[], report_lib.Report] | None = None
     iteration = first_iteration - 1
@@ -185,11 +191,14 @@ class Worker:
         report(pending())
       verdict = self._verdict(iteration, scalars, config, conversion)
       slot = snapshots.slot(iteration) if snapshots else frozenset()
+      mask: selection.Mask = selection.make_mask(
+        self.stage.partition.operators, slot
+      )
       blocked_seconds = snapshots.release() if snapshots else 0.0
       if verdict.is_finite:
         self._begin('update')
-        self.state, self.compute, _ = self.programs.update(
-          self.state, gradients, verdict.clip_factor, self._masks(slot)
+        self.state, self.compute, mask = self.programs.update(
+          self.state, gradients, verdict.clip_factor, mask
         )
       is_partial = bool(conversion and not conversion.is_complete)
       if is_partial:
@@ -207,10 +216,13 @@ class Worker:
         self._begin('capture')
         if conversion and iteration in conversion.damaged:
           snapshots.distrust(iteration)
-        taken = self._capture(snapshots, iteration, digests, verdict)
-      self.log.retain(entries_line(iteration) + 1)
-      if snapshots:
-        snapshots.retain(line(iteration))
+        taken = self._capture(snapshots, iteration, mask, digests, verdict)
+      if retain is not None:
+        retain(iteration)
+      else:
+        self.log.retain(iteration)
+        if snapshots:
+          snapshots.retain(iteration - 1)
       pending = functools.partial(
         self._report,
         iteration=iteration,
@@ -235,18 +247,11 @@ class Worker:
     self.steps += 1
     self.on_phase(program, self.iteration)
 
-  def _masks(self, slot: frozenset[keys.OperatorId]) -> dict[str, np.ndarray]:
-    return {
-      group: np.array(mask)
-      for group, mask in schedule.selection_by_group(
-        self.stage.partition.operators, slot
-      ).items()
-    }
-
   def _capture(
     self,
     snapshots: snapshotter.Snapshotter,
     iteration: int,
+    mask: selection.Mask,
     digests: jax.Array,
     verdict: scalars_lib.Verdict,
   ) -> snapshotter.TakenSnapshot:
@@ -258,6 +263,7 @@ class Worker:
         conversion_lib.DIGESTS: digests,
         conversion_lib.PARTIALS: verdict.partials,
       },
+      mask=mask,
       clip_factor=float(verdict.clip_factor).hex(),
       updated=verdict.is_finite,
     )

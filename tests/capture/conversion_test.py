@@ -137,7 +137,7 @@ def _configs(draw):
       'remat': draw(st.booleans()),
     },
     optimizer={
-      'optimizer': draw(st.sampled_from(config_lib.OPTIMIZERS)),
+      'optimizer': draw(st.sampled_from([*config_lib.OPTIMIZERS])),
       'clip_norm': draw(st.sampled_from([0.0, 0.05, 1.0])),
       'warmup_iterations': draw(st.sampled_from([0, 3])),
     },

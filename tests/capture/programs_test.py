@@ -292,12 +292,12 @@ def test_one_compilation_for_groups_of_equal_shapes(devices):
 def test_programs_that_a_standby_lowered_are_those_of_its_devices(is_packed):
   """It has none when it does, and its layout says so."""
   config = helpers.micro_run(local_devices=4)
-  declared = transformer_job.declare_stage(config, 0)
+  declared = transformer_job.of(config).declare_stage(0)
   ahead = capture_programs.CapturePrograms(
     stage_lib.layout_of(declared, has_devices=False), is_packed
   )
   lowered = ahead.trace(declared.abstract_mesh, 'cpu').lower('cpu')
-  stage = transformer_job.bind(config, declared)
+  stage = transformer_job.of(config).bind(declared)
   of, named = stage_lib.layout_of(stage), []
   programs = capture_programs.CapturePrograms(of, is_packed)
   programs.compile(lowered=lowered)
@@ -469,7 +469,7 @@ def test_bytes_are_those_of_the_buffers(devices, slot, is_packed):
 def test_bytes_of_a_stage(optimizer, stages):
   config = helpers.micro_run(optimizer={'optimizer': optimizer}, stages=stages)
   for index in range(stages):
-    stage = transformer_job.declare_stage(config, index)
+    stage = transformer_job.of(config).declare_stage(index)
     of = stage_lib.layout_of(stage, has_devices=False)
     shapes = jax.tree.leaves(stage.state_shapes)
     state = sum(x.size * x.dtype.itemsize for x in shapes)

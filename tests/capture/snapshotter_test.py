@@ -17,8 +17,14 @@ from moetion_jax import errors, keys
 from moetion_jax.capture import programs as capture_programs, snapshotter
 from moetion_jax.policies import decision as decision_lib, slots
 from moetion_jax.recovery import hang_detection
-from moetion_jax.snapshots import file as snapshot_file, memory_store, snapshot
-from tests.support import captures
+from moetion_jax.snapshots import (
+  durable_store,
+  file as snapshot_file,
+  interface as snapshots_interface,
+  memory_store,
+  snapshot,
+)
+from tests.support import captures, plain_store
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -59,13 +65,15 @@ class _HeldStore(memory_store.SnapshotStore):
 class _Log:
   """Records when it is flushed, and up to which entry."""
 
-  published_count = 0
-
   def __init__(self, events):
+    self.published_count = 0
     self._events = events
 
-  def flush(self, timeout_seconds=None, count=None):
-    self._events.append(('flush', count))
+  def mark(self):
+    return (self.published_count,)
+
+  def flush(self, timeout_seconds=None, mark=None):
+    self._events.append(('flush', mark))
 
 
 @pytest.fixture
@@ -106,9 +114,12 @@ class _Training:
       store or self.store(),
       decision or self.decision(),
       {'stage': 3},
-      log,
-      on_stored or (lambda metadata: self.stored.append(metadata['iteration'])),
-      **options,
+      snapshotter.Options(
+        log=log,
+        on_stored=on_stored
+        or (lambda metadata: self.stored.append(metadata['iteration'])),
+        **options,
+      ),
     )
     taker.start()
     self._open.append(taker)
@@ -375,7 +386,9 @@ def _is_data_file(path):
 
 def test_a_full_store_waits_until_something_may_go(training):
   said = []
-  taker = training.start(training.store(files=3), on_block=said.append)
+  taker = training.start(
+    training.store(files=3), on_block=lambda *one: said.append(one)
+  )
   for iteration in range(1, 4):
     training.take(taker, iteration)
   training.take(taker, 4)  # dispatched; there is no room for it yet
@@ -385,7 +398,8 @@ def test_a_full_store_waits_until_something_may_go(training):
   taker.retain(2)  # from another thread, as the line's news comes
   _wait_until(lambda: training.on_disk() == [2, 3, 4])
   assert result().blocked_seconds > 0.1
-  assert said[:2] == [hang_detection.SNAPSHOTS_FULL, '']
+  full = hang_detection.Shortage.SNAPSHOTS
+  assert said[:2] == [(full, 'snapshot 4'), (None, '')]
   taker.retain(3)
   taker.flush()
   assert training.on_disk() == [3, 4, 5]
@@ -416,26 +430,30 @@ class _NoRoomStore(memory_store.SnapshotStore):
 
 
 def test_a_host_without_memory_is_waited_for_and_said(training):
-  said: list[str] = []
+  said: list[tuple[object, ...]] = []
   store = training.store(kind=_NoRoomStore)
-  taker = training.start(store, on_block=said.append)
+  taker = training.start(store, on_block=lambda *one: said.append(one))
   training.take(taker, 1)
   _wait_until(lambda: store.tries > 2)
-  assert said == ['no room for snapshot 1']
+  ((shortage, what),) = said
+  assert shortage is hang_detection.Shortage.ROOM
+  assert what.startswith('snapshot 1: No space left on device; free host mem')
   store.has_room = True
   taker.flush()
-  assert said == ['no room for snapshot 1', '']
+  assert said[1:] == [(None, '')]
   assert training.on_disk() == [1]
 
 
 def test_a_host_that_stays_without_memory_ends_the_run(training):
-  said: list[str] = []
+  said: list[tuple[object, ...]] = []
   store = training.store(kind=_NoRoomStore)
-  taker = training.start(store, on_block=said.append, full_seconds=0.3)
+  taker = training.start(
+    store, on_block=lambda *one: said.append(one), full_seconds=0.3
+  )
   training.take(taker, 1)
-  with pytest.raises(errors.NoRoomError, match='snapshot 1: no room for 0.3 s'):
+  with pytest.raises(errors.NoRoomError, match='snapshot 1: .* for 0.3 s'):
     taker.flush()
-  assert said[-1] == ''
+  assert said[-1] == (None, '')
 
 
 class _BusyStore(memory_store.SnapshotStore):
@@ -450,19 +468,25 @@ class _BusyStore(memory_store.SnapshotStore):
       return super().save(*arguments, **options)
     if self.fails[self.tries - 1] == 'n':
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    raise memory_store.SnapshotFullError('all in use')
+    raise snapshots_interface.SnapshotFullError('all in use')
 
 
 def test_times_without_room_are_not_added_up_and_each_is_said(training):
   """0.1 s between tries: the third time without room is after 0.8 s."""
-  said: list[str] = []
+  said: list[tuple[object, ...]] = []
   taker = training.start(
-    training.store(kind=_BusyStore), on_block=said.append, full_seconds=0.5
+    training.store(kind=_BusyStore),
+    on_block=lambda *one: said.append(one),
+    full_seconds=0.5,
   )
   training.take(taker, 1)
   taker.flush()
-  no_room, full = 'no room for snapshot 1', hang_detection.SNAPSHOTS_FULL
-  assert said == [no_room, '', full, ''] * 3
+  lack = hang_detection.Shortage
+  kinds = [lack.ROOM, None, lack.SNAPSHOTS, None]
+  assert [kind for kind, _ in said] == kinds * 3
+  for kind, what in said:
+    assert ('No space left' in what) is (kind is lack.ROOM)
+    assert what.startswith('snapshot 1') is (kind is not None)
   assert training.on_disk() == [1]
 
 
@@ -574,6 +598,24 @@ def test_one_that_is_not_trusted_may_have_had_other_bits(training):
   assert training.stored == [1, 1]
 
 
+@pytest.mark.parametrize('kind', ['durable', 'plain'])
+def test_every_store_gets_the_same(training, tmp_path, kind):
+  memory, other = training.store(), plain_store.PlainStore(tmp_path / 'other')
+  if kind == 'durable':
+    within = memory_store.SnapshotStore(tmp_path / 'memory', _SIZE_BYTES, 1)
+    other = durable_store.DurableStore(within, tmp_path / 'other')
+  for store in (memory, other):
+    taker = training.start(store)
+    for iteration in range(1, 4):
+      training.take(taker, iteration)
+    taker.flush()
+    taker.retain(4)
+    assert store.iterations() == [1, 2, 3]
+  for iteration in range(1, 4):
+    assert other.manifest(iteration) == memory.manifest(iteration)
+    other.open(iteration, verify=True).close()
+
+
 # ---- the log -----------------------------------------------------------------
 
 
@@ -599,10 +641,10 @@ def test_a_snapshot_counts_only_after_what_was_published_before_it(training):
   log.published_count = 99  # later than the snapshot: of no concern
   taker.flush()
   assert events == [
-    ('flush', 7),
+    ('flush', (7,)),
     ('save', 1),
     ('told', 1),
-    ('flush', 12),
+    ('flush', (12,)),
     ('save', 2),
     ('told', 2),
   ]

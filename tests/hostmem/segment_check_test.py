@@ -1,10 +1,19 @@
 """A check of a log that may be damaged, while its writer goes on or not."""
 
+import contextlib
+import shutil
+
 import numpy as np
 import pytest
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, segment, segment_check
+from moetion_jax.hostmem import (
+  entry,
+  segment,
+  segment_check,
+  segment_reader,
+  segment_writer,
+)
 from moetion_jax.runtime.worker import fault_damage
 
 
@@ -15,7 +24,9 @@ def _key(iteration, kind=keys.EntryKind.ACTIVATION):
 @pytest.fixture
 def writer(tmp_path):
   """Of a log with iterations 4 to 8, the first of which may be overwritten."""
-  one = segment.SegmentWriter(tmp_path, keys.WorkerId(2, 1, 1), 1 << 14, 8)
+  one = segment_writer.SegmentWriter(
+    tmp_path, keys.WorkerId(2, 1, 1), 1 << 14, 8
+  )
   one.start()
   for iteration in range(4, 9):
     one.put(_key(iteration), np.full(100, iteration))
@@ -93,3 +104,115 @@ def test_what_cannot_be_read(writer, tmp_path):
     file.write(b'\0')
   with pytest.raises(errors.StoreError, match='header is damaged'):
     _check(writer.path)
+
+
+# ---- one bit -----------------------------------------------------------------
+
+_WORD_BYTES = 8
+
+
+@contextlib.contextmanager
+def _flipped(path, bit):
+  with open(path, 'r+b', buffering=0) as file:
+    file.seek(bit // 8)
+    (byte,) = file.read(1)
+    for value in (byte ^ 1 << bit % 8, byte):
+      file.seek(bit // 8)
+      file.write(bytes([value]))
+      if value != byte:
+        yield
+
+
+def _iterations(folder):
+  """Those whose entries a new reader finds; their bytes are right."""
+  with contextlib.closing(segment_reader.StoreIndex(folder)) as index:
+    return [n for n in range(4, 9) if _taken(index, n)]
+
+
+def _taken(index, iteration):
+  found = index.take(_key(iteration))
+  if found is None:
+    return False
+  entry.verify(*found)
+  assert found[1].tobytes() == np.full(100, iteration).tobytes()
+  return True
+
+
+def _replace(path, folder):
+  """Copies a damaged log, and lets a replacement write 6 again.
+
+  Returns:
+    Whether it began a new log; whether it had to write 6.
+  """
+  worker = keys.WorkerId(2, 1, 2)
+  folder.mkdir(exist_ok=True)
+  copy = shutil.copy(path, folder)
+  segment.fence(folder, worker)
+  is_new = not (folder / path.name).exists()
+  one = segment_writer.SegmentWriter(folder, worker, 1 << 14, 8)
+  one.start()
+  is_written = one.put(_key(6), np.full(100, 6))
+  assert 6 in _iterations(folder)
+  assert segment.whole_bytes(copy)
+  one.close()
+  return is_new, is_written
+
+
+def test_each_bit_of_a_cell(writer, tmp_path):
+  """Damage is found by a check, hides its entry only, and is written again."""
+  start, end = (segment.cell_offset(cell) * 8 for cell in (2, 3))
+  harmless = set()
+  with contextlib.closing(segment_reader.StoreIndex(tmp_path)) as index:
+    for bit in range(start, end):
+      assert _taken(index, 6)
+      with _flipped(writer.path, bit):
+        found = _check(writer.path).damaged
+        if not found:
+          harmless.add(bit)
+        assert [one.iteration for one in found] == [6] * len(found)
+        kept = [n for n in range(4, 9) if n != 6 or not found]
+        assert [n for n in range(4, 9) if _taken(index, n)] == kept
+        writer.check_fence()
+        if bit % 8 == bit // 8 % 8:  # one of each byte: it takes its time
+          assert _iterations(tmp_path) == kept
+          replaced = _replace(writer.path, tmp_path / 'copy')
+          assert replaced == (False, bool(found))
+  # All but the padding behind the fields, the commit word and the mark.
+  used = (entry.HEADER_BYTES + _WORD_BYTES) * 8
+  assert harmless == set(range(start + used, end))
+
+
+def test_each_bit_of_the_header(writer, tmp_path):
+  """With one that is damaged the log is lost, but nobody is fenced off."""
+  padding = len(segment.pack_header(keys.WorkerId(2, 1, 1), 8, 0, 0)) * 8
+  with contextlib.closing(segment_reader.StoreIndex(tmp_path)) as index:
+    assert _taken(index, 6)
+    for bit in range(padding + _WORD_BYTES * 8):
+      with _flipped(writer.path, bit):
+        assert _taken(index, 6)  # by what it knew when it opened the file
+        is_lost = not segment.whole_bytes(writer.path)
+        assert is_lost == (bit < padding)
+        assert _replace(writer.path, tmp_path / 'copy') == (is_lost, is_lost)
+        uses = [
+          writer.check_fence,
+          lambda: writer.put(_key(9), np.full(100, 9)),
+          lambda: _iterations(tmp_path),
+          lambda: _check(writer.path),
+        ]
+        for use in uses if is_lost else ():
+          with pytest.raises(errors.StoreError, match='damaged') as caught:
+            use()
+          assert not isinstance(caught.value, errors.FencedError)
+    writer.check_fence()
+    assert _check(writer.path) == segment_check.SegmentCheck(5, ())
+
+
+def test_a_damaged_mark_is_dropped_like_a_damaged_payload(writer):
+  writer.close()
+  mark = (segment.cell_offset(2) + entry.HEADER_BYTES) * 8
+  with _flipped(writer.path, mark):
+    assert segment_check.drop_damaged(writer.path, 7) == []
+    assert _check(writer.path).damaged[0].iteration == 6
+    assert segment_check.drop_damaged(writer.path, 6) == [_key(6)]
+    assert segment_check.drop_damaged(writer.path, 6) == []
+    assert _check(writer.path) == segment_check.SegmentCheck(4, ())

@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import os
 
 import hypothesis
 import ml_dtypes
@@ -10,7 +11,13 @@ import pytest
 from hypothesis import strategies as st
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import entry, raw_bytes, segment, segment_reader
+from moetion_jax.hostmem import (
+  entry,
+  raw_bytes,
+  segment,
+  segment_reader,
+  segment_writer,
+)
 from moetion_jax.runtime.worker import fault_damage
 
 _ME = keys.WorkerId(0, 0, 1)
@@ -32,7 +39,9 @@ class _Starter:
     self, worker=_ME, size_bytes=4 * mmap.PAGESIZE, cells=16, fresh=False
   ):
     self.stop()
-    self.writer = segment.SegmentWriter(self.folder, worker, size_bytes, cells)
+    self.writer = segment_writer.SegmentWriter(
+      self.folder, worker, size_bytes, cells
+    )
     self.writer.start(fresh)
     return self.writer
 
@@ -193,7 +202,7 @@ def test_full_segment(start):
   page = np.zeros(mmap.PAGESIZE, np.uint8)
   for microbatch in range(4):
     writer.put(_key(1, microbatch), page)
-  with pytest.raises(segment.SegmentFullError, match='--log_iterations'):
+  with pytest.raises(segment_writer.SegmentFullError, match='--log_iterations'):
     writer.put(_key(2), page)
   assert start.index.take(_key(1, 0)) is not None  # nothing was given up
   writer.retain(2)
@@ -208,12 +217,12 @@ def test_cells_run_out(start):
   writer = start(cells=4)
   for iteration in range(1, 5):
     writer.put(_key(iteration), np.zeros((), np.uint8))
-  with pytest.raises(segment.SegmentFullError):
+  with pytest.raises(segment_writer.SegmentFullError):
     writer.put(_key(5), np.zeros((), np.uint8))
   writer.retain(3)
   assert writer.put(_key(5), np.zeros((), np.uint8))
   assert writer.put(_key(6), np.zeros((), np.uint8))
-  with pytest.raises(segment.SegmentFullError):
+  with pytest.raises(segment_writer.SegmentFullError):
     writer.put(_key(7), np.zeros((), np.uint8))
 
 
@@ -225,7 +234,7 @@ def test_lease_lasts_as_long_as_a_view(start):
   view = array[10:20].reshape(2, 5)
   del array
   writer.retain(2)
-  with pytest.raises(segment.SegmentFullError, match='reader'):
+  with pytest.raises(segment_writer.SegmentFullError, match='reader'):
     writer.put(_key(2), page + 1)
   assert start.index.take(_key(1)) is None  # no new readers
   np.testing.assert_array_equal(view.ravel(), page[10:20])
@@ -242,7 +251,7 @@ def test_two_leases_of_one_entry_are_independent(start):
   writer.retain(2)
   del first
   gc.collect()
-  with pytest.raises(segment.SegmentFullError):
+  with pytest.raises(segment_writer.SegmentFullError):
     writer.put(_key(2), page)
   del second
   gc.collect()
@@ -276,7 +285,7 @@ def test_replacement_adopts_what_is_there(start):
 
 def test_fencing(start, tmp_path):
   start(keys.WorkerId(0, 0, 5))
-  late = segment.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 6), 64)
+  late = segment_writer.SegmentWriter(tmp_path, keys.WorkerId(0, 0, 6), 64)
   with pytest.raises(errors.StoreError, match='living process'):
     late.start()
   with pytest.raises(errors.StoreError, match='living process'):
@@ -294,10 +303,51 @@ def test_fresh_replaces_the_segment_under_its_readers(start):
   assert start.index.take(_key(1)) is None
 
 
+_MISHAPS = {
+  'nothing left': lambda path: os.truncate(path, 0),
+  'half left': lambda path: os.truncate(path, path.stat().st_size // 2),
+  'a page missing': lambda path: os.truncate(
+    path, path.stat().st_size - mmap.PAGESIZE
+  ),
+  'grown': lambda path: os.truncate(path, path.stat().st_size + 1),
+  'removed': lambda path: path.unlink(),
+  'replaced': lambda path: path.rename(path.with_name('moved')).touch(),
+}
+
+
+@pytest.mark.parametrize('mishap', _MISHAPS)
+def test_a_segment_that_is_cut_or_removed_under_its_users(
+  start, tmp_path, mishap
+):
+  """Nobody dies of SIGBUS: it is lost, and the next generation begins anew."""
+  writer, path = start(), segment.segment_path(tmp_path, 0, 0)
+  writer.put(_key(1), np.arange(9))
+  assert start.index.take(_key(1)) is not None
+  _MISHAPS[mishap](path)
+  if mishap == 'replaced':
+    os.unlink(tmp_path / 'moved')
+  for use in (writer.check_fence, lambda: writer.put(_key(2), np.arange(9))):
+    with pytest.raises(errors.StoreError, match='cut or removed'):
+      use()
+  # What a file that is only removed has is right.
+  is_whole = mishap in ('removed', 'replaced')
+  assert (start.index.take(_key(1)) is not None) == is_whole
+  assert segment.whole_bytes(path) == 0
+  successor = keys.WorkerId(0, 0, 2)
+  segment.fence(tmp_path, successor)
+  assert not path.exists()
+  start.index.refresh()
+  assert start.index.take(_key(1)) is None
+  start(successor).put(_key(1), np.arange(9))
+  assert segment.whole_bytes(path) == path.stat().st_size
+  assert start.index.take(_key(1)) is not None
+
+
 def test_settings_that_grew(start):
   start()
   with pytest.raises(errors.StoreError, match='--fresh'):
     start(keys.WorkerId(0, 0, 2), size_bytes=5 * mmap.PAGESIZE)
+  start(keys.WorkerId(0, 0, 2), size_bytes=5 * mmap.PAGESIZE, fresh=True)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +401,7 @@ def test_ring_never_loses_what_is_retained(start, actions):
     try:
       writer.put(_key(iteration), array)
       expected[iteration] = array
-    except segment.SegmentFullError:
+    except segment_writer.SegmentFullError:
       pass
     for kept, array in expected.items():
       if kept >= first:

@@ -16,8 +16,13 @@ import pytest
 from orbax import checkpoint as ocp
 
 from launch import convert as convert_lib
-from launch.lm import checkpoint, one_process, transformer_job
-from launch.offline import rebuild, scan as offline_scan, stored_run
+from launch.lm import transformer_job
+from launch.offline import (
+  entries as entries_lib,
+  rebuild,
+  scan as offline_scan,
+  stored_run,
+)
 from moetion_jax import (
   config as config_lib,
   errors,
@@ -25,8 +30,10 @@ from moetion_jax import (
   report as report_lib,
 )
 from moetion_jax.capture import conversion
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
+from moetion_jax.runtime.records import checkpoint_folder
 from moetion_jax.snapshots import coverage
-from tests.support import helpers, runs
+from tests.support import helpers, one_process, runs
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -50,8 +57,7 @@ def stop(host, workdir, *flags, at=12, kill=False):
   run = host.train(workdir, *FLAGS, f'--iterations={ITERATIONS}', *flags)
   runs.until(run, f'iteration {at}/')
   if not kill:
-    run.send_signal(signal.SIGINT)
-    runs.end(run)
+    runs.stop(run)
     return
   for pid in host.processes():
     with contextlib.suppress(ProcessLookupError):
@@ -91,7 +97,7 @@ def left(tmp_path_factory):
 def undisturbed(left):
   """States [stage][iteration] of a run in one process."""
   config = left.config
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   states = [{} for _ in workers]
 
   def looking(worker):
@@ -113,7 +119,10 @@ def undisturbed(left):
     workers,
     lambda reports: None,
     lambda: workers[0].iteration >= REFERENCE,
-    options=[{'line': lambda iteration: iteration - 2}] * len(workers),
+    options=[
+      {'retain': lambda iteration, log=worker.log: log.retain(iteration - 1)}
+      for worker in workers
+    ],
   )
   return states
 
@@ -121,14 +130,15 @@ def undisturbed(left):
 @pytest.fixture(scope='module')
 def rebuilders(left):
   """By run and stage, `Rebuilder.rebuild` and what it says; compiled once."""
-  data = transformer_job.load_data(left.config)
+  data = transformer_job.of(left.config).data()
   made = []
   for stage in range(STAGES):
     # A stage in the middle reads no text.
     made.append(
-      rebuild.Rebuilder(left.config, stage, data if stage != 1 else None)
+      rebuild.Rebuilder.compile(
+        left.config, stage, data if stage != 1 else None
+      )
     )
-    made[-1].start()
 
   def of(run, stage):
     said = []
@@ -182,9 +192,9 @@ def test_show_says_what_there_is(left):
   assert value['newest_common_start'] == left.last - 2
   assert f'newest common start: snapshot {left.last - 2}' in text.stdout
   assert 'All checksums are right.' in text.stdout
-  config = transformer_job.build_stage
+  job = transformer_job.of(left.config)
   for stage, one in enumerate(value['stages']):
-    operators = config(left.config, stage).partition.operators
+    operators = job.build_stage(stage).partition.operators
     assert one['operators'] == len(operators) and one['generation'] == 1
     iterations = [s['iteration'] for s in one['snapshots']]
     assert iterations[-1] == left.last and len(iterations) >= 6
@@ -333,8 +343,17 @@ def test_a_splice_that_is_not_finished(left, pending):
   assert json.loads(result.stdout)['only_start'] == start
   result = show(left.workdir, left.hostmem_dir)
   assert f'it begins again with state {start}, and drops' in result.stdout
-  with pytest.raises(stored_run.UnreachableError):
-    stored_run.choose(run.candidates(0), last + 1)
+  with pytest.raises(rebuild.UnreachableError):
+    rebuild.choose(run.candidates(0), last + 1)
+
+
+def test_a_splice_whose_start_is_gone(left, pending, copy):
+  """The next start begins with state 0 then."""
+  start = pending['exact_until']
+  for path in copy.hostmem_dir.glob(f'moetion-*/*.snapshots/{start}'):
+    shutil.rmtree(path)
+  result = show(left.workdir, copy.hostmem_dir)
+  assert 'it begins again with state 0, and drops' in result.stdout
 
 
 # --- convert -----------------------------------------------------------------
@@ -366,7 +385,7 @@ def test_convert_writes_the_undisturbed_state(
     metadata = checkpointer.metadata(out).custom_metadata
   assert tree['iteration'] == last
   assert f'digest {metadata["moetion_digests"]["state"]}: ' in result.stdout
-  proven = checkpoint.load(str(out), 'init_from')  # or it raises
+  proven = checkpoint_file.load(str(out), 'init_from')  # or it raises
   assert helpers.bits_of(proven) == helpers.bits_of(tree)
   expected = undisturbed[stage][last]
   parameters, optimizer = {}, {}
@@ -402,11 +421,9 @@ def test_every_reachable_state_from_the_newest_start(
     host_tree(done.state), undisturbed[stage][left.last]
   )
   assert not said
-  with pytest.raises(
-    stored_run.UnreachableError, match=f'{left.last + 1} cannot'
-  ):
+  with pytest.raises(rebuild.UnreachableError, match=f'{left.last + 1} cannot'):
     rebuilt(left.last + 1)
-  with pytest.raises(stored_run.UnreachableError, match='no start'):
+  with pytest.raises(rebuild.UnreachableError, match='no start'):
     rebuilt(start=left.last - 1)
 
 
@@ -512,11 +529,11 @@ def test_a_damaged_log_of_a_neighbour(
   name = _damage(copy, left, what)
   rebuilt, said = rebuilders(copy.scan(), 0)
   if what.startswith('log'):
-    with pytest.raises(stored_run.UnreachableError, match='nothing is left'):
+    with pytest.raises(rebuild.UnreachableError, match='nothing is left'):
       rebuilt()
     assert name in said[0]
     with pytest.raises(
-      stored_run.UnreachableError, match='have no gradient of st'
+      rebuild.UnreachableError, match='have no gradient of st'
     ):
       rebuilt(left.last)
     return
@@ -526,9 +543,7 @@ def test_a_damaged_log_of_a_neighbour(
   chex.assert_trees_all_equal(
     host_tree(done.state), undisturbed[0][left.last - 1]
   )
-  with pytest.raises(
-    stored_run.UnreachableError, match='have no gradient of st'
-  ):
+  with pytest.raises(rebuild.UnreachableError, match='have no gradient of st'):
     rebuilt(left.last)
 
 
@@ -564,7 +579,7 @@ def test_metrics_of_another_run(left, copy, rebuilders, tmp_path):
   rebuilt, said = rebuilders(run, 1)
   with pytest.raises(rebuild.DifferentError, match='loss of iteration'):
     rebuilt(start=left.last - 2)
-  with pytest.raises(stored_run.UnreachableError, match='cannot be reached'):
+  with pytest.raises(rebuild.UnreachableError, match='cannot be reached'):
     rebuilt(left.last)
   assert 'loss of iteration' in said[0]
 
@@ -584,9 +599,7 @@ def test_a_living_run(tmp_path):
       result = show(tmp_path / 'run', host.path, '--verify')
       assert result.returncode == 0, result.stdout + result.stderr
       assert 'in use by a living run' in result.stdout
-    run.send_signal(signal.SIGINT)
-    out, _ = runs.end(run)
-    assert 'Stopped after' in out
+    assert runs.stop(run).startswith('Stopped after')
 
 
 def _refused(result, *words):
@@ -617,6 +630,10 @@ def test_nothing_to_look_at(left, tmp_path):
   (finished / 'checkpoint').mkdir()
   _refused(show(finished, empty), f'a copy of {left.workdir}', '--hostmem_dir')
   (finished / 'checkpoint' / 'commit_success.txt').touch()
+  _refused(show(finished, empty), 'name the --hostmem_dir')  # not the end's
+  with open(finished / 'metrics.jsonl', 'a') as file:
+    iterations = left.run.config.train.iterations
+    file.write(json.dumps({'iteration': iterations}) + '\n')
   _refused(show(finished, empty), 'is finished', str(finished / 'checkpoint'))
   (finished / 'config.json').write_text('{"preset": ')
   _refused(show(finished, empty), 'config.json is damaged')
@@ -626,6 +643,8 @@ def test_wrong_flags_of_convert(left, tmp_path):
   refuse = lambda *flags: convert(left.workdir, left.hostmem_dir, *flags)  # noqa: E731
   _refused(refuse('--stage=3'), '--stage=3', '0 to 2')
   _refused(refuse('--stage=0', f'--out={tmp_path}'), '--out', 'exists')
+  long = f'--out={tmp_path}/{"x" * 500}'
+  _refused(refuse('--stage=0', long), '--out', 'File name too long')
   # It would pass for the checkpoint of the finished run.
   for folder in (left.workdir / 'checkpoint', left.run.folders[0] / 'x'):
     _refused(refuse('--stage=0', f'--out={folder}'), '--out', 'name a folder')
@@ -685,6 +704,51 @@ def test_stages_on_several_hosts(undisturbed, rebuilders, tmp_path):
       )
 
 
+def test_a_run_of_another_job(left):
+  """It is shown; to make a state of it would take its model."""
+  file = left.workdir / 'config.json'
+  before = show(left.workdir, left.hostmem_dir, '--json').stdout
+  content = file.read_text()
+  known = json.loads(content)
+  for name in ('preset', 'model', 'data'):
+    del known[name]
+  file.write_text(json.dumps({'name': 'mine', **known}))
+  try:
+    shown = show(left.workdir, left.hostmem_dir, '--json')
+    refused = convert(left.workdir, left.hostmem_dir, '--stage=0')
+  finally:
+    file.write_text(content)
+  assert shown.returncode == 0 and json.loads(shown.stdout) == json.loads(
+    before
+  )
+  _refused(refused, 'a run of another job than that of launch.train')
+
+
+def test_another_initial_state_than_the_run_began_with(left, tmp_path):
+  """It is compared where a state is made of it."""
+  job = transformer_job.of(left.config)
+  stages = [job.build_stage(index) for index in range(STAGES)]
+  states = [stage.initial_state() for stage in stages]
+  digests = {}
+  for stage, state in zip(stages, states, strict=True):
+    digests |= helpers.digests_of(stage, state)
+  path = str(tmp_path / 'checkpoint')
+  checkpoint_file.save(path, states, 0, left.run.settings, digests)
+  digest = checkpoint_folder.digest_of(path)
+  began = dataclasses.replace(
+    left.run,
+    settings={**left.run.settings, 'init_from': path},
+    found_out={**left.run.found_out, 'init_digest': digest},
+  )
+  tools = rebuild.Rebuilder.compile(began.config, 1, None)
+  done = tools.rebuild(began, print, 0)
+  chex.assert_trees_all_equal(host_tree(done.state), host_tree(states[1]))
+  found = {**left.run.found_out, 'init_digest': 'other'}
+  other = dataclasses.replace(began, found_out=found)
+  with pytest.raises(errors.ConfigError, match='--init_from=.*has changed'):
+    tools.rebuild(other, print, 0)
+
+
 # --- pure --------------------------------------------------------------------
 
 
@@ -710,7 +774,7 @@ def test_names_are_those_of_the_conversion():
 )
 def test_needed_entries(stage, scalars, expected):
   train = config_lib.TrainConfig(stages=3, microbatches=2, eval_every=1)
-  keys = stored_run.needed_entries(train, stage, 5, scalars=scalars)
+  keys = entries_lib.needed_entries(train, stage, 5, scalars=scalars)
   assert sorted(f'{k.kind.name} {k.stage}' for k in keys) == expected
 
 
@@ -718,7 +782,7 @@ def test_published_entries_are_all_that_a_log_has(left):
   train = left.config.train
   for one in left.run.stages:
     found = {k for k in one.entries if k.iteration == left.last}
-    expected = stored_run.published_entries(train, one.stage, left.last)
+    expected = entries_lib.published_entries(train, one.stage, left.last)
     assert found == set(expected)
 
 
@@ -755,11 +819,11 @@ def test_choose(iteration, start, excluded, expected):
   ]
   if expected is None:
     with pytest.raises(
-      stored_run.UnreachableError, match='starts: 0 leads to 0; 2 '
+      rebuild.UnreachableError, match='starts: 0 leads to 0; 2 '
     ):
-      stored_run.choose(candidates, iteration, start, excluded)
+      rebuild.choose(candidates, iteration, start, excluded)
     return
-  candidate, goal = stored_run.choose(candidates, iteration, start, excluded)
+  candidate, goal = rebuild.choose(candidates, iteration, start, excluded)
   assert (candidate.start.iteration, goal) == expected
 
 

@@ -97,17 +97,18 @@ def test_init_from_continues_from_the_exact_state(finished, tmp_path):
 
 def test_init_from_is_bitwise(finished, tmp_path):
   from launch.lm import checkpoint, transformer_job
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 
   config = checkpoint.load_config(str(finished / 'checkpoint'), 'init_from')
-  tree = checkpoint.load(str(finished / 'checkpoint'), 'init_from')
+  tree = checkpoint_file.load(str(finished / 'checkpoint'), 'init_from')
   digests, state, stage = {}, {}, None
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
-    state = checkpoint.state_of(stage, tree, weights_only=False)
+    stage = transformer_job.of(config).build_stage(index)
+    state = restore.initial(stage, tree, 'x', 'init_from')()
     digests |= helpers.digests_of(stage, state)
   assert stage
   assert report.combine(digests) == _lines(finished)[-1]['digest']
-  fresh = checkpoint.state_of(stage, tree, weights_only=True)
+  fresh = restore.initial(stage, tree, 'x', 'y', weights_only=True)()
   np.testing.assert_array_equal(
     fresh['head']['master/head/table'], state['head']['master/head/table']
   )
@@ -119,28 +120,42 @@ def test_init_from_is_bitwise(finished, tmp_path):
 def test_init_from_with_another_optimizer(finished, optimizer):
   """Also where its state is a part of the other's, as lion's of adamw's."""
   from launch.lm import checkpoint, transformer_job
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 
   path = str(finished / 'checkpoint')
   config = checkpoint.load_config(path, 'init_from')
   assert config.train.optimizer.optimizer == 'adamw'
-  tree = checkpoint.load(path, 'init_from')
-  checkpoint.check(
-    transformer_job.build_stage(config, 0), tree, path, weights_only=False
+  tree = checkpoint_file.load(path, 'init_from')
+  restore.initial(
+    transformer_job.of(config).build_stage(0), tree, path, 'init_from'
   )
   other = dataclasses.replace(config.train.optimizer, optimizer=optimizer)
   train = dataclasses.replace(config.train, optimizer=other)
-  stage = transformer_job.build_stage(
-    dataclasses.replace(config, train=train), 0
-  )
+  stage = transformer_job.of(
+    dataclasses.replace(config, train=train)
+  ).build_stage(0)
   with pytest.raises(errors.ConfigError, match='--init_weights_only'):
-    checkpoint.check(stage, tree, path, weights_only=False)
-  checkpoint.check(stage, tree, path, weights_only=True)
+    restore.initial(stage, tree, path, 'init_from')
+  restore.initial(stage, tree, path, 'init_from', weights_only=True)
 
 
 def test_a_finished_run_says_so(finished):
   result = helpers.launch('train', *helpers.train_flags(finished))
   assert result.returncode == 0
   assert 'finished' in result.stdout and '--fresh' in result.stdout
+
+
+def test_a_worker_that_cannot_be_started_is_named(host, tmp_path):
+  """Whatever is missing for it; here: descriptors."""
+  limited = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+os.execv(sys.executable, [sys.executable, '-m', 'launch.train', *sys.argv[1:]])
+"""
+  flags = helpers.train_flags(tmp_path / 'run', f'--hostmem_dir={host.path}')
+  _, err = runs.end(host.start('-c', limited, *flags), 1)
+  assert 'Traceback' not in err
+  assert 'worker.main: Too many open files; make that possible' in err
 
 
 def test_another_run_in_the_same_workdir_is_refused(finished):
@@ -158,9 +173,8 @@ def test_sigterm_then_a_line_that_says_something_else(host, tmp_path):
   flag = '--window_length=4'
   run = host.train(workdir, flag)
   runs.until(run, 'iteration 6/')
-  run.send_signal(signal.SIGTERM)
-  out, _ = runs.end(run)
-  assert 'Stopped after iteration' in out
+  said = runs.stop(run, signal.SIGTERM)
+  assert said.startswith('Stopped after iteration')
   lines = _lines(workdir)
   assert 6 <= len(lines) < runs.ITERATIONS
   assert not (workdir / 'checkpoint').exists()

@@ -4,6 +4,7 @@ Each script below is one process. Faults are scripted: a process kills itself
 at a given point, or says on stdout that it is where it shall be killed.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -18,12 +19,19 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from moetion_jax import keys
-from moetion_jax.hostmem import entry, segment, segment_reader, store_folder
+from moetion_jax import errors, keys
+from moetion_jax.hostmem import (
+  entry,
+  segment,
+  segment_reader,
+  segment_writer,
+  store_folder,
+)
 from moetion_jax.logs import (
   boundary_log,
   interface as log_interface,
   remote,
+  zmq_client,
   zmq_server,
 )
 from tests.support import runs
@@ -37,7 +45,7 @@ _HEAD = """
 import os, signal, sys, time
 import numpy as np
 from moetion_jax import keys
-from moetion_jax.hostmem import segment, segment_reader
+from moetion_jax.hostmem import segment, segment_reader, segment_writer
 folder, *args = sys.argv[1:]
 
 def key(iteration, stage=0, kind=keys.EntryKind.ACTIVATION, microbatch=0):
@@ -52,13 +60,15 @@ _JAX_HEAD = (
   + """
 import jax
 from jax import numpy as jnp
-from moetion_jax.logs import boundary_log, interface, remote
+import functools
+from moetion_jax.logs import boundary_log, interface, remote, zmq_client
 
-def start_log(stage, generation=1, **settings):
+def start_log(stage, generation=1, secret=None, **settings):
   log = boundary_log.BoundaryLog(
     keys.WorkerId(stage, 0, generation),
     interface.LogSettings(
       **(dict(folder=folder, size_bytes=1 << 20) | settings)),
+    functools.partial(zmq_client.StoreClient, secret=secret),
   )
   log.start()
   return log
@@ -91,6 +101,11 @@ class _Process:
     if not line:
       raise AssertionError(self.process.communicate()[1])
     return line.strip()
+
+  def say(self, line):
+    """Sends it a line."""
+    assert self.process.stdin is not None
+    print(line, file=self.process.stdin, flush=True)
 
   def kill(self):
     self.process.kill()
@@ -135,10 +150,12 @@ def folder(folders):
   return folders()
 
 
-def _log(folder, stage, **settings):
+def _log(folder, stage, secret=None, **settings):
+  settings = {'size_bytes': 1 << 20, **settings}
   log = boundary_log.BoundaryLog(
     keys.WorkerId(stage, 0, 1),
-    log_interface.LogSettings(folder=folder, size_bytes=1 << 20, **settings),
+    log_interface.LogSettings(folder=folder, **settings),
+    functools.partial(zmq_client.StoreClient, secret=secret),
   )
   log.start()
   return log
@@ -149,15 +166,15 @@ def _log(folder, stage, **settings):
 _WRITER_KILLED_BEFORE_COMMIT = (
   _HEAD
   + """
-commit = segment.SegmentWriter._commit
+commit = segment_writer.SegmentWriter._commit
 
 def commit_or_die(self, cell, header):
   if header.key == key(3):  # its payload is written
     os.kill(os.getpid(), signal.SIGKILL)
   commit(self, cell, header)
 
-segment.SegmentWriter._commit = commit_or_die
-writer = segment.SegmentWriter(folder, keys.WorkerId(0, 0, 1), 16384, 8)
+segment_writer.SegmentWriter._commit = commit_or_die
+writer = segment_writer.SegmentWriter(folder, keys.WorkerId(0, 0, 1), 16384, 8)
 writer.start()
 for iteration in range(1, 5):
   writer.put(key(iteration), np.full(5000, iteration, np.uint8))
@@ -187,7 +204,9 @@ def test_entry_of_a_writer_killed_in_the_middle(spawn, folder, script):
   found = index.entries()
   assert [header.key for header in found] == [_key(1), _key(2)]
   assert index.take(_key(3)) is None
-  replacement = segment.SegmentWriter(folder, keys.WorkerId(0, 0, 2), 16384, 8)
+  replacement = segment_writer.SegmentWriter(
+    folder, keys.WorkerId(0, 0, 2), 16384, 8
+  )
   replacement.start()
   # Its space is free: a third entry just fits, a fourth does not.
   for iteration in range(1, 4):
@@ -199,7 +218,7 @@ def test_entry_of_a_writer_killed_in_the_middle(spawn, folder, script):
     np.testing.assert_array_equal(stored, array)
     entry.verify(header, stored)
     del taken, stored
-  with pytest.raises(segment.SegmentFullError):
+  with pytest.raises(segment_writer.SegmentFullError):
     replacement.put(_key(4), np.full(5000, 4, np.uint8))
   replacement.close()
   index.close()
@@ -267,6 +286,160 @@ def test_two_living_writers_are_refused(spawn, folder):
   assert 'another living process writes it' in second.errors
 
 
+# --- Those that live on ------------------------------------------------------
+
+_LIVES_ON = (
+  _JAX_HEAD
+  + """
+stage, generation = map(int, args)
+log = start_log(stage, generation, resend_seconds=0.2)
+say('started')
+for line in sys.stdin:
+  what, iteration = line.split()
+  if what == 'publish':
+    log.publish(key(int(iteration), stage), jnp.ones(3))
+    log.flush()
+  elif what == 'read':
+    log.read(key(int(iteration)))
+  else:
+    log.prefetch(key(int(iteration)))
+  say('done')
+"""
+)
+
+
+def _outlive(process, act):
+  """Stops a process, acts, and lets it go on."""
+  os.kill(process.process.pid, signal.SIGSTOP)
+  act()
+  os.kill(process.process.pid, signal.SIGCONT)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize('what', ['publish', 'read'])
+def test_a_process_that_lives_on_is_fenced_off(spawn, folder, what):
+  producer = _log(folder, 0)
+  producer.publish(_key(1), jnp.ones(3))
+  producer.flush()
+  old = spawn(_LIVES_ON, folder, 1, 1)
+  assert old.line() == 'started'
+  old.say('publish 1')
+  assert old.line() == 'done'
+  old.say('read 1')
+  assert old.line() == 'done'
+  _outlive(old, lambda: segment.fence(folder, keys.WorkerId(1, 0, 2)))
+  old.say(f'{what} 2' if what == 'publish' else f'{what} 1')
+  assert old.wait() == 1
+  assert 'FencedError: generation 2 fences off 1' in old.errors
+  found = {h.key for h in segment_reader.StoreIndex(folder).entries()}
+  assert found == {_key(1), _key(1, 1)}
+  heir = spawn(_LIVES_ON, folder, 1, 2)
+  assert heir.line() == 'started'
+  for line in ('publish 2', 'read 1'):
+    heir.say(line)
+    assert heir.line() == 'done'
+  producer.close()
+
+
+@pytest.mark.thorough
+def test_a_read_that_waits_is_fenced_off(spawn, folder):
+  producer = _log(folder, 0)
+  old = spawn(_LIVES_ON, folder, 1, 1)
+  assert old.line() == 'started'
+  old.say('prefetch 1')
+  assert old.line() == 'done'
+  _outlive(old, lambda: segment.fence(folder, keys.WorkerId(1, 0, 2)))
+  old.say('read 1')
+  assert old.wait() == 1
+  assert 'FencedError: generation 2 fences off 1' in old.errors
+  producer.close()
+
+
+_HOSTS = (
+  _HEAD
+  + """
+import pathlib, selectors
+from moetion_jax.hostmem import run_store
+from moetion_jax.runtime.hosts import hosts
+path = pathlib.Path(folder)
+store = run_store.open_store(str(path.parent), path.name)
+both = hosts.Hosts(2, 2, store)
+both.start(())
+with selectors.DefaultSelector() as selector:
+  both.register(selector, print)
+  while not both.agents()[1]['address']:
+    for ready, _ in selector.select():
+      ready.data()
+say(both.secret)
+for agent in both.agents():
+  say(agent['address'])
+for path in both.stores():
+  say(path)
+for line in sys.stdin:
+  both.fence(keys.WorkerId(*map(int, line.split())))
+  say('fenced')
+both.close()
+run_store.close_store(store, keep=False)
+"""
+)
+
+_ASKS = (
+  _HEAD
+  + """
+from moetion_jax.logs import zmq_client
+secret, address, generation = args
+nothing, _ = os.pipe()
+client = zmq_client.StoreClient(
+  keys.WorkerId(0, 0, int(generation)), 0.1, bytes.fromhex(secret))
+say('started')
+for line in sys.stdin:
+  client.want(key(int(line), 1), address)
+  arrived = []
+  while not arrived:
+    client.wait(nothing, 0.05)
+    arrived = client.collect()
+  result = arrived[0].result
+  say(type(result).__name__ if isinstance(result, Exception) else result[0])
+client.close()
+"""
+)
+
+
+@pytest.mark.thorough
+def test_a_process_that_lives_on_is_fenced_off_on_another_host(spawn):
+  """Of two hosts, as `--local_hosts=2` has them, with their agents."""
+  hosts = spawn(_HOSTS, f'/dev/shm/test-{uuid.uuid4().hex}')
+  secret, _, address, _, store = (hosts.line() for _ in range(5))
+  log = _log(pathlib.Path(store), 1)
+  log.publish(_key(1, 1), np.full(3, 7, np.int32))
+  log.flush()
+  old, heir = (spawn(_ASKS, store, secret, address, g) for g in (1, 2))
+  for process in (old, heir):
+    assert process.line() == 'started'
+    process.say('1')
+    assert process.line() == '7'
+
+  def replace():
+    hosts.say('0 0 2')
+    assert hosts.line() == 'fenced'
+    heir.say('1')
+    assert heir.line() == '7'
+
+  _outlive(old, replace)
+  old.say('1')
+  while old.line() != 'FencedError':  # until that host's agent was told
+    old.say('1')
+  old.say('1')
+  assert old.line() == 'FencedError'
+  hosts.say('1 0 2')
+  assert hosts.line() == 'fenced'
+  with pytest.raises(errors.FencedError, match='generation 2 fences off 1'):
+    while True:  # the agent of that host takes the message when it comes
+      log.publish(_key(1, 1), np.full(3, 7, np.int32))
+  log.close()
+  assert hosts.wait() == 0
+
+
 # --- Readers that die --------------------------------------------------------
 
 _READER_THAT_HOLDS = (
@@ -294,24 +467,22 @@ sys.stdin.read()
   'script', [_READER_THAT_HOLDS, _JAX_READER_THAT_HOLDS], ids=['view', 'jax']
 )
 def test_lease_of_a_reader_that_is_killed(spawn, folder, script):
-  log = boundary_log.BoundaryLog(
-    keys.WorkerId(0, 0, 1),
-    log_interface.LogSettings(folder=folder, size_bytes=4096),
-  )
-  log.start()
+  log = _log(folder, 0, size_bytes=4096)
   log.publish(_key(1), np.ones(1024, np.int32))
   log.flush(_SECONDS)
   reader = spawn(script, folder)
   assert reader.line() == '1024'
   log.retain(2)
   log.publish(_key(2), np.full(1024, 2, np.int32))
-  assert runs.wait_for(lambda: log.blocked_for, _SECONDS) == _key(2)
+  assert runs.wait_for(lambda: log.blocked_for, _SECONDS).startswith(
+    f'{_key(2)}: '
+  )
   with pytest.raises(TimeoutError):
     log.flush(0.2)
-  assert log.blocked_for == _key(2)
+  assert log.blocked_for.startswith(f'{_key(2)}: ')
   reader.kill()
   log.flush(_SECONDS)
-  assert log.blocked_for is None
+  assert not log.blocked_for
   log.close()
 
 

@@ -1,42 +1,40 @@
 """The logs: one suite for all of them, and what only the shared one does."""
 
 import dataclasses
+import functools
 import gc
 import mmap
-import queue
+import os
 import threading
 import time
 import uuid
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from moetion_jax import errors, keys
 from moetion_jax.hostmem import entry, segment, store_folder
 from moetion_jax.logs import (
   boundary_log,
   interface as log_interface,
+  joined_log,
   memory_log,
   remote,
+  zmq_client,
   zmq_server,
 )
-from tests.support import runs
+from tests.support import log_conformance, tcp_transport
 
-_SECONDS = 30.0  # bounds every wait; nothing should come near it
+_SECONDS = log_conformance.SECONDS
 _SECRET = b'0123456789abcdef'
+_CONNECT = functools.partial(zmq_client.StoreClient, secret=_SECRET)
 
-
-def _key(iteration, stage=0, microbatch=0, kind=keys.EntryKind.ACTIVATION):
-  return keys.EntryKey(iteration, stage, 0, kind, microbatch)
-
-
-def _bits(array):
-  return np.asarray(array).tobytes()
+_key, _Reading = log_conformance.make_key, log_conformance.Reading
+_until_waiting = log_conformance.until_waiting
+_until_blocked = log_conformance.until_blocked
 
 
 @pytest.fixture
@@ -58,26 +56,35 @@ class _Pair:
   """Started logs of stages 0 and 1."""
 
   def __init__(self, kind, folders):
-    self.servers: list[zmq_server.StoreServer] = []
+    self.servers: list[Any] = []
     self.logs: list[Any] = []
     self.locations = {}
+    self.connect = tcp_transport.Client if kind == 'sockets' else _CONNECT
     if kind == 'memory':
       store = memory_log.MemoryStore()
-      for stage in range(2):
-        worker = keys.WorkerId(stage, 0, 1)
-        in_memory: log_interface.Log = memory_log.MemoryLog(worker, store)
-        self.logs.append(in_memory)
+      self.logs += [
+        memory_log.MemoryLog(keys.WorkerId(stage, 0, 1), store)
+        for stage in range(2)
+      ]
     else:
+      is_apart = kind in ('hosts', 'sockets')
       self.folders = [folders()]
-      self.folders.append(folders() if kind == 'hosts' else self.folders[0])
-      for stage in range(2):
-        shared: log_interface.Log = self.make(stage, secret=_SECRET)
-        self.logs.append(shared)
+      self.folders.append(folders() if is_apart else self.folders[0])
+      self.logs += [self.make(stage) for stage in range(2)]
+    if kind == 'joined':
+      self.logs = [
+        joined_log.JoinedLog({0: log, 1: self.make(stage, replica=1)})
+        for stage, log in enumerate(self.logs)
+      ]
     for log in self.logs:
       log.start()
-    if kind == 'hosts':
+    if kind in ('hosts', 'sockets'):
       for stage, folder in enumerate(self.folders):
-        server = zmq_server.StoreServer(folder, secret=_SECRET)
+        server: remote.ReadServer = (
+          tcp_transport.Server(folder)
+          if kind == 'sockets'
+          else zmq_server.StoreServer(folder, secret=_SECRET)
+        )
         server.start()
         self.servers.append(server)
         self.locations[stage, 0] = remote.Location(
@@ -86,14 +93,15 @@ class _Pair:
       for log in self.logs:
         log.update_locations(self.locations)
 
-  def make(self, stage, generation=1, **changes):
+  def make(self, stage, generation=1, replica=0, **changes):
     folder = self.folders[stage]
     settings = log_interface.LogSettings(
       folder=folder, host=str(folder), size_bytes=1 << 20, resend_seconds=0.2
     )
     return boundary_log.BoundaryLog(
-      keys.WorkerId(stage, 0, generation),
+      keys.WorkerId(stage, replica, generation),
       dataclasses.replace(settings, **changes),
+      self.connect,
     )
 
   def close(self):
@@ -101,10 +109,27 @@ class _Pair:
       closable.close()
 
 
-@pytest.fixture(params=['memory', 'host', 'hosts'])
-def pair(request, folders):
-  pair = _Pair(request.param, folders)
-  yield pair
+class TestEveryLog(log_conformance.LogConformance):
+  @pytest.fixture(params=['memory', 'host', 'hosts', 'sockets', 'joined'])
+  def pair(self, request, folders):
+    pair = _Pair(request.param, folders)
+    yield pair
+    pair.close()
+
+
+def test_a_joined_log_flushes_up_to_a_mark(folders):
+  """What comes later may wait for room: for what the flush is waited for."""
+  pair = _Pair('joined', folders)
+  writer, _ = pair.logs
+  writer.publish(_key(1), np.ones(4))
+  mark = writer.mark()
+  of_other = [dataclasses.replace(_key(i), replica=1) for i in range(1, 4)]
+  for key in of_other:
+    writer.publish(key, np.zeros(400_000, np.uint8))
+  _until_blocked(writer, of_other[-1])
+  writer.flush(_SECONDS, mark)
+  with pytest.raises(TimeoutError):
+    writer.flush(0.1)
   pair.close()
 
 
@@ -115,40 +140,13 @@ def shared(folders):
   pair.close()
 
 
-class _Reading:
-  """`read` in a thread of its own."""
-
-  def __init__(self, log, key, **kwargs):
-    self.result = queue.Queue()
-
-    def read():
-      try:
-        self.result.put(log.read(key, timeout_seconds=_SECONDS, **kwargs))
-      except Exception as error:
-        self.result.put(error)
-
-    self.thread = threading.Thread(target=read)
-    self.thread.start()
-
-  def get(self):
-    result = self.result.get(timeout=2 * _SECONDS)
-    self.thread.join()
-    return result
+# --- The shared log ----------------------------------------------------------
 
 
-def _until_waiting(log, key):
-  assert runs.wait_for(lambda: log.waiting_for, _SECONDS) == key
-
-
-def _until_blocked(log, key):
-  assert runs.wait_for(lambda: log.blocked_for, _SECONDS) == key
-
-
-def test_waits_for_what_exists_are_counted(pair):
+@pytest.mark.parametrize('kind', ['host', 'hosts', 'sockets'])
+def test_waits_for_what_exists_are_counted(folders, kind):
+  pair = _Pair(kind, folders)
   writer, reader = pair.logs
-  if isinstance(writer, memory_log.MemoryLog):
-    assert writer.late_seconds == 0
-    return
   # Not published yet: the wait counts from the commit, after the publication.
   reading = _Reading(reader, _key(1))
   _until_waiting(reader, _key(1))
@@ -163,168 +161,7 @@ def test_waits_for_what_exists_are_counted(pair):
   before = time.monotonic()
   reader.read(_key(2), timeout_seconds=_SECONDS)
   assert 0 < reader.late_seconds - first < time.monotonic() - before
-
-
-# --- Every log ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  'dtype', [np.float32, ml_dtypes.bfloat16, np.int32, np.uint8], ids=str
-)
-@pytest.mark.parametrize('shape', [(), (0,), (3, 0, 2), (7,), (3, 5, 2)])
-def test_bytes_in_are_bytes_out(pair, dtype, shape):
-  itemsize = np.dtype(dtype).itemsize
-  data = np.arange(int(np.prod(shape)) * itemsize, dtype=np.uint8)
-  array = jnp.asarray(data.view(dtype).reshape(shape))
-  writer, reader = pair.logs
-  writer.publish(_key(1), array)
-  found = reader.read(_key(1), timeout_seconds=_SECONDS)
-  assert isinstance(found, jax.Array)
-  assert (found.dtype, found.shape) == (np.dtype(dtype), shape)
-  assert _bits(found) == _bits(array)
-
-
-def test_large_entries(pair):
-  writer, reader = pair.logs
-  for iteration in range(1, 8):
-    array = jax.random.normal(jax.random.key(iteration), (150_000,))
-    writer.retain(iteration)
-    writer.publish(_key(iteration), array)
-    found = reader.read(_key(iteration), timeout_seconds=_SECONDS)
-    assert _bits(found) == _bits(array)
-    del found
-
-
-def test_numpy_arrays_may_be_published(pair):
-  writer, reader = pair.logs
-  writer.publish(_key(1), np.arange(3, dtype=np.int32))
-  found = reader.read(_key(1), timeout_seconds=_SECONDS)
-  assert isinstance(found, jax.Array)
-  assert found.tolist() == [0, 1, 2]
-
-
-def test_read_of_an_absent_entry_waits_visibly(pair):
-  writer, reader = pair.logs
-  reading = _Reading(reader, _key(1))
-  _until_waiting(reader, _key(1))
-  writer.publish(_key(1), jnp.arange(4.0))
-  assert reading.get().tolist() == [0, 1, 2, 3]
-  assert reader.waiting_for is None
-
-
-def test_read_times_out_and_can_be_repeated(pair):
-  writer, reader = pair.logs
-  with pytest.raises(TimeoutError, match='iteration 1'):
-    reader.read(_key(1), timeout_seconds=0.01)
-  writer.publish(_key(1), jnp.ones(2))
-  assert reader.read(_key(1), timeout_seconds=_SECONDS).tolist() == [1, 1]
-
-
-def test_prefetch(pair):
-  writer, reader = pair.logs
-  for microbatch in range(3):
-    reader.prefetch(_key(1, microbatch=microbatch))
-    reader.prefetch(_key(1, microbatch=microbatch))
-  for microbatch in range(3):
-    writer.publish(_key(1, microbatch=microbatch), jnp.full(5, microbatch))
-  for microbatch in (2, 0, 1):
-    key = _key(1, microbatch=microbatch)
-    found = reader.read(key, timeout_seconds=_SECONDS)
-    assert found.tolist() == [microbatch] * 5
-
-
-def test_many_readers_of_one_entry(pair):
-  writer, reader = pair.logs
-  key = _key(1, kind=keys.EntryKind.SCALARS)
-  writer.publish(key, jnp.arange(3.0))
-  for _ in range(2):
-    for log in (writer, reader):
-      assert log.read(key, timeout_seconds=_SECONDS).tolist() == [0, 1, 2]
-
-
-def test_both_directions(pair):
-  for iteration in range(1, 20):
-    for stage in range(2):
-      pair.logs[stage].publish(
-        _key(iteration, stage), jnp.full((), 2 * iteration + stage)
-      )
-    for stage in range(2):
-      found = pair.logs[stage].read(
-        _key(iteration, 1 - stage), timeout_seconds=_SECONDS
-      )
-      assert found == 2 * iteration + 1 - stage
-
-
-def test_sharding(pair):
-  writer, reader = pair.logs
-  mesh = jax.make_mesh((4,), ('expert',))
-  array = jnp.arange(4 * 64, dtype=jnp.float32).reshape(4, 64)
-  writer.publish(_key(1), jax.device_put(array, jax.devices()[1]))
-  for spec in (PartitionSpec(), PartitionSpec('expert')):
-    sharding = NamedSharding(mesh, spec)
-    found = reader.read(_key(1), sharding, timeout_seconds=_SECONDS)
-    assert found.sharding == sharding
-    assert _bits(found) == _bits(array)
-  sharded = jax.device_put(array, NamedSharding(mesh, PartitionSpec('expert')))
-  writer.publish(_key(2), sharded)
-  found = reader.read(_key(2), timeout_seconds=_SECONDS)
-  assert _bits(found) == _bits(array)
-
-
-def test_equal_publication_again_changes_nothing(pair):
-  writer, reader = pair.logs
-  for _ in range(3):
-    writer.publish(_key(1), jnp.arange(8.0))
-    writer.flush(_SECONDS)
-  assert reader.read(_key(1), timeout_seconds=_SECONDS).tolist()[7] == 7
-
-
-@pytest.mark.parametrize(
-  'other',
-  [np.ones(4, np.float32), np.zeros(5, np.float32), np.zeros(4, np.int32)],
-)
-def test_unequal_publication_again_is_fatal(pair, other):
-  writer, reader = pair.logs
-  writer.publish(_key(3, microbatch=5), np.zeros(4, np.float32))
-  with pytest.raises(errors.EntryMismatchError) as caught:
-    writer.publish(_key(3, microbatch=5), other)
-    writer.flush(_SECONDS)
-  assert 'iteration 3, microbatch 5' in str(caught.value)
-  found = reader.read(_key(3, microbatch=5), timeout_seconds=_SECONDS)
-  assert found.tolist() == [0] * 4
-
-
-def test_nobody_publishes_for_another(pair):
-  with pytest.raises(ValueError, match='stage 1'):
-    pair.logs[0].publish(_key(1, stage=1), jnp.ones(1))
-
-
-def test_close_ends_a_read_that_waits(pair):
-  reading = _Reading(pair.logs[1], _key(1))
-  _until_waiting(pair.logs[1], _key(1))
-  pair.logs[1].close()
-  error = reading.get()
-  assert isinstance(error, errors.StoreError)
-  assert 'closed' in str(error)
-  for call in (
-    lambda: pair.logs[1].read(_key(1)),
-    lambda: pair.logs[1].publish(_key(1, stage=1), jnp.ones(1)),
-  ):
-    with pytest.raises(errors.StoreError, match='closed'):
-      call()
-
-
-def test_an_interrupted_log_raises_what_it_was_told(pair):
-  reading = _Reading(pair.logs[1], _key(1))
-  _until_waiting(pair.logs[1], _key(1))
-  reason = errors.MoetionError('the stages go back')
-  pair.logs[1].interrupt(reason)
-  assert reading.get() is reason
-  with pytest.raises(errors.MoetionError, match='go back'):
-    pair.logs[1].publish(_key(1, stage=1), jnp.ones(1))
-
-
-# --- The shared log ----------------------------------------------------------
+  pair.close()
 
 
 def test_device_array_is_the_mapped_memory_and_holds_its_lease(shared):
@@ -342,7 +179,7 @@ def test_device_array_is_the_mapped_memory_and_holds_its_lease(shared):
   del held
   gc.collect()
   writer.flush(_SECONDS)
-  assert writer.blocked_for is None
+  assert not writer.blocked_for
   found = reader.read(_key(3), timeout_seconds=_SECONDS)
   np.testing.assert_array_equal(found, half + 1)
 
@@ -383,24 +220,20 @@ def test_donated_input_does_not_write_to_the_log(shared):
   np.testing.assert_array_equal(found, np.arange(4096.0))
 
 
-def test_full_log_waits_visibly_then_fails(shared):
-  log = shared.make(
-    1, 2, size_bytes=mmap.PAGESIZE, full_seconds=0.3, fresh=True
-  )
+def test_full_log_waits_visibly_and_says_why(shared):
+  log = shared.make(1, 2, size_bytes=mmap.PAGESIZE, fresh=True)
   shared.logs[1].close()
   log.start()
   page = np.zeros(mmap.PAGESIZE, np.uint8)
-  before = time.monotonic()
   log.publish(_key(1, stage=1), page)
   log.publish(_key(2, stage=1), page)
   _until_blocked(log, _key(2, stage=1))
-  with pytest.raises(errors.StoreError, match='--log_iterations') as caught:
-    log.flush(_SECONDS)
-  assert 'iteration 2' in str(caught.value)
-  assert time.monotonic() - before >= 0.3 and log.blocked_for is None
-  with pytest.raises(errors.StoreError):
-    log.publish(_key(3, stage=1), page)
+  assert 'since iteration 1' in log.blocked_for
+  assert '--log_iterations' in log.blocked_for
+  with pytest.raises(TimeoutError):  # it is not the log that gives up
+    log.flush(0.1)
   log.close()
+  assert not log.blocked_for
 
 
 def test_full_log_goes_on_when_the_line_advances(shared):
@@ -415,14 +248,24 @@ def test_full_log_goes_on_when_the_line_advances(shared):
 
 def test_publish_itself_waits_when_too_much_is_pending(shared):
   log = shared.make(
-    1, 2, size_bytes=mmap.PAGESIZE, pending_entries=2, full_seconds=0.3
+    1, 2, size_bytes=mmap.PAGESIZE, pending_entries=2, fresh=True
   )
   shared.logs[1].close()
   log.start()
-  with pytest.raises(errors.StoreError, match='no room'):
-    for microbatch in range(5000):
-      log.publish(_key(1, 1, microbatch), np.zeros(mmap.PAGESIZE, np.uint8))
+  published = []
+
+  def publish():
+    with pytest.raises(errors.StoreError, match='closed'):
+      for microbatch in range(5000):
+        log.publish(_key(1, 1, microbatch), np.zeros(mmap.PAGESIZE, np.uint8))
+        published.append(microbatch)
+
+  thread = threading.Thread(target=publish)
+  thread.start()
+  _until_blocked(log, _key(1, 1, 1))
   log.close()
+  thread.join(_SECONDS)
+  assert not thread.is_alive() and len(published) <= 4
 
 
 def test_failed_computation_reaches_the_caller(shared):
@@ -471,9 +314,7 @@ def test_logs_that_begin_anew_hide_the_old_ones(folders, kind):
     for stage, log in enumerate(pair.logs):
       log.close()
       segment.segment_path(pair.folders[stage], stage, 0).unlink()
-      pair.logs[stage] = pair.make(
-        stage, generation + 1, fresh=True, secret=_SECRET
-      )
+      pair.logs[stage] = pair.make(stage, generation + 1, fresh=True)
       pair.logs[stage].start()
       pair.logs[stage].update_locations(pair.locations)
   pair.close()
@@ -534,10 +375,40 @@ def test_locations_change_under_a_read_that_waits(folders):
 
 def test_fenced_reader(folders):
   pair = _Pair('hosts', folders)
-  pair.servers[0].fence(1, 0, 2)
-  with pytest.raises(remote.FencedError, match='generation 1'):
+  pair.servers[0].fence(keys.WorkerId(1, 0, 2))
+  with pytest.raises(errors.FencedError, match='generation 1'):
     pair.logs[1].read(_key(1), timeout_seconds=_SECONDS)
-  assert pair.servers[0].fenced_count == 1
+  pair.close()
+
+
+@pytest.mark.parametrize('left', [None, 0.0, 0.5])
+@pytest.mark.parametrize('kind', ['host', 'hosts'])
+def test_a_log_that_is_cut_or_removed(folders, kind, left):
+  """Who writes it fails, whatever it waits for; who reads it waits."""
+  pair = _Pair(kind, folders)
+  writer, reader = pair.logs
+  writer.publish(_key(1), np.zeros(9, np.float32))
+  writer.flush(_SECONDS)
+  reader.read(_key(1), timeout_seconds=_SECONDS)
+  # Of the other, which gives nothing.
+  waiting = _Reading(writer, _key(1, stage=1)), _Reading(reader, _key(2))
+  _until_waiting(writer, _key(1, stage=1))
+  _until_waiting(reader, _key(2))
+  path = segment.segment_path(pair.folders[0], 0, 0)
+  if left is None:
+    path.unlink()
+  else:
+    os.truncate(path, int(path.stat().st_size * left))
+  assert 'cut or removed' in str(waiting[0].get())
+  with pytest.raises(errors.StoreError, match='cut or removed'):
+    writer.publish(_key(2), np.zeros(9, np.float32))
+  writer.close()
+  # Its next generation begins a new one.
+  segment.fence(pair.folders[0], keys.WorkerId(0, 0, 2))
+  pair.logs[0] = pair.make(0, generation=2)
+  pair.logs[0].start()
+  pair.logs[0].publish(_key(2), np.ones(9, np.float32))
+  assert waiting[1].get().tolist() == [1] * 9
   pair.close()
 
 
@@ -563,7 +434,7 @@ def test_close_leaves_only_segments_and_no_thread(folders):
 def test_folder_must_be_private(tmp_path):
   tmp_path.chmod(0o755)
   settings = log_interface.LogSettings(folder=tmp_path, size_bytes=1)
-  log = boundary_log.BoundaryLog(keys.WorkerId(0, 0, 1), settings)
+  log = boundary_log.BoundaryLog(keys.WorkerId(0, 0, 1), settings, _CONNECT)
   with pytest.raises(errors.StoreError, match='0700'):
     log.start()
   log.close()

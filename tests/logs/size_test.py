@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moetion_jax import errors, keys
-from moetion_jax.hostmem import segment, store_folder
+from moetion_jax.hostmem import segment_writer, store_folder
 from moetion_jax.logs import size as log_size
 from tests.support import helpers
 
@@ -31,7 +31,7 @@ def test_entries(stages, stage, microbatches, eval_every, hidden_entries):
   config = helpers.micro_run(
     stages=stages, microbatches=microbatches, eval_every=eval_every
   )
-  sizes = log_size.entry_sizes(config, stage)
+  sizes = log_size.entry_sizes(config.job_spec(), stage)
   assert sizes == [_HIDDEN] * hidden_entries + [_SCALARS]
 
 
@@ -46,18 +46,18 @@ def test_entries(stages, stage, microbatches, eval_every, hidden_entries):
 )
 def test_bytes_of_an_entry(model, nbytes):
   config = helpers.micro_run(model, stages=2)
-  assert log_size.entry_sizes(config, 0)[0] == nbytes
+  assert log_size.entry_sizes(config.job_spec(), 0)[0] == nbytes
 
 
 @pytest.mark.parametrize('log_iterations', [1, 4])
 @pytest.mark.parametrize('stage', [0, 1, 2])
 def test_a_log_of_this_size_holds_what_it_is_for(stage, log_iterations):
-  config = helpers.micro_run(stages=3)
-  size = log_size.log_size(config, stage, log_iterations)
+  job = helpers.micro_run(stages=3).job_spec()
+  size = log_size.log_size(job, stage, log_iterations)
   store = store_folder.StoreFolder('/dev/shm', f'test-{uuid.uuid4().hex}')
   store.start()
   try:
-    writer = segment.SegmentWriter(
+    writer = segment_writer.SegmentWriter(
       store.path, keys.WorkerId(stage, 0, 1), size.ring_bytes, size.cells
     )
     writer.start()
@@ -65,7 +65,7 @@ def test_a_log_of_this_size_holds_what_it_is_for(stage, log_iterations):
     # The iteration that is written and those before it that are kept.
     for iteration in range(1, 4 * log_iterations):
       writer.retain(iteration - log_iterations)
-      for number, nbytes in enumerate(log_size.entry_sizes(config, stage)):
+      for number, nbytes in enumerate(log_size.entry_sizes(job, stage)):
         key = keys.EntryKey(
           iteration, stage, 0, keys.EntryKind.ACTIVATION, number
         )
@@ -84,8 +84,8 @@ def test_a_log_of_this_size_holds_what_it_is_for(stage, log_iterations):
 )
 def test_shapes_that_cannot_be(model, train, flag):
   with pytest.raises(errors.ConfigError, match=f'--{flag}='):
-    log_size.check_shape(helpers.micro_run(model, **train))
+    helpers.micro_run(model, **train).job_spec()
 
 
 def test_shapes_that_can_be():
-  log_size.check_shape(helpers.micro_run(stages=4, local_devices=4))
+  helpers.micro_run(stages=4, local_devices=4).job_spec()

@@ -2,15 +2,11 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
-import os
 import socket
-import time
-import uuid
+import threading
 
 import hypothesis
-import ml_dtypes
 import numpy as np
 import pytest
 import zmq
@@ -22,107 +18,42 @@ from moetion_jax.hostmem import (
   doorbell,
   entry,
   raw_bytes,
-  segment,
-  store_folder,
 )
 from moetion_jax.logs import (
   receive_buffers,
-  remote,
   wire_format,
   zmq_client,
   zmq_server,
 )
+from tests.support import remote_conformance
 
-_SECONDS = 30.0
+_SECONDS = remote_conformance.SECONDS
 _SECRET = b'0123456789abcdef'
-_ME = keys_lib.WorkerId(1, 0, 7)
+_ME = remote_conformance.ME
 
 
-def _key(iteration, microbatch=0):
-  return keys_lib.EntryKey(
-    iteration, 0, 0, keys_lib.EntryKind.ACTIVATION, microbatch
-  )
-
-
-class _Host:
-  """A store folder with a producer in it, and a server."""
-
-  def __init__(self):
-    self.folder = store_folder.StoreFolder(
-      '/dev/shm', f'test-{uuid.uuid4().hex}'
-    )
-    self.folder.start()
-    worker = keys_lib.WorkerId(0, 0, 1)
-    self.writer = segment.SegmentWriter(self.folder.path, worker, 8 << 20)
-    self.writer.start()
-    self.bell = doorbell.Doorbell(self.folder.path, 'producer')
-    self.bell.start()
-    self.servers = []
-
-  def serve(self, address='tcp://127.0.0.1:*', secret=None):
-    server = zmq_server.StoreServer(self.folder.path, address, secret)
-    server.start()
-    self.servers.append(server)
-    return server
-
-  def publish(self, key, array):
-    self.writer.put(key, array)
-    self.bell.ring_others()
-
-  def close(self):
-    for server in self.servers:
-      server.close()
-    self.bell.close()
-    self.writer.close()
-    self.folder.remove()
+_key, _collect = remote_conformance.make_key, remote_conformance.collect
+_wait_until = remote_conformance.wait_until
 
 
 @pytest.fixture
 def host():
-  host = _Host()
+  host = remote_conformance.Host(zmq_server.StoreServer)
   yield host
   host.close()
-
-
-class _Client(zmq_client.StoreClient):
-  """A client that knows its poller."""
-
-  def __init__(self, worker, poller, *args):
-    super().__init__(worker, poller, *args)
-    self.poller = poller
 
 
 @pytest.fixture
 def connect():
   """Makes clients."""
-  clients = []
+  with contextlib.ExitStack() as closing:
 
-  def connect(secret=None, resend_seconds=0.2, worker=_ME):
-    poller = zmq.Poller()
-    client = _Client(worker, poller, secret, resend_seconds)
-    clients.append(client)
-    return client
+    def connect(secret=None, resend_seconds=0.2):
+      client = zmq_client.StoreClient(_ME, resend_seconds, secret)
+      closing.callback(client.close)
+      return client
 
-  yield connect
-  for client in clients:
-    client.close()
-
-
-def _collect(client, count=1):
-  """Waits for `count` results, by key."""
-  results, deadline = {}, time.monotonic() + _SECONDS
-  while len(results) < count:
-    assert time.monotonic() < deadline, f'only {list(results)}'
-    client.poller.poll(50)
-    results |= {a.key: a.result for a in client.collect()}
-  return results
-
-
-def _wait_until(condition):
-  deadline = time.monotonic() + _SECONDS
-  while not condition():
-    assert time.monotonic() < deadline
-    os.sched_yield()
+    yield connect
 
 
 # --- Messages ----------------------------------------------------------------
@@ -199,70 +130,6 @@ def test_loopback_or_a_secret(host, connect, address, needs_secret):
     connect().want(_key(1), address)
 
 
-# --- Reads -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('secret', [None, _SECRET], ids=['plain', 'curve'])
-@pytest.mark.parametrize(
-  ('dtype', 'shape'),
-  [
-    (np.float32, ()),
-    (np.uint8, (0, 5)),
-    (np.int32, (3, 4)),
-    (ml_dtypes.bfloat16, (1000, 1001)),  # two pieces
-    (np.uint8, (zmq_server.PIECE_BYTES * 3,)),
-  ],
-)
-def test_bytes_in_are_bytes_out(host, connect, secret, dtype, shape):
-  server, client = host.serve(secret=secret), connect(secret)
-  count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-  data = np.random.default_rng(0).integers(0, 256, count, np.uint8)
-  array = data.view(dtype).reshape(shape)
-  host.publish(_key(1), array)
-  client.want(_key(1), server.address)
-  found = _collect(client)[_key(1)]
-  assert (found.dtype, found.shape) == (np.dtype(dtype), shape)
-  assert found.tobytes() == array.tobytes()
-  assert not found.flags.writeable
-
-
-def test_parked_reads_are_answered_by_notification(host, connect):
-  server = host.serve()
-  clients = [connect(resend_seconds=3600.0) for _ in range(3)]
-  for client in clients:
-    for microbatch in range(4):
-      client.want(_key(1, microbatch), server.address)
-  _wait_until(lambda: len(server._parked) == 12)
-  for microbatch in range(4):
-    host.publish(_key(1, microbatch), np.full(9, microbatch))
-  for client in clients:
-    found = _collect(client, 4)
-    for microbatch in range(4):
-      assert (found[_key(1, microbatch)] == microbatch).all()
-  assert not server._parked
-
-
-def test_repeated_reads_are_answered_once(host, connect):
-  server, client = host.serve(), connect(resend_seconds=0.0)
-  client.want(_key(1), server.address)
-  for _ in range(50):
-    client.collect()
-  host.publish(_key(1), np.arange(zmq_server.PIECE_BYTES // 4))
-  found = _collect(client)[_key(1)]
-  np.testing.assert_array_equal(found, np.arange(zmq_server.PIECE_BYTES // 4))
-  assert client.malformed_count == server.malformed_count == 0
-
-
-def test_reads_go_on_when_the_server_is_replaced(host, connect):
-  server, client = host.serve(), connect()
-  client.want(_key(1), server.address)
-  _wait_until(lambda: server._parked)
-  server.close()  # the request that it had parked is gone
-  host.serve(server.address)
-  host.publish(_key(1), np.arange(5))
-  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
-
-
 def test_readers_that_are_gone_are_forgotten(host, connect, monkeypatch):
   monkeypatch.setattr(zmq_server, '_PARKED_SECONDS', 0.5)
   server, client = host.serve(), connect()
@@ -270,46 +137,6 @@ def test_readers_that_are_gone_are_forgotten(host, connect, monkeypatch):
   _wait_until(lambda: server._parked)
   client.close()
   _wait_until(lambda: not server._parked)
-
-
-def test_lease_ends_when_the_entry_is_sent(host, connect):
-  server, client = host.serve(), connect()
-  data = np.zeros(6 << 20, np.uint8)  # the ring has 8
-  for iteration in range(1, 5):
-    host.writer.retain(iteration)
-    key = _key(iteration)
-    _wait_until(functools.partial(_try_publish, host, key, data))
-    client.want(key, server.address)
-    assert _collect(client)[key].nbytes == 6 << 20
-
-
-def _try_publish(host, key, data):
-  try:
-    host.publish(key, data)
-  except segment.SegmentFullError:
-    gc.collect(0)
-    return False
-  return True
-
-
-def test_fencing(host, connect):
-  server = host.serve()
-  server.fence(1, 0, 8)
-  host.publish(_key(1), np.arange(5))
-  old, new = connect(), connect(worker=keys_lib.WorkerId(1, 0, 8))
-  for client in (old, new):
-    client.want(_key(1), server.address)
-  assert isinstance(_collect(old)[_key(1)], remote.FencedError)
-  assert _collect(new)[_key(1)].tolist() == [0, 1, 2, 3, 4]
-  assert server.fenced_count == 1
-
-
-def test_address_in_use(host):
-  taken = host.serve()
-  other = _Host()
-  with pytest.raises(errors.StoreError, match='in use'):
-    other.serve(taken.address)
-  other.close()
 
 
 # --- Garbage -----------------------------------------------------------------
@@ -489,6 +316,125 @@ def test_garbage_to_a_server_with_a_secret(host, connect, caplog):
     client.want(_key(1), server.address)  # ours are not counted
     assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
   assert len([r for r in caplog.records if 'not ours' in r.message]) == 1
+
+
+class _Wire:
+  """A wire to a server, on which somebody sees and repeats what goes by.
+
+  Attributes:
+    address: the address at which clients connect.
+    sent: the frames of the clients, each connection's greeting the first.
+    repeats: whose next frame is sent twice; 'client', 'server' or ''.
+  """
+
+  def __init__(self, address):
+    ip, port = address.removeprefix('tcp://').rsplit(':', 1)
+    self._server = ip, int(port)
+    self._listener = socket.create_server(('127.0.0.1', 0))
+    self.address = f'tcp://127.0.0.1:{self._listener.getsockname()[1]}'
+    self.sent = []
+    self.repeats = ''
+    self._open = []
+    threading.Thread(target=self._accept, daemon=True).start()
+
+  @property
+  def connections(self):
+    """How often a client connected."""
+    return sum(frame.startswith(b'\xff') for frame in self.sent)
+
+  def close(self):
+    for one in (self._listener, *self._open):
+      with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+      one.close()
+
+  def replay(self):
+    """Sends a connection's frames again, to a new one; until it hangs up."""
+    with socket.create_connection(self._server, _SECONDS) as again:
+      with contextlib.suppress(OSError):
+        again.sendall(b''.join(self.sent))
+        again.shutdown(socket.SHUT_WR)
+        while again.recv(4096):
+          pass
+
+  def _accept(self):
+    with contextlib.suppress(OSError):
+      while True:
+        client, _ = self._listener.accept()
+        server = socket.create_connection(self._server, _SECONDS)
+        self._open += client, server
+        for name, source, sink in (
+          ('client', client, server),
+          ('server', server, client),
+        ):
+          threading.Thread(
+            target=self._pass_on, args=(name, source, sink), daemon=True
+          ).start()
+
+  def _pass_on(self, name, source, sink):
+    with contextlib.suppress(OSError, EOFError), sink, source:
+      greeting = b''
+      while len(greeting) < 64:  # in parts: each waits for the other's
+        greeting += (part := _read(source, 1))
+        sink.sendall(part)
+      if name == 'client':
+        self.sent.append(greeting)
+      while True:
+        flags = _read(source, 1)
+        size = _read(source, 8 if flags[0] & 2 else 1)
+        frame = flags + size + _read(source, int.from_bytes(size))
+        if name == 'client':
+          self.sent.append(frame)
+        sink.sendall(frame)
+        if self.repeats == name:
+          self.repeats = ''
+          sink.sendall(frame)
+
+
+def _read(source, nbytes):
+  data = source.recv(nbytes, socket.MSG_WAITALL)
+  if len(data) < nbytes:
+    raise EOFError
+  return data
+
+
+@pytest.fixture
+def wire(host):
+  """A wire to a server with a secret, which has entry 1 and 2."""
+  wire = _Wire(host.serve(secret=_SECRET).address)
+  host.publish(_key(1), np.arange(5))
+  host.publish(_key(2), np.arange(7))
+  yield wire
+  wire.close()
+
+
+def test_a_connection_that_is_replayed_gets_nothing(wire, host, connect):
+  client = connect(_SECRET)
+  client.want(_key(1), wire.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  (server,) = host.servers
+  before = server.refused_count
+  assert len(wire.sent) >= 3  # greeting, handshake, request
+  wire.replay()
+  _wait_until(lambda: server.refused_count > before)
+  assert not server.malformed_count
+  client.want(_key(2), wire.address)
+  assert _collect(client)[_key(2)].tolist() == [*range(7)]
+
+
+@pytest.mark.parametrize('whose', ['client', 'server'])
+def test_a_frame_that_comes_twice_ends_its_connection(wire, connect, whose):
+  """Its number is known; the reader connects anew, and gets what it wants."""
+  client = connect(_SECRET)
+  client.want(_key(1), wire.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  before = wire.connections
+  wire.repeats = whose
+  client.want(_key(2), wire.address)
+  assert _collect(client)[_key(2)].tolist() == [*range(7)]
+  client.want(_key(1), wire.address)
+  assert _collect(client)[_key(1)].tolist() == [0, 1, 2, 3, 4]
+  assert wire.connections > before
 
 
 # --- Parts -------------------------------------------------------------------

@@ -41,6 +41,26 @@ def test_other_software_is_refused_by_name(shm_folder):
   assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize('remedy', ['another folder', 'removed'])
+def test_snapshots_of_another_state_are_refused(shm_folder, remedy):
+  """And a loop begins in another folder, or without them, as that says."""
+  case, folder = loops.plain(), shm_folder / 'loop'
+  with case.checkpointer(folder) as checkpointer:
+    loops.train(case, checkpointer, 6)
+  parameters = dict(case.state['params'])
+  parameters['another'] = parameters.pop('router')
+  other = dataclasses.replace(case, state={**case.state, 'params': parameters})
+  words = 'name another folder, or remove this one'
+  with pytest.raises(errors.StoreError, match=words):
+    other.checkpointer(folder).start()
+  if remedy == 'removed':
+    shutil.rmtree(folder)
+  else:
+    folder = shm_folder / 'another'
+  with other.checkpointer(folder) as checkpointer:
+    assert checkpointer.iteration == 0
+
+
 @pytest.mark.parametrize(
   'content',
   ['[]', 'null', '{}', '3', '{"environment": []}', '{', 'CHANGES', 'NAMELESS'],
@@ -54,6 +74,8 @@ def test_a_damaged_record_is_refused(tmp_path, content):
   with pytest.raises(errors.StoreError, match='environment.json: .*: remove'):
     trajectory.Trajectory(tmp_path, ()).check()
   assert (tmp_path / 'environment.json').read_text() == content
+  (tmp_path / 'environment.json').unlink()  # the folder, with all that is in it
+  trajectory.Trajectory(tmp_path, ()).check()
 
 
 def test_an_unknown_name_is_refused_of_a_new_loop_too(tmp_path):

@@ -7,6 +7,7 @@ from jax import numpy as jnp
 from models import config as model_config, presets, stages
 from moetion_jax import errors
 from moetion_jax.state import model as model_lib
+from tests.support import helpers
 
 _PAPER = [name for name in presets.PRESETS if name.startswith('paper_')]
 
@@ -28,14 +29,14 @@ def test_every_paper_preset_has_a_published_count():
 @pytest.mark.parametrize('name', _PAPER)
 def test_parameter_counts_are_the_published_ones_within_a_percent(name):
   published, _ = _PUBLISHED[name]
-  count = stages.num_parameters(presets.get(name)) / 1e9
+  count = helpers.num_parameters(presets.get(name)) / 1e9
   assert count == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['paper_qwen_moe', 'paper_deepseek_moe'])
 def test_active_parameter_counts_round_to_the_published_ones(name):
   _, published = _PUBLISHED[name]
-  count = stages.num_parameters(presets.get(name), active=True) / 1e9
+  count = helpers.num_parameters(presets.get(name), active=True) / 1e9
   assert round(count, 1) == published
 
 
@@ -43,7 +44,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen():
   config = model_config.ModelConfig(num_layers=3, first_dense_layers=1)
   not_chosen = 2 * (8 - 2) * 3 * 128 * 128  # layers, experts, SwiGLU
   assert (
-    stages.num_parameters(config) - stages.num_parameters(config, active=True)
+    helpers.num_parameters(config) - helpers.num_parameters(config, active=True)
     == not_chosen
   )
 
@@ -95,7 +96,7 @@ def test_stages_of_a_preset_have_all_of_its_parameters(name, num_stages):
   for spec in stages.cut(config, num_stages):
     stage = stages.build_stage(config, spec, seed=0)
     sizes.append(sum(s.size for s in stage.shapes.values()))
-  assert sum(sizes) == stages.num_parameters(config)
+  assert sum(sizes) == helpers.num_parameters(config)
 
 
 @pytest.mark.parametrize('name', ['', 'huge', 'Tiny'])

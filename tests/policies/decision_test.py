@@ -1,7 +1,5 @@
 """Decisions on what is captured: tables, and all small windows."""
 
-import json
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -67,17 +65,6 @@ def test_impossible_decisions_are_refused(fields, message):
     decision_lib.CaptureDecision(**(whole | fields))
 
 
-def test_json_by_hand():
-  assert words.decision('e a1 a0', '', mode='aligned').to_json() == {
-    'first_iteration': 10,
-    'window_length': 2,
-    'mode': 'aligned',
-    'every': 1,
-    'slots': [[['a', 0], ['a', 1], ['e', -1]], []],
-    'always': [],
-  }
-
-
 def test_a_partial_one_holds_some_and_always_the_same():
   decision = decision_lib.CaptureDecision(
     first_iteration=4,
@@ -89,40 +76,6 @@ def test_a_partial_one_holds_some_and_always_the_same():
   )
   assert decision.captured(5) is None
   assert decision.captured(6) == (words.slots('a0 e')[0], frozenset())
-  value = json.loads(json.dumps(decision.to_json()))
-  assert value['always'] == [['e', -1]]
-  assert decision_lib.CaptureDecision.from_json(value) == decision
-
-
-@hypothesis.settings(deadline=None)
-@hypothesis.given(
-  words.stages(),
-  st.integers(0, 10**9),
-  st.sampled_from(decision_lib.MODES),
-  st.data(),
-)
-def test_json_is_exact(stage, first, mode, data):
-  bytes_of, length, device_of = stage
-  decision = decision_lib.CaptureDecision(
-    first_iteration=first,
-    window_length=length,
-    mode=mode,
-    every=1 if length > 1 else data.draw(st.integers(1, 9)),
-    slots=slots.make_slots(tuple(bytes_of), bytes_of, length, device_of),
-  )
-  value = decision.to_json()
-  assert (
-    decision_lib.CaptureDecision.from_json(json.loads(json.dumps(value)))
-    == decision
-  )
-  assert decision_lib.CaptureDecision.from_json(value).to_json() == value
-
-
-def test_json_with_other_fields_is_refused():
-  value = words.decision('a').to_json()
-  for wrong in (value | {'more': 1}, {'mode': 'rolling'}, {}):
-    with pytest.raises(ValueError, match='no decision has the fields'):
-      decision_lib.CaptureDecision.from_json(wrong)
 
 
 @hypothesis.settings(deadline=None)

@@ -4,10 +4,12 @@ import pytest
 
 from moetion_jax import errors
 from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import registry
 
 
 def _settings(**fields):
-  return capture_settings.CaptureSettings(**fields)
+  policy = registry.of_name(fields.pop('policy', 'sparse'))
+  return capture_settings.CaptureSettings(policy=policy, **fields)
 
 
 @pytest.mark.parametrize(

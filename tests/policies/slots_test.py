@@ -13,6 +13,7 @@ from moetion_jax.policies import (
   popularity as popularity_lib,
   slots,
 )
+from moetion_jax.state import division
 from tests.support import words
 
 
@@ -283,12 +284,12 @@ def test_slots_without_an_order_are_near_the_best(stage):
   bytes_of, length, _ = stage
   order = tuple(bytes_of)
   best = min(
-    _largest(some, bytes_of, slots.on_no_device)
+    _largest(some, bytes_of, division.on_no_device)
     for some in _all_assignments(order, length)
   )
   free = slots.make_slots(order, bytes_of, length, keep_order=False)
   # Graham's bound of the greedy, 4/3 - 1/(3 w), in integers.
-  largest = _largest(free, bytes_of, slots.on_no_device)
+  largest = _largest(free, bytes_of, division.on_no_device)
   assert 3 * length * largest <= (4 * length - 1) * best
 
 

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
-from tests.support import helpers
+from launch.lm import transformer_job
+from moetion_jax import codec
+from moetion_jax.capture import selection
+from tests.support import helpers, one_process
 
 # Builds stage 1 of 2 as a worker or as a standby does, and works one iteration.
 _PROCESS = """
@@ -21,17 +23,18 @@ import collections, json, sys
 import jax
 import numpy as np
 from launch.lm import settings as run_settings, transformer_job
+from moetion_jax import codec
 from moetion_jax.programs import compilation, jax_internals, mesh
 from moetion_jax.runtime import xla_setup
 from moetion_jax.state import model as model_lib
 
-config = run_settings.RunConfig.from_json(json.loads(sys.argv[1]))
+config = codec.decode(run_settings.RunConfig, json.loads(sys.argv[1]))
 role, cache = sys.argv[2:]
 devices = config.train.local_devices
 xla_setup.configure(local_devices=devices, compilation_cache_dir=cache)
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda e, **_: events.update([e]))
-stage = transformer_job.declare_stage(config, 1)
+stage = transformer_job.of(config).declare_stage(1)
 if role == 'standby':
   lowered = stage.trace().lower('cpu')
   has_backend = jax_internals.has_backend()
@@ -84,7 +87,7 @@ def _work(config, role, cache):
       sys.executable,
       '-c',
       _PROCESS,
-      json.dumps(config.to_json()),
+      json.dumps(codec.encode(config)),
       role,
       str(cache),
     ],
@@ -117,8 +120,7 @@ def test_a_standby_takes_its_programs_from_the_workers_cache(devices, tmp_path):
 @pytest.fixture(scope='module')
 def placed_with():
   (worker,) = one_process.make_workers(
-    helpers.micro_run(model={'num_layers': 2}),
-    transformer_job.load_data(helpers.micro_run()),
+    helpers.micro_run(model={'num_layers': 2})
   )
   return worker
 
@@ -158,12 +160,13 @@ def test_placed_state_is_updated_in_place(placed_with):
     {n: np.zeros(s.shape, np.float32) for n, s in stage.model.shapes.items()},
     stage.shardings(stage.compute_specs),
   )
-  masks = worker._masks(frozenset(stage.partition.operators))
+  operators = stage.partition.operators
+  masks = selection.make_mask(operators, frozenset(operators))
   new, _, _ = programs.update(state, gradients, np.float32(1), masks)
   assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(new)} == before
 
 
 def test_a_stage_without_devices_says_so():
-  stage = transformer_job.declare_stage(helpers.micro_run(stages=2), 0)
+  stage = transformer_job.of(helpers.micro_run(stages=2)).declare_stage(0)
   with pytest.raises(RuntimeError, match='no devices yet'):
     _ = stage.rows_sharding

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 import subprocess
 import sys
 
@@ -83,6 +84,75 @@ def test_compile_lowered():
   np.testing.assert_array_equal(found, np.array([3], np.float32))
 
 
+_WORLD = """
+import sys, jax, numpy as np
+from jax.experimental import multihost_utils
+from moetion_jax.runtime import xla_setup
+xla_setup.join_world(sys.argv[1], 2, int(sys.argv[2]))
+print(multihost_utils.process_allgather(np.float32(sys.argv[2])).tolist())
+"""
+
+
+def _run_world(code, *arguments, within=()):
+  """The last line that each of two members printed; gloo may print before."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  members = [
+    subprocess.Popen(
+      [*within, sys.executable, '-c', code, address, str(number), *arguments],
+      cwd=helpers.ROOT,
+      env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  said = []
+  for member in members:
+    out, err = member.communicate(timeout=120)
+    assert member.returncode == 0, err
+    said.append(out.splitlines()[-1])
+  return said
+
+
+def test_gather_at():
+  """Of a host whose name has no address; it takes root to give it that."""
+  name = 'hostname moetion.invalid && exec "$@"'
+  within = ['unshare', '--uts', 'sh', '-c', name, 'sh']
+  assert _run_world(_WORLD, within=within) == ['[0.0, 1.0]'] * 2
+
+
+_LATE = """
+import sys, time, numpy as np
+from jax.experimental import multihost_utils
+from moetion_jax.programs import jax_internals
+from moetion_jax.runtime import xla_setup
+number = int(sys.argv[2])
+xla_setup.join_world(sys.argv[1], 2, number)
+if number == 1:
+  time.sleep(float(sys.argv[3]))
+come = time.monotonic()
+jax_internals.meet('a name')
+met = time.monotonic()
+multihost_utils.process_allgather(np.float32(0))
+print(come, met)
+"""
+
+
+@pytest.mark.parametrize(
+  'late_seconds',
+  # Without a meeting gloo gives up after 30.
+  [1, pytest.param(40, marks=pytest.mark.soak)],
+)
+def test_meet(late_seconds):
+  (_, met), (come, _) = (
+    map(float, line.split()) for line in _run_world(_LATE, str(late_seconds))
+  )
+  assert met >= come
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """Says how many programs were written since it was asked last."""
@@ -130,7 +200,7 @@ def test_first_writes_cache(cache, monkeypatch):
 
 def test_names_of_programs_stay():
   """They are part of the key in the compilation cache of runs that go on."""
-  stage = transformer_job.declare_stage(helpers.micro_run(stages=2), 0)
+  stage = transformer_job.of(helpers.micro_run(stages=2)).declare_stage(0)
   for name, lowered in stage.trace().lower('cpu').lowered.items():
     assert f'module @jit__{name} ' in lowered.as_text(), name
 

@@ -113,7 +113,7 @@ def test_sums_over_devices(devices):
 def _reduced(config, team):
   """What `reduce` makes of terms that depend on replica and shape alone."""
   devices = config.train.local_devices
-  declared = transformer_job.declare_stage(config, 0, team)
+  declared = transformer_job.of(config).declare_stage(0, team)
   order = declared.functions.order
   own = mesh.make_mesh(jax.devices()[:devices])
   world = mesh.make_mesh(jax.devices()[: len(team) * devices], len(team))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from models import stages as stages_lib
 from moetion_jax import report
 from moetion_jax.state import model
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 
@@ -21,14 +21,14 @@ def _losses(config):
 def _initial_digests(config):
   merged = {}
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
+    stage = transformer_job.of(config).build_stage(index)
     merged |= helpers.digests_of(stage, stage.initial_state())
   return merged
 
 
 def _one_stage(config):
   """(worker, inputs of one microbatch) of a run of one stage."""
-  data = transformer_job.load_data(config)
+  data = transformer_job.of(config).data()
   (worker,) = one_process.make_workers(config, data)
   batch = data.batch(1, 0)
   return worker, model.Inputs(batch.inputs, batch.labels)
@@ -104,7 +104,7 @@ def test_residuals_hold_no_compute_weights(one_stage):
 
 def test_update_is_in_place_and_compute_is_fresh():
   config = helpers.micro_run(iterations=3)
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   (worker,) = workers
 
   def pointers(tree):
@@ -121,7 +121,7 @@ def test_update_is_in_place_and_compute_is_fresh():
 
 def test_nothing_compiles_after_the_first_iteration():
   config = helpers.micro_run(iterations=6)
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   compiled: list[str] = []
 
   def listen(event, *unused, **unused_too):
@@ -145,7 +145,7 @@ def test_nothing_compiles_after_the_first_iteration():
 
 def test_programs_are_traced_once():
   config = helpers.micro_run()
-  stage = transformer_job.build_stage(config, 0)
+  stage = transformer_job.of(config).build_stage(0)
   for name in ('backward', 'reduce', 'update', 'digest'):
     function = getattr(stage.functions, name)
     setattr(stage.functions, name, chex.assert_max_traces(function, n=1))
@@ -158,9 +158,7 @@ def test_programs_are_traced_once():
 
 def test_selection_is_the_mask_of_the_slot(one_stage):
   config, _, inputs = one_stage
-  (worker,) = one_process.make_workers(
-    config, transformer_job.load_data(config)
-  )
+  (worker,) = one_process.make_workers(config)
   programs = worker.programs
   y, residuals, counts = programs.forward(worker.compute, inputs, _position())
   _, acc = programs.backward(worker.compute, residuals, y, programs.zeros())
@@ -248,10 +246,8 @@ def test_remat_gives_the_same_losses():
 def test_remat_keeps_less():
   def kept(remat):
     config = helpers.micro_run(model={'remat': remat})
-    (worker,) = one_process.make_workers(
-      config, transformer_job.load_data(config)
-    )
-    batch = transformer_job.load_data(config).batch(1, 0)
+    (worker,) = one_process.make_workers(config)
+    batch = transformer_job.of(config).data().batch(1, 0)
     inputs = model.Inputs(batch.inputs, batch.labels)
     _, residuals, _ = worker.programs.forward(
       worker.compute, inputs, _position()

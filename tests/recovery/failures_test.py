@@ -3,7 +3,7 @@
 import pytest
 
 from moetion_jax import errors
-from moetion_jax.recovery import failures
+from moetion_jax.recovery import actions, failures
 from tests.support import recoveries
 
 
@@ -161,71 +161,50 @@ def test_states_of_other_bits_are_counted_until_all_are_back(steps, ends):
     _do(counts, steps[-1:])
 
 
-# ---- in a recoverer ----------------------------------------------------------
+# ---- in a run ----------------------------------------------------------------
+
+
+def _trained(**settings):
+  run = recoveries.Run(settings=settings)
+  run.begin()
+  run.train(10)
+  return run
 
 
 def test_too_many_failures_of_a_stage_end_the_run():
-  run = recoveries.Run(max_failures=2)
-  run.first_plan()
-  run.train(10)
-  for _ in range(2):
-    run.one.fail({1: 'it died'}, run.begun)
-  run.one.fail({0: 'another one'}, run.begun)  # has its own count
-  with pytest.raises(errors.MoetionError) as caught:
-    run.one.fail({1: 'it fell over'}, run.begun)
-  words = str(caught.value)
+  run = _trained(max_failures=2)
+  for stage in (1, 1, 0):  # each has its own count
+    run.dies(stage)
+  assert not run.of(actions.Fail)
+  run.dies(1, how='fell over')
+  words = str(run.error())
   assert '3 failure(s) of stage 1 since iteration 5' in words
-  assert 'it fell over' in words and '--max_failures=2' in words
+  assert 'fell over' in words and '--max_failures=2' in words
 
 
 def test_failures_are_forgotten_when_the_line_moves_on():
-  run = recoveries.Run(max_failures=1)
-  run.first_plan()
+  run = _trained(max_failures=1)
   for until in (10, 20, 30):
     run.train(until)
-    run.one.fail({1: 'it died'}, run.begun)
-    run.one.resumed(1, {'fetch_seconds': 0.0})
-    run.one.caught_up(1)
+    run.dies(1)
+    run.comes_back(1)
   assert len(run.of_kind('recovered')) == 3
 
 
-@pytest.mark.parametrize('max_failures', [0, 1])
-def test_a_failure_that_something_was_done_about_is_not_counted(max_failures):
-  run = recoveries.Run(max_failures=max_failures)
-  run.first_plan()
-  run.train(10)
-  for _ in range(2):
-    for _ in range(max_failures):
-      run.one.fail({1: 'it died'}, run.begun)
-    assert run.one.failures.is_crash_loop(1)
-    run.one.failures.forgive(1)
-    run.one.fail({1: 'it died'}, run.begun)
-  for _ in range(max_failures):
-    run.one.fail({1: 'it died'}, run.begun)
-  with pytest.raises(errors.MoetionError, match='max_failures'):
-    run.one.fail({1: 'it died'}, run.begun)
-
-
 def test_a_run_that_comes_to_other_bits_again_and_again_ends():
-  run = recoveries.Run(max_failures=9)
-  run.first_plan()
-  run.train(10)
-  run.one.fail({1: 'it died'}, run.begun)
-  run.one.fail({1: 'other bits'}, run.begun, suspects=[10])
-  run.one.fail({1: 'other bits'}, run.begun, suspects=[9])
-  with pytest.raises(
-    errors.MoetionError, match='a/3 of state 8 has other bits'
-  ):
-    run.one.fail({1: 'a/3 of state 8 has other bits'}, run.begun, suspects=[8])
+  run = _trained(max_failures=9)
+  run.dies(1)
+  for bad in (10, 9):
+    run.dies(1, error='other bits', suspects=(bad,))
+  run.dies(1, error='a/3 of state 8 has other bits', suspects=(8,))
+  assert 'a/3 of state 8 has other bits' in str(run.error())
 
 
 def test_sources_that_were_bad_once_are_no_matter_for_ever():
-  run = recoveries.Run()
-  run.first_plan()
+  run = _trained()
   for until in (10, 20, 30, 40):
     run.train(until)
-    run.one.fail({1: 'it died'}, run.begun)
-    run.one.fail({1: 'other bits'}, run.begun, suspects=[until])
-    run.one.resumed(1, {'fetch_seconds': 0.0})
-    run.one.caught_up(1)
+    run.dies(1)
+    run.dies(1, error='other bits', suspects=(until,))
+    run.comes_back(1)
   assert len(run.of_kind('recovered')) == 4

@@ -1,23 +1,19 @@
 """Who hangs, who was stopped, and whether everybody waits."""
 
-import os
-import signal
-import subprocess
-import time
-
 import pytest
 
 from moetion_jax.recovery import hang_detection
 
 
-def _seen(state='running', **fields):
+def _seen(state='running', state_seconds=0.1, silent_seconds=0.2, **fields):
+  """A worker as it is seen at the time 0."""
   return hang_detection.Seen(
     **{
       'stage': 2,
-      'state': state,
+      'state': hang_detection.WorkerState(state),
       'detail': 'update',
-      'state_seconds': 0.1,
-      'silent_seconds': 0.2,
+      'state_since': -state_seconds,
+      'heard_at': -silent_seconds,
       **fields,
     }
   )
@@ -43,22 +39,33 @@ def _seen(state='running', **fields):
     ),
     pytest.param(_seen(silent_seconds=9.9), '', id='silent, but not yet long'),
     pytest.param(
-      _seen(is_stopped=True, silent_seconds=0.7),
+      _seen('starting', silent_seconds=100.0), '', id='one that imports'
+    ),
+    pytest.param(
+      _seen('starting', silent_seconds=100.1),
+      'said nothing for 100 s',
+      id='one that never said anything',
+    ),
+    pytest.param(
+      _seen(stopped_looks=2, silent_seconds=0.7),
       'was stopped (SIGSTOP) while running update',
       id='stopped',
     ),
     pytest.param(
-      _seen('waiting', detail='', is_stopped=True, silent_seconds=0.7),
+      _seen('waiting', detail='', stopped_looks=2, silent_seconds=0.7),
       'was stopped (SIGSTOP) while waiting',
       id='stopped while it waited',
     ),
     pytest.param(
-      _seen(is_stopped=True, silent_seconds=0.5), '', id='stopped just now'
+      _seen(stopped_looks=2, silent_seconds=0.5), '', id='stopped just now'
+    ),
+    pytest.param(
+      _seen(stopped_looks=1, silent_seconds=5.0), '', id='stopped at one look'
     ),
   ],
 )
 def test_hanging(seen, words):
-  assert hang_detection.hanging(seen, 100.0) == words
+  assert hang_detection.hanging(seen, 100.0, 0.0) == words
 
 
 def _waiting(stage, seconds=30.0, state='waiting'):
@@ -69,7 +76,9 @@ def _waiting(stage, seconds=30.0, state='waiting'):
 
 def _full(seconds=30.0):
   return _seen(
-    'blocked', detail=hang_detection.SNAPSHOTS_FULL, state_seconds=seconds
+    'blocked',
+    shortage=hang_detection.Shortage.SNAPSHOTS,
+    state_seconds=seconds,
   )
 
 
@@ -86,9 +95,9 @@ def _full(seconds=30.0):
   ],
 )
 def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
-  why = hang_detection.hanging(one, 100.0, [one, other])
+  why = hang_detection.hanging(one, 100.0, 0.0, [one, other])
   assert why == (
-    f'hung: {hang_detection.SNAPSHOTS_FULL} for 30 s, and nobody does anything'
+    'hung: all its snapshots are needed for 30 s, and nobody does anything'
     if is_to_blame
     else ''
   )
@@ -103,7 +112,12 @@ def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
     pytest.param(
       [_waiting(0), _waiting(1, 99, 'compiling')], '', id='compiles'
     ),
-    pytest.param([_waiting(0), _waiting(1, 99, 'done')], '', id='one is done'),
+    pytest.param(
+      [_waiting(0), _waiting(1, 99, 'done')],
+      'every stage waits: stage 0 for entry 0',
+      id='one is done',
+    ),
+    pytest.param([_waiting(0, 99, 'done')], '', id='all are done'),
     pytest.param(
       [_waiting(0), _waiting(1, 31.0)],
       'every stage waits: stage 0 for entry 0; stage 1 for entry 1',
@@ -115,25 +129,7 @@ def test_snapshots_that_stay_full_while_nobody_moves(one, other, is_to_blame):
   ],
 )
 def test_deadlock(everyone, words):
-  assert hang_detection.deadlock(everyone) == words
-
-
-def test_the_kernel_knows_who_is_stopped():
-  process = subprocess.Popen(['sleep', '60'])
-  try:
-    assert not hang_detection.is_stopped(process.pid)
-    os.kill(process.pid, signal.SIGSTOP)
-    deadline = time.monotonic() + 10
-    while not hang_detection.is_stopped(process.pid):
-      assert time.monotonic() < deadline
-    os.kill(process.pid, signal.SIGCONT)
-    while hang_detection.is_stopped(process.pid):
-      assert time.monotonic() < deadline
-  finally:
-    process.kill()
-    process.wait()
-  assert not hang_detection.is_stopped(process.pid)  # it is no more
-  assert not hang_detection.is_stopped(os.getpid())
+  assert hang_detection.deadlock(everyone, 0.0) == words
 
 
 _LONG = 1e3
@@ -151,15 +147,17 @@ _LONG = 1e3
 )
 def test_a_world_in_which_a_member_waits_is_not_to_blame(other, is_to_blame):
   one = _seen(detail='reduce', state_seconds=_LONG)
-  why = hang_detection.hanging(one, 100.0, [one, other])
+  why = hang_detection.hanging(one, 100.0, 0.0, [one, other])
   assert bool(why) is is_to_blame
 
 
 def test_a_deadlock_is_seen_through_a_collective():
   waiter = _seen('waiting', detail='an entry', state_seconds=_LONG)
   partner = _seen(detail='reduce', state_seconds=_LONG, replica=1)
-  assert 'stage 2 for an entry' in hang_detection.deadlock([waiter, partner])
+  assert 'stage 2 for an entry' in hang_detection.deadlock(
+    [waiter, partner], 0.0
+  )
   busy = _seen(detail='forward', state_seconds=_LONG, replica=1)
-  assert not hang_detection.deadlock([waiter, busy])
+  assert not hang_detection.deadlock([waiter, busy], 0.0)
   alone = _seen(detail='reduce', state_seconds=_LONG, stage=1)
-  assert not hang_detection.deadlock([waiter, alone])
+  assert not hang_detection.deadlock([waiter, alone], 0.0)

@@ -2,13 +2,17 @@
 
 import pytest
 
+from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import inventory
-from tests.support import shares
+from moetion_jax.snapshots import coverage
+from tests.support import planning, shares
 
 
 def _inventory(*iterations_by_stage, lag=0):
   found = inventory.Inventory(
-    [shares.OPERATORS] * len(iterations_by_stage), lag
+    registry.POLICIES['sparse'],
+    [shares.OPERATORS] * len(iterations_by_stage),
+    lag,
   )
   for stage, iterations in enumerate(iterations_by_stage):
     for iteration in iterations:
@@ -168,3 +172,73 @@ def test_inventories_for_a_plan():
   assert first.starts == found.starts(0)
   found.published_again(1)
   assert not found.stage_inventories([11, 9])[1].corrupt
+
+
+# ---- snapshots that hold some experts only -----------------------------------
+
+
+def _partial_inventory():
+  return inventory.Inventory(
+    registry.POLICIES['partial'], [planning.sizes().state_bytes], 4
+  )
+
+
+def _stored_partly(found, iteration, experts):
+  state = frozenset({planning.other(), *(planning.expert(i) for i in experts)})
+  found.stored(
+    0,
+    coverage.Share(iteration=iteration, state=state, compute=frozenset()),
+  )
+
+
+def test_partial_snapshots_are_kept_that_the_line_needs():
+  found = _partial_inventory()
+
+  def starts():
+    return [s.iteration for s in found.starts(0)]
+
+  assert starts() == [0]
+  for number, iteration in enumerate(range(4, 24, 4)):
+    _stored_partly(found, iteration, [number % planning.EXPERTS])
+  assert starts() == [0, 4, 8, 12, 16, 20]
+  assert found.versions(12) == {
+    planning.expert(0): 4,
+    planning.expert(1): 8,
+    planning.expert(2): 12,
+    planning.expert(3): 0,
+  }
+  # Nothing may go while an expert is the initial one.
+  assert found.advance(9, frozen=False) and found.kept_from == 0
+  assert starts() == [0, 4, 8, 12, 16, 20]
+  assert not found.advance(9, frozen=False)
+  # At 16 expert 0 is of iteration 4: that is kept, though no start any more.
+  assert found.advance(20, frozen=False) and found.kept_from == 4
+  assert starts() == [0, 16, 20]
+  assert found.versions(16)[planning.expert(0)] == 4
+  _stored_partly(found, 24, [1])
+  assert found.advance(24, frozen=False) and found.kept_from == 8
+  assert not found.advance(24, frozen=True)
+  _stored_partly(found, 28, [2])
+  found.lose(0, 28)
+  assert starts() == [0, 20, 24]
+
+
+def test_what_is_kept_never_grows():
+  found = _partial_inventory()
+  for number, iteration in enumerate(range(4, 28, 4)):
+    _stored_partly(found, iteration, [number % planning.EXPERTS])
+  assert found.advance(20, frozen=False) and found.kept_from == 4
+  # The only version of expert 1 is damaged, and no older one is there.
+  found.lose(0, 8)
+  assert found.advance(24, frozen=False) and found.line == 20
+  assert found.versions(20)[planning.expert(1)] == 0
+  assert found.kept_from == 4
+
+
+def test_a_run_that_begins_with_partial_snapshots():
+  found = _partial_inventory()
+  for number, iteration in enumerate(range(4, 28, 4)):
+    _stored_partly(found, iteration, [number % planning.EXPERTS])
+  found.begin_at(20)
+  assert (found.line, found.kept_from) == (20, 8)
+  assert [s.iteration for s in found.starts(0)] == [0, 20, 24]

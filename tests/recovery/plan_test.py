@@ -379,7 +379,6 @@ def test_plan(stages, changes, failed, members, start):
   inventories = _run(stages, changes)
   plan = recovery_plan.plan(inventories, failed)
   assert (plan.stages, plan.start) == (members, start)
-  assert not plan.is_job_wide
   valid = {
     m: {s.iteration: s.complete_at for s in inventories[m].starts}
     for m in members
@@ -467,63 +466,25 @@ def test_sources_are_the_best_of_each_member():
   assert plan.sources == {0: 'own', 1: 'replica of 0', 2: 'own'}
 
 
-_EVERYBODY = 'everybody goes back to durable iteration {}'
-
-
-@pytest.mark.parametrize(
-  ('changes', 'failed', 'excluded', 'expected'),
-  [
-    # No other source has a valid start: the newest one of the whole job.
-    ({1: dict(starts=())}, {1}, set(), (True, 6, (0, 1, 2))),
-    ({1: dict(starts=())}, {1}, {(2, 6)}, (True, 3, (0, 1, 2))),
-    # The initial state would bring everybody back as well, and further.
-    ({1: _STORE_LOST}, {1}, set(), (True, 6, (0, 1, 2))),
-    # Somebody stays where he is.
-    ({}, {1}, set(), (False, 16, (1,))),
-    ({}, {0, 1}, set(), (False, 16, (0, 1))),
-    # Everybody is in the set, but newer snapshots are there.
-    ({}, {0, 1, 2}, set(), (False, 16, (0, 1, 2))),
-    # Everybody is in the set, and the durable tier is newer.
-    ({1: dict(starts=_starts(0, 5))}, {0, 1, 2}, set(), (True, 6, (0, 1, 2))),
-  ],
-)
-def test_the_durable_tier(changes, failed, excluded, expected):
-  durable = [_starts(3, 6, 9), _starts(0, 3, 6), _starts(3, 6, 7)]
-  changes = {
-    s: dict(durable_starts=durable[s]) | changes.get(s, {}) for s in range(3)
-  }
-  plan = recovery_plan.plan(_run(3, changes), failed, excluded)
-  assert (plan.is_job_wide, plan.start, plan.stages) == expected
-  if plan.is_job_wide:
-    assert plan.sources == dict.fromkeys(range(3), 'durable')
-    assert plan.complete_at == dict.fromkeys(range(3), plan.start + 3)
-    assert plan.reasons == {
-      s: 'died' if s in failed else _EVERYBODY.format(plan.start)
-      for s in range(3)
-    }
-  else:
-    assert set(plan.sources.values()) == {'own'}
-
-
 @pytest.mark.parametrize(
   ('changes', 'failed', 'words'),
   [
     (
       {1: dict(starts=())},
       {1},
-      ['stage 1 (died)', 'none, durable: none', 'Start over with --fresh'],
+      ['stage 1 (died)', 'to recover: none. ', 'Start over with --fresh'],
     ),
     (
       {1: dict(starts=_starts(14)), 2: dict(starts=_starts(15))},
       {1, 2},
-      ['stage 1 (died) has to recover: 14', 'stage 2 (died)', ': 15,'],
+      ['stage 1 (died) has to recover: 14', 'stage 2 (died)', ': 15.'],
     ),
     (
-      {2: dict(log_lost=True, newest=19, starts=(), durable_starts=_starts(5))},
+      {2: dict(log_lost=True, newest=19, starts=())},
       {1},
       [
         'stage 2 (its log is lost and stage 1 needs it)',
-        'with the others from iteration 16: none, durable: 5',
+        'with the others from iteration 16: none',
       ],
     ),
   ],

@@ -2,7 +2,9 @@
 
 import pytest
 
-from moetion_jax.recovery import inventory, plan, splice
+from moetion_jax import codec
+from moetion_jax.policies.kinds import registry
+from moetion_jax.recovery import inventory, splice
 from tests.support import recoveries, shares
 
 
@@ -11,8 +13,9 @@ def _splice(exact_until, *complete_at):
 
 
 def test_json():
-  one = _splice(4, 6, 7)
-  assert splice.Splice.from_json(one.to_json() | {'names': ['jax']}) == one
+  one, value = _splice(4, 6, 7), {'exact_until': 4, 'complete_at': [6, 7]}
+  assert codec.encode(one) == value
+  assert codec.decode_part(splice.Splice, {'names': ['jax']} | value) == one
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,9 @@ def test_no_conversion_folds_both_trajectories():
   """Windows of three: whatever has landed, no start reaches over a splice."""
   old, one = range(1, 7), _splice(4, 6)
   for newest in range(6, 14):
-    found = inventory.Inventory([shares.OPERATORS], 3)
+    found = inventory.Inventory(
+      registry.POLICIES['sparse'], [shares.OPERATORS], 3
+    )
     for iteration in (*old, *range(7, newest + 1)):
       found.stored(0, shares.rolling_share(iteration))
     found.splices, found.is_running = (one,), True
@@ -72,8 +77,25 @@ def test_no_conversion_folds_both_trajectories():
     assert starts == [(4, 6), *new]
 
 
+def test_a_final_checkpoint_from_within_a_splice_is_whole():
+  """The run ended while nothing of the new software was a start yet."""
+  found = inventory.Inventory(
+    registry.POLICIES['sparse'], [shares.OPERATORS], 3, initial=6
+  )
+  found.splices, found.is_running = (_splice(4, 6),), True
+  assert [(s.iteration, s.complete_at) for s in found.starts(0)] == [(6, 6)]
+  for iteration in range(3, 10):  # those up to it do not count any more
+    found.stored(0, shares.rolling_share(iteration))
+  starts = [(s.iteration, s.complete_at) for s in found.starts(0)]
+  assert starts == [(6, 6), (7, 9)]
+  found.splices += (_splice(7, 9),)  # from then on nobody goes back to before
+  assert [s.iteration for s in found.starts(0)] == [7]
+
+
 def test_the_first_line_behind_a_splice_does_not_lag():
-  found = inventory.Inventory([shares.OPERATORS], 3)
+  found = inventory.Inventory(
+    registry.POLICIES['sparse'], [shares.OPERATORS], 3
+  )
   found.splices, found.is_running = (_splice(4, 6),), True
   found.begin_at(4)
   lines = []
@@ -88,29 +110,22 @@ def test_the_first_line_behind_a_splice_does_not_lag():
 def test_a_run_that_goes_on_behind_a_splice():
   run = recoveries.Run()
   for stage in range(2):
-    run.one.rescan(stage, [run.share(stage, i) for i in (4, 5, 6, 7, 8)])
-  made = [_splice(4, 6, 6)]
-  run.one.splice(made, is_running=False)
-  assert run.first_plan(reported=6, newest=9).start == 4
-  run.one.splice(made, is_running=True)
-  recovery = run.one.fail({0: 'died'}, [9, 9])
-  go = run.one.go(0, recovery, is_fresh=False)
+    run.shares[stage] = {
+      (i, 0): recoveries.share(stage, i) for i in (4, 5, 6, 7, 8)
+    }
+  run.splices = (_splice(4, 6, 6),)
+  assert run.begin(last_recorded=6, newest=9)[0].start == 4
+  go = run.dies(0)[0]
   assert (go.start, go.complete_at, go.unverified_until) == (4, 6, 6)
-  assert type(go).from_json(go.to_json()) == go
 
 
 def test_behind_a_splice_nothing_older_is_taken():
-  made = [_splice(4, 6)]
   run = recoveries.Run(stages=1)
-  run.one.rescan(0, [run.share(0, i) for i in range(1, 7)])
-  run.one.splice(made, is_running=False)
-  assert run.first_plan(reported=9, newest=9).start == 4
-  run.one.splice(made, is_running=True)
-  with pytest.raises(plan.UnrecoverableError, match='no common start is left'):
-    run.one.fail({0: 'died'}, [7], suspects=[4])
-  # The same command may: then all after it is removed again.
-  run.one.splice(made, is_running=False)
-  assert run.first_plan(reported=9, newest=9).start == 1
+  run.shares[0] = {(i, 0): recoveries.share(0, i) for i in range(1, 7)}
+  run.splices = (_splice(4, 6),)
+  assert run.begin(last_recorded=9, newest=9)[0].start == 4
+  run.dies(0, error='snapshot 4 is lost', suspects=(4,))
+  assert 'no common start is left' in str(run.error())
 
 
 @pytest.mark.parametrize(

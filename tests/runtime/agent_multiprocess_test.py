@@ -4,12 +4,16 @@ Faults are scripted on what a run says of itself: its output, `workers.json`.
 """
 
 import collections
+import contextlib
 import os
 import resource
 import signal
+import time
 
 import pytest
 
+from moetion_jax import errors
+from moetion_jax.hostmem import segment
 from tests.support import helpers, runs
 
 pytestmark = pytest.mark.timeout(600)
@@ -57,10 +61,10 @@ def test_the_bits_of_the_one_process_cut(host, tmp_path, stages, microbatches):
 
 
 def test_killed_workers_recover(host, tmp_path, undisturbed):
-  """One of them, then all at once."""
+  """One of them, then all at once; stage 0 has fewer operators than slots."""
   workdir = tmp_path / 'run'
-  run = host.train(workdir, '--standby')
-  runs.until(run, 'iteration 6/')
+  run = host.train(workdir, '--standby', '--window_length=8')
+  runs.until(run, 'iteration 12/')
   os.kill(runs.workers(workdir)[1]['pid'], signal.SIGKILL)
   line = runs.until(run, 'was killed by SIGKILL')
   assert 'stage 1, iteration' in line and 'stage(s) 1 recover(s)' in line
@@ -73,6 +77,8 @@ def test_killed_workers_recover(host, tmp_path, undisturbed):
   events = runs.events(workdir)
   count = collections.Counter(e['kind'] for e in events)
   assert count['failure'] == 3 and count['finished'] == 1
+  (window,) = runs.of_kind(workdir, 'window')
+  assert window['empty_slots'] == [1, 0]
   assert events[-1]['kind'] == 'finished'
   recovered = [e for e in events if e['kind'] == 'recovered']
   assert {e['stage'] for e in recovered} == {0, 1}
@@ -180,12 +186,13 @@ def test_a_run_that_failed_or_was_stopped_goes_on(host, tmp_path, undisturbed):
   # With another size of everything that is kept.
   run = host.train(workdir, '--max_window_length=12')
   runs.until_trained(run, 3)
-  run.send_signal(signal.SIGINT)
-  out, _ = runs.end(run)
+  said = runs.stop(run)
   last = runs.metrics(workdir)[-1]['iteration']
   assert 6 <= last < runs.ITERATIONS
-  assert f'Stopped after iteration {last}. The same command goes on' in out
-  assert '--fresh' in out
+  assert said.startswith(
+    f'Stopped after iteration {last}. The same command goes on'
+  )
+  assert '--fresh' in said
   assert {(w['state'], w['iteration']) for w in runs.workers(workdir)} == {
     ('stopped', last)
   }
@@ -220,9 +227,7 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   runs.until(run, 'iteration 6/')
   stopped = runs.workers(workdir)[1]['pid']
   os.kill(stopped, signal.SIGSTOP)  # so that no iteration can be finished
-  runs.stop_at_once(run)
-  out, _ = runs.end(run)
-  assert 'The same command goes on' in out
+  assert 'The same command goes on' in runs.stop_at_once(run)
   assert 'recovered' not in runs.kinds(workdir)
   assert host.has_ended()
   run = host.train(workdir)
@@ -235,6 +240,56 @@ def test_a_run_that_was_ended_at_once_goes_on(host, tmp_path, undisturbed):
   assert len(first) == 2 and min(first) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed
   assert host.is_clean()
+
+
+@pytest.mark.thorough
+def test_workers_go_on_with_a_stopped_agent(host, tmp_path, undisturbed):
+  """They wait for the line, which it moves, in the middle of an iteration."""
+  workdir = tmp_path / 'run'
+  run = host.train(workdir, '--window_length=3')
+  runs.until(run, 'iteration 5/')
+  run.send_signal(signal.SIGSTOP)
+
+  def newest():
+    paths = host.path.glob('*/*.segment')
+    return [segment.newest_iteration(path) for path in paths]
+
+  seen, since = newest(), time.monotonic()
+  while time.monotonic() < since + 2:  # until stores and logs are full
+    time.sleep(0.05)
+    if seen != newest():
+      seen, since = newest(), time.monotonic()
+  assert max(seen) < runs.ITERATIONS
+  run.send_signal(signal.SIGCONT)
+  runs.end(run)
+  assert 'failure' not in runs.kinds(workdir)
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  assert host.is_clean()
+
+
+@pytest.mark.thorough
+def test_a_terminal_that_goes_stops_a_run(host, tmp_path):
+  workdir = tmp_path / 'run'
+  ours, theirs = os.openpty()
+  os.set_blocking(ours, False)
+  # These tests may themselves run under nohup, which a child would inherit.
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  run = host.train(workdir, stdout=theirs, stderr=theirs)
+  signal.signal(signal.SIGHUP, before)
+  os.close(theirs)
+
+  def has_begun():
+    with contextlib.suppress(BlockingIOError):
+      os.read(ours, 1 << 16)  # else it waits until somebody reads
+    return len(runs.metrics(workdir)) > 3
+
+  runs.wait_for(has_begun)
+  os.close(ours)
+  for _ in range(2):  # the kernel sends one, and the shell another
+    run.send_signal(signal.SIGHUP)
+  assert run.wait(runs.SECONDS) == errors.ExitCode.STOPPED
+  assert runs.kinds(workdir)[-1] == 'stopped'
+  assert host.has_ended() and os.listdir(host.path)
 
 
 @pytest.mark.thorough
@@ -261,9 +316,8 @@ def test_a_run_that_compiles(host, tmp_path):
   runs.wait_for(lambda: runs.workers(workdir))
   _, err = runs.end(host.train(workdir), 2)
   assert 'living run' in err and len(err.strip().splitlines()) == 1
-  run.send_signal(signal.SIGTERM)
-  out, _ = runs.end(run)
-  assert 'Stopped after iteration 0. The same command starts over' in out
+  said = runs.stop(run, signal.SIGTERM)
+  assert said == 'Stopped after iteration 0. The same command starts over.'
   assert host.is_clean()
 
 

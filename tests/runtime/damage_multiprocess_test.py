@@ -15,8 +15,9 @@ from orbax import checkpoint as ocp
 
 from moetion_jax import keys
 from moetion_jax.hostmem import entry, segment, segment_reader
-from moetion_jax.recovery import hang_detection
+from moetion_jax.runtime import linux_process
 from moetion_jax.runtime.worker import fault_damage
+from moetion_jax.snapshots import file as snapshot_file, folders
 from tests.support import helpers, runs, worlds
 
 STAGES = 3
@@ -60,9 +61,8 @@ def _found(workdir):
 
 def _damage_header(path, key):
   """So that nobody finds the entry any more."""
-  reader = segment_reader.SegmentReader(path)
-  reader.start()
-  (header,) = [h for h in reader.entries() if h.key == key]
+  with segment_reader.SegmentReader.open(path) as reader:
+    (header,) = [h for h in reader.entries() if h.key == key]
   with open(path, 'r+b') as file:
     cells = segment.SegmentLayout(file.fileno(), writable=False).cells
     file.seek(segment.cell_offset(header.sequence % cells))
@@ -70,12 +70,22 @@ def _damage_header(path, key):
     file.write(b'\x7f')
 
 
+def _damage_generation(path, key):
+  """By one bit, so that it is newer than any."""
+  del key  # all entries are lost
+  with open(path, 'r+b') as file:
+    file.seek(31)
+    (byte,) = file.read(1)
+    file.seek(31)
+    file.write(bytes([byte ^ 0x40]))
+
+
 def _damage_unread(host, workdir, run, reader, key, damage, stops_agent=True):
   """Damages an entry whose reader is stopped before it can read it."""
 
   def stopped():
     pids = [w['pid'] for w in runs.workers(workdir) if w['stage'] == reader]
-    return next((p for p in pids if hang_detection.is_stopped(p)), None)
+    return next((p for p in pids if linux_process.is_stopped(p)), None)
 
   runs.until(run, 'iteration 2/')
   if stops_agent:  # it would take a stopped worker for one that hangs
@@ -134,13 +144,22 @@ def test_before_its_first_read(host, workdir, undisturbed, key, phase, flags):
   assert not _found(workdir)
 
 
-def test_a_header_before_its_first_read(host, workdir, undisturbed):
-  """The entry is lost: everybody waits for it, until the logs are checked."""
+@pytest.mark.parametrize(
+  ('damage', 'found'),
+  [
+    (_damage_header, {(0, 5)}),  # the iteration of the entry before it
+    (_damage_generation, set()),  # its writer sees that: the log is lost
+  ],
+)
+def test_an_entry_that_is_lost_before_its_first_read(
+  host, workdir, undisturbed, damage, found
+):
+  """Everybody waits for it, until the logs are checked."""
   run = _train(host, workdir, 'stop:stage=1,iteration=6,phase=forward')
-  _damage_unread(host, workdir, run, 1, _ACTIVATION, _damage_header)
+  _damage_unread(host, workdir, run, 1, _ACTIVATION, damage)
   runs.end(run, seconds=SECONDS)
   _check(host, workdir, undisturbed)
-  assert _found(workdir) == {(0, 5)}  # the iteration of the entry before it
+  assert _found(workdir) == found
 
 
 def test_replicas_before_its_first_read(host, workdir, tmp_path):
@@ -153,6 +172,32 @@ def test_replicas_before_its_first_read(host, workdir, tmp_path):
   _check(host, workdir, tmp_path / 'undisturbed')
   (failure,) = runs.of_kind(workdir, 'failure')
   assert str(_ACTIVATION) in failure['error']
+
+
+def test_files_that_are_cut_or_removed(host, workdir, undisturbed):
+  """Each is lost at once: no stage fails twice before it gets on."""
+  run = _train(host, workdir, flags=[_WINDOW, '--max_failures=1'])
+  for iteration, stage, left in ((2, 0, 0.5), (4, 1, None), (6, 2, 0)):
+    runs.until(run, f'iteration {iteration}/')
+    (store,) = host.path.glob('moetion-*')
+    snapshots = snapshot_file.list_snapshots(
+      folders.snapshots_folder(store, stage, 0)
+    )
+    # The newest, so that nobody removes it meanwhile: an older one serves.
+    newest = snapshots[max(snapshots)] / snapshot_file.DATA_NAME
+    os.truncate(newest, newest.stat().st_size // 2)
+    log = segment.segment_path(store, stage, 0)
+    if left is None:
+      log.unlink()
+    else:
+      os.truncate(log, int(log.stat().st_size * left))
+  _, err = runs.end(run, seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  assert 'defect' not in err
+  failures = runs.of_kind(workdir, 'failure')
+  for stage in range(STAGES):
+    (first, *_) = [e['error'] for e in failures if e['stage'] == stage]
+    assert 'cut or removed' in first or 'SIGBUS' in first, first
 
 
 # ---- after it was verified ---------------------------------------------------
@@ -194,7 +239,9 @@ def test_other_bits(host, workdir, undisturbed, fault):
 
 @pytest.mark.parametrize('phase', ['start,iteration=7', 'replay'])
 def test_a_failure_while_all_go_back(host, workdir, undisturbed, phase):
-  faults = ['poison_read:stage=1,iteration=7', f'kill:stage=2,phase={phase}']
+  # A gradient, which says that stage 2 has begun that iteration.
+  damage = 'poison_read:stage=1,iteration=7,phase=backward'
+  faults = [damage, f'kill:stage=2,phase={phase}']
   runs.end(_train(host, workdir, *faults), seconds=SECONDS)
   _check(host, workdir, undisturbed)
   assert len(runs.of_kind(workdir, 'fault')) == 2

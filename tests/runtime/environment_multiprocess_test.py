@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from tests.support import helpers, runs
@@ -36,8 +37,7 @@ def _train(host, workdir, *flags, environment=()):
 def _stop(host, workdir, *flags):
   run = _train(host, workdir, *flags)
   runs.until(run, f'iteration {_STOPPED_AT}/')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
 
 
 def _copy(source, target):
@@ -199,8 +199,7 @@ def _two_phase(host, workdir, disk, *flags, environment=()):
 
 def _stop_after(run, iterations):
   runs.until_trained(run, iterations)
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
 
 
 def test_snapshots_on_disk_of_before_an_accepted_change(host, tmp_path):
@@ -232,3 +231,64 @@ def test_snapshots_on_disk_of_before_an_accepted_change(host, tmp_path):
   runs.end(_two_phase(host, whole, after, environment=_FAST))
   runs.check_finished(host, workdir, runs.bits(runs.metrics(whole)))
   assert not list(before.iterdir()) and not list(after.iterdir())
+
+
+def test_data_that_change_while_the_run_lives(host, workdir, tmp_path):
+  """The last stage, which reads the labels, is replaced; then all of them."""
+  text = tmp_path / 'text'
+  shutil.copy(helpers.DATA, text)
+  before = text.read_bytes()
+  flags = (*_POLICIES['sparse'], f'--data={text}', '--nostandby')
+  run = _train(host, workdir, *flags)
+  runs.until(run, f'iteration {_STOPPED_AT}/')
+  text.write_bytes(b'?' * 99 + before[99:])
+  (last,) = [w for w in runs.workers(workdir) if w['stage'] == 1]
+  os.kill(last['pid'], signal.SIGKILL)
+  _, err = runs.end(run, 1)
+  assert f'--data={text}: has changed since the run began' in err, err
+  assert 'data_fingerprint' in _config(workdir)
+  _, err = runs.end(_train(host, workdir, *flags), 2)
+  assert f'--data={text}: has changed since the run began' in err, err
+  text.write_bytes(before)
+  out, _ = runs.end(_train(host, workdir, *flags))
+  assert 'Going on with iteration' in out
+
+
+def test_a_mapped_file_that_changes_while_the_run_lives(
+  host, workdir, tmp_path, undisturbed
+):
+  """Nobody dies, and yet no iteration is done with what was written there."""
+  ids = tmp_path / 'ids.bin'
+  np.fromfile(helpers.DATA, np.uint8).astype(np.uint16).tofile(ids)
+  before = ids.read_bytes()
+  flags = [*_POLICIES['sparse'], f'--data={ids}', '--data_dtype=uint16']
+  flags += ['--model=vocab_size=256', '--nostandby']
+  run = _train(host, workdir, *flags)
+  runs.until(run, f'iteration {_STOPPED_AT}/')
+  with open(ids, 'r+b') as opened:
+    opened.write(bytes(len(before)))
+  _, err = runs.end(run, 1)
+  assert f'--data={ids}: has changed since the run began' in err, err
+  ended = runs.metrics(workdir)
+  assert len(ended) < _ITERATIONS
+  with open(ids, 'r+b') as opened:
+    opened.write(before)
+  out, _ = runs.end(_train(host, workdir, *flags))
+  assert 'Going on with iteration' in out
+  runs.check_finished(host, workdir, undisturbed)
+
+
+def test_a_checkpoint_that_changes_after_the_run_began(host, tmp_path):
+  """The new one is whole, and of the same model."""
+  one, other, run = tmp_path / 'one', tmp_path / 'other', tmp_path / 'run'
+  for path, seed in ((one, 1), (other, 2)):
+    runs.end(host.train(path, '--stages=1', '--iterations=1', f'--seed={seed}'))
+  flags = (*_POLICIES['sparse'], f'--init_from={one}/checkpoint', '--nostandby')
+  _stop(host, run, *flags)
+  shutil.move(one / 'checkpoint', tmp_path / 'kept')
+  shutil.copytree(other / 'checkpoint', one / 'checkpoint')
+  _, err = runs.end(_train(host, run, *flags), 2)
+  assert f'--init_from={one}/checkpoint: has changed' in err, err
+  _copy(tmp_path / 'kept', one / 'checkpoint')
+  out, _ = runs.end(_train(host, run, *flags))
+  assert 'Going on with iteration' in out

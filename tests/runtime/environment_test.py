@@ -122,6 +122,28 @@ def test_another_content_is_a_change_by_the_name_of_the_flag():
   assert change.name == 'xla_gpu_per_fusion_autotune_cache_dir'
 
 
+def test_tools_that_make_code_count():
+  name = 'xla_gpu_cuda_data_dir'
+  flags = environment.parse_flags(f'--{name}=/cuda')
+
+  def files(digests):
+    return environment.contents(flags, lambda path, _: digests.get(path))
+
+  one, other = (
+    files({'/cuda/nvvm/libdevice/libdevice.10.bc': x, '/cuda/bin/ptxas': 'p'})
+    for x in 'ab'
+  )
+  assert one == {name: 'a file with a p'}
+  was = _record(xla_flags=flags) | {'files': one}
+  (change,) = environment.changes(was, was | {'files': other})
+  assert change.name == name
+  # A version to which they did not count.
+  before = _record() | {'files': {}}
+  assert not environment.changes(environment.completed(before, was), was)
+  (change,) = environment.changes(environment.completed(was, before), before)
+  assert change.name == name
+
+
 def test_the_name_of_a_variable_is_that_of_its_option():
   found = environment.canonical(['JAX_ENABLE_X64', 'XLA_X', 'jaxlib'])
   assert found == ('jax_enable_x64', 'XLA_X', 'jaxlib')

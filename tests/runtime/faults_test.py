@@ -7,15 +7,14 @@ import sys
 
 import pytest
 
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.runtime import faults
 from tests.support import helpers
 
 
 def _fault(**fields):
-  return faults.Fault(
-    **{'number': 0, 'kind': 'kill', 'stage': 1, 'iteration': 5, **fields}
-  )
+  default = {'number': 0, 'kind': 'kill', 'stage': 1, 'iteration': 5}
+  return codec.decode(faults.Fault, default | fields)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,8 @@ def test_parse(text, fields):
   fault = faults.parse(text, 0, stages=2)
   assert fault == _fault(**fields)
   assert faults.parse(str(fault), 0, stages=2) == fault
-  assert faults.Fault(**json.loads(json.dumps(fault.to_json()))) == fault
+  value = json.loads(json.dumps(codec.encode(fault)))
+  assert codec.decode(faults.Fault, value) == fault
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_parse(text, fields):
 )
 def test_refused(text, words):
   with pytest.raises(errors.ConfigError, match='--fail=') as caught:
-    faults.parse_all(['kill:stage=0,iteration=1', text], stages=2)
+    faults.parse_faults(['kill:stage=0,iteration=1', text], stages=2)
   assert caught.value.value == text and words in caught.value.reason
 
 
@@ -92,8 +92,8 @@ def _happened(script, calls, replays_until=0):
   """What is announced and then done in a sequence of phases."""
   seen = []
   injector = faults.FaultInjector(script, lambda f: seen.append(('say', f)))
-  for kind in faults.KINDS:
-    injector.acts[kind] = lambda f, i: seen.append((f.number, i))
+  for place in faults.Place:
+    injector.acts[place] = lambda f, i: seen.append((f.number, i))
   injector.replays_until = replays_until
   for call in calls:
     injector.phase(*call)
@@ -165,7 +165,7 @@ def test_out_of_memory_is_real_and_over():
 
 
 def test_what_happened_is_left_out(tmp_path):
-  script = faults.parse_all(
+  script = faults.parse_faults(
     ['kill:stage=0,iteration=3', 'stop:stage=1,iteration=4'] * 2, stages=2
   )
   path = tmp_path / 'events.jsonl'
@@ -177,6 +177,7 @@ def test_what_happened_is_left_out(tmp_path):
   events = [{'kind': 'fault', **faults.event_fields(f)} for f in script[:2]]
   events[0]['iteration'] = 7  # of another script
   events.append({'kind': 'failure', 'stage': 0})
+  events += [5, None, [], {'number': None}, {'number': [1]}]  # not ours
   text = '\n'.join(map(json.dumps, events)) + '\n{"kind": "fau'
   path.write_text(text)
   book = faults.FaultBook(script)

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from launch.lm import checkpoint
 from moetion_jax import disk
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from tests.support import helpers, runs
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
@@ -37,7 +37,7 @@ def _train(host, workdir, cut, *flags):
 def _bits(workdir):
   """Of the checkpoint's tree."""
   return helpers.bits_of(
-    checkpoint.load(str(workdir / 'checkpoint'), 'init_from')
+    checkpoint_file.load(str(workdir / 'checkpoint'), 'init_from')
   )
 
 

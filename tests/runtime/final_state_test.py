@@ -3,12 +3,13 @@
 import json
 import mmap
 import os
+import subprocess
 
 import chex
 import numpy as np
 import pytest
 
-from moetion_jax import keys
+from moetion_jax import errors, keys
 from moetion_jax.runtime import final_state
 from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.state import host_digest
@@ -118,6 +119,20 @@ def test_the_scripted_fault_is_found(shm_folder, put):
   assert fault_damage.flip_bit_in_largest(folder) == folder / '2.npy'
   with pytest.raises(final_state.DamagedError, match='2.npy: other bits'):
     _get(shm_folder)
+
+
+def test_a_full_store(tight, shm_folder):
+  """It takes a larger tmpfs, or more room in that one, as the error says."""
+  state = _state()
+  digests = host_digest.digest_state(state, _STACKED)
+  put = lambda folder: final_state.put(folder, 2, state, digests)  # noqa: E731
+  words = 'free host memory, or name a larger tmpfs with --hostmem_dir'
+  with pytest.raises(errors.NoRoomError, match=words):
+    put(tight)
+  put(shm_folder)
+  subprocess.run(['mount', '-o', 'remount,size=1m', tight], check=True)
+  put(tight)
+  chex.assert_trees_all_equal(final_state.get(tight, 2).state, state)
 
 
 def test_it_is_put_again(shm_folder, put):

@@ -6,7 +6,6 @@ The real program, with the files that users had in its workdir (issue 18).
 import json
 import pathlib
 import shutil
-import signal
 
 import pytest
 
@@ -113,8 +112,7 @@ def test_nothing_goes_before_the_new_run_can_begin(
   )
   run = host.train(workdir, *flags, f'--local_hosts={hosts}')
   runs.until(run, 'iteration 8/')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   (on_disk,) = (tmp_path / 'disk').iterdir()
   (on_disk / 'notes').write_text('mine')
   before = _contents(on_disk)
@@ -136,8 +134,7 @@ def test_nothing_goes_before_the_new_run_can_begin(
   run = host.train(workdir, *flags, f'--local_hosts={hosts}')
   runs.until(run, 'Going on with iteration')
   runs.until_trained(run, 1)
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   out, _ = runs.end(host.train(workdir, *flags, '--fresh', '--iterations=4'))
   assert out.count('removed as soon as the new run can begin') == hosts
   assert f'{on_disk}/notes' in out and 'Going on' not in out
@@ -147,3 +144,25 @@ def test_nothing_goes_before_the_new_run_can_begin(
   config = json.loads((workdir / 'config.json').read_text())
   # The new run has an id of its own.
   assert on_disk.name != f'moetion-{config["run_id"]}'
+
+
+@pytest.mark.thorough
+def test_lost_lines_throw_no_snapshots_away(host, workdir, tmp_path):
+  """They are put back; a checkpoint of another run is no end of this one."""
+  flags = ('--stages=1', '--window_length=2', '--eval_every=0')
+  other = tmp_path / 'other'
+  runs.end(host.train(other, *flags, '--iterations=2'))
+  run = host.train(workdir, *flags)
+  runs.until(run, 'iteration 12/')
+  runs.stop(run)
+  shutil.copytree(other / 'checkpoint', workdir / 'checkpoint')
+  _refused(
+    host, workdir, *flags, words=['checkpoint is not the end of the run']
+  )
+  shutil.rmtree(workdir / 'checkpoint')
+  (workdir / 'metrics.jsonl').rename(tmp_path / 'lines')
+  _, err = runs.end(host.train(workdir, *flags), 2)
+  assert 'lines are missing' in err and '--fresh' in err, err
+  (tmp_path / 'lines').replace(workdir / 'metrics.jsonl')
+  out, _ = runs.end(host.train(workdir, *flags))
+  assert 'Going on with iteration' in out and len(runs.metrics(workdir)) == 40

@@ -11,7 +11,7 @@ from tests.support import helpers
 _WITHOUT_JAX = (
   'moetion_jax.runtime.agent.run',
   'moetion_jax.runtime.hosts.host_agent',
-  'moetion_jax.recovery.recoverer',
+  'moetion_jax.recovery.coordinator.coordinator',
   'launch.train',
   'launch.show',
   'launch.chaos.__main__',

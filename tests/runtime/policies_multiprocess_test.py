@@ -184,5 +184,4 @@ def test_what_a_restore_read_is_let_go_of(host, workdir):
   )
   live = _pids(workdir)[0]
   runs.wait_for(lambda: not _leases(live), SECONDS)
-  runs.stop_at_once(run)
-  runs.end(run, seconds=SECONDS)
+  runs.stop_at_once(run, SECONDS)

@@ -16,17 +16,10 @@ from tests.support import helpers
 
 
 def test_every_option_of_jax_is_in_one_list():
-  wrong = read_environment.unclassified(jax.config.values)
-  assert not wrong, '\n'.join(wrong)
-
-
-def test_an_option_in_none_or_both_lists_is_named(monkeypatch):
-  (text,) = read_environment.unclassified(['jax_enable_x64', 'jax_new'])
-  assert text.startswith('jax_new is in none of the lists')
-  both = read_environment.HARMLESS | {'jax_enable_x64'}
-  monkeypatch.setattr(read_environment, 'HARMLESS', both)
-  (text,) = read_environment.unclassified(['jax_enable_x64'])
-  assert text.startswith('jax_enable_x64 is in both of the lists')
+  matters, harmless = read_environment.MATTERS, read_environment.HARMLESS
+  assert not matters & harmless
+  new = jax.config.values.keys() - matters - harmless
+  assert not new, 'into MATTERS if it can change a program or its bits'
 
 
 def test_what_is_in_no_list_is_recorded():
@@ -39,7 +32,9 @@ def test_what_is_in_no_list_is_recorded():
 def test_flags_that_jax_leaves_out_of_its_cache_key_do_not_count():
   flags = cache_key.xla_flags_to_exclude_from_cache_key
   assert len(flags) > 20
-  assert environment.parse_flags(' '.join(flags)) == {}
+  # But for the tools that make code, whose content JAX does not look at either.
+  counted = environment.parse_flags(' '.join(flags))
+  assert counted == {'xla_gpu_cuda_data_dir': 'true'}
 
 
 _READ = """
@@ -131,6 +126,19 @@ def test_processors(cpuinfo, found):
   assert read_environment.processor(cpuinfo) == found
 
 
+def test_what_nccl_reads_itself(tmp_path):
+  """In its order: the first line that sets a variable holds."""
+  user, system = tmp_path / 'user', tmp_path / 'system'
+  user.write_text('NCCL_ALGO=Tree\n#NCCL_PROTO=LL\nNCCL_ALGO=x\nnonsense\n')
+  system.write_text('NCCL_ALGO=Ring\nNCCL_DEBUG=INFO\nNCCL_PROTO=Simple')
+  files = [str(user), str(system), str(tmp_path / 'missing'), '']
+  found = read_environment.nccl_settings(files)
+  assert environment.variables(found) == {
+    'NCCL_ALGO': 'Tree',
+    'NCCL_PROTO': 'Simple',
+  }
+
+
 def test_installed_packages_by_the_beginnings_of_their_names(tmp_path):
   for name in (
     'nvidia_cudnn_cu12-9.1.0.dist-info',
@@ -153,3 +161,26 @@ def test_sources_that_hide_an_installed_package_are_named(tmp_path):
   (change,) = environment.changes(here, there)
   assert change.name == 'optax'
   assert change.now == f'{change.was} at {tmp_path / "optax"}'
+
+
+def test_the_c_library_and_what_is_loaded_before_it(tmp_path):
+  (tmp_path / 'libm.so.6').write_text('m')
+  (tmp_path / 'first.so').write_text('1')
+  maps = f'7f00-7f01 r-xp 0 00:1 5    {tmp_path}/libm.so.6\n'
+  maps += '7f02-7f03 r-xp 0 00:1 6    /lib/libmvec.so.1\n'
+  plain = read_environment.system(maps, {})
+  assert plain.keys() == {'libc', 'libm'} and 'sha256' in plain['libm']
+  variables = {
+    'LD_PRELOAD': f'{tmp_path}/first.so',
+    'GLIBC_TUNABLES': 'glibc.malloc.check=1:glibc.cpu.hwcaps=-FMA',
+  }
+  other = read_environment.system(maps, variables)
+  assert other['GLIBC_TUNABLES'] == 'glibc.cpu.hwcaps=-FMA'
+  (tmp_path / 'first.so').write_text('2')
+  (tmp_path / 'libm.so.6').write_text('n')
+  later = read_environment.system(maps, variables)
+  here = {'versions': {}, 'system': later}
+  found = environment.changes({'versions': {}, 'system': other}, here)
+  assert {x.name for x in found} == {'libm', 'LD_PRELOAD'}
+  # A record of before has none of that.
+  assert environment.completed({'versions': {}}, here) == here

@@ -101,8 +101,7 @@ def test_nobody_else_is_disturbed(host, workdir, undisturbed):
 
 
 def _stop(run):
-  run.send_signal(signal.SIGTERM)
-  runs.end(run, seconds=SECONDS)
+  runs.stop(run, signal.SIGTERM, SECONDS)
 
 
 @pytest.mark.timeout(2400)

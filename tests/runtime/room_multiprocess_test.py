@@ -58,7 +58,7 @@ def test_a_full_log(host, tmp_path, undisturbed):
       lambda: runs.workers(workdir)[0]['state'] == 'blocked', 2
     )
     _, err = runs.end(run, 1)
-  assert 'stage 0, iteration' in err and 'no room for 2 s' in err
+  assert 'stage 0, iteration' in err and 'that was so for 2 s' in err
   assert f'{header.key}: a reader holds its memory' in err
   assert 'the same command goes on' in err
   assert 'recovery_started' not in runs.kinds(workdir)  # it would wait again

@@ -16,9 +16,7 @@ _ITERATIONS = f'--iterations={3 * runs.ITERATIONS}'
 
 
 def _stop(run):
-  run.send_signal(signal.SIGINT)
-  out, _ = runs.end(run)
-  assert 'Stopped after' in out
+  assert runs.stop(run).startswith('Stopped after')
 
 
 def _snapshots(store):
@@ -54,14 +52,21 @@ def test_a_workdir_that_is_linked_copied_and_moved(host, workdir, tmp_path):
   assert list(host.path.iterdir()) == [store]
   assert _snapshots(store) == before != []
   assert runs.bits(runs.metrics(copy)) == undisturbed
+  # Moved while it lives: it ends, and says where it goes on.
   moved = tmp_path / 'deep' / 'moved'
   moved.parent.mkdir()
+  run = host.train(workdir, *flags)
+  runs.until_trained(run, 1)
   workdir.rename(moved)
+  _, err = runs.end(run, 1)
+  assert f'was moved to {moved} while its run lived; move it back' in err
+  assert f'--workdir={moved}' in err and not workdir.exists()
+  assert 'Once the cause is gone, the same command goes on from' in err
   shown = helpers.launch('show', str(moved), f'--hostmem_dir={host.path}')
   assert shown.returncode == 0 and str(store) in shown.stdout, shown.stderr
   out, _ = runs.end(host.train(moved, *flags))
   assert 'Going on with iteration' in out
-  assert min(runs.resumptions(moved)) > 1 and len(runs.resumptions(moved)) == 2
+  assert min(runs.resumptions(moved)) > 1 and len(runs.resumptions(moved)) == 3
   runs.check_finished(host, moved, undisturbed)
 
 
@@ -126,8 +131,7 @@ def test_what_a_run_left_in_other_places_goes_at_its_end(
   run = host.train(workdir, *flags, other)
   assert str(on_disk) in runs.until(run, "The run's snapshots are in")
   runs.until(run, 'Starting')
-  run.send_signal(signal.SIGINT)
-  runs.end(run)
+  runs.stop(run)
   assert on_disk.exists() and list(host.path.iterdir())
   out, _ = runs.end(host.train(workdir, *flags, other))
   assert 'Finished' in out

@@ -4,6 +4,7 @@ import pytest
 
 from launch.lm import checkpoint, transformer_job
 from moetion_jax import report
+from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
 from tests.support import helpers, runs, worlds
 
 pytestmark = [pytest.mark.thorough, pytest.mark.timeout(600)]
@@ -107,12 +108,11 @@ def test_they_shrink_and_grow_and_leave_one_checkpoint(
   assert runs.kinds(workdir).count('shrunk') == 1
   assert runs.kinds(workdir).count('grown') == 1
   path = str(workdir / 'checkpoint')
-  tree = checkpoint.load(path, 'init_from')
+  tree = checkpoint_file.load(path, 'init_from')
   config = checkpoint.load_config(path, 'init_from')
   digests = {}
   for index in range(worlds.STAGES):
-    stage = transformer_job.build_stage(config, index, team=(0,))
-    checkpoint.check(stage, tree, path, weights_only=False)
-    state = checkpoint.state_of(stage, tree, weights_only=False)
+    stage = transformer_job.of(config).build_stage(index, team=(0,))
+    state = restore.initial(stage, tree, path, 'init_from')()
     digests |= helpers.digests_of(stage, state)
   assert report.combine(digests) == undisturbed[-1]['digest']

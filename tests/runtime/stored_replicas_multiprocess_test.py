@@ -91,10 +91,9 @@ def test_all_shares_are_shown(left):
 
 
 def _rebuild(run, stage):
-  rebuilder = rebuild.Rebuilder(
-    run.config, stage, transformer_job.load_data(run.config)
+  rebuilder = rebuild.Rebuilder.compile(
+    run.config, stage, transformer_job.of(run.config).data()
   )
-  rebuilder.start()
   said = []
   return rebuilder.rebuild(run, said.append), said
 

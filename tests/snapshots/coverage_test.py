@@ -168,11 +168,14 @@ def test_a_stage_without_operators():
   ],
 )
 def test_complete_records(shares, expected):
-  records = coverage.complete_records(_share(*s) for s in shares)
-  assert [(r.iteration, r.replicas, r.state, r.compute) for r in records] == [
-    (i, replicas, _record(i, text).state, _record(i, text).compute)
-    for i, replicas, text in expected
-  ]
+  found = [_share(*s) for s in shares]
+  assert coverage.complete_records(found) == tuple(
+    _record(i, text) for i, _, text in expected
+  )
+  teams = coverage.whole_teams(share.name for share in found)
+  assert {i: len(team) for i, team in teams.items()} == {
+    i: replicas for i, replicas, _ in expected
+  }
 
 
 def test_shares_of_one_name_that_differ():

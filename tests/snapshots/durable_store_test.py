@@ -1,12 +1,15 @@
 """Snapshots in two phases: what counts is on disk."""
 
 import os
+import resource
+import signal
 import threading
 
 import numpy as np
 import pytest
 
 from moetion_jax import errors as errors_lib
+from moetion_jax.hostmem import private
 from moetion_jax.snapshots import (
   durable_store,
   file as snapshot_file,
@@ -119,6 +122,56 @@ def test_a_disk_that_cannot_be_written_is_named(stores, tmp_path):
   disk.parent.write_bytes(b'')
   with pytest.raises(errors_lib.StoreError, match=str(disk)):
     make().start()
+
+
+@pytest.mark.parametrize('is_removed', [False, True])
+def test_a_copy_in_memory_that_is_cut_or_removed_meanwhile(
+  stores, monkeypatch, is_removed
+):
+  """It is named, and not the disk; nobody copies nothing for ever."""
+  memory, _, make = stores
+  store = make()
+  store.start()
+  source, make_folder = memory / '1' / 'data', private.make_folder
+
+  def lose(path, **options):
+    if path.name == '1.tmp':  # as it is about to be copied
+      source.unlink() if is_removed else os.truncate(source, _BYTES // 2)
+    make_folder(path, **options)
+
+  monkeypatch.setattr(private, 'make_folder', lose)
+  with pytest.raises(errors_lib.StoreError, match=str(source)) as caught:
+    store.save(1, {}, _buffers(1))
+  assert 'durable_dir' not in str(caught.value)
+  monkeypatch.undo()
+  assert store.iterations() == []
+  store.save(1, {}, _buffers(1), replace=True)
+  assert store.iterations() == [1]
+  store.close()
+
+
+def test_a_disk_that_is_full(stores):
+  """A limit of the size of files is met like one; then there is room."""
+  _, disk, make = stores
+  store = make()
+  store.start()
+  store.save(1, {}, _buffers(1))
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  try:
+    # Memory was reserved before; only the disk is written to.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, before[1]))
+    with pytest.raises(
+      errors_lib.StoreError, match='make room, or name another --durable_dir'
+    ):
+      store.save(2, {}, _buffers(2))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, old)
+  assert store.iterations() == [1]
+  store.save(2, {}, _buffers(2))
+  assert store.iterations() == [1, 2] and set(_read(disk, 2)[1]) == {2}
+  store.close()
 
 
 def test_interrupt_from_another_thread_ends_a_save(stores, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import uuid
@@ -418,11 +419,14 @@ print('done', flush=True)
     (['100/data/train.bin'], False),
   ],
 )
-def test_checkpoints_of_others(folder, names, is_ours):
+def test_checkpoints_of_others(folder, tmp_path, names, is_ours):
   for name in names:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
   if is_ours:
     return snapshot_file.check_is_ours(folder)
-  with pytest.raises(errors.StoreError, match='100.*name another folder'):
+  words = '100.*name another folder, or move that away'
+  with pytest.raises(errors.StoreError, match=words):
     snapshot_file.check_is_ours(folder)
+  shutil.move(folder / '100', tmp_path)
+  snapshot_file.check_is_ours(folder)

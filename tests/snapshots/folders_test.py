@@ -1,5 +1,7 @@
 """Shares as the folders of snapshots tell of them."""
 
+import pytest
+
 from moetion_jax import keys
 from moetion_jax.snapshots import coverage, file as snapshot_file, folders
 from tests.support import captures, shares
@@ -55,5 +57,6 @@ def test_shares_in_json():
     'state': [['a/experts', 1], ['head', -1]],
     'compute': [['router', -1]],
   }
-  assert set(folders.SHARE_FIELDS) == value.keys()
-  assert folders.share_from_json(value) == share
+  assert folders.share_of(value | {'digests': []}) == share
+  with pytest.raises(ValueError, match='Share.replica must be of type int'):
+    folders.share_of(value | {'replica': '1'})

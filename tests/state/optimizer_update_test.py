@@ -71,14 +71,15 @@ def _stage(name: str) -> stage.Stage:
     hidden_shape=(2, 2),
     hidden_dtype=jnp.bfloat16,
   )
-  return stage.Stage(
+  declared = stage.Stage.declare(
     model,
     _optimizer(name),
-    mesh.make_mesh(jax.devices()[:1]),
+    1,
     compilation.ProgramShape(
       microbatch_size=1, sequence_length=2, microbatches=1
     ),
   )
+  return declared.on(mesh.make_mesh(jax.devices()[:1]))
 
 
 def _normals(rng, shapes=_SHAPES):

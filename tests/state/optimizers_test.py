@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,15 +26,7 @@ def _config(optimizer: str = 'adamw', **overrides) -> config.OptimizerConfig:
 def _plain_descent(settings: config.OptimizerConfig) -> Any:
   """sgd without momentum or decay: its update is minus the rate."""
   return optimizers.make(
-    config.OptimizerConfig(
-      optimizer='sgd',
-      b1=0.0,
-      weight_decay=0.0,
-      learning_rate=settings.learning_rate,
-      warmup_iterations=settings.warmup_iterations,
-      decay_iterations=settings.decay_iterations,
-      final_fraction=settings.final_fraction,
-    )
+    dataclasses.replace(settings, optimizer='sgd', b1=0.0, weight_decay=0.0)
   )
 
 
@@ -95,6 +88,21 @@ def test_the_schedule_is_of_iterations_from_one():
   np.testing.assert_allclose(
     of_iterations, _applied_rates(settings, 60), rtol=1e-5
   )
+
+
+def test_a_longer_run_keeps_its_earlier_rates_bit_for_bit():
+  """Up to the old end those of the old schedule, then those of the new one."""
+  shape = {'learning_rate': 0.003, 'warmup_iterations': 7}
+  rates = {
+    length: _applied_rates(_config(decay_iterations=length, **shape), 90)
+    for length in (40, 60, 80)
+  }
+  found = _applied_rates(
+    _config(decay_iterations=80, earlier=((40, 40), (60, 60)), **shape), 90
+  )
+  expected = [*rates[40][:40], *rates[60][40:60], *rates[80][60:]]
+  np.testing.assert_array_equal(found, expected)
+  assert found[40] > found[39]  # it decays less since then
 
 
 @pytest.mark.parametrize('name', config.OPTIMIZERS)

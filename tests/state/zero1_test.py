@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from launch.lm import checkpoint, settings as run_settings, transformer_job
+from launch.lm import settings as run_settings, transformer_job
 from moetion_jax import config as config_lib, errors, keys
 from moetion_jax.capture import programs as capture_programs
 from moetion_jax.programs import (
@@ -22,6 +22,7 @@ from moetion_jax.programs import (
   stage as stage_lib,
 )
 from moetion_jax.runtime import final_state
+from moetion_jax.runtime.checkpoints import restore
 from moetion_jax.runtime.worker import fault_damage
 from moetion_jax.snapshots import snapshot
 from moetion_jax.state import host_digest, model, optimizers
@@ -68,12 +69,12 @@ _MODEL = model.StageModel(
 def _declare(
   position=None, *, optimizer='adamw', replicas=2, devices=1, team=None
 ):
-  stage = stage_lib.Stage(
+  stage = stage_lib.Stage.declare(
     _MODEL,
     optimizers.make(
       config_lib.OptimizerConfig(optimizer=optimizer, learning_rate=1e-2)
     ),
-    mesh_lib.abstract_mesh(devices),
+    devices,
     compilation.ProgramShape(
       microbatch_size=4,
       sequence_length=4,
@@ -296,7 +297,7 @@ def test_the_state_of_a_worker_falls_as_one_over_the_replicas(replicas):
   )
 
   def state_bytes(position):
-    stage = transformer_job.declare_stage(config, 0, None, position)
+    stage = transformer_job.of(config).declare_stage(0, None, position)
     return sum(
       x.size * x.dtype.itemsize for x in jax.tree.leaves(stage.state_shapes)
     )
@@ -318,8 +319,10 @@ def test_there_is_nothing_for_a_replica():
 
 def test_a_worker_alone_has_everything():
   config = helpers.micro_run(replicas=2, shard_optimizer=True)
-  assert transformer_job.declare_stage(config, 0, None, 0).ownership is not None
-  stage = transformer_job.declare_stage(config, 0, (0,), 0)
+  assert (
+    transformer_job.of(config).declare_stage(0, None, 0).ownership is not None
+  )
+  stage = transformer_job.of(config).declare_stage(0, (0,), 0)
   assert stage.ownership is None
   assert stage.partition is stage.whole.partition
 
@@ -336,13 +339,12 @@ def test_a_checkpoint_to_start_from(weights_only):
       else:
         tree['optimizer'].setdefault(group, {})[leaf] = value
   expected = whole.split(
-    checkpoint.state_of(whole.stage, tree, weights_only=weights_only)
+    restore.initial(whole.stage, tree, 'x', 'y', weights_only=weights_only)()
   )
   parts: dict = {}
   for member in members:
-    checkpoint.check(member.stage, tree, 'x', weights_only=weights_only)
     parts |= member.split(
-      checkpoint.state_of(member.stage, tree, weights_only=weights_only)
+      restore.initial(member.stage, tree, 'x', 'y', weights_only=weights_only)()
     )
   chex.assert_trees_all_equal(parts, expected)
 

@@ -1,9 +1,7 @@
 """Writes BUILD from the tree: `python -m tests.support.build_file`.
 
 A library target a package, a binary a program, a test target a test file; their
-deps are the packages that their sources import. What still imports upward
-(`layering.UPWARD`) needs parts of `launch.lm`, which therefore have targets of
-their own: so the targets have no circle either.
+deps are the packages that their sources import.
 """
 
 from __future__ import annotations
@@ -18,14 +16,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PARTS = {
   # Imported by all that lie in them; the rest of them imports those.
   'launch_packages': ('launch.__init__', 'launch.benchmark.__init__'),
-  'launch_lm_settings': ('launch.lm.__init__', 'launch.lm.settings'),
-  'launch_lm_job': (
-    'launch.lm.checkpoint',
-    'launch.lm.checkpoint_damage',
-    'launch.lm.checkpoint_proof',
-    'launch.lm.data',
-    'launch.lm.transformer_job',
-  ),
 }
 # Programs that others start; the commands are those of `launch` itself.
 _CHILDREN = (

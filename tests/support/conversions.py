@@ -20,7 +20,7 @@ import chex
 import jax
 import numpy as np
 
-from launch.lm import one_process, settings as run_settings, transformer_job
+from launch.lm import settings as run_settings, transformer_job
 from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.capture import (
   conversion as conversion_lib,
@@ -29,6 +29,7 @@ from moetion_jax.capture import (
 )
 from moetion_jax.logs import memory_log
 from moetion_jax.policies import decision as decision_lib, slots
+from moetion_jax.policies.kinds import registry
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.recovery import inventory as inventory_lib
 from moetion_jax.snapshots import (
@@ -40,7 +41,7 @@ from moetion_jax.snapshots import (
 )
 from moetion_jax.state import layout
 from moetion_jax.training import worker
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 # One MoE layer a stage: eight experts, so that four devices have two each.
 _MODEL = {
@@ -87,7 +88,7 @@ class Piece:
 
   Attributes:
     first_iteration: of them.
-    window_length: cut to the number of operators.
+    window_length: slots are empty if it is more than there are operators.
     mode: of `slots.MODES`.
     seed: of the operators' order.
   """
@@ -100,12 +101,11 @@ class Piece:
   def decision(self, of: layout.Layout) -> decision_lib.CaptureDecision:
     order = list(of.operators)
     np.random.default_rng(self.seed).shuffle(order)
-    length = min(self.window_length, len(order))
     return decision_lib.CaptureDecision(
       first_iteration=self.first_iteration,
-      window_length=length,
+      window_length=self.window_length,
       mode=self.mode,
-      slots=slots.make_slots(order, of.state_bytes(), length),
+      slots=slots.make_slots(order, of.state_bytes(), self.window_length),
     )
 
 
@@ -125,7 +125,7 @@ def compiled(
   """All stages; compiling them takes longer than everything else."""
   made = []
   for index in range(config.train.stages):
-    stage = transformer_job.build_stage(config, index)
+    stage = transformer_job.of(config).build_stage(index)
     captures = capture_programs.CapturePrograms(
       stage_lib.layout_of(stage), is_packed
     )
@@ -141,9 +141,9 @@ class Remembering(snapshotter_lib.Snapshotter):
     super().__init__(*arguments)
     self.states: dict[int, dict] = {}
 
-  def take(self, iteration, state, compute, extras, **fields):
+  def take(self, iteration, state, compute, extras, mask=None, **fields):
     self.states[iteration] = to_host(state)
-    return super().take(iteration, state, compute, extras, **fields)
+    return super().take(iteration, state, compute, extras, mask, **fields)
 
 
 def to_host(state):
@@ -180,7 +180,9 @@ class Run:
   def inventory(self) -> inventory_lib.Inventory:
     """Of what the folder says now."""
     found = inventory_lib.Inventory(
-      [s.captures.layout.operators for s in self.stages], 0
+      registry.POLICIES['sparse'],
+      [s.captures.layout.operators for s in self.stages],
+      0,
     )
     for index in range(len(self.stages)):
       found.rescan(index, folders.read_shares(self.folder, index))
@@ -212,8 +214,7 @@ class Run:
       one.programs.digest,
       one.stage.initial_state,
       functools.partial(self.load, index),
-      start,
-      newest,
+      conversion_lib.Route(start=start, newest=newest),
     )
 
   def snapshotter(self, index: int, pieces: Sequence[Piece]) -> Remembering:
@@ -263,7 +264,7 @@ class Run:
       one.programs,
       rebuilding.begin(),
       log,
-      transformer_job.load_data(self.config),
+      transformer_job.of(self.config).data(),
     )
     new.iteration = start.iteration
     compared = []
@@ -284,7 +285,7 @@ class Run:
       first_iteration=start.iteration + 1,
       snapshots=snapshots,
       conversion=rebuilding,
-      line=lambda iteration: 0,
+      retain=lambda iteration: None,
     )
     if new.iteration == self.config.train.iterations and not (
       compared and compared[-1] == new.iteration
@@ -340,7 +341,7 @@ def recorded(
     entries=memory_log.MemoryStore(),
   )
   try:
-    data = transformer_job.load_data(config)
+    data = transformer_job.of(config).data()
     workers, options = [], []
     with contextlib.ExitStack() as stack:
       for index, one in enumerate(run.stages):
@@ -354,7 +355,7 @@ def recorded(
         workers.append(
           worker.Worker(index, one.stage, one.programs, state, log, data)
         )
-        options.append({'snapshots': taker, 'line': lambda iteration: 0})
+        options.append({'snapshots': taker, 'retain': lambda iteration: None})
 
       def report(one):
         for index, part in enumerate(one):

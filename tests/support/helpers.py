@@ -17,13 +17,14 @@ import pytest
 from jax import numpy as jnp
 
 from launch.chaos import draw
-from launch.lm import one_process, settings as run_settings, transformer_job
-from models import config as model_config
+from launch.lm import settings as run_settings
+from models import config as model_config, stages
 from moetion_jax import config as config_lib, keys, report
 from moetion_jax.programs import mesh, stage as stage_lib
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.snapshots import file as snapshot_file, manifest
 from moetion_jax.state import partition
+from tests.support import one_process
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # A text that stays what it is: what a test finds must not depend on commits.
@@ -81,10 +82,10 @@ def micro_run(
   )
 
 
-def worker_spec(config: run_settings.RunConfig, **fields: Any) -> messages.Spec:
+def worker_spec(config: run_settings.RunConfig, **fields: Any) -> spec_lib.Spec:
   """What a worker of a run on one host is told, for what reads it only."""
   defaults: dict[str, Any] = {
-    'stage': messages.STANDBY,
+    'stage': spec_lib.STANDBY,
     'generation': 0,
     'agent_pid': os.getpid(),
     'cores': (0, 1),
@@ -94,16 +95,15 @@ def worker_spec(config: run_settings.RunConfig, **fields: Any) -> messages.Spec:
     'host': '',
     'secret': '',
     'platform': 'cpu',
-    'full_seconds': 1.0,
     'status_fd': -1,
     'control_fd': -1,
   }
-  return messages.Spec(config=config, **{**defaults, **fields})
+  return spec_lib.Spec(job=config.job_spec(), **{**defaults, **fields})
 
 
 def train_locally(config: run_settings.RunConfig):
   """(reports by iteration and stage, workers) of a whole run in-process."""
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   reports: list[list] = []
   one_process.train(config, workers, lambda r: reports.append(list(r)))
   return reports, workers
@@ -121,26 +121,6 @@ def digests_of(
     check_vma=False,
   )
   return stage.partition.by_operator(jax.jit(digest)(state))
-
-
-class NotesView:
-  """A view of a run that shows its notes, on stderr, and nothing else."""
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *unused):
-    pass
-
-  def show(self, line, busy):
-    """Shows nothing."""
-
-  def stages(self, states):
-    """Shows nothing."""
-
-  def note(self, text):
-    """Prints a note."""
-    print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -220,6 +200,17 @@ def make_report(iteration: int, stage: int = 0, **fields: Any) -> report.Report:
   return report.Report(**{**plain, **fields})
 
 
+def make_change():
+  """An entry of `changes` in config.json, of a splice that is finished."""
+  return {
+    'names': ['jax'],
+    'from': {'jax': '1'},
+    'to': {'jax': '2'},
+    'exact_until': 4,
+    'complete_at': [6, 7],
+  }
+
+
 def make_lie(path, words):
   """Gives a snapshot another number, in a leaf with words, and checksums."""
   with snapshot_file.open_snapshot(path) as old:
@@ -233,3 +224,31 @@ def make_lie(path, words):
     manifest.Buffer(n, a.dtype, a.shape, [a]) for n, a in arrays.items()
   ]
   snapshot_file.write(path, buffers, metadata)
+
+
+def num_parameters(
+  config: model_config.ModelConfig, *, active: bool = False
+) -> int:
+  """Counts the whole model's parameters.
+
+  Args:
+    config: the model's shape.
+    active: whether only those that one token meets are counted.
+  """
+  (spec,) = stages.cut(config, 1)
+  total = 0
+  for name, leaf in stages.build_stage(config, spec, seed=0).shapes.items():
+    size = leaf.size
+    if active and stages.partition(name).stacked:
+      size = size // config.num_experts * config.experts_per_token
+    total += size
+  return total
+
+
+def fill(folder, left_bytes=0):
+  """Fills the file system of a folder, but for so much, with a file `fill`."""
+  path = pathlib.Path(folder, 'fill')
+  with contextlib.suppress(OSError), open(path, 'wb', buffering=0) as file:
+    while True:
+      file.write(bytes(4096))
+  os.truncate(path, path.stat().st_size - left_bytes)

@@ -14,6 +14,17 @@ from collections.abc import Iterator, Mapping
 
 MAX_MODULES = 12
 MAX_LINES = 500
+MAX_ARGUMENTS = 6
+
+# Classes that get an attribute late, or too many arguments. None may be added;
+# whoever mends one strikes it from this list.
+HALF_MADE = frozenset(
+  {
+    'SegmentWriter._layout',
+    'StageRun._programs',
+    'Worker()',
+  }
+)
 
 # A package imports from itself and from packages that stand before it.
 ORDER = (
@@ -24,11 +35,14 @@ ORDER = (
   'moetion_jax.programs',
   'moetion_jax.snapshots',
   'moetion_jax.policies',
+  'moetion_jax.policies.kinds',
   'moetion_jax.recovery',
+  'moetion_jax.recovery.coordinator',
   'moetion_jax.capture',
   'moetion_jax.training',
   'moetion_jax.runtime',
   'moetion_jax.runtime.records',
+  'moetion_jax.runtime.checkpoints',
   'moetion_jax.runtime.worker',
   'moetion_jax.runtime.hosts',
   'moetion_jax.runtime.agent',
@@ -43,31 +57,6 @@ ORDER = (
   'launch',
 )
 
-# Imports that still point up: what they need is the seam `Job` (HOUSE, 5.4).
-# None may be added; whoever removes one strikes it from this list.
-_RUN_CONFIG = 'launch.lm.settings'
-_JOB = 'launch.lm.transformer_job'
-UPWARD = frozenset(
-  {
-    ('moetion_jax.logs.size', _RUN_CONFIG),
-    ('moetion_jax.recovery.recoverer', _RUN_CONFIG),
-    ('moetion_jax.runtime.agent.agent', _RUN_CONFIG),
-    ('moetion_jax.runtime.agent.beginning', _RUN_CONFIG),
-    ('moetion_jax.runtime.agent.run', _RUN_CONFIG),
-    ('moetion_jax.runtime.hosts.crew', _RUN_CONFIG),
-    ('moetion_jax.runtime.messages', _RUN_CONFIG),
-    ('moetion_jax.runtime.records.recorder', _RUN_CONFIG),
-    ('moetion_jax.runtime.records.workdir', _RUN_CONFIG),
-    ('moetion_jax.runtime.worker.extra_capacity', _JOB),
-    ('moetion_jax.runtime.worker.finish', 'launch.lm.checkpoint'),
-    ('moetion_jax.runtime.worker.generation', _JOB),
-    ('moetion_jax.runtime.worker.main', _JOB),
-    ('moetion_jax.runtime.worker.prepared', 'launch.lm.data'),
-    ('moetion_jax.runtime.worker.standby', _RUN_CONFIG),
-    ('moetion_jax.runtime.worker.standby', _JOB),
-  }
-)
-
 # Those that start processes hand the environment on; XLA reads its flags there,
 # which is why it is recorded.
 _ENVIRONMENT = frozenset(
@@ -80,42 +69,7 @@ _ENVIRONMENT = frozenset(
   }
 )
 
-# Modules of the library that need `launch` because of the imports above, of
-# their own or of what they import. Anyone else's loop must not need it.
-REACHES_LAUNCH = frozenset(
-  {
-    'moetion_jax.logs.size',
-    'moetion_jax.recovery.recoverer',
-    'moetion_jax.runtime.agent.agent',
-    'moetion_jax.runtime.agent.beginning',
-    'moetion_jax.runtime.agent.comeback',
-    'moetion_jax.runtime.agent.ending',
-    'moetion_jax.runtime.agent.final_checkpoint',
-    'moetion_jax.runtime.agent.rollback',
-    'moetion_jax.runtime.agent.run',
-    'moetion_jax.runtime.agent.scripted',
-    'moetion_jax.runtime.agent.stopper',
-    'moetion_jax.runtime.agent.teams',
-    'moetion_jax.runtime.agent.watcher',
-    'moetion_jax.runtime.hosts.child_process',
-    'moetion_jax.runtime.hosts.crew',
-    'moetion_jax.runtime.hosts.host_agent',
-    'moetion_jax.runtime.hosts.hosts',
-    'moetion_jax.runtime.hosts.remote_host',
-    'moetion_jax.runtime.hosts.standbys',
-    'moetion_jax.runtime.hosts.stores',
-    'moetion_jax.runtime.messages',
-    'moetion_jax.runtime.records.recorder',
-    'moetion_jax.runtime.records.workdir',
-    'moetion_jax.runtime.worker.agent_link',
-    'moetion_jax.runtime.worker.extra_capacity',
-    'moetion_jax.runtime.worker.finish',
-    'moetion_jax.runtime.worker.generation',
-    'moetion_jax.runtime.worker.main',
-    'moetion_jax.runtime.worker.prepared',
-    'moetion_jax.runtime.worker.standby',
-  }
-)
+_KINDS = 'moetion_jax.policies.kinds'
 
 Tree = Mapping[str, str]  # source by dotted name of the module
 
@@ -170,21 +124,13 @@ def upward_imports(tree: Tree) -> set[tuple[str, str]]:
   }
 
 
-def check_order(
-  tree: Tree, allowed: frozenset[tuple[str, str]] = frozenset()
-) -> Iterator[str]:
+def check_order(tree: Tree) -> Iterator[str]:
   """Imports go to the same package or to one before it in ORDER."""
-  found = upward_imports(tree)
-  for module, used in sorted(found - allowed):
+  for module, used in sorted(upward_imports(tree)):
     yield (
       f'{module} imports {used}, whose package comes later in ORDER '
       '(tests/support/layering.py, the table of the README): move what is '
       'needed into an earlier package, or hand it in as an argument'
-    )
-  for module, used in sorted(allowed - found):
-    yield (
-      f'{module} no longer imports {used}: strike the pair from UPWARD, so '
-      'that nobody brings it back'
     )
 
 
@@ -197,29 +143,6 @@ def check_relative(tree: Tree) -> Iterator[str]:
           f'{module}:{node.lineno} has a relative import: write the name of '
           'the module from its root on'
         )
-
-
-def reaching_launch(tree: Tree) -> set[str]:
-  """Modules of the library that import `launch`, by way of others too."""
-  uses = {module: imports(source, tree) for module, source in tree.items()}
-  found = {m for m in tree if m.startswith('launch.')}
-  size = 0
-  while size < len(found):
-    size = len(found)
-    found |= {module for module, used in uses.items() if used & found}
-  return {module for module in found if module.startswith('moetion_jax.')}
-
-
-def check_reach(tree: Tree, allowed: frozenset[str]) -> Iterator[str]:
-  """Those that need `launch` are those that are known to."""
-  found = reaching_launch(tree)
-  for module in sorted(found - allowed):
-    yield (
-      f'{module} now needs launch, which the wheel does not have: do not '
-      'import a module of REACHES_LAUNCH there'
-    )
-  for module in sorted(allowed - found):
-    yield f'{module} needs no launch any more: strike it from REACHES_LAUNCH'
 
 
 def check_circles(tree: Tree) -> Iterator[str]:
@@ -276,6 +199,79 @@ def check_sizes(tree: Tree) -> Iterator[str]:
       )
 
 
+def _fields(node: ast.ClassDef) -> tuple[set[str], dict[str, int]]:
+  """Attributes that a class has from the start, and those that come later."""
+  own, later = set(), {}
+  for part in node.body:
+    if isinstance(part, ast.AnnAssign | ast.Assign):
+      targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+      own |= {t.id for t in targets if isinstance(t, ast.Name)}
+    elif isinstance(part, ast.FunctionDef):
+      own.add(part.name)
+      for inner in ast.walk(part):
+        if (
+          isinstance(inner, ast.Attribute)
+          and isinstance(inner.ctx, ast.Store)
+          and isinstance(inner.value, ast.Name)
+          and inner.value.id == 'self'
+        ):
+          if part.name in ('__init__', '__post_init__'):
+            own.add(inner.attr)
+          else:
+            later.setdefault(inner.attr, inner.lineno)
+  return own, later
+
+
+def check_objects(
+  tree: Tree, allowed: frozenset[str] = frozenset()
+) -> Iterator[str]:
+  """Every attribute is there from the start; constructors are short.
+
+  Args:
+    tree: the packages.
+    allowed: what is known to break that: `Class.attribute`, `Class()`.
+  """
+  classes = {
+    (module, node.name): node
+    for module, source in tree.items()
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.ClassDef)
+  }
+  by_name: dict[str, list[ast.ClassDef]] = {}
+  for (_, name), node in classes.items():
+    by_name.setdefault(name, []).append(node)
+
+  def inherited(node: ast.ClassDef) -> set[str]:
+    own = _fields(node)[0]
+    for base in node.bases:
+      name = ast.unparse(base).partition('[')[0].rpartition('.')[2]
+      own = own.union(*map(inherited, by_name.get(name, ())))
+    return own
+
+  found = {}
+  for (module, name), node in sorted(classes.items()):
+    own = inherited(node)
+    for attribute, line in _fields(node)[1].items():
+      if attribute not in own:
+        found[f'{name}.{attribute}'] = (
+          f'{module}:{line} makes {name}.{attribute}, which is not there '
+          'before: let the constructor be given it (by a factory), or make two '
+          'classes of it'
+        )
+    for part in node.body:
+      if isinstance(part, ast.FunctionDef) and part.name == '__init__':
+        count = len(part.args.args) + len(part.args.kwonlyargs) - 1
+        if count > MAX_ARGUMENTS:
+          found[f'{name}()'] = (
+            f'{module}:{part.lineno} constructs {name} of {count} arguments, '
+            f'more than {MAX_ARGUMENTS}: those that belong together are a class'
+          )
+  for what in sorted(found.keys() - allowed):
+    yield found[what]
+  for what in sorted(allowed - found.keys()):
+    yield f'{what} is as it should be: strike it from HALF_MADE'
+
+
 def check_names(tree: Tree) -> Iterator[str]:
   """No module is called like one of the standard library."""
   for module in sorted(tree):
@@ -311,6 +307,51 @@ def check_flags(tree: Tree) -> Iterator[str]:
           f'{module} uses {word.rpartition(" ")[2]}: the library is told by '
           'its settings; read flags and environment in launch and hand them in'
         )
+
+
+def check_policies(tree: Tree) -> Iterator[str]:
+  """No one outside their package tells policies apart by class or by name."""
+  classes, names = {'Policy', 'Planner', 'Inventory'}, set()
+  for module, source in tree.items():
+    if package_of(module) != _KINDS:
+      continue
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.ClassDef):
+        classes.add(node.name)
+      if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+        if [ast.unparse(target) for target in node.targets] == ['name']:
+          names.add(node.value.value)
+  for module, source in sorted(tree.items()):
+    if package_of(module) == _KINDS:
+      continue
+    for node in ast.walk(ast.parse(source)):
+      if any(word in classes | names for word in _told_apart_by(node)):
+        yield (
+          f'{module}:{getattr(node, "lineno", "")} tells policies apart '
+          f'({ast.unparse(node)}): ask the policy, with an attribute or a '
+          'method of `Policy` that each has'
+        )
+
+
+def _told_apart_by(node: ast.AST) -> Iterator[object]:
+  """Classes that a node checks for, and constants that it compares with."""
+  match node:
+    case ast.Call(
+      func=ast.Name(id='isinstance' | 'issubclass'), args=[_, kind]
+    ):
+      for part in ast.walk(kind):
+        if isinstance(part, ast.Name | ast.Attribute):
+          yield ast.unparse(part).rpartition('.')[2]
+    case ast.Compare():
+      for side in (node.left, *node.comparators):
+        is_several = isinstance(side, ast.Tuple | ast.List | ast.Set)
+        for part in (
+          side.elts if is_several and side is not node.left else [side]
+        ):
+          if isinstance(part, ast.Constant):
+            yield part.value
+    case ast.MatchValue(value=ast.Constant(value=value)):
+      yield value
 
 
 def check_tests(tree: Tree, tests: Tree) -> Iterator[str]:

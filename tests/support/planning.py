@@ -7,8 +7,8 @@ from moetion_jax.policies import (
   decision as decision_lib,
   planner as planner_lib,
   settings as capture_settings,
-  whole_planner,
 )
+from moetion_jax.policies.kinds import registry
 from tests.support import helpers
 
 EXPERTS = 4
@@ -37,8 +37,9 @@ def sizes(stage=0):
 
 def make_planner(policy, replicas=1, stages=1, **fields) -> planner_lib.Planner:
   """A planner of a baseline policy that has made its first decisions."""
-  planner = whole_planner.make(
-    capture_settings.CaptureSettings(policy=policy, **fields),
+  kind = registry.of_name(policy)
+  planner = kind.planner(
+    capture_settings.CaptureSettings(policy=kind, **fields),
     [sizes(stage) for stage in range(stages)],
     'tpu',  # where half of an iteration may copy
     replicas=replicas,

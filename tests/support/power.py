@@ -37,16 +37,24 @@ class Disk:
       pytest.skip(f'no file system can be mounted here: {error}')
     os.sync()
 
-  def close(self):
-    subprocess.run(['umount', self.path], check=True)
-
   def cut(self):
     """Loses all that was not synced."""
     fd = os.open(self.path, os.O_RDONLY)
     fcntl.ioctl(fd, _SHUTDOWN, struct.pack('I', _WITHOUT_FLUSH))
     os.close(fd)
-    self.close()
+    subprocess.run(['umount', self.path], check=True)
     self._mount()
+
+  def replace(self, old, new):
+    """Replaces bytes below the file system; returns how often they were found.
+
+    What it has in memory stays.
+    """
+    content = self._image.read_bytes()
+    with open(self._image, 'r+b') as file:
+      file.seek(content.find(old))
+      file.write(new)
+    return content.count(old)
 
   def _mount(self):
     subprocess.run(
@@ -54,6 +62,36 @@ class Disk:
       check=True,
       capture_output=True,
     )
+
+
+def record(monkeypatch):
+  """Returns a list that grows with each call that a loss of power can follow.
+
+  Its items are ('sync' or 'remove', path) and ('move', path, new path). The
+  calls are made all the same. A file system may keep more than it has to, as
+  ext4 does of names with each sync: their order tells what must be kept.
+  """
+  calls = []
+
+  def wrap(name, kind):
+    real = getattr(os, name)
+
+    def call(path, *others, **named):
+      is_fd = isinstance(path, int)
+      if is_fd:
+        calls.append((kind, os.readlink(f'/proc/self/fd/{path}')))
+      real(path, *others, **named)
+      if not is_fd:
+        calls.append((kind, *map(str, (path, *others))))
+
+    monkeypatch.setattr(os, name, call)
+
+  for name in ('unlink', 'rmdir'):
+    wrap(name, 'remove')
+  for name in ('rename', 'replace'):
+    wrap(name, 'move')
+  wrap('fsync', 'sync')
+  return calls
 
 
 @contextlib.contextmanager
@@ -64,4 +102,5 @@ def disk(folder: pathlib.Path):
   try:
     yield one
   finally:
-    one.close()
+    # Where a test failed somebody may still hold a file.
+    subprocess.run(['umount', '--lazy', one.path], check=True)

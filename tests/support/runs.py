@@ -14,9 +14,10 @@ import sys
 import time
 import uuid
 
-from moetion_jax import report
+from launch.lm import settings as run_settings
+from launch.offline import scan
+from moetion_jax import codec, errors, report
 from moetion_jax.runtime.hosts import child_process
-from moetion_jax.runtime.records import workdir as workdir_lib
 from tests.support import helpers
 
 SECONDS = 120.0
@@ -112,6 +113,13 @@ def end(process, code=0, seconds=SECONDS):
   return out, err
 
 
+def stop(process, number=signal.SIGINT, seconds=SECONDS):
+  """Asks a run to stop; returns the last line that it says to a scheduler."""
+  process.send_signal(number)
+  _, err = end(process, errors.ExitCode.STOPPED, seconds)
+  return err.splitlines()[-1]
+
+
 def until(process, words):
   """Reads its output up to a line with `words`."""
   for line in process.stdout:
@@ -126,11 +134,11 @@ def until_trained(process, iterations):
     until(process, 'tokens/s')
 
 
-def stop_at_once(process):
-  """Interrupts a run twice, without waiting."""
+def stop_at_once(process, seconds=SECONDS):
+  """Interrupts a run twice, without waiting; returns what `stop` does."""
   process.send_signal(signal.SIGINT)
   until(process, 'again to stop at once')
-  process.send_signal(signal.SIGINT)
+  return stop(process, seconds=seconds)
 
 
 def wait_for(condition, seconds=SECONDS):
@@ -181,7 +189,7 @@ def check_finished(host, workdir, expected):
   assert (workdir / 'checkpoint').is_dir()
   assert host.is_clean()
   for event in of_kind(workdir, 'recovered'):
-    assert event['digest_verified']
+    assert event['digest_verified'] == (event['compared_iterations'] > 0)
     assert set(event['seconds']) == {'detect', 'start', 'fetch', 'replay'}
 
 
@@ -192,7 +200,8 @@ def resumptions(workdir):
 
 def one_process_bits(workdir):
   """What `bits` should be: of the same stages, trained in this process."""
-  config, _ = workdir_lib.read_run(workdir)
+  settings, _ = scan.read_settings(workdir)
+  config = codec.decode(run_settings.RunConfig, settings)
   expected = []
   for reports in helpers.train_locally(config)[0]:
     digests = {o: d for r in reports for o, d in r.digests.items()}

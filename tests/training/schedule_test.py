@@ -2,7 +2,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from moetion_jax import keys
 from moetion_jax.training import schedule
 
 _F, _B, _E = (
@@ -142,16 +141,3 @@ def test_a_deadlock_would_be_seen():
   ]
   with pytest.raises(AssertionError, match='deadlock'):
     _simulate(backward_early)
-
-
-def test_selection_has_a_mask_for_every_group():
-  experts = tuple(keys.OperatorId('layers/0/experts', e) for e in range(3))
-  head, layer = keys.OperatorId('head'), keys.OperatorId('layers/0')
-  operators = (head, layer, *experts)
-  assert schedule.selection_by_group(
-    operators, frozenset({head, experts[0], experts[2]})
-  ) == {
-    'head': [True],
-    'layers/0': [False],
-    'layers/0/experts': [True, False, True],
-  }

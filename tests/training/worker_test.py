@@ -4,9 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from moetion_jax import errors
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 
 class _Poisoned:
@@ -15,6 +15,9 @@ class _Poisoned:
   def __init__(self, data, iteration):
     self._data = data
     self._iteration = iteration
+
+  def fingerprint(self):
+    return self._data.fingerprint()
 
   def held_out_batch(self, index):
     return self._data.held_out_batch(index)
@@ -28,7 +31,7 @@ class _Poisoned:
 
 def _poison(config, iteration):
   """Workers whose model meets a NaN in `iteration` and in no other one."""
-  data = _Poisoned(transformer_job.load_data(config), iteration)
+  data = _Poisoned(transformer_job.of(config).data(), iteration)
   workers = one_process.make_workers(config, data)
   first = workers[0]
   state: dict[str, dict[str, Any]] = {
@@ -72,7 +75,7 @@ def test_skip_nonfinite_leaves_the_update_out():
 @pytest.mark.parametrize('stages', [1, 3])
 def test_all_stages_stop_after_the_same_iteration(stages):
   config = helpers.micro_run(stages=stages, iterations=50, eval_every=0)
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
   seen = []
   last = one_process.train(
     config,
@@ -86,7 +89,7 @@ def test_all_stages_stop_after_the_same_iteration(stages):
 
 def test_an_error_of_the_caller_ends_all_stages():
   config = helpers.micro_run(stages=2, iterations=50, eval_every=0)
-  workers = one_process.make_workers(config, transformer_job.load_data(config))
+  workers = one_process.make_workers(config)
 
   def fail(_):
     raise KeyError('disk is gone')
@@ -99,7 +102,7 @@ def test_evaluation_is_of_the_state_after_the_update():
   config = helpers.micro_run(iterations=2, eval_every=1)
   (reports, (end,)) = helpers.train_locally(config)
   assert all(r[0].eval_loss is not None for r in reports)
-  data = transformer_job.load_data(config)
+  data = transformer_job.of(config).data()
   from moetion_jax.state import model
 
   losses = []

@@ -116,13 +116,13 @@ def main() -> None:
     },
     optimizer_overrides={},
   )
-  data = transformer_job.load_data(config)
-  stage = transformer_job.build_stage(config, 0)
+  data = transformer_job.of(config).data()
+  stage = transformer_job.of(config).build_stage(0)
   programs = stage.compile()
   saver = DenseSaver(pathlib.Path(given['folder']), given['every'])
   iteration, state = saver.restore(stage)
   if state is None:
-    state = transformer_job.initial_state(config, stage, None)
+    state = stage.initial_state()
   log = memory_log.MemoryLog(keys.WorkerId(0, 0, 1), memory_log.MemoryStore())
   worker = worker_lib.Worker(0, stage, programs, state, log, data)
   worker.train(

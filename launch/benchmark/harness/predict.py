@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.benchmark.harness import runs as benchmark_runs
 from launch.simulate import predict as simulate_predict
-from moetion_jax.policies import sparse_planner
+from moetion_jax.policies.kinds import registry, sparse
 from moetion_jax.runtime import faults
 
 # About how far the iteration is when a phase begins for the first time. The
@@ -247,6 +247,7 @@ def predicted_seconds(
     costs: the costs of its failures.
   """
   anchor, interval = rhythm(run, first)
+  has_windows = registry.POLICIES[policy].has_windows
   # The simulator takes snapshots at multiples of the interval.
   shift = anchor % interval
   measured = simulate_predict.Measured(
@@ -257,7 +258,7 @@ def predicted_seconds(
     # Nobody goes back to an iteration before it was reported, one later.
     landing_seconds=max(
       _landing_seconds(run, first),
-      pace.iteration_seconds if policy != 'sparse' or interval > 1 else 0.0,
+      0.0 if has_windows and interval == 1 else pace.iteration_seconds,
     ),
     failures=tuple(
       (fault.iteration - shift, _FRACTIONS[fault.phase], fault.stage)
@@ -267,7 +268,7 @@ def predicted_seconds(
     interval=interval,
     # two_phase keeps tuning its interval, by how long iterations take.
     taken=tuple(i - shift for i in _taken(run) if i > shift),
-    **_window(run) if policy == 'sparse' else {},
+    **_window(run) if has_windows else {},
     detect_seconds=costs.detect_seconds,
     start_seconds=costs.start_seconds,
     fetch_seconds=costs.fetch_seconds,
@@ -284,14 +285,14 @@ def predicted_seconds(
 
 
 def _script(run: benchmark_runs.RunOutcome) -> tuple[faults.Fault, ...]:
-  return faults.parse_all(run.script, stages=1 << 30)  # the run accepted it
+  return faults.parse_faults(run.script, stages=1 << 30)  # the run accepted it
 
 
 def _window(run: benchmark_runs.RunOutcome) -> dict[str, Any]:
   """Returns the window that was decided on last."""
   chosen = run.of_kind('window')[-1:]
   if not chosen:
-    return {'window_length': sparse_planner.FIRST_WINDOW}
+    return {'window_length': sparse.FIRST_WINDOW}
   return {
     'window_length': chosen[0]['window_length'],
     'window_mode': chosen[0]['mode'],

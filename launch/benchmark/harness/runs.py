@@ -1,7 +1,7 @@
 """Whole runs of `launch.train` for benchmarks: start one, watch its progress.
 
-Results come from the files that a run leaves behind (DESIGN section 9), and
-from the times at which its lines appear.
+Results come from the files that a run leaves behind, and from the times at
+which its lines appear.
 """
 
 from __future__ import annotations

@@ -1,147 +1,110 @@
 """The agent at work: it runs the workers and writes the files.
 
 One thread runs one loop: it waits for what workers say and print, for their
-ends and for signals (DESIGN section 3). It computes nothing and imports no JAX.
+ends and for signals. All that happens is an event for the coordinator, which
+decides; the executor does it. The agent computes nothing and imports no JAX.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import selectors
+import signal
+import sys
 import time
 
-from launch.lm import settings as run_settings
-from moetion_jax import errors, report
+from moetion_jax import errors, job_spec
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.recovery import hang_detection, recoverer
+from moetion_jax.recovery import actions, events, hang_detection
+from moetion_jax.recovery.coordinator import coordinator, state as state_lib
 from moetion_jax.runtime import faults, linux_process, messages
 from moetion_jax.runtime.agent import (
   beginning,
-  comeback,
   ending,
-  final_checkpoint,
-  scripted,
+  executor,
   settings as agent_settings,
-  stopper,
-  teams,
-  watcher,
 )
 from moetion_jax.runtime.hosts import child_process, crew, hosts, stores
 from moetion_jax.runtime.records import recorder, workdir
-from moetion_jax.snapshots import folders
 
-# How long a worker may wait until the line has freed a snapshot.
-_FULL_SECONDS = 1.0
-# Messages about finished work; ignored from a worker told to roll back.
-_PAST = ('report', 'stored', 'resumed', 'caught_up', 'done', 'handed_over')
+_LOOK_SECONDS = 0.25  # between two looks for workers that hang
 
 
 class Agent:
   """One run's workers, from their start to their end.
 
   Attributes:
-    has_begun: whether the workers were told to train.
+    executor: the state of what was done so far; for others to read.
   """
 
   def __init__(
     self,
-    config: run_settings.RunConfig,
+    job: job_spec.JobSpec,
     where: agent_settings.AgentSettings,
     folder: workdir.Workdir,
     store: store_folder.StoreFolder,
     view: recorder.View,
-    *,
-    keeps_store: bool,
   ):
     """Stores the arguments; `run` does the work.
 
     Args:
-      config: the run's settings.
+      job: the run's job.
       where: the settings of where it runs.
       folder: the workdir, locked.
       store: the store of this host, started.
       view: the live view.
-      keeps_store: whether an earlier run left something in the host stores.
     """
-    self.has_begun = False
-    self._config = config
+    train = job.train
     self._where = where
     self._folder = folder
-    self._store = store
-    self._recorder = recorder.Recorder(config, folder, view)
-    self._recoverer = recoverer.Recoverer(
-      config, where.captures, where.max_failures, self._recorder.event
-    )
-    self._hosts = hosts.Hosts(
-      config.train.stages,
-      where.local_hosts,
-      store,
-      config.train.replicas,
-    )
-    self._trained: set[int] = set()  # stages of which a worker began to train
-    self._selector = selectors.DefaultSelector()
     self._book = faults.FaultBook(where.faults)
+    self._recorder = recorder.Recorder(job, folder, view)
+    self._hosts = hosts.Hosts(
+      train.stages, where.local_hosts, store, train.replicas
+    )
+    self._selector = selectors.DefaultSelector()
     self._crew = crew.Crew(
-      config,
+      job,
       self._hosts,
       self._selector,
-      self,
-      beginning.worker_spec(config, where, folder, store, self._hosts.secret),
+      beginning.worker_spec(job, where, folder, store, self._hosts.secret),
       self._book,
+      (folder.lock_fds, store.lock_fds),
     )
-    self._ending = ending.Ending(
-      self._recorder,
-      self._hosts,
-      self._crew,
-      keeps_store=keeps_store,
-      starts_over=folder.begins_anew,
-    )
-    self._ready = beginning.Readiness(where.max_failures)
     self._stores = stores.Stores(
-      config.train.stages,
-      config.train.replicas,
+      train.stages,
+      train.replicas,
       self._hosts,
-      self._recoverer,
-      self._recorder,
       where.durable_folder(str(folder.path), folder.run_id),
     )
-    self._stopper = stopper.Stopper(
-      config.train.iterations, lambda: self._crew.workers
+    self._coordinator = coordinator.Coordinator(
+      state_lib.Settings(
+        job=job,
+        captures=where.captures,
+        max_failures=where.max_failures,
+        max_skipped=where.max_skipped,
+        hang_timeout_seconds=where.hang_timeout_seconds,
+        full_seconds=where.full_seconds,
+        shrinks=where.on_failure == 'shrink',
+        max_workers=where.max_workers,
+        grow_after=where.grow_after,
+        warms_standbys=where.standby and not self._hosts.others,
+        workdir=str(folder.path),
+        snapshots=self._stores.snapshot_names(),
+      )
     )
-    self._watcher = watcher.Watcher(
-      where.hang_timeout_seconds, lambda why: self._comeback.suspect(why)
-    )
-    self._teams = teams.Teams(
-      config.train.replicas,
-      where,
-      self._crew,
-      self._recoverer,
-      self._stores,
-      self._recorder,
-    )
-    self._final = final_checkpoint.FinalCheckpoint(folder.checkpoint)
-    self._comeback = comeback.Comeback(
-      config.train.stages,
-      where.captures.rules,
-      self._crew,
-      self._hosts,
-      self._recoverer,
-      self._stores,
-      self._recorder,
-      self._final,
-      self._stopper,
-      lambda new: new.open_log(folder.log_path(new.name)),
+    self.executor = executor.Executor(
+      where, folder, self._hosts, self._crew, self._stores, self._recorder
     )
     self._signal_pipe = linux_process.SignalPipe()
-    self._signals = 0
+    self._looked_at = 0.0
 
-  @property
-  def keeps_store(self) -> bool:
-    """True if the host stores stay, for a run that goes on from them."""
-    return self._ending.keeps_store
-
-  def run(self) -> int:
+  def run(self, *, keeps_store: bool) -> int:
     """Runs the workers; when it returns they are gone.
+
+    Args:
+      keeps_store: whether an earlier run left something in the host stores.
 
     Returns:
       The exit code.
@@ -149,14 +112,16 @@ class Agent:
     Raises:
       errors.ConfigError: the run cannot begin.
     """
-    self._hosts.keep(self.keeps_store)
+    self.executor.keep(keeps_store)
     with contextlib.ExitStack() as stack:
       stack.callback(self._selector.close)
       stack.enter_context(self._signal_pipe.open())
       stack.enter_context(self._recorder)
       stack.callback(self._crew.close)
       self._selector.register(
-        self._signal_pipe.fd, selectors.EVENT_READ, self._on_signal
+        self._signal_pipe.fd,
+        selectors.EVENT_READ,
+        self._on_signal,
       )
       try:
         self._start()
@@ -164,335 +129,149 @@ class Agent:
       except errors.ConfigError:
         raise
       except errors.MoetionError as error:
-        self._failed(error)
+        self.executor.fail(error)
       except OSError as error:  # a full disk, most likely
-        self._failed(ending.of_system(error, self._folder.path))
-    assert self._ending.result is not None
-    code, state = self._ending.result
+        self.executor.fail(ending.of_system(error, self._folder))
+    assert self.executor.result is not None
+    code, state = self.executor.result
     with contextlib.suppress(OSError):
       self._write_workers(state)
+    for line in self.executor.last_words:
+      print(line, file=sys.stderr)
     return code
+
+  def _start(self) -> None:
+    if not self._where.fresh:
+      self._book.read(self._folder.path / 'events.jsonl')
+    newest = max(map(run_store.newest_generation, self._hosts.stores()))
+    self._handle(events.Started(newest_generation=newest))
 
   def _loop(self) -> None:
     """Reacts to what happens until all workers have ended, or must end."""
-    while any(w.exit_code is None for w in self._crew.workers):
-      timeout = watcher.WATCH_SECONDS
+    while any(w.exit_code is None for w in self._crew.workers.values()):
+      timeout = _LOOK_SECONDS
       if (due_seconds := self._recorder.workers_due_seconds) is not None:
         if due_seconds <= 0:
           self._write_workers()
           continue
         timeout = min(timeout, due_seconds)
-      if self._ending.kill_at is not None:
-        left_seconds = self._ending.kill_at - time.monotonic()
+      if self.executor.kill_at is not None:
+        left_seconds = self.executor.kill_at - time.monotonic()
         if left_seconds <= 0:
           return
         timeout = min(timeout, left_seconds)
       for key, _ in self._selector.select(timeout):
         key.data()
-      if self.has_begun:
-        self._watcher.look(
-          self._crew.workers, excused=self._ending.result is not None
-        )
-
-  # ---- the beginning ---------------------------------------------------------
-
-  def _start(self) -> None:
-    stages, replicas = self._config.train.stages, self._config.train.replicas
-    if not self._where.fresh:
-      self._book.read(self._folder.path / 'events.jsonl')
-    sizes = (self._recoverer.log_size(s).file_bytes for s in range(stages))
-    beginning.check_room(self._where, self._folder, sum(sizes) * replicas)
-    each = f' of {replicas} replicas' if replicas > 1 else ''
-    self._recorder.view.note(f'Starting workers of {stages} stage(s){each} ...')
-    newest = max(
-      run_store.newest_generation(self._hosts.store_of(s))
-      for s in range(stages)
-    )
-    self._crew.start((self._folder.lock_fd, self._store.lock_fd), newest + 1)
-
-  def _on_ready(self, worker, message: messages.Message) -> None:
-    if self.has_begun:
-      return
-    by_stage = self._ready.add(worker, message, len(self._crew.workers))
-    if by_stage is None:
-      return
-    self._recoverer.begin(by_stage)
-    # In the end the stores hold the logs and all states (`final_state`).
-    states = sum(m['state_bytes'] for m in by_stage.values())
-    beginning.check_room(
-      self._where, self._folder, self._recoverer.room_bytes() + states
-    )
-    environment = self._ready.environment()
-    self._recorder.accept(by_stage, environment)
-    self._crew.expect(environment)
-    self._recoverer.splice(self._recorder.splices, is_running=False)
-    self._begin()
-
-  def _begin(self) -> None:
-    """Lets everybody train: from what an earlier run left, if it left any."""
-    wrong: list[str] = []
-    self._comeback.check_stored()
-    # A log that is too small now is not needed: everybody goes back alike.
-    lost = self._stores.rescan(on_unreadable=wrong.append)
-    lost |= self._stores.too_small()
-    if wrong:
-      self._recorder.view.note(
-        f'{len(wrong)} snapshot(s) cannot be read and will be written again, '
-        f'the first of them: {wrong[0]}'
-      )
-    plan = self._recoverer.first_plan(
-      self._recorder.last_recorded, self._stores.newest_entry()
-    )
-    if self._comeback.splice(plan):
-      lost = frozenset(plan.stages)
-    self._recorder.iteration = plan.start
-    self.has_begun = True
-    self._ending.keep(bool(plan.start))
-    if plan.start:
-      self._recorder.event('resumed', first_iteration=plan.first_iteration)
-      self._recorder.view.note(
-        f'Going on with iteration {plan.first_iteration}, from the snapshots '
-        f'in {self._ending.store_names()}.'
-      )
-    elif self._recorder.last_recorded:
-      self._recorder.view.note(
-        f'{self._folder.path} has {self._recorder.last_recorded} iterations of '
-        'this run; they are done again and compared.'
-      )
-    for worker in self._crew.workers:
-      worker.open_log(self._folder.log_path(worker.name))
-    self._comeback.begin(plan, lost, self._recorder.last_recorded)
-    self._write_workers()
-
-  # ---- failures --------------------------------------------------------------
-
-  def on_exit(self, worker: child_process.WorkerProcess) -> None:
-    """Handles a worker's death: its stage goes back, or all stages do."""
-    if self._ending.result is not None:
-      return
-    lost: frozenset[int] = frozenset()
-    if self.has_begun:
-      # A stage that never trained in this run may not have made its log yet.
-      lost = self._stores.rescan([worker.stage]) & self._trained
-      if worker.stage not in self._recoverer.recovering:  # else: of another
-        reached = self._stores.reached(worker.stage)
-        worker.iteration = max(worker.iteration, reached)
-    what = worker.describe_death()
-    error = child_process.WorkerError(worker.stage, worker.iteration, what)
-    if not self.has_begun:
-      self._start_again(error)
-      return
-    self._recorder.event(
-      'failure',
-      **worker.event_fields(),
-      error=str(error),
-    )
-    try:
-      team = self._teams.without(worker, what)
-      if self._comeback.goes_together:
-        self._recorder.view.note(f'{error}; all stages go back together.')
-      plan = self._comeback.after(worker, what, lost, team)
-    except errors.MoetionError as why:
-      raise child_process.WorkerError(
-        worker.stage, worker.iteration, str(why), is_passing=why.is_passing
-      ) from why
-    self._write_workers()
-    if plan is None:
-      return
-    stages = ', '.join(map(str, plan.stages))
-    self._recorder.view.note(
-      f'{error}; stage(s) {stages} recover(s) from iteration '
-      f'{plan.first_iteration} on, the others wait.'
-    )
-
-  def _start_again(self, error: child_process.WorkerError) -> None:
-    """Replaces a worker that died before there was anything to recover."""
-    self._ready.count_death(error)
-    self._recorder.view.note(f'{error}; it is started again.')
-    for new in self._crew.replace(error.stage, has_begun=False):
-      self._ready.forget(new)
-
-  def _on_stopped_here(self, worker, message: messages.Message) -> None:
-    del message
-    worker.stopped_here()
-    if self._ending.result is None:
-      self._comeback.together()
-      self._write_workers()
-
-  def _grow(self) -> None:
-    """Gives shrunk stages their workers back, when it is time."""
-    everybody = tuple(range(self._config.train.replicas))
-    for stage in self._teams.grow() if not self._signals else ():
-      first, *_ = self._crew.of_stage(stage)
-      why = 'its replicas return'
-      self._comeback.after(first, why, frozenset(), everybody)
-
-  # ---- what workers say ------------------------------------------------------
-
-  def on_message(
-    self, worker: child_process.WorkerProcess, message: messages.Message
-  ) -> None:
-    """Reacts to one message of a worker or the standby."""
-    worker.heard_at = time.monotonic()
-    if worker.is_going_back and message['kind'] in _PAST:
-      return
-    getattr(self, f'_on_{message["kind"]}')(worker, message)
-
-  def _on_warm(self, worker, message: messages.Message) -> None:
-    del message
-    seconds = time.monotonic() - worker.state_since
-    self._crew.warmed(worker)
-    self._recorder.event('standby', replica=worker.replica, seconds=seconds)
-    self._write_workers()
-
-  def _on_state(self, worker, message: messages.Message) -> None:
-    if worker.stage == messages.STANDBY:
-      return
-    if message['detail'] == hang_detection.SNAPSHOTS_FULL:
-      # With gaps in the stores the line may stay behind, and nothing would free
-      # snapshots: to go on is worth more than an older start.
-      if time.monotonic() - worker.state_since > _FULL_SECONDS:
-        self._advance(keeps_older=False)
-    elif message['state'] == 'blocked' != worker.state:
-      self._recorder.view.note(
-        f'{worker.name} is blocked: {message["detail"]}; the run ends '
-        f'if that lasts {self._where.full_seconds:g} s'
-      )
-    worker.says(
-      message['state'],
-      message['detail'],
-      max(worker.iteration, message['iteration']),
-      message['steps'],
-    )
-    workers = self._crew.workers
-    self._recorder.view.stages([f'{w.state} {w.detail}' for w in workers])
-    self._write_workers()
-
-  def _on_resumed(self, worker, message: messages.Message) -> None:
-    self._trained.add(worker.stage)
-    worker.iteration = message['first_iteration']
-    self._recoverer.resumed(worker.stage, message)
-
-  def _on_caught_up(self, worker, message: messages.Message) -> None:
-    del message
-    worker.has_caught_up = True
-    if not all(w.has_caught_up for w in self._crew.of_stage(worker.stage)):
-      return
-    if note := self._recoverer.caught_up(worker.stage):
-      self._recorder.view.note(note)
-    self._advance()
-
-  def _on_stored(self, worker, message: messages.Message) -> None:
-    share = folders.share_from_json(message['share'])
-    worker.iteration = max(worker.iteration, share.iteration)
-    self._recoverer.stored(worker.stage, share)
-    if not self._ending.keeps_store and self._ending.result is None:
-      self._ending.keep(True)  # now there is something to go on with
-    self._advance()
-
-  def _advance(self, *, keeps_older: bool = True) -> None:
-    """Moves the recovery line on, if it can."""
-    if self._recoverer.advance(
-      self._recorder.iteration, keeps_older=keeps_older
-    ):
-      self._stores.line_moved(self._recoverer.line)
-      for each in self._crew.workers:
-        each.send('line', iteration=self._recoverer.line)
-
-  def _on_report(self, worker, message: messages.Message) -> None:
-    one = report.Report.from_json(message['report'])
-    worker.iteration = max(worker.iteration, one.iteration)
-    if reports := self._comeback.record(worker, one):
-      self._advance()
-      self._warm_standby()
-      if decisions := self._recoverer.add(reports):
-        for each in self._crew.workers:
-          each.send('decide', decision=decisions[each.stage].to_json())
-      self._grow()
-    self._write_workers()
-
-  def _warm_standby(self) -> None:
-    """Warms standbys between iterations: starts, recoveries need the cores."""
-    is_quiet = not self._signals and not self._recoverer.recovering
-    if self._where.standby and not self._hosts.others and is_quiet:
-      self._crew.warm_standbys(self._ready.lowering_platform)
-
-  def _on_done(self, worker, message: messages.Message) -> None:
-    if not self._final.done(worker, len(self._crew.workers)):
-      return
-    if message['iteration'] < self._config.train.iterations:
-      self._ending.stopped(has_begun=self.has_begun)
-      return
-    if not self._comeback.is_wrong_at_end(worker):
-      self._final.hand_over(self._crew.givers())
-
-  def _on_handed_over(self, worker, message: messages.Message) -> None:
-    del message
-    self._final.handed_over(worker, self._crew.givers(), self._recorder)
-
-  def _on_damaged(self, worker, message: messages.Message) -> None:
-    self._final.damaged(worker, message, self._crew.givers(), self._recorder)
-
-  def _on_rewritten(self, worker, message: messages.Message) -> None:
-    self._final.rewritten(worker, message, self._recorder)
-
-  def _on_saved(self, worker, message: messages.Message) -> None:
-    del worker, message
-    self._ending.finished(self._folder.checkpoint)
-
-  def _on_refused(self, worker, message: messages.Message) -> None:
-    error = errors.ConfigError(
-      message['flag'], message['value'], message['reason']
-    )
-    if self._recorder.accepted:
-      raise child_process.WorkerError(
-        worker.stage, worker.iteration, str(error)
-      )
-    raise error
-
-  def _on_failed(self, worker, message: messages.Message) -> None:
-    if self._ending.result is not None:
-      return
-    if message['has_wrong_bits'] and self.has_begun:
-      message = self._comeback.weigh(message)
-    if message['final'] or not self.has_begun:
-      raise child_process.WorkerError(
-        worker.stage, message['iteration'], message['error']
-      )
-    worker.failed(message)
-
-  def _on_fault(self, worker, message: messages.Message) -> None:
-    scripted.happens(
-      self._book, worker, message, self._recorder.event, self._crew.everyone
-    )
-
-  # ---- ends ------------------------------------------------------------------
+        while self._crew.news:
+          self._take(*self._crew.news.popleft())
+      self._look()
 
   def _on_signal(self) -> None:
-    self._signals += self._signal_pipe.take()
-    if self._ending.result is not None:
-      self._ending.end_now()
+    if times := self._signal_pipe.take():
+      self._handle(events.StopAsked(times=times))
+
+  def _look(self) -> None:
+    """Looks now and then which workers are stopped."""
+    now = time.monotonic()
+    if now - self._looked_at < _LOOK_SECONDS:
       return
-    if self._signals > 1 or len(self._trained) < self._config.train.stages:
-      self._ending.stopped(has_begun=self.has_begun)
-      self._ending.end_now()
+    self._looked_at = now
+    stopped = {
+      name
+      for name, worker in self._crew.workers.items()
+      if worker.exit_code is None and linux_process.is_stopped(worker.pid)
+    }
+    self._handle(events.Looked(stopped=frozenset(stopped)))
+
+  def _take(
+    self,
+    worker: child_process.WorkerProcess,
+    message: messages.FromWorker | None,
+  ) -> None:
+    """Takes in what a process said; None: it has ended."""
+    name = worker.stage, worker.replica
+    if worker.is_closed:  # by something else that happened at the same time
       return
-    self._recorder.view.note(
-      'Stopping after this iteration; again to stop at once.'
+    if worker.is_standby:
+      if isinstance(message, messages.Warm):
+        self._crew.warmed(worker)
+        seconds = time.monotonic() - worker.made_at
+        self._recorder.event('standby', replica=worker.replica, seconds=seconds)
+    elif message is None:
+      how = worker.describe_exit()
+      self._handle(events.Died(worker=name, pid=worker.pid, how=how))
+    elif isinstance(message, messages.FaultHappens):
+      self._fault(name, message)
+    else:
+      self._handle(events.Said(worker=name, message=message))
+      if isinstance(message, events.State):
+        workers = self._coordinator.state.workers
+        self._recorder.view.stages([f'{w.state} {w.detail}' for w in workers])
+
+  def _handle(self, event: events.Event) -> None:
+    """Has an event handled, and done what follows."""
+    coming: list[events.Event] = [event]
+    while coming:
+      self._coordinator.handle(events.Tick(now=time.monotonic()))
+      for action in self._coordinator.handle(coming.pop()):
+        try:
+          answer = self.executor.do(action)
+        except errors.MoetionError as error:
+          if not isinstance(action, actions.Question):
+            raise
+          answer = events.Broke(error=error)
+        if answer is not None:
+          coming.append(answer)
+    self._write_workers()
+
+  def _fault(self, name: events.Name, message: messages.FaultHappens) -> None:
+    """Notes a scripted fault; performs it if it is one of the agent."""
+    fault = self._book.happens(message.number)
+    is_early = fault.phase in faults.START_PHASES
+    self._handle(
+      events.Said(
+        worker=name,
+        message=events.Faulted(
+          at=message.at,
+          iteration=0 if is_early else fault.iteration,
+          fields=faults.event_fields(fault),
+        ),
+      )
     )
-    self._stopper.begin()
+    if fault.kind is faults.FaultKind.KILL_ALL:
+      for each in self._crew.everyone():
+        each.kill()
+    if faults.TABLE[fault.kind].place is faults.Place.AGENT:
+      os.kill(os.getpid(), signal.SIGKILL)
 
-  def _on_answer(self, worker, message: messages.Message) -> None:
-    self._stopper.answer(worker, message['limit'], message['begun'])
-
-  def _failed(self, error: errors.MoetionError) -> None:
-    logs = []
-    if self._recorder.accepted and isinstance(error, child_process.WorkerError):
-      logs = [
-        self._folder.log_path(w.name) for w in self._crew.of_stage(error.stage)
-      ]
-    self._ending.failed(error, logs, has_begun=self.has_begun)
-
-  def _write_workers(self, state: str | None = None) -> None:
-    everyone = self._crew.everyone() if state is None else self._crew.workers
-    self._recorder.write_workers(everyone, self._hosts.agents(), state)
+  def _write_workers(
+    self, end: hang_detection.WorkerState | None = None
+  ) -> None:
+    """Writes `workers.json`, unless it is too new; `end`: how all ended."""
+    processes, states = self._crew.workers, hang_detection.WorkerState
+    known: list[tuple[child_process.WorkerProcess, tuple[object, ...]]] = [
+      (
+        processes[w.name],
+        (w.stage, w.replica, w.generation, end or w.state, w.iteration),
+      )
+      for w in self._coordinator.state.workers
+      if w.name in processes
+    ]
+    for standby in () if end else self._crew.standbys:
+      state = states.STANDBY if standby.is_warm else states.WARMING
+      known.append((standby, (None, None, 0, state, 0)))
+    listed = [
+      {
+        'stage': stage,
+        'replica': replica,
+        'host': process.host,
+        'pid': process.pid,
+        'generation': generation,
+        'state': state,
+        'iteration': iteration,
+      }
+      for process, (stage, replica, generation, state, iteration) in known
+    ]
+    self._recorder.write_workers(
+      listed, self._hosts.agents(), is_last=bool(end)
+    )

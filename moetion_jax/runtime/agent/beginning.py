@@ -1,99 +1,37 @@
-"""The beginning of a run: its workers' spec, their readiness, host memory."""
+"""The beginning of a run: its workers' spec, and room in host memory."""
 
 from __future__ import annotations
 
 import os
 
-from launch.lm import settings as run_settings
+from moetion_jax import job_spec
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime import environment as environment_lib, messages
+from moetion_jax.runtime import (
+  spec as spec_lib,
+)
 from moetion_jax.runtime.agent import settings as agent_settings
-from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import workdir
 
 
-class Readiness:
-  """The workers that can train, and the deaths before that."""
-
-  def __init__(self, max_failures: int):
-    """Stores the limit.
-
-    Args:
-      max_failures: the number of deaths that the beginning bears.
-    """
-    self._max_failures = max_failures
-    self._deaths = 0
-    self._ready: dict[tuple[int, int], messages.Message] = {}
-
-  def add(
-    self,
-    worker: child_process.WorkerProcess,
-    message: messages.Message,
-    workers: int,
-  ) -> dict[int, messages.Message] | None:
-    """Takes in a worker's `ready` message.
-
-    Args:
-      worker: the worker that can train.
-      message: the message.
-      workers: the number of all workers.
-
-    Returns:
-      The first replica's message of every stage if all can train, else None.
-    """
-    self._ready[worker.stage, worker.replica] = message
-    if len(self._ready) < workers:
-      return None
-    return {s: m for (s, replica), m in self._ready.items() if not replica}
-
-  def environment(self) -> environment_lib.Record:
-    """Returns what all workers compute with, once all are ready.
-
-    Raises:
-      errors.MoetionError: two of them differ.
-    """
-    records = {
-      f'stage {stage} replica {replica}': message['environment']
-      for (stage, replica), message in sorted(self._ready.items())
-    }
-    environment_lib.check_same_everywhere(records)
-    return environment_lib.joined(list(records.values()))
-
-  @property
-  def lowering_platform(self) -> str:
-    """The platform for which programs are lowered, once all are ready."""
-    return self._ready[0, 0]['lowering_platform']
-
-  def count_death(self, error: child_process.WorkerError) -> None:
-    """Counts a death; raises `error` if there were too many."""
-    self._deaths += 1
-    if self._deaths > self._max_failures:
-      raise error
-
-  def forget(self, worker: child_process.WorkerProcess) -> None:
-    """Forgets that a replaced worker was ready."""
-    self._ready.pop((worker.stage, worker.replica), None)
-
-
 def worker_spec(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   folder: workdir.Workdir,
   store: store_folder.StoreFolder,
   secret: str,
-) -> messages.Spec:
+) -> spec_lib.Spec:
   """Makes the spec of every worker, except for what the crew fills in.
 
   Args:
-    config: the run's settings.
+    job: the run's job.
     where: the settings of where it runs.
     folder: the workdir.
     store: the store of the leader's host.
     secret: the job's secret, in hex; '' on one host.
   """
-  return messages.Spec(
-    config=config,
-    stage=messages.STANDBY,
+  return spec_lib.Spec(
+    job=job,
+    stage=spec_lib.STANDBY,
     generation=0,
     agent_pid=os.getpid(),
     cores=(),
@@ -104,10 +42,7 @@ def worker_spec(
     host='',
     secret=secret,
     platform='',
-    full_seconds=where.full_seconds,
-    # Experts whose capacity nothing limits take all tokens anyway.
-    grows_capacity=where.captures.grows_capacity
-    and config.model.capacity_factor > 0,
+    grows_capacity=where.captures.policy.grows_capacity(where.captures),
     status_fd=-1,
     control_fd=-1,
   )

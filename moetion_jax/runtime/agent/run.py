@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
 from collections.abc import Sequence
 
-from launch.lm import settings as run_settings
-from moetion_jax import errors
+from moetion_jax import errors, job_spec
 from moetion_jax.hostmem import run_store
-from moetion_jax.logs import size as log_size
 from moetion_jax.runtime import placement
 from moetion_jax.runtime.agent import (
   agent as agent_lib,
@@ -18,6 +17,7 @@ from moetion_jax.runtime.agent import (
 )
 from moetion_jax.runtime.records import (
   changes,
+  checkpoint_folder,
   held_run,
   own_files,
   places,
@@ -29,7 +29,7 @@ from moetion_jax.runtime.records import (
 
 
 def run(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   view: recorder.View,
 ) -> int:
@@ -39,7 +39,7 @@ def run(
   on from there.
 
   Args:
-    config: the run's settings.
+    job: the run's job.
     where: the settings of where it runs.
     view: the live view.
 
@@ -47,29 +47,41 @@ def run(
     The exit code.
 
   Raises:
-    errors.ConfigError: the run cannot begin. Nothing but the run's id was
+    errors.ConfigError: the run cannot begin (`errors.exit_code_of` makes an
+      exit code of that). Nothing but the run's id was
       written, and nothing was removed, unless the error is that something
       cannot be: then a part of the earlier run may be gone.
   """
-  log_size.check_shape(config)
   placement.host_of_stages(
-    config.train.stages, where.local_hosts, config.train.replicas
+    job.train.stages, where.local_hosts, job.train.replicas
   )
   folder = workdir.Workdir(
-    where.workdir, fresh=where.fresh, accept_changes=where.accept_changes
+    where.workdir,
+    fresh=where.fresh,
+    accept_changes=where.accept_changes,
+    extend=where.extend,
   )
   folder.lock()
   try:
-    folder.check(config.to_json())
+    job = dataclasses.replace(
+      job,
+      init_digest=checkpoint_folder.digest_of(job.init_from),
+      config=job.config | {'train': folder.settings_of(job.train)},
+    )
+    found = {}
+    if os.path.isdir(job.init_from):  # else a worker says what is missing
+      found = {held_run.INIT_DIGEST: job.init_digest}
+    folder.check(job.config | found)
+    job = dataclasses.replace(job, base=folder.base)
     if folder.changes.may_splice:
       where = where.with_room_for_splice()
-    return _run(config, where, folder, view)
+    return _run(job, where, folder, view)
   finally:
     folder.close()
 
 
 def _run(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   folder: workdir.Workdir,
   view: recorder.View,
@@ -96,14 +108,16 @@ def _run(
     if note:
       print(note, flush=True)
   folder.take_id(run_id)
-  _check_places(config, where, folder, on_disk)
+  _check_places(job, where, folder, on_disk)
   if folder.is_finished():
     # A run killed between its checkpoint and its end left something.
-    _remove_rest(where, folder, on_disk)
+    folder.sync_finished()
+    if folder.is_proven():
+      _remove_rest(where, folder, on_disk)
     print(
       f'This run is finished: {folder.checkpoint}. Pass --fresh to start over.'
     )
-    return 0
+    return errors.ExitCode.FINISHED
   left = run_store.report_leftovers(
     where.hostmem_dir, folder.earlier_id or run_id, anew=folder.begins_anew
   )
@@ -116,16 +130,14 @@ def _run(
     if not ids.find_original(run_id).original:
       raise
     # Another folder with this id was quicker: this one is taken for the copy.
-    return _run(config, where, folder, view)
+    return _run(job, where, folder, view)
   try:
-    agent = agent_lib.Agent(
-      config, where, folder, store, view, keeps_store=left
-    )
+    agent = agent_lib.Agent(job, where, folder, store, view)
     try:
-      return agent.run()
+      return agent.run(keeps_store=left)
     finally:
-      left = agent.keeps_store
-      if not agent.has_begun:
+      left = agent.executor.keeps_store
+      if not agent.executor.has_begun:
         store.disown()  # who is refused left nothing there
   finally:
     run_store.close_store(store, keep=left)
@@ -141,12 +153,12 @@ def _search(folder: workdir.Workdir, run_id: str) -> whereabouts.Search:
     run_id=run_id,
     known=whereabouts.Whereabouts.from_json(config),
     here=folder.whereabouts,
-    changes=len(config.get(changes.CHANGES, ())),
+    changes=changes.finished_of(config.get(changes.CHANGES, ())),
   )
 
 
 def _check_places(
-  config: run_settings.RunConfig,
+  job: job_spec.JobSpec,
   where: agent_settings.AgentSettings,
   folder: workdir.Workdir,
   on_disk: str,
@@ -164,8 +176,8 @@ def _check_places(
     places.check(
       places.Places(
         workdir=str(folder.path),
-        data=config.data,
-        init_from=config.init_from,
+        data=job.data,
+        init_from=job.init_from,
         durable_dir=where.durable_dir,
         hostmem_dir=where.hostmem_dir,
         compilation_cache_dir=where.compilation_cache_dir,

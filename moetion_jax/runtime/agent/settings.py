@@ -23,6 +23,9 @@ class AgentSettings:
     captures: the settings of how snapshots are taken.
     durable_dir: the directory for snapshots on disk; '': a folder in the
       workdir.
+    max_skipped: updates in a row that the run leaves out at most, see
+      `TrainConfig.skip_nonfinite`. A state that survived ten different batches
+      without one usable gradient has gone bad itself, as a rule.
     max_failures: failures of one stage, without progress, that the run bears.
     hang_timeout_seconds: seconds after which a program that runs counts as
       hanging.
@@ -33,9 +36,13 @@ class AgentSettings:
       0: no limit.
     grow_after: iterations after which a shrunk stage gets its workers back; 0:
       never.
-    compilation_cache_dir: see `xla_setup.configure`.
+    compilation_cache_dir: folder in which compiled programs are kept. '' for
+      none: then each process compiles all of its programs, and so does one
+      that takes a dead worker's place, before it can recover.
     accept_changes: names of libraries, options, flags and variables that may
       be other ones than those with which the run was begun.
+    extend: the schedule of a run that is trained longer: 'pin', 'stretch', or
+      '' for none, see `config.trained_longer`.
     local_hosts: the number of virtual hosts on this machine over which the
       stages are spread; they talk over TCP.
     full_seconds: seconds that a full log waits before the run ends.
@@ -45,10 +52,9 @@ class AgentSettings:
   workdir: str
   fresh: bool = False
   hostmem_dir: str = '/dev/shm'
-  captures: capture_settings.CaptureSettings = (
-    capture_settings.CaptureSettings()
-  )
+  captures: capture_settings.CaptureSettings
   durable_dir: str = ''
+  max_skipped: int = 10
   max_failures: int = 3
   hang_timeout_seconds: float = 600.0
   standby: bool = True
@@ -57,20 +63,22 @@ class AgentSettings:
   grow_after: int = 0
   compilation_cache_dir: str = ''
   accept_changes: tuple[str, ...] = ()
+  extend: str = ''
   local_hosts: int = 1
   full_seconds: float = 60.0
   faults: tuple[faults_lib.Fault, ...] = ()
 
   def __post_init__(self) -> None:
-    if self.max_failures < 0:
-      raise errors.ConfigError(
-        'max_failures', self.max_failures, 'must not be negative'
-      )
+    for name in ('max_failures', 'max_skipped'):
+      if getattr(self, name) < 0:
+        raise errors.ConfigError(
+          name, getattr(self, name), 'must not be negative'
+        )
     if self.hang_timeout_seconds <= 0:
       raise errors.ConfigError(
         'hang_timeout', self.hang_timeout_seconds, 'must be positive'
       )
-    if self.local_hosts > 1 and not self.captures.rules.is_exact:
+    if self.local_hosts > 1 and not self.captures.policy.is_exact:
       # Another host's server may have outdated entries for a moment.
       raise errors.ConfigError(
         'local_hosts', self.local_hosts, 'must be 1 with --policy=partial'
@@ -94,7 +102,7 @@ class AgentSettings:
       workdir: the run's folder, absolute.
       run_id: the run's id.
     """
-    if not self.captures.rules.is_durable:
+    if not self.captures.policy.is_durable:
       return ''
     if not self.durable_dir:
       return os.path.join(workdir, own_files.DURABLE_NAME)

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
-from moetion_jax import errors
-from moetion_jax.runtime import messages
+from moetion_jax import codec, disk
+from moetion_jax.runtime import messages, spec as spec_lib
+from moetion_jax.runtime.records import files as record_files
 
 _READ_BYTES = 1 << 16
 _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
 
-
-class WorkerError(errors.MoetionError):
-  """A worker ended, or cannot go on.
-
-  Attributes:
-    stage: the worker's stage.
-    iteration: the iteration that it had begun.
-  """
-
-  def __init__(
-    self, stage: int, iteration: int, what: str, *, is_passing: bool = False
-  ):
-    """Makes the message of what happened to whom, and when."""
-    super().__init__(f'stage {stage}, iteration {iteration}: {what}')
-    self.stage = stage
-    self.iteration = iteration
-    self.is_passing = is_passing
+_Spec = TypeVar('_Spec', spec_lib.Spec, spec_lib.HostSpec)
+_Sent = TypeVar('_Sent', messages.ToWorker, messages.ToHost)
 
 
 class Transcript:
@@ -55,17 +45,27 @@ class Transcript:
   def add(self, line: bytes) -> None:
     """Takes a line of output, without its line end."""
     if self._log:
-      self._log.write(line + b'\n')
+      self._write(line)
     elif len(self._unlogged) < _KEPT_LINES:
       self._unlogged.append(line)
     print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
 
   def open_log(self, path: pathlib.Path) -> None:
     """Writes lines to a file as well from now on, and those kept so far."""
-    self._log = open(path, 'ab', buffering=0)
+    record_files.unshare(path)
+    self._log = open(path, 'a+b', buffering=0)
+    if self._log.seek(0, os.SEEK_END):
+      self._log.seek(-1, os.SEEK_END)
+      if self._log.read() != b'\n':  # torn by a death, or a full disk
+        self._write(b'')
     for line in self._unlogged:
-      self._log.write(line + b'\n')
+      self._write(line)
     self._unlogged.clear()
+
+  def _write(self, line: bytes) -> None:
+    assert self._log is not None
+    with disk.naming(self._log.name):
+      self._log.write(line + b'\n')
 
   def close(self) -> None:
     """Closes the log. May be called twice."""
@@ -74,10 +74,11 @@ class Transcript:
       self._log = None
 
 
-class ChildProcess:
+class ChildProcess(Generic[_Spec, _Sent]):
   """A child process and its pipes. `start` first; `kill`, `close` last.
 
-  Nothing here waits, except `close`: the owner polls `status_fd`, `output_fd`
+  Nothing here waits, except `close`, and a thread for a child that does not
+  read (one that is stopped, say): the owner polls `status_fd`, `output_fd`
   and `pid_fd`, and when one is readable calls `read_status`, `read_output` or
   `reap`.
 
@@ -95,22 +96,37 @@ class ChildProcess:
     self._module = module
     self._on_line = on_line
     self._process: subprocess.Popen[bytes] | None = None
+    self._sent: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # b'': no more
+    self._sender = threading.Thread(target=self._send_all, daemon=True)
     self._status_lines = messages.Lines()
     self._output_lines = messages.Lines()
 
   def start(
     self,
-    spec: Mapping[str, object],
+    spec: _Spec,
     environment: Mapping[str, str],
     lock_fds: tuple[int, ...],
   ) -> None:
     """Starts the process.
 
     Args:
-      spec: JSON of a `messages.Spec` or `HostSpec`, without the pipes.
+      spec: what it is told, without the pipes.
       environment: variables to set on top of those of this process.
       lock_fds: descriptors that it inherits, and with them the locks.
+
+    Raises:
+      OSError: it cannot be started; the filename says what.
     """
+    with disk.naming(f'{sys.executable} -m {self._module}'):
+      self._start(spec, environment, lock_fds)
+    self._sender.start()
+
+  def _start(
+    self,
+    spec: _Spec,
+    environment: Mapping[str, str],
+    lock_fds: tuple[int, ...],
+  ) -> None:
     self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
     their_control, self._control_fd = os.pipe2(os.O_CLOEXEC)
     self.output_fd, their_output = os.pipe2(os.O_CLOEXEC)
@@ -130,28 +146,33 @@ class ChildProcess:
     self.pid_fd = os.pidfd_open(self._process.pid)
     os.set_blocking(self.status_fd, False)
     os.set_blocking(self.output_fd, False)
-    full = {**spec, 'status_fd': their_status, 'control_fd': their_control}
+    full = dataclasses.replace(
+      spec, status_fd=their_status, control_fd=their_control
+    )
     assert self._process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died: its pid_fd says so
-      self._process.stdin.write(json.dumps(full).encode())
+      self._process.stdin.write(json.dumps(codec.encode(full)).encode())
       self._process.stdin.close()
 
   @property
   def pid(self) -> int:
-    """Pid of the process."""
-    assert self._process is not None
-    return self._process.pid
+    """Pid of the process; 0 before it was started."""
+    return self._process.pid if self._process is not None else 0
 
-  def send(self, kind: str, **fields: object) -> None:
+  def send(self, message: _Sent) -> None:
     """Sends a message; a message to a dead process is lost."""
-    with contextlib.suppress(BrokenPipeError):
-      messages.write(self._control_fd, messages.encode(kind, **fields))
+    self._sent.put(messages.pack(message))
 
-  def read_status(self) -> tuple[list[messages.Message], bool]:
+  def _send_all(self) -> None:
+    with contextlib.suppress(BrokenPipeError):
+      while data := self._sent.get():
+        messages.write(self._control_fd, data)
+
+  def read_status(self) -> tuple[list[Any], bool]:
     """Returns the messages that have come, and whether no more can come."""
     data, ended = _read(self.status_fd)
     lines = self._status_lines.feed(data)
-    return [json.loads(line) for line in lines], ended
+    return [messages.unpack(line) for line in lines], ended
 
   def read_output(self) -> bool:
     """Passes on what the process printed; returns True if no more can come."""
@@ -178,6 +199,9 @@ class ChildProcess:
     self.is_closed = True
     if self._process is not None:
       self.exit_code = self._process.wait()
+    if self._sender.is_alive():  # it writes to nobody now
+      self._sent.put(b'')
+      self._sender.join()
     if self.output_fd >= 0:
       self.read_output()
     for fd in (self.status_fd, self.output_fd, self.pid_fd, self._control_fd):
@@ -187,36 +211,25 @@ class ChildProcess:
 
   def describe_exit(self) -> str:
     """Says how the process ended, for people."""
-    return describe_exit(self.exit_code)
+    if self.exit_code is not None and self.exit_code < 0:
+      return f'was killed by {signal.Signals(-self.exit_code).name}'
+    return f'exited with code {self.exit_code}'
 
 
-class WorkerProcess(ChildProcess):
+class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
   """One worker process.
 
   Attributes:
-    stage: the stage that it trains.
+    stage: the stage that it trains; `STANDBY` for none yet.
     replica: its replica of the stage.
-    generation: its generation.
     host: name of the host that it runs on.
-    state: what it does now, for people and `workers.json`.
-    detail: more about that; '' for nothing.
-    iteration: the iteration that it works on.
     is_warm: whether it is a standby that is prepared.
-    heard_at: time of its last message, `time.monotonic`.
-    state_since: time since which it does what it does, `time.monotonic`.
-    reason: why it has to be killed; '' for no reason.
-    suspects: iterations of snapshots that it found to be damaged.
-    corrupt: stage and iteration of a log entry that it found to be damaged.
-    has_caught_up: whether it has caught up with its predecessor, if any.
-    is_idle: whether it has nothing to do until it is told `go`.
-    is_going_back: whether it was told to stop, and has not said that it did.
-    fault_at: time of its scripted fault, `time.monotonic`; None without one.
+    made_at: time at which this was made, `time.monotonic`.
   """
 
   def __init__(
     self,
     stage: int,
-    generation: int = 1,
     host: str = '',
     on_line: Callable[[bytes], None] | None = None,
     replica: int = 0,
@@ -226,97 +239,39 @@ class WorkerProcess(ChildProcess):
 
     Args:
       stage: the stage that it trains.
-      generation: its generation.
       host: name of the host that it runs on.
       on_line: called with each line that it prints; None: its `Transcript`.
       replica: its replica of the stage.
       is_alone: whether the stage has one worker.
     """
+    self.stage = stage
+    self.replica = replica
+    self.host = host
+    self.is_warm = False
+    self.made_at = time.monotonic()
     self._is_alone = is_alone
-    self._transcript = Transcript(self._name_of(stage, replica))
+    self._transcript = Transcript(self.name)
     super().__init__(
       'moetion_jax.runtime.worker.main', on_line or self._transcript.add
     )
-    self.stage = stage
-    self.replica = replica
-    self.generation = generation
-    self.host = host
-    self.state, self.detail, self.iteration = 'starting', '', 0
-    self.is_warm = False
-    self.heard_at = self.state_since = time.monotonic()
-    self.reason = ''
-    self.suspects: tuple[int, ...] = ()
-    self.corrupt: tuple[int, int] | None = None
-    self.has_caught_up = False
-    self.is_idle, self.is_going_back = True, False
-    self.fault_at: float | None = None
-    self._steps = 0
 
-  def become(self, stage: int, replica: int, generation: int) -> None:
+  def become(self, stage: int, replica: int) -> None:
     """Turns a standby into the worker of a stage."""
-    self.stage, self.replica = stage, replica
-    self.generation, self.is_warm = generation, False
-    self.state, self.detail = 'starting', ''
+    self.stage, self.replica, self.is_warm = stage, replica, False
     self._transcript.name = self.name
 
-  def event_fields(self) -> dict[str, int]:
-    """Returns an event's fields: who it is and how far it came."""
-    names = ('stage', 'replica', 'iteration', 'generation')
-    return {name: getattr(self, name) for name in names}
-
-  def describe_death(self) -> str:
-    """Says how the worker died, and what it was doing."""
-    what = f'the worker (pid {self.pid}) {self.reason or self.describe_exit()}'
-    if not self._is_alone:
-      what = f'replica {self.replica}: {what}'
-    if self.reason:
-      return what
-    doing = 'waiting for' if self.state == 'waiting' else self.state
-    return f'{what} while {doing} {self.detail}'.rstrip()
-
-  def failed(self, message: messages.Message) -> None:
-    """Takes in the message `failed`, its last, and kills the process."""
-    self.reason = f'failed: {message["error"]}'
-    self.iteration = max(self.iteration, message['iteration'])
-    self.suspects = tuple(message['suspects'])
-    if message['corrupt']:
-      self.corrupt = message['corrupt'][0], message['corrupt'][1]
-    self.kill()  # quicker than its own end, and cannot hang
-
-  def stop_here(self) -> None:
-    """Tells it to stop but keep its process; it answers `stopped_here`."""
-    if not self.is_idle and not self.is_going_back:
-      self.is_going_back = True
-      self.send('stop_here')
-
-  def stopped_here(self) -> None:
-    """Takes in the message `stopped_here`; begins the next generation."""
-    self.is_idle, self.is_going_back = True, False
-    self.has_caught_up = False
-    self.reason, self.suspects, self.corrupt = '', (), None
-    self.generation += 1
+  @property
+  def is_standby(self) -> bool:
+    """True if it has no stage yet."""
+    return self.stage == spec_lib.STANDBY
 
   @property
   def name(self) -> str:
     """Name for people: 'stage 1', or with several 'stage 1 replica 0'."""
-    return self._name_of(self.stage, self.replica)
-
-  def _name_of(self, stage: int, replica: int) -> str:
-    if stage < 0:
+    if self.is_standby:
       return 'standby'
-    return f'stage {stage}' + ('' if self._is_alone else f' replica {replica}')
-
-  def says(self, state: str, detail: str, iteration: int, steps: int) -> None:
-    """Takes in what the message `state` says."""
-    if (state, detail, iteration, steps) != (
-      self.state,
-      self.detail,
-      self.iteration,
-      self._steps,
-    ):
-      self.state_since = time.monotonic()
-    self.state, self.detail, self._steps = state, detail, steps
-    self.iteration = iteration
+    of_replica = '' if self._is_alone else f' replica {self.replica}'
+    return f'stage {self.stage}{of_replica}'
 
   def open_log(self, path: pathlib.Path) -> None:
     """Opens the log of its output; see `Transcript.open_log`."""
@@ -339,13 +294,6 @@ def marked(variable: str, value: str) -> list[int]:
     except OSError:
       continue
   return found
-
-
-def describe_exit(exit_code: int | None) -> str:
-  """Says how a process ended, for people."""
-  if exit_code is not None and exit_code < 0:
-    return f'was killed by {signal.Signals(-exit_code).name}'
-  return f'exited with code {exit_code}'
 
 
 def _import_path() -> dict[str, str]:

@@ -7,20 +7,23 @@ a world is a `jax.distributed` job of its own on a fresh port.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
 import selectors
 import socket
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from launch.lm import settings as run_settings
+from moetion_jax import job_spec, keys
+from moetion_jax.recovery import actions
 from moetion_jax.runtime import (
   environment as environment_lib,
   faults,
   messages as messages_lib,
   placement,
+  spec as spec_lib,
 )
 from moetion_jax.runtime.hosts import (
   child_process,
@@ -29,123 +32,86 @@ from moetion_jax.runtime.hosts import (
 )
 from moetion_jax.state import division
 
-
-class Listener(Protocol):
-  """The receiver of what processes say, and of their ends."""
-
-  def on_message(
-    self, worker: child_process.WorkerProcess, message: messages_lib.Message
-  ) -> None:
-    """Handles a message from a worker."""
-    ...
-
-  def on_exit(self, worker: child_process.WorkerProcess) -> None:
-    """Handles a worker's end; all its messages were handled before."""
-    ...
+News = tuple[child_process.WorkerProcess, messages_lib.FromWorker | None]
 
 
 class Crew:
   """A process for every replica of every stage, and standbys.
 
-  `start` first, `close` last.
+  `open` first, `close` last.
 
   Attributes:
-    started: number of workers started; a standby counts once promoted.
+    workers: the workers by stage and replica.
+    news: what processes said, in order; None: one has ended.
   """
 
   def __init__(
     self,
-    config: run_settings.RunConfig,
+    job: job_spec.JobSpec,
     hosts: hosts_lib.Hosts,
     selector: selectors.BaseSelector,
-    listener: Listener,
-    spec: messages_lib.Spec,
+    spec: spec_lib.Spec,
     book: faults.FaultBook,
+    lock_fds: tuple[tuple[int, ...], tuple[int, ...]],
   ):
     """Stores the arguments.
 
     Args:
-      config: the run's settings.
+      job: the run's job.
       hosts: the hosts on which the processes run.
       selector: the selector that the caller polls, calling its keys' data.
-      listener: who is told of messages and ends.
       spec: a worker's spec, but for what differs between workers.
       book: the scripted faults that have not happened yet.
+      lock_fds: descriptors of the locks of the workdir, which all processes
+        inherit, and of the store, for those of this host.
     """
-    self._book = book
-    self.started = 0
-    self._of_stage: list[list[child_process.WorkerProcess]] = []
-    self._replicas = config.train.replicas
-    self._config = config
+    self.workers: dict[tuple[int, int], child_process.WorkerProcess] = {}
+    self.news: collections.deque[News] = collections.deque()
+    self._replicas = job.train.replicas
     self._hosts = hosts
     self._selector = selector
-    self._listener = listener
     self._spec = spec
-    self._lock_fds: tuple[int, ...] = ()
+    self._book = book
+    self._workdir_fds, store_fds = lock_fds
+    self._lock_fds = (*self._workdir_fds, *store_fds)
     self._standbys = standbys.Standbys(
       self._replicas, hosts.standby, self._start, self.end
     )
     self._places = placement.place(
-      config.train.stages * self._replicas,
-      local_devices=config.train.local_devices,
+      job.train.stages * self._replicas,
+      local_devices=job.train.local_devices,
       cores=placement.usable_cores(),
       gpus=placement.visible_gpus(os.environ),
       environment=os.environ,
     )
 
-  def start(self, lock_fds: tuple[int, ...], generation: int) -> None:
-    """Starts a worker for every replica of every stage.
-
-    Args:
-      lock_fds: descriptors of locks that all processes inherit.
-      generation: the workers' generation.
-    """
-    self._lock_fds = lock_fds
-    self._hosts.start(lock_fds[:1])
+  def open(self) -> None:
+    """Starts the further hosts."""
+    self._hosts.start(self._workdir_fds)
     self._hosts.register(self._selector, self._on_news)
-    everybody = tuple(range(self._replicas))
-    for stage in range(self._config.train.stages):
-      world = self._new_world(everybody)
-      self._of_stage.append([])
-      for replica in everybody:
-        worker = self._hosts.worker(stage, replica, generation)
-        self._of_stage[stage].append(worker)
-        self._begin(worker, self._spec_of(worker, world, everybody))
 
-  def expect(self, environment: environment_lib.Record) -> None:
-    """Has workers that start from now on compare what they compute with.
+  def expect(
+    self,
+    environment: environment_lib.Record,
+    data_fingerprint: dict[str, Any],
+  ) -> None:
+    """Has workers that start from now on compare what they work with.
 
     Args:
       environment: the record that all workers have in common.
+      data_fingerprint: the fingerprint of the data that all read.
     """
-    self._spec = dataclasses.replace(self._spec, environment=environment)
+    self._spec = dataclasses.replace(
+      self._spec, environment=environment, data_fingerprint=data_fingerprint
+    )
 
   @property
-  def workers(self) -> list[child_process.WorkerProcess]:
-    """All workers, by stage, then replica."""
-    return [worker for team in self._of_stage for worker in team]
-
-  def of_stage(self, stage: int) -> list[child_process.WorkerProcess]:
-    """Returns the workers of a stage, by replica."""
-    return list(self._of_stage[stage])
-
-  def givers(self) -> list[child_process.WorkerProcess]:
-    """Returns workers that together have the whole state of every stage."""
-    if self._config.train.shard_optimizer:
-      return self.workers
-    stages = range(self._config.train.stages)
-    return [self.of_stage(stage)[0] for stage in stages]
-
-  def team(self, stage: int) -> tuple[int, ...]:
-    """Returns the replicas of a stage that have a worker."""
-    return tuple(worker.replica for worker in self._of_stage[stage])
+  def standbys(self) -> Sequence[child_process.WorkerProcess]:
+    """The processes that have no stage yet."""
+    return self._standbys.everyone
 
   def replace(
-    self,
-    stage: int,
-    *,
-    has_begun: bool = True,
-    team: tuple[int, ...] | None = None,
+    self, start: actions.Replace
   ) -> list[child_process.WorkerProcess]:
     """Ends a stage's workers that live, and starts the next generation.
 
@@ -153,45 +119,37 @@ class Crew:
     is not warm.
 
     Args:
-      stage: the stage.
-      has_begun: whether the run has begun.
-      team: the replicas that have a worker from now on; None: as before.
+      start: the stage and its new workers.
 
     Returns:
       The new workers, by replica.
     """
-    old = self._of_stage[stage]
-    team = self.team(stage) if team is None else team
-    for worker in old:
-      worker.kill()
-    for worker in old:
-      self.end(worker)
-    begun = max(worker.iteration for worker in old)
-    generation = old[0].generation + 1
-    taken = self._standbys.take(stage, team, generation, old[0].host)
-    world = taken.world or self._new_world(team)
-    self._of_stage[stage] = []
-    for replica in team:
+    stage = start.stage
+    old = [name for name in self.workers if name[0] == stage]
+    for name in old:
+      self.workers[name].kill()
+    for name in old:
+      self.end(self.workers.pop(name))
+    for replica in range(self._replicas):
+      self._hosts.fence(keys.WorkerId(stage, replica, start.generation))
+    taken = self._standbys.take(stage, start.team, self._hosts.names[stage])
+    world = taken.world or self._new_world(start.team)
+    new = []
+    for replica in start.team:
       standby = taken.workers.get(replica)
-      worker = standby or self._hosts.worker(stage, replica, generation)
-      self._of_stage[stage].append(worker)
-      spec = dataclasses.replace(
-        self._spec_of(worker, world, team, begun), is_replacement=has_begun
-      )
-      if not standby:
-        self._begin(worker, spec)
+      worker = standby or self._hosts.worker(stage, replica)
+      self.workers[stage, replica] = worker
+      new.append(worker)
+      spec = self._spec_of(worker, world, start)
+      if standby is None:
+        self._start(worker, spec)
         continue
       place = self._place_of(worker)
       assert place is not None
-      self.started += 1
-      worker.send('promote', spec=spec.to_json(), environment=place.environment)
-    return self.of_stage(stage)
-
-  def _begin(
-    self, worker: child_process.WorkerProcess, spec: messages_lib.Spec
-  ) -> None:
-    self.started += 1
-    self._start(worker, spec)
+      worker.send(
+        messages_lib.Promote(spec=spec, environment=place.environment)
+      )
+    return new
 
   def _new_world(self, team: tuple[int, ...]) -> str:
     """Returns an unused address for a coordinator; '' for a worker alone.
@@ -244,7 +202,7 @@ class Crew:
 
   def everyone(self) -> Sequence[child_process.WorkerProcess]:
     """Returns all workers and standbys."""
-    return [*self.workers, *self._standbys.everyone]
+    return [*self.workers.values(), *self._standbys.everyone]
 
   # ---- processes -------------------------------------------------------------
 
@@ -252,44 +210,43 @@ class Crew:
     self,
     worker: child_process.WorkerProcess,
     world: str,
-    team: tuple[int, ...],
-    begun: int = 0,
-  ) -> messages_lib.Spec:
-    """Returns the spec of a worker whose predecessor had begun `begun`."""
+    start: actions.Replace,
+  ) -> spec_lib.Spec:
     place = self._place_of(worker)
-    stand_ins = division.stand_ins(self._replicas, team)
+    stand_ins = division.stand_ins(self._replicas, start.team)
     return dataclasses.replace(
       self._spec,
       stage=worker.stage,
       replica=worker.replica,
-      generation=worker.generation,
+      generation=start.generation,
       world=world,
-      team=team,
+      team=start.team,
       stands_for=stand_ins[worker.replica],
       host=worker.host,
       cores=place.cores if place else (),
       environment=environment_lib.of_worker(
         self._spec.environment, worker.stage * self._replicas + worker.replica
       ),
-      faults=self._book.of_worker(worker.stage, begun, worker.replica),
+      faults=self._book.of_worker(worker.stage, start.begun, worker.replica),
+      is_replacement=start.has_begun,
     )
 
   def _place_of(
     self, worker: child_process.WorkerProcess
   ) -> placement.Placement | None:
     """Returns a worker's place; None for a standby, which is told later."""
-    if worker.stage == messages_lib.STANDBY:
+    if worker.is_standby:
       return None
     return self._places[worker.stage * self._replicas + worker.replica]
 
   def _start(
-    self, worker: child_process.WorkerProcess, spec: messages_lib.Spec
+    self, worker: child_process.WorkerProcess, spec: spec_lib.Spec
   ) -> None:
     place = self._place_of(worker)
     environment = (
       place.environment if place else placement.memory_variables(os.environ)
     )
-    worker.start(spec.to_json(), environment, self._lock_fds)
+    worker.start(spec, environment, self._lock_fds)
     for fd, react in (
       (worker.status_fd, self._on_status),
       (worker.output_fd, self._on_output),
@@ -306,8 +263,7 @@ class Crew:
     messages, ended = worker.read_status()
     if ended:
       self._forget(worker.status_fd)
-    for message in messages:
-      self._listener.on_message(worker, message)
+    self.news.extend((worker, message) for message in messages)
 
   def _on_output(self, worker: child_process.WorkerProcess) -> None:
     if worker.is_closed:
@@ -324,7 +280,7 @@ class Crew:
     if worker in self._standbys.everyone:
       self._standbys.died(worker)
       return
-    self._listener.on_exit(worker)
+    self.news.append((worker, None))
 
   def _on_news(self, worker: Any) -> None:
     self._on_status(worker)

@@ -9,26 +9,46 @@ it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import selectors
 import sys
+from collections.abc import Mapping
 
-from moetion_jax import errors
-from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax import codec, errors
+from moetion_jax.hostmem import run_store, segment, store_folder
 from moetion_jax.logs import zmq_server
-from moetion_jax.runtime import linux_process, messages as messages_lib
+from moetion_jax.recovery import events, orders
+from moetion_jax.runtime import (
+  linux_process,
+  messages as messages_lib,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.hosts import child_process
 
 
 class HostAgent:
   """The agent of one host: its store, its workers, its link to the leader."""
 
-  def __init__(self, spec: messages_lib.HostSpec):
-    """Stores the spec; `run` does the work."""
+  def __init__(
+    self,
+    spec: spec_lib.HostSpec,
+    store: store_folder.StoreFolder,
+    server: zmq_server.StoreServer,
+  ):
+    """Stores the arguments; `run` does the work.
+
+    Args:
+      spec: what the leader says of the host.
+      store: the host's store, started.
+      server: a server of that store, not started.
+    """
     self._spec = spec
-    self._store: store_folder.StoreFolder | None = None
+    self._store = store
+    self._server = server
+    self._send = functools.partial(_send, spec)
     self._workers: dict[int, child_process.WorkerProcess] = {}
     self._selector = selectors.DefaultSelector()
     self._commands = messages_lib.Lines()
@@ -38,82 +58,70 @@ class HostAgent:
     self._trains = False
 
   def _close_store(self) -> None:
-    assert self._store is not None
     if not self._trains:
       self._store.disown()
     run_store.close_store(self._store, keep=self._keeps_store)
 
   def run(self) -> None:
-    """Serves until the leader says `exit`, or is gone; then ends the workers.
+    """Serves until the leader says `Close`, or is gone; then closes all.
 
     Raises:
-      errors.ConfigError: the host cannot be used.
-      errors.StoreError: the same.
+      errors.StoreError: the store cannot be served.
     """
-    spec = self._spec
     with contextlib.ExitStack() as stack:
       stack.callback(self._selector.close)
-      store = run_store.open_store(spec.hostmem_dir, spec.run_id, spec.workdir)
-      self._store = store
       stack.callback(self._close_store)
-      server = zmq_server.StoreServer(
-        store.path, secret=bytes.fromhex(spec.secret)
-      )
-      server.start()
-      stack.callback(server.close)
+      self._server.start()
+      stack.callback(self._server.close)
       stack.callback(self._end_workers)
-      self.send('serving', address=server.address)
+      self._send(messages_lib.Serving(address=self._server.address))
       self._selector.register(
-        spec.control_fd, selectors.EVENT_READ, self._on_command
+        self._spec.control_fd, selectors.EVENT_READ, self._on_command
       )
       while not self._ended:
         for key, _ in self._selector.select():
           key.data()
-
-  def send(self, kind: str, **fields: object) -> None:
-    """Sends a message to the leader."""
-    messages_lib.write(
-      self._spec.status_fd, messages_lib.encode(kind, **fields)
-    )
 
   def _on_command(self) -> None:
     data = os.read(self._spec.control_fd, 1 << 16)
     if not data:
       self._ended = True
     for line in self._commands.feed(data):
-      message = json.loads(line)
-      kind = message['kind']
-      if kind == 'exit':
-        self._ended, self._keeps_store = True, message['keep']
-      elif kind == 'start':
-        self._start(message)
-      elif worker := self._workers.get(message['stage']):
-        if kind == 'tell':
-          self._trains |= message['message']['kind'] == 'go'
-          worker.send(**message['message'])
-        elif kind == 'kill':
-          worker.kill()
+      match message := messages_lib.unpack(line):
+        case messages_lib.Close():
+          self._ended, self._keeps_store = True, message.keep
+        case messages_lib.Start():
+          self._start(message.spec, message.environment)
+        case messages_lib.Tell():
+          if worker := self._workers.get(message.stage):
+            self._trains |= isinstance(message.message, orders.Go)
+            worker.send(message.message)
+        case messages_lib.Fence():
+          segment.fence(self._store.path, message.worker)
+          self._server.fence(message.worker)
+        case messages_lib.Kill():
+          if worker := self._workers.get(message.stage):
+            worker.kill()
 
-  def _start(self, message: messages_lib.Message) -> None:
-    assert self._store is not None
-    stage = message['stage']
+  def _start(self, spec: spec_lib.Spec, environment: Mapping[str, str]) -> None:
+    stage = spec.stage
     if old := self._workers.pop(stage, None):
       self._close(old)
     worker = child_process.WorkerProcess(
       stage,
-      message['generation'],
-      on_line=lambda line: self.send(
-        'printed', stage=stage, line=line.decode(errors='replace')
+      on_line=lambda line: self._send(
+        messages_lib.Printed(stage=stage, line=line.decode(errors='replace'))
       ),
     )
     self._workers[stage] = worker
-    here = {'agent_pid': os.getpid(), 'folder': str(self._store.path)}
     worker.start(
-      message['spec'] | here,
-      message['environment'],
-      (*self._spec.lock_fds, self._store.lock_fd),
+      dataclasses.replace(
+        spec, agent_pid=os.getpid(), folder=str(self._store.path)
+      ),
+      environment,
+      (*self._spec.lock_fds, *self._store.lock_fds),
     )
-    self.send('started', stage=stage, pid=worker.pid)
+    self._send(messages_lib.Started(stage=stage, pid=worker.pid))
     for fd, react in (
       (worker.status_fd, self._on_status),
       (worker.output_fd, self._on_output),
@@ -128,7 +136,7 @@ class HostAgent:
     if ended:
       self._forget(worker.status_fd)
     for message in messages:
-      self.send('said', stage=worker.stage, message=message)
+      self._send(messages_lib.Said(stage=worker.stage, message=message))
 
   def _on_output(self, worker: child_process.WorkerProcess) -> None:
     if worker.read_output():
@@ -138,7 +146,9 @@ class HostAgent:
     worker.reap()
     self._on_status(worker)
     self._close(worker)
-    self.send('exited', stage=worker.stage, exit_code=worker.exit_code)
+    self._send(
+      messages_lib.Exited(stage=worker.stage, exit_code=worker.exit_code)
+    )
 
   def _close(self, worker: child_process.WorkerProcess) -> None:
     """Passes on a worker's last output, and closes it."""
@@ -157,22 +167,27 @@ class HostAgent:
       self._selector.unregister(fd)
 
 
+def _send(spec: spec_lib.HostSpec, message: messages_lib.FromHost) -> None:
+  """Sends a message to the leader."""
+  messages_lib.write(spec.status_fd, messages_lib.pack(message))
+
+
 def main() -> int:
   """Serves as the spec on stdin says; returns the exit code."""
-  spec = messages_lib.HostSpec.from_json(json.load(sys.stdin))
+  spec = codec.decode(spec_lib.HostSpec, json.load(sys.stdin))
   linux_process.die_with(spec.agent_pid)
-  agent = HostAgent(spec)
   try:
-    agent.run()
+    store = run_store.open_store(spec.hostmem_dir, spec.run_id, spec.workdir)
+    secret = bytes.fromhex(spec.secret)
+    server = zmq_server.StoreServer(store.path, secret=secret)
+    HostAgent(spec, store, server).run()
   except errors.ConfigError as error:
-    agent.send(
-      'refused', flag=error.flag, value=str(error.value), reason=error.reason
-    )
-    return 2
+    _send(spec, events.Refused.of(error))
+    return errors.ExitCode.REFUSED
   except errors.MoetionError as error:
-    agent.send('failed', error=str(error))
-    return 1
-  return 0
+    _send(spec, messages_lib.HostFailed(error=str(error)))
+    return errors.ExitCode.FAILED
+  return errors.ExitCode.FINISHED
 
 
 if __name__ == '__main__':

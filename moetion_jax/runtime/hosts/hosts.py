@@ -14,11 +14,18 @@ import pathlib
 import secrets
 import selectors
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime import linux_process, messages, placement
+from moetion_jax import keys
+from moetion_jax.hostmem import run_store, segment, store_folder
+from moetion_jax.logs import remote
+from moetion_jax.runtime import (
+  linux_process,
+  messages,
+  placement,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.hosts import child_process, remote_host
 
 _SECRET_BYTES = 32
@@ -99,16 +106,13 @@ class Hosts:
       self._server.close()
       self._server = None
 
-  def worker(
-    self, stage: int, replica: int, generation: int = 1
-  ) -> child_process.WorkerProcess:
+  def worker(self, stage: int, replica: int) -> child_process.WorkerProcess:
     """Makes a worker on its stage's host; the caller starts it."""
     host = self._of_stage[stage]
     if host:
-      return remote_host.RemoteWorker(self.others[host - 1], stage, generation)
+      return remote_host.RemoteWorker(self.others[host - 1], stage)
     return child_process.WorkerProcess(
       stage,
-      generation,
       self._name,
       replica=replica,
       is_alone=self._replicas == 1,
@@ -121,8 +125,7 @@ class Hosts:
       replica: the replica that it becomes if it has joined a world by then.
     """
     return child_process.WorkerProcess(
-      messages.STANDBY,
-      0,
+      spec_lib.STANDBY,
       self._name,
       replica=replica,
       is_alone=self._replicas == 1,
@@ -154,21 +157,39 @@ class Hosts:
           fd, selectors.EVENT_READ, functools.partial(_pass_on, call, react)
         )
 
+  def fence(self, worker: keys.WorkerId) -> None:
+    """Fences off a worker's older generations in the stores of all hosts.
+
+    Args:
+      worker: the generation of the worker that starts next.
+    """
+    segment.fence(self._store.path, worker)
+    if self._server:
+      self._server.fence(worker)
+    for host in self.others:
+      host.send(messages.Fence(worker=worker))
+
   def locations(
-    self, workers: Sequence[child_process.WorkerProcess]
-  ) -> list[messages.Message]:
-    """Returns where workers' entries are, as in the message `locations`."""
+    self,
+    workers: Iterable[child_process.WorkerProcess],
+    generations: Mapping[tuple[int, int], int],
+  ) -> messages.Locations:
+    """Returns where workers' entries are, and of which generations."""
     addresses = {host['host']: host['address'] for host in self.agents()}
-    return [
-      {
-        'stage': worker.stage,
-        'replica': worker.replica,
-        'host': worker.host,
-        'address': addresses[worker.host] or '',
-        'generation': worker.generation,
-      }
-      for worker in workers
-    ]
+    return messages.Locations(
+      locations=tuple(
+        messages.ProducerLocation(
+          stage=worker.stage,
+          replica=worker.replica,
+          location=remote.Location(
+            host=worker.host,
+            address=addresses[worker.host] or '',
+            generation=generations[worker.stage, worker.replica],
+          ),
+        )
+        for worker in workers
+      )
+    )
 
   def agents(self) -> list[dict[str, Any]]:
     """Returns the agents of all hosts, as in `workers.json`."""

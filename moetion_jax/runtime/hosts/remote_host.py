@@ -11,7 +11,12 @@ from typing import Any
 
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.runtime import linux_process, messages as messages_lib
+from moetion_jax.recovery import events
+from moetion_jax.runtime import (
+  linux_process,
+  messages as messages_lib,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.hosts import child_process
 
 # How long a host's agent may take to end its workers or itself when told to.
@@ -37,48 +42,49 @@ class RemoteWorker(child_process.WorkerProcess):
     ended: whether the process has ended and all its messages are here.
   """
 
-  def __init__(self, agent: RemoteHost, stage: int, generation: int = 1):
+  def __init__(self, agent: RemoteHost, stage: int):
     """Stores the arguments; nothing runs before `start`."""
-    super().__init__(stage, generation, agent.name)
+    super().__init__(stage, agent.name)
     self.ended = False
     self._agent = agent
     self._pid = 0
-    self._messages: list[messages_lib.Message] = []
+    self._messages: list[messages_lib.FromWorker] = []
     self._ended_with: int | None = None
 
   def start(
     self,
-    spec: Mapping[str, object],
+    spec: spec_lib.Spec,
     environment: Mapping[str, str],
     lock_fds: tuple[int, ...],
   ) -> None:
     """Has the other agent start the process, with that agent's locks."""
     del lock_fds
-    self._agent.start_worker(self, spec, environment)
+    self._agent.start_worker(
+      self, messages_lib.Start(spec=spec, environment=environment)
+    )
 
   @property
   def pid(self) -> int:
     """Pid of the process; 0 while it is not known."""
     return self._pid
 
-  def take(self, message: messages_lib.Message) -> None:
+  def take(self, message: messages_lib.FromHost) -> None:
     """Takes in a message of the host's agent about this worker."""
-    kind = message['kind']
-    if kind == 'started':
-      self._pid = message['pid']
-    elif kind == 'said':
-      self._messages.append(message['message'])
-    elif kind == 'printed':
-      self._transcript.add(message['line'].encode())
-    elif kind == 'exited':
-      self.ended, self._ended_with = True, message['exit_code']
+    match message:
+      case messages_lib.Started():
+        self._pid = message.pid
+      case messages_lib.Said():
+        self._messages.append(message.message)
+      case messages_lib.Printed():
+        self._transcript.add(message.line.encode())
+      case messages_lib.Exited():
+        self.ended, self._ended_with = True, message.exit_code
 
-  def send(self, kind: str, **fields: object) -> None:
+  def send(self, message: messages_lib.ToWorker) -> None:
     """Sends a message through the other agent; see `ChildProcess.send`."""
-    message = {'kind': kind, **fields}
-    self._agent.send('tell', stage=self.stage, message=message)
+    self._agent.send(messages_lib.Tell(stage=self.stage, message=message))
 
-  def read_status(self) -> tuple[list[messages_lib.Message], bool]:
+  def read_status(self) -> tuple[list[Any], bool]:
     """Returns the messages that have come; see `ChildProcess.read_status`."""
     messages, self._messages = self._messages, []
     return messages, False
@@ -90,7 +96,7 @@ class RemoteWorker(child_process.WorkerProcess):
   def kill(self) -> None:
     """Has the other agent kill the process."""
     if self._pid and self.exit_code is None:
-      self._agent.send('kill', stage=self.stage)
+      self._agent.send(messages_lib.Kill(stage=self.stage))
 
   def close(self) -> None:
     """Waits for the process to end, unless the other agent hangs."""
@@ -127,9 +133,9 @@ class RemoteHost:
     self._run_id = run_id
     self._workdir = workdir
     self._transcript = child_process.Transcript(name)
-    self._process = child_process.ChildProcess(
-      'moetion_jax.runtime.hosts.host_agent', self._transcript.add
-    )
+    self._process = child_process.ChildProcess[
+      spec_lib.HostSpec, messages_lib.ToHost
+    ]('moetion_jax.runtime.hosts.host_agent', self._transcript.add)
     self._workers: dict[int, RemoteWorker] = {}
     self._pids: set[int] = set()
     self._gone = True
@@ -141,7 +147,7 @@ class RemoteHost:
       secret: the job's secret, in hex.
       lock_fds: descriptors of locks that it and its workers inherit.
     """
-    spec = messages_lib.HostSpec(
+    spec = spec_lib.HostSpec(
       name=self.name,
       run_id=self._run_id,
       hostmem_dir=self._hostmem_dir,
@@ -152,7 +158,7 @@ class RemoteHost:
       status_fd=-1,
       control_fd=-1,
     )
-    self._process.start(spec.to_json(), {}, lock_fds)
+    self._process.start(spec, {}, lock_fds)
     self._gone = False
 
   def sources(self) -> tuple[tuple[int, Callable[[], Any]], ...]:
@@ -171,25 +177,16 @@ class RemoteHost:
     return self._process.pid
 
   def start_worker(
-    self,
-    worker: RemoteWorker,
-    spec: Mapping[str, object],
-    environment: Mapping[str, str],
+    self, worker: RemoteWorker, message: messages_lib.Start
   ) -> None:
-    """Has the agent start a worker; arguments as of `ChildProcess.start`."""
+    """Has the agent start a worker."""
     self._workers[worker.stage] = worker
-    self.send(
-      'start',
-      stage=worker.stage,
-      generation=worker.generation,
-      spec=spec,
-      environment=environment,
-    )
+    self.send(message)
 
-  def send(self, kind: str, **fields: object) -> None:
+  def send(self, message: messages_lib.ToHost) -> None:
     """Sends a message; a message to a dead agent is lost."""
     if not self._gone:
-      self._process.send(kind, **fields)
+      self._process.send(message)
 
   def read(self) -> list[RemoteWorker]:
     """Takes in what the agent said; returns the workers with news.
@@ -218,7 +215,7 @@ class RemoteHost:
     """Ends the agent, by force if it hangs, with all its processes."""
     if self._process.status_fd < 0:
       return
-    self.send('exit', keep=self.keeps_store)
+    self.send(messages_lib.Close(keep=self.keeps_store))
     self._wait(lambda: False)
     self._process.kill()
     self._process.close()
@@ -256,22 +253,23 @@ class RemoteHost:
     messages, ended = self._process.read_status()
     news: dict[RemoteWorker, None] = {}
     for message in messages:
-      kind = message['kind']
-      if kind == 'serving':
-        self.address = message['address']
-      elif kind == 'refused' and not is_end:
-        raise errors.ConfigError(
-          message['flag'], message['value'], message['reason']
-        )
-      elif kind == 'failed' and not is_end:
-        raise HostError(f'{self.name}: {message["error"]}')
-      elif worker := self._workers.get(message.get('stage', -1)):
-        worker.take(message)
-        if kind == 'started':
-          self._pids.add(message['pid'])
-        elif kind == 'exited':
-          self._pids.discard(worker.pid)
-        news[worker] = None
+      match message:
+        case messages_lib.Serving():
+          self.address = message.address
+        case events.Refused():
+          if not is_end:
+            raise message.error()
+        case messages_lib.HostFailed():
+          if not is_end:
+            raise HostError(f'{self.name}: {message.error}')
+        case _:
+          if worker := self._workers.get(message.stage):
+            worker.take(message)
+            if isinstance(message, messages_lib.Started):
+              self._pids.add(message.pid)
+            elif isinstance(message, messages_lib.Exited):
+              self._pids.discard(worker.pid)
+            news[worker] = None
     if ended:
       self._gone = True
       self._process.reap()

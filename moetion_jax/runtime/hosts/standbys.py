@@ -9,16 +9,17 @@ whole or not at all.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import linux_process, spec as spec_lib
 from moetion_jax.runtime.hosts import child_process
 
 # Starts per replica of which none became warm; then no more are started.
 _ATTEMPTS = 3
 
 Make = Callable[[int], child_process.WorkerProcess]
-Start = Callable[[child_process.WorkerProcess, messages.Spec], None]
+Start = Callable[[child_process.WorkerProcess, spec_lib.Spec], None]
 End = Callable[[child_process.WorkerProcess], None]
 
 
@@ -62,7 +63,7 @@ class Standbys:
     self._attempts = 0
     self._world = ''
 
-  def warm(self, spec: messages.Spec, new_world: Callable[[], str]) -> None:
+  def warm(self, spec: spec_lib.Spec, new_world: Callable[[], str]) -> None:
     """Starts the standbys that are missing, unless they keep dying.
 
     Args:
@@ -80,37 +81,40 @@ class Standbys:
     ):
       self._attempts += 1
       worker = self._make(len(self.everyone))
-      worker.state = 'warming'
       self.everyone.append(worker)
-      self._start(
-        worker,
-        dataclasses.replace(
-          spec,
-          replica=worker.replica,
-          host=worker.host,
-          team=team,
-          world=self._world,
-        ),
+      full = dataclasses.replace(
+        spec,
+        replica=worker.replica,
+        host=worker.host,
+        team=team,
+        world=self._world,
       )
+      try:
+        self._start(worker, full)
+      except OSError as error:  # a run does without, for some time
+        print(f'No standby: {error}', file=sys.stderr)
+        self.died(worker)
+        return
 
   def warmed(self, worker: child_process.WorkerProcess) -> None:
     """Takes in that a standby is prepared."""
-    worker.is_warm, worker.state = True, 'standby'
+    worker.is_warm = True
     self._attempts = 0
 
-  def take(
-    self, stage: int, team: Sequence[int], generation: int, host: str
-  ) -> TakenStandby:
+  def take(self, stage: int, team: Sequence[int], host: str) -> TakenStandby:
     """Has the warm standbys become workers of a stage.
 
-    One that is not warm is of no use: a new process is faster.
+    One that is not warm is of no use: a new process is faster. One that is
+    stopped is ended: with a stage it would be found to be, and fail that again.
 
     Args:
       stage: the stage whose workers they become.
       team: the replicas that have a worker.
-      generation: the generation of the workers.
       host: name of the host on which they have to be.
     """
+    for worker in [*self.everyone]:
+      if worker in self.everyone and linux_process.is_stopped(worker.pid):
+        self.died(worker)
     warm = [
       worker
       for worker in self.everyone
@@ -122,7 +126,7 @@ class Standbys:
     taken = dict(zip(team, warm, strict=False))
     for replica, worker in taken.items():
       self.everyone.remove(worker)
-      worker.become(stage, replica, generation)
+      worker.become(stage, replica)
     return TakenStandby(workers=taken, world=world)
 
   def died(self, worker: child_process.WorkerProcess) -> None:

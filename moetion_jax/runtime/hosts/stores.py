@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from moetion_jax import errors
 from moetion_jax.hostmem import segment, segment_check
-from moetion_jax.recovery import recoverer as recoverer_lib
+from moetion_jax.recovery import events
 from moetion_jax.runtime.hosts import hosts as hosts_lib
-from moetion_jax.runtime.records import own_files, recorder as recorder_lib
-from moetion_jax.snapshots import file as snapshot_file, folders
+from moetion_jax.runtime.records import own_files
+from moetion_jax.snapshots import folders, registry
 
 
 class Stores:
@@ -26,8 +26,6 @@ class Stores:
     stages: int,
     replicas: int,
     hosts: hosts_lib.Hosts,
-    recoverer: recoverer_lib.Recoverer,
-    recorder: recorder_lib.Recorder,
     durable_folder: str = '',
   ):
     """Stores the arguments.
@@ -36,8 +34,6 @@ class Stores:
       stages: number of stages of the run.
       replicas: number of replicas of each stage.
       hosts: the run's hosts.
-      recoverer: the recoverer, which is told what the stores hold.
-      recorder: the recorder, which writes an event for each dropped entry.
       durable_folder: folder of the snapshots; '': they lie in the hosts'
         stores.
     """
@@ -45,9 +41,16 @@ class Stores:
     self._stages = range(stages)
     self._replicas = range(replicas)
     self._hosts = hosts
-    self._recoverer = recoverer
-    self._recorder = recorder
     self._orphans: set[pathlib.Path] = set()
+
+  @property
+  def is_durable(self) -> bool:
+    """True if the snapshots lie on disk."""
+    return bool(self._durable_folder)
+
+  def snapshot_names(self) -> str:
+    """Names the folders of the snapshots, for people."""
+    return self._durable_folder or ' and '.join(map(str, self._hosts.stores()))
 
   def log_paths(self, stage: int) -> list[pathlib.Path]:
     """Returns the paths of the logs of a stage's replicas."""
@@ -60,52 +63,32 @@ class Stores:
       return pathlib.Path(self._durable_folder)
     return self._hosts.store_of(stage)
 
-  def rescan(
-    self,
-    stages: Iterable[int] | None = None,
-    on_unreadable: Callable[[str], None] = lambda reason: None,
-  ) -> frozenset[int]:
-    """Tells the recoverer which snapshots the stores hold of stages.
+  def scan(self, stages: Iterable[int]) -> events.Scanned:
+    """Reads what the stores hold.
 
     Args:
-      stages: the stages to scan; None: all.
-      on_unreadable: see `folders.read_shares`.
-
-    Returns:
-      Those of all stages that miss a log.
+      stages: the stages whose snapshots are read.
     """
-    for stage in self._stages if stages is None else stages:
+    unreadable: list[str] = []
+    shares, newest = {}, {}
+    for stage in stages:
       folder = self._snapshots_of(stage)
-      shares = folders.read_shares(folder, stage, on_unreadable)
-      self._recoverer.rescan(stage, shares)
-    return frozenset(
-      stage
-      for stage in self._stages
-      if not all(path.exists() for path in self.log_paths(stage))
+      found = folders.read_shares(folder, stage, unreadable.append)
+      shares[stage], newest[stage] = tuple(found), self._newest_entry(stage)
+    return events.Scanned(
+      shares=shares,
+      log_bytes=tuple(map(self._log_bytes, self._stages)),
+      newest=newest,
+      unreadable=tuple(unreadable),
     )
 
-  def too_small(self) -> frozenset[int]:
-    """Returns the stages that have a log smaller than this run needs."""
-    small = set()
-    for stage in self._stages:
-      need = self._recoverer.log_size(stage)
-      for path in self.log_paths(stage):
-        if path.exists() and path.stat().st_size < need.file_bytes:
-          small.add(stage)
-    return frozenset(small)
+  def _log_bytes(self, stage: int) -> int:
+    """Returns the size of a stage's smallest log; 0 if one is not whole."""
+    return min(map(segment.whole_bytes, self.log_paths(stage)))
 
-  def newest_entry(self, stages: Iterable[int] | None = None) -> int:
-    """Returns the newest iteration of which the stages have an entry."""
-    return max(
-      segment.newest_iteration(path)
-      for stage in (self._stages if stages is None else stages)
-      for path in self.log_paths(stage)
-    )
-
-  def reached(self, stage: int) -> int:
-    """Newest iteration that a stage's logs and snapshots have."""
-    newest = self._recoverer.newest_snapshot(stage)
-    return max(self.newest_entry([stage]), newest)
+  def _newest_entry(self, stage: int) -> int:
+    """Returns the newest iteration of which a stage has an entry."""
+    return max(map(segment.newest_iteration, self.log_paths(stage)))
 
   def drop_logs(self) -> None:
     """Removes all logs; call when nobody writes or may still read them."""
@@ -118,25 +101,21 @@ class Stores:
     for stage in stages:
       for path in folders.snapshots_folders(self._snapshots_of(stage), stage):
         self._remove(path)
-      self._recoverer.rescan(stage, ())
 
   def forget_newer(self, iterations: Mapping[int, int]) -> None:
     """Invalidates all later snapshots, which will be different.
 
-    Call while nobody writes. The pages stay for whoever writes here next. Of
-    snapshots on disk the copies in memory go too: with them the next ones of
-    the same iterations are compared.
+    Call while nobody writes. The pages stay for whoever writes here next.
 
     Args:
       iterations: by stage, the newest snapshot that still counts.
     """
     for stage, iteration in iterations.items():
-      for root in {self._snapshots_of(stage), self._hosts.store_of(stage)}:
-        for folder in folders.snapshots_folders(root, stage):
-          for newer, path in snapshot_file.list_snapshots(folder).items():
-            if newer > iteration:
-              (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
-    self.rescan()
+      for folder in folders.snapshots_folders(self._snapshots_of(stage), stage):
+        stored = registry.stored(folder)
+        for newer in stored.iterations():
+          if newer > iteration:
+            stored.forget(newer)
 
   def orphan(self, stage: int, team: Collection[int]) -> None:
     """Notes that of a stage only the replicas in `team` write snapshots now.
@@ -150,23 +129,23 @@ class Stores:
     for path in folders.snapshots_folders(folder, stage):
       if path not in written:
         self._orphans.add(path)
-        for other in path.iterdir():
-          if not snapshot_file.is_snapshot_name(other.name):
+        there = list(path.iterdir())
+        # After it: what is committed meanwhile was not there by that name.
+        committed = registry.stored(path).paths().values()
+        for other in there:
+          if other not in committed:
             self._remove(other)
 
   def line_moved(self, line: int) -> None:
     """Removes snapshots before the line that have no writer to do so.
 
-    Call it before writers are told of the line. Snapshots on disk that begin at
-    the line are of use only with the lines of metrics up to it.
+    Call it before writers are told of the line.
 
     Args:
       line: the recovery line.
     """
-    if self._durable_folder:
-      self._recorder.sync()
     for folder in self._orphans:
-      for iteration, path in snapshot_file.list_snapshots(folder).items():
+      for iteration, path in registry.stored(folder).paths().items():
         if iteration < line:
           self._remove(path)
 
@@ -183,62 +162,42 @@ class Stores:
     else:
       path.unlink(missing_ok=True)
 
-  def drop_damaged(
-    self, stage: int, first_iteration: int
-  ) -> list[segment_check.Damage]:
+  def drop_damaged(self, stage: int, first_iteration: int) -> events.Dropped:
     """Drops a stage's damaged entries, which its new worker publishes again.
 
     Call before anybody reads them again. A log that is gone has none.
-
-    Returns:
-      The dropped entries.
     """
     dropped = []
     for path in self.log_paths(stage):
-      keys = []
       with contextlib.suppress(FileNotFoundError):
-        keys = segment.drop_damaged(path, first_iteration)
-      for key in keys:
-        self._recorder.event(
-          'entry_dropped',
-          stage=stage,
-          replica=key.replica,
-          iteration=key.iteration,
-          entry=str(key),
-        )
-        dropped.append(
-          segment_check.Damage(key.iteration, stage, key.replica, str(key))
-        )
-    return dropped
+        dropped += segment_check.drop_damaged(path, first_iteration)
+    return events.Dropped(
+      entries=tuple(
+        segment_check.Damage(key.iteration, stage, key.replica, str(key))
+        for key in dropped
+      )
+    )
 
-  def check_logs(
-    self, settled_until: int, *, drops_unreadable: bool = False
-  ) -> list[segment_check.SegmentCheck]:
+  def check_logs(self, drops_unreadable: bool) -> events.LogsChecked:
     """Reads all entries of all logs; their writers may go on.
 
     Args:
-      settled_until: the last iteration whose entries were read whole.
       drops_unreadable: whether a log that cannot be read at all is removed, as
-        is right before anybody trains; else all of it counts as damaged.
-
-    Returns:
-      The result for each log.
+        is right before anybody trains.
     """
-    found = []
+    checks, unreadable = [], []
+    newest = tuple(map(self._newest_entry, self._stages))
     for stage in self._stages:
-      for replica, path in zip(
-        self._replicas, self.log_paths(stage), strict=True
-      ):
+      for replica, path in enumerate(self.log_paths(stage)):
         try:
-          found.append(segment_check.check(path, stage, replica))
+          checks.append(segment_check.check(path, stage, replica))
         except FileNotFoundError:
           continue
         except errors.StoreError as error:
           if drops_unreadable:
             path.unlink()
-            continue
-          damage = segment_check.Damage(
-            settled_until + 1, stage, replica, str(error)
-          )
-          found.append(segment_check.SegmentCheck(1, (damage,)))
-    return found
+          else:
+            unreadable.append((stage, replica, str(error)))
+    return events.LogsChecked(
+      checks=tuple(checks), unreadable=tuple(unreadable), newest=newest
+    )

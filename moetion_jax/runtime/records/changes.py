@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moetion_jax import errors
+from moetion_jax import codec, errors
 from moetion_jax.recovery import splice as splice_lib
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import files as record_files
@@ -57,8 +57,8 @@ class Changes:
 
   @property
   def accepted_before(self) -> int:
-    """The number of changes that were accepted, but for one of this start."""
-    return len(self.known.get(CHANGES, ()))
+    """The number of finished changes, but for one of this start."""
+    return finished_of(self.known.get(CHANGES, ()))
 
   @property
   def may_splice(self) -> bool:
@@ -150,7 +150,7 @@ class Changes:
       what = {name: entries[-1][name] for name in ('names', 'from', 'to')}
     if entries and entries[-1].pop(_PENDING, False) and not self._changed:
       entries.pop()
-    entries.append({**what, **splice.to_json(), _PENDING: True})
+    entries.append({**what, **codec.encode(splice), _PENDING: True})
     self._changed = []
     self._replace({**self.known, ENVIRONMENT: self._here, CHANGES: entries})
 
@@ -254,11 +254,19 @@ def pending_of(
   """Returns the splice that was begun and not finished; None for none."""
   if not entries or _PENDING not in entries[-1]:
     return None
-  return splice_lib.Splice.from_json(entries[-1])
+  return codec.decode_part(splice_lib.Splice, entries[-1])
+
+
+def finished_of(entries: Sequence[Mapping[str, Any]]) -> int:
+  """Returns the number of changes that were accepted and spliced to the end.
+
+  Until then the place where the splice was begun holds what it is to remove.
+  """
+  return len(entries) - (pending_of(entries) is not None)
 
 
 def splices_of(
   entries: Sequence[Mapping[str, Any]],
 ) -> tuple[splice_lib.Splice, ...]:
   """Returns the splices of `changes` in config.json."""
-  return tuple(splice_lib.Splice.from_json(entry) for entry in entries)
+  return tuple(codec.decode_part(splice_lib.Splice, entry) for entry in entries)

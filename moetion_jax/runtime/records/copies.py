@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import os
 from typing import Any
 
 
@@ -26,7 +25,8 @@ class AtPath(enum.Enum):
 
   HERE = 'here'  # the folder in question
   TWIN = 'twin'  # another folder, with a run of the same id
-  GONE = 'gone'  # neither
+  LEFT = 'left'  # the recorded folder itself, which the run has left
+  GONE = 'gone'  # none of these
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,6 @@ class Finding:
     return f'its own folder, moved from {self.recorded}, or a copy'
 
 
-def identity_of(folder: str | os.PathLike[str]) -> tuple[int, int]:
-  """Returns the device and inode of a folder; raises OSError without one."""
-  status = os.stat(folder)
-  return status.st_dev, status.st_ino
-
-
 def identity_from_json(value: Any) -> tuple[int, int] | None:
   """Makes the identity of what JSON has; None for anything else."""
   if not isinstance(value, list) or [type(x) for x in value] != [int, int]:
@@ -107,7 +101,8 @@ def judge(here: tuple[int, int], recorded: Mark, at_path: AtPath) -> Relation:
     return Relation.OWN if is_there else Relation.UNTOLD
   # Moved inside its file system it would have its inode still; put back in its
   # place, or moved between file systems, it cannot have.
-  is_moved_inside = known[0] == here[0] and not is_there
+  # Where its contents were moved, or copied and removed, it is there still.
+  is_moved_inside = known[0] == here[0] and at_path is AtPath.GONE
   return Relation.COPY if is_moved_inside else Relation.UNTOLD
 
 

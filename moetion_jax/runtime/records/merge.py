@@ -6,7 +6,7 @@ Replicas are compared on the way: they must agree bit for bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,18 @@ from moetion_jax import errors, report
 
 # Fields that all replicas of a stage compute alike.
 _ALIKE = ('loss', 'auxiliary_loss', 'grad_norm', 'dropped', 'updated')
+_SAME = ('iteration', 'stage', 'replica', 'load', *_ALIKE)
+_LONGEST = ('seconds', 'waited_seconds', 'late_seconds', 'blocked_seconds')
+# How one field's values of all replicas become one value: each field has a
+# rule, or else the first replica's would count and nobody would know.
+_RULES: Mapping[str, Callable[[list[Any]], Any]] = {
+  **dict.fromkeys(_SAME, lambda values: values[0]),
+  **dict.fromkeys(_LONGEST, max),
+  'snapshot_bytes': sum,
+  'copy_bytes_per_second': min,
+  'eval_loss': lambda values: next((x for x in values if x is not None), None),
+  'digests': lambda values: {o: d for one in values for o, d in one.items()},
+}
 
 
 class ReplicaMismatchError(errors.WrongBitsError):
@@ -35,7 +47,7 @@ def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
       of a field that all compute alike.
   """
   first, *others = reports
-  digests, whose = dict(first.digests), dict.fromkeys(first.digests, first)
+  whose = dict.fromkeys(first.digests, first)
 
   def refuse(what: object, one: report.Report, other: report.Report) -> None:
     raise ReplicaMismatchError(
@@ -48,26 +60,17 @@ def merge_replicas(reports: Sequence[report.Report]) -> report.Report:
 
   for other in others:
     for operator, digest in other.digests.items():
-      if operator not in digests:
-        digests[operator], whose[operator] = digest, other
-      elif not np.array_equal(digest, digests[operator]):
-        refuse(operator, whose[operator], other)
+      one = whose.setdefault(operator, other)
+      if not np.array_equal(digest, one.digests[operator]):
+        refuse(operator, one, other)
     for name in _ALIKE:
       if float(getattr(first, name)).hex() != float(getattr(other, name)).hex():
         refuse(name, first, other)
-  return dataclasses.replace(
-    first,
-    digests=digests,
-    seconds=max(r.seconds for r in reports),
-    waited_seconds=max(r.waited_seconds for r in reports),
-    late_seconds=max(r.late_seconds for r in reports),
-    snapshot_bytes=sum(r.snapshot_bytes for r in reports),
-    blocked_seconds=max(r.blocked_seconds for r in reports),
-    copy_bytes_per_second=min(r.copy_bytes_per_second for r in reports),
-    eval_loss=next(
-      (x for r in reports if (x := r.eval_loss) is not None), None
-    ),
-  )
+  values = {
+    field.name: [getattr(one, field.name) for one in reports]
+    for field in dataclasses.fields(report.Report)
+  }
+  return report.Report(**{n: _RULES[n](v) for n, v in values.items()})
 
 
 def merge_stage(
@@ -99,12 +102,15 @@ def merge_stage(
   return merged if len(merged.digests) >= operators else None
 
 
-def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
+def make_line(
+  reports: Sequence[report.Report], tokens: int, skipped_before: int = 0
+) -> dict[str, Any]:
   """Makes one iteration's line from all stages' reports.
 
   Args:
     reports: one report per stage, in stage order, all of one iteration.
     tokens: the number of tokens of the iteration.
+    skipped_before: updates that were left out in a row just before it.
   """
   last = reports[-1]
   digests = {o: d for r in reports for o, d in r.digests.items()}
@@ -125,6 +131,7 @@ def make_line(reports: Sequence[report.Report], tokens: int) -> dict[str, Any]:
     'auxiliary_loss': last.auxiliary_loss,
     'dropped': last.dropped,
     'updated': last.updated,
+    'skipped': 0 if last.updated else skipped_before + 1,
   }
   if last.eval_loss is not None:
     line['eval_loss'] = last.eval_loss

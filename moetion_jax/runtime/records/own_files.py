@@ -21,6 +21,7 @@ from moetion_jax.runtime.records import files as record_files
 from moetion_jax.snapshots import file as snapshot_file
 
 CONFIG = 'config.json'
+METRICS = 'metrics.jsonl'
 LOCK = '.lock'
 CHECKPOINT_NAME = 'checkpoint'
 LOGS_NAME = 'logs'
@@ -55,8 +56,12 @@ SNAPSHOT: Tree = {
 SNAPSHOTS: Tree = {r'\d+(\.tmp|\.old|\.replaced)?': SNAPSHOT}
 # All of a run's folders of snapshots.
 DURABLE: Tree = {r'stage-\d+\.replica-\d+\.snapshots': SNAPSHOTS}
-_LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None}
-_FILES = ('metrics.jsonl', 'events.jsonl', 'workers.json')
+_FILES = (METRICS, 'events.jsonl', 'workers.json')
+# What is written under such a name gets its own when it is whole.
+TEMPORARY: Tree = {
+  re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None
+}
+_LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None, **TEMPORARY}
 # A workdir without its config.json, which goes last, and its lock.
 RUN: Tree = {
   rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'
@@ -64,7 +69,7 @@ RUN: Tree = {
   DURABLE_NAME: DURABLE,
   **{re.escape(name): None for name in _FILES},
   LOGS_NAME: _LOGS,
-  re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None,
+  **TEMPORARY,
 }
 
 

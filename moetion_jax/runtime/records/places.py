@@ -61,6 +61,9 @@ def check(
   """
   workdir = os.path.realpath(places.workdir)
   removed = [os.path.realpath(folder) for folder in of_run]
+  # A cache that cannot be used is no reason not to train.
+  for name in ('init_from', 'durable_dir', 'hostmem_dir'):
+    check_found(name, getattr(places, name))
   for name in ('durable_dir', 'hostmem_dir', 'compilation_cache_dir'):
     check_output(name, getattr(places, name), places.workdir, of_run)
   if places.durable_dir and _same(places.durable_dir, places.hostmem_dir):
@@ -81,6 +84,33 @@ def check(
   ):
     for path in paths:
       _check_input(name, value, path, removed, doomed)
+  _check_outside_data(places)
+
+
+def _check_outside_data(places: Places) -> None:
+  """Checks that nothing is written among the files that are all read.
+
+  Raises:
+    errors.ConfigError: a folder of the run lies there: the text would change.
+  """
+  root = os.path.realpath(os.path.expanduser(places.data))
+  if not places.data or not os.path.isdir(root):
+    return
+  for name in ('workdir', 'durable_dir', 'hostmem_dir'):
+    value = getattr(places, name)
+    path = os.path.realpath(os.path.expanduser(value))
+    if not value or not is_inside(path, root):
+      continue
+    below = os.path.relpath(path, root)
+    if below == os.curdir or not any(
+      part.startswith('.') for part in pathlib.Path(below).parts
+    ):
+      raise errors.ConfigError(
+        name,
+        value,
+        f'lies in --data={places.data}, of which all files are read: what the '
+        'run writes would change its own text. Name a folder outside',
+      )
 
 
 def _check_input(
@@ -144,6 +174,22 @@ def check_output(
       f'lies in {where}, which the run writes and removes itself; name a '
       'folder outside',
     )
+
+
+def check_found(name: str, value: str) -> None:
+  """Raises errors.ConfigError if the system refuses to look a path up.
+
+  A name may be too long, or a folder on the way may not be searched. That
+  nothing is there is no such error.
+  """
+  try:
+    os.stat(os.path.expanduser(value))
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    raise errors.ConfigError(
+      name, value, f'{error.strerror}; make that possible, or name another one'
+    ) from error
 
 
 def _written(path: str, workdir: str, removed: Collection[str]) -> str:

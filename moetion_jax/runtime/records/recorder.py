@@ -1,17 +1,17 @@
-"""The recorder: all that a run shows and leaves behind (DESIGN section 9)."""
+"""The recorder: all that a run shows and leaves behind."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from launch.lm import settings as run_settings
-from moetion_jax import disk, report
-from moetion_jax.recovery import splice as splice_lib
-from moetion_jax.runtime import environment as environment_lib, messages
+from moetion_jax import disk, job_spec, report
+from moetion_jax.recovery import events, splice as splice_lib
+from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   files as record_files,
+  held_run,
   merge,
   own_files,
   workdir,
@@ -21,16 +21,17 @@ _WORKERS_FILE_SECONDS = 0.25  # between two versions of workers.json
 _KEPT_REPORTS = 256  # iterations, for workers that replay them
 
 
-class View(Protocol):
-  """The live view of a run, for a person; a context manager."""
+class View:
+  """What a person sees of a run; this one shows notes only.
 
-  def __enter__(self) -> object:
-    """Begins to show."""
-    ...
+  A context manager. A subclass shows more.
+  """
+
+  def __enter__(self) -> View:
+    return self
 
   def __exit__(self, *unused: object) -> None:
-    """Ends the view."""
-    ...
+    pass
 
   def show(self, line: dict[str, Any], busy: Sequence[float]) -> None:
     """Shows one line of `metrics.jsonl`.
@@ -39,31 +40,13 @@ class View(Protocol):
       line: the line of one iteration.
       busy: by stage, the fraction of the iteration that it did not wait.
     """
-    ...
 
   def stages(self, states: Sequence[str]) -> None:
     """Shows what each worker does at this moment."""
-    ...
 
   def note(self, text: str) -> None:
-    """Shows a line of text."""
-    ...
-
-
-class ListedWorker(Protocol):
-  """A worker's fields in `workers.json`; a stage below 0 is a standby."""
-
-  stage: int
-  replica: int
-  host: str
-  generation: int
-  state: str
-  iteration: int
-
-  @property
-  def pid(self) -> int:
-    """Process id."""
-    ...
+    """Prints a line of text."""
+    print(text, flush=True)
 
 
 class Recorder:
@@ -79,16 +62,18 @@ class Recorder:
   """
 
   def __init__(
-    self, config: run_settings.RunConfig, folder: workdir.Workdir, view: View
+    self, job: job_spec.JobSpec, folder: workdir.Workdir, view: View
   ):
     """Stores the arguments; `folder` is locked."""
     self.accepted = False
     self.iteration = 0
-    self._config = config
+    self._job = job
     self._folder = folder
     self.view = view
     self._events = record_files.EventsFile(str(folder.path / 'events.jsonl'))
-    self._lines = record_files.MetricsFile(str(folder.path / 'metrics.jsonl'))
+    self._lines = record_files.MetricsFile(
+      str(folder.path / 'metrics.jsonl'), job.train.initial_iteration
+    )
     # The number of each stage's operators.
     self._operators: list[int] = []
     self._reports: dict[int, dict[tuple[int, int], report.Report]] = {}
@@ -106,25 +91,32 @@ class Recorder:
 
   def accept(
     self,
-    ready: Mapping[int, messages.Message],
+    ready: Mapping[events.Name, events.Ready],
     environment: environment_lib.Record,
   ) -> None:
     """Begins the run's files, when every stage can train.
 
     Args:
-      ready: the `ready` message of every stage.
+      ready: the message of every worker.
       environment: what all workers compute with.
 
     Raises:
-      errors.ConfigError: the workdir holds another run.
+      errors.ConfigError: the workdir holds another run, or two workers read
+        different data.
       errors.StoreError: its metrics are damaged.
     """
-    first, train = ready[0], self._config.train
-    self._operators = [len(ready[s]['operators']) for s in range(train.stages)]
-    kept = self._folder.accept(
-      self._config.to_json() | {'data_fingerprint': first['data_fingerprint']},
-      environment,
-    )
+    first, train = ready[0, 0], self._job.train
+    inputs = {held_run.DATA_FINGERPRINT: first.data_fingerprint}
+    if self._job.init_from and not self._job.base:  # else nobody has read it
+      inputs[held_run.INIT_DIGEST] = self._job.init_digest
+    for other in ready.values():
+      job_spec.check_data(
+        self._job.data, first.data_fingerprint, other.data_fingerprint
+      )
+    self._operators = [
+      len(ready[s, 0].operators.state_bytes) for s in range(train.stages)
+    ]
+    kept = self._folder.accept(self._job.config | inputs, environment)
     self.accepted = True
     if kept:
       self.view.note(
@@ -136,9 +128,17 @@ class Recorder:
       'start',
       stages=train.stages,
       iterations=train.iterations,
-      platform=first['platform'],
-      device=first['device'],
+      platform=first.platform,
+      device=first.device,
     )
+    if self._folder.ended_at:
+      self.event(
+        'extended',
+        iterations=train.iterations,
+        before=self._folder.ended_at,
+        decay_iterations=train.optimizer.decay_iterations,
+        earlier=train.optimizer.earlier,
+      )
 
   @property
   def removed_earlier(self) -> bool:
@@ -150,14 +150,28 @@ class Recorder:
     """Iteration of the newest line that an earlier run wrote; 0 for none."""
     return self._lines.last_iteration
 
+  def digest(self, iteration: int) -> str:
+    """Returns the digest of the state after an iteration, as it was written."""
+    return self._lines.digest(iteration)
+
   @property
-  def digest(self) -> str:
-    """Digest of the state after `iteration`, as it was written."""
-    return self._lines.digest(self.iteration)
+  def skipped(self) -> int:
+    """The number of updates in a row, up to `iteration`, that were left out."""
+    return self._lines.skipped(self.iteration)
+
+  @property
+  def skipped_in_all(self) -> int:
+    """The number of updates of the run that were left out."""
+    return self._lines.skipped_in_all
 
   def event(self, kind: str, **fields: object) -> None:
-    """Writes an event, if the run was accepted."""
+    """Writes an event, if the run was accepted.
+
+    Raises:
+      errors.StoreError: the workdir was moved or removed.
+    """
     if self.accepted:
+      self._folder.check_in_place()
       self._events.write(kind, **fields)
 
   def add(
@@ -177,6 +191,7 @@ class Recorder:
 
     Raises:
       files.MetricsMismatchError: the iteration came out differently before.
+      errors.StoreError: the workdir, or its metrics, were moved or removed.
       merge.ReplicaMismatchError: replicas of a stage have different states.
     """
     by_worker = self._reports.setdefault(one.iteration, {})
@@ -188,7 +203,12 @@ class Recorder:
       if merged is None:
         return None
       reports.append(merged)
-    line = merge.make_line(reports, self._config.tokens_per_iteration)
+    line = merge.make_line(
+      reports,
+      self._job.tokens_per_iteration,
+      self._lines.skipped(one.iteration - 1),
+    )
+    self._folder.check_in_place()
     self._lines.write(line)
     if one.iteration <= self.iteration:
       return None
@@ -218,9 +238,11 @@ class Recorder:
     Call it before what they could be made from again is given up.
 
     Raises:
+      errors.StoreError: the workdir was moved or removed.
       OSError: they cannot be.
     """
     if self.accepted:
+      self._folder.check_in_place()
       self._lines.sync()
       disk.sync_folder(self._folder.path)
 
@@ -267,41 +289,28 @@ class Recorder:
 
   def write_workers(
     self,
-    workers: Sequence[ListedWorker],
+    workers: Sequence[Mapping[str, object]],
     agents: Sequence[Mapping[str, object]],
-    state: str | None = None,
+    *,
+    is_last: bool = False,
   ) -> None:
-    """Rewrites `workers.json`; without `state` not more often than useful.
+    """Rewrites `workers.json`, not more often than useful.
 
     Args:
-      workers: all workers that were started.
+      workers: all workers and standbys, as the file has them.
       agents: the agent of every host: `host`, `pid`, `address` of its store
         server.
-      state: the state of all workers, when the run is over.
+      is_last: whether the run is over.
     """
     now = time.monotonic()
     if not self.accepted:
       return
-    self._workers_file_is_old = state is None and now < self._workers_file_at
+    self._workers_file_is_old = not is_last and now < self._workers_file_at
     if self._workers_file_is_old:
       return
     self._workers_file_at = now + _WORKERS_FILE_SECONDS
     record_files.write_json(
       str(self._folder.path / 'workers.json'),
-      {
-        'agents': list(agents),
-        'workers': [
-          {
-            'stage': None if w.stage < 0 else w.stage,
-            'replica': None if w.stage < 0 else w.replica,
-            'host': w.host,
-            'pid': w.pid,
-            'generation': w.generation,
-            'state': state or w.state,
-            'iteration': w.iteration,
-          }
-          for w in workers
-        ],
-      },
+      {'agents': list(agents), 'workers': list(workers)},
       outlives_power=False,  # it is of processes, which do not either
     )

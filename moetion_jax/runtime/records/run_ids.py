@@ -51,7 +51,7 @@ class RunIds:
     other one, which may live.
     """
     run_id = held_run.read_id(self.path) or self._former()
-    run_id = run_id or self.locked_id or held_run.new_id()
+    run_id = run_id or self._begun()
     found = self.find_original(run_id)
     if found.original:
       return Chosen(
@@ -74,10 +74,10 @@ class RunIds:
     """
     config = held_run.read_config(self.path)
     if config is None:
-      return Chosen(run_id=self.locked_id or held_run.new_id())
+      return Chosen(run_id=self._begun())
     earlier = held_run.read_id(self.path) or self._former()
-    run_id = self.locked_id if self.locked_id != earlier else ''
-    run_id = run_id or held_run.new_id()
+    is_other = self.locked_id != earlier
+    run_id = self._begun() if is_other else held_run.new_id()
     found = self.find_original(earlier)
     if found.relation is copies.Relation.OWN:
       return Chosen(run_id=run_id, earlier_id=earlier)
@@ -94,7 +94,8 @@ class RunIds:
     """Finds the id of the run in a folder that is not locked; changes nothing.
 
     Returns:
-      The id; if none is stored and nothing lies under a former one, that one.
+      The stored id. A version that stored none made one of the folder's path:
+      that under which something lies, else that of the path as it is given.
     """
     found = held_run.read_id(self.path) or self._former()
     return found or run_store.former_id(os.path.abspath(self.path))
@@ -118,7 +119,7 @@ class RunIds:
   def _judge(
     self, record: Mapping[str, object] | None, run_id: str
   ) -> copies.Finding | None:
-    """Judges the folder by one record; None if that has no folder.
+    """Judges the folder by one record; None if no folder is recorded there.
 
     Args:
       record: the content of config.json, or of a store's owner file.
@@ -131,18 +132,46 @@ class RunIds:
       path=path,
       identity=copies.identity_from_json(record.get(held_run.FOLDER)),
     )
-    at_path = self._at_path(path, run_id)
-    relation = copies.judge(copies.identity_of(self.path), mark, at_path)
+    at_path = self._at_path(mark, run_id)
+    relation = copies.judge(store_folder.identity_of(self.path), mark, at_path)
     return copies.Finding(relation=relation, recorded=path, at_path=at_path)
 
-  def _at_path(self, recorded: str, run_id: str) -> copies.AtPath:
+  def _at_path(self, mark: copies.Mark, run_id: str) -> copies.AtPath:
     try:
-      if os.path.samefile(self.path, recorded):
+      if os.path.samefile(self.path, mark.path):
         return copies.AtPath.HERE
-    except OSError:  # it is not there any more
+      config = held_run.read_config(mark.path) or {}
+      is_itself = store_folder.identity_of(mark.path) == mark.identity
+    except (OSError, held_run.NotOursError):
       return copies.AtPath.GONE
-    is_twin = bool(run_id) and held_run.read_id(recorded) == run_id
-    return copies.AtPath.TWIN if is_twin else copies.AtPath.GONE
+    if run_id and config.get(held_run.RUN_ID) == run_id:
+      return copies.AtPath.TWIN
+    return copies.AtPath.LEFT if is_itself else copies.AtPath.GONE
+
+  def _begun(self) -> str:
+    """Returns the id of a run that was never accepted, or else a new one.
+
+    It stands in the lock file alone, which stays behind when all else is moved
+    away: what is stored under it is then the run's that was moved.
+    """
+    run_id = self.locked_id
+    if not run_id:
+      return held_run.new_id()
+    stores = run_store.folders(self.hostmem_dir, run_id)
+    is_ours = (
+      bool(stores)
+      and all(map(store_folder.is_empty, stores))
+      and not self._is_on_disk(run_id)
+      and self.find_original(run_id).relation is copies.Relation.OWN
+    )
+    return run_id if is_ours else held_run.new_id()
+
+  def _is_on_disk(self, run_id: str) -> bool:
+    """Tells whether the directory for snapshots on disk has a run's folder."""
+    name = run_store.folder_name(run_id)
+    return (
+      bool(self.durable_dir) and pathlib.Path(self.durable_dir, name).is_dir()
+    )
 
   def _former(self) -> str:
     """Finds what a version left that named stores after the workdir's path.
@@ -157,9 +186,7 @@ class RunIds:
       return ''
     for spelling in (os.path.abspath(self.path), os.path.realpath(self.path)):
       run_id = run_store.former_id(spelling)
-      on_disk = pathlib.Path(self.durable_dir, run_store.folder_name(run_id))
-      if run_store.folders(self.hostmem_dir, run_id) or (
-        self.durable_dir and on_disk.is_dir()
-      ):
+      stores = run_store.folders(self.hostmem_dir, run_id)
+      if stores or self._is_on_disk(run_id):
         return run_id
     return ''

@@ -30,7 +30,7 @@ class Whereabouts:
     on_disk: the folder of its snapshots on disk, a real path, or a name in the
       workdir; '' for none; None if not recorded.
     left_hostmem: by directory of stores that it left, the number of changes of
-      its environment that were accepted by then.
+      its environment that were finished by then.
     left_on_disk: the same by folder of snapshots on disk.
   """
 
@@ -84,7 +84,7 @@ class Whereabouts:
     }
 
   def of_copy(self) -> Whereabouts:
-    """Returns what a copy of the workdir has of all that."""
+    """Returns the places of a copy of the workdir: those that lie in it."""
     name = own_files.DURABLE_NAME
     left = {k: v for k, v in self.left_on_disk.items() if k == name}
     return Whereabouts(
@@ -97,7 +97,7 @@ class Whereabouts:
 
     Args:
       here: where it is from now on.
-      changes: the number of changes that were accepted before.
+      changes: the number of changes that were finished before.
     """
     return Whereabouts(
       hostmem_dir=here.hostmem_dir,
@@ -114,6 +114,14 @@ class Whereabouts:
 def _left(
   left: Mapping[str, int], was: str | None, now: str | None, changes: int
 ) -> dict[str, int]:
+  """Returns the places that a run left, once it has gone on elsewhere.
+
+  Args:
+    left: those that it had left before; see `Whereabouts`.
+    was: where it was.
+    now: where it is.
+    changes: the number of changes that were finished before.
+  """
   added = {was: changes} if was and was != now else {}
   return {k: v for k, v in ({**left, **added}).items() if k != now}
 
@@ -157,7 +165,7 @@ class Search:
     run_id: the run's id.
     known: its recorded whereabouts.
     here: those of the start that is made now.
-    changes: the number of changes that were accepted.
+    changes: the number of changes that were finished.
   """
 
   workdir: str
@@ -244,7 +252,11 @@ class Search:
     failed: list[str] = []
     known, here = self.known, self.here
     for directory in sorted({*known.left_hostmem, known.hostmem_dir}):
-      if directory not in ('', here.hostmem_dir):
+      if os.path.isdir(directory) and not os.access(
+        directory, os.X_OK, effective_ids=True
+      ):
+        failed.append(f'{directory}: may not be searched')
+      elif directory not in ('', here.hostmem_dir):
         for path in self._stores(directory):
           try:
             store_folder.remove_store(path)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetion_jax import errors
-from moetion_jax.logs import remote
-from moetion_jax.recovery import stopping
+from moetion_jax.policies import decision as decision_lib
+from moetion_jax.recovery import events, hang_detection, orders, stopping
 from moetion_jax.runtime import messages
 
+if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
+  from moetion_jax.logs import interface as log_interface
+
 _STATE_SECONDS = 0.25  # between two looks at what the worker does
+
+Decide = Callable[[decision_lib.CaptureDecision], None]
 
 
 class StopHereError(errors.MoetionError):
@@ -28,27 +32,33 @@ class AgentLink:
   """The pipes between a worker and its agent, served by two threads.
 
   One thread reads: it acts on some messages, and the rest wait for `command`.
-  The other one tells the agent what the worker does.
+  It waits for nothing else, since what it hears may end any wait of the worker.
+  The other one sends, and tells the agent what the worker does.
 
   Attributes:
     limit: the iteration limit, to be asked between iterations.
-    line: the recovery line, as last heard.
   """
 
   def __init__(self, status_fd: int, control_fd: int):
     """Stores the pipes; `start` starts the threads."""
     self.limit = stopping.IterationLimit()
-    self.line = 0
     self._status_fd = status_fd
     self._control_fd = control_fd
     self._lock = threading.Lock()  # one message at a time
-    self._commands: queue.Queue[messages.Message] = queue.Queue()
-    self._program, self._blocked = 'starting', ''
+    self._commands: queue.Queue[messages.ToWorker] = queue.Queue()
+    self._program = 'starting'
+    self._shortage: hang_detection.Shortage | None = None
+    self._scarce = ''
     self._worker: Any = None
     self._finished = False
-    self._log: Any = None
-    self._locations: list[messages.Message] = []
-    self._decide: Callable[[messages.Message], None] = lambda message: None
+    self._answers: queue.Queue[messages.FromWorker] = queue.Queue()
+    self._locations_lock = threading.Lock()  # guards the next two attributes
+    self._log: log_interface.Log | None = None
+    self._locations: tuple[messages.ProducerLocation, ...] = ()
+    self._decide: Decide = lambda decision: None
+    self._line_lock = threading.Lock()  # guards the next two attributes
+    self._line = 0  # the recovery line, as last heard
+    self._retain: Callable[[int], None] = lambda line: None
     self._interrupt_lock = threading.Lock()  # guards the next two attributes
     self._stops_here = 0  # those that `command` has not returned yet
     self._interrupt: Callable[[], None] = lambda: None
@@ -58,15 +68,15 @@ class AgentLink:
     for target in (self._read, self._tell):
       threading.Thread(target=target, daemon=True).start()
 
-  def send(self, kind: str, **fields: Any) -> None:
+  def send(self, message: messages.FromWorker) -> None:
     """Sends a message to the agent."""
     with self._lock:
-      messages.write(self._status_fd, messages.encode(kind, **fields))
+      messages.write(self._status_fd, messages.pack(message))
 
-  def command(self) -> messages.Message:
+  def command(self) -> messages.ToWorker:
     """Waits for the agent's next command."""
     message = self._commands.get()
-    if message['kind'] == 'stop_here':
+    if isinstance(message, orders.StopHere):
       with self._interrupt_lock:
         self._stops_here -= 1
         self.limit.interrupt(self.is_interrupted)
@@ -84,7 +94,7 @@ class AgentLink:
       if self.is_interrupted:
         interrupt()
 
-  def _stop_here(self, message: messages.Message) -> None:
+  def _stop_here(self, message: orders.StopHere) -> None:
     with self._interrupt_lock:
       self._stops_here += 1
       self.limit.interrupt(True)
@@ -97,37 +107,39 @@ class AgentLink:
 
   def training(self, worker: Any) -> None:
     """Sets whose progress is reported; None for nobody."""
-    self._finished, self._blocked = False, ''
+    self._finished, self._shortage = False, None
     self._worker = worker
 
-  def blocked(self, reason: str) -> None:
-    """Notes that the worker waits for room; an empty reason: no longer."""
-    self._blocked = reason
+  def blocked(
+    self, shortage: hang_detection.Shortage | None, what: str = ''
+  ) -> None:
+    """Notes what the worker lacks, and for what; None: nothing any more."""
+    self._shortage, self._scarce = shortage, what
 
   def finished(self) -> None:
     """Notes that from now on the worker waits for nothing but the agent."""
     self._finished = True
 
-  def deciding(self, decide: Callable[[messages.Message], None]) -> None:
+  def deciding(self, decide: Decide) -> None:
     """Sets the function that is called with each of the leader's decisions."""
     self._decide = decide
 
-  def locating(self, log: Any) -> None:
+  def retaining(self, retain: Callable[[int], None]) -> None:
+    """Sets the function that is called with the line, now and when it moves."""
+    with self._line_lock:
+      self._retain = retain
+      retain(self._line)
+
+  def locating(self, log: log_interface.Log | None) -> None:
     """Sets the log that is told where entries are, as far as known."""
-    with self._lock:
+    with self._locations_lock:
       self._log = log
       self._locate()
 
   def _locate(self) -> None:
-
     if self._log and self._locations:
       self._log.update_locations(
-        {
-          (x['stage'], x['replica']): remote.Location(
-            host=x['host'], address=x['address'], generation=x['generation']
-          )
-          for x in self._locations
-        }
+        {(one.stage, one.replica): one.location for one in self._locations}
       )
 
   @property
@@ -138,54 +150,58 @@ class AgentLink:
   def _read(self) -> None:
     with open(self._control_fd, 'rb') as pipe:
       for line in pipe:
-        message = json.loads(line)
-        kind = message['kind']
-        if kind == 'propose':
-          limit = message['limit']
-          begun = self.limit.propose(limit)
-          self.send('answer', limit=limit, begun=begun)
-        elif kind == 'commit':
-          self.limit.commit(message['limit'])
-        elif kind == 'line':
-          self.line = max(self.line, message['iteration'])
-        elif kind == 'decide':
-          self._decide(message['decision'])
-        elif kind == 'stop_here':
-          self._stop_here(message)
-        elif kind == 'locations':
-          with self._lock:
-            self._locations = message['locations']
-            self._locate()
-        else:
-          self._commands.put(message)
+        match message := messages.unpack(line):
+          case orders.Propose(limit=limit):
+            begun = self.limit.propose(limit)
+            self._answers.put(events.Answer(limit=limit, begun=begun))
+          case orders.Commit():
+            self.limit.commit(message.limit)
+          case messages.Line(iteration=iteration):
+            with self._line_lock:
+              self._line = iteration
+              self._retain(iteration)
+          case orders.Decide():
+            self._decide(message.decision)
+          case orders.StopHere():
+            self._stop_here(message)
+          case messages.Locations():
+            with self._locations_lock:
+              self._locations = message.locations
+              self._locate()
+          case orders.Go():
+            with self._line_lock:
+              self._line = message.line
+            self._commands.put(message)
+          case _:
+            self._commands.put(message)
 
   def _tell(self) -> None:
     """Tells what the worker does, again and again: silence is a sign too."""
     while True:
-      self.send('state', **self._state())
-      time.sleep(_STATE_SECONDS)
+      self.send(self._state())
+      with contextlib.suppress(queue.Empty):
+        self.send(self._answers.get(timeout=_STATE_SECONDS))
 
-  def _state(self) -> dict[str, Any]:
-    worker = self._worker
+  def _state(self) -> events.State:
+    states, worker = hang_detection.WorkerState, self._worker
     if worker is None:
-      return {
-        'state': 'compiling',
-        'detail': self._program,
-        'iteration': 0,
-        'steps': 0,
-      }
-    state, detail = 'running', worker.program
-    if self._blocked:
-      state, detail = 'blocked', self._blocked
+      return events.State(
+        state=states.COMPILING, detail=self._program, iteration=0, steps=0
+      )
+    state, detail, shortage = states.RUNNING, worker.program, self._shortage
+    if shortage:
+      state, detail = states.BLOCKED, shortage.describe(self._scarce)
     elif self._finished:  # the others may take long to finish
-      state, detail = 'done', ''
+      state, detail = states.DONE, ''
     elif blocked_for := worker.log.blocked_for:
-      state, detail = 'blocked', f'no room for {blocked_for}'
+      shortage = hang_detection.Shortage.ROOM
+      state, detail = states.BLOCKED, shortage.describe(blocked_for)
     elif waiting_for := worker.log.waiting_for:
-      state, detail = 'waiting', str(waiting_for)
-    return {
-      'state': state,
-      'detail': detail,
-      'iteration': worker.iteration,
-      'steps': worker.steps,
-    }
+      state, detail = states.WAITING, str(waiting_for)
+    return events.State(
+      state=state,
+      detail=detail,
+      shortage=shortage,
+      iteration=worker.iteration,
+      steps=worker.steps,
+    )

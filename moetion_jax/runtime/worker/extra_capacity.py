@@ -12,39 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from launch.lm import transformer_job
 from moetion_jax import keys
 from moetion_jax.policies import partial
 from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.recovery import orders
-from moetion_jax.runtime import messages
 from moetion_jax.training import worker
 
 
 def compile_programs(
-  spec: messages.Spec,
-  stage: stage_lib.Stage,
-  on_program: compilation.OnProgram,
+  stage: stage_lib.Stage, on_program: compilation.OnProgram
 ) -> dict[str, Callable[..., Any]]:
   """Compiles `forward` and `backward` with capacities that are scaled.
 
   Args:
-    spec: the worker's spec.
     stage: the worker's stage, bound to devices.
     on_program: called with each program's name.
 
   Returns:
-    The programs by name; none for a stage without experts.
+    The programs by name; none for a stage whose experts take all tokens.
   """
-  declared = transformer_job.declare_stage(
-    spec.config,
-    spec.stage,
-    spec.team,
-    spec.team.index(spec.replica),
-    partial.MAX_CAPACITY_FACTOR,
-  )
-  if declared.model.capacity_shape is None:
+  if stage.model.scaled is None:
     return {}
+  declared = stage_lib.Stage.declare(
+    stage.model.scaled(partial.MAX_CAPACITY_FACTOR),
+    stage.functions.optimizer,
+    stage.functions.expert_devices,
+    stage.shape,
+  )
   traced = declared.trace(on_program).traced
   wanted = {name: traced[name] for name in ('forward', 'backward')}
   lowered = compilation.TracedPrograms(wanted).lower(

@@ -14,11 +14,25 @@ from moetion_jax import keys
 from moetion_jax.hostmem import private, raw_bytes, segment
 from moetion_jax.runtime import faults
 from moetion_jax.snapshots import (
+  blocks,
   file as snapshot_file,
   manifest as manifest_lib,
 )
 
 _CHANNELS = (keys.EntryKind.ACTIVATION, keys.EntryKind.GRADIENT)
+
+
+def damage_snapshot(
+  folder: str | os.PathLike[str], kind: faults.FaultKind
+) -> None:
+  """Damages the newest snapshot that a replay will use, as a fault says."""
+  if kind is faults.FaultKind.TORN_SNAPSHOT:
+    tear_snapshot(folder)
+  elif kind is faults.FaultKind.CORRUPT_WEIGHTS:
+    # The weights of the newest are overwritten before they are used.
+    flip_bit_in_snapshot(folder, blocks.COMPUTE, newer=1, every=True)
+  else:
+    flip_bit_in_snapshot(folder, blocks.STATE)
 
 
 def flip_bit_in_snapshot(
@@ -133,8 +147,9 @@ class ReadDamage:
     """
     if self._armed is None or key.kind not in _CHANNELS:
       return
+    is_poison = self._armed.kind is faults.FaultKind.POISON_READ
     path = segment.segment_path(self._folder, key.stage, key.replica)
-    damage_entry(path, key, is_poison=self._armed.kind == 'poison_read')
+    damage_entry(path, key, is_poison=is_poison)
     self._armed = None
 
 

@@ -7,17 +7,23 @@ them with what the devices had, and saves them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 
 import numpy as np
 
 from moetion_jax import errors, keys, report
-from moetion_jax.runtime import faults, final_state, messages
+from moetion_jax.recovery import events, hang_detection, orders
+from moetion_jax.runtime import (
+  faults,
+  final_state,
+  messages,
+  spec as spec_lib,
+)
+from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.runtime.worker import agent_link, fault_damage
 from moetion_jax.state import partition as partition_lib
-
-_LAST_COMMANDS = ('exit', 'stop_here')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class Finish:
 
   def __init__(
     self,
-    spec: messages.Spec,
+    spec: spec_lib.Spec,
     link: agent_link.AgentLink,
     injector: faults.FaultInjector,
     last: LastState,
@@ -60,14 +66,16 @@ class Finish:
     self._injector = injector
     self._last = last
 
-  def obey(self) -> messages.Message:
-    """Obeys the agent until it says `exit` or `stop_here`; returns that."""
-    while (command := self._link.command())['kind'] not in _LAST_COMMANDS:
-      if command['kind'] == 'hand_over':
-        self._hand_over()
-      elif command['kind'] == 'save':
-        self._save(command)
-    return command
+  def obey(self) -> messages.Exit | orders.StopHere:
+    """Obeys the agent until it says one of these two; returns that."""
+    while True:
+      match command := self._link.command():
+        case orders.HandOver():
+          self._hand_over()
+        case messages.Save():
+          self._save(command)
+        case messages.Exit() | orders.StopHere():
+          return command
 
   def _hand_over(self) -> None:
     spec, last = self._spec, self._last
@@ -76,49 +84,52 @@ class Finish:
       spec.stage,
       last.state,
       last.digests,
-      spec.full_seconds,
-      lambda: self._link.blocked('no room for the final state'),
+      math.inf,  # that is the coordinator's to decide
+      lambda: self._link.blocked(
+        hang_detection.Shortage.ROOM,
+        'the final state: free host memory, or name a larger tmpfs with '
+        '--hostmem_dir',
+      ),
       replica=spec.replica,
       partition=last.partition,
     )
-    self._link.blocked('')
+    self._link.blocked(None)
     folder = final_state.folder_of(
       spec.handover_folder, spec.stage, spec.replica
     )
     self._script(folder)
     self._injector.phase('hand_over', last.iteration)
-    self._link.send('handed_over')
+    self._link.send(events.HandedOver())
 
-  def _save(self, command: messages.Message) -> None:
+  def _save(self, command: messages.Save) -> None:
     """Saves everybody's state, or tells whose arrived damaged."""
-    from launch.lm import checkpoint
-
     try:
       stages = [
         final_state.get(self._spec.handover_folder, stage, replicas)
-        for stage, replicas in enumerate(command['replicas'])
+        for stage, replicas in enumerate(command.replicas)
       ]
     except final_state.DamagedError as error:
       self._link.send(
-        'damaged',
-        stage=error.stage,
-        replica=error.replica,
-        what=str(error),
-        is_sent_so=error.is_sent_so,
+        events.Damaged(
+          stage=error.stage,
+          replica=error.replica,
+          what=str(error),
+          is_sent_so=error.is_sent_so,
+        )
       )
       return
     digests = {o: d for stage in stages for o, d in stage.digests.items()}
-    check_whole(digests, command['digest'], command['iteration'])
-    checkpoint.save(
-      command['path'],
+    check_whole(digests, command.digest, command.iteration)
+    checkpoint_file.save(
+      command.path,
       [stage.state for stage in stages],
-      command['iteration'],
-      self._spec.config,
+      command.iteration,
+      self._spec.job.config,
       digests,
       self._on_written,
-      lambda what: self._link.send('rewritten', what=what),
+      lambda what: self._link.send(events.Rewritten(what=what)),
     )
-    self._link.send('saved')
+    self._link.send(events.Saved())
 
   def _on_written(self, path: str) -> None:
     """Performs the fault that is due before the checkpoint is read back."""
@@ -132,7 +143,7 @@ class Finish:
       del fault, iteration
       fault_damage.flip_bit_in_largest(folder)
 
-    self._injector.acts[faults.FINAL_KIND] = damage
+    self._injector.acts[faults.Place.FINAL_STATE] = damage
 
 
 def check_whole(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from launch.lm import transformer_job
 from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.capture import (
   conversion,
@@ -24,11 +26,12 @@ from moetion_jax.logs import (
   boundary_log,
   interface as log_interface,
   joined_log,
+  zmq_client,
 )
-from moetion_jax.policies import decision as decision_lib, planner
-from moetion_jax.programs import stage as stage_lib
-from moetion_jax.recovery import orders
-from moetion_jax.runtime import faults, messages
+from moetion_jax.policies import planner
+from moetion_jax.programs import jax_internals, stage as stage_lib
+from moetion_jax.recovery import events, orders
+from moetion_jax.runtime import faults, messages, spec as spec_lib
 from moetion_jax.runtime.worker import (
   agent_link,
   extra_capacity,
@@ -38,15 +41,15 @@ from moetion_jax.runtime.worker import (
 )
 from moetion_jax.snapshots import (
   coverage,
-  durable_store,
-  file as snapshot_file,
   folders,
-  memory_store,
+  reader,
+  registry,
   snapshot,
 )
 from moetion_jax.state import partition
-from moetion_jax.training import worker
+from moetion_jax.training import job, worker
 
+_COLLECTIVE = 'reduce'  # the first program that all of a world run together
 # Room beside each leaf of each operator: digests, scalars, padding.
 _PADDING_BYTES = 64
 
@@ -54,16 +57,17 @@ _PADDING_BYTES = 64
 class StageRun:
   """A worker's part of a run.
 
-  Call `check_initial`, `compile`, `run`, in this order.
+  Call `compile`, then `run`.
   """
 
   def __init__(
     self,
-    spec: messages.Spec,
+    spec: spec_lib.Spec,
     link: agent_link.AgentLink,
     stage: stage_lib.Stage,
     data: worker.Data,
     injector: faults.FaultInjector,
+    initial_state: Callable[[], partition.State],
   ):
     """Stores the arguments."""
     self._injector = injector
@@ -71,7 +75,7 @@ class StageRun:
     self._link = link
     self._stage = stage
     self._data = data
-    self._initial: Any = None
+    self._initial_state = initial_state
     self._worker: Any = None
     self._digests: Mapping[keys.OperatorId, np.ndarray] = {}
     self._interrupts: list[Callable[[], None]] = []
@@ -86,14 +90,11 @@ class StageRun:
     )
     self._closing = contextlib.ExitStack()
     self._told = 0
-
-  def check_initial(self) -> None:
-    """Raises errors.ConfigError if --init_from does not fit the stage."""
-    self._initial = transformer_job.load_initial(self._spec.config, self._stage)
+    self._has_met = False  # the others of the world, in a collective
 
   def sizes(self) -> planner.StageSizes:
     """Returns the sizes of the stage's operators."""
-    return transformer_job.stage_sizes(self._whole, self._whole.expert_devices)
+    return job.stage_sizes(self._whole, self._whole.expert_devices)
 
   def compile(
     self, prepared: prepared_lib.Lowered | prepared_lib.Loaded | None
@@ -108,7 +109,7 @@ class StageRun:
       )
     if self._spec.grows_capacity:
       self._grown = extra_capacity.compile_programs(
-        self._spec, self._stage, self._compiling
+        self._stage, self._compiling
       )
     self._link.compiling('')
 
@@ -116,29 +117,24 @@ class StageRun:
     self._link.compiling(program)
     self._injector.phase('compile')
 
-  def run(self, began: float) -> None:
-    """Obeys the agent, from `go` to `exit`.
+  def run(self) -> None:
+    """Obeys the agent, from `Go` to `Exit`.
 
     When all stages go back, this process stays: it ends what it does, wherever
     it is, and begins again with another state. Its programs are still there.
-
-    Args:
-      began: the time at which the process became this worker, of
-        `time.monotonic`.
     """
-    while (command := self._link.command())['kind'] != 'exit':
-      assert command['kind'] == 'go', command
+    while not isinstance(command := self._link.command(), messages.Exit):
+      assert isinstance(command, orders.Go), command
       try:
-        self._train(orders.Go.from_json(command['go']), began)
-        if self._finish()['kind'] == 'exit':
+        self._train(command)
+        if isinstance(self._finish(), messages.Exit):
           break
       except errors.MoetionError:
         if not self._link.is_interrupted:
           raise
         self._link.command()
       self._let_go()
-      self._link.send('stopped_here')
-      began = time.monotonic()
+      self._link.send(events.StoppedHere())
     self._closing.close()
 
   def _let_go(self) -> None:
@@ -148,6 +144,7 @@ class StageRun:
     self._link.compiling('nothing, until it is told from where to go on')
     self._link.locating(None)
     self._link.deciding(lambda value: None)
+    self._link.retaining(lambda line: None)
     self._interrupts = []
     self._worker = None
     gc.collect()  # frees the state, before there is another one
@@ -162,14 +159,15 @@ class StageRun:
     if self._link.is_interrupted:
       raise agent_link.StopHereError
     self._injector.phase(phase, iteration)
+    if phase == _COLLECTIVE and self._spec.world and not self._has_met:
+      self._has_met = True
+      jax_internals.meet(phase)
 
-  def _train(self, go: orders.Go, began: float) -> None:
+  def _train(self, go: orders.Go) -> None:
     """Trains until the run ends or stops.
 
     Args:
       go: the order that says from where.
-      began: the time at which the process became this worker, of
-        `time.monotonic`.
 
     Raises:
       errors.MoetionError: any such error, once `link.is_interrupted`.
@@ -177,7 +175,7 @@ class StageRun:
     if go.generation:
       self._spec = dataclasses.replace(self._spec, generation=go.generation)
     spec, link = self._spec, self._link
-    link.line, self._told, self._digests = go.line, 0, {}
+    self._told, self._digests = 0, {}
     log = self._log(go)
     log.start()
     self._closing.callback(log.close)
@@ -189,6 +187,22 @@ class StageRun:
     state = restoring.begin()
     fetched = time.monotonic()
     snapshots = self._snapshots(go, log)
+    if self._stage.ownership and spec.world:
+      jax_internals.meet('compute')  # it gathers its compute weights
+
+    def retain(line: int) -> None:
+      if snapshots:
+        snapshots.retain(line)
+      if go.keeps_entries:
+        log.retain(line + 1)
+
+    def between(iteration: int) -> None:
+      if not go.keeps_entries:
+        # Nobody goes back alone: neighbours need the newest entries only.
+        log.retain(iteration - 1)
+
+    # Not between iterations: the one at hand may wait for just that.
+    link.retaining(retain)
     self._worker = worker.Worker(
       spec.stage,
       self._stage,
@@ -203,25 +217,20 @@ class StageRun:
     self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(
-      'resumed',
-      first_iteration=go.start + 1,
-      start_seconds=started - began,
-      fetch_seconds=fetched - started,
+      events.Resumed(
+        first_iteration=go.start + 1, fetch_seconds=fetched - started
+      )
     )
     link.training(self._worker)
     try:
       last = self._worker.train(
-        spec.config.train,
+        spec.job.train,
         self._report,
         lambda: self._between(go.target),
         first_iteration=go.start + 1,
         snapshots=snapshots,
         conversion=restoring,
-        line=lambda iteration: link.line,
-        # Nobody goes back alone: neighbours need the newest entries only.
-        entries_line=None
-        if go.keeps_entries
-        else lambda iteration: iteration - 2,
+        retain=between,
       )
       if link.is_interrupted:
         raise agent_link.StopHereError
@@ -237,13 +246,13 @@ class StageRun:
     if snapshots:
       snapshots.flush()
     link.finished()
-    link.send('done', iteration=last)
+    link.send(events.Done(iteration=last))
 
   def _report(self, report: report_lib.Report) -> None:
     self._digests = report.digests
-    self._link.send('report', report=report.to_json())
+    self._link.send(events.Reported(report=report))
 
-  def _log(self, go: orders.Go) -> Any:
+  def _log(self, go: orders.Go) -> log_interface.Log:
     """Makes this worker's log, joined with those of replicas it stands for."""
     spec = self._spec
     settings = log_interface.LogSettings(
@@ -252,12 +261,13 @@ class StageRun:
       cells=go.cells,
       fresh=go.is_fresh,
       host=spec.host,
-      secret=bytes.fromhex(spec.secret) or None,
-      full_seconds=spec.full_seconds,
+    )
+    connect = functools.partial(
+      zmq_client.StoreClient, secret=bytes.fromhex(spec.secret) or None
     )
     of_replica = {
       replica: boundary_log.BoundaryLog(
-        keys.WorkerId(spec.stage, replica, spec.generation), settings
+        keys.WorkerId(spec.stage, replica, spec.generation), settings, connect
       )
       for replica in (spec.replica, *spec.stands_for)
     }
@@ -278,16 +288,8 @@ class StageRun:
       del iteration
       if snapshots:
         snapshots.flush()
-      if fault.kind == 'torn_snapshot':
-        fault_damage.tear_snapshot(self._folder)
-      elif fault.kind == 'corrupt_weights':
-        # The weights of the newest are overwritten before they are used.
-        fault_damage.flip_bit_in_snapshot(
-          self._folder, snapshot.COMPUTE, newer=1, every=True
-        )
-      else:
-        fault_damage.flip_bit_in_snapshot(self._folder, snapshot.STATE)
-      self._injector.acts['kill'](fault, 0)
+      fault_damage.damage_snapshot(self._folder, fault.kind)
+      faults.signal_self(signal.SIGKILL)
 
     def damage_log(fault: faults.Fault, iteration: int) -> None:
       del fault
@@ -300,20 +302,20 @@ class StageRun:
 
     reads = fault_damage.ReadDamage(self._spec.folder)
     self._worker.on_read = reads.after_read
-    acts = {
-      **dict.fromkeys(faults.SNAPSHOT_KINDS, damage_snapshot),
-      'corrupt_log': damage_log,
-      **dict.fromkeys(faults.READ_KINDS, reads.arm),
+    acts: dict[faults.Place, faults.Act] = {
+      faults.Place.SNAPSHOTS: damage_snapshot,
+      faults.Place.LOG: damage_log,
+      faults.Place.READS: reads.arm,
     }
     self._injector.acts |= acts
-    for kind in acts:  # they would keep the log and the snapshots alive
-      self._closing.callback(self._injector.acts.pop, kind)
+    for place in acts:  # they would keep the log and the snapshots alive
+      self._closing.callback(self._injector.acts.pop, place)
 
   def _between(self, target: int) -> bool:
     """Reports, between iterations, that `target` is reached; True: stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
-      self._link.send('caught_up', iteration=target)
+      self._link.send(events.CaughtUp())
     return self._link.limit.stop(self._worker.iteration)
 
   def _conversion(self, go: orders.Go) -> conversion.Conversion:
@@ -322,14 +324,12 @@ class StageRun:
       self._programs.digest,
       self._initial_state,
       self._load_merged if go.merges else self._load,
-      coverage.Start(iteration=go.start, complete_at=go.complete_at),
-      go.newest,
-      go.unverified_until,
-    )
-
-  def _initial_state(self) -> partition.State:
-    return transformer_job.initial_state(
-      self._spec.config, self._stage, self._initial
+      conversion.Route(
+        start=coverage.Start(iteration=go.start, complete_at=go.complete_at),
+        newest=go.newest,
+        initial=self._spec.job.initial_iteration,
+        unverified_until=go.unverified_until,
+      ),
     )
 
   def _load(self, iteration: int) -> snapshot.Snapshot:
@@ -338,20 +338,14 @@ class StageRun:
     It is made of all replicas' shares; where they share the state like this
     worker's team, of its own share.
     """
-    paths = folders.find_shares(
+    stores = folders.find_shares(
       self._snapshots_root, self._spec.stage, iteration
     )
-    if not paths:
+    if not stores:
       raise errors.StoreError(f'{self._folder / str(iteration)}: there is none')
-    if self._stage.ownership and len(paths) == len(self._spec.team):
-      paths = [paths[self._stage.ownership.position]]
-    shares = []
-    for path in paths:
-      stored = snapshot_file.open_snapshot(path, verify=True)
-      shares.append(
-        snapshot.from_arrays(self._whole, stored.metadata, stored.arrays)
-      )
-    return snapshot.merge(shares)
+    if self._stage.ownership and len(stores) == len(self._spec.team):
+      stores = [stores[self._stage.ownership.position]]
+    return reader.load(self._whole, iteration, stores)
 
   def _load_merged(self, iteration: int) -> snapshot.Snapshot:
     """Loads a snapshot of all operators, each as new as there is."""
@@ -373,67 +367,63 @@ class StageRun:
     share = self._whole.shares(number)[position]
     leaves = len(self._layout.leaves) * len(self._layout.operators)
     padding_bytes = leaves * _PADDING_BYTES
-    store: Any = memory_store.SnapshotStore(
+    store = registry.make(
       folders.snapshots_folder(spec.folder, spec.stage, spec.replica),
       go.pool_bytes + padding_bytes,
       go.pool_files,
+      self._folder if spec.durable_folder else None,
     )
-    decisions = [
-      decision_lib.CaptureDecision.from_json(value) for value in go.decisions
-    ]
-    if any(decision.is_whole for decision in decisions):
+    if any(decision.is_whole for decision in go.decisions):
       # Before the store starts: it would make files only to remove them.
       whole_bytes = snapshot.snapshot_bytes(self._whole, share, frozenset())
       store.enlarge(whole_bytes + padding_bytes)
-    if spec.durable_folder:
-      store = durable_store.DurableStore(store, self._folder)
-      self._interrupts.append(store.interrupt)
+    self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(
       self._captures,
       store,
-      decisions[0],
+      go.decisions[0],
       {
         'stage': spec.stage,
         'replica': position,
         'replicas': number,
         **self._digest_names(),
       },
-      log,
-      lambda metadata: self._link.send(
-        'stored', share={k: metadata[k] for k in folders.SHARE_FIELDS}
+      snapshotter.Options(
+        log=log,
+        on_stored=lambda metadata: self._link.send(
+          events.Stored(share=folders.share_of(metadata))
+        ),
+        full_seconds=math.inf,  # that is the coordinator's to decide
+        on_block=self._link.blocked,
+        share=share,
       ),
-      spec.full_seconds,
-      self._link.blocked,
-      share,
     )
-    for decision in decisions[1:]:
+    for decision in go.decisions[1:]:
       taker.decide(decision)
     taker.start()
     self._closing.callback(taker.close)
     # A replay closes the gaps that it passes: else no start leads across them.
     for iteration in go.excluded:
       taker.distrust(iteration)
-    for iteration, path in snapshot_file.list_snapshots(self._folder).items():
+    for iteration in store.iterations():
       try:
-        metadata = snapshot_file.read_manifest(path).metadata
+        metadata = store.manifest(iteration).metadata
         is_ours = metadata['replicas'] == number
       except errors.StoreError:
         is_ours = False
       if not is_ours:  # damaged, or the share of another team
         taker.distrust(iteration)
-    self._link.deciding(
-      lambda value: taker.decide(decision_lib.CaptureDecision.from_json(value))
-    )
+    self._link.deciding(taker.decide)
     return taker
 
   def _digest_names(self) -> dict[str, Any]:
     """Names the operators whose digests are in this worker's snapshots."""
-    if not self._spec.config.train.shard_optimizer:
+    if not self._spec.job.train.shard_optimizer:
       return {}
     return {conversion.DIGESTS: keys.operators_to_json(self._layout.operators)}
 
-  def _finish(self) -> messages.Message:
-    """Obeys the agent after the end, until it says `exit` or `stop_here`."""
+  def _finish(self) -> messages.Exit | orders.StopHere:
+    """Obeys the agent after the end, until it says one of these two."""
     last = self._worker
     digests = self._digests or self._stage.partition.by_operator(
       self._programs.digest(last.state)  # there was no iteration to do

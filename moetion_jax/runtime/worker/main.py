@@ -1,6 +1,6 @@
 """A worker process: one stage of a run; started by the agent only.
 
-It reads a `messages.Spec` from stdin. A spec without a stage makes it a warm
+It reads a `spec_lib.Spec` from stdin. A spec without a stage makes it a warm
 standby: it prepares for every stage, and waits until it gets one. The exit
 codes are those of `launch.train`.
 """
@@ -19,31 +19,38 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from moetion_jax import errors
+from moetion_jax import codec, errors, job_spec
 from moetion_jax.hostmem import entry
-from moetion_jax.runtime import environment, faults, linux_process, messages
+from moetion_jax.recovery import events
+from moetion_jax.runtime import (
+  environment,
+  faults,
+  linux_process,
+  messages,
+  spec as spec_lib,
+)
 from moetion_jax.runtime.worker import agent_link
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
-  from moetion_jax.runtime.worker import prepared as prepared_lib
+  from collections.abc import Callable
 
-# Errors after which a new worker would come to the same end, or wait as long.
+  from moetion_jax.runtime.worker import prepared as prepared_lib
+  from moetion_jax.state import partition
+
+# Errors after which a new worker would come to the same end.
 _FINAL = (
   errors.NonFiniteError,
   errors.EntryMismatchError,
-  errors.NoRoomError,
   errors.DamagedDiskError,
 )
 # A standby prepares beside workers that train: it must not take their time.
 # With 5 it was not warm after four minutes where two cores had much to do.
 _STANDBY_NICENESS = 2
-# Time for the others of a world that get less of the cores.
-_STANDBY_WORLD_SECONDS = 300
 
 
 def _stand_by(
-  spec: messages.Spec, link: agent_link.AgentLink
-) -> tuple[messages.Spec, prepared_lib.Prepared | None]:
+  spec: spec_lib.Spec, link: agent_link.AgentLink
+) -> tuple[spec_lib.Spec, prepared_lib.Prepared | None]:
   """Prepares, then waits to be promoted.
 
   Returns:
@@ -62,9 +69,7 @@ def _stand_by(
       from moetion_jax.runtime import xla_setup
 
       if spec.world:
-        xla_setup.join_world(
-          spec.world, len(spec.team), spec.replica, _STANDBY_WORLD_SECONDS
-        )
+        xla_setup.join_world(spec.world, len(spec.team), spec.replica)
       else:
         jax.devices()
     finally:  # the waiting thread goes on, and meets the error itself
@@ -84,7 +89,7 @@ def _stand_by(
 
       prepared.append(
         standby.prepare(
-          spec.config,
+          spec.job,
           spec.platform,
           spec.compilation_cache_dir,
           ask_for_backend if spec.loads_ahead else None,
@@ -92,7 +97,7 @@ def _stand_by(
         )
       )
       link.compiling('warm')
-      link.send('warm')
+      link.send(messages.Warm())
     except BaseException:
       traceback.print_exc()
       if spec.world:
@@ -103,15 +108,13 @@ def _stand_by(
   threading.Thread(target=make_backend, name='backend', daemon=True).start()
   thread = threading.Thread(target=warm, name='warm up')
   thread.start()
-  while (command := link.command())['kind'] != 'promote':
-    if command['kind'] == 'exit':
+  while not isinstance(command := link.command(), messages.Promote):
+    if isinstance(command, messages.Exit):
       os._exit(0)  # nothing to close, and the thread may take long
   thread.join()
-  os.environ.update(command['environment'])
+  os.environ.update(command.environment)
   promoted = dataclasses.replace(
-    messages.Spec.from_json(command['spec']),
-    status_fd=spec.status_fd,
-    control_fd=spec.control_fd,
+    command.spec, status_fd=spec.status_fd, control_fd=spec.control_fd
   )
   return promoted, prepared[0] if prepared else None
 
@@ -124,7 +127,7 @@ def _run_on(cores: tuple[int, ...]) -> None:
 
 
 def _injector(
-  spec: messages.Spec, link: agent_link.AgentLink
+  spec: spec_lib.Spec, link: agent_link.AgentLink
 ) -> faults.FaultInjector:
   """Makes the injector of the worker's scripted faults.
 
@@ -132,15 +135,16 @@ def _injector(
   """
   injector = faults.FaultInjector(
     spec.faults,
-    lambda fault: link.send('fault', number=fault.number, at=time.monotonic()),
+    lambda fault: link.send(
+      messages.FaultHappens(number=fault.number, at=time.monotonic())
+    ),
   )
-  for kind in faults.AGENT_KINDS:
-    injector.acts[kind] = lambda fault, iteration: signal.pause()
+  injector.acts[faults.Place.AGENT] = lambda fault, iteration: signal.pause()
   return injector
 
 
 def _work(
-  spec: messages.Spec,
+  spec: spec_lib.Spec,
   link: agent_link.AgentLink,
   prepared: prepared_lib.Prepared | None,
 ) -> None:
@@ -149,56 +153,72 @@ def _work(
   injector.phase('start')
   from moetion_jax.runtime import xla_setup
 
-  config, began = spec.config, time.monotonic()
+  train = spec.job.train
   xla_setup.configure(
-    local_devices=config.train.local_devices,
+    local_devices=train.local_devices,
     compilation_cache_dir=spec.compilation_cache_dir,
   )
   import jax
 
-  from launch.lm import transformer_job
   from moetion_jax.programs import compilation
   from moetion_jax.runtime import read_environment
-  from moetion_jax.runtime.worker import generation
+  from moetion_jax.runtime.checkpoints import file as checkpoint_file, restore
+  from moetion_jax.runtime.worker import fingerprints, generation
+  from moetion_jax.training import job as job_lib
 
   position = spec.team.index(spec.replica)
   if spec.world and not (prepared and prepared.loaded):
     xla_setup.join_world(spec.world, len(spec.team), position)
   found = read_environment.read()
   environment.check_replacement(spec.environment, found)
-  data = prepared.data if prepared else transformer_job.load_data(config)
+  job = job_lib.make(spec.job)
+  data = prepared.data if prepared else job.data()
+  sources = fingerprints.sources_of(data)
+  fingerprint = fingerprints.of(data, spec.folder)
+  job_spec.check_data(spec.job.data, spec.data_fingerprint, fingerprint)
+  if sources:
+    data = fingerprints.WatchedData(
+      data, spec.job.data, spec.folder, fingerprint, sources
+    )
   lowered = prepared.of(spec.stage, position) if prepared else None
   loaded = prepared.loaded.get(spec.stage) if prepared else None
-  if len(spec.team) < config.train.replicas:
+  if len(spec.team) < train.replicas:
     lowered = None  # these programs are those of a whole team
   if loaded:
     stage = loaded.stage
   elif lowered:
-    stage = transformer_job.bind(config, lowered.declared)
+    stage = job.bind(lowered.declared)
   else:
-    stage = transformer_job.build_stage(config, spec.stage, spec.team, position)
-  run = generation.StageRun(spec, link, stage, data, injector)
-  run.check_initial()
+    stage = job.build_stage(spec.stage, spec.team, position)
+
+  def initial() -> Callable[[], partition.State]:
+    if base := spec.job.base:
+      tree = checkpoint_file.load(base.path, 'workdir', base.digest)
+      return restore.initial(stage, tree, base.path, 'workdir')
+    return job.initial(stage)
+
+  # Nearly all replacements start from snapshots, and need not wait for it.
+  initial_state = (lambda: initial()()) if spec.is_replacement else initial()
+  run = generation.StageRun(spec, link, stage, data, injector, initial_state)
   if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
-      'ready',
-      platform=jax.default_backend(),
-      lowering_platform=compilation.platform_of(stage.mesh),
-      device=jax.local_devices()[0].device_kind,
-      state_bytes=sum(
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(stage.whole.state_shapes)
-      ),
-      operators=run.sizes().to_json(),
-      environment=found,
-      data_fingerprint=None
-      if spec.stage or spec.replica
-      else data.fingerprint(),
+      events.Ready(
+        platform=jax.default_backend(),
+        lowering_platform=compilation.platform_of(stage.mesh),
+        device=jax.local_devices()[0].device_kind,
+        state_bytes=sum(
+          leaf.size * leaf.dtype.itemsize
+          for leaf in jax.tree.leaves(stage.whole.state_shapes)
+        ),
+        operators=run.sizes(),
+        environment=found,
+        data_fingerprint=fingerprint,
+      )
     )
   run.compile(loaded or lowered)
   gc.freeze()  # what was made so far stays: the collector need not visit it
   gc.enable()
-  run.run(began)
+  run.run()
 
 
 def main() -> int:
@@ -206,43 +226,41 @@ def main() -> int:
   # Importing, tracing and lowering make millions of objects, and nearly all
   # stay (measured at `tiny`: an eighth of a start is spent looking at them).
   gc.disable()
-  spec = messages.Spec.from_json(json.load(sys.stdin))
+  spec = codec.decode(spec_lib.Spec, json.load(sys.stdin))
   linux_process.die_with(spec.agent_pid)
   link = agent_link.AgentLink(spec.status_fd, spec.control_fd)
   link.start()
   prepared = None
   try:
-    if spec.stage == messages.STANDBY:
+    if spec.stage == spec_lib.STANDBY:
       spec, prepared = _stand_by(spec, link)
     _run_on(spec.cores)
     _work(spec, link, prepared)
   except errors.ConfigError as error:
-    link.send(
-      'refused', flag=error.flag, value=str(error.value), reason=error.reason
-    )
-    return 2
+    link.send(events.Refused.of(error))
+    return errors.ExitCode.REFUSED
   except Exception as error:
-    if not isinstance(error, errors.MoetionError):
+    is_own = isinstance(error, errors.MoetionError)
+    if not is_own:
       traceback.print_exc()
-    name = (
-      '' if isinstance(error, errors.MoetionError) else type(error).__name__
-    )
+    name = '' if is_own else type(error).__name__
     is_nan = isinstance(error, errors.NonFiniteError)
     what = error.what if is_nan else str(error)
     link.send(
-      'failed',
-      error=': '.join(x for x in (name, what) if x),
-      advice=error.advice if is_nan else '',
-      iteration=link.iteration,
-      final=isinstance(error, _FINAL),
-      has_wrong_bits=isinstance(error, errors.WrongBitsError),
-      suspects=list(getattr(error, 'suspects', ())),
-      corrupt=[error.key.stage, error.key.iteration]
-      if isinstance(error, entry.EntryCorruptError)
-      else None,
+      events.Failed(
+        error=': '.join(x for x in (name, what) if x),
+        advice=error.advice if is_nan else '',
+        iteration=link.iteration,
+        is_final=isinstance(error, _FINAL),
+        has_wrong_bits=isinstance(error, errors.WrongBitsError),
+        suspects=error.suspects if is_own else (),
+        corrupt=(error.key.stage, error.key.iteration)
+        if isinstance(error, entry.EntryCorruptError)
+        else None,
+      )
     )
-    return 1
-  return 0
+    return errors.ExitCode.FAILED
+  return errors.ExitCode.FINISHED
 
 
 if __name__ == '__main__':

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from launch.lm import data as data_lib
 from moetion_jax.capture import programs as capture_programs
 from moetion_jax.programs import compilation, stage as stage_lib
+from moetion_jax.training import worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Prepared:
     loaded: the stages with compiled programs; empty without a backend.
   """
 
-  data: data_lib.Dataset
+  data: worker.Data
   stages: Mapping[int, Sequence[Lowered]]
   loaded: Mapping[int, Loaded]
 

@@ -15,18 +15,22 @@ from collections.abc import Callable
 
 import moetion_jax.runtime.read_environment  # noqa: F401  versions as of now
 import moetion_jax.runtime.worker.generation  # noqa: F401  with all it imports
-from launch.lm import settings as run_settings, transformer_job
+from moetion_jax import job_spec
 from moetion_jax.capture import programs as capture_programs
 from moetion_jax.programs import compilation, jax_internals, stage as stage_lib
 from moetion_jax.runtime import xla_setup
-from moetion_jax.runtime.worker import prepared as prepared_lib
+from moetion_jax.runtime.worker import (
+  fingerprints,
+  prepared as prepared_lib,
+)
+from moetion_jax.training import job as job_lib
 
 # More than a first iteration of `tiny` takes; see `xla_setup.touch_memory`.
 _TOUCHED_BYTES = 256 << 20
 
 
 def lower(
-  config: run_settings.RunConfig, index: int, platform: str
+  job: job_lib.Job, index: int, platform: str
 ) -> list[prepared_lib.Lowered]:
   """Traces and lowers a stage's programs; creates no backend.
 
@@ -35,10 +39,10 @@ def lower(
     training state, one for each, by position; programs that they have in common
     are lowered once.
   """
-  train = config.train
+  train = job.spec.train
   lowered: list[prepared_lib.Lowered] = []
   for position in range(train.replicas if train.shard_optimizer else 1):
-    declared = transformer_job.declare_stage(config, index, None, position)
+    declared = job.declare_stage(index, None, position)
     programs = declared.trace(state_only=bool(lowered)).lower(platform)
     if lowered:
       programs = compilation.LoweredPrograms(
@@ -53,19 +57,19 @@ def lower(
 
 
 def load(
-  config: run_settings.RunConfig, lowered: prepared_lib.Lowered
+  job: job_lib.Job, lowered: prepared_lib.Lowered
 ) -> prepared_lib.Loaded:
   """Binds a stage to this process's devices and compiles its programs.
 
   Raises:
     errors.ConfigError: there are too few devices.
   """
-  stage = transformer_job.bind(config, lowered.declared)
+  stage = job.bind(lowered.declared)
   return prepared_lib.Loaded(stage, *lowered.compiled(stage, lambda _: None))
 
 
 def prepare(
-  config: run_settings.RunConfig,
+  spec: job_spec.JobSpec,
   platform: str,
   cache_dir: str,
   make_backend: Callable[[], None] | None = None,
@@ -74,21 +78,22 @@ def prepare(
   """Prepares all that can be done ahead, for all stages.
 
   Args:
-    config: the run's settings.
+    spec: the run's job.
     platform: the lowering platform, as `compilation.platform_of` names it.
     cache_dir: the compilation cache, see `xla_setup.configure`.
     make_backend: makes a backend, with replicas in a world with the others;
       None: no programs are loaded ahead.
     position: the process's position in that world.
   """
+  train = spec.train
   xla_setup.configure(
-    local_devices=config.train.local_devices, compilation_cache_dir=cache_dir
+    local_devices=train.local_devices, compilation_cache_dir=cache_dir
   )
-  data = transformer_job.load_data(config)
-  stages = {
-    index: lower(config, index, platform)
-    for index in range(config.train.stages)
-  }
+  job = job_lib.make(spec)
+  data = job.data()
+  if not fingerprints.sources_of(data):
+    data.fingerprint()  # kept where the text is, so that it is quick later
+  stages = {i: lower(job, i, platform) for i in range(train.stages)}
   if platform == 'cpu':
     xla_setup.touch_memory(_TOUCHED_BYTES)
   assert not jax_internals.has_backend()
@@ -96,5 +101,5 @@ def prepare(
     return prepared_lib.Prepared(data, stages, {})
   make_backend()
   prepared = prepared_lib.Prepared(data, stages, {})
-  loaded = {i: load(config, prepared.of(i, position)) for i in stages}
+  loaded = {i: load(job, prepared.of(i, position)) for i in stages}
   return dataclasses.replace(prepared, loaded=loaded)

@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from launch.chaos import draw
+from launch.chaos import draw, outside
+from moetion_jax import errors
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime import faults as faults_lib
 from tests.support import helpers
 
@@ -17,14 +19,14 @@ def test_a_drawn_script_is_a_script(replicas):
     source = random.Random(seed)
     script = draw.draw_script(source, 12, **size)
     assert len(script) == 12
-    assert faults_lib.parse_all(script, stages=3, replicas=replicas)
+    assert faults_lib.parse_faults(script, stages=3, replicas=replicas)
     assert draw.draw_script(random.Random(seed), 12, **size) == script
 
 
 @pytest.mark.parametrize('replicas', [1, 2])
 def test_everything_is_drawn(replicas):
   source = random.Random(0)
-  script = faults_lib.parse_all(
+  script = faults_lib.parse_faults(
     draw.draw_script(source, 3000, 3, iterations=20, replicas=replicas),
     stages=3,
     replicas=replicas,
@@ -33,15 +35,19 @@ def test_everything_is_drawn(replicas):
   assert {(fault.stage, fault.replica) for fault in script} == everybody
   drawn = {(fault.kind, fault.phase) for fault in script}
   assert {phase for kind, phase in drawn if kind == 'kill'} == set(
-    faults_lib.PHASES
+    faults_lib.Phase
   )
-  assert {kind for kind, _ in drawn} == set(faults_lib.KINDS)
-  outside = draw.draw_outside(
+  assert {kind for kind, _ in drawn} == set(faults_lib.FaultKind)
+  drawn_outside = draw.draw_outside(
     source, 300, stages=3, mean_seconds=2.0, replicas=replicas
   )
-  assert {fault.kind for fault in outside} == set(draw.OUTSIDE)
-  assert {(fault.stage, fault.replica) for fault in outside} == everybody
-  assert 1.5 < sum(f.after_seconds for f in outside) / len(outside) < 2.5
+  assert {fault.kind for fault in drawn_outside} == set(outside.Kind)
+  assert {(f.stage, f.replica) for f in drawn_outside} == everybody
+  mean_seconds = sum(f.after_seconds for f in drawn_outside) / 300
+  assert 1.5 < mean_seconds < 2.5
+  for fault in drawn_outside:
+    least, most = outside.TABLE[fault.kind].for_seconds
+    assert least <= fault.for_seconds <= most
 
 
 def _fault(kind, stage, phase='forward'):
@@ -84,6 +90,38 @@ def test_differences():
     'iteration 3: digest is ab, not ac'
   ]
   assert draw.differences([], [line]) == ['0 iterations, not 1']
+
+
+@pytest.mark.parametrize(
+  ('lines', 'expected', 'happened', 'equal', 'problem'),
+  [
+    (3, 3, 1, 1, ''),
+    (2, 3, 1, 0, 'run: 2 iterations, not 3'),
+    (0, 0, 1, 0, 'undisturbed: 0 iterations, not 3: there is nothing'),
+    (3, 3, 0, 1, 'no fault happened'),
+  ],
+)
+def test_a_verdict_is_over_something(lines, expected, happened, equal, problem):
+  tally = draw.Tally()
+  tally.add([_fault('kill', 1)] * happened)
+  known = [{'iteration': i, 'loss_hex': 'a', 'digest': 'b'} for i in range(3)]
+  assert tally.compare({'run': known[:lines]}, known[:expected], 3) == equal
+  assert problem in '; '.join(tally.problems)
+  assert bool(tally.problems) == bool(problem)
+
+
+@pytest.mark.parametrize('policy', registry.POLICIES)
+@pytest.mark.parametrize('form', ['--policy={}', '-policy\n{}'])
+def test_each_policy_gets_its_own_flags(policy, form):
+  more = ['--remat', *form.format(policy).split('\n')]
+  if not (registry.POLICIES[policy].is_exact and policy != 'none'):
+    with pytest.raises(errors.ConfigError, match='nothing to compare'):
+      draw.policy_of(more)
+    return
+  found = draw.micro_flags(draw.policy_of(more))[-1]
+  assert found == (
+    '--window_length=3' if policy == 'sparse' else '--interval=3'
+  )
 
 
 def test_it_says_how_long():

@@ -424,6 +424,16 @@ def test_large_file_is_checked_where_it_is_read(
   read_other(dataset)
 
 
+def test_a_mapped_file_may_change_and_read_text_cannot(tmp_path):
+  for name, changes in (('ids.bin', True), ('text', False)):
+    (tmp_path / name).write_bytes(b'a\0' * 999)
+    opened = data.load(_config(tmp_path / name))
+    before = opened.fingerprint()
+    with open(tmp_path / name, 'r+b') as file:
+      file.write(b'b')
+    assert (opened.fingerprint() != before) == changes
+
+
 def test_fingerprint_tells_contents_apart(tmp_path):
   prints = []
   for name, contents in [

@@ -4,7 +4,26 @@ import json
 import pytest
 
 from launch.lm import settings as run_settings
-from moetion_jax import errors
+from moetion_jax import codec, config as config_lib, errors
+
+# What a workdir has in config.json, and a checkpoint in its metadata.
+_OLD = (
+  '{"preset": "tiny", "model": {"vocab_size": 256, "sequence_length": 16, '
+  '"num_layers": 4, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, '
+  '"head_dim": 16, "num_experts": 4, "experts_per_token": 2, "expert_dim": 32, '
+  '"shared_dim": 32, "dense_dim": 64, "first_dense_layers": 1, "moe_every": 1, '
+  '"normalize_gates": true, "capacity_factor": 1.5, "balance": "loss", '
+  '"balance_rate": 0.01, "z_loss_weight": 0.001, "dropout_rate": 0, '
+  '"rope_base": 10000.0, "compute_dtype": "bfloat16", "remat": false}, '
+  '"train": {"seed": 0, "iterations": 4, "stages": 1, "replicas": 1, '
+  '"local_devices": 1, "microbatches": 4, "microbatch_size": 8, '
+  '"eval_every": 2, "eval_microbatches": 2, "shard_optimizer": false, '
+  '"skip_nonfinite": false, "optimizer": {"optimizer": "adamw", '
+  '"learning_rate": 0.003, "warmup_iterations": 2, "decay_iterations": 8, '
+  '"final_fraction": 0.1, "weight_decay": 0.1, "b1": 0.9, "b2": 0.95, '
+  '"clip_norm": 1.0}}, "data": "/data/LICENSE", "data_dtype": "uint16", '
+  '"init_from": "", "init_weights_only": false}'
+)
 
 
 def _make(preset='tiny', model=(), train=None, optimizer=None):
@@ -21,10 +40,17 @@ def _make(preset='tiny', model=(), train=None, optimizer=None):
 )
 def test_json_round_trip(preset):
   config = _make(preset, train={'microbatches': 2})
-  again = run_settings.RunConfig.from_json(
-    json.loads(json.dumps(config.to_json()))
-  )
+  value = codec.encode(config)
+  assert value == json.loads(json.dumps(dataclasses.asdict(config)))
+  again = codec.decode(run_settings.RunConfig, json.loads(json.dumps(value)))
   assert again == config
+
+
+def test_json_of_an_earlier_version():
+  config = codec.decode(run_settings.RunConfig, json.loads(_OLD))
+  new = config_lib.differences(json.loads(_OLD), codec.encode(config))
+  assert new == ['train.initial_iteration', 'train.optimizer.earlier']
+  assert config.model.shared_dim == 32 and config.train.optimizer.b2 == 0.95
 
 
 @pytest.mark.parametrize(
@@ -78,10 +104,10 @@ def test_overrides_reach_the_configuration():
 
 
 def test_differences_are_dotted_names():
-  a = _make().to_json()
-  b = _make(train={'seed': 3}, model=['num_layers=5']).to_json()
-  assert run_settings.differences(a, a) == []
-  assert run_settings.differences(a, b) == ['model.num_layers', 'train.seed']
+  a = codec.encode(_make())
+  b = codec.encode(_make(train={'seed': 3}, model=['num_layers=5']))
+  assert config_lib.differences(a, a) == []
+  assert config_lib.differences(a, b) == ['model.num_layers', 'train.seed']
 
 
 def test_configurations_are_frozen():

@@ -21,9 +21,10 @@ from launch.simulate import (
   runs as simulate_runs,
   world,
 )
-from models import stages
 from moetion_jax import errors
-from moetion_jax.policies import intervals, rules, window
+from moetion_jax.policies import intervals, window
+from moetion_jax.policies.kinds import registry
+from tests.support import helpers
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -64,7 +65,8 @@ def test_the_tables_are_those_of_the_issue(paper):
   assert paper.cluster.gpus_per_host * 12 == 96
   (large,) = cluster.load('large').jobs.values()
   assert (large.gpus, large.stages) == (16384, 64)
-  assert stages.num_parameters(large.config()) == pytest.approx(671e9, rel=0.01)
+  count = helpers.num_parameters(large.config())
+  assert count == pytest.approx(671e9, rel=0.01)
 
 
 def change(where: str, value) -> dict:
@@ -128,13 +130,13 @@ def test_overrides_name_their_source(paper):
 
 def test_bytes_and_seconds_of_deepseek(paper, deepseek):
   model = deepseek.job.config()
-  parameters = stages.num_parameters(model)
+  parameters = helpers.num_parameters(model)
   # 12 bytes a parameter, and a few counters.
   assert deepseek.state_bytes == pytest.approx(12 * parameters, rel=1e-3)
   tokens = 512 * 2048
   assert deepseek.tokens == tokens
   # 6 FLOP a token and active parameter, attention and the head besides.
-  active = stages.num_parameters(model, active=True)
+  active = helpers.num_parameters(model, active=True)
   seconds = 6 * active * tokens / (96 * 312e12 * 0.3)
   assert deepseek.iteration_seconds == pytest.approx(seconds, rel=0.15)
   # A host is a stage: it sends activations on and gradients back.
@@ -203,7 +205,7 @@ def test_methods_follow_the_systems_own_rules(deepseek):
   sparse = policies.make(
     deepseek, policies.PolicySettings(window_mode='aligned')
   )
-  assert isinstance(sparse, methods.Sparse)
+  assert isinstance(sparse, methods.Windowed)
   operators = deepseek.operators('static')
   chosen = window.choose_window(
     operators,
@@ -320,7 +322,7 @@ def test_the_command(tmp_path):
   assert done.returncode == 0, done.stderr
   result = json.loads((out / 'simulate.json').read_text())
   assert [p['settings']['policy'] for p in result['policies']] == list(
-    rules.POLICIES
+    [*registry.POLICIES]
   )
   figures = {p['settings']['policy']: p['figures'] for p in result['policies']}
   assert figures['none']['ettr']['mean'] < figures['sparse']['ettr']['mean'] < 1

@@ -37,7 +37,7 @@ def predict(**changes) -> core.Result:
   return simulate_predict.predict(dataclasses.replace(RUN, **changes))
 
 
-def sparse(length=2, **changes) -> methods.Sparse:
+def sparse(length=2, **changes) -> methods.Windowed:
   """Iterations of a second; a stage replays them in 0.75."""
   fields = {
     'name': 'sparse',
@@ -59,7 +59,7 @@ def sparse(length=2, **changes) -> methods.Sparse:
     'replay_seconds': 0.75,
     'pipeline_seconds': 0.125,
   }
-  return methods.Sparse(**{**fields, **changes})
+  return methods.Windowed(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import pytest
 
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies.kinds import registry
 from moetion_jax.runtime.agent import beginning, settings as agent_settings
 from moetion_jax.runtime.records import held_run, workdir
 from tests.support import helpers
@@ -43,6 +45,9 @@ def test_what_stores_hold(hostmem, tmp_path, is_new, fresh, local_hosts, fits):
     workdir=str(tmp_path / 'run'),
     fresh=fresh,
     hostmem_dir=str(hostmem),
+    captures=capture_settings.CaptureSettings(
+      policy=registry.POLICIES['sparse']
+    ),
     local_hosts=local_hosts,
   )
   beginning.check_room(where, folder, 40 * _MIB)  # 32 are free, 16 in host 0's

@@ -1,36 +1,48 @@
-"""Which standbys there are, and who takes whose place; nothing runs here."""
+"""Which standbys there are, and who takes whose place; nothing is prepared."""
 
+import errno
 import itertools
+import os
+import signal
+import subprocess
 
 import pytest
 
-from moetion_jax.runtime import messages
+from moetion_jax.runtime import spec as spec_lib
 from moetion_jax.runtime.hosts import child_process, standbys
 from tests.support import helpers
 
-SPEC = helpers.worker_spec(helpers.micro_run())
+RUN = helpers.micro_run()
+SPEC = helpers.worker_spec(RUN)
 
 
 class _Processes:
   """Notes what would be started and ended."""
 
   def __init__(self, replicas):
-    self.started, self.ended = [], []
+    self.started, self.ended, self.refuses = [], [], False
     worlds = (f'world {n}' for n in itertools.count(1))
     self.new_world = lambda: next(worlds)
     self.standbys = standbys.Standbys(
       replicas,
       lambda replica: child_process.WorkerProcess(
-        messages.STANDBY, 0, 'here', replica=replica
+        spec_lib.STANDBY, 'here', replica=replica
       ),
-      lambda worker, spec: self.started.append((worker, spec)),
+      self._start,
       self.ended.append,
     )
+
+  def _start(self, worker, spec):
+    if self.refuses:
+      raise BlockingIOError(errno.EAGAIN, 'Resource temporarily unavailable')
+    worker._process = subprocess.Popen(['true'])
+    worker._process.wait()
+    self.started.append((worker, spec))
 
   def warm(self, **changes):
     """What is started, which then is warm."""
     known = len(self.started)
-    spec = helpers.worker_spec(SPEC.config, **changes)
+    spec = helpers.worker_spec(RUN, **changes)
     self.standbys.warm(spec, self.new_world)
     new = self.started[known:]
     for worker, _ in new:
@@ -38,17 +50,28 @@ class _Processes:
     return [(s.replica, s.team, s.world, s.host) for _, s in new]
 
 
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_one_that_cannot_be_started_does_not_end_the_run(replicas, capsys):
+  them = _Processes(replicas)
+  them.refuses = True
+  assert them.warm() == [] and not them.standbys.everyone
+  assert len(them.ended) == 1
+  assert 'Resource temporarily unavailable' in capsys.readouterr().err
+  them.refuses = False
+  assert len(them.warm()) == replicas
+
+
 def test_one_replaces_one():
   them = _Processes(1)
   assert them.warm() == [(0, (0,), '', 'here')]
   assert them.warm() == []
-  assert them.standbys.take(2, (0,), 3, 'there').workers == {}
-  taken = them.standbys.take(2, (0,), 3, 'here')
+  assert them.standbys.take(2, (0,), 'there').workers == {}
+  taken = them.standbys.take(2, (0,), 'here')
   assert taken.world == '' and list(taken.workers) == [0]
   worker = taken.workers[0]
-  assert (worker.stage, worker.replica, worker.generation) == (2, 0, 3)
+  assert (worker.stage, worker.replica) == (2, 0)
   assert not worker.is_warm and not them.standbys.everyone
-  assert them.standbys.take(1, (0,), 2, 'here') == standbys.TakenStandby()
+  assert them.standbys.take(1, (0,), 'here') == standbys.TakenStandby()
 
 
 def test_on_cpu_they_meet_ahead_and_are_taken_together():
@@ -56,8 +79,8 @@ def test_on_cpu_they_meet_ahead_and_are_taken_together():
   both = [(0, (0, 1), 'world 1', 'here'), (1, (0, 1), 'world 1', 'here')]
   assert them.warm() == both
   # A stage that is shrunk has another world.
-  assert them.standbys.take(1, (1,), 4, 'here') == standbys.TakenStandby()
-  taken = them.standbys.take(1, (0, 1), 4, 'here')
+  assert them.standbys.take(1, (1,), 'here') == standbys.TakenStandby()
+  taken = them.standbys.take(1, (0, 1), 'here')
   assert taken.world == 'world 1'
   assert [w.replica for w in taken.workers.values()] == [0, 1]
   assert {w.stage for w in taken.workers.values()} == {1}
@@ -73,11 +96,30 @@ def test_a_world_that_lost_one_is_of_no_use():
   assert [world for _, _, world, _ in them.warm()] == ['world 2'] * 2
 
 
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_one_that_is_stopped_is_ended(replicas):
+  them = _Processes(replicas)
+  them.warm()
+  everyone = [*them.standbys.everyone]
+  try:
+    for worker in everyone:
+      worker._process = subprocess.Popen(['sleep', 'infinity'])
+    everyone[-1]._process.send_signal(signal.SIGSTOP)
+    os.waitpid(everyone[-1].pid, os.WUNTRACED)
+    team = tuple(range(replicas))
+    assert them.standbys.take(0, team, 'here') == standbys.TakenStandby()
+    assert them.ended == everyone and not them.standbys.everyone
+  finally:
+    for worker in everyone:
+      worker._process.kill()
+      worker._process.wait()
+
+
 def test_a_world_that_is_not_complete_is_not_taken():
   them = _Processes(2)
   them.standbys.warm(SPEC, them.new_world)
   them.standbys.warmed(them.standbys.everyone[0])
-  assert them.standbys.take(1, (0, 1), 2, 'here') == standbys.TakenStandby()
+  assert them.standbys.take(1, (0, 1), 'here') == standbys.TakenStandby()
   assert len(them.standbys.everyone) == 2
 
 
@@ -85,7 +127,7 @@ def test_a_world_that_is_not_complete_is_not_taken():
 def test_without_a_backend_each_is_its_own(changes):
   them = _Processes(2)
   assert [world for _, _, world, _ in them.warm(**changes)] == ['', '']
-  taken = them.standbys.take(0, (1,), 2, 'here')  # a shrunk stage
+  taken = them.standbys.take(0, (1,), 'here')  # a shrunk stage
   assert taken.world == '' and list(taken.workers) == [1]
   assert [s for s, *_ in them.warm(**changes)] == [1]
   them.standbys.died(them.standbys.everyone[0])

@@ -7,6 +7,7 @@ import pytest
 from moetion_jax import errors
 from moetion_jax.recovery import splice
 from moetion_jax.runtime.records import changes
+from tests.support import helpers
 
 _HERE = {
   'versions': {'jax': '2'},
@@ -96,13 +97,7 @@ def test_an_accepted_change_is_recorded_with_its_splice(path):
   assert json.loads(path.read_text())['environment'] == _BEFORE
   assert one.may_splice and one.is_due(4)
   one.begin(_splice(4, 6, 7))
-  entry = {
-    'names': ['jax'],
-    'from': {'jax': '1'},
-    'to': {'jax': '2'},
-    'exact_until': 4,
-    'complete_at': [6, 7],
-  }
+  entry = helpers.make_change()
   assert json.loads(path.read_text()) == {
     'seed': 1,
     'environment': _HERE,
@@ -127,8 +122,11 @@ def test_a_start_that_died_in_the_middle_is_done_again(path):
   one.begin(_splice(4, 6))
   again = _changes(path)  # nothing needs to be accepted again
   assert again.is_due(4)
+  # Until it is finished, what it is to remove is still there.
+  assert again.accepted_before == 0
   again.begin(_splice(4, 6))
   again.finish()
+  assert again.accepted_before == 1
   (entry,) = json.loads(path.read_text())['changes']
   assert entry['names'] == ['jax'] and 'pending' not in entry
 
@@ -157,13 +155,7 @@ def test_a_run_of_before_is_known_until_its_splice(path):
   assert 'software' not in json.loads(path.read_text())
 
 
-_ENTRY = {
-  'names': ['jax'],
-  'from': {'jax': '1'},
-  'to': {'jax': '2'},
-  'exact_until': 4,
-  'complete_at': [6, 7],
-}
+_ENTRY = helpers.make_change()
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,12 @@ def test_a_link_is_not_written_through(tmp_path):
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / '_METADATA').write_text('mine')
   (tmp_path / 'checkpoint').symlink_to(tmp_path / 'other')
-  with pytest.raises(errors.StoreError, match='symbolic link'):
+  with pytest.raises(errors.StoreError, match='symbolic link.*move it away'):
     _save(tmp_path / 'checkpoint')
   assert (tmp_path / 'other' / '_METADATA').read_text() == 'mine'
+  (tmp_path / 'checkpoint').rename(tmp_path / 'away')
+  _save(tmp_path / 'checkpoint')
+  assert checkpoint_folder.is_committed(tmp_path / 'checkpoint')
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ import os
 
 import pytest
 
+from moetion_jax.hostmem import store_folder
 from moetion_jax.runtime.records import copies
 
 _HERE = (7, 100)
 _OWN, _COPY, _UNTOLD = copies.Relation
-_AT_HERE, _TWIN, _GONE = copies.AtPath
+_AT_HERE, _TWIN, _LEFT, _GONE = copies.AtPath
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,8 @@ _AT_HERE, _TWIN, _GONE = copies.AtPath
     ((8, 100), _GONE, _UNTOLD),
     # Put back from a copy, or copied to where the original was.
     ((7, 101), _AT_HERE, _UNTOLD),
+    # All that was in it was moved to another folder, or copied and removed.
+    ((7, 101), _LEFT, _UNTOLD),
     # A version that recorded the path alone.
     (None, _AT_HERE, _OWN),
     (None, _TWIN, _COPY),
@@ -84,8 +87,8 @@ def test_identity_from_json(value, identity):
 
 def test_a_moved_folder_keeps_its_identity(tmp_path):
   (tmp_path / 'a').mkdir()
-  before = copies.identity_of(tmp_path / 'a')
+  before = store_folder.identity_of(tmp_path / 'a')
   os.rename(tmp_path / 'a', tmp_path / 'b')
   (tmp_path / 'a').mkdir()
-  assert copies.identity_of(tmp_path / 'b') == before
-  assert copies.identity_of(tmp_path / 'a') != before
+  assert store_folder.identity_of(tmp_path / 'b') == before
+  assert store_folder.identity_of(tmp_path / 'a') != before

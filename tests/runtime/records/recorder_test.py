@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from moetion_jax import keys
-from moetion_jax.recovery import splice as splice_lib
+from moetion_jax import errors, keys
+from moetion_jax.policies import planner
+from moetion_jax.recovery import events, splice as splice_lib
 from moetion_jax.runtime.records import files, recorder, workdir
 from tests.support import helpers
 
@@ -19,21 +20,51 @@ def _opened(path, environment, *accepted):
   folder = workdir.Workdir(str(path), fresh=False, accept_changes=accepted)
   folder.lock()
   with recorder.Recorder(
-    helpers.micro_run(), folder, helpers.NotesView()
+    helpers.micro_run().job_spec(), folder, recorder.View()
   ) as made:
     made.accept(
       {
-        0: {
-          'operators': [_OPERATOR],
-          'data_fingerprint': {},
-          'platform': 'cpu',
-          'device': '',
-        }
+        (0, 0): events.Ready(
+          device='',
+          platform='cpu',
+          lowering_platform='cpu',
+          state_bytes=0,
+          operators=planner.StageSizes(
+            state_bytes={_OPERATOR: 0}, compute_bytes={}, device={}
+          ),
+          environment={},
+          data_fingerprint={},
+        )
       },
       environment,
     )
     yield made
   folder.close()
+
+
+def test_all_workers_read_the_same_data(tmp_path):
+  folder = workdir.Workdir(str(tmp_path / 'run'), fresh=False)
+  folder.lock()
+  ready = {
+    (0, replica): events.Ready(
+      device='',
+      platform='cpu',
+      lowering_platform='cpu',
+      state_bytes=0,
+      operators=planner.StageSizes(
+        state_bytes={_OPERATOR: 0}, compute_bytes={}, device={}
+      ),
+      environment={},
+      data_fingerprint={'blake2b': text},
+    )
+    for replica, text in enumerate('ab')
+  }
+  job = helpers.micro_run().job_spec()
+  with recorder.Recorder(job, folder, recorder.View()) as made:
+    with pytest.raises(errors.ConfigError, match='--data=.* has changed'):
+      made.accept(ready, {})
+  folder.close()
+  assert not (tmp_path / 'run' / 'config.json').exists()
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """The places of a run: what may be gone on from, and what goes at the end."""
 
+import os
+import shutil
+
 import pytest
 
 from moetion_jax import errors
@@ -142,6 +145,10 @@ def test_what_is_of_before_an_accepted_change_is_refused(
   text = str(refused.value)
   assert f'={here}: {stale} is of before' in text and shown in text
   assert text.endswith('or remove that folder')
+  there = {names['on_disk']: made.get(names['on_disk']) or ''}
+  _search(tmp_path, made, there, changes).check()  # with the flags
+  shutil.rmtree(stale)
+  search.check()
 
 
 def test_nothing_is_stale_where_nothing_is(tmp_path):
@@ -167,6 +174,26 @@ def test_where_the_snapshots_are_is_told(tmp_path):
   assert f'{tmp_path}/run/durable' in note and 'without --durable_dir' in note
   gone = {'hostmem_dir': '/nowhere', 'on_disk': '/nowhere/x'}
   assert not _search(tmp_path, gone, here).note()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root may be another user')
+def test_a_directory_that_may_not_be_searched_is_told(tmp_path):
+  left = tmp_path / 'left'
+  _store(left)
+  left.chmod(0o700)
+  tmp_path.chmod(0o755)
+  here = os.open('.', os.O_RDONLY)
+  os.chdir(tmp_path)  # those above it may be closed to others too
+  os.seteuid(65534)
+  try:
+    removal = _search(
+      tmp_path, {'left_hostmem': {'left': 0}}, {}
+    ).remove_elsewhere()
+  finally:
+    os.seteuid(0)
+    os.fchdir(here)
+    os.close(here)
+  assert removal.failed == ('left: may not be searched',)
 
 
 def test_only_what_is_the_runs_goes_elsewhere(tmp_path):

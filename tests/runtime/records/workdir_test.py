@@ -1,5 +1,6 @@
 """The folder of a run: what it may hold, what --fresh removes, its id."""
 
+import errno
 import json
 import os
 import pathlib
@@ -8,25 +9,24 @@ import shutil
 import pytest
 
 from launch.lm import settings as run_settings
-from moetion_jax import errors
+from launch.offline import scan
+from moetion_jax import codec, config as config_lib, errors, job_spec
 from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.runtime.hosts import child_process
 from moetion_jax.runtime.records import (
+  files as record_files,
   held_run,
   own_files,
   run_ids,
   whereabouts,
   workdir,
 )
+from tests.support import helpers, power
 
 _ENVIRONMENT = {'versions': {'jax': '1'}}
-_FOUND_OUT = {'data_fingerprint': {'name': 'x'}, 'environment': _ENVIRONMENT}
-
-_ENTRY = {
-  'names': ['jax'],
-  'from': {'jax': '0'},
-  'to': {'jax': '1'},
-  'exact_until': 1,
-  'complete_at': [1],
+_FOUND_OUT = {
+  'data_fingerprint': {'name': 'x', 'blake2b': '1'},
+  'environment': _ENVIRONMENT,
 }
 
 
@@ -34,13 +34,22 @@ def _config(**train):
   made = run_settings.make(
     'tiny', model_overrides=[], train_overrides=train, optimizer_overrides={}
   )
-  return json.loads(json.dumps(made.to_json())) | _FOUND_OUT
+  return json.loads(json.dumps(codec.encode(made))) | _FOUND_OUT
+
+
+_ITERATIONS = _config()['train']['iterations']
 
 
 def _opened(path, *, fresh=False):
   folder = workdir.Workdir(str(path), fresh=fresh)
   folder.lock()
   return folder
+
+
+def _die(folder):
+  """Gives the locks back as a kill does."""
+  for fd in folder.lock_fds:
+    os.close(fd)
 
 
 def _begin(path, hostmem, *, fresh=False, config=None, durable=''):
@@ -88,6 +97,19 @@ def _refused(path, *, fresh, config=None):
   return str(caught.value)
 
 
+def _goes_on(path, *, fresh=False, config=None):
+  """A start there is not refused."""
+  folder = _opened(path, fresh=fresh)
+  try:
+    folder.check(config or _config())
+  finally:
+    folder.close()
+
+
+def _move_away(path, tmp_path_factory):
+  path.rename(tmp_path_factory.mktemp('away') / 'it')
+
+
 def _contents(folder):
   return {
     str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
@@ -110,6 +132,27 @@ def _leave_all(path):
     file = path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text('of the first run')
+  _write_metadata(path, {'moetion_config': {}})  # before there were digests
+  _write_last_line(path)
+
+
+def _write_last_line(path, iteration=_ITERATIONS, digest='the end'):
+  line = {'iteration': iteration, 'digest': digest}
+  (path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+
+
+def _commit(path, iteration=_ITERATIONS, digest='the end'):
+  """Makes a checkpoint that says what it is of, as far as a workdir looks."""
+  digests = {'iteration': iteration, 'state': digest}
+  (path / 'checkpoint').mkdir(exist_ok=True)
+  (path / 'checkpoint' / 'commit_success.txt').touch()
+  _write_metadata(path, {'moetion_digests': digests})
+
+
+def _write_metadata(path, value):
+  (path / 'checkpoint' / '_CHECKPOINT_METADATA').write_text(
+    json.dumps({'custom_metadata': value})
+  )
 
 
 @pytest.fixture
@@ -135,6 +178,23 @@ def _store(hostmem, path):
   return store.path
 
 
+@pytest.mark.parametrize('left_bytes', [0, 4096, 8192])
+def test_a_start_on_a_full_disk(tight, hostmem, left_bytes):
+  """It says so and leaves nothing; with room there it begins."""
+  helpers.fill(tight, left_bytes)
+  with pytest.raises((errors.ConfigError, OSError)) as caught:
+    _begin(tight / 'run', hostmem, config=_config() | {'note': 'x' * 8192})
+  if isinstance(caught.value, errors.ConfigError):
+    assert 'No space left on device; make that possible' in str(caught.value)
+    assert [path.name for path in tight.iterdir()] == ['fill']
+  else:  # in `accept`: the agent ends the run, as `ending.of_system` says
+    assert caught.value.errno == errno.ENOSPC
+    names = {path.name for path in (tight / 'run').iterdir()}
+    assert names <= {'.lock', 'logs'}
+  (tight / 'fill').unlink()
+  _begin(tight / 'run', hostmem)
+
+
 # --- What the folder may hold ------------------------------------------------
 
 
@@ -147,18 +207,20 @@ def _store(hostmem, path):
     ('{"preset": ', 'damaged'),
     ('[1]', 'no JSON object'),
     ('{}', 'nothing'),
-    ('{"preset": "tiny", "model": "foo"}', '"model" in it is "foo", and no'),
-    ('{"preset": 3}', '"preset" in it is 3, and no text'),
+    ('{"train": "foo"}', '"train" in it is "foo", and no object'),
     ('\udcff', 'damaged'),
   ],
 )
-def test_a_config_of_others(tmp_path, fresh, content, words):
+def test_a_config_of_others(tmp_path, tmp_path_factory, fresh, content, words):
   data = content.encode(errors='surrogateescape')
   (tmp_path / 'config.json').write_bytes(data)
   (tmp_path / 'model.safetensors').write_text('weights')
   reason = _refused(tmp_path, fresh=fresh)
   assert words in reason and '--fresh' not in reason
-  assert '--workdir' in reason
+  assert 'name another --workdir, or move that away first' in reason
+  _goes_on(tmp_path / 'another', fresh=fresh)
+  _move_away(tmp_path / 'config.json', tmp_path_factory)
+  _goes_on(tmp_path, fresh=fresh)
 
 
 @pytest.mark.parametrize('fresh', [False, True])
@@ -166,7 +228,7 @@ def test_a_config_of_others(tmp_path, fresh, content, words):
   'field',
   [
     {'changes': [{}]},
-    {'changes': [_ENTRY | {'complete_at': [1, 1]}]},
+    {'changes': [helpers.make_change()]},
     {'environment': {'versions': []}},
     {'left': []},
   ],
@@ -180,10 +242,10 @@ def test_a_field_of_a_run_that_was_edited(run, field, fresh):
   assert '\n' not in reason
   if 'left' not in field:
     with pytest.raises(errors.ConfigError, match='config.json is damaged'):
-      workdir.read_run(run)
+      scan.read_settings(run)
 
 
-@pytest.mark.parametrize('missing', [*_FOUND_OUT, 'preset', 'model', 'train'])
+@pytest.mark.parametrize('missing', [*_FOUND_OUT, 'train'])
 def test_every_field_of_a_config_is_needed(tmp_path, missing):
   config = _config()
   del config[missing]
@@ -191,15 +253,28 @@ def test_every_field_of_a_config_is_needed(tmp_path, missing):
   assert missing in _refused(tmp_path, fresh=True)
 
 
+def test_a_run_of_another_job(tmp_path, hostmem):
+  """It need not have a preset or a model: it is known, and told from others."""
+  config = {'name': 'mine', 'train': _config()['train']} | _FOUND_OUT
+  _begin(tmp_path / 'run', hostmem, config=config)
+  _begin(tmp_path / 'run', hostmem, config=config)
+  with pytest.raises(errors.ConfigError, match='other settings .name'):
+    _begin(tmp_path / 'run', hostmem, config=config | {'name': 'yours'})
+
+
 @pytest.mark.parametrize('fresh', [False, True])
 @pytest.mark.parametrize(
   'name', ['checkpoint/x', 'metrics.jsonl', 'logs/stage-0.log']
 )
-def test_files_that_look_like_a_runs(tmp_path, fresh, name):
+def test_files_that_look_like_a_runs(tmp_path, tmp_path_factory, fresh, name):
   (tmp_path / name).parent.mkdir(exist_ok=True)
   (tmp_path / name).write_text('of others')
   reason = _refused(tmp_path, fresh=fresh)
-  assert name.split('/')[0] in reason and '--fresh' not in reason
+  first = name.split('/')[0]
+  assert first in reason and '--fresh' not in reason
+  assert 'name another --workdir, or move that away first' in reason
+  _move_away(tmp_path / first, tmp_path_factory)
+  _goes_on(tmp_path, fresh=fresh)
 
 
 @pytest.mark.parametrize('fresh', [False, True])
@@ -214,9 +289,38 @@ def test_other_files_are_no_obstacle(tmp_path, hostmem, fresh):
   assert held_run.read_config(path)
 
 
+def test_what_a_kill_left_of_a_file_that_was_being_written(run, hostmem):
+  """A user's own file of nearly that name stays."""
+  torn, mine = run / '.moetion-json-abcd1234', run / '.moetion-json-notes.txt'
+  torn.write_text('{')
+  mine.write_text('')
+  _begin(run, hostmem)
+  assert not torn.exists() and mine.exists()
+
+
 def test_another_run(run):
   reason = _refused(run, fresh=False, config=_config(seed=7))
-  assert 'train.seed' in reason and '--fresh' in reason
+  assert 'train.seed' in reason
+  assert 'pass --fresh to remove it, or another --workdir' in reason
+  _goes_on(run, fresh=True, config=_config(seed=7))
+  _goes_on(run.with_name('another'), config=_config(seed=7))
+
+
+def test_one_run_at_a_time_whoever_removes_the_lock_file(run, tmp_path):
+  """Nor does a start that is refused make another one, with another id."""
+  folder = _opened(run)
+  (run / '.lock').unlink()
+  before = _contents(run)
+  with pytest.raises(errors.ConfigError, match='a living run uses it'):
+    _opened(run)
+  assert _contents(run) == before
+  # Nor where the folder was moved to; another one in its place is free.
+  run.rename(tmp_path / 'moved')
+  with pytest.raises(errors.ConfigError, match='a living run uses it'):
+    _opened(tmp_path / 'moved')
+  _opened(run).close()
+  folder.close()
+  _opened(tmp_path / 'moved').close()
 
 
 def test_a_lock_file_of_others(tmp_path):
@@ -246,6 +350,32 @@ def test_an_empty_lock_file_is_no_sign_of_a_run(tmp_path, run):
   _opened(run).close()
 
 
+def test_a_start_that_dies_while_it_makes_the_lock(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+
+    def die(*unused):
+      raise SystemExit
+
+    patch.setattr(os, 'link', die)
+    folder = workdir.Workdir(str(tmp_path), fresh=False)
+    with pytest.raises(SystemExit):
+      folder.lock()
+    _die(folder)
+  assert not (tmp_path / '.lock').exists()
+  _opened(tmp_path).close()
+
+
+def test_the_lock_where_there_are_no_hard_links(tmp_path, monkeypatch):
+  def refuse(*unused):
+    raise PermissionError(errno.EPERM, 'no hard links')
+
+  monkeypatch.setattr(os, 'link', refuse)
+  folder = _opened(tmp_path)
+  assert folder.locked_id and os.listdir(tmp_path) == ['.lock']
+  folder.close()
+  assert os.listdir(tmp_path) == []
+
+
 def test_what_was_locked_for_no_run_leaves_nothing(tmp_path):
   folder = _opened(tmp_path / 'a' / 'b')
   folder.take_id(held_run.new_id())
@@ -256,16 +386,269 @@ def test_what_was_locked_for_no_run_leaves_nothing(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_run_is_on_disk_before_its_store_goes(run, tmp_path):
+  """As after a death between the checkpoint's rename and the end."""
+  with power.disk(tmp_path) as disk:
+    path = disk.path / 'run'
+    shutil.copytree(run, path)
+    folder = _opened(path)
+    os.sync()
+    _leave_all(path)
+    assert folder.is_finished()
+    whole = _contents(path)
+    folder.sync_finished()
+    folder.close()
+    disk.cut()
+    after = _contents(path)
+    for name, content in whole.items():
+      if name.startswith(('checkpoint', 'metrics')):
+        assert after[name] == content
+
+
 def test_a_checkpoint_alone_is_no_finished_run(run):
   folder = _opened(run)
   (run / 'checkpoint').mkdir()
   (run / 'checkpoint' / 'notes.txt').write_text('mine')
   assert not folder.is_finished()
-  (run / 'checkpoint' / 'commit_success.txt').write_text('')
-  assert folder.is_finished()
+  _commit(run)
+  assert not folder.is_finished()
+  _write_last_line(run)
+  assert folder.is_finished() and folder.is_proven()
   (run / 'config.json').unlink()
   assert not folder.is_finished()
   folder.close()
+
+
+@pytest.mark.parametrize(
+  'checkpoint, line, words',
+  [
+    ((), None, 'ends with iteration 0'),
+    ((), (_ITERATIONS - 1,), f'ends with iteration {_ITERATIONS - 1}'),
+    ((9,), (), 'it is of iteration 9'),
+    ((_ITERATIONS, 'other'), (), 'with digest other'),
+  ],
+  ids=['no lines', 'not at its end', 'iteration', 'digest'],
+)
+def test_a_checkpoint_of_another_run_finishes_nothing(
+  run, tmp_path_factory, checkpoint, line, words
+):
+  _commit(run, *checkpoint)
+  if line is not None:
+    _write_last_line(run, *line)
+  reason = _refused(run, fresh=False)
+  assert words in reason and 'move that checkpoint away' in reason, reason
+  folder = _opened(run)
+  assert not folder.is_finished()
+  folder.close()
+  _goes_on(run, fresh=True)
+  _move_away(run / 'checkpoint', tmp_path_factory)
+  _goes_on(run)
+
+
+def test_a_checkpoint_of_before_digests_proves_nothing(run):
+  _leave_all(run)
+  folder = _opened(run)
+  folder.check(_config())
+  assert folder.is_finished() and not folder.is_proven()
+  folder.close()
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    None,
+    '{"custom',
+    '[]',
+    '{}',
+    '{"custom_metadata": {"moetion_config": 1, '
+    '"moetion_digest~": {}, "moetion_checksum": "x"}}',
+  ],
+)
+def test_damaged_metadata_finish_nothing(run, tmp_path_factory, content):
+  _commit(run)
+  _write_last_line(run)
+  metadata = run / 'checkpoint' / '_CHECKPOINT_METADATA'
+  whole = metadata.read_text()
+  metadata.unlink() if content is None else metadata.write_text(content)
+  folder = _opened(run)
+  assert not folder.is_finished()
+  folder.close()
+  reason = _refused(run, fresh=False)
+  assert '_CHECKPOINT_METADATA is missing or damaged' in reason, reason
+  _write_last_line(run, digest=None)  # of a version that wrote none
+  _goes_on(run)
+  _write_last_line(run)
+  metadata.write_text(whole)
+  _goes_on(run)
+  metadata.unlink()
+  _move_away(run / 'checkpoint', tmp_path_factory)  # as it says
+  _goes_on(run)
+
+
+def test_a_copy_of_hard_links_writes_nothing_into_the_original(
+  run, hostmem, tmp_path
+):
+  _leave_all(run)
+  (run / 'checkpoint' / 'commit_success.txt').unlink()
+  before, copy = _contents(run), tmp_path / 'copy'
+  shutil.copytree(run, copy, copy_function=os.link)
+  living = _opened(run)
+  try:  # nor does it wait for the other's lock
+    said, _ = _begin(copy, hostmem)
+  finally:
+    living.close()
+  assert 'is a copy of' in said
+  record_files.EventsFile(str(copy / 'events.jsonl')).write('start')
+  lines = record_files.MetricsFile(str(copy / 'metrics.jsonl'), _ITERATIONS - 1)
+  with lines:
+    lines.write({'iteration': _ITERATIONS + 1})
+  log = child_process.Transcript('stage 0')
+  log.open_log(copy / 'logs' / 'stage-0.log')
+  log.add(b'of the copy')
+  log.close()
+  assert _contents(run) == before
+  for name in ('.lock', 'config.json', 'events.jsonl'):
+    assert (copy / name).read_bytes() != before[name]
+  for name in ('metrics.jsonl', 'logs/stage-0.log'):
+    now = (copy / name).read_bytes()
+    assert now.startswith(before[name]) and now != before[name]
+
+
+def _longer(path, iterations, extend='pin'):
+  """Opens a workdir for a run of more iterations; returns both."""
+  folder = workdir.Workdir(str(path), fresh=False, extend=extend)
+  folder.lock()
+  train = codec.decode(
+    config_lib.TrainConfig, _config(iterations=iterations)['train']
+  )
+  config = _config() | {'train': folder.settings_of(train)}
+  return folder, json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize('extend', ['pin', 'stretch'])
+def test_a_finished_run_goes_on_from_its_checkpoint(run, hostmem, extend):
+  _leave_all(run)
+  _commit(run)
+  last = _ITERATIONS + 20
+  with pytest.raises(errors.ConfigError, match='pin.*--extend=stretch'):
+    folder, config = _longer(run, last, '')
+    try:
+      folder.check(config)
+    finally:
+      folder.close()
+  for written in range(3):  # and again, wherever it died
+    folder, config = _longer(run, last, extend)
+    folder.check(config)
+    assert not folder.is_finished()
+    assert folder.base == job_spec.Base(
+      path=str(run / 'checkpoint'), iteration=_ITERATIONS, digest='the end'
+    )
+    assert folder.ended_at == (0 if written else _ITERATIONS)
+    _settle(folder, hostmem)
+    folder.accept(config, _ENVIRONMENT)
+    folder.close()
+    assert (run / 'checkpoint' / 'commit_success.txt').exists()
+    held = _held(run)['train']
+    assert held['iterations'] == last
+    assert held['optimizer']['decay_iterations'] == (
+      _ITERATIONS if extend == 'pin' else last
+    )
+    with open(run / 'metrics.jsonl', 'a') as lines:
+      line = {'iteration': _ITERATIONS + written + 1, 'digest': 'later'}
+      lines.write(json.dumps(line) + '\n')
+  _write_last_line(run, last, 'the new end')
+  _commit(run, last, 'the new end')
+  folder, config = _longer(run, last, extend)
+  folder.check(config)
+  assert folder.is_finished() and folder.base is None
+  folder.close()
+
+
+def test_a_stopped_run_goes_on_to_a_later_end(run, hostmem):
+  folder, config = _longer(run, _ITERATIONS + 20)
+  folder.check(config)
+  assert folder.base is None and not folder.is_finished()
+  _settle(folder, hostmem)
+  folder.accept(config, _ENVIRONMENT)
+  folder.close()
+  assert _held(run)['train'] == config['train']
+
+
+@pytest.mark.parametrize('digest', ['another', None])
+def test_what_proves_no_end_is_no_beginning(run, digest):
+  """The checkpoint of something else, or one that does not say of what."""
+  _leave_all(run)
+  if digest:
+    _commit(run, digest=digest)
+  with pytest.raises(errors.ConfigError, match='digest'):
+    folder, config = _longer(run, _ITERATIONS + 20)
+    try:
+      folder.check(config)
+    finally:
+      folder.close()
+
+
+@pytest.mark.parametrize(
+  'changed, flag',
+  [
+    ({'data_fingerprint': {'name': 'x', 'blake2b': '2'}}, '--data='),
+    ({'data': '/moved', 'data_fingerprint': {'blake2b': '2'}}, '--data='),
+    ({'init_digest': 'y'}, '--init_from='),
+    ({'init_from': '/moved', 'init_digest': 'y'}, '--init_from='),
+    ({'init_from': '', 'init_digest': ''}, '--init_from='),
+  ],
+)
+def test_what_the_run_reads_has_changed(tmp_path, hostmem, changed, flag):
+  known = _config() | {'init_from': '/there', 'init_digest': 'x'}
+  _begin(tmp_path, hostmem, config=known)
+  reason = _refused(tmp_path, fresh=False, config=known | changed)
+  assert reason.startswith(flag) and 'has changed since the run' in reason
+  _begin(tmp_path, hostmem, config=known)
+
+
+def test_what_the_run_reads_has_moved(tmp_path, hostmem):
+  known = _config() | {'init_from': '/there', 'init_digest': 'x'}
+  _begin(tmp_path, hostmem, config=known)
+  moved = {
+    'data': './link/to/data',
+    'data_fingerprint': {'name': 'data', 'blake2b': '1'},
+    'init_from': '/moved',
+  }
+  folder = _opened(tmp_path)  # as before a worker has read it
+  folder.check(
+    {k: v for k, v in (known | moved).items() if k not in held_run.FOUND_OUT}
+  )
+  folder.close()
+  _begin(tmp_path, hostmem, config=known | moved)
+  assert _held(tmp_path)['data'] == './link/to/data'  # for whoever reads it
+  assert _held(tmp_path)['init_from'] == '/moved'
+  assert scan.read_settings(tmp_path)[0]['init_from'] == '/moved'
+  # It is no other run for that.
+  assert 'init_from' in _refused(
+    tmp_path, fresh=False, config=_config() | {'init_from': ''}
+  )
+
+
+def test_a_checkpoint_without_digests_may_be_spelled_otherwise(
+  tmp_path, hostmem, monkeypatch
+):
+  path = tmp_path / 'run'
+  (tmp_path / 'old').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'old')
+  monkeypatch.chdir(tmp_path)
+  known = _config() | {'init_from': str(tmp_path / 'old'), 'init_digest': ''}
+  _begin(path, hostmem, config=known)
+  for spelled in ('old', './old/', 'link'):
+    _begin(path, hostmem, config=known | {'init_from': spelled})
+  reason = _refused(path, fresh=False, config=known | {'init_from': 'other'})
+  assert 'other settings (init_from)' in reason
+
+
+def test_a_run_of_before_gets_the_digest_of_what_it_began_with(run, hostmem):
+  assert 'init_digest' not in _held(run)
+  _begin(run, hostmem, config=_config() | {'init_digest': 'x'})
+  assert _held(run)['init_digest'] == 'x'
+  assert scan.read_settings(run)[1]['init_digest'] == 'x'
 
 
 # --- What a fresh run removes ------------------------------------------------
@@ -350,13 +733,49 @@ def test_the_id_is_found_before_a_run_is_accepted(tmp_path, hostmem):
   """As after a kill -9: nothing was closed."""
   folder = _opened(tmp_path / 'run')
   _settle(folder, hostmem)
-  os.close(folder.lock_fd)
+  store = store_folder.StoreFolder(hostmem, folder.run_id, folder.path)
+  store.start()
+  store.close()
+  _die(folder)
   again = _opened(tmp_path / 'run')
   _settle(again, hostmem)
-  assert again.run_id == folder.run_id == held_run.read_id(tmp_path / 'run')
+  assert again.run_id == folder.run_id
   again.accept(_config(), _ENVIRONMENT)
   again.close()
   assert _held(tmp_path / 'run')['run_id'] == again.run_id
+
+
+@pytest.mark.parametrize('first', ['run', 'old'])
+@pytest.mark.parametrize('tier', ['memory', 'disk', 'elsewhere'])
+@pytest.mark.parametrize('fresh', [False, True])
+def test_all_that_is_in_a_folder_is_moved_but_its_lock(
+  run, hostmem, tmp_path, first, tier, fresh
+):
+  """`mv run/* old/`: what is stored is of the one that has the config.json."""
+  run_id, durable = held_run.read_id(run), ''
+  if tier == 'memory':
+    (_store(hostmem, run) / 'stage-0.replica-0.segment').write_text('x')
+  elif tier == 'disk':
+    durable = str(tmp_path / 'disk')
+    (tmp_path / 'disk' / f'moetion-{run_id}').mkdir(parents=True)
+  old = tmp_path / 'old'
+  old.mkdir()
+  for path in run.glob('[!.]*'):
+    path.rename(old / path.name)
+  assert [p.name for p in run.iterdir()] == ['.lock']
+  for path in (run, old) if first == 'run' else (old, run):
+    folder = _opened(path)
+    ids = _ids(path, hostmem, folder.locked_id, durable)
+    if path == run:
+      chosen = ids.choose_new() if fresh else ids.choose()
+      assert chosen.run_id != run_id
+      assert not chosen.earlier_id and not chosen.note
+    else:
+      assert ids.choose().run_id == run_id
+      assert 'or a copy, cannot be told' in ids.choose().note
+    folder.close()
+    _begin(path, hostmem, durable=durable)
+  assert held_run.read_id(old) == run_id != held_run.read_id(run)
 
 
 def test_the_id_goes_with_the_folder(run, hostmem, tmp_path, monkeypatch):
@@ -469,7 +888,7 @@ def test_a_copy_keeps_its_new_id_through_a_kill(run, hostmem, tmp_path):
   shutil.copytree(run, copy)
   folder = _opened(copy)
   assert _settle(folder, hostmem)
-  os.close(folder.lock_fd)
+  _die(folder)
   said, _ = _begin(copy, hostmem)
   assert not said and held_run.read_id(copy) == folder.run_id
 
@@ -481,7 +900,7 @@ def test_a_copy_of_a_run_that_had_not_begun(hostmem, tmp_path):
   store.start()
   shutil.copytree(first.path, tmp_path / 'copy')
   said, _ = _begin(tmp_path / 'copy', hostmem)
-  assert f'copy of {first.path}' in said
+  assert not said  # there is nothing to do again
   assert held_run.read_id(tmp_path / 'copy') != first.run_id
   store.remove()
   first.close()
@@ -513,8 +932,8 @@ def test_a_run_of_that_version_which_left_nothing(run, hostmem):
 
 
 def test_settings_are_read_without_the_id(run):
-  config, found_out = workdir.read_run(run)
-  assert config.to_json().keys() | found_out.keys() == _config().keys()
+  config, found_out = scan.read_settings(run)
+  assert config.keys() | found_out.keys() == _config().keys()
 
 
 def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
@@ -524,6 +943,7 @@ def test_a_run_that_begins_anew_has_an_id_of_its_own(run, hostmem, tmp_path):
   new = _ids(run, hostmem, earlier).choose_new()
   assert new.earlier_id == earlier != new.run_id and not new.note
   # The same command after a death before it was accepted: the same store.
+  store_folder.StoreFolder(hostmem, new.run_id, run).start()
   again = _ids(run, hostmem, new.run_id).choose_new()
   assert again.run_id == new.run_id
   # The store of a folder that is elsewhere stays, and goes with that one.

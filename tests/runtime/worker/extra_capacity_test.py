@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from launch.lm import one_process, transformer_job
+from launch.lm import transformer_job
 from moetion_jax.recovery import orders
 from moetion_jax.runtime.worker import extra_capacity
 from moetion_jax.training import worker as worker_lib
-from tests.support import helpers
+from tests.support import helpers, one_process
 
 pytestmark = pytest.mark.thorough
 
@@ -29,19 +29,16 @@ GO = orders.Go(
 )
 
 
-def _programs(config, stage, index=0):
-  spec = helpers.worker_spec(config, stage=index)
-  return extra_capacity.compile_programs(spec, stage, lambda name: None)
+def _programs(stage):
+  return extra_capacity.compile_programs(stage, lambda name: None)
 
 
 def _train(config, factor=None, until=0):
   """(reports, iterations in which capacities had grown) of one stage."""
-  (worker,) = one_process.make_workers(
-    config, transformer_job.load_data(config)
-  )
+  (worker,) = one_process.make_workers(config)
   grown = []
   if factor is not None:
-    programs = _programs(config, worker.stage)
+    programs = _programs(worker.stage)
     forward = programs['forward']
 
     def noted(compute, inputs, position):
@@ -96,13 +93,12 @@ def test_what_a_worker_is_told(config):
   stages = dataclasses.replace(
     config, train=dataclasses.replace(config.train, stages=2)
   )
-  stage = transformer_job.build_stage(stages, 1)
-  programs = _programs(stages, stage, 1)
+  stage = transformer_job.of(stages).build_stage(1)
+  programs = _programs(stage)
   group, *others = stage.whole.partition.stacked_groups
   go = dataclasses.replace(
     GO, capacity=((group, 1, 1.5), (group, 0, 1.25)), capacity_until=7
   )
-  go = orders.Go.from_json(go.to_json())
   grown = extra_capacity.make(go, stage, programs)
   assert grown is not None and grown.until == 7
   experts = config.model.num_experts
@@ -119,6 +115,6 @@ def test_a_stage_without_experts_has_nothing_to_grow(config):
     model=dataclasses.replace(config.model, first_dense_layers=1),
     train=dataclasses.replace(config.train, stages=config.model.num_layers),
   )
-  stage = transformer_job.build_stage(stages, 0)
+  stage = transformer_job.of(stages).build_stage(0)
   assert not stage.whole.partition.stacked_groups
-  assert _programs(stages, stage) == {}
+  assert _programs(stage) == {}

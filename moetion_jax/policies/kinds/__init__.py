@@ -1,0 +1,1 @@
+"""One module a policy: its rules and its planner."""

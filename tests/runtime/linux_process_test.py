@@ -1,0 +1,59 @@
+"""Signals that end a run, counted as they come; processes that are stopped."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from moetion_jax.runtime import linux_process
+
+
+@pytest.fixture
+def hangup():
+  """What a test does with the handler of SIGHUP is undone."""
+  before = signal.getsignal(signal.SIGHUP)
+  yield lambda: os.kill(os.getpid(), signal.SIGHUP)
+  signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_goes_counts_once(hangup):
+  """It sends a hangup, and so does its shell; twice means at once."""
+  pipe = linux_process.SignalPipe()
+  with pipe.open():
+    hangup()
+    hangup()
+    assert pipe.take() == 1
+    hangup()
+    assert pipe.take() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert pipe.take() == 1
+
+
+def test_a_hangup_that_is_ignored_stays_so(hangup):
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  pipe = linux_process.SignalPipe()
+  with pipe.open():
+    hangup()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert pipe.take() == 1
+  assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_the_kernel_knows_who_is_stopped():
+  process = subprocess.Popen(['sleep', '60'])
+  try:
+    assert not linux_process.is_stopped(process.pid)
+    os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 10
+    while not linux_process.is_stopped(process.pid):
+      assert time.monotonic() < deadline
+    os.kill(process.pid, signal.SIGCONT)
+    while linux_process.is_stopped(process.pid):
+      assert time.monotonic() < deadline
+  finally:
+    process.kill()
+    process.wait()
+  assert not linux_process.is_stopped(process.pid)  # it is no more
+  assert not linux_process.is_stopped(os.getpid())
