@@ -38,7 +38,9 @@ from moetion_jax import errors
 from moetion_jax.runtime.hosts import child_process
 
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the faults.')
-_FAULTS = flags.DEFINE_integer('faults', 0, 'How many at least; 0: no limit.')
+_FAULTS = flags.DEFINE_integer(
+  'faults', 0, 'How many at least; 0: no limit.', lower_bound=0
+)
 _MINUTES = flags.DEFINE_float('minutes', 0.0, 'How long; 0: as --faults says.')
 _PRESET = flags.DEFINE_string(
   'preset', 'micro', "Shape of the model: 'micro', or one of launch.train."
