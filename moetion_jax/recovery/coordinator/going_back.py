@@ -351,16 +351,23 @@ def _let_go(
   plan: recovery_plan.RecoveryPlan,
   fresh: Collection[int],
 ) -> None:
-  """Has the members of a plan begin; logs of `fresh` stages begin empty."""
+  """Has the members of a plan begin; logs of `fresh` stages begin empty.
+
+  So do those that were to begin so before, of a worker that died before it did.
+  """
   generations = {w.name: w.generation for w in run.workers}
   run.do(actions.Locate(generations=generations))
   for stage in plan.stages:
-    if stage in fresh:
+    team = run.crew[stage].values()
+    is_fresh = stage in fresh or any(w.name in run.unbegun for w in team)
+    run.unbegun = {name for name in run.unbegun if name[0] != stage}
+    if is_fresh:
       run.inventory.log_began(stage, plan.start)
-    for worker in run.crew[stage].values():
+      run.unbegun |= {worker.name for worker in team}
+    for worker in team:
       # From here on it replays, though it has not said so yet.
       worker.iteration, worker.is_idle = plan.first_iteration, False
-      order = _order(run, worker, plan, is_fresh=stage in fresh)
+      order = _order(run, worker, plan, is_fresh=is_fresh)
       run.do(actions.Send(worker=worker.name, order=order))
       tell_stop(run, worker)
 

@@ -291,6 +291,7 @@ class Run(State):
     loss: what the last recovery lost; None for nothing.
     trained: the stages of which a worker began to train.
     recoveries: the stages on their way back.
+    unbegun: who was told to begin its log anew, and has not said that it did.
     rollback: what all stages go back for.
     dropped: damaged entries that were written again; readers may be wrong.
     shrunk_at: by stage without all of its workers, the iteration since when.
@@ -316,6 +317,7 @@ class Run(State):
   recoveries: dict[int, failures_lib.OngoingRecovery] = dataclasses.field(
     default_factory=dict
   )
+  unbegun: set[events.Name] = dataclasses.field(default_factory=set)
   rollback: Rollback = dataclasses.field(default_factory=Rollback)
   dropped: list[segment_check.Damage] = dataclasses.field(default_factory=list)
   shrunk_at: dict[int, int] = dataclasses.field(default_factory=dict)

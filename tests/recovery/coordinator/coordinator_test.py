@@ -341,7 +341,11 @@ def test_all_begin_again_when_nothing_of_a_stage_is_left(resumed_at):
     assert (go.line, go.newest, go.start) == (0, 0, 0) and go.is_fresh
     assert go.decisions[0].first_iteration == 0
     assert go.target == resumed_at + 13
+  # One that dies before its log has begun leaves the old one to the next.
+  assert run.dies(0)[0].is_fresh
   # The line moves on meanwhile: the stores hold less than the way back.
+  for stage in (0, 1):
+    run.resumes(stage)
   for iteration in range(1, 11):
     for stage in (0, 1):
       run.stores(stage, iteration)
