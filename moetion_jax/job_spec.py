@@ -74,7 +74,7 @@ class JobSpec:
 
   @functools.cached_property
   def train(self) -> config_lib.TrainConfig:
-    """How the job is trained and spread."""
+    """Settings of the training and of its spread."""
     return codec.decode(config_lib.TrainConfig, self.config['train'])
 
   @property

@@ -1,4 +1,4 @@
-"""What a run suffers from outside: a table of the kinds, and how each acts."""
+"""Faults done to a run from outside: a table of the kinds and their acts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BALLAST = 'ballast'
 
 
 class Kind(enum.StrEnum):
-  """What happens; `TABLE` says how."""
+  """Kind of a fault from outside; `TABLE` says how it acts."""
 
   KILL_WORKER = 'kill a worker'
   STOP_WORKER = 'stop a worker'
@@ -156,7 +156,7 @@ def _fill_disk(run: Target, fault: Fault) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-  """How faults of one kind happen.
+  """Weight and act of the faults of one kind.
 
   Attributes:
     weight: how often they are drawn; for faults of scripts see `faults.TABLE`.

@@ -286,7 +286,7 @@ class StoredRun:
 
   @functools.cached_property
   def train(self) -> config_lib.TrainConfig:
-    """How the run is trained and spread, whatever its job is."""
+    """Settings of training and of its spread, whatever the job is."""
     return codec.decode(config_lib.TrainConfig, self.settings['train'])
 
   @functools.cached_property

@@ -71,7 +71,7 @@ class _CaptureJob:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What snapshots of a worker of a run have, and those of a lone loop do not.
+  """Parts of snapshots that a worker of a run has, and a lone loop has not.
 
   Attributes:
     log: the worker's log. A snapshot counts only when everything published

@@ -100,7 +100,7 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
-  """What the worker does now; sent a few times a second.
+  """Current state of the worker; sent a few times a second.
 
   Attributes:
     state: its state.

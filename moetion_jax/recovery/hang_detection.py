@@ -29,7 +29,7 @@ class WorkerState(enum.StrEnum):
 
 
 class Shortage(enum.StrEnum):
-  """What a blocked worker lacks, for people."""
+  """Shortage that blocks a worker, in words for people."""
 
   SNAPSHOTS = 'all its snapshots are needed'  # none may be overwritten
   ROOM = 'no room'

@@ -68,7 +68,7 @@ class StopHere:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decide:
-  """What is captured from now on."""
+  """Decision on the captures from now on."""
 
   decision: decision_lib.CaptureDecision
 

@@ -46,7 +46,7 @@ _WITH_DATA = tuple(phase for phase in Phase if phase not in START_PHASES)
 
 
 class Place(enum.Enum):
-  """What a fault damages; whoever owns that has an act in the injector."""
+  """Place that a fault damages; its owner has an act in the injector."""
 
   PROCESS = enum.auto()  # of the worker itself
   SNAPSHOTS = enum.auto()  # of the worker, in host memory; it dies of it
@@ -57,7 +57,7 @@ class Place(enum.Enum):
 
 
 class FaultKind(enum.StrEnum):
-  """What happens; `TABLE` says where and how."""
+  """Kind of a scripted fault; `TABLE` says where and how it happens."""
 
   KILL = 'kill'
   STOP = 'stop'
@@ -110,7 +110,7 @@ Act = Callable[[Fault, int], None]  # of the fault and the current iteration
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-  """Where and how faults of one kind happen.
+  """Place, phases and act of the faults of one kind.
 
   Attributes:
     place: what they damage.

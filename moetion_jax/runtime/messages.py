@@ -1,4 +1,4 @@
-"""What an agent, its workers and the agents of further hosts tell each other.
+"""Messages between an agent, its workers and the agents of further hosts.
 
 A message is JSON, one object a line (`codec`). The unions at the end say
 who sends what to whom.
@@ -60,7 +60,7 @@ class ProducerLocation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Locations:
-  """Where all workers' entries are; sent again on a change."""
+  """Locations of all workers' entries; sent again on a change."""
 
   locations: tuple[ProducerLocation, ...]
 

@@ -34,7 +34,7 @@ Asking = Generator[actions.Question, Any, T]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What the coordinator has to know of a run.
+  """Facts of a run that the coordinator has to know.
 
   Attributes:
     job: the run's job.
@@ -157,7 +157,7 @@ class State:
 
   @property
   def train(self) -> config.TrainConfig:
-    """How the job is trained and spread."""
+    """Settings of the training and of its spread."""
     return self.settings.job.train
 
   @property

@@ -1,4 +1,4 @@
-"""What proves a checkpoint: digests of its operators, and what they are of.
+"""Proof of a checkpoint: digests of its operators, and their run.
 
 It travels in Orbax's custom metadata, as plain JSON:
 
@@ -39,7 +39,7 @@ LeafShape = tuple[str, tuple[int, ...]]  # dtype and shape
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proof:
-  """What a checkpoint held when it was saved.
+  """Content of a checkpoint when it was saved.
 
   Attributes:
     iteration: the iteration of its state.

@@ -21,7 +21,7 @@ class Relation(enum.Enum):
 
 
 class AtPath(enum.Enum):
-  """What is found at a recorded path."""
+  """Finding at a recorded path."""
 
   HERE = 'here'  # the folder in question
   TWIN = 'twin'  # another folder, with a run of the same id

@@ -22,7 +22,7 @@ _KEPT_REPORTS = 256  # iterations, for workers that replay them
 
 
 class View:
-  """What a person sees of a run; this one shows notes only.
+  """View of a run for a person; this one shows notes only.
 
   A context manager. A subclass shows more.
   """

@@ -23,7 +23,7 @@ HOSTMEM_DIR, ON_DISK, LEFT = FIELDS = 'hostmem_dir', 'on_disk', 'left'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whereabouts:
-  """Where a run is, and where it was.
+  """Places of a run, now and before.
 
   Attributes:
     hostmem_dir: the directory of its stores, a real path; '' if not recorded.
@@ -145,7 +145,7 @@ def of_run(hostmem_dir: str, on_disk: str, workdir: str) -> Whereabouts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Removal:
-  """What a removal left.
+  """Remains of a removal.
 
   Attributes:
     others: paths of what is not the run's, and stays.
@@ -158,7 +158,7 @@ class Removal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-  """What a run finds of itself, where it begins and elsewhere.
+  """Traces of a run that it finds where it begins, and elsewhere.
 
   Attributes:
     workdir: the run's workdir.
