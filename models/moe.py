@@ -95,6 +95,7 @@ def plan_dispatch(
   empty = num_experts * capacity
   limit = capacity if limits is None else limits[by_expert]
   seats = jnp.where(position < limit, by_expert * capacity + position, empty)
+  seats = seats.astype(flat.dtype)  # wider where 64 bits are enabled
   seat_of_choice = (
     jnp.zeros_like(flat).at[order].set(seats, unique_indices=True)
   )

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import re
+import warnings
 from typing import Any
 
 import chex
@@ -124,6 +125,16 @@ def test_earlier_tokens_have_priority():
   )
   np.testing.assert_array_equal(plan.load, [4, 3, 1])
   assert int(plan.dropped) == 3
+
+
+def test_a_dispatch_is_traced_without_a_warning_where_64_bits_are_enabled():
+  """A warning of a worker's would stand among the lines of a refusal."""
+  experts = np.array([[1, 0], [1, 2]], np.int32)
+  with jax.enable_x64(True), warnings.catch_warnings():
+    warnings.simplefilter('error')
+    plan = jax.jit(lambda e: moe.plan_dispatch(e, 4, 1))(jnp.asarray(experts))
+  expected = _plan_by_hand(experts, 4, 1)
+  np.testing.assert_array_equal(plan.seat_of_choice, expected.seat_of_choice)
 
 
 def _placement(plan: moe.Dispatch, num_seats: int) -> jax.Array:

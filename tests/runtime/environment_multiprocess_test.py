@@ -86,7 +86,8 @@ def test_another_environment_is_refused_by_name(host, workdir):
     _, err = runs.end(run, 2)
     assert f'--workdir={workdir}: holds a run made with {name}' in err
     assert change in err and f'--accept_changes={name}' in err
-    assert len(err.strip().splitlines()) == 1, err
+    words = err.strip().splitlines()  # workers may have printed warnings by now
+    assert len([line for line in words if not line.startswith('[stage')]) == 1
   run = _train(
     host, workdir, *flags, '--accept_changes=fast_math', environment=_FAST
   )
