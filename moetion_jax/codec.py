@@ -9,9 +9,11 @@ are written as Python's `json` does, infinite ones and NaN too.
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import dataclasses
 import enum
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -37,6 +39,18 @@ class Form:
   decode: Callable[[Any], Any]
 
 
+def read_object(text: bytes) -> dict[str, Any]:
+  """Returns the JSON object in a text; an empty one if it is none.
+
+  A line of a file may be torn by a death, or be of somebody else.
+  """
+  with contextlib.suppress(ValueError, RecursionError):
+    value = json.loads(text)
+    if isinstance(value, dict):
+      return value
+  return {}
+
+
 def encode(value: Any, hint: Any = None) -> Any:
   """Converts a value to plain JSON values; `decode` is the inverse.
 
@@ -56,7 +70,7 @@ def encode(value: Any, hint: Any = None) -> Any:
       return None
     if len(members) == 1:
       return encode(value, members[0])
-    return {_KIND: type(value).__name__, **encode(value)}
+    return encode_kind(value)
   if dataclasses.is_dataclass(hint):
     fields = {n: encode(vars(value)[n], h) for n, h in _hints(hint).items()}
     return fields if _is_object(hint) else list(fields.values())
@@ -73,6 +87,11 @@ def encode(value: Any, hint: Any = None) -> Any:
   return value
 
 
+def encode_kind(value: Any) -> dict[str, Any]:
+  """Converts a record to JSON as one of a union, see `encode`."""
+  return {_KIND: type(value).__name__, **encode(value)}
+
+
 def decode(hint: Any, value: Any, name: str = '') -> Any:
   """Makes a value of a type from plain JSON values.
 
@@ -85,7 +104,7 @@ def decode(hint: Any, value: Any, name: str = '') -> Any:
     ValueError: `value` is of another type, or a field is unknown or missing;
       names class and field.
   """
-  name = name or getattr(hint, '__name__', str(hint))
+  name = name or _name(hint)
   if hint is Any:
     return value
   if hint in _PLAIN:
@@ -168,6 +187,11 @@ def _checked(kinds: tuple[type, ...], value: Any, name: str) -> Any:
 def _members(union: Any) -> tuple[Any, ...]:
   kinds = typing.get_args(union)
   return tuple(one for one in kinds if one is not types.NoneType)
+
+
+@functools.cache
+def _name(hint: Any) -> str:
+  return getattr(hint, '__name__', str(hint))
 
 
 @functools.cache

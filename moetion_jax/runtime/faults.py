@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import mmap
 import os
 import pathlib
@@ -19,7 +18,7 @@ import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
-from moetion_jax import errors
+from moetion_jax import codec, errors
 
 _EXIT_CODE = 3
 _OOM_BYTES = 1 << 30
@@ -365,11 +364,8 @@ class FaultBook:
     except FileNotFoundError:
       return
     for line in lines:
-      try:
-        event = json.loads(line)
-      except (ValueError, RecursionError):
-        continue  # a line torn by a death
-      if not isinstance(event, dict) or type(event.get('number')) is not int:
+      event = codec.read_object(line)
+      if type(event.get('number')) is not int:
         continue
       fault = self._coming.get(event['number'])
       if (

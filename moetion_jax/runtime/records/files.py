@@ -16,7 +16,7 @@ import tempfile
 import time
 from typing import IO, Any
 
-from moetion_jax import disk, errors
+from moetion_jax import codec, disk, errors
 
 # Of a JSON file that is being written, before eight characters.
 TEMPORARY_PREFIX = '.moetion-json-'
@@ -43,18 +43,9 @@ def read_lines(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
   return lines
 
 
-def read_object(text: bytes) -> dict[str, Any]:
-  """Returns the JSON object in a text; an empty one if it is none."""
-  with contextlib.suppress(ValueError, RecursionError):
-    value = json.loads(text)
-    if isinstance(value, dict):
-      return value
-  return {}
-
-
 def _parse(raw: bytes) -> tuple[int | None, dict[str, Any]]:
   """Returns a line's iteration, None for a damaged one, and the line."""
-  line = read_object(raw)
+  line = codec.read_object(raw)
   iteration = line.get('iteration')
   return (iteration if type(iteration) is int else None), line
 
