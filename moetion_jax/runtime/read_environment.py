@@ -54,7 +54,7 @@ _INSTRUCTIONS = re.compile(
   r'(sse|ssse|avx|fma|f16c|bmi|amx|gfni|vaes|vpclmul|neon|asimd|sve|sme|bf16)'
 )
 _DIGEST_DIGITS = 16
-_LIBM = re.compile(r'\S+/libm[.-]\S+$', re.MULTILINE)
+_LIBM = re.compile(r'/libm[.-]\S+$')
 _PRELOAD, _TUNABLES = 'LD_PRELOAD', 'GLIBC_TUNABLES'
 _DRIVER = '/proc/driver/nvidia/version'
 
@@ -271,7 +271,8 @@ def system(maps: str, variables: Mapping[str, str]) -> dict[str, str]:
     variables: the environment variables.
   """
   found = {'libc': ' '.join(platform.libc_ver())}
-  for name in sorted(set(_LIBM.findall(maps))):
+  mapped = filter(_LIBM.search, maps.splitlines())
+  for name in sorted({line.split()[-1] for line in mapped}):
     found['libm'] = digest_of(name) or name
   if preloaded := variables.get(_PRELOAD, ''):
     files = [digest_of(path) for path in re.split('[ :]+', preloaded)]
@@ -386,13 +387,14 @@ def _versions() -> dict[str, str]:
   found = {'python': platform.python_version()}
   for name in _PACKAGES:
     try:
-      found[name] = metadata.version(name) + _elsewhere(name)
+      package = metadata.distribution(name)
     except metadata.PackageNotFoundError:
       continue
+    found[name] = package.version + _elsewhere(name, package)
   return found | installed(sys.path, _RUNTIMES)
 
 
-def _elsewhere(name: str) -> str:
+def _elsewhere(name: str, package: metadata.Distribution) -> str:
   """Says where a package is imported from, if not from where it is installed.
 
   A source tree on PYTHONPATH hides the installed package, whose version then
@@ -402,7 +404,7 @@ def _elsewhere(name: str) -> str:
   module = _MODULES.get(name, name.replace('-', '_'))
   with contextlib.suppress(ImportError, ValueError):
     spec = util.find_spec(module)
-  installed_at = str(metadata.distribution(name).locate_file(''))
+  installed_at = str(package.locate_file(''))
   found = spec.origin if spec else None
   if found is None or os.path.realpath(found).startswith(
     os.path.realpath(installed_at) + os.sep
