@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from moetion_jax import codec, keys, report
 from moetion_jax.policies import decision as decision_lib, planner, slots
-from moetion_jax.recovery import events, orders
+from moetion_jax.recovery import notices, orders
 from moetion_jax.runtime import messages
+from moetion_jax.runtime.hosts import host_messages
 from tests.support import words
 
 
@@ -128,7 +129,10 @@ def test_a_decision_comes_back_as_it_was(stage, first, mode, data):
     every=1 if length > 1 else data.draw(st.integers(1, 9)),
     slots=slots.make_slots(tuple(bytes_of), bytes_of, length, device_of),
   )
-  assert _sent(orders.Decide(decision=decision)).decision == decision
+  assert (
+    _sent(orders.Decide(decision=decision), messages.ToWorker).decision
+    == decision
+  )
 
 
 @hypothesis.given(st.floats(allow_nan=False), st.floats(allow_nan=False))
@@ -147,7 +151,7 @@ def test_a_report_comes_back_bit_for_bit(loss, norm):
     waited_seconds=0.0,
     load={keys.OperatorId('a', 1): 5},
   )
-  back = _sent(events.Reported(report=one)).report
+  back = _sent(notices.Reported(report=one), messages.FromWorker).report
   assert back.loss.hex() == loss.hex() and back.grad_norm.hex() == norm.hex()
   assert math.copysign(1, back.auxiliary_loss) == -1
   (digest,) = back.digests.values()
@@ -155,8 +159,17 @@ def test_a_report_comes_back_bit_for_bit(loss, norm):
   assert back.load == one.load
 
 
-def test_a_kind_names_one_message():
-  kinds = typing.get_args(messages.Message)
+@pytest.mark.parametrize(
+  'union',
+  [
+    messages.FromWorker,
+    messages.ToWorker,
+    host_messages.FromHost,
+    host_messages.ToHost,
+  ],
+)
+def test_a_kind_names_one_message(union):
+  kinds = typing.get_args(union)
   assert len({kind.__name__ for kind in kinds}) == len(kinds)
 
 
@@ -166,7 +179,7 @@ def test_messages_within_messages():
     compute_bytes={keys.OperatorId('a', 1): 2},
     device={keys.OperatorId('a', 1): None},
   )
-  ready = events.Ready(
+  ready = notices.Ready(
     device='cpu',
     platform='cpu',
     lowering_platform='cpu',
@@ -174,15 +187,20 @@ def test_messages_within_messages():
     operators=sizes,
     environment={'versions': {'jax': '1'}},
   )
-  for one in (
-    messages.Said(stage=2, message=ready),
-    messages.Tell(stage=2, message=messages.Exit()),
-    events.Failed(error='e', iteration=4, suspects=(3,), corrupt=(1, 2)),
-  ):
-    assert _sent(one) == one
+  failed = notices.Failed(error='e', iteration=4, suspects=(3,), corrupt=(1, 2))
+  said = host_messages.Said(stage=2, message=ready)
+  tell = host_messages.Tell(stage=2, message=messages.Exit())
+  assert _sent(failed, messages.FromWorker) == failed
+  assert _sent(said, host_messages.FromHost) == said
+  assert _sent(tell, host_messages.ToHost) == tell
 
 
-def _sent(message):
+def test_nobody_says_what_is_not_his_to_say():
+  with pytest.raises(ValueError, match="has no kind 'Exit'"):
+    _sent(messages.Exit(), messages.FromWorker)
+
+
+def _sent(message, kinds):
   line = messages.pack(message)
   assert line.endswith(b'\n') and line.count(b'\n') == 1
-  return messages.unpack(line)
+  return messages.unpack(kinds, line)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 
+import hypothesis
 import jax
 import pytest
 
@@ -18,6 +19,9 @@ jax.config.update(
 )
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+# On a busy machine an example takes any time.
+hypothesis.settings.register_profile('untimed', deadline=None)
+hypothesis.settings.load_profile('untimed')
 
 
 def pytest_collection_modifyitems(config, items):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moetion_jax import errors, report as report_lib
-from moetion_jax.recovery import events, orders, splice as splice_lib
+from moetion_jax.recovery import events, notices, orders, splice as splice_lib
 
 
 class Action:
@@ -170,7 +170,7 @@ class Accept(Question):
     ready: what every worker said when it was able to train.
   """
 
-  ready: Mapping[events.Name, events.Ready]
+  ready: Mapping[events.Name, notices.Ready]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

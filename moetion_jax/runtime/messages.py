@@ -1,8 +1,4 @@
-"""Messages between an agent, its workers and the agents of further hosts.
-
-A message is JSON, one object a line (`codec`). The unions at the end say
-who sends what to whom.
-"""
+"""Messages between an agent and its workers: JSON, one object a line."""
 
 from __future__ import annotations
 
@@ -12,12 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from moetion_jax import codec, keys
+from moetion_jax import codec
 from moetion_jax.logs import remote
-from moetion_jax.recovery import events, orders
+from moetion_jax.recovery import notices, orders
 from moetion_jax.runtime import spec as spec_lib
 
-# ---- a worker to its agent, besides `events` ---------------------------------
+# ---- a worker to its agent, besides `notices` --------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,118 +90,24 @@ class Exit:
   """End the process."""
 
 
-# ---- the agent of a further host to the leader ------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Serving:
-  """The host's store is open: the address of its server."""
-
-  address: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Started:
-  """The worker of a stage runs."""
-
-  stage: int
-  pid: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Said:
-  """A message of the worker of a stage."""
-
-  stage: int
-  message: FromWorker
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Printed:
-  """A line that the worker of a stage printed."""
-
-  stage: int
-  line: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Exited:
-  """The worker of a stage ended; all its messages came before."""
-
-  stage: int
-  exit_code: int | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HostFailed:
-  """The host cannot be used."""
-
-  error: str
-
-
-# ---- the leader to the agent of a further host ------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
-  """Start a worker.
-
-  Attributes:
-    spec: the worker's spec, without what only its host's agent knows.
-    environment: environment variables to set.
-  """
-
-  spec: spec_lib.Spec
-  environment: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tell:
-  """Pass a message on to the worker of a stage."""
-
-  stage: int
-  message: ToWorker
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kill:
-  """Kill the worker of a stage."""
-
-  stage: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fence:
-  """Refuse older generations of a worker, this host's or another's."""
-
-  worker: keys.WorkerId
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Close:
-  """End once all workers are gone, and keep the store or remove it."""
-
-  keep: bool
-
-
 FromWorker = (
   Warm
   | FaultHappens
-  | events.Ready
-  | events.Resumed
-  | events.CaughtUp
-  | events.Stored
-  | events.Reported
-  | events.Done
-  | events.HandedOver
-  | events.State
-  | events.Answer
-  | events.StoppedHere
-  | events.Saved
-  | events.Damaged
-  | events.Rewritten
-  | events.Refused
-  | events.Failed
+  | notices.Ready
+  | notices.Resumed
+  | notices.CaughtUp
+  | notices.Stored
+  | notices.Reported
+  | notices.Done
+  | notices.HandedOver
+  | notices.State
+  | notices.Answer
+  | notices.StoppedHere
+  | notices.Saved
+  | notices.Damaged
+  | notices.Rewritten
+  | notices.Refused
+  | notices.Failed
 )
 ToWorker = (
   Promote
@@ -220,11 +122,6 @@ ToWorker = (
   | Save
   | Exit
 )
-FromHost = (
-  Serving | Started | Said | Printed | Exited | events.Refused | HostFailed
-)
-ToHost = Start | Tell | Kill | Fence | Close
-Message = FromWorker | ToWorker | FromHost | ToHost
 
 
 def write(fd: int, data: bytes) -> None:
@@ -233,18 +130,22 @@ def write(fd: int, data: bytes) -> None:
     data = data[os.write(fd, data) :]
 
 
-def pack(message: Message) -> bytes:
+def pack(message: Any) -> bytes:
   """Makes a line of a message."""
-  return json.dumps(codec.encode(message, Message)).encode() + b'\n'
+  return json.dumps(codec.encode_kind(message)).encode() + b'\n'
 
 
-def unpack(line: bytes) -> Any:
-  """Makes a `Message` of a line.
+def unpack(kinds: Any, line: bytes) -> Any:
+  """Makes a message of a line.
+
+  Args:
+    kinds: the union of all messages that may come.
+    line: what `pack` made.
 
   Raises:
-    ValueError: it is none; names class and field.
+    ValueError: it is none of them; names class and field.
   """
-  return codec.decode(Message, json.loads(line))
+  return codec.decode(kinds, json.loads(line))
 
 
 class Lines:

@@ -1,4 +1,4 @@
-"""Everything that a process of a run is told when it starts, on its stdin."""
+"""Everything that a worker process is told when it starts, on its stdin."""
 
 from __future__ import annotations
 
@@ -81,30 +81,3 @@ class Spec:
     CPU has as many threads as cores that it may use at its creation.
     """
     return self.platform == 'cpu' and bool(self.cores)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HostSpec:
-  """Everything that the agent of a further host is told when it starts.
-
-  Attributes:
-    name: the host's name in the location map.
-    run_id: the name of its store folder.
-    hostmem_dir: the directory of that folder.
-    workdir: the run's workdir, absolute, for the folder's owner file.
-    secret: the job's secret, in hex.
-    agent_pid: pid of the leader, with which this process dies.
-    lock_fds: descriptors of locks that it holds and hands on to its workers.
-    status_fd: the descriptor to which it writes.
-    control_fd: the descriptor from which it reads.
-  """
-
-  name: str
-  run_id: str
-  hostmem_dir: str
-  workdir: str
-  secret: str = dataclasses.field(repr=False)
-  agent_pid: int
-  lock_fds: tuple[int, ...]
-  status_fd: int
-  control_fd: int

@@ -12,7 +12,13 @@ import pytest
 from hypothesis import strategies as st
 
 from moetion_jax.hostmem import segment_check
-from moetion_jax.recovery import actions, events, hang_detection, orders
+from moetion_jax.recovery import (
+  actions,
+  events,
+  hang_detection,
+  notices,
+  orders,
+)
 from moetion_jax.recovery.coordinator import coordinator
 from moetion_jax.snapshots import coverage
 from tests.support import helpers, recoveries
@@ -217,7 +223,7 @@ class _World(recoveries.Run):
         begun = process.iteration
         if begun > order.limit:
           process.limit = _ITERATIONS
-        answer = events.Answer(limit=order.limit, begun=begun)
+        answer = notices.Answer(limit=order.limit, begun=begun)
         self.coming.append((process, answer))
       case orders.Commit():
         process.limit, process.is_committed = order.limit, True
@@ -279,7 +285,7 @@ class _World(recoveries.Run):
       process.must_stop, process.go = False, None
       process.generation += 1
       self.generations[process.stage] += 1
-      self.say(process, events.StoppedHere())
+      self.say(process, notices.StoppedHere())
     elif process.go is None:
       if not process.is_ready and self.line_if_any == 0:
         process.is_ready = True
@@ -311,9 +317,9 @@ class _World(recoveries.Run):
       return
     process.has_resumed = True
     first = go.start + 1
-    self.say(process, events.Resumed(first_iteration=first, fetch_seconds=0.0))
+    self.say(process, notices.Resumed(first_iteration=first, fetch_seconds=0.0))
     if go.start and go.start == go.target:
-      self.say(process, events.CaughtUp())
+      self.say(process, notices.CaughtUp())
 
   def _complete(self, process):
     iteration = process.iteration
@@ -334,7 +340,7 @@ class _World(recoveries.Run):
         self.stores_one(process.stage, iteration, process.replica)
     self._report(process, iteration - 1)
     if iteration == process.go.target:
-      self.say(process, events.CaughtUp())
+      self.say(process, notices.CaughtUp())
 
   def _report(self, process, iteration):
     if iteration > process.reported:
@@ -342,22 +348,22 @@ class _World(recoveries.Run):
       report = helpers.make_report(
         iteration, process.stage, replica=process.replica
       )
-      self.say(process, events.Reported(report=report))
+      self.say(process, notices.Reported(report=report))
 
   def _end(self, process):
     self._report(process, process.completed)
     process.is_done = True
-    self.say(process, events.Done(iteration=process.completed))
+    self.say(process, notices.Done(iteration=process.completed))
 
   def _finish(self, process):
     if process.is_asked:
       process.is_asked = False
-      self.say(process, events.HandedOver())
+      self.say(process, notices.HandedOver())
     elif process.must_save:
-      self.say(process, events.Saved())
+      self.say(process, notices.Saved())
 
   def _failed(self, process, **fields):
-    return events.Failed(
+    return notices.Failed(
       error='it failed', iteration=process.iteration, **fields
     )
 
@@ -392,7 +398,7 @@ class _World(recoveries.Run):
       state = _State.WAITING
     if process.hangs:
       state = _State.RUNNING
-    return events.State(
+    return notices.State(
       state=state,
       detail='x',
       iteration=process.iteration if process.has_resumed else 0,

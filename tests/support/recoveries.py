@@ -8,7 +8,13 @@ from moetion_jax import job_spec, keys
 from moetion_jax.hostmem import segment_check
 from moetion_jax.policies import planner, settings as capture_settings
 from moetion_jax.policies.kinds import registry
-from moetion_jax.recovery import actions, events, hang_detection, orders
+from moetion_jax.recovery import (
+  actions,
+  events,
+  hang_detection,
+  notices,
+  orders,
+)
 from moetion_jax.recovery.coordinator import coordinator, state
 from moetion_jax.snapshots import coverage
 from tests.support import helpers
@@ -215,7 +221,7 @@ class Run:
       compute_bytes=dict.fromkeys(operators(stage), 2),
       device=dict.fromkeys(operators(stage)),
     )
-    message = events.Ready(
+    message = notices.Ready(
       device='cpu',
       platform='cpu',
       lowering_platform='cpu',
@@ -241,7 +247,7 @@ class Run:
   def resumes(self, stage, replica=0):
     """A worker begins with what it was told."""
     first = self.begun[stage]
-    message = events.Resumed(first_iteration=first, fetch_seconds=0.0)
+    message = notices.Resumed(first_iteration=first, fetch_seconds=0.0)
     return self.says(stage, message, replica)
 
   def keeps(self, stage, iteration, length=0, team=()):
@@ -260,7 +266,7 @@ class Run:
     place, length = team.index(replica), length or self.length
     one = share(stage, iteration, length, place, len(team))
     self.shares[stage][one.name] = one
-    return self.says(stage, events.Stored(share=one), replica)
+    return self.says(stage, notices.Stored(share=one), replica)
 
   def stores(self, stage, iteration, length=0):
     """All workers of a stage store a snapshot."""
@@ -277,7 +283,7 @@ class Run:
         report = helpers.make_report(
           iteration, stage, replica=replica, **fields
         )
-        done += self.says(stage, events.Reported(report=report), replica)
+        done += self.says(stage, notices.Reported(report=report), replica)
     return done
 
   def train(self, until, length=0, **fields):
@@ -298,14 +304,14 @@ class Run:
     fields = {'detail': 'forward', 'steps': 1, **fields}
     fields.setdefault('state', hang_detection.WorkerState.RUNNING)
     return self.says(
-      stage, events.State(iteration=iteration, **fields), replica
+      stage, notices.State(iteration=iteration, **fields), replica
     )
 
   def dies(self, stage, replica=0, how='was killed by SIGKILL', **failed):
     """A worker dies, after its last words, if any; returns orders by stage."""
     if failed:
       fields = {'iteration': self.begun[stage], **failed}
-      self.says(stage, events.Failed(**fields), replica)
+      self.says(stage, notices.Failed(**fields), replica)
     done = self.handle(events.Died(worker=(stage, replica), pid=1, how=how))
     return orders_in(done)
 
@@ -315,7 +321,7 @@ class Run:
       for replica in self.one.state.team(stage):
         self.resumes(stage, replica)
       for replica in self.one.state.team(stage):
-        self.says(stage, events.CaughtUp(), replica)
+        self.says(stage, notices.CaughtUp(), replica)
 
   # ---- what came of it -------------------------------------------------------
 

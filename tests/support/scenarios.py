@@ -39,7 +39,13 @@ import shlex
 
 from moetion_jax import codec, errors
 from moetion_jax.hostmem import segment_check
-from moetion_jax.recovery import actions, events, orders, splice as splice_lib
+from moetion_jax.recovery import (
+  actions,
+  events,
+  notices,
+  orders,
+  splice as splice_lib,
+)
 from moetion_jax.runtime import faults
 from tests.support import helpers, recoveries
 
@@ -47,18 +53,18 @@ FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'recovery' / 'scenarios'
 
 _EVENTS = {'started': events.Started, 'stop_asked': events.StopAsked}
 _SAID = {
-  'state': events.State,
-  'answer': events.Answer,
-  'done': events.Done,
-  'stopped_here': events.StoppedHere,
-  'handed_over': events.HandedOver,
-  'saved': events.Saved,
-  'damaged': events.Damaged,
-  'rewritten': events.Rewritten,
-  'refused': events.Refused,
-  'failed': events.Failed,
-  'resumed': events.Resumed,
-  'caught_up': events.CaughtUp,
+  'state': notices.State,
+  'answer': notices.Answer,
+  'done': notices.Done,
+  'stopped_here': notices.StoppedHere,
+  'handed_over': notices.HandedOver,
+  'saved': notices.Saved,
+  'damaged': notices.Damaged,
+  'rewritten': notices.Rewritten,
+  'refused': notices.Refused,
+  'failed': notices.Failed,
+  'resumed': notices.Resumed,
+  'caught_up': notices.CaughtUp,
 }
 _ENDS = (actions.Fail, actions.Stop, actions.Finish, actions.KillNow)
 _SIZES = ('ring_bytes', 'cells', 'pool_files', 'pool_bytes')
@@ -201,7 +207,7 @@ def _says(world, kind, name, rest):
       world.stores_one(stage, iteration, replica)
     case 'reported':
       report = helpers.make_report(iteration, stage, replica=replica, **fields)
-      world.says(stage, events.Reported(report=report), replica)
+      world.says(stage, notices.Reported(report=report), replica)
     case 'resumed':
       world.resumes(stage, replica)
     case _:
@@ -218,7 +224,7 @@ def _wait(world, seconds, silent):
     world.now += 1
     for one in world.one.state.workers:
       if one.name not in silent:
-        message = events.State(
+        message = notices.State(
           state=one.state,
           detail=one.detail,
           shortage=one.shortage,
@@ -233,7 +239,7 @@ def _wait(world, seconds, silent):
 
 def _fault(world, fault):
   is_early = fault.phase in faults.START_PHASES
-  message = events.Faulted(
+  message = notices.Faulted(
     at=world.now,
     iteration=0 if is_early else fault.iteration,
     fields=faults.event_fields(fault),

@@ -10,6 +10,7 @@ from moetion_jax.recovery import (
   events,
   failures as failures_lib,
   inventory,
+  notices,
   plan as recovery_plan,
   splice as splice_lib,
   suspicion,
@@ -46,7 +47,7 @@ def started(state: state_lib.Beginning, event: events.Started) -> None:
 
 
 def ready(
-  state: state_lib.Beginning, worker: state_lib.Worker, message: events.Ready
+  state: state_lib.Beginning, worker: state_lib.Worker, message: notices.Ready
 ) -> state_lib.Asking[state_lib.Run | None]:
   """Takes in that a worker can train; with the last one, the run begins.
 

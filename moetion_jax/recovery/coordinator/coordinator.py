@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from moetion_jax import errors
-from moetion_jax.recovery import actions, events
+from moetion_jax.recovery import actions, events, notices
 from moetion_jax.recovery.coordinator import (
   beginning,
   ending,
@@ -28,13 +28,13 @@ _Handlers = Mapping[type, Callable[..., Any]]
 
 # Messages about finished work; ignored from a worker told to roll back.
 _PAST = (
-  events.Reported,
-  events.Stored,
-  events.Resumed,
-  events.CaughtUp,
-  events.Done,
-  events.HandedOver,
-  events.Damaged,
+  notices.Reported,
+  notices.Stored,
+  notices.Resumed,
+  notices.CaughtUp,
+  notices.Done,
+  notices.HandedOver,
+  notices.Damaged,
 )
 # What is handled, and by whom, until all can train; and from then on. Of what
 # workers say the function gets the worker and the message.
@@ -43,33 +43,33 @@ _BEGINNING: _Handlers = {
   events.Died: failing.died_early,
   events.StopAsked: ending.stop_asked,
   events.Looked: failing.looked_early,
-  events.Ready: beginning.ready,
-  events.State: progress.says,
-  events.Faulted: failing.faulted,
-  events.Refused: failing.refused,
-  events.Failed: failing.failed_early,
+  notices.Ready: beginning.ready,
+  notices.State: progress.says,
+  notices.Faulted: failing.faulted,
+  notices.Refused: failing.refused,
+  notices.Failed: failing.failed_early,
 }
 _RUN: _Handlers = {
   events.Died: failing.died,
   events.StopAsked: ending.stop_asked,
   # Of one that took the place of a worker that died when all could train.
-  events.Ready: lambda *unused: None,
+  notices.Ready: lambda *unused: None,
   events.Looked: failing.looked,
-  events.State: progress.trains,
-  events.Resumed: progress.resumed,
-  events.CaughtUp: progress.caught_up,
-  events.Stored: progress.stored,
-  events.Reported: progress.reported,
-  events.Answer: progress.answered,
-  events.StoppedHere: going_back.stopped_here,
-  events.Done: ending.done,
-  events.HandedOver: ending.handed_over,
-  events.Damaged: ending.damaged,
-  events.Rewritten: ending.rewritten,
-  events.Saved: ending.saved,
-  events.Faulted: failing.faulted,
-  events.Refused: failing.refused,
-  events.Failed: failing.failed,
+  notices.State: progress.trains,
+  notices.Resumed: progress.resumed,
+  notices.CaughtUp: progress.caught_up,
+  notices.Stored: progress.stored,
+  notices.Reported: progress.reported,
+  notices.Answer: progress.answered,
+  notices.StoppedHere: going_back.stopped_here,
+  notices.Done: ending.done,
+  notices.HandedOver: ending.handed_over,
+  notices.Damaged: ending.damaged,
+  notices.Rewritten: ending.rewritten,
+  notices.Saved: ending.saved,
+  notices.Faulted: failing.faulted,
+  notices.Refused: failing.refused,
+  notices.Failed: failing.failed,
 }
 
 

@@ -11,6 +11,7 @@ from moetion_jax.recovery import (
   actions,
   events,
   failures as failures_lib,
+  notices,
   orders,
 )
 from moetion_jax.recovery.coordinator import (
@@ -50,7 +51,7 @@ def stop_asked(state: state_lib.State, event: events.StopAsked) -> None:
 
 
 def done(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Done
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Done
 ) -> state_lib.Asking[None]:
   """Takes in that a worker has trained to the end; the last is waited for."""
   run.done.add(worker.name)
@@ -78,7 +79,7 @@ def _givers(run: state_lib.Run) -> list[events.Name]:
 
 
 def handed_over(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.HandedOver
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.HandedOver
 ) -> None:
   """Takes in that a worker's state is there; with the last, has all saved."""
   del message
@@ -95,7 +96,7 @@ def handed_over(
 
 
 def damaged(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Damaged
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Damaged
 ) -> None:
   """Asks a worker again whose state arrived damaged, a few times.
 
@@ -130,7 +131,7 @@ def damaged(
 
 
 def rewritten(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Rewritten
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Rewritten
 ) -> None:
   """Tells that the checkpoint was read back damaged, and is written again."""
   run.record(
@@ -143,7 +144,7 @@ def rewritten(
 
 
 def saved(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Saved
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Saved
 ) -> None:
   """Ends the run, whose final checkpoint is written."""
   del worker, message

@@ -11,6 +11,7 @@ from moetion_jax.recovery import (
   events,
   failures as failures_lib,
   hang_detection,
+  notices,
   suspicion,
 )
 from moetion_jax.recovery.coordinator import going_back, state as state_lib
@@ -89,7 +90,7 @@ def _lost_logs(run: state_lib.Run, found: events.Scanned) -> set[int]:
 
 
 def failed_early(
-  state: state_lib.State, worker: state_lib.Worker, message: events.Failed
+  state: state_lib.State, worker: state_lib.Worker, message: notices.Failed
 ) -> None:
   """Ends the run, since a worker cannot begin, or would fail again.
 
@@ -100,7 +101,7 @@ def failed_early(
 
 
 def failed(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Failed
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Failed
 ) -> state_lib.Asking[None]:
   """Takes in a worker's last message, and ends it.
 
@@ -125,7 +126,7 @@ def failed(
 
 
 def refused(
-  state: state_lib.State, worker: state_lib.Worker, message: events.Refused
+  state: state_lib.State, worker: state_lib.Worker, message: notices.Refused
 ) -> None:
   """Ends a run that cannot begin, or go on; raises the error that says why."""
   if isinstance(state, state_lib.Run):
@@ -136,7 +137,7 @@ def refused(
 
 
 def faulted(
-  state: state_lib.State, worker: state_lib.Worker, message: events.Faulted
+  state: state_lib.State, worker: state_lib.Worker, message: notices.Faulted
 ) -> None:
   """Takes in that a scripted fault happens."""
   state.record('fault', **message.fields)

@@ -19,6 +19,7 @@ from moetion_jax.recovery import (
   actions,
   events,
   failures as failures_lib,
+  notices,
   orders,
   plan as recovery_plan,
   splice as splice_lib,
@@ -202,7 +203,7 @@ def _stop_all(
 
 
 def stopped_here(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.StoppedHere
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.StoppedHere
 ) -> state_lib.Asking[None]:
   """Takes in that a worker has stopped; it begins its next generation."""
   del message

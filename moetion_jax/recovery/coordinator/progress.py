@@ -8,6 +8,7 @@ from moetion_jax.recovery import (
   actions,
   events,
   hang_detection,
+  notices,
   orders,
   plan as recovery_plan,
   stopping,
@@ -23,7 +24,7 @@ _FULL_SECONDS = 1.0
 
 
 def says(
-  state: state_lib.State, worker: state_lib.Worker, message: events.State
+  state: state_lib.State, worker: state_lib.Worker, message: notices.State
 ) -> None:
   """Takes in what a worker does now."""
   said = message.state, message.detail, message.steps
@@ -36,7 +37,7 @@ def says(
 
 
 def trains(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.State
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.State
 ) -> None:
   """Takes in what a worker that trains does now; some need help."""
   blocked = hang_detection.WorkerState.BLOCKED
@@ -54,7 +55,7 @@ def trains(
 
 
 def resumed(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Resumed
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Resumed
 ) -> None:
   """Takes in that a worker has its state and begins to train, or to replay."""
   run.trained.add(worker.stage)
@@ -65,7 +66,7 @@ def resumed(
 
 
 def caught_up(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.CaughtUp
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.CaughtUp
 ) -> None:
   """Takes in that a worker has done what its predecessor had begun."""
   del message
@@ -97,7 +98,7 @@ def caught_up(
 
 
 def stored(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Stored
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Stored
 ) -> None:
   """Takes in a snapshot that counts from now on."""
   worker.begun(message.share.iteration)
@@ -120,7 +121,7 @@ def _advance(run: state_lib.Run, *, keeps_older: bool = True) -> None:
 
 
 def reported(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Reported
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Reported
 ) -> state_lib.Asking[None]:
   """Has a report written down; a wrong one ends its worker.
 
@@ -187,7 +188,7 @@ def propose_end(run: state_lib.Run) -> None:
 
 
 def answered(
-  run: state_lib.Run, worker: state_lib.Worker, message: events.Answer
+  run: state_lib.Run, worker: state_lib.Worker, message: notices.Answer
 ) -> None:
   """Takes in a worker's answer to a proposal."""
   if run.stop is None or message.limit != run.stop.limit:

@@ -21,6 +21,7 @@ from moetion_jax.recovery import (
   failures as failures_lib,
   hang_detection,
   inventory as inventory_lib,
+  notices,
   stopping,
 )
 
@@ -249,7 +250,7 @@ class Beginning(State):
     deaths: the number of deaths.
   """
 
-  ready: dict[events.Name, events.Ready] = dataclasses.field(
+  ready: dict[events.Name, notices.Ready] = dataclasses.field(
     default_factory=dict
   )
   deaths: int = 0

@@ -16,7 +16,7 @@ import time
 
 from moetion_jax import errors, job_spec
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.recovery import actions, events, hang_detection
+from moetion_jax.recovery import actions, events, hang_detection, notices
 from moetion_jax.recovery.coordinator import coordinator, state as state_lib
 from moetion_jax.runtime import faults, linux_process, messages
 from moetion_jax.runtime.agent import (
@@ -204,7 +204,7 @@ class Agent:
       self._fault(name, message)
     else:
       self._handle(events.Said(worker=name, message=message))
-      if isinstance(message, events.State):
+      if isinstance(message, notices.State):
         workers = self._coordinator.state.workers
         self._recorder.view.stages([f'{w.state} {w.detail}' for w in workers])
 
@@ -231,7 +231,7 @@ class Agent:
     self._handle(
       events.Said(
         worker=name,
-        message=events.Faulted(
+        message=notices.Faulted(
           at=message.at,
           iteration=0 if is_early else fault.iteration,
           fields=faults.event_fields(fault),

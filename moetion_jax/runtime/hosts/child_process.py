@@ -18,13 +18,14 @@ from typing import Any, Generic, TypeVar
 
 from moetion_jax import codec, disk
 from moetion_jax.runtime import messages, spec as spec_lib
+from moetion_jax.runtime.hosts import host_messages
 from moetion_jax.runtime.records import files as record_files
 
 _READ_BYTES = 1 << 16
 _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
 
-_Spec = TypeVar('_Spec', spec_lib.Spec, spec_lib.HostSpec)
-_Sent = TypeVar('_Sent', messages.ToWorker, messages.ToHost)
+_Spec = TypeVar('_Spec', spec_lib.Spec, host_messages.HostSpec)
+_Sent = TypeVar('_Sent', messages.ToWorker, host_messages.ToHost)
 
 
 class Transcript:
@@ -88,12 +89,19 @@ class ChildProcess(Generic[_Spec, _Sent]):
     is_closed: whether nothing more can be heard of the process.
   """
 
-  def __init__(self, module: str, on_line: Callable[[bytes], None]):
-    """Stores the module to run, and who gets the lines that it prints."""
+  def __init__(self, module: str, kinds: Any, on_line: Callable[[bytes], None]):
+    """Stores the arguments; nothing runs before `start`.
+
+    Args:
+      module: the module to run.
+      kinds: the union of all messages that it may send.
+      on_line: called with each line that it prints.
+    """
     self.exit_code: int | None = None
     self.is_closed = False
     self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
     self._module = module
+    self._kinds = kinds
     self._on_line = on_line
     self._process: subprocess.Popen[bytes] | None = None
     self._sent: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # b'': no more
@@ -172,7 +180,7 @@ class ChildProcess(Generic[_Spec, _Sent]):
     """Returns the messages that have come, and whether no more can come."""
     data, ended = _read(self.status_fd)
     lines = self._status_lines.feed(data)
-    return [messages.unpack(line) for line in lines], ended
+    return [messages.unpack(self._kinds, line) for line in lines], ended
 
   def read_output(self) -> bool:
     """Passes on what the process printed; returns True if no more can come."""
@@ -252,7 +260,9 @@ class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
     self._is_alone = is_alone
     self._transcript = Transcript(self.name)
     super().__init__(
-      'moetion_jax.runtime.worker.main', on_line or self._transcript.add
+      'moetion_jax.runtime.worker.main',
+      messages.FromWorker,
+      on_line or self._transcript.add,
     )
 
   def become(self, stage: int, replica: int) -> None:

@@ -2,8 +2,8 @@
 
 It owns its host's store, serves it to the other hosts, starts its stages'
 workers as its children, and passes on what they and the leader tell each other
-(`messages`). It decides nothing. It dies with the leader, and its workers with
-it.
+(`host_messages`). It decides nothing. It dies with the leader, and its workers
+with it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from moetion_jax import codec, errors
 from moetion_jax.hostmem import run_store, segment, store_folder
 from moetion_jax.logs import zmq_server
-from moetion_jax.recovery import events, orders
+from moetion_jax.recovery import notices, orders
 from moetion_jax.runtime import (
   linux_process,
   messages as messages_lib,
   spec as spec_lib,
 )
-from moetion_jax.runtime.hosts import child_process
+from moetion_jax.runtime.hosts import child_process, host_messages
 
 
 class HostAgent:
@@ -34,7 +34,7 @@ class HostAgent:
 
   def __init__(
     self,
-    spec: spec_lib.HostSpec,
+    spec: host_messages.HostSpec,
     store: store_folder.StoreFolder,
     server: zmq_server.StoreServer,
   ):
@@ -74,7 +74,7 @@ class HostAgent:
       self._server.start()
       stack.callback(self._server.close)
       stack.callback(self._end_workers)
-      self._send(messages_lib.Serving(address=self._server.address))
+      self._send(host_messages.Serving(address=self._server.address))
       self._selector.register(
         self._spec.control_fd, selectors.EVENT_READ, self._on_command
       )
@@ -87,19 +87,19 @@ class HostAgent:
     if not data:
       self._ended = True
     for line in self._commands.feed(data):
-      match message := messages_lib.unpack(line):
-        case messages_lib.Close():
+      match message := messages_lib.unpack(host_messages.ToHost, line):
+        case host_messages.Close():
           self._ended, self._keeps_store = True, message.keep
-        case messages_lib.Start():
+        case host_messages.Start():
           self._start(message.spec, message.environment)
-        case messages_lib.Tell():
+        case host_messages.Tell():
           if worker := self._workers.get(message.stage):
             self._trains |= isinstance(message.message, orders.Go)
             worker.send(message.message)
-        case messages_lib.Fence():
+        case host_messages.Fence():
           segment.fence(self._store.path, message.worker)
           self._server.fence(message.worker)
-        case messages_lib.Kill():
+        case host_messages.Kill():
           if worker := self._workers.get(message.stage):
             worker.kill()
 
@@ -110,7 +110,7 @@ class HostAgent:
     worker = child_process.WorkerProcess(
       stage,
       on_line=lambda line: self._send(
-        messages_lib.Printed(stage=stage, line=line.decode(errors='replace'))
+        host_messages.Printed(stage=stage, line=line.decode(errors='replace'))
       ),
     )
     self._workers[stage] = worker
@@ -121,7 +121,7 @@ class HostAgent:
       environment,
       (*self._spec.lock_fds, *self._store.lock_fds),
     )
-    self._send(messages_lib.Started(stage=stage, pid=worker.pid))
+    self._send(host_messages.Started(stage=stage, pid=worker.pid))
     for fd, react in (
       (worker.status_fd, self._on_status),
       (worker.output_fd, self._on_output),
@@ -136,7 +136,7 @@ class HostAgent:
     if ended:
       self._forget(worker.status_fd)
     for message in messages:
-      self._send(messages_lib.Said(stage=worker.stage, message=message))
+      self._send(host_messages.Said(stage=worker.stage, message=message))
 
   def _on_output(self, worker: child_process.WorkerProcess) -> None:
     if worker.read_output():
@@ -147,7 +147,7 @@ class HostAgent:
     self._on_status(worker)
     self._close(worker)
     self._send(
-      messages_lib.Exited(stage=worker.stage, exit_code=worker.exit_code)
+      host_messages.Exited(stage=worker.stage, exit_code=worker.exit_code)
     )
 
   def _close(self, worker: child_process.WorkerProcess) -> None:
@@ -167,14 +167,16 @@ class HostAgent:
       self._selector.unregister(fd)
 
 
-def _send(spec: spec_lib.HostSpec, message: messages_lib.FromHost) -> None:
+def _send(
+  spec: host_messages.HostSpec, message: host_messages.FromHost
+) -> None:
   """Sends a message to the leader."""
   messages_lib.write(spec.status_fd, messages_lib.pack(message))
 
 
 def main() -> int:
   """Serves as the spec on stdin says; returns the exit code."""
-  spec = codec.decode(spec_lib.HostSpec, json.load(sys.stdin))
+  spec = codec.decode(host_messages.HostSpec, json.load(sys.stdin))
   linux_process.die_with(spec.agent_pid)
   try:
     store = run_store.open_store(spec.hostmem_dir, spec.run_id, spec.workdir)
@@ -182,10 +184,10 @@ def main() -> int:
     server = zmq_server.StoreServer(store.path, secret=secret)
     HostAgent(spec, store, server).run()
   except errors.ConfigError as error:
-    _send(spec, events.Refused.of(error))
+    _send(spec, notices.Refused.of(error))
     return errors.ExitCode.REFUSED
   except errors.MoetionError as error:
-    _send(spec, messages_lib.HostFailed(error=str(error)))
+    _send(spec, host_messages.HostFailed(error=str(error)))
     return errors.ExitCode.FAILED
   return errors.ExitCode.FINISHED
 

@@ -26,7 +26,11 @@ from moetion_jax.runtime import (
   placement,
   spec as spec_lib,
 )
-from moetion_jax.runtime.hosts import child_process, remote_host
+from moetion_jax.runtime.hosts import (
+  child_process,
+  host_messages,
+  remote_host,
+)
 
 _SECRET_BYTES = 32
 
@@ -167,7 +171,7 @@ class Hosts:
     if self._server:
       self._server.fence(worker)
     for host in self.others:
-      host.send(messages.Fence(worker=worker))
+      host.send(host_messages.Fence(worker=worker))
 
   def locations(
     self,

@@ -11,13 +11,13 @@ from typing import Any
 
 from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
-from moetion_jax.recovery import events
+from moetion_jax.recovery import notices
 from moetion_jax.runtime import (
   linux_process,
   messages as messages_lib,
   spec as spec_lib,
 )
-from moetion_jax.runtime.hosts import child_process
+from moetion_jax.runtime.hosts import child_process, host_messages
 
 # How long a host's agent may take to end its workers or itself when told to.
 _GRACE_SECONDS = 5.0
@@ -60,7 +60,7 @@ class RemoteWorker(child_process.WorkerProcess):
     """Has the other agent start the process, with that agent's locks."""
     del lock_fds
     self._agent.start_worker(
-      self, messages_lib.Start(spec=spec, environment=environment)
+      self, host_messages.Start(spec=spec, environment=environment)
     )
 
   @property
@@ -68,21 +68,21 @@ class RemoteWorker(child_process.WorkerProcess):
     """Pid of the process; 0 while it is not known."""
     return self._pid
 
-  def take(self, message: messages_lib.FromHost) -> None:
+  def take(self, message: host_messages.FromHost) -> None:
     """Takes in a message of the host's agent about this worker."""
     match message:
-      case messages_lib.Started():
+      case host_messages.Started():
         self._pid = message.pid
-      case messages_lib.Said():
+      case host_messages.Said():
         self._messages.append(message.message)
-      case messages_lib.Printed():
+      case host_messages.Printed():
         self._transcript.add(message.line.encode())
-      case messages_lib.Exited():
+      case host_messages.Exited():
         self.ended, self._ended_with = True, message.exit_code
 
   def send(self, message: messages_lib.ToWorker) -> None:
     """Sends a message through the other agent; see `ChildProcess.send`."""
-    self._agent.send(messages_lib.Tell(stage=self.stage, message=message))
+    self._agent.send(host_messages.Tell(stage=self.stage, message=message))
 
   def read_status(self) -> tuple[list[Any], bool]:
     """Returns the messages that have come; see `ChildProcess.read_status`."""
@@ -96,7 +96,7 @@ class RemoteWorker(child_process.WorkerProcess):
   def kill(self) -> None:
     """Has the other agent kill the process."""
     if self._pid and self.exit_code is None:
-      self._agent.send(messages_lib.Kill(stage=self.stage))
+      self._agent.send(host_messages.Kill(stage=self.stage))
 
   def close(self) -> None:
     """Waits for the process to end, unless the other agent hangs."""
@@ -134,8 +134,12 @@ class RemoteHost:
     self._workdir = workdir
     self._transcript = child_process.Transcript(name)
     self._process = child_process.ChildProcess[
-      spec_lib.HostSpec, messages_lib.ToHost
-    ]('moetion_jax.runtime.hosts.host_agent', self._transcript.add)
+      host_messages.HostSpec, host_messages.ToHost
+    ](
+      'moetion_jax.runtime.hosts.host_agent',
+      host_messages.FromHost,
+      self._transcript.add,
+    )
     self._workers: dict[int, RemoteWorker] = {}
     self._pids: set[int] = set()
     self._gone = True
@@ -147,7 +151,7 @@ class RemoteHost:
       secret: the job's secret, in hex.
       lock_fds: descriptors of locks that it and its workers inherit.
     """
-    spec = spec_lib.HostSpec(
+    spec = host_messages.HostSpec(
       name=self.name,
       run_id=self._run_id,
       hostmem_dir=self._hostmem_dir,
@@ -177,13 +181,13 @@ class RemoteHost:
     return self._process.pid
 
   def start_worker(
-    self, worker: RemoteWorker, message: messages_lib.Start
+    self, worker: RemoteWorker, message: host_messages.Start
   ) -> None:
     """Has the agent start a worker."""
     self._workers[worker.stage] = worker
     self.send(message)
 
-  def send(self, message: messages_lib.ToHost) -> None:
+  def send(self, message: host_messages.ToHost) -> None:
     """Sends a message; a message to a dead agent is lost."""
     if not self._gone:
       self._process.send(message)
@@ -215,7 +219,7 @@ class RemoteHost:
     """Ends the agent, by force if it hangs, with all its processes."""
     if self._process.status_fd < 0:
       return
-    self.send(messages_lib.Close(keep=self.keeps_store))
+    self.send(host_messages.Close(keep=self.keeps_store))
     self._wait(lambda: False)
     self._process.kill()
     self._process.close()
@@ -254,20 +258,20 @@ class RemoteHost:
     news: dict[RemoteWorker, None] = {}
     for message in messages:
       match message:
-        case messages_lib.Serving():
+        case host_messages.Serving():
           self.address = message.address
-        case events.Refused():
+        case notices.Refused():
           if not is_end:
             raise message.error()
-        case messages_lib.HostFailed():
+        case host_messages.HostFailed():
           if not is_end:
             raise HostError(f'{self.name}: {message.error}')
         case _:
           if worker := self._workers.get(message.stage):
             worker.take(message)
-            if isinstance(message, messages_lib.Started):
+            if isinstance(message, host_messages.Started):
               self._pids.add(message.pid)
-            elif isinstance(message, messages_lib.Exited):
+            elif isinstance(message, host_messages.Exited):
               self._pids.discard(worker.pid)
             news[worker] = None
     if ended:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moetion_jax import disk, job_spec, report
-from moetion_jax.recovery import events, splice as splice_lib
+from moetion_jax.recovery import events, notices, splice as splice_lib
 from moetion_jax.runtime import environment as environment_lib
 from moetion_jax.runtime.records import (
   files as record_files,
@@ -91,7 +91,7 @@ class Recorder:
 
   def accept(
     self,
-    ready: Mapping[events.Name, events.Ready],
+    ready: Mapping[events.Name, notices.Ready],
     environment: environment_lib.Record,
   ) -> None:
     """Begins the run's files, when every stage can train.

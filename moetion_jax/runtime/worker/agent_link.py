@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetion_jax import errors
 from moetion_jax.policies import decision as decision_lib
-from moetion_jax.recovery import events, hang_detection, orders, stopping
+from moetion_jax.recovery import hang_detection, notices, orders, stopping
 from moetion_jax.runtime import messages
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
@@ -150,10 +150,10 @@ class AgentLink:
   def _read(self) -> None:
     with open(self._control_fd, 'rb') as pipe:
       for line in pipe:
-        match message := messages.unpack(line):
+        match message := messages.unpack(messages.ToWorker, line):
           case orders.Propose(limit=limit):
             begun = self.limit.propose(limit)
-            self._answers.put(events.Answer(limit=limit, begun=begun))
+            self._answers.put(notices.Answer(limit=limit, begun=begun))
           case orders.Commit():
             self.limit.commit(message.limit)
           case messages.Line(iteration=iteration):
@@ -182,10 +182,10 @@ class AgentLink:
       with contextlib.suppress(queue.Empty):
         self.send(self._answers.get(timeout=_STATE_SECONDS))
 
-  def _state(self) -> events.State:
+  def _state(self) -> notices.State:
     states, worker = hang_detection.WorkerState, self._worker
     if worker is None:
-      return events.State(
+      return notices.State(
         state=states.COMPILING, detail=self._program, iteration=0, steps=0
       )
     state, detail, shortage = states.RUNNING, worker.program, self._shortage
@@ -198,7 +198,7 @@ class AgentLink:
       state, detail = states.BLOCKED, shortage.describe(blocked_for)
     elif waiting_for := worker.log.waiting_for:
       state, detail = states.WAITING, str(waiting_for)
-    return events.State(
+    return notices.State(
       state=state,
       detail=detail,
       shortage=shortage,

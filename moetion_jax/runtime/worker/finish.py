@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from moetion_jax import errors, keys, report
-from moetion_jax.recovery import events, hang_detection, orders
+from moetion_jax.recovery import hang_detection, notices, orders
 from moetion_jax.runtime import (
   faults,
   final_state,
@@ -99,7 +99,7 @@ class Finish:
     )
     self._script(folder)
     self._injector.phase('hand_over', last.iteration)
-    self._link.send(events.HandedOver())
+    self._link.send(notices.HandedOver())
 
   def _save(self, command: messages.Save) -> None:
     """Saves everybody's state, or tells whose arrived damaged."""
@@ -110,7 +110,7 @@ class Finish:
       ]
     except final_state.DamagedError as error:
       self._link.send(
-        events.Damaged(
+        notices.Damaged(
           stage=error.stage,
           replica=error.replica,
           what=str(error),
@@ -127,9 +127,9 @@ class Finish:
       self._spec.job.config,
       digests,
       self._on_written,
-      lambda what: self._link.send(events.Rewritten(what=what)),
+      lambda what: self._link.send(notices.Rewritten(what=what)),
     )
-    self._link.send(events.Saved())
+    self._link.send(notices.Saved())
 
   def _on_written(self, path: str) -> None:
     """Performs the fault that is due before the checkpoint is read back."""

@@ -30,7 +30,7 @@ from moetion_jax.logs import (
 )
 from moetion_jax.policies import planner
 from moetion_jax.programs import jax_internals, stage as stage_lib
-from moetion_jax.recovery import events, orders
+from moetion_jax.recovery import notices, orders
 from moetion_jax.runtime import faults, messages, spec as spec_lib
 from moetion_jax.runtime.worker import (
   agent_link,
@@ -134,7 +134,7 @@ class StageRun:
           raise
         self._link.command()
       self._let_go()
-      self._link.send(events.StoppedHere())
+      self._link.send(notices.StoppedHere())
     self._closing.close()
 
   def _let_go(self) -> None:
@@ -217,7 +217,7 @@ class StageRun:
     self._worker.on_phase = self._begin
     self._script(go, log, snapshots)
     link.send(
-      events.Resumed(
+      notices.Resumed(
         first_iteration=go.start + 1, fetch_seconds=fetched - started
       )
     )
@@ -246,11 +246,11 @@ class StageRun:
     if snapshots:
       snapshots.flush()
     link.finished()
-    link.send(events.Done(iteration=last))
+    link.send(notices.Done(iteration=last))
 
   def _report(self, report: report_lib.Report) -> None:
     self._digests = report.digests
-    self._link.send(events.Reported(report=report))
+    self._link.send(notices.Reported(report=report))
 
   def _log(self, go: orders.Go) -> log_interface.Log:
     """Makes this worker's log, joined with those of replicas it stands for."""
@@ -315,7 +315,7 @@ class StageRun:
     """Reports, between iterations, that `target` is reached; True: stop."""
     if self._worker.iteration == target != self._told:
       self._told = target
-      self._link.send(events.CaughtUp())
+      self._link.send(notices.CaughtUp())
     return self._link.limit.stop(self._worker.iteration)
 
   def _conversion(self, go: orders.Go) -> conversion.Conversion:
@@ -391,7 +391,7 @@ class StageRun:
       snapshotter.Options(
         log=log,
         on_stored=lambda metadata: self._link.send(
-          events.Stored(share=folders.share_of(metadata))
+          notices.Stored(share=folders.share_of(metadata))
         ),
         full_seconds=math.inf,  # that is the coordinator's to decide
         on_block=self._link.blocked,

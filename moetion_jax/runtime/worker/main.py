@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from moetion_jax import codec, errors, job_spec
 from moetion_jax.hostmem import entry
-from moetion_jax.recovery import events
+from moetion_jax.recovery import notices
 from moetion_jax.runtime import (
   environment,
   faults,
@@ -202,7 +202,7 @@ def _work(
   run = generation.StageRun(spec, link, stage, data, injector, initial_state)
   if not spec.is_replacement:  # the agent knows all that of a replacement
     link.send(
-      events.Ready(
+      notices.Ready(
         platform=jax.default_backend(),
         lowering_platform=compilation.platform_of(stage.mesh),
         device=jax.local_devices()[0].device_kind,
@@ -237,7 +237,7 @@ def main() -> int:
     _run_on(spec.cores)
     _work(spec, link, prepared)
   except errors.ConfigError as error:
-    link.send(events.Refused.of(error))
+    link.send(notices.Refused.of(error))
     return errors.ExitCode.REFUSED
   except Exception as error:
     is_own = isinstance(error, errors.MoetionError)
@@ -247,7 +247,7 @@ def main() -> int:
     is_nan = isinstance(error, errors.NonFiniteError)
     what = error.what if is_nan else str(error)
     link.send(
-      events.Failed(
+      notices.Failed(
         error=': '.join(x for x in (name, what) if x),
         advice=error.advice if is_nan else '',
         iteration=link.iteration,

@@ -9,6 +9,7 @@ from moetion_jax.recovery import (
   events,
   failures,
   hang_detection,
+  notices,
   orders,
 )
 from tests.support import helpers, recoveries
@@ -222,7 +223,7 @@ def test_decisions_that_nobody_can_go_back_to_are_forgotten():
 
 def test_one_stage_recovers():
   run = _train(recoveries.Run(stages=3), 10)
-  run.says(1, events.Faulted(at=run.now - 0.25, iteration=11, fields={}))
+  run.says(1, notices.Faulted(at=run.now - 0.25, iteration=11, fields={}))
   gone = run.dies(1)
   assert list(gone) == [1]
   go = gone[1]
@@ -264,7 +265,7 @@ def test_a_recovery_before_anything_is_written_down_proves_nothing():
 def test_one_that_did_not_recover_has_not():
   run = recoveries.Run()
   run.begin()
-  run.says(1, events.CaughtUp())
+  run.says(1, notices.CaughtUp())
   assert not run.of_kind('recovered')
 
 
@@ -313,7 +314,7 @@ def test_a_lost_log_brings_its_stage_back():
 
 def test_an_error_that_comes_again_ends_the_run():
   run = _train(recoveries.Run(), 10)
-  failed = events.Failed(error='no room', iteration=11, is_final=True)
+  failed = notices.Failed(error='no room', iteration=11, is_final=True)
   run.says(1, failed)
   assert str(run.error()) == 'stage 1, iteration 11: no room'
   assert run.dies(1) == {}
@@ -436,7 +437,7 @@ def test_all_stop_where_they_are_and_begin_together():
   assert stops == [(0, 0)]
   # What it still says of the past counts for nothing.
   assert run.reports(2, stages=[0]) == []
-  gone = recoveries.orders_in(run.says(0, events.StoppedHere()))
+  gone = recoveries.orders_in(run.says(0, notices.StoppedHere()))
   assert {s: g.generation for s, g in gone.items()} == {0: 2, 1: 2}
   assert all(go.is_fresh and go.start == 0 for go in gone.values())
   assert run.of(actions.DropLogs)
@@ -445,13 +446,13 @@ def test_all_stop_where_they_are_and_begin_together():
 def test_wrong_bits_that_damage_explains_take_all_back_before_it():
   run = _train(recoveries.Run(), 20)
   run.damage = (segment_check.Damage(18, 0, 0, 'E'),)
-  failed = events.Failed(
+  failed = notices.Failed(
     error='NaN', iteration=21, is_final=True, has_wrong_bits=True
   )
   done = run.says(1, failed)
   assert actions.Kill(worker=(1, 0)) in done and not run.of(actions.Fail)
   run.dies(1)
-  gone = recoveries.orders_in(run.says(0, events.StoppedHere()))
+  gone = recoveries.orders_in(run.says(0, notices.StoppedHere()))
   # Logs that begin at the start have nothing from before it.
   assert {(g.start, g.complete_at, g.line) for g in gone.values()} == {
     (15, 17, 15)
@@ -462,7 +463,7 @@ def test_wrong_bits_that_damage_explains_take_all_back_before_it():
 
 def test_wrong_bits_that_nothing_explains_end_the_run():
   run = _train(recoveries.Run(), 20)
-  failed = events.Failed(
+  failed = notices.Failed(
     error='NaN', advice='A', iteration=9, is_final=True, has_wrong_bits=True
   )
   run.says(1, failed)
@@ -502,7 +503,7 @@ def test_a_stage_grows_again():
   for iteration in (11, 12):
     for stage, replica in ((0, 0), (0, 1), (1, 1)):
       report = helpers.make_report(iteration, stage, replica=replica)
-      done = run.says(stage, events.Reported(report=report), replica)
+      done = run.says(stage, notices.Reported(report=report), replica)
   (start,) = [a for a in done if isinstance(a, actions.Replace)]
   assert (start.stage, start.team, start.generation) == (1, (0, 1), 3)
   assert run.of_kind('grown') == [{'stage': 1, 'team': (0, 1)}]
@@ -552,7 +553,7 @@ def test_time_that_the_agent_was_not_given_counts_for_nobody():
 
 def _done(run):
   for stage in range(run.stages):
-    done = run.says(stage, events.Done(iteration=60))
+    done = run.says(stage, notices.Done(iteration=60))
   return done
 
 
@@ -560,21 +561,21 @@ def test_all_hand_over_then_the_first_saves():
   run = _train(recoveries.Run(iterations=60), 10)
   asked = [a.worker for a in _done(run) if isinstance(a, actions.Send)]
   assert asked == [(0, 0), (1, 0)]
-  assert run.says(1, events.HandedOver()) == []
-  (save,) = run.says(0, events.HandedOver())
+  assert run.says(1, notices.HandedOver()) == []
+  (save,) = run.says(0, notices.HandedOver())
   assert save == actions.Save(
     worker=(0, 0), iteration=10, replicas=((0,), (0,))
   )
-  assert run.says(0, events.Saved()) == [actions.Finish(iteration=10)]
+  assert run.says(0, notices.Saved()) == [actions.Finish(iteration=10)]
 
 
 def test_who_dies_at_the_end_is_asked_again():
   run = _train(recoveries.Run(iterations=60), 10)
   _done(run)
-  run.says(1, events.HandedOver())
+  run.says(1, notices.HandedOver())
   run.dies(1)
   run.comes_back(1)
-  assert run.says(0, events.HandedOver()) == []
+  assert run.says(0, notices.HandedOver()) == []
   (again,) = [a for a in _done(run) if isinstance(a, actions.Send)]
   assert again == actions.Send(worker=(1, 0), order=orders.HandOver())
 
@@ -590,13 +591,13 @@ def test_damage_is_named_as_what_it_is(is_sent_so, says):
   """What has its checksum was damaged before it came into host memory."""
   run = _train(recoveries.Run(), 10)
   _done(run)
-  message = events.Damaged(
+  message = notices.Damaged(
     stage=1, replica=0, what='stage 1: X', is_sent_so=is_sent_so
   )
   assert run.says(0, message) == []  # nobody has handed over yet
   for _ in range(3):
     assert not run.of(actions.Fail)
-    run.says(1, events.HandedOver())
+    run.says(1, notices.HandedOver())
     run.says(0, message)
   assert says in str(run.error()) and 'stage 1: X' in str(run.error())
   found = run.of_kind('final_state_damaged')
@@ -605,7 +606,7 @@ def test_damage_is_named_as_what_it_is(is_sent_so, says):
 
 def test_a_checkpoint_that_is_written_again_is_told():
   run = _train(recoveries.Run(), 10)
-  run.says(0, events.Rewritten(what='W/checkpoint: read otherwise'))
+  run.says(0, notices.Rewritten(what='W/checkpoint: read otherwise'))
   said = 'W/checkpoint: read otherwise; it is written once more.'
   assert run.of(actions.Note)[-1].text == said
   (event,) = run.of_kind('final_checkpoint_damaged')
@@ -617,11 +618,11 @@ def test_a_run_that_is_asked_stops_after_the_same_iteration():
   told = run.handle(events.StopAsked())
   proposals = {a.worker: a.order for a in told if isinstance(a, actions.Send)}
   assert proposals == dict.fromkeys([(0, 0), (1, 0)], orders.Propose(limit=13))
-  assert run.says(0, events.Answer(limit=13, begun=11)) == []
-  committed = run.says(1, events.Answer(limit=13, begun=12))
+  assert run.says(0, notices.Answer(limit=13, begun=11)) == []
+  committed = run.says(1, notices.Answer(limit=13, begun=12))
   assert {a.order for a in committed} == {orders.Commit(limit=13)}
   for stage in (0, 1):
-    done = run.says(stage, events.Done(iteration=13))
+    done = run.says(stage, notices.Done(iteration=13))
   assert done == [actions.Stop(iteration=10)]
 
 
@@ -641,7 +642,7 @@ def test_a_report_is_written_down_once_all_have_it():
   run = recoveries.Run()
   run.begin()
   first = helpers.make_report(1, 0)
-  assert run.says(0, events.Reported(report=first)) == [
+  assert run.says(0, notices.Reported(report=first)) == [
     actions.Merge(report=first, teams=((0,), (0,)))
   ]
   run.reports(1, stages=[1])

@@ -17,7 +17,7 @@ from moetion_jax import codec, errors, keys
 from moetion_jax.hostmem import store_folder
 from moetion_jax.policies import planner, settings as capture_settings
 from moetion_jax.policies.kinds import registry
-from moetion_jax.recovery import actions, events, failures, plan
+from moetion_jax.recovery import actions, failures, notices, plan
 from moetion_jax.runtime import faults, messages
 from moetion_jax.runtime.agent import (
   beginning,
@@ -311,7 +311,7 @@ def test_lines_are_on_disk_before_what_needs_them(tmp_path, action, message):
     folder.lock()
     os.sync()
     operator = keys.OperatorId('head')
-    ready = events.Ready(
+    ready = notices.Ready(
       device='',
       platform='cpu',
       lowering_platform='cpu',
@@ -332,7 +332,9 @@ def test_lines_are_on_disk_before_what_needs_them(tmp_path, action, message):
       record.add(helpers.make_report(1, loss=1.0, digests=digests), [[0]])
       one = _executor(tmp_path, folder, record, {(0, 0): saver})
       one.do(action)
-    assert isinstance(messages.unpack(os.read(told, 1 << 16)), message)
+    assert isinstance(
+      messages.unpack(messages.ToWorker, os.read(told, 1 << 16)), message
+    )
     os.close(told)
     saver.close()
     folder.close()

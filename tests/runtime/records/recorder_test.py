@@ -8,7 +8,7 @@ import pytest
 
 from moetion_jax import errors, keys
 from moetion_jax.policies import planner
-from moetion_jax.recovery import events, splice as splice_lib
+from moetion_jax.recovery import notices, splice as splice_lib
 from moetion_jax.runtime.records import files, recorder, workdir
 from tests.support import helpers
 
@@ -24,7 +24,7 @@ def _opened(path, environment, *accepted):
   ) as made:
     made.accept(
       {
-        (0, 0): events.Ready(
+        (0, 0): notices.Ready(
           device='',
           platform='cpu',
           lowering_platform='cpu',
@@ -46,7 +46,7 @@ def test_all_workers_read_the_same_data(tmp_path):
   folder = workdir.Workdir(str(tmp_path / 'run'), fresh=False)
   folder.lock()
   ready = {
-    (0, replica): events.Ready(
+    (0, replica): notices.Ready(
       device='',
       platform='cpu',
       lowering_platform='cpu',

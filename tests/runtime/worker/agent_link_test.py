@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from moetion_jax.recovery import events, orders
+from moetion_jax.recovery import notices, orders
 from moetion_jax.runtime import messages
 from moetion_jax.runtime.worker import agent_link
 
@@ -35,7 +35,7 @@ def pipes():
 
 def _heard(said, kind):
   for line in said:
-    if isinstance(message := messages.unpack(line), kind):
+    if isinstance(message := messages.unpack(messages.FromWorker, line), kind):
       return message
   raise AssertionError('the pipe ended')
 
@@ -81,17 +81,17 @@ def test_it_hears_while_its_agent_reads_nothing(pipes):
 
   def send():
     long = 'x' * (2 * _PIPE_BYTES)
-    link.send(events.Failed(error=long, iteration=1))
+    link.send(notices.Failed(error=long, iteration=1))
     sent.set()
 
   thread = threading.Thread(target=send, daemon=True)
   thread.start()
-  _heard(said, events.State)  # it speaks; from here on nobody reads
+  _heard(said, notices.State)  # it speaks; from here on nobody reads
   tell(orders.Propose(limit=3))
   tell(messages.Locations(locations=()))
   tell(messages.Line(iteration=2))
   assert told.get(timeout=_SECONDS) == 2
   assert not sent.is_set()
-  assert len(_heard(said, events.Failed).error) == 2 * _PIPE_BYTES
-  assert _heard(said, events.Answer) == events.Answer(limit=3, begun=0)
+  assert len(_heard(said, notices.Failed).error) == 2 * _PIPE_BYTES
+  assert _heard(said, notices.Answer) == notices.Answer(limit=3, begun=0)
   thread.join(_SECONDS)
