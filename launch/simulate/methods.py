@@ -243,9 +243,7 @@ class Windowed(_Timed):
       for iteration in range(key[0], key[1] + 1):
         if (captured := self.decision.captured(iteration)) is not None:
           records.append(
-            coverage.SnapshotRecord(
-              iteration=iteration, state=captured[0], compute=captured[1]
-            )
+            coverage.SnapshotRecord(iteration=iteration, **captured._asdict())
           )
       self._known_starts[key] = coverage.valid_starts(records, self.operators)
     return tuple(
@@ -324,7 +322,7 @@ class Windowed(_Timed):
       frozen = set(self.operators)
       for number in range(min(count, self.period)):
         if (captured := self.decision.captured(start + number)) is not None:
-          frozen -= captured[0]
+          frozen -= captured.state
         saved += sum(self.frozen_share.get(o, 0.0) for o in frozen)
     return seconds * (count + part - saved)
 

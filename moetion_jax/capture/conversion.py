@@ -1,8 +1,9 @@
 """Turns sparse snapshots into dense state: fold, replay, fold.
 
-The replay between two folds is the worker's ordinary iteration; a conversion
-only says where it begins and what is folded after each update, and compares
-the result with the digests that the snapshots carry.
+The replay between two folds is the worker's ordinary iteration, or its update
+alone where the gradients were recorded. A conversion only says where it begins,
+what the updates consumed, and what is folded after each, and compares the
+result with the digests that the snapshots carry.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from moetion_jax.capture import programs as capture_programs
 from moetion_jax.snapshots import coverage, snapshot as snapshot_lib
 from moetion_jax.state import partition
 
-# Names of the arrays that a stage's snapshot carries beside its operators.
-DIGESTS, PARTIALS = snapshot_lib.DIGESTS, 'partials'
+# Names of the arrays that a stage's snapshot carries beside its operators, and
+# of a field of its metadata.
+DIGESTS, PARTIALS, LOAD = snapshot_lib.DIGESTS, 'partials', 'load'
+EVAL_LOSS = 'eval_loss'
 
 
 class DivergedError(errors.WrongBitsError):
@@ -76,12 +79,33 @@ class Route:
       software (`recovery/splice`). What is replayed up to there comes to other
       bits than its digests and scalars say; what is folded in has its digests
       all the same.
+    applied: iterations whose recorded gradients are applied; the others are
+      done again.
   """
 
   start: coverage.Start
   newest: int
   initial: int = 0
   unverified_until: int = 0
+  applied: range = range(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """What the update of an iteration consumed, and what its report said.
+
+  Attributes:
+    gradients: the reduced gradients, fp32, by parameter; zeros for operators
+      of which the record has none, whose new state is folded in instead.
+    partials: all stages' scalars, f32[stages, 4].
+    load: choices of each expert, i32[L, E].
+    eval_loss: the held-out loss after the iteration; None where unknown.
+  """
+
+  gradients: Mapping[str, np.ndarray]
+  partials: np.ndarray
+  load: np.ndarray
+  eval_loss: float | None
 
 
 class Conversion:
@@ -123,6 +147,7 @@ class Conversion:
     self._load = load
     self._newest = route.newest
     self._unverified_until = route.unverified_until
+    self._applied = route.applied
     self._own = frozenset(programs.layout.operators)
     self._expected: dict[keys.OperatorId, np.ndarray] = {}
     self._loaded: tuple[int, snapshot_lib.Snapshot] | None = None
@@ -144,6 +169,36 @@ class Conversion:
       return self._initial()
     return self._fold(self.start.iteration, None)
 
+  def applies(self, iteration: int) -> bool:
+    """Returns True if the recorded gradients of an iteration are applied."""
+    return iteration in self._applied
+
+  def record(self, iteration: int) -> Record:
+    """Returns the record of an iteration, which is one that is applied.
+
+    Raises:
+      SnapshotLostError: it is damaged, or it is no whole record.
+    """
+    snapshot = self._snapshot(iteration)
+    if snapshot is None:
+      reason = errors.StoreError('it is damaged')
+      raise SnapshotLostError(iteration, reason)
+    missing = sorted(
+      self.active - snapshot.gradients.keys() - snapshot.state.keys()
+    )
+    if (
+      missing or PARTIALS not in snapshot.extras or LOAD not in snapshot.extras
+    ):
+      what = f'gradients of {missing[0]}' if missing else 'scalars'
+      raise SnapshotLostError(iteration, errors.StoreError(f'it has no {what}'))
+    eval_loss = snapshot.metadata.get(EVAL_LOSS)
+    return Record(
+      gradients=snapshot_lib.gradients_of(self._programs.layout, snapshot),
+      partials=snapshot.extras[PARTIALS],
+      load=snapshot.extras[LOAD],
+      eval_loss=None if eval_loss is None else float.fromhex(eval_loss),
+    )
+
   def partials(self, iteration: int) -> np.ndarray | None:
     """Returns all stages' scalars, f32[stages, 4]; None if not recorded."""
     if iteration <= self._unverified_until:
@@ -152,7 +207,10 @@ class Conversion:
     return snapshot.extras.get(PARTIALS) if snapshot else None
 
   def advance(self, iteration: int, state: partition.State) -> partition.State:
-    """Folds the snapshot of `iteration` in, if anything is still frozen.
+    """Folds the snapshot of `iteration` in, if anything still needs that.
+
+    It does if it is frozen; and where a record was applied, if the record has
+    the new state of an operator and no gradients.
 
     Args:
       iteration: iteration of `state`.
@@ -162,6 +220,8 @@ class Conversion:
       SnapshotLostError: a snapshot is damaged.
       DivergedError: an active operator has other bits than it had.
     """
+    if self.applies(iteration):
+      return self._fold(iteration, state)
     self._verify(iteration, state)
     return state if self.is_complete else self._fold(iteration, state)
 
@@ -174,12 +234,16 @@ class Conversion:
   ) -> partition.State:
     snapshot = self._snapshot(iteration)
     assert snapshot is not None, 'no snapshot, or a start that was not valid'
-    folded = self._programs.fold(state, snapshot, self.active)
     # The snapshot may also hold operators of other replicas of the stage.
     restored = self._own.intersection(snapshot.state)
+    kept = self.active
+    if self.applies(iteration):
+      kept -= restored
+    if state is None or kept != self._own:
+      state = self._programs.fold(state, snapshot, kept)
     self.active |= restored
-    self._verify(iteration, folded, restored)
-    return folded
+    self._verify(iteration, state, restored)
+    return state
 
   def _verify(
     self,
@@ -212,7 +276,9 @@ class Conversion:
     found = layout.partition.by_operator(self._digest(state))
     for operator in sorted(compared):
       if not np.array_equal(found[operator], self._expected[operator]):
-        first = iteration if operator in folded else self.start.iteration
+        # What an applied record is added to was compared one iteration before.
+        is_alone = operator in folded or self.applies(iteration)
+        first = iteration if is_alone else self.start.iteration
         raise DivergedError(operator, iteration, range(first, iteration + 1))
 
   def _snapshot(self, iteration: int) -> snapshot_lib.Snapshot | None:

@@ -68,7 +68,9 @@ def load(
     )
   if missing:
     state |= _rows(layout, initial(), missing)
-  return dataclasses.replace(newest, state=state, compute={}, extras={})
+  return dataclasses.replace(
+    newest, state=state, compute={}, gradients={}, extras={}
+  )
 
 
 def _rows(

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from moetion_jax import keys
 from moetion_jax.capture import packed, rows, sources, transfer
 from moetion_jax.programs import compilation, mesh as mesh_lib
-from moetion_jax.snapshots import blocks, snapshot as snapshot_lib
+from moetion_jax.snapshots import blocks, coverage, snapshot as snapshot_lib
 from moetion_jax.state import layout as layout_lib
 
 # Names of programs; those of capture begin with 'capture '.
@@ -33,18 +33,28 @@ class CapturePrograms:
   operators is a dynamic index.
   """
 
-  def __init__(self, layout: layout_lib.Layout, is_packed: bool | None = None):
+  def __init__(
+    self,
+    layout: layout_lib.Layout,
+    is_packed: bool | None = None,
+    *,
+    records_gradients: bool = False,
+  ):
     """Stores the arguments; `compile` does the work.
 
     Args:
       layout: layout of the state.
       is_packed: whether captures are packed; None: what suits the platform.
+      records_gradients: whether gradients may be captured too.
     """
     self.layout = layout
     self._programs: dict[str, Callable[..., Any]] = {}
     self._copy: Callable[..., Any] | None = None
     self._is_packed = is_packed
-    self._sources = list(sources.sources(layout))
+    self._kinds = (blocks.STATE, blocks.COMPUTE)
+    if records_gradients:
+      self._kinds += (blocks.GRADIENTS,)
+    self._sources = list(sources.sources(layout, self._kinds))
     self._captures: rows.RowCaptures | packed.PackedCaptures | None = (
       None  # once the platform is known
     )
@@ -150,31 +160,30 @@ class CapturePrograms:
     self,
     state: Any,
     compute: Mapping[str, jax.Array],
-    state_operators: frozenset[keys.OperatorId],
-    compute_operators: frozenset[keys.OperatorId],
+    operators: coverage.Contents,
+    gradients: Mapping[str, jax.Array] | None = None,
   ) -> transfer.Captured:
     """Copies operators on the device; returns when the copies are dispatched.
 
     Args:
       state: the training state; may be donated as soon as this has returned.
       compute: the compute weights, which nobody may donate.
-      state_operators: operators of the slot.
-      compute_operators: operators whose compute weights belong to the snapshot.
+      operators: the operators to capture.
+      gradients: what the update consumed, by parameter, which nobody may
+        donate; None if the snapshot holds none of it.
     """
     values = jax.tree.leaves(state)
     assert self._captures is not None, 'compile() was not called'
+    arrays = (values, compute, gradients or {})
+    assert len(self._kinds) == len(arrays) or not operators.gradients
     parts = self._captures.capture(
       self._programs,
-      {blocks.STATE: values, blocks.COMPUTE: compute},
-      {
-        blocks.STATE: state_operators,
-        blocks.COMPUTE: compute_operators,
-      },
+      dict(zip(self._kinds, arrays, strict=False)),
+      dict(zip(self._kinds, operators, strict=False)),
     )
     return transfer.Captured(
       parts=tuple(parts),
-      state_operators=state_operators,
-      compute_operators=compute_operators,
+      operators=operators,
       shared=self._copy_shared(values),
     )
 

@@ -1,7 +1,8 @@
 """Captures by leaf, for devices whose memory is the host's.
 
 A call captures rows of one group, each leaf into an array of its own. Compute
-weights are not copied: nobody donates them, so the snapshot refers to them.
+weights and gradients are not copied: nobody donates them, so the snapshot
+refers to them.
 """
 
 from __future__ import annotations
@@ -121,9 +122,9 @@ class RowCaptures:
       for group, its in by_group.items():
         source = self._sources.get((kind, group))
         if source is None:
-          continue  # no compute weights
+          continue  # none of this kind
         arrays = tuple(values[kind][key] for key in source.keys)
-        if kind == blocks_lib.COMPUTE:
+        if kind != blocks_lib.STATE:
           captured.append(_referred(source, its, arrays))
         else:
           captured += self._captured(programs, source, its, arrays)

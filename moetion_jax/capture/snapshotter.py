@@ -31,6 +31,7 @@ from moetion_jax.logs import interface as log_interface
 from moetion_jax.policies import decision as decision_lib
 from moetion_jax.recovery import hang_detection
 from moetion_jax.snapshots import (
+  coverage,
   interface as snapshots_interface,
   manifest,
   snapshot,
@@ -60,7 +61,8 @@ class _CaptureJob:
   iteration: int
   state: Any
   compute: Mapping[str, jax.Array]
-  operators: tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]]
+  gradients: Mapping[str, jax.Array]
+  operators: coverage.Contents
   extras: Mapping[str, jax.Array | np.ndarray]
   check: Callable[[], None]  # raises if the step selected other operators
   fields: Mapping[str, Any]
@@ -199,7 +201,7 @@ class Snapshotter:
     """Returns the operators whose training state an iteration captures."""
     with self._changed:
       captured = self._decision(iteration).captured(iteration)
-    return captured[0] if captured else frozenset()
+    return captured.state if captured else frozenset()
 
   def _decision(self, iteration: int) -> decision_lib.CaptureDecision:
     """Returns what holds in an iteration; a later word does not change it."""
@@ -215,6 +217,7 @@ class Snapshotter:
     compute: Mapping[str, jax.Array],
     extras: Mapping[str, jax.Array | np.ndarray],
     mask: selection.Mask | None = None,
+    gradients: Mapping[str, jax.Array] | None = None,
     **fields: Any,
   ) -> TakenSnapshot:
     """Takes the snapshot of the state after `iteration`, if it has one.
@@ -226,6 +229,8 @@ class Snapshotter:
       extras: further arrays by name, which nobody may donate.
       mask: the mask that the training step returned for `slot`, by which the
         snapshot counts; None if the step is one that returns none.
+      gradients: what the update consumed, which nobody may donate; None in a
+        loop that has decided on none of it.
       **fields: metadata of this snapshot.
 
     Raises:
@@ -243,13 +248,10 @@ class Snapshotter:
         iteration,
         mask,
         self._programs.layout.partition.operators,
-        captured[0],
+        captured.state,
       )
       if self._options.share is not None:
-        captured = (
-          captured[0] & self._options.share,
-          captured[1] & self._options.share,
-        )
+        captured = captured.of(self._options.share)
       is_broken = iteration in self._broken
       if iteration in self._known and not is_broken:
         return TakenSnapshot()  # in a replay: it exists already
@@ -263,6 +265,7 @@ class Snapshotter:
         iteration=iteration,
         state=state,
         compute=compute,
+        gradients=gradients if gradients and captured.gradients else {},
         operators=captured,
         extras=extras,
         check=check,
@@ -273,7 +276,7 @@ class Snapshotter:
       )
       self._changed.notify_all()
     return TakenSnapshot(
-      snapshot_bytes=snapshot.snapshot_bytes(self._programs.layout, *captured),
+      snapshot_bytes=snapshot.snapshot_bytes(self._programs.layout, captured),
       blocked_seconds=blocked_seconds,
     )
 
@@ -351,10 +354,14 @@ class Snapshotter:
     with self._changed:
       job = self._job
     assert job is not None
-    captured = self._programs.capture(job.state, job.compute, *job.operators)
+    captured = self._programs.capture(
+      job.state, job.compute, job.operators, job.gradients
+    )
     captured = dataclasses.replace(captured, extras=job.extras)
     # Nothing here may keep device memory that training gives back.
-    job = dataclasses.replace(job, state=None, compute={}, extras={})
+    job = dataclasses.replace(
+      job, state=None, compute={}, gradients={}, extras={}
+    )
     with self._changed:
       self._job = job
       self._reads_state = False

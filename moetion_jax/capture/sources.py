@@ -54,7 +54,7 @@ class Source(NamedTuple):
     leaves: the group's leaves that have this kind of value, with the dtype of
       the value.
     keys: for each leaf, its place in the flattened state, or the name of its
-      compute weight.
+      compute weight, which is that of its gradient.
     shapes: shapes of the arrays.
     rows: row of each operator in a stacked group's arrays.
   """
@@ -77,15 +77,22 @@ class Source(NamedTuple):
     return max(self.shapes.arrays[0][0][0] // devices, 1)
 
 
-def sources(layout: layout_lib.Layout) -> Iterator[Source]:
-  """Yields all sources; ValueError for a group that no block can name."""
+def sources(
+  layout: layout_lib.Layout, kinds: Sequence[str] = blocks.KINDS
+) -> Iterator[Source]:
+  """Yields all sources; ValueError for a group that no block can name.
+
+  Args:
+    layout: layout of the state.
+    kinds: the kinds of blocks that are captured, of `blocks.KINDS`.
+  """
   shared = {x.group.name for x in layout.leaves if x.path in layout.shared}
   places = {leaf.path: i for i, leaf in enumerate(layout.leaves)}
   for group, about in layout.partition.groups.items():
     if group in shared:
       continue
     blocks.check_group(group)
-    for kind in blocks.KINDS:
+    for kind in kinds:
       leaves = blocks.leaves_of(layout, kind, group)
       if not leaves:
         continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from moetion_jax import keys
 from moetion_jax.capture import packed, rows
-from moetion_jax.snapshots import blocks as blocks_lib, manifest
+from moetion_jax.snapshots import blocks as blocks_lib, coverage, manifest
 
 _HOSTS, _PINNED = frozenset({'cpu'}), 'pinned_host'
 
@@ -22,16 +22,14 @@ class Captured:
   """A snapshot on the device, in buffers that nobody donates.
 
   Attributes:
-    parts: training state of the slot, and compute weights.
-    state_operators: operators of the slot.
-    compute_operators: operators whose compute weights belong to the snapshot.
+    parts: training state of the slot, compute weights and gradients.
+    operators: the operators, by what the snapshot holds of them.
     shared: copies of the leaves that belong to no operator, by path.
     extras: further arrays by name.
   """
 
   parts: tuple[rows.Rows | packed.Packed, ...]
-  state_operators: frozenset[keys.OperatorId]
-  compute_operators: frozenset[keys.OperatorId]
+  operators: coverage.Contents
   shared: Mapping[str, jax.Array]
   extras: Mapping[str, jax.Array | np.ndarray] = dataclasses.field(
     default_factory=dict
@@ -66,11 +64,14 @@ class Captured:
 
   def metadata(self, **fields: Any) -> dict[str, Any]:
     """Returns the snapshot's JSON metadata: fields, and its operators."""
-    return {
+    found = {
       **fields,
-      'state': keys.operators_to_json(self.state_operators),
-      'compute': keys.operators_to_json(self.compute_operators),
+      'state': keys.operators_to_json(self.operators.state),
+      'compute': keys.operators_to_json(self.operators.compute),
     }
+    if self.operators.gradients:  # as before there were any
+      found['gradients'] = keys.operators_to_json(self.operators.gradients)
+    return found
 
   def _buffers(self) -> Iterator[manifest.Buffer]:
     for part in self.parts:

@@ -8,11 +8,15 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from moetion_jax import errors, keys
+from moetion_jax.snapshots import coverage
 
 MODES = ('rolling', 'aligned')
 # Snapshots without compute weights: a restore takes what one lacks from older
 # ones.
 PARTIAL = 'partial'
+# How a partial state becomes whole: iterations are done again, forward and
+# backward, or recorded gradients are applied once more.
+MICROBATCHES, UPDATES = REPLAYS = ('microbatches', 'updates')
 Slots = tuple[keys.Operators, ...]
 
 
@@ -25,12 +29,14 @@ class CaptureDecision:
       captures slot 0.
     window_length: number of slots.
     mode: one of MODES, or PARTIAL.
-    every: iterations from one snapshot to the next. More than 1 only with a
-      window of 1: a frozen operator needs its compute weights of *every*
-      replayed iteration, so snapshots with gaps must each be whole.
+    every: iterations from one slot to the next. More than 1 only with a window
+      of 1, or with records: a frozen operator needs its compute weights of
+      *every* replayed iteration, so snapshots with gaps must each be whole.
     slots: disjoint sets, together all operators of the stage; in mode PARTIAL
       the operators that the next snapshots hold beside those in `always`.
     always: operators whose training state every snapshot holds.
+    replay: one of REPLAYS; it says what a snapshot holds of the operators
+      outside its slot: compute weights, or the iteration's gradients.
   """
 
   first_iteration: int
@@ -39,15 +45,22 @@ class CaptureDecision:
   every: int = 1
   slots: Slots
   always: keys.Operators = frozenset()
+  replay: str = MICROBATCHES
 
   def __post_init__(self) -> None:
     errors.check_known('window_mode', self.mode, (*MODES, PARTIAL))
+    errors.check_known('replay', self.replay, REPLAYS)
+    if self.replay == UPDATES and self.mode != MODES[0]:
+      raise ValueError(f'records of gradients go with {MODES[0]} windows only')
     if self.first_iteration < 0:
       raise ValueError(f'first_iteration={self.first_iteration} is negative')
     if self.window_length < 1 or self.window_length != len(self.slots):
       raise ValueError(f'{len(self.slots)} slots, not {self.window_length}')
     check_distinct(list(itertools.chain.from_iterable(self.slots)))
-    if self.every < 1 or (self.every > 1 and self.window_length > 1):
+    is_recorded = self.replay == UPDATES
+    if self.every < 1 or (
+      self.every > 1 and self.window_length > 1 and not is_recorded
+    ):
       raise ValueError(
         f'every={self.every} with window_length={self.window_length}: no '
         'replay gets across iterations without a snapshot unless each is whole'
@@ -70,24 +83,27 @@ class CaptureDecision:
     snapshots, skipped = divmod(passed, self.every)
     return None if skipped else snapshots % self.window_length
 
-  def captured(
-    self, iteration: int
-  ) -> tuple[frozenset[keys.OperatorId], frozenset[keys.OperatorId]] | None:
+  def captured(self, iteration: int) -> coverage.Contents | None:
     """Returns what the snapshot of an iteration holds; None without one.
 
-    Returns:
-      The operators whose training state it holds, and those whose compute
-      weights it holds.
+    Gradients are recorded in every iteration, also where slots are captured in
+    every k-th only: then of all operators.
     """
     index = self.slot_index(iteration)
+    if self.replay == UPDATES:
+      everything = frozenset[keys.OperatorId]().union(*self.slots)
+      slot = frozenset() if index is None else self.slots[index]
+      return coverage.Contents(state=slot, gradients=everything - slot)
     if index is None:
       return None
     if self.mode == PARTIAL:
-      return self.slots[index] | self.always, frozenset()
+      return coverage.Contents(state=self.slots[index] | self.always)
     others = list(self.slots[index + 1 :])
     if self.mode == 'rolling':
       others += self.slots[:index]
-    return self.slots[index], frozenset().union(*others)
+    return coverage.Contents(
+      state=self.slots[index], compute=frozenset().union(*others)
+    )
 
 
 def active(

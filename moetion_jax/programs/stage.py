@@ -240,6 +240,24 @@ class Stage:
     copy_all = place or jax.jit(functions_lib.copied, out_shardings=shardings)
     return jax.block_until_ready(copy_all(jax.device_put(state, shardings)))
 
+  def place_gradients(
+    self, gradients: Mapping[str, np.ndarray]
+  ) -> dict[str, jax.Array]:
+    """Puts gradients of all operators on the mesh, as `reduce` leaves them.
+
+    Args:
+      gradients: f32 by parameter; nobody may write to them any more. Those that
+        are missing are of operators that this worker has not: zeros.
+    """
+    missing = {
+      name: np.zeros(shape.shape, np.float32)
+      for name, shape in self.model.shapes.items()
+      if name not in gradients
+    }
+    return jax.device_put(
+      {**gradients, **missing}, self.shardings(self.compute_specs)
+    )
+
   # ---- compilation ---------------------------------------------------------
 
   @property

@@ -17,8 +17,8 @@ import numpy as np
 from moetion_jax import errors, keys
 from moetion_jax.state import layout as layout_lib, partition
 
-STATE, COMPUTE = 'state', 'compute'
-KINDS = (STATE, COMPUTE)
+STATE, COMPUTE, GRADIENTS = 'state', 'compute', 'gradients'
+KINDS = (STATE, COMPUTE, GRADIENTS)
 SHARED = 'shared|'  # before the path of a leaf that belongs to no operator
 _SEPARATOR = '|'
 _PACKED = '*'  # then a dtype; no path begins like that
@@ -31,8 +31,8 @@ class Block:
   """A block's name, taken apart.
 
   Attributes:
-    kind: STATE for training state; COMPUTE for compute weights, by the paths
-      of their masters.
+    kind: STATE for training state; COMPUTE for compute weights and GRADIENTS
+      for gradients, by the paths of their masters.
     operators: operators of the rows, in their order; all of one group.
     column: path of a leaf, or `packed_column` of several leaves.
   """
@@ -96,10 +96,11 @@ def leaves_of(
   leaves = layout.leaves_of(group)
   if kind == STATE:
     return [(leaf, leaf.dtype) for leaf in leaves]
+  masters = [leaf for leaf in leaves if leaf.path in layout.compute]
+  if kind == GRADIENTS:
+    return [(leaf, layout_lib.GRADIENT_DTYPE) for leaf in masters]
   return [
-    (leaf, layout.compute_dtypes[layout.compute[leaf.path]])
-    for leaf in leaves
-    if leaf.path in layout.compute
+    (leaf, layout.compute_dtypes[layout.compute[leaf.path]]) for leaf in masters
   ]
 
 

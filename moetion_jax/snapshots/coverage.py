@@ -1,15 +1,17 @@
 """Decides from which snapshots a dense state can be made.
 
-A snapshot holds the training state of some operators and the compute weights of
-others. Folded one after the other, with an iteration replayed between two,
-they make a dense state. Which snapshots do is decided here, from names alone.
+A snapshot holds the training state of some operators and the compute weights or
+the gradients of others. Folded one after the other, with an iteration or its
+update replayed between two, they make a dense state. Which snapshots do is
+decided here, from names alone.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from moetion_jax import keys
@@ -29,6 +31,24 @@ class ShareName(NamedTuple):
   replica: int
 
 
+class Contents(NamedTuple):
+  """The operators of a snapshot, by what it holds of them.
+
+  Attributes:
+    state: operators whose training state it holds.
+    compute: operators whose compute weights it holds.
+    gradients: operators whose gradients it holds.
+  """
+
+  state: frozenset[keys.OperatorId] = frozenset()
+  compute: frozenset[keys.OperatorId] = frozenset()
+  gradients: frozenset[keys.OperatorId] = frozenset()
+
+  def of(self, share: frozenset[keys.OperatorId]) -> Contents:
+    """Returns what it holds of some operators."""
+    return Contents(*(held & share for held in self))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
   """The contents of one worker's snapshot of one iteration.
@@ -39,6 +59,7 @@ class Share:
     replicas: number of shares that make the stage's snapshot.
     state: operators whose training state it holds.
     compute: operators whose compute weights it holds.
+    gradients: operators whose gradients it holds.
   """
 
   iteration: int
@@ -46,6 +67,7 @@ class Share:
   replicas: int = 1
   state: keys.Operators
   compute: keys.Operators
+  gradients: keys.Operators = frozenset()
 
   def __post_init__(self):
     if self.iteration < 0 or not 0 <= self.replica < self.replicas:
@@ -67,11 +89,13 @@ class SnapshotRecord:
     iteration: the iteration after which the state was captured.
     state: operators whose training state it holds.
     compute: operators whose compute weights it holds.
+    gradients: operators whose gradients it holds.
   """
 
   iteration: int
   state: frozenset[keys.OperatorId]
   compute: frozenset[keys.OperatorId]
+  gradients: frozenset[keys.OperatorId] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -82,10 +106,14 @@ class Start:
     iteration: iteration of the first snapshot that is folded.
     complete_at: iteration of the last one: with it every operator is active.
       The conversion replays iteration + 1 to complete_at.
+    applied_until: the last iteration to which recorded gradients lead, one
+      after the other, and at least complete_at; 0 where iterations are done
+      again from the start on.
   """
 
   iteration: int
   complete_at: int
+  applied_until: int = 0
 
 
 def whole_teams(names: Iterable[ShareName]) -> dict[int, list[ShareName]]:
@@ -136,6 +164,7 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
       iteration=iteration,
       state=frozenset().union(*(named[name].state for name in team)),
       compute=frozenset().union(*(named[name].compute for name in team)),
+      gradients=frozenset().union(*(named[name].gradients for name in team)),
     )
     for iteration, team in whole_teams(named).items()
   )
@@ -156,13 +185,17 @@ def valid_starts(
   """Finds the snapshots from which a conversion can start.
 
   Snapshot s is a valid start when snapshots s, s + 1, ..., e exist without a
-  gap, each operator's training state is in one of them, and its compute
-  weights are in all before that one: until it is active, every replayed
-  iteration runs it on those. The first such e is `complete_at`.
+  gap, each operator's training state is in one of them, and one of these holds:
+    - all after s hold gradients, and of each operator these or its training
+      state: the gradients are applied;
+    - each operator's compute weights are in all before the one with its
+      training state: until it is active, every iteration that is done again
+      runs it on those.
+  The first such e is `complete_at`. Where both hold, gradients are applied.
 
-  This one rule covers rolling windows, aligned windows, an order or a length
-  that changes, and snapshots of every k-th iteration (of those, with k > 1,
-  only one that holds everything is a start).
+  These rules cover rolling windows, aligned windows, an order or a length that
+  changes, and snapshots of every k-th iteration (of those, with k > 1, only one
+  that holds everything is a start, unless gradients are recorded between them).
 
   Args:
     records: the stage's snapshots in any order, one per iteration.
@@ -175,34 +208,91 @@ def valid_starts(
     ValueError: two records are of the same iteration.
   """
   operators = frozenset(operators)
-  starts: list[Start] = []
-  # Going back in time, with s the record at hand: for each operator, the
-  # snapshot from which it would be active if s were the start. Operators that
-  # would never be active are in `lost` instead. An operator whose training
-  # state is in s moves to the end, so the first one is always the last to
-  # become active. Thus a record costs as much as it captures, plus a few
-  # operations on whole sets.
-  active_from: collections.OrderedDict[keys.OperatorId, int] = (
-    collections.OrderedDict()
-  )
-  lost = set(operators)
-  newer = None
-  for record in sorted(records, key=lambda r: r.iteration, reverse=True):
-    s = record.iteration
-    if s == newer:
-      raise ValueError(f'two records of iteration {s}')
-    if newer != s + 1:
-      lost = set(operators)
-      active_from.clear()
-    for operator in operators - record.compute - record.state - lost:
-      del active_from[operator]
-      lost.add(operator)
-    for operator in operators & record.state:
-      active_from[operator] = s
-      active_from.move_to_end(operator)
-      lost.discard(operator)
-    newer = s
-    if not lost:
-      complete_at = next(iter(active_from.values()), s)
-      starts.append(Start(iteration=s, complete_at=complete_at))
-  return tuple(reversed(starts))
+  newest_first = sorted(records, key=lambda r: r.iteration, reverse=True)
+  for newer, older in itertools.pairwise(newest_first):
+    if newer.iteration == older.iteration:
+      raise ValueError(f'two records of iteration {older.iteration}')
+  starts = {
+    s.iteration: s for s in _starts_of_microbatches(newest_first, operators)
+  }
+  starts |= {
+    s.iteration: s for s in _starts_of_updates(newest_first, operators)
+  }
+  return tuple(starts[iteration] for iteration in sorted(starts))
+
+
+class _Coverage:
+  """From which snapshot on each operator is active, if one goes back in time.
+
+  An operator moves to the end when its training state is found in an older
+  snapshot, so the first one is always the last to become active. Thus a record
+  costs as much as it captures, plus a few operations on whole sets.
+  """
+
+  def __init__(self, operators: frozenset[keys.OperatorId]):
+    """Begins without any snapshot."""
+    self._operators = operators
+    self._active_from: collections.OrderedDict[keys.OperatorId, int] = (
+      collections.OrderedDict()
+    )
+    self._lost = set(operators)  # those that would never be active
+
+  def clear(self) -> None:
+    """Forgets all: no replay gets from older snapshots to these."""
+    self._lost = set(self._operators)
+    self._active_from.clear()
+
+  def lose(self, operators: frozenset[keys.OperatorId]) -> None:
+    """Forgets operators that no older snapshot helps to get here."""
+    for operator in operators - self._lost:
+      del self._active_from[operator]
+      self._lost.add(operator)
+
+  def add(self, record: SnapshotRecord) -> None:
+    """Takes in the training states of the next older snapshot."""
+    for operator in self._operators & record.state:
+      self._active_from[operator] = record.iteration
+      self._active_from.move_to_end(operator)
+      self._lost.discard(operator)
+
+  def complete_at(self, start: int) -> int | None:
+    """Returns the last snapshot that a start needs; None if it is none."""
+    return None if self._lost else next(iter(self._active_from.values()), start)
+
+
+def _starts_of_microbatches(
+  newest_first: Sequence[SnapshotRecord], operators: frozenset[keys.OperatorId]
+) -> Iterator[Start]:
+  """Yields starts from which iterations are done again."""
+  covered, newer = _Coverage(operators), None
+  for record in newest_first:
+    if newer != record.iteration + 1:
+      covered.clear()
+    covered.lose(operators - record.compute - record.state)
+    covered.add(record)
+    newer = record.iteration
+    complete_at = covered.complete_at(record.iteration)
+    if complete_at is not None:
+      yield Start(iteration=record.iteration, complete_at=complete_at)
+
+
+def _starts_of_updates(
+  newest_first: Sequence[SnapshotRecord], operators: frozenset[keys.OperatorId]
+) -> Iterator[Start]:
+  """Yields starts from which gradients are applied, once at least."""
+  covered, newer, until = _Coverage(operators), None, 0
+  for record in newest_first:
+    if newer is None or not (
+      newer.iteration == record.iteration + 1
+      and newer.gradients
+      and operators <= newer.gradients | newer.state
+    ):
+      covered.clear()
+      until = record.iteration
+    covered.add(record)
+    newer = record
+    complete_at = covered.complete_at(record.iteration)
+    if complete_at is not None and until > record.iteration:
+      yield Start(
+        iteration=record.iteration, complete_at=complete_at, applied_until=until
+      )

@@ -1,7 +1,8 @@
 """A snapshot in host memory: made from stored arrays, used in a fold.
 
-During replay a frozen operator runs on placeholders: its masters are its
-compute weights upcast (the cast back gives the same bits), all else is zero.
+During replay a frozen operator runs on placeholders. Where iterations are done
+again its masters are its compute weights upcast (the cast back gives the same
+bits), all else is zero; where recorded gradients are applied all is zero.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.snapshots import blocks
+from moetion_jax.snapshots import blocks, coverage
 from moetion_jax.state import layout as layout_lib, partition
 
-STATE, COMPUTE = blocks.STATE, blocks.COMPUTE
+STATE, COMPUTE, GRADIENTS = blocks.STATE, blocks.COMPUTE, blocks.GRADIENTS
 # Name of the digests among the extras. Where replicas divide the training
 # state, each snapshot has the digests of some operators, and metadata of the
 # same name lists these operators.
@@ -32,6 +33,7 @@ class Snapshot:
     state: training state of the slot's operators, rows by path.
     compute: compute weights of other operators, rows by the path of their
       master.
+    gradients: gradients of other operators, rows by the path of the master.
     shared: leaves that belong to no operator, by path.
     extras: other arrays (digests, partial norms), by name.
   """
@@ -39,19 +41,21 @@ class Snapshot:
   metadata: Mapping[str, Any]
   state: Mapping[keys.OperatorId, Mapping[str, np.ndarray]]
   compute: Mapping[keys.OperatorId, Mapping[str, np.ndarray]]
+  gradients: Mapping[keys.OperatorId, Mapping[str, np.ndarray]]
   shared: Mapping[str, np.ndarray]
   extras: Mapping[str, np.ndarray]
 
 
 def snapshot_bytes(
-  layout: layout_lib.Layout,
-  state_operators: frozenset[keys.OperatorId],
-  compute_operators: frozenset[keys.OperatorId],
+  layout: layout_lib.Layout, operators: coverage.Contents
 ) -> int:
   """Returns the bytes of a snapshot's operators."""
   state, compute = layout.state_bytes(), layout.compute_bytes()
-  return sum(state[o] for o in state_operators) + sum(
-    compute[o] for o in compute_operators
+  gradients = layout.gradient_bytes() if operators.gradients else {}
+  return (
+    sum(state[o] for o in operators.state)
+    + sum(compute[o] for o in operators.compute)
+    + sum(gradients[o] for o in operators.gradients)
   )
 
 
@@ -66,11 +70,9 @@ def from_arrays(
     StoreError: an array is missing or has another shape: the snapshot is of
       another model.
   """
-  slot = keys.operators_from_json(metadata['state'])
-  others = keys.operators_from_json(metadata['compute'])
   found: dict[str, dict[keys.OperatorId, dict[str, np.ndarray]]] = {
-    STATE: {o: {} for o in slot},
-    COMPUTE: {o: {} for o in others},
+    kind: {o: {} for o in keys.operators_from_json(metadata.get(kind, []))}
+    for kind in blocks.KINDS
   }
   shared, extras = {}, {}
   paths = {leaf.path: leaf for leaf in layout.leaves}
@@ -103,6 +105,7 @@ def from_arrays(
     metadata=metadata,
     state=found[STATE],
     compute=found[COMPUTE],
+    gradients=found[GRADIENTS],
     shared=shared,
     extras=extras,
   )
@@ -146,6 +149,9 @@ def merge(shares: Sequence[Snapshot]) -> Snapshot:
     extras=extras,
     state={o: rows for share in shares for o, rows in share.state.items()},
     compute={o: rows for share in shares for o, rows in share.compute.items()},
+    gradients={
+      o: rows for share in shares for o, rows in share.gradients.items()
+    },
   )
 
 
@@ -193,6 +199,26 @@ def assemble(
   return values, masks
 
 
+def gradients_of(
+  layout: layout_lib.Layout, snapshot: Snapshot
+) -> dict[str, np.ndarray]:
+  """Makes what `update` reads: gradients by parameter, of all operators.
+
+  Those that the snapshot does not hold are zeros.
+  """
+  gradients = {}
+  for leaf in layout.leaves:
+    if leaf.path not in layout.compute:
+      continue
+    value = np.zeros(layout.compute_shape(leaf), layout_lib.GRADIENT_DTYPE)
+    for operator in layout.partition.operators_of(leaf.group.name):
+      if operator in snapshot.gradients:
+        place = operator.expert if leaf.group.stacked else ...
+        value[place] = snapshot.gradients[operator][leaf.path]
+    gradients[layout.compute[leaf.path]] = value
+  return gradients
+
+
 def _row(
   layout: layout_lib.Layout,
   snapshot: Snapshot,
@@ -202,11 +228,12 @@ def _row(
   """Returns one operator's row of a leaf: its own, or its placeholder."""
   if operator in snapshot.state:
     return snapshot.state[operator][leaf.path]
-  if operator not in snapshot.compute:
+  held = snapshot.compute.get(operator, snapshot.gradients.get(operator))
+  if held is None:
     raise errors.StoreError(
       f'snapshot {snapshot.metadata.get("iteration")} has nothing of {operator}'
     )
-  if leaf.path in layout.compute:
+  if operator in snapshot.compute and leaf.path in layout.compute:
     return snapshot.compute[operator][leaf.path].astype(leaf.dtype)
   return np.zeros(
     leaf.shape[1:] if leaf.group.stacked else leaf.shape, leaf.dtype

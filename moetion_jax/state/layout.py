@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from moetion_jax import keys
 from moetion_jax.state import division, partition as partition_lib
+
+# The dtype in which gradients are summed, and in which `update` reads them.
+GRADIENT_DTYPE = np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,10 @@ class Layout:
     """Returns the bytes of each operator's compute weights."""
     return dict(self._compute_bytes)
 
+  def gradient_bytes(self) -> dict[keys.OperatorId, int]:
+    """Returns the bytes of each operator's gradients."""
+    return dict(self._gradient_bytes)
+
   def compute_shape(self, leaf: partition_lib.Leaf) -> tuple[int, ...]:
     """Returns the shape of a master's compute weight."""
     return self.compute_shapes.get(self.compute[leaf.path], leaf.shape)
@@ -103,12 +110,24 @@ class Layout:
 
   @functools.cached_property
   def _compute_bytes(self) -> Mapping[keys.OperatorId, int]:
+    return self._bytes_by_master(
+      lambda name: self.compute_dtypes[name].itemsize
+    )
+
+  @functools.cached_property
+  def _gradient_bytes(self) -> Mapping[keys.OperatorId, int]:
+    return self._bytes_by_master(lambda name: GRADIENT_DTYPE.itemsize)
+
+  def _bytes_by_master(
+    self, width: Callable[[str], int]
+  ) -> dict[keys.OperatorId, int]:
+    """Sums, over an operator's masters, the bytes of as many other numbers."""
     total = dict.fromkeys(self.operators, 0)
     for leaf in self.leaves:
       if name := self.compute.get(leaf.path):
-        scaled = leaf.operator_bytes // leaf.dtype.itemsize
+        numbers = leaf.operator_bytes // leaf.dtype.itemsize
         for operator in self.partition.operators_of(leaf.group.name):
-          total[operator] += scaled * self.compute_dtypes[name].itemsize
+          total[operator] += numbers * width(name)
     return total
 
 

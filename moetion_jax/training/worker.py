@@ -186,10 +186,20 @@ class Worker:
       self.iteration = iteration = iteration + 1
       begin, self._waited = time.monotonic(), 0.0
       self._late = self.log.late_seconds
-      gradients, scalars = self._gradients(iteration, config)
+      record = None
+      if conversion and conversion.applies(iteration):
+        record = conversion.record(iteration)
+        gradients = self.stage.place_gradients(record.gradients)
+        load, partials = record.load, list(record.partials)
+        self._publish_scalars(iteration, partials[self.index])
+      else:
+        gradients, scalars = self._gradients(iteration, config)
+        load, partials = scalars['load'], None
       if pending:
         report(pending())
-      verdict = self._verdict(iteration, scalars, config, conversion)
+      if partials is None:
+        partials = self._partials(iteration, scalars, config, conversion)
+      verdict = self._verdict(iteration, partials, config)
       slot = snapshots.slot(iteration) if snapshots else frozenset()
       mask: selection.Mask = selection.make_mask(
         self.stage.partition.operators, slot
@@ -205,18 +215,40 @@ class Worker:
         self._begin('fold')
       if conversion:
         self.state = conversion.advance(iteration, self.state)
-      if is_partial or self.stage.ownership:
+      applies_next = bool(conversion and conversion.applies(iteration + 1))
+      # A fold after an update changes what the update made the weights of.
+      is_stale = is_partial or bool(record or self.stage.ownership)
+      if is_stale and not applies_next:
         # One replica's operators may be complete before another's are, so all
-        # gather in every iteration.
+        # gather in every iteration that is followed by a forward.
         self.compute = self.stage.compute_of(self.programs, self.state)
+        is_stale = False
       digests = self._outputs = self.programs.digest(self.state)
-      eval_loss = self._evaluate(iteration, config)
+      if record:
+        eval_loss = record.eval_loss
+      else:
+        eval_loss = self._evaluate(iteration, config)
       taken = snapshotter.TakenSnapshot()
-      if snapshots and not (conversion and not conversion.is_complete):
+      is_whole = not conversion or conversion.is_complete
+      if snapshots and is_whole and not is_stale:
         self._begin('capture')
         if conversion and iteration in conversion.damaged:
           snapshots.distrust(iteration)
-        taken = self._capture(snapshots, iteration, mask, digests, verdict)
+        taken = snapshots.take(
+          iteration,
+          self.state,
+          self.compute,
+          {
+            conversion_lib.DIGESTS: digests,
+            conversion_lib.PARTIALS: verdict.partials,
+            conversion_lib.LOAD: load,
+          },
+          mask=mask,
+          gradients=gradients,
+          clip_factor=float(verdict.clip_factor).hex(),
+          updated=verdict.is_finite,
+          eval_loss=None if eval_loss is None else eval_loss.hex(),
+        )
       if retain is not None:
         retain(iteration)
       else:
@@ -229,7 +261,7 @@ class Worker:
         verdict=verdict,
         digests=digests,
         frozen=conversion.frozen_digests() if conversion else {},
-        load=scalars['load'],
+        load=load,
         eval_loss=eval_loss,
         seconds=time.monotonic() - begin,
         waited_seconds=self._waited,
@@ -246,27 +278,6 @@ class Worker:
     self.program = program
     self.steps += 1
     self.on_phase(program, self.iteration)
-
-  def _capture(
-    self,
-    snapshots: snapshotter.Snapshotter,
-    iteration: int,
-    mask: selection.Mask,
-    digests: jax.Array,
-    verdict: scalars_lib.Verdict,
-  ) -> snapshotter.TakenSnapshot:
-    return snapshots.take(
-      iteration,
-      self.state,
-      self.compute,
-      {
-        conversion_lib.DIGESTS: digests,
-        conversion_lib.PARTIALS: verdict.partials,
-      },
-      mask=mask,
-      clip_factor=float(verdict.clip_factor).hex(),
-      updated=verdict.is_finite,
-    )
 
   def _gradients(self, iteration: int, config: config_lib.TrainConfig):
     """Runs an iteration's microbatches; returns (gradients, own scalars)."""
@@ -318,14 +329,19 @@ class Worker:
         self._send(keys.EntryKind.GRADIENT, iteration, replica, m, dx)
     return acc, tuple(counts)
 
-  def _verdict(
+  def _publish_scalars(self, iteration: int, mine: np.ndarray) -> None:
+    """Publishes this stage's scalars of an iteration, for all its replicas."""
+    for replica in self._replicas:
+      self._publish(self._key(keys.EntryKind.SCALARS, iteration, replica), mine)
+
+  def _partials(
     self,
     iteration: int,
     scalars: Mapping[str, jax.Array],
     config: config_lib.TrainConfig,
     conversion: conversion_lib.Conversion | None,
-  ) -> scalars_lib.Verdict:
-    """Publishes this stage's scalars, reads everyone's, decides.
+  ) -> list[np.ndarray]:
+    """Publishes this stage's scalars and returns everyone's, in stage order.
 
     A conversion waits for nobody where a snapshot recorded everyone's.
 
@@ -335,8 +351,7 @@ class Worker:
     host = jax.device_get({k: v for k, v in scalars.items() if k != 'load'})
     self._outputs = None
     mine = np.array([host[name] for name in scalars_lib.SCALARS], np.float32)
-    for replica in self._replicas:
-      self._publish(self._key(keys.EntryKind.SCALARS, iteration, replica), mine)
+    self._publish_scalars(iteration, mine)
     recorded = conversion.partials(iteration) if conversion else None
     partials = [] if recorded is None else list(recorded)
     for stage in range(len(partials), config.stages):
@@ -347,6 +362,19 @@ class Worker:
           keys.EntryKind.SCALARS, iteration, self.replica, 0, stage
         )
         partials.append(np.asarray(self._read(key)))
+    return partials
+
+  def _verdict(
+    self,
+    iteration: int,
+    partials: Sequence[np.ndarray],
+    config: config_lib.TrainConfig,
+  ) -> scalars_lib.Verdict:
+    """Decides on an update from all stages' scalars.
+
+    Raises:
+      errors.NonFiniteError: it is not finite, and may not be left out.
+    """
     verdict = scalars_lib.judge(partials, config.optimizer.clip_norm)
     if not verdict.is_finite and not config.skip_nonfinite:
       raise errors.NonFiniteError(

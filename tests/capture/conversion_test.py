@@ -12,6 +12,7 @@ import pytest
 
 from moetion_jax import config as config_lib, errors
 from moetion_jax.capture import conversion
+from moetion_jax.policies import decision
 from moetion_jax.snapshots import (
   blocks,
   file as snapshot_file,
@@ -99,6 +100,36 @@ def programs_are_shared():
       False,
       id='sgd, two stages, an aligned window of seven',
     ),
+    pytest.param(
+      'adamw',
+      {'stages': 2, 'microbatches': 2},
+      [
+        conversions.Piece(1, 3, seed=1, replay=decision.UPDATES),
+        conversions.Piece(6, 2, seed=2, replay=decision.UPDATES),
+      ],
+      False,
+      id='adamw, two stages, recorded gradients, a reorder',
+    ),
+    pytest.param(
+      'lion',
+      {'local_devices': 4, 'microbatches': 2},
+      [
+        conversions.Piece(1, 2, replay=decision.UPDATES, every=2),
+        conversions.Piece(6, 2, seed=3),
+      ],
+      True,
+      id='lion, four devices, gradients between slots, then weights, packed',
+    ),
+    pytest.param(
+      'muon',
+      {'microbatches': 2},
+      [
+        conversions.Piece(1, 3, seed=4),
+        conversions.Piece(5, 7, seed=5, replay=decision.UPDATES),
+      ],
+      False,
+      id='muon, weights, then gradients with a window of seven',
+    ),
   ],
 )
 def test_every_valid_start_gives_the_undisturbed_state(
@@ -117,11 +148,25 @@ def _pieces(draw):
     st.lists(st.integers(2, conversions.ITERATIONS), max_size=2, unique=True)
   )
   return [
-    conversions.Piece(
-      first,
-      draw(st.sampled_from([1, 3, 7])),
-      draw(st.sampled_from(['rolling', 'aligned'])),
-      draw(st.integers(0, 3)),
+    draw(
+      st.one_of(
+        st.builds(
+          conversions.Piece,
+          st.just(first),
+          st.sampled_from([1, 3, 7]),
+          st.sampled_from(['rolling', 'aligned']),
+          st.integers(0, 3),
+        ),
+        st.builds(
+          conversions.Piece,
+          st.just(first),
+          st.sampled_from([1, 3, 7, 16]),
+          st.just('rolling'),
+          st.integers(0, 3),
+          st.just(decision.UPDATES),
+          st.integers(1, 2),
+        ),
+      )
     )
     for first in [1, *sorted(firsts)]
   ]

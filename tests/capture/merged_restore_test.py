@@ -6,7 +6,7 @@ import pytest
 
 from moetion_jax import errors
 from moetion_jax.capture import merged_restore, programs as capture_programs
-from moetion_jax.snapshots import file as snapshot_file, folders
+from moetion_jax.snapshots import coverage, file as snapshot_file, folders
 from tests.support import captures
 
 _STAGE = 1
@@ -27,7 +27,9 @@ def stored(programs, shm_folder):
     host = captures.make_state(iteration)
     state = captures.place(programs.layout, host)
     compute = captures.compute_of(programs.layout, state)
-    taken = programs.capture(state, compute, operators, frozenset()).to_host()
+    taken = programs.capture(
+      state, compute, coverage.Contents(operators)
+    ).to_host()
     folder = folders.snapshots_folder(shm_folder, _STAGE, 0)
     path = folder / str(iteration)
     path.mkdir(parents=True)

@@ -22,7 +22,12 @@ from moetion_jax.capture import (
 )
 from moetion_jax.policies import decision as decision_lib, slots
 from moetion_jax.programs import stage as stage_lib
-from moetion_jax.snapshots import file as snapshot_file, memory_store, snapshot
+from moetion_jax.snapshots import (
+  coverage,
+  file as snapshot_file,
+  memory_store,
+  snapshot,
+)
 from tests.support import captures, helpers
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'
@@ -40,7 +45,9 @@ def _programs(devices=1, is_packed=False):
 def _capture(programs, host, slot, others, placed=None):
   state = placed or captures.place(programs.layout, host)
   compute = captures.compute_of(programs.layout, state)
-  return state, programs.capture(state, compute, slot, others)
+  return state, programs.capture(
+    state, compute, coverage.Contents(slot, others)
+  )
 
 
 def _stored(programs, captured, **fields):
@@ -163,7 +170,9 @@ def test_compute_weights_are_held_by_reference():
   state = captures.place(programs.layout, host)
   compute = captures.compute_of(programs.layout, state)
   some = captures.pick('b/experts:4', 'head')
-  captured = programs.capture(state, compute, _SLOTS[1], some)
+  captured = programs.capture(
+    state, compute, coverage.Contents(_SLOTS[1], some)
+  )
   held = [x for p in captured.parts if p.kind == 'compute' for x in p.outputs]
   names = [n for n in compute if 'b/experts' in n or 'head' in n]
   assert len(held) == 3
@@ -271,7 +280,7 @@ def test_one_compilation_for_groups_of_equal_shapes(devices):
     everything = frozenset(programs.layout.operators)
     three = [f'{g}/experts:{e}' for g in 'ac' for e in range(3)]
     for slot in (everything, captures.pick(*three), *_SLOTS):
-      programs.capture(state, compute, slot, frozenset())
+      programs.capture(state, compute, coverage.Contents(slot))
     # Of the three stacked groups two are alike, each with as many sizes of
     # calls as a device has experts for; shared leaves have one to be copied by.
     alone = {'capture head', 'capture router', 'capture shared'}
@@ -284,7 +293,7 @@ def test_one_compilation_for_groups_of_equal_shapes(devices):
       assert len(compiled) == len(set(named)) + 1
     compiled.clear()
     for slot in reversed(_SLOTS):
-      programs.capture(state, compute, everything - slot, frozenset())
+      programs.capture(state, compute, coverage.Contents(everything - slot))
     assert not compiled  # which operators it is, is a value
 
 
@@ -305,7 +314,7 @@ def test_programs_that_a_standby_lowered_are_those_of_its_devices(is_packed):
   assert lowered.lowered.keys() == set(named)
   everything = frozenset(of.operators)
   state = stage.initial_state()
-  captured = programs.capture(state, {}, everything, frozenset())
+  captured = programs.capture(state, {}, coverage.Contents(everything))
   found = _stored(programs, captured)
   expected = of.partition.split(jax.tree.map(np.array, state))
   for operator, rows in found.state.items():
@@ -461,7 +470,7 @@ def test_bytes_are_those_of_the_buffers(devices, slot, is_packed):
   _, captured = _capture(programs, captures.make_state(), slot, others)
   buffers = captured.buffers()
   written = sum(b.nbytes for b in buffers if not b.name.startswith('shared'))
-  assert snapshot.snapshot_bytes(of, slot, others) == written
+  assert snapshot.snapshot_bytes(of, coverage.Contents(slot, others)) == written
 
 
 @pytest.mark.parametrize('optimizer', ['adamw', 'adafactor', 'sgd'])

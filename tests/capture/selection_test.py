@@ -107,7 +107,7 @@ def test_snapshots_hold_what_the_step_selected(compiled, shm_folder):
   for iteration, mask in selected.items():
     captured = decision.captured(iteration)
     assert captured is not None
-    selection.check(iteration, mask, operators, captured[0])
+    selection.check(iteration, mask, operators, captured.state)
     metadata = snapshot_file.read_manifest(paths[iteration]).metadata
     held = keys.operators_from_json(metadata['state'])
     selection.check(iteration, mask, operators, held)

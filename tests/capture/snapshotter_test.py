@@ -173,10 +173,9 @@ def test_what_is_stored(training):
   begin = time.monotonic()
   taken = training.take(taker, 1, clip_factor='0x1p-1', updated=True)
   taker.flush()
-  slot, others = training.decision().captured(1)
-  assert taken.snapshot_bytes == snapshot.snapshot_bytes(
-    training.of, slot, others
-  )
+  captured = training.decision().captured(1)
+  slot, others, _ = captured
+  assert taken.snapshot_bytes == snapshot.snapshot_bytes(training.of, captured)
   found = training.read(1)
   assert found.state.keys() == slot and found.compute.keys() == others
   rows = training.of.partition.split(training.host(1))
@@ -509,7 +508,7 @@ def test_a_decision_holds_from_its_iteration_on(training):
   taker.decide(other)
   for iteration in range(1, 8):
     held = training.decision() if iteration < 4 else other
-    slot, _ = held.captured(iteration)
+    slot, *_ = held.captured(iteration)
     assert taker.slot(iteration) == slot
     training.take(taker, iteration)
     taker.flush()

@@ -24,15 +24,37 @@ from tests.support import words
 def test_captured_by_hand(mode, iteration, index, state, compute):
   decision = words.decision('a0', 'a1', 'e', mode=mode)
   assert decision.slot_index(iteration) == index
-  assert decision.captured(iteration) == words.slots(state, compute)
+  assert decision.captured(iteration) == words.contents(state, compute)
 
 
 def test_whole_snapshots_may_be_taken_at_times_only():
   decision = words.decision('a0 e', every=3)
   indices = [decision.slot_index(i) for i in range(10, 17)]
   assert indices == [0, None, None, 0, None, None, 0]
-  assert decision.captured(13) == words.slots('a0 e', '')
+  assert decision.captured(13) == words.contents('a0 e')
   assert decision.captured(14) is None
+
+
+@pytest.mark.parametrize(
+  ('every', 'iteration', 'state', 'gradients'),
+  [
+    (1, 10, 'a0', 'a1 e'),
+    (1, 12, 'e', 'a0 a1'),
+    (1, 13, 'a0', 'a1 e'),
+    (2, 10, 'a0', 'a1 e'),
+    (2, 11, '', 'a0 a1 e'),
+    (2, 14, 'e', 'a0 a1'),
+    (2, 16, 'a0', 'a1 e'),
+  ],
+)
+def test_gradients_are_recorded_in_every_iteration(
+  every, iteration, state, gradients
+):
+  decision = words.decision(
+    'a0', 'a1', 'e', every=every, replay=decision_lib.UPDATES
+  )
+  wanted = words.contents(state, gradients=gradients)
+  assert decision.captured(iteration) == wanted
 
 
 def test_a_decision_says_nothing_of_earlier_iterations():
@@ -49,6 +71,7 @@ def test_a_decision_says_nothing_of_earlier_iterations():
     ({'window_length': 0, 'slots': ()}, '0 slots, not 0'),
     ({'slots': words.slots('a0', 'a0')}, 'come twice: a/0'),
     ({'every': 0}, 'every=0'),
+    ({'mode': 'aligned', 'replay': 'updates'}, 'rolling windows only'),
     # Frozen operators would lack the compute weights of iterations between.
     ({'every': 2}, 'every=2 with window_length=2: no replay'),
   ],
@@ -75,7 +98,7 @@ def test_a_partial_one_holds_some_and_always_the_same():
     always=words.slots('e')[0],
   )
   assert decision.captured(5) is None
-  assert decision.captured(6) == (words.slots('a0 e')[0], frozenset())
+  assert decision.captured(6) == words.contents('a0 e')
 
 
 @hypothesis.settings(deadline=None)
@@ -96,8 +119,8 @@ def test_every_window_captures_every_operator(stage, mode, passed):
   for iteration in range(start, start + length):
     captured = decision.captured(iteration)
     assert captured is not None
-    state, compute = captured
-    assert not state & compute
+    state, compute, gradients = captured
+    assert not state & compute and not gradients
     done |= state
     # Replay knows of every operator its state or its compute weights.
     assert done | compute == bytes_of.keys()

@@ -1,4 +1,7 @@
-"""Operators are letters: 'ab/cd' has states of a and b, weights of c and d."""
+"""Operators are letters: 'ab/cd' has states of a and b, weights of c and d.
+
+'ab//cd' has gradients of c and d instead.
+"""
 
 import time
 
@@ -15,9 +18,12 @@ def _operators(letters: str) -> frozenset[keys.OperatorId]:
 
 
 def _record(iteration: int, text: str) -> coverage.SnapshotRecord:
-  state, _, compute = text.partition('/')
+  state, compute, gradients = [*text.split('/'), '', ''][:3]
   return coverage.SnapshotRecord(
-    iteration=iteration, state=_operators(state), compute=_operators(compute)
+    iteration=iteration,
+    state=_operators(state),
+    compute=_operators(compute),
+    gradients=_operators(gradients),
   )
 
 
@@ -112,6 +118,58 @@ _ROLLING = ('a/bc', 'b/ac', 'c/ab')
 )
 def test_valid_starts(texts, expected):
   assert _starts(_records(1, *texts)) == expected
+
+
+_RECORDED = ('a//bc', 'b//ac', 'c//ab')
+
+
+@pytest.mark.parametrize(
+  ('texts', 'expected'),
+  [
+    pytest.param(_RECORDED, {1: (3, 3)}, id='one window'),
+    pytest.param(
+      _RECORDED * 2,
+      {1: (3, 6), 2: (4, 6), 3: (5, 6), 4: (6, 6)},
+      id='start anywhere',
+    ),
+    pytest.param(
+      ['a//bc', '//abc', 'b//ac', '//abc', 'c//ab', '//abc'],
+      {1: (5, 6)},
+      id='slots of every second iteration',
+    ),
+    pytest.param(
+      ['abc', '//abc', '//abc'], {1: (1, 3)}, id='whole, then gradients alone'
+    ),
+    pytest.param(['a', 'b//ac', 'c//ab'], {1: (3, 3)}, id='nothing of frozen'),
+    pytest.param(['a//bc', 'b//a', 'c//ab'], {}, id='a gradient is missing'),
+    pytest.param(
+      ['a//bc', 'b//ac', None, *_RECORDED], {4: (6, 6)}, id='one is missing'
+    ),
+    pytest.param(
+      [*_RECORDED, None, '//abc'], {1: (3, 3)}, id='nothing leads over a gap'
+    ),
+    pytest.param(
+      [*_ROLLING, *_RECORDED],
+      {1: (3, 0), 2: (4, 0), 3: (5, 6), 4: (6, 6)},
+      id='from microbatches to updates',
+    ),
+    pytest.param(
+      [*_RECORDED, *_ROLLING],
+      {1: (3, 3), 4: (6, 0)},
+      id='from updates to microbatches',
+    ),
+    pytest.param(
+      [*_RECORDED, 'abc', 'abc'],
+      {1: (3, 3), 4: (4, 0), 5: (5, 0)},
+      id='whole ones need no gradients',
+    ),
+  ],
+)
+def test_starts_of_updates(texts, expected):
+  found = coverage.valid_starts(_records(1, *texts), _operators('abc'))
+  assert {
+    s.iteration: (s.complete_at, s.applied_until) for s in found
+  } == expected
 
 
 def test_records_may_come_in_any_order():
@@ -225,6 +283,40 @@ def test_valid_starts_are_their_definition(data):
     if (end := _by_definition(by_iteration, operators, s)) is not None
   }
   assert _starts(by_iteration.values(), letters) == expected
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(st.data())
+def test_starts_of_updates_are_their_definition(data):
+  letters = 'abcd'[: data.draw(st.integers(1, 4))]
+  operators = _operators(letters)
+  some = st.sets(st.sampled_from(letters)).map(''.join)
+  gradients = st.one_of(st.just(letters), st.just(letters), some)
+  by_iteration = {
+    i: _record(i, f'{data.draw(some)}//{data.draw(gradients)}')
+    for i in data.draw(st.sets(st.integers(0, 12)))
+  }
+
+  def end(s):
+    """Applies one after the other, as long as it goes: (complete, until)."""
+    active, complete_at = by_iteration[s].state, None
+    while True:
+      if complete_at is None and operators <= active:
+        complete_at = s
+      newer = by_iteration.get(s + 1)
+      is_record = newer is not None and newer.gradients
+      if not is_record or not operators <= newer.gradients | newer.state:
+        return complete_at, s
+      s, active = s + 1, active | newer.state
+
+  found = coverage.valid_starts(by_iteration.values(), operators)
+  assert {
+    s.iteration: (s.complete_at, s.applied_until)
+    for s in found
+    if s.applied_until
+  } == {
+    s: end(s) for s in by_iteration if end(s)[0] is not None and end(s)[1] > s
+  }
 
 
 @pytest.mark.parametrize('window', [20, 1000])

@@ -24,7 +24,7 @@ from moetion_jax.programs import (
 from moetion_jax.runtime import final_state
 from moetion_jax.runtime.checkpoints import restore
 from moetion_jax.runtime.worker import fault_damage
-from moetion_jax.snapshots import snapshot
+from moetion_jax.snapshots import coverage, snapshot
 from moetion_jax.state import host_digest, model, optimizers
 from tests.support import helpers
 
@@ -420,7 +420,7 @@ def _taken(member, state, slot, captures):
       rows = [o.expert for o in member.stage.partition.operators_of(group)]
     compute[name][rows] = part.astype(compute[name].dtype)
   captured = captures.capture(
-    state, jax.device_put(compute), slot & own, own - slot
+    state, jax.device_put(compute), coverage.Contents(slot & own, own - slot)
   )
   digests = member.program('digest')(state)
   captured = dataclasses.replace(captured, extras={snapshot.DIGESTS: digests})

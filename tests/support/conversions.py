@@ -91,12 +91,16 @@ class Piece:
     window_length: slots are empty if it is more than there are operators.
     mode: of `slots.MODES`.
     seed: of the operators' order.
+    replay: of `decision.REPLAYS`.
+    every: iterations from one slot to the next.
   """
 
   first_iteration: int
   window_length: int
   mode: str = 'rolling'
   seed: int = 0
+  replay: str = decision_lib.MICROBATCHES
+  every: int = 1
 
   def decision(self, of: layout.Layout) -> decision_lib.CaptureDecision:
     order = list(of.operators)
@@ -105,6 +109,8 @@ class Piece:
       first_iteration=self.first_iteration,
       window_length=self.window_length,
       mode=self.mode,
+      replay=self.replay,
+      every=self.every,
       slots=slots.make_slots(order, of.state_bytes(), self.window_length),
     )
 
@@ -127,7 +133,7 @@ def compiled(
   for index in range(config.train.stages):
     stage = transformer_job.of(config).build_stage(index)
     captures = capture_programs.CapturePrograms(
-      stage_lib.layout_of(stage), is_packed
+      stage_lib.layout_of(stage), is_packed, records_gradients=True
     )
     captures.compile()
     made.append(Compiled(stage, stage.compile(), captures))
@@ -214,7 +220,13 @@ class Run:
       one.programs.digest,
       one.stage.initial_state,
       functools.partial(self.load, index),
-      conversion_lib.Route(start=start, newest=newest),
+      conversion_lib.Route(
+        start=start,
+        newest=newest,
+        applied=range(
+          start.iteration + 1, min(start.applied_until, newest) + 1
+        ),
+      ),
     )
 
   def snapshotter(self, index: int, pieces: Sequence[Piece]) -> Remembering:
@@ -226,7 +238,7 @@ class Run:
       captures,
       memory_store.SnapshotStore(
         self._folder_of(index),
-        whole + sum(captures.layout.compute_bytes().values()) + _SPARE_BYTES,
+        whole + sum(captures.layout.gradient_bytes().values()) + _SPARE_BYTES,
         self.config.train.iterations + 1,
       ),
       first,

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 
 from moetion_jax import keys
 from moetion_jax.policies import decision as decision_lib
+from moetion_jax.snapshots import coverage
 
 
 def operator(name: str) -> keys.OperatorId:
@@ -35,8 +36,19 @@ def slots(*texts: str) -> decision_lib.Slots:
   return tuple(frozenset(operators(t)) for t in texts)
 
 
+def contents(
+  state: str = '', compute: str = '', gradients: str = ''
+) -> coverage.Contents:
+  """What a snapshot holds of operators, each given as a text."""
+  return coverage.Contents(*slots(state, compute, gradients))
+
+
 def decision(
-  *texts: str, first: int = 10, mode: str = 'rolling', every: int = 1
+  *texts: str,
+  first: int = 10,
+  mode: str = 'rolling',
+  every: int = 1,
+  replay: str = decision_lib.MICROBATCHES,
 ) -> decision_lib.CaptureDecision:
   """The decision for the slots of these texts, from an iteration on."""
   return decision_lib.CaptureDecision(
@@ -45,6 +57,7 @@ def decision(
     mode=mode,
     every=every,
     slots=slots(*texts),
+    replay=replay,
   )
 
 

@@ -375,7 +375,9 @@ class StageRun:
     )
     if any(decision.is_whole for decision in go.decisions):
       # Before the store starts: it would make files only to remove them.
-      whole_bytes = snapshot.snapshot_bytes(self._whole, share, frozenset())
+      whole_bytes = snapshot.snapshot_bytes(
+        self._whole, coverage.Contents(state=share)
+      )
       store.enlarge(whole_bytes + padding_bytes)
     self._interrupts.append(store.interrupt)
     taker = snapshotter.Snapshotter(

@@ -5,6 +5,7 @@ from moetion_jax.policies import (
   planner as planner_lib,
 )
 from moetion_jax.policies.kinds import partial
+from moetion_jax.snapshots import coverage
 from tests.support import planning
 
 
@@ -15,9 +16,8 @@ def test_partial_saves_experts_in_turn():
       4: [0], 8: [1], 12: [2], 16: [3], 20: [0], 24: [1], 28: [2],
     }  # fmt: skip
   decision = decision_lib.active(run.decisions, 8)
-  assert decision.captured(8) == (
-    frozenset({planning.other(), planning.expert(1)}),
-    frozenset(),
+  assert decision.captured(8) == coverage.Contents(
+    state=frozenset({planning.other(), planning.expert(1)})
   )
 
 

@@ -514,14 +514,12 @@ def test_the_line_moves_on_before_what_is_kept_is_full(data):
     assert i - told[0] < settings.kept_iterations
     for stage in range(len(stages)):
       decision = decision_lib.active([made[stage] for made in decided], i)
-      state, compute = decision.captured(i) or (frozenset(), frozenset())
-      found.stored(
-        stage, coverage.Share(iteration=i, state=state, compute=compute)
-      )
+      captured = decision.captured(i) or coverage.Contents()
+      found.stored(stage, coverage.Share(iteration=i, **captured._asdict()))
       pool, whole_bytes = planner.pools()[stage], 0
       if decision.every > 1:
         whole_bytes = sum(stages[stage].state_bytes.values())
-      if state:
+      if captured.state:
         files[stage][i] = max(pool.size_bytes, whole_bytes)
       kept = [n for j, n in files[stage].items() if j >= told[0]]
       assert sum(kept) <= pool.files * pool.size_bytes
@@ -541,8 +539,8 @@ def test_an_aligned_window_that_fills_what_is_kept():
   )
   kept = 0
   for i in range(1, 100):
-    state, compute = decision.captured(i) or (frozenset(), frozenset())
-    found.stored(0, coverage.Share(iteration=i, state=state, compute=compute))
+    captured = decision.captured(i) or coverage.Contents()
+    found.stored(0, coverage.Share(iteration=i, **captured._asdict()))
     found.advance(i, frozen=False)
     kept = max(kept, i - found.line + 1)
   # From the start that is kept to the end of the window two later.
