@@ -193,6 +193,7 @@ class Inventory:
       newest: the iteration that each stage has begun.
       lost: stages whose logs are gone.
     """
+    records = [self._records(stage) for stage in range(len(newest))]
     return [
       recovery_plan.StageInventory(
         stage=stage,
@@ -203,6 +204,7 @@ class Inventory:
         newest=begun,
         sources={self.initial: (recovery_plan.INITIAL,)},
         unrecorded_until=splice_lib.unverified_until(self.splices, stage),
+        stored=records[stage][-1].iteration,
       )
       for stage, begun in enumerate(newest)
     ]

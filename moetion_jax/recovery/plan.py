@@ -45,6 +45,8 @@ class StageInventory:
       iteration 0 and the stage's own store for others.
     unrecorded_until: the last iteration whose snapshot does not say the scalars
       that others publish now: it is of other software. 0 for none.
+    stored: the newest iteration whose snapshot counts, which it does once all
+      entries of the iteration can be read; 0 for none.
   """
 
   stage: int
@@ -57,19 +59,24 @@ class StageInventory:
     default_factory=dict
   )
   unrecorded_until: int = 0
+  stored: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecoveryPlan:
   """A plan that says which stages go back, and from where.
 
-  The members restart from snapshots of `start`, all of one iteration, replay
-  and publish again all that they published since. Nobody else does anything.
+  The members restart from snapshots of `start`, all of one iteration, and
+  replay. Each applies the gradients that were recorded, up to some iteration;
+  what comes after that it does again and publishes again. Nobody else does
+  anything.
 
   Attributes:
     stages: the recovering set, ascending; empty if nobody needs anything.
     start: the iteration from whose snapshots all members start.
     complete_at: by member, the last snapshot of its conversion.
+    applied_until: by member, the last iteration whose gradients it applies;
+      the start itself, if it does all again.
     sources: by member, the name of the place to read the snapshots from.
     reasons: by member, why it is one.
   """
@@ -77,6 +84,7 @@ class RecoveryPlan:
   stages: tuple[int, ...]
   start: int
   complete_at: Mapping[int, int]
+  applied_until: Mapping[int, int]
   sources: Mapping[int, str]
   reasons: Mapping[int, str]
 
@@ -115,14 +123,15 @@ def recovery_line(
   )
 
 
-def replayed_iterations(plan: RecoveryPlan, newest: int) -> int:
+def replayed_iterations(plan: RecoveryPlan, stage: int, newest: int) -> int:
   """Returns the number of iterations that a member does again.
 
   Args:
     plan: the plan in which the stage is a member.
+    stage: the stage.
     newest: the iteration that the stage had begun, which is replayed as well.
   """
-  return max(newest - plan.start, 0)
+  return max(newest - plan.applied_until[stage], 0)
 
 
 def plan(
@@ -132,17 +141,20 @@ def plan(
 ) -> RecoveryPlan:
   """Decides who recovers from where, so that every needed entry will exist.
 
-  Entries are needed by members, which read those of their neighbours from
-  start + 1 on and the scalars of all others from the iteration on that follows
-  their conversion (a snapshot holds the scalars of its own iteration); and by
-  all other stages, which read everybody's from the iteration on that they work
-  on. A member publishes again what it published since the start. So the
-  recovering set is, for a given start, the smallest one that
+  Entries are needed by members, which read those of their neighbours from the
+  first iteration on that they do again, and the scalars of all others from the
+  iteration on that follows their conversion (a snapshot holds the scalars of
+  its own iteration); and by all other stages, which read everybody's from the
+  iteration on that they work on. A member publishes again what it does again.
+  So the recovering set is, for a given start, the smallest one that
     - contains every stage that failed,
     - contains every stage whose entries are needed by another, and are lost,
       dropped or corrupt,
-    - contains every stage that works on an iteration, up to the start, whose
-      entries a member lost and would not publish again.
+    - contains every stage that works on an iteration whose entries a member
+      lost and cannot publish again.
+  Each member applies recorded gradients as far as they lead, but not beyond
+  what others need of it and it has lost: the greatest fixpoint.
+
   A start is possible if it is valid for each member of its set. Of the possible
   ones, the one with the smallest set is taken; of those, the newest.
 
@@ -172,24 +184,44 @@ def plan(
   initial = case.initial_members(failed)
   if not initial:
     return RecoveryPlan(
-      stages=(), start=0, complete_at={}, sources={}, reasons={}
+      stages=(),
+      start=0,
+      complete_at={},
+      applied_until={},
+      sources={},
+      reasons={},
     )
   candidates = _common([case.starts[stage] for stage in initial])
-  best: tuple[int, dict[int, str]] | None = None
+  best: tuple[int, _Members] | None = None
   for start in sorted(candidates, reverse=True):
     members = case.closed_members(initial, start)
-    if all(start in case.starts[stage] for stage in members):
-      if best is None or len(members) < len(best[1]):
+    if members.is_possible:
+      if best is None or len(members.reasons) < len(best[1].reasons):
         best = start, members
-      if len(members) == len(initial):
+      if len(members.reasons) == len(initial):
         break  # no other start has a smaller set
   if best is None:
     raise UnrecoverableError(case.explain(candidates, initial))
   return case.make_plan(*best)
 
 
-# Start iteration -> complete_at.
-_Starts = dict[int, int]
+# By the iteration of each.
+_Starts = dict[int, coverage.Start]
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Members:
+  """A recovering set.
+
+  Attributes:
+    reasons: by member, why it is one.
+    until: by member, the newest iteration that it does not do again.
+    is_possible: whether the start is valid for all, and all are served.
+  """
+
+  reasons: dict[int, str] = dataclasses.field(default_factory=dict)
+  until: dict[int, int] = dataclasses.field(default_factory=dict)
+  is_possible: bool = True
 
 
 def _usable(
@@ -198,9 +230,7 @@ def _usable(
   excluded: Collection[tuple[int, int]],
 ) -> _Starts:
   return {
-    s.iteration: s.complete_at
-    for s in starts
-    if (stage, s.iteration) not in excluded
+    s.iteration: s for s in starts if (stage, s.iteration) not in excluded
   }
 
 
@@ -227,62 +257,116 @@ class _Case:
           members.setdefault(producer.stage, lack)
     return members
 
-  def closed_members(
-    self, initial: Mapping[int, str], start: int
-  ) -> dict[int, str]:
+  def closed_members(self, initial: Mapping[int, str], start: int) -> _Members:
     """Returns the recovering set for a start, with the reasons."""
-    members = dict(initial)
-    queue = list(initial)
+    members = self._closed(initial, start)
+    if len(members.reasons) == len(initial):
+      return members
+    # Who joined late may need less, as a member, than was lost for it before.
+    return self.closed_members(members.reasons, start)
+
+  def _closed(self, initial: Mapping[int, str], start: int) -> _Members:
+    members = _Members()
+    queue: list[int] = []
+    for stage, reason in initial.items():
+      self._join(stage, reason, start, members, queue)
     for member in queue:  # which grows meanwhile
       for other in range(len(self.inventories)):
-        if other not in members and (
-          reason := self._join_reason(other, member, start)
-        ):
-          members[other] = reason
-          queue.append(other)
+        if other == member:
+          continue
+        if other not in members.reasons:
+          needed_from = self._needed_from(member, other, start, members)
+          reason = _lack(self.inventories[other], needed_from, member)
+          reason = reason or self._serve(member, other, start, members, queue)
+          if reason:
+            self._join(other, reason, start, members, queue)
+          continue
+        for producer, reader in ((member, other), (other, member)):
+          if self._serve(producer, reader, start, members, queue):
+            members.is_possible = False
     return members
 
-  def _join_reason(self, other: int, member: int, start: int) -> str | None:
-    """Returns why `other` must join, given `member`; None if it need not."""
-    needed_from = start + 1
-    recorded = start >= self.inventories[member].unrecorded_until
-    if recorded and abs(other - member) > 1:
+  def _join(
+    self,
+    stage: int,
+    reason: str,
+    start: int,
+    members: _Members,
+    queue: list[int],
+  ) -> None:
+    """Makes a stage a member."""
+    known = self.starts[stage].get(start)
+    members.reasons[stage] = reason
+    members.until[stage] = max(start, known.applied_until if known else start)
+    members.is_possible &= known is not None
+    queue.append(stage)
+
+  def _needed_from(
+    self, reader: int, producer: int, start: int, members: _Members
+  ) -> int:
+    """Returns the first iteration of which a stage needs another's entries."""
+    if reader not in members.reasons:
+      return _working_on(self.inventories[reader])
+    until = members.until[reader]
+    recorded = start >= self.inventories[reader].unrecorded_until
+    known = self.starts[reader].get(start)
+    if recorded and known and abs(producer - reader) > 1:
       # Scalars: the conversion has those that it needs.
-      needed_from = self.starts[member].get(start, start) + 1
-    if lack := _lack(self.inventories[other], needed_from, member):
-      return lack
-    gap = _gap(
-      self.inventories[member], _working_on(self.inventories[other]), start
-    )
+      until = max(until, known.complete_at)
+    return until + 1
+
+  def _serve(
+    self,
+    member: int,
+    reader: int,
+    start: int,
+    members: _Members,
+    queue: list[int],
+  ) -> str | None:
+    """Has a member do again what its log has not and a reader needs.
+
+    Returns:
+      Why the reader cannot have that; None if it can.
+    """
+    needed_from = self._needed_from(reader, member, start, members)
+    until = members.until[member]
+    gap = _gap(self.inventories[member], needed_from, until)
     if gap is None:
       return None
-    return (
-      f'it needs entries of iteration {gap}, which stage {member} has not and '
-      f'does not publish again from iteration {start}'
-    )
+    known = self.starts[member].get(start)
+    if known is None or not known.complete_at < gap <= known.applied_until:
+      return (
+        f'it needs entries of iteration {gap}, which stage {member} has not '
+        f'and does not publish again from iteration {start}'
+      )
+    members.until[member] = gap - 1
+    queue.append(member)  # now it needs more itself
+    return None
 
-  def make_plan(self, start: int, members: Mapping[int, str]) -> RecoveryPlan:
+  def make_plan(self, start: int, members: _Members) -> RecoveryPlan:
     """Makes the plan to start from snapshots of the members or their peers."""
     default = (INITIAL if start == 0 else OWN,)
+    stages = sorted(members.reasons)
     return RecoveryPlan(
-      stages=tuple(sorted(members)),
+      stages=tuple(stages),
       start=start,
-      complete_at={m: self.starts[m][start] for m in sorted(members)},
+      complete_at={m: self.starts[m][start].complete_at for m in stages},
+      applied_until={m: members.until[m] for m in stages},
       sources={
         m: (self.inventories[m].sources.get(start) or default)[0]
-        for m in sorted(members)
+        for m in stages
       },
-      reasons={m: members[m] for m in sorted(members)},
+      reasons={m: members.reasons[m] for m in stages},
     )
 
   def explain(
     self, candidates: Collection[int], initial: Mapping[int, str]
   ) -> str:
     """Returns the error message for a case without a plan."""
-    members, blamed, where = initial, sorted(initial), 'to recover'
+    members, blamed, where = dict(initial), sorted(initial), 'to recover'
     if candidates:
       start = max(candidates)
-      members = self.closed_members(initial, start)
+      members = self.closed_members(initial, start).reasons
       blamed = [m for m in sorted(members) if start not in self.starts[m]]
       where = f'to recover with the others from iteration {start}'
     stages = '; '.join(
@@ -297,7 +381,12 @@ class _Case:
 
 def _working_on(inventory: StageInventory) -> int:
   """Returns the first iteration of which a stage needs others' entries."""
-  return max(inventory.newest, 1)
+  return max(_begun(inventory), 1)
+
+
+def _begun(inventory: StageInventory) -> int:
+  """Returns the first iteration of which it may not have published all."""
+  return max(inventory.newest, inventory.stored + 1 if inventory.stored else 0)
 
 
 def _lack(
@@ -331,11 +420,12 @@ def _gap(member: StageInventory, first: int, last: int) -> int | None:
   """
   if first > last:
     return None
-  if member.log_lost or first < member.log_first or first >= member.newest:
+  begun = _begun(member)
+  if member.log_lost or first < member.log_first or first >= begun:
     return first
   gaps = {i for i in member.corrupt if first <= i <= last}
-  if member.newest <= last:
-    gaps.add(member.newest)
+  if begun <= last:
+    gaps.add(begun)
   return min(gaps, default=None)
 
 

@@ -534,7 +534,7 @@ def test_failed_stages_exist():
 def test_replayed_iterations(newest, replayed):
   plan = recovery_plan.plan(_run(2), {1})
   assert plan.first_iteration == 17
-  assert recovery_plan.replayed_iterations(plan, newest) == replayed
+  assert recovery_plan.replayed_iterations(plan, 1, newest) == replayed
 
 
 @pytest.mark.parametrize(
@@ -590,16 +590,31 @@ def test_the_line_is_monotone_and_valid(history, lag):
 
 
 @st.composite
-def _inventories(draw):
+def _a_start(draw, iteration, stored):
+  """Perhaps one from which gradients lead to what is stored, or less far."""
+  complete_at = iteration + draw(st.integers(0, 2))
+  applied_until = 0
+  if complete_at <= stored and iteration < stored:
+    least = max(complete_at, iteration + 1)
+    applied_until = draw(st.sampled_from([0, *range(least, stored + 1)]))
+  return coverage.Start(
+    iteration=iteration, complete_at=complete_at, applied_until=applied_until
+  )
+
+
+@st.composite
+def _inventories(draw, with_gradients=False):
   """Small runs in which anything may have been lost, of up to 4 stages."""
   inventories = []
-  for stage in range(draw(st.integers(1, 4))):
+  for stage in range(draw(st.integers(1, 3 if with_gradients else 4))):
     newest = draw(st.integers(0, 6))
+    stored = draw(st.integers(0, newest)) if with_gradients else 0
     inventories.append(
       recovery_plan.StageInventory(
         stage=stage,
+        stored=stored,
         starts=tuple(
-          coverage.Start(iteration=i, complete_at=i + draw(st.integers(0, 2)))
+          draw(_a_start(i, stored))
           for i in sorted(draw(st.frozensets(st.integers(0, 6), min_size=2)))
         ),
         log_first=draw(st.integers(1, newest + 1)),
@@ -619,63 +634,85 @@ def _failures(inventories):
   return st.frozensets(st.sampled_from(range(len(inventories))))
 
 
-def _will_exist(producer, iteration, members, start) -> bool:
+def _begun(inventory) -> int:
+  """A snapshot counts when all entries of its iteration can be read."""
+  return max(inventory.newest, inventory.stored + 1 if inventory.stored else 0)
+
+
+def _will_exist(producer, iteration, until) -> bool:
   """Whether entries of an iteration are there, or will be."""
-  is_member = producer.stage in members
-  if iteration > (start if is_member else producer.newest):
+  is_member = producer.stage in until
+  if iteration > (until[producer.stage] if is_member else producer.newest):
     return is_member or iteration not in producer.corrupt
   return (
     not producer.log_lost
     and iteration >= producer.log_first
     and iteration not in producer.corrupt
-    and not (is_member and iteration >= producer.newest)
+    and not (is_member and iteration >= _begun(producer))
   )
 
 
-def _works(inventories, failed, members, start) -> bool:
-  """Whether a set and a start lead to a run that goes on: by definition."""
-  complete_at = {}
+def _untils(inventories, members, start):
+  """All that the members may do nothing again up to, the most first."""
+  choices = []
   for member in members:
-    starts = {s.iteration: s.complete_at for s in inventories[member].starts}
+    starts = {s.iteration: s for s in inventories[member].starts}
     if start not in starts:
-      return False
-    complete_at[member] = starts[start]
+      return
+    one = starts[start]
+    if one.applied_until:
+      choices.append(range(one.applied_until, one.complete_at - 1, -1))
+    else:
+      choices.append([start])
+  for chosen in sorted(itertools.product(*choices), key=sum, reverse=True):
+    yield dict(zip(members, chosen, strict=True))
+
+
+def _works(inventories, failed, until, start) -> bool:
+  """Whether a set and a start lead to a run that goes on: by definition."""
+  complete_at = {
+    member: {s.iteration: s.complete_at for s in inventories[member].starts}
+    for member in until
+  }
   for reader, producer in itertools.permutations(inventories, 2):
-    if {reader.stage, producer.stage} <= members:
-      continue  # side by side from the same start
     needed = []
-    if reader.stage in members:
-      is_neighbour = abs(reader.stage - producer.stage) == 1
-      needed.append(1 + (start if is_neighbour else complete_at[reader.stage]))
-    if reader.stage not in failed:
-      needed.append(max(reader.newest, 1))
-    if not all(
-      _will_exist(producer, i, members, start) for i in range(min(needed), 12)
+    if reader.stage in until:
+      first = until[reader.stage]
+      if abs(reader.stage - producer.stage) > 1:
+        first = max(first, complete_at[reader.stage][start])
+      needed.append(1 + first)
+    if (
+      reader.stage not in failed
+      and not {
+        reader.stage,
+        producer.stage,
+      }
+      <= until.keys()
     ):
+      needed.append(max(_begun(reader), 1))
+    if not all(_will_exist(producer, i, until) for i in range(min(needed), 12)):
       return False
   return True
 
 
 def _brute_force(inventories, failed):
-  """(number of members, -start, members) of the best plan, or None."""
+  """(number of members, -start, until by member) of the best plan, or None."""
   everyone = range(len(inventories))
-  return min(
-    (
-      (len(members), -start, members)
-      for size in range(len(inventories) + 1)
-      for members in map(set, itertools.combinations(everyone, size))
-      if members >= failed
-      for start in range(7)
-      if _works(inventories, failed, members, start)
-    ),
-    default=None,
-  )
+  for size in range(len(inventories) + 1):
+    for start in range(6, -1, -1):
+      for members in itertools.combinations(everyone, size):
+        if set(members) >= failed:
+          for until in _untils(inventories, members, start):
+            if _works(inventories, failed, until, start):
+              return size, -start, until
+  return None
 
 
+@pytest.mark.parametrize('with_gradients', [False, True])
 @hypothesis.settings(deadline=None, max_examples=1000)
-@hypothesis.given(st.data())
-def test_a_plan_is_the_best_that_works(data):
-  inventories = data.draw(_inventories())
+@hypothesis.given(data=st.data())
+def test_a_plan_is_the_best_that_works(data, with_gradients):
+  inventories = data.draw(_inventories(with_gradients))
   failed = data.draw(_failures(inventories))
   best = _brute_force(inventories, failed)
   try:
@@ -686,7 +723,7 @@ def test_a_plan_is_the_best_that_works(data):
     return
   hypothesis.event(f'{len(plan.stages)} of {len(inventories)}')
   assert best is not None
-  assert set(plan.stages) == best[2]
+  assert plan.applied_until == best[2]
   if plan.stages:
     assert plan.start == -best[1]
 
