@@ -155,6 +155,9 @@ _MAX_WINDOW_LENGTH = flags.DEFINE_integer(
 _WINDOW_MODE = flags.DEFINE_enum(
   'window_mode', '', ('', *decision.MODES), "'': rolling, if that fits."
 )
+_REPLAY = flags.DEFINE_enum(
+  'replay', decision.MICROBATCHES, decision.REPLAYS, 'What recovery does again.'
+)
 _ORDER = flags.DEFINE_enum(
   'order', 'static', popularity.ORDERS, 'Of operators in a window.'
 )
@@ -282,6 +285,7 @@ def main(argv: list[str]) -> int:
     policy=registry.of_name(_POLICY.value),
     window_length=_WINDOW_LENGTH.value,
     window_mode=_WINDOW_MODE.value,
+    replay=_REPLAY.value,
     order=_ORDER.value,
     max_window_length=_MAX_WINDOW_LENGTH.value,
     overlap_target=_OVERLAP_TARGET.value,

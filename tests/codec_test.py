@@ -177,6 +177,7 @@ def test_messages_within_messages():
   sizes = planner.StageSizes(
     state_bytes={keys.OperatorId('a', 1): 12},
     compute_bytes={keys.OperatorId('a', 1): 2},
+    gradient_bytes={keys.OperatorId('a', 1): 4},
     device={keys.OperatorId('a', 1): None},
   )
   ready = notices.Ready(

@@ -94,7 +94,9 @@ class Rebuilder:
     """Compiles a stage's programs."""
     job = transformer_job.of(config)
     stage = job.build_stage(index, team=(0,))
-    captures = capture_programs.CapturePrograms(stage_lib.layout_of(stage))
+    captures = capture_programs.CapturePrograms(
+      stage_lib.layout_of(stage), records_gradients=True
+    )
     captures.compile()
     return cls(
       index=index,

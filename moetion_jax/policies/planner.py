@@ -19,16 +19,22 @@ class StageSizes:
   Attributes:
     state_bytes: bytes of each operator's training state.
     compute_bytes: bytes of each operator's compute weights.
+    gradient_bytes: bytes of each operator's gradients.
     device: device of the 'expert' axis that holds each operator; None if all
       hold it.
   """
 
   state_bytes: Mapping[keys.OperatorId, int]
   compute_bytes: Mapping[keys.OperatorId, int]
+  gradient_bytes: Mapping[keys.OperatorId, int]
   device: Mapping[keys.OperatorId, int | None]
 
   def in_order(
-    self, order: str, rates: popularity.Rates, replicas: int = 1
+    self,
+    order: str,
+    rates: popularity.Rates,
+    replicas: int = 1,
+    replay: str = decision.MICROBATCHES,
   ) -> window.StageOperators:
     """Returns the operators in an order of `popularity.ORDERS`.
 
@@ -36,11 +42,13 @@ class StageSizes:
       order: the order's name.
       rates: rate of each expert; see `slots.order_operators`.
       replicas: number of replicas that capture the operators together.
+      replay: one of `decision.REPLAYS`.
     """
+    is_recorded = replay == decision.UPDATES
     return window.StageOperators(
       order=slots.order_operators(order, self.state_bytes, rates),
       state_bytes=self.state_bytes,
-      compute_bytes=self.compute_bytes,
+      rest_bytes=self.gradient_bytes if is_recorded else self.compute_bytes,
       device_of=self.device.get,
       keep_order=order != 'static',
       shares=division.divide(self.state_bytes, replicas, self.device.get)

@@ -109,6 +109,7 @@ class CaptureSettings:
     policy: the policy, from `registry.POLICIES`.
     window_length: number of slots; 0 to choose it from measurements.
     window_mode: one of `decision.MODES`; '' to choose it.
+    replay: one of `decision.REPLAYS`.
     order: one of `popularity.ORDERS`.
     max_window_length: the longest window that may be chosen.
     overlap_target: share of an iteration that a copy may take; 0 for the
@@ -129,6 +130,7 @@ class CaptureSettings:
   policy: Policy
   window_length: int = 0
   window_mode: str = ''
+  replay: str = decision.MICROBATCHES
   order: str = 'static'
   max_window_length: int = 8
   overlap_target: float = 0.0
@@ -147,6 +149,15 @@ class CaptureSettings:
     errors.check_known('order', self.order, popularity.ORDERS)
     if self.window_mode:
       errors.check_known('window_mode', self.window_mode, decision.MODES)
+    errors.check_known('replay', self.replay, decision.REPLAYS)
+    if self.records_gradients and (
+      self.policy.name != 'sparse' or self.window_mode not in ('', 'rolling')
+    ):
+      raise errors.ConfigError(
+        'replay',
+        self.replay,
+        'is of --policy=sparse with rolling windows',
+      )
     for name, least in (
       ('window_length', 0),
       ('max_window_length', 1),
@@ -199,6 +210,11 @@ class CaptureSettings:
       window_length=self.window_length if has_windows else 0,
       interval=0 if has_windows else self.interval,
     )
+
+  @property
+  def records_gradients(self) -> bool:
+    """True if snapshots hold the gradients of the operators outside a slot."""
+    return self.replay == decision.UPDATES
 
   def copy_share(self, platform: str) -> float:
     """Returns the share of an iteration that a copy may take, on a platform."""

@@ -24,7 +24,7 @@ class StageOperators:
   Attributes:
     order: the result of `slots.order_operators`.
     state_bytes: bytes of each operator's training state.
-    compute_bytes: bytes of each operator's compute weights.
+    rest_bytes: bytes that a snapshot has of each operator outside its slot.
     device_of: device of the 'expert' axis that holds each operator.
     keep_order: whether slots follow the order; False for 'static'.
     shares: operators that each replica captures; () if one captures all.
@@ -32,7 +32,7 @@ class StageOperators:
 
   order: tuple[keys.OperatorId, ...]
   state_bytes: slots_lib.Bytes
-  compute_bytes: slots_lib.Bytes
+  rest_bytes: slots_lib.Bytes
   device_of: division.DeviceOf = division.on_no_device
   keep_order: bool = True
   shares: tuple[frozenset[keys.OperatorId], ...] = ()
@@ -55,13 +55,13 @@ class StageOperators:
     slots = self.slots(window_length)
     if not self.shares:
       return slots_lib.snapshot_bytes(
-        slots, self.state_bytes, self.compute_bytes, mode
+        slots, self.state_bytes, self.rest_bytes, mode
       )
     of_shares = [
       slots_lib.snapshot_bytes(
         tuple(slot & share for slot in slots),
         {o: self.state_bytes[o] for o in share},
-        {o: self.compute_bytes[o] for o in share},
+        {o: self.rest_bytes[o] for o in share},
         mode,
       )
       for share in self.shares
@@ -363,9 +363,9 @@ def _shortest(
   """Returns the shortest window that fits the budget, if there is one."""
   replicas = max(1, len(stage.shares))
   state = [stage.state_bytes[o] / replicas for o in stage.order]
-  compute = [stage.compute_bytes[o] / replicas for o in stage.order]
+  rest = [stage.rest_bytes[o] / replicas for o in stage.order]
   # No balance gets below these; they save the work of making most slots.
-  least = [min(s, c) for s, c in zip(state, compute, strict=True)]
+  least = [min(s, c) for s, c in zip(state, rest, strict=True)]
   rolling = mode == 'rolling'
   floor = sum(least)
   if rolling:
@@ -373,7 +373,7 @@ def _shortest(
   if floor > (budget.target_bytes if rolling else budget.iteration_bytes):
     return None
   for length in range(1, limit + 1):
-    total = sum(state) + (sum(compute) * (length - 1) if rolling else 0)
+    total = sum(state) + (sum(rest) * (length - 1) if rolling else 0)
     if total > length * budget.target_bytes:
       continue
     copied = stage.snapshot_bytes(length, mode)

@@ -246,17 +246,13 @@ class Stage:
     """Puts gradients of all operators on the mesh, as `reduce` leaves them.
 
     Args:
-      gradients: f32 by parameter; nobody may write to them any more. Those that
-        are missing are of operators that this worker has not: zeros.
+      gradients: f32 by parameter, to which nobody may write any more. This
+        worker has no operators of those that are missing: zeros do.
     """
-    missing = {
-      name: np.zeros(shape.shape, np.float32)
-      for name, shape in self.model.shapes.items()
-      if name not in gradients
-    }
-    return jax.device_put(
-      {**gradients, **missing}, self.shardings(self.compute_specs)
-    )
+    shapes = self.model.shapes.items()
+    zeros = {name: np.zeros(x.shape, np.float32) for name, x in shapes}
+    shardings = self.shardings(self.compute_specs)
+    return jax.device_put({**zeros, **gradients}, shardings)
 
   # ---- compilation ---------------------------------------------------------
 

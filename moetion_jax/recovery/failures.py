@@ -59,6 +59,7 @@ class OngoingRecovery:
   """One stage on its way back.
 
   Attributes:
+    stage: the stage.
     plan: the plan that the stage follows.
     target: iteration in which the predecessor died.
     reason: why the predecessor died, or why the stage joined.
@@ -71,6 +72,7 @@ class OngoingRecovery:
     recorded: the newest iteration that was written down when it failed.
   """
 
+  stage: int
   plan: recovery_plan.RecoveryPlan
   target: int
   reason: str
@@ -84,11 +86,16 @@ class OngoingRecovery:
   @property
   def replayed_iterations(self) -> int:
     """Number of iterations that the stage does again."""
-    return recovery_plan.replayed_iterations(self.plan, self.target)
+    return recovery_plan.replayed_iterations(self.plan, self.stage, self.target)
+
+  @property
+  def applied_updates(self) -> int:
+    """Number of iterations of which only the update is done again."""
+    return self.plan.applied_until[self.stage] - self.plan.start
 
   @property
   def compared_iterations(self) -> int:
-    """Number of those that came out as they are written down.
+    """Number of both that came out as they are written down.
 
     Reports are one iteration late; a worker that reports another digest ends.
     """
@@ -104,6 +111,7 @@ class OngoingRecovery:
     return {
       'first_iteration': self.plan.first_iteration,
       'replayed_iterations': self.replayed_iterations,
+      'applied_updates': self.applied_updates,
       'compared_iterations': self.compared_iterations,
       'seconds': {
         'detect': self.detect_seconds,
@@ -126,10 +134,10 @@ class OngoingRecovery:
       how = f'{self.compared_iterations} compared, with the same digests'
     else:
       how = 'none of which had been written down, to be compared with'
-    return (
-      f'in {now - self.failed_at:.1f} s: {self.replayed_iterations} '
-      f'iteration(s) done again, {how}'
-    )
+    done = f'{self.replayed_iterations} iteration(s) done again'
+    if self.applied_updates:
+      done = f'{self.applied_updates} update(s) applied again, {done}'
+    return f'in {now - self.failed_at:.1f} s: {done}, {how}'
 
 
 class Failures:

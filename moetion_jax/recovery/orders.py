@@ -14,6 +14,8 @@ class Go:
   Attributes:
     start: the iteration from which the conversion starts.
     complete_at: iteration of the last snapshot of the conversion.
+    applied_until: the last iteration whose recorded gradients are applied; what
+      comes after it, or after the start if that is later, is done again.
     newest: iteration of the newest existing snapshot.
     excluded: iterations of damaged snapshots, to be taken again.
     target: iteration that the worker's predecessor had begun; 0 without one.
@@ -39,6 +41,7 @@ class Go:
 
   start: int
   complete_at: int
+  applied_until: int = 0
   newest: int
   excluded: tuple[int, ...] = ()
   target: int

@@ -93,6 +93,12 @@ class RecoveryPlan:
     """The first iteration that is replayed."""
     return self.start + 1
 
+  def all_again(self) -> RecoveryPlan:
+    """Returns the same plan with nothing but iterations that are done again."""
+    return dataclasses.replace(
+      self, applied_until=dict.fromkeys(self.stages, self.start)
+    )
+
 
 def recovery_line(
   starts_by_stage: Sequence[Sequence[int]],

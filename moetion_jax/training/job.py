@@ -163,5 +163,6 @@ def stage_sizes(
   return planner.StageSizes(
     state_bytes=layout.state_bytes(),
     compute_bytes=layout.compute_bytes(),
+    gradient_bytes=layout.gradient_bytes(),
     device={o: devices[o] for o in layout.operators},
   )

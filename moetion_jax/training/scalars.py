@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moetion_jax import config as config_lib, errors
+
 # Layout of a SCALARS entry, f32.
 SCALARS = ('squared_norm', 'loss', 'auxiliary_loss', 'dropped')
 _PLACE = {name: place for place, name in enumerate(SCALARS)}
@@ -66,6 +68,31 @@ def judge(partials: Sequence[np.ndarray], clip_norm: float) -> Verdict:
     bad_stage=bad_stage,
     partials=np.stack(partials),
   )
+
+
+def decide(
+  iteration: int,
+  partials: Sequence[np.ndarray],
+  config: config_lib.TrainConfig,
+) -> Verdict:
+  """Judges an iteration whose update is next.
+
+  Args:
+    iteration: the iteration.
+    partials: see `judge`.
+    config: the run's settings.
+
+  Raises:
+    errors.NonFiniteError: the update is not finite, and none may be left out.
+  """
+  verdict = judge(partials, config.optimizer.clip_norm)
+  if not verdict.is_finite and not config.skip_nonfinite:
+    raise errors.NonFiniteError(
+      f'iteration {iteration}: {explain(verdict)}',
+      'lower --learning_rate, or pass --skip_nonfinite to leave such updates '
+      'out, and --fresh to start over with it',
+    )
+  return verdict
 
 
 def explain(verdict: Verdict) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from moetion_jax import config as config_lib, errors, keys, report as report_lib
+from moetion_jax import config as config_lib, keys, report as report_lib
 from moetion_jax.capture import (
   conversion as conversion_lib,
   selection,
@@ -199,7 +199,7 @@ class Worker:
         report(pending())
       if partials is None:
         partials = self._partials(iteration, scalars, config, conversion)
-      verdict = self._verdict(iteration, partials, config)
+      verdict = scalars_lib.decide(iteration, partials, config)
       slot = snapshots.slot(iteration) if snapshots else frozenset()
       mask: selection.Mask = selection.make_mask(
         self.stage.partition.operators, slot
@@ -363,26 +363,6 @@ class Worker:
         )
         partials.append(np.asarray(self._read(key)))
     return partials
-
-  def _verdict(
-    self,
-    iteration: int,
-    partials: Sequence[np.ndarray],
-    config: config_lib.TrainConfig,
-  ) -> scalars_lib.Verdict:
-    """Decides on an update from all stages' scalars.
-
-    Raises:
-      errors.NonFiniteError: it is not finite, and may not be left out.
-    """
-    verdict = scalars_lib.judge(partials, config.optimizer.clip_norm)
-    if not verdict.is_finite and not config.skip_nonfinite:
-      raise errors.NonFiniteError(
-        f'iteration {iteration}: {scalars_lib.explain(verdict)}',
-        'lower --learning_rate, or pass --skip_nonfinite to leave such updates '
-        'out, and --fresh to start over with it',
-      )
-    return verdict
 
   def _evaluate(
     self, iteration: int, config: config_lib.TrainConfig

@@ -16,7 +16,7 @@ def _stage(*sizes: int, state=6, compute=1, keep_order=True):
   return window.StageOperators(
     order=order,
     state_bytes={o: state * n for o, n in zip(order, sizes, strict=True)},
-    compute_bytes={o: compute * n for o, n in zip(order, sizes, strict=True)},
+    rest_bytes={o: compute * n for o, n in zip(order, sizes, strict=True)},
     keep_order=keep_order,
   )
 

@@ -31,6 +31,7 @@ def sizes(stage=0):
   return planner_lib.StageSizes(
     state_bytes=state_bytes,
     compute_bytes=dict.fromkeys(state_bytes, 10),
+    gradient_bytes=dict.fromkeys(state_bytes, 20),
     device=dict.fromkeys(state_bytes),
   )
 

@@ -219,6 +219,7 @@ class Run:
     sizes = planner.StageSizes(
       state_bytes=dict.fromkeys(operators(stage), 12),
       compute_bytes=dict.fromkeys(operators(stage), 2),
+      gradient_bytes=dict.fromkeys(operators(stage), 4),
       device=dict.fromkeys(operators(stage)),
     )
     message = notices.Ready(

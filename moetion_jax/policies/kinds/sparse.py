@@ -95,6 +95,7 @@ class SparsePlanner(base.MeasuringPlanner):
         mode=self.choice.mode,
         every=self.choice.every,
         slots=stage.slots(self.choice.window_length),
+        replay=self.settings.replay,
       )
       for stage in self._in_order()
     )
@@ -152,9 +153,14 @@ class SparsePlanner(base.MeasuringPlanner):
   def _may_be_whole(self) -> bool:
     """True if devices have the memory for a copy of all that they train.
 
-    They have it where it is the host's. A mode that is set means windows.
+    They have it where it is the host's. A mode that is set means windows, and
+    so does recording gradients, which is done in every iteration.
     """
-    return self.platform == 'cpu' and not self.settings.window_mode
+    return (
+      self.platform == 'cpu'
+      and not self.settings.window_mode
+      and not self.settings.records_gradients
+    )
 
   def _has_room_for(self, choice: window.WindowChoice) -> bool:
     """Returns True if its snapshots fit; a new order may give larger slots."""
@@ -195,7 +201,12 @@ class SparsePlanner(base.MeasuringPlanner):
     self, workers: int | None = None
   ) -> list[window.StageOperators]:
     return [
-      s.in_order(self.settings.order, self._rates, workers or self.replicas)
+      s.in_order(
+        self.settings.order,
+        self._rates,
+        workers or self.replicas,
+        self.settings.replay,
+      )
       for s in self.stages
     ]
 

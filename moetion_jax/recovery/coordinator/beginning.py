@@ -172,7 +172,7 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
       f'again, the first of them: {found.unreadable[0]}'
     )
   newest = max(found.newest.values())
-  plan = going_back.first_plan(run, last_recorded, newest)
+  plan = going_back.first_plan(run, last_recorded, newest, lost)
   initial = run.inventory.initial
   if plan.start == initial:
     _check_lines(run, last_recorded)

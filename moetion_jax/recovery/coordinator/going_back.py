@@ -39,7 +39,7 @@ def goes_together(run: state_lib.Run) -> bool:
 
 
 def first_plan(
-  run: state_lib.Run, last_recorded: int, newest: int
+  run: state_lib.Run, last_recorded: int, newest: int, lost: Collection[int]
 ) -> recovery_plan.RecoveryPlan:
   """Plans that all stages begin: from the initial state, or what was left.
 
@@ -48,13 +48,16 @@ def first_plan(
     last_recorded: newest iteration that is written down: later ones are done
       again.
     newest: newest iteration of which the logs hold anything.
+    lost: the stages whose logs are of no use.
   """
   run.replays_until = newest
   plan = recovery_plan.plan(
-    run.inventory.stage_inventories([0] * len(run.stages)),
+    run.inventory.stage_inventories([0] * len(run.stages), lost),
     run.stages,
     excluded=_unreported(run, last_recorded),
   )
+  if plan.start == run.inventory.initial:
+    plan = plan.all_again()  # nothing of an earlier run is used
   run.inventory.begin_at(plan.start)
   run.decisions = [[one] for one in run.planner.decisions(plan.start)]
   return plan
@@ -128,6 +131,8 @@ def after(
   )
   # No log holds what such a plan needs, and all stages are members.
   is_before = plan.start < run.line
+  if is_before and plan.start == run.inventory.initial:
+    plan = plan.all_again()
   detect_seconds = run.now - (worker.fault_at or run.now)
   _follow(run, plan, failed, newest, (run.now, detect_seconds), is_before)
   for stage in plan.stages:
@@ -234,6 +239,8 @@ def together(run: state_lib.Run) -> state_lib.Asking[None]:
     run.stages,
     excluded=_unreported(run, run.recorded),
   )
+  if plan.start == run.inventory.initial:
+    plan = plan.all_again()
   _follow(
     run,
     plan,
@@ -324,6 +331,7 @@ def _follow(
   for stage in plan.stages:
     before = run.recoveries.get(stage)
     one = failures_lib.OngoingRecovery(
+      stage=stage,
       plan=plan,
       target=max(newest[stage], before.target if before else 0),
       reason=reasons.get(stage) or plan.reasons[stage],
@@ -363,11 +371,12 @@ def _let_go(
     is_fresh = stage in fresh or any(w.name in run.unbegun for w in team)
     run.unbegun = {name for name in run.unbegun if name[0] != stage}
     if is_fresh:
-      run.inventory.log_began(stage, plan.start)
+      run.inventory.log_began(stage, plan.applied_until[stage])
       run.unbegun |= {worker.name for worker in team}
     for worker in team:
       # From here on it replays, though it has not said so yet.
-      worker.iteration, worker.is_idle = plan.first_iteration, False
+      worker.iteration = plan.applied_until[stage] + 1
+      worker.is_idle = False
       order = _order(run, worker, plan, is_fresh=is_fresh)
       run.do(actions.Send(worker=worker.name, order=order))
       tell_stop(run, worker)
@@ -401,6 +410,7 @@ def _order(
   return orders.Go(
     start=plan.start,
     complete_at=plan.complete_at[stage],
+    applied_until=plan.applied_until[stage],
     newest=run.inventory.newest(stage),
     excluded=run.inventory.excluded(stage),
     target=target,

@@ -60,7 +60,7 @@ def resumed(
   """Takes in that a worker has its state and begins to train, or to replay."""
   run.trained.add(worker.stage)
   run.unbegun.discard(worker.name)
-  worker.iteration = message.first_iteration
+  worker.begun(message.first_iteration)
   if one := run.recoveries.get(worker.stage):
     one.fetch_seconds, one.resumed_at = message.fetch_seconds, run.now
 

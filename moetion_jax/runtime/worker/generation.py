@@ -18,7 +18,6 @@ from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.capture import (
   conversion,
   merged_restore,
-  programs as capture_programs,
   snapshotter,
 )
 from moetion_jax.hostmem import segment
@@ -81,7 +80,7 @@ class StageRun:
     self._interrupts: list[Callable[[], None]] = []
     self._layout = stage_lib.layout_of(stage)
     self._whole = stage_lib.layout_of(stage, whole=True)
-    self._captures = capture_programs.CapturePrograms(self._layout)
+    self._captures = prepared_lib.captures_of(stage)
     self._grown: dict[str, Callable[..., Any]] = {}
     # The root of the snapshots that can be read again.
     self._snapshots_root = spec.durable_folder or spec.folder
@@ -329,6 +328,7 @@ class StageRun:
         newest=go.newest,
         initial=self._spec.job.initial_iteration,
         unverified_until=go.unverified_until,
+        applied=range(go.start + 1, go.applied_until + 1),
       ),
     )
 

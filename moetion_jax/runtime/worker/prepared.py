@@ -13,6 +13,15 @@ from moetion_jax.programs import compilation, stage as stage_lib
 from moetion_jax.training import worker
 
 
+def captures_of(
+  stage: stage_lib.Stage, *, has_devices: bool = True
+) -> capture_programs.CapturePrograms:
+  """Makes the programs of capture and fold of a stage; compiles nothing."""
+  return capture_programs.CapturePrograms(
+    stage_lib.layout_of(stage, has_devices=has_devices), records_gradients=True
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Lowered:
   """A stage without devices, and its programs for one platform.
@@ -32,7 +41,7 @@ class Lowered:
   ) -> tuple[compilation.Programs, capture_programs.CapturePrograms]:
     """Compiles the programs for the devices of `stage`: `declared`, bound."""
     programs = self.programs.compile(stage.mesh, on_program, stage.world)
-    captures = capture_programs.CapturePrograms(stage_lib.layout_of(stage))
+    captures = captures_of(stage)
     captures.compile(on_program, self.captures)
     return programs, captures
 

@@ -16,8 +16,7 @@ from collections.abc import Callable
 import moetion_jax.runtime.read_environment  # noqa: F401  versions as of now
 import moetion_jax.runtime.worker.generation  # noqa: F401  with all it imports
 from moetion_jax import job_spec
-from moetion_jax.capture import programs as capture_programs
-from moetion_jax.programs import compilation, jax_internals, stage as stage_lib
+from moetion_jax.programs import compilation, jax_internals
 from moetion_jax.runtime import xla_setup
 from moetion_jax.runtime.worker import (
   fingerprints,
@@ -48,9 +47,7 @@ def lower(
       programs = compilation.LoweredPrograms(
         {**lowered[0].programs.lowered, **programs.lowered}
       )
-    captures = capture_programs.CapturePrograms(
-      stage_lib.layout_of(declared, has_devices=False)
-    )
+    captures = prepared_lib.captures_of(declared, has_devices=False)
     captured = captures.trace(declared.abstract_mesh, platform).lower(platform)
     lowered.append(prepared_lib.Lowered(declared, programs, captured))
   return lowered

@@ -35,6 +35,7 @@ def _sizes(*state: int, layer=0, devices=1, compute=1 / 6):
     compute_bytes={
       o: int(n * compute) for o, n in zip(experts, state, strict=True)
     },
+    gradient_bytes={o: int(n / 3) for o, n in zip(experts, state, strict=True)},
     device={
       o: o.expert * devices // len(experts) if devices > 1 else None
       for o in experts

@@ -317,7 +317,10 @@ def test_lines_are_on_disk_before_what_needs_them(tmp_path, action, message):
       lowering_platform='cpu',
       state_bytes=0,
       operators=planner.StageSizes(
-        state_bytes={operator: 0}, compute_bytes={}, device={}
+        state_bytes={operator: 0},
+        compute_bytes={},
+        gradient_bytes={},
+        device={},
       ),
       environment={},
       data_fingerprint={},

@@ -30,7 +30,10 @@ def _opened(path, environment, *accepted):
           lowering_platform='cpu',
           state_bytes=0,
           operators=planner.StageSizes(
-            state_bytes={_OPERATOR: 0}, compute_bytes={}, device={}
+            state_bytes={_OPERATOR: 0},
+            compute_bytes={},
+            gradient_bytes={},
+            device={},
           ),
           environment={},
           data_fingerprint={},
@@ -52,7 +55,10 @@ def test_all_workers_read_the_same_data(tmp_path):
       lowering_platform='cpu',
       state_bytes=0,
       operators=planner.StageSizes(
-        state_bytes={_OPERATOR: 0}, compute_bytes={}, device={}
+        state_bytes={_OPERATOR: 0},
+        compute_bytes={},
+        gradient_bytes={},
+        device={},
       ),
       environment={},
       data_fingerprint={'blake2b': text},
