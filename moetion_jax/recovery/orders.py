@@ -14,8 +14,8 @@ class Go:
   Attributes:
     start: the iteration from which the conversion starts.
     complete_at: iteration of the last snapshot of the conversion.
-    applied_until: the last iteration whose recorded gradients are applied; what
-      comes after it, or after the start if that is later, is done again.
+    applied_until: the last iteration whose recorded gradients are applied; 0 if
+      all after the start is done again.
     newest: iteration of the newest existing snapshot.
     excluded: iterations of damaged snapshots, to be taken again.
     target: iteration that the worker's predecessor had begun; 0 without one.

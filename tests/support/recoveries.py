@@ -27,16 +27,21 @@ def operators(stage):
   return [keys.OperatorId(f'layers/{stage}', e) for e in range(_EXPERTS)]
 
 
-def share(stage, iteration, length=3, replica=0, replicas=1):
+def share(
+  stage, iteration, length=3, replica=0, replicas=1, replay='microbatches'
+):
   """A worker's share of a rolling snapshot."""
   mine = operators(stage)
   slot = frozenset(mine[iteration % length :: length][replica::replicas])
+  rest = frozenset(mine[replica::replicas]) - slot
+  is_recorded = replay == 'updates'
   return coverage.Share(
     iteration=iteration,
     replica=replica,
     replicas=replicas,
     state=slot,
-    compute=frozenset(mine[replica::replicas]) - slot,
+    compute=frozenset() if is_recorded else rest,
+    gradients=rest if is_recorded else frozenset(),
   )
 
 
@@ -49,6 +54,7 @@ class Run:
     newest: by stage, the newest iteration of its log.
     length: the number of snapshots that together hold everything.
     interval: iterations between snapshots.
+    replay: what a snapshot holds of the operators outside its slot.
     missing: the stages that miss a log.
     small: the stages whose log is smaller than the run needs.
     last_recorded: the newest line that an earlier run wrote.
@@ -94,6 +100,7 @@ class Run:
     self.newest = [0] * stages
     self.length = {'sparse': 3, 'partial': _EXPERTS}.get(policy, 1)
     self.interval = captures.get('interval', 1)
+    self.replay = captures.get('replay', 'microbatches')
     self.missing = set()
     self.small = set()
     self.last_recorded = 0
@@ -255,7 +262,14 @@ class Run:
     """A stage's store has a snapshot; returns the shares by replica."""
     team = team or tuple(range(self.replicas))
     shares = {
-      replica: share(stage, iteration, length or self.length, place, len(team))
+      replica: share(
+        stage,
+        iteration,
+        length or self.length,
+        place,
+        len(team),
+        self.replay,
+      )
       for place, replica in enumerate(team)
     }
     self.shares[stage] |= {one.name: one for one in shares.values()}
@@ -265,7 +279,7 @@ class Run:
     """One worker of a stage stores its share of a snapshot."""
     team = self.one.state.team(stage)
     place, length = team.index(replica), length or self.length
-    one = share(stage, iteration, length, place, len(team))
+    one = share(stage, iteration, length, place, len(team), self.replay)
     self.shares[stage][one.name] = one
     return self.says(stage, notices.Stored(share=one), replica)
 

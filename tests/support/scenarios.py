@@ -68,7 +68,7 @@ _SAID = {
 }
 _ENDS = (actions.Fail, actions.Stop, actions.Finish, actions.KillNow)
 _SIZES = ('ring_bytes', 'cells', 'pool_files', 'pool_bytes')
-_CAPTURES = ('window_length', 'interval', 'order', 'keep_windows')
+_CAPTURES = ('window_length', 'interval', 'order', 'keep_windows', 'replay')
 _SHAPE = ('stages', 'replicas', 'iterations', 'policy', 'base')
 
 

@@ -407,10 +407,11 @@ def _order(
   later = [d for d in decisions if d.first_iteration > held.first_iteration]
   recovery = run.recoveries.get(stage)
   target = recovery.target if recovery else 0
+  applied_until = plan.applied_until[stage]
   return orders.Go(
     start=plan.start,
     complete_at=plan.complete_at[stage],
-    applied_until=plan.applied_until[stage],
+    applied_until=applied_until if applied_until > plan.start else 0,
     newest=run.inventory.newest(stage),
     excluded=run.inventory.excluded(stage),
     target=target,
