@@ -184,6 +184,8 @@ def _convert(run: stored_run.StoredRun) -> None:
   ):
     if iterations:
       print(f'  {what}: equal, {_ranges(iterations)}.')
+  if done.applied_updates:
+    print(f'  Updates with recorded gradients: {done.applied_updates}.')
   if done.entries:
     print(f'  Entries that were published: {done.entries}, all equal.')
   if not done.is_verified and done.iteration:

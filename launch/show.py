@@ -82,6 +82,7 @@ def _describe_stage(
         'slot': [str(o) for o in sorted(info.state)],
         'slot_operators': len(info.state),
         'compute_operators': len(info.compute),
+        'gradient_operators': len(info.gradients),
         'covered_operators': len(info.covered),
         'is_whole': bool(info.shares),
         'shares': [_describe_share(one) for one in info.found],
@@ -92,6 +93,7 @@ def _describe_stage(
       {
         'iteration': c.start.iteration,
         'complete_at': c.start.complete_at,
+        'applied_until': c.start.applied_until,
         'reaches': c.reaches,
         'usable': c.is_usable,
       }
@@ -114,6 +116,7 @@ def _describe_share(one: stored_run.ShareInfo) -> dict[str, Any]:
     'bytes': one.size_bytes,
     'slot_operators': len(one.share.state),
     'compute_operators': len(one.share.compute),
+    'gradient_operators': len(one.share.gradients),
   }
 
 
@@ -199,7 +202,10 @@ def _start(start: dict[str, Any]) -> str:
       f'complete at {start["complete_at"]}, but the logs lead to '
       f'{start["reaches"]} only'
     )
-  return f'complete at {start["complete_at"]}, leads to {start["reaches"]}'
+  how = ''
+  if start['applied_until']:
+    how = f', to {start["applied_until"]} by updates'
+  return f'complete at {start["complete_at"]}, leads to {start["reaches"]}{how}'
 
 
 def main(argv: list[str]) -> int:

@@ -5,12 +5,14 @@ Nothing is started and no backend is created; sizes come from shapes alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from launch.lm import settings as run_settings, transformer_job
 from moetion_jax.hostmem import memory_limits
 from moetion_jax.logs import size as log_size
 from moetion_jax.policies import (
+  decision,
   planner,
   settings as capture_settings,
 )
@@ -90,7 +92,9 @@ def by_policy(
   sizes: Sequence[planner.StageSizes],
   replicas: int = 1,
 ) -> list[str]:
-  """Returns a line for each policy: the bytes of a snapshot, and of all kept.
+  """Returns a line for each policy and way of replay.
+
+  It has the bytes of a snapshot, and of all that are kept.
 
   Args:
     captures: settings of the run; `window_length` counts for sparse only,
@@ -99,10 +103,19 @@ def by_policy(
     replicas: replicas of each stage.
   """
   lines = []
-  for name, policy in registry.POLICIES.items():
-    if not policy.takes_snapshots:
-      continue
-    one = captures.under(policy)
+  variants = [
+    (policy, replay)
+    for policy in registry.POLICIES.values()
+    if policy.takes_snapshots
+    for replay in decision.REPLAYS
+    if replay == decision.MICROBATCHES
+    or (policy.may_record_gradients and captures.window_mode != 'aligned')
+  ]
+  for policy, replay in variants:
+    name = policy.name
+    one = dataclasses.replace(captures.under(policy), replay=replay)
+    if policy.may_record_gradients:
+      name += f' --replay={replay}'
     pools = policy.planner(one, sizes, '', replicas=replicas).pools()
     largest = max(pool.size_bytes for pool in pools)
     total = replicas * sum(pool.files * pool.size_bytes for pool in pools)

@@ -48,6 +48,7 @@ class Rebuilt:
     whole_digests: iterations whose digest of all stages' state, with those of
       the other stages' snapshots, is that of metrics.jsonl.
     entries: number of entries that came out as they were published.
+    applied_updates: number of iterations of which only the update was done.
   """
 
   stage: int
@@ -60,6 +61,7 @@ class Rebuilt:
   losses: tuple[int, ...]
   whole_digests: tuple[int, ...]
   entries: int
+  applied_updates: int
 
   @property
   def is_verified(self) -> bool:
@@ -199,6 +201,9 @@ class _Attempt:
         newest=max(one.snapshots, default=0),
         initial=self._run.initial,
         unverified_until=one.unverified_until,
+        applied=range(
+          self._start.iteration + 1, min(self._start.applied_until, goal) + 1
+        ),
       ),
     )
     with contextlib.closing(log):
@@ -235,6 +240,9 @@ class _Attempt:
       losses=tuple(self._losses),
       whole_digests=tuple(self._whole_digests),
       entries=log.compared,
+      applied_updates=max(
+        min(self._start.applied_until, goal) - self._start.iteration, 0
+      ),
     )
 
   def _initial_state(self) -> partition.State:

@@ -125,9 +125,15 @@ class SnapshotInfo:
     return frozenset().union(*every)
 
   @property
+  def gradients(self) -> frozenset[keys.OperatorId]:
+    """Operators whose gradients it holds."""
+    every = (one.share.gradients for one in self.shares or self.found)
+    return frozenset().union(*every)
+
+  @property
   def covered(self) -> frozenset[keys.OperatorId]:
     """Operators that it holds anything of."""
-    return self.state | self.compute
+    return self.state | self.compute | self.gradients
 
   @property
   def digests(self) -> int:
@@ -346,9 +352,14 @@ class StoredRun:
     train, one = self.train, self.stages[stage]
     found: list[Candidate] = []
     for start in reversed(one.starts):
-      reaches, missing = start.iteration, None
+      # Recorded gradients need no entries.
+      reaches = max(start.iteration, start.applied_until)
+      missing = None
       while reaches < train.iterations and missing is None:
-        if found and reaches == found[-1].start.iteration:
+        if found and reaches in (
+          found[-1].start.iteration,
+          found[-1].start.applied_until,
+        ):
           reaches, missing = found[-1].reaches, found[-1].missing
           break
         info = one.snapshots.get(reaches + 1)

@@ -53,6 +53,8 @@ class Policy:
     is_exact: whether a run that recovers ends with the bits of an undisturbed
       one. Otherwise all that came after the start is forgotten.
     is_durable: whether a restore reads what was written to storage.
+    may_record_gradients: whether snapshots may hold gradients, see
+      `CaptureSettings.replay`.
   """
 
   name: ClassVar[str]
@@ -62,6 +64,7 @@ class Policy:
   is_local: ClassVar[bool] = False
   is_exact: ClassVar[bool] = True
   is_durable: ClassVar[bool] = False
+  may_record_gradients: ClassVar[bool] = False
 
   def grows_capacity(self, settings: CaptureSettings) -> bool:
     """Returns True if experts that lost tokens take more for some time."""
@@ -150,13 +153,12 @@ class CaptureSettings:
     if self.window_mode:
       errors.check_known('window_mode', self.window_mode, decision.MODES)
     errors.check_known('replay', self.replay, decision.REPLAYS)
-    if self.records_gradients and (
-      self.policy.name != 'sparse' or self.window_mode not in ('', 'rolling')
+    is_rolling = self.window_mode in ('', decision.MODES[0])
+    if self.records_gradients and not (
+      self.policy.may_record_gradients and is_rolling
     ):
       raise errors.ConfigError(
-        'replay',
-        self.replay,
-        'is of --policy=sparse with rolling windows',
+        'replay', self.replay, 'is of --policy=sparse with rolling windows'
       )
     for name, least in (
       ('window_length', 0),
@@ -209,6 +211,9 @@ class CaptureSettings:
       policy=policy,
       window_length=self.window_length if has_windows else 0,
       interval=0 if has_windows else self.interval,
+      replay=self.replay
+      if policy.may_record_gradients
+      else decision.MICROBATCHES,
     )
 
   @property

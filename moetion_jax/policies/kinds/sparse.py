@@ -383,6 +383,7 @@ class Sparse(capture_settings.Policy):
   planner = SparsePlanner
   has_windows = True
   is_local = True
+  may_record_gradients = True
 
 
 class Nothing(capture_settings.Policy):

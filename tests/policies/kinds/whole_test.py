@@ -94,10 +94,12 @@ def test_a_dry_run_says_what_each_policy_takes():
   )
   lines = dry_run.by_policy(settings, [planning.sizes()])
   assert [line.split(':')[0] for line in lines] == [
-    f'--policy={name}' for name in ('sparse', 'dense', 'two_phase', 'partial')
+    '--policy=sparse --replay=microbatches',
+    '--policy=sparse --replay=updates',
+    *(f'--policy={name}' for name in ('dense', 'two_phase', 'partial')),
   ]
-  assert '450 bytes' in lines[1] and '2.2 KiB' in lines[1]
-  assert 'on disk 1.3 KiB' in lines[2]
+  assert '450 bytes' in lines[2] and '2.2 KiB' in lines[2]
+  assert 'on disk 1.3 KiB' in lines[3]
 
 
 # ---- two_phase ---------------------------------------------------------------
