@@ -7,9 +7,13 @@ import time
 import chex
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
+import optax
 import pytest
+from jax import numpy as jnp
 
+from launch.lm import transformer_job
 from moetion_jax import config as config_lib, errors
 from moetion_jax.capture import conversion
 from moetion_jax.policies import decision
@@ -400,6 +404,113 @@ def test_a_planted_bit_of_compute_weights_is_found(
     ) as caught:
       run.convert(index, start)
   assert f'{iteration + 1}' in str(caught.value)
+
+
+# ---- recorded gradients ------------------------------------------------------
+
+
+def _recording(optimizer=None, **train):
+  """A run of two stages whose snapshots hold gradients, with windows of 3."""
+  config = conversions.run_config(
+    model=_MODEL,
+    optimizer=optimizer or _CLIP,
+    stages=2,
+    microbatches=2,
+    **train,
+  )
+  pieces = [conversions.Piece(1, 3, replay=decision.UPDATES)]
+  return conversions.recorded(config, pieces)
+
+
+@pytest.fixture(scope='module')
+def recording():
+  """Such a run; the tests put back what they change."""
+  with _recording() as run:
+    yield run
+
+
+@pytest.mark.parametrize('iteration', [5, 6, 8])
+def test_a_planted_bit_of_a_gradient_is_found_with_its_record(
+  recording, iteration
+):
+  """The record alone is suspect: all before it came out right."""
+  run, index = recording, 1
+  path = run.snapshots(index)[iteration]
+  start = next(s for s in run.starts(index) if s.iteration == 4)
+  active = run.load(index, start.iteration).state.keys()
+
+  def is_used(name):
+    block = blocks.parse(name)
+    kind = block.kind if block else ''
+    return kind == 'gradients' and active & set(block.operators)
+
+  with _put_back(path):
+    _plant(path, is_used, 0x40)
+    run.load(index, iteration)  # its checksums are right
+    with pytest.raises(conversion.DivergedError) as caught:
+      run.convert(index, start)
+  assert caught.value.iteration == iteration
+  assert caught.value.suspects == (iteration,)
+
+
+@pytest.mark.parametrize('kind', ['flipped', 'gone'])
+@pytest.mark.parametrize('iteration', [9, 10])
+def test_an_iteration_without_its_record_is_done_again(
+  recording, kind, iteration
+):
+  run, index = recording, 0
+  with _put_back(path := run.snapshots(index)[iteration]):
+    _damage(path, kind)
+    rebuilt, lost = run.recover(index)
+  assert lost == ([iteration] if kind == 'flipped' else [])
+  assert rebuilt.start.applied_until == iteration - 1
+  assert rebuilt.start.iteration == iteration - 3
+
+
+def test_nothing_is_read_of_other_stages(recording):
+  """No entry is needed up to the newest record, whatever the logs have."""
+  run, index = recording, 0
+  start = run.starts(index)[-1]
+  assert start.applied_until == conversions.ITERATIONS
+  kept = dict(run.entries.entries)
+  run.entries.entries.clear()
+  try:
+    run.convert(index, start)
+  finally:
+    run.entries.entries.update(kept)
+
+
+def test_updates_that_are_left_out_are_left_out_again():
+  """A record says that; its gradients are not finite."""
+  with _recording(
+    {'clip_norm': 0.0, 'learning_rate': 1e30}, skip_nonfinite=True
+  ) as run:
+    skipped = {r.iteration for r in run.reports[0] if not r.updated}
+    assert skipped and skipped != {*range(1, conversions.ITERATIONS + 1)}
+    for index in range(2):
+      for start in run.starts(index):
+        run.convert(index, start)
+
+
+def test_an_optimizer_that_makes_nans_of_zeros(monkeypatch):
+  """What a frozen operator becomes of none is thrown away."""
+
+  def update(updates, state, params=None):
+    del params
+    scale = lambda g: -0.01 * g / jnp.sqrt(jnp.sum(g * g))  # noqa: E731
+    return jax.tree.map(scale, updates), state
+
+  optimizer = optax.GradientTransformation(lambda params: {}, update)
+  monkeypatch.setattr(
+    transformer_job.TransformerJob, 'optimizer', lambda job: optimizer
+  )
+  conversions.compiled.cache_clear()
+  try:
+    with _recording(seed=1) as run:
+      for start in run.starts(1)[1:]:
+        run.convert(1, start)
+  finally:
+    conversions.compiled.cache_clear()
 
 
 # ---- a second time -----------------------------------------------------------

@@ -30,14 +30,16 @@ def damage_snapshot(
     tear_snapshot(folder)
   elif kind is faults.FaultKind.CORRUPT_WEIGHTS:
     # The weights of the newest are overwritten before they are used.
-    flip_bit_in_snapshot(folder, blocks.COMPUTE, newer=1, every=True)
+    flip_bit_in_snapshot(
+      folder, (blocks.COMPUTE, blocks.GRADIENTS), newer=1, every=True
+    )
   else:
     flip_bit_in_snapshot(folder, blocks.STATE)
 
 
 def flip_bit_in_snapshot(
   folder: str | os.PathLike[str],
-  prefix: str,
+  prefix: str | tuple[str, ...],
   *,
   newer: int = 0,
   every: bool = False,
@@ -46,7 +48,8 @@ def flip_bit_in_snapshot(
 
   Args:
     folder: the folder of one worker's snapshots.
-    prefix: the prefix of the buffers' names; the first such buffer is hit.
+    prefix: the prefix of the buffers' names, or several; the first such buffer
+      is hit.
     newer: the number of newer snapshots to pass over; 0 hits the newest.
     every: whether each such buffer is hit, since not every weight is used.
 
