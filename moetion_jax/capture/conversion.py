@@ -96,13 +96,14 @@ class Record:
 
   Attributes:
     gradients: the reduced gradients, fp32, by parameter; zeros for operators
-      of which the record has none, whose new state is folded in instead.
+      of which the record has none, whose new state is folded in instead. None
+      if that is so for all.
     partials: all stages' scalars, f32[stages, 4].
     load: choices of each expert, i32[L, E].
     eval_loss: the held-out loss after the iteration; None where unknown.
   """
 
-  gradients: Mapping[str, np.ndarray]
+  gradients: Mapping[str, np.ndarray] | None
   partials: np.ndarray
   load: np.ndarray
   eval_loss: float | None
@@ -192,8 +193,11 @@ class Conversion:
       what = f'gradients of {missing[0]}' if missing else 'scalars'
       raise SnapshotLostError(iteration, errors.StoreError(f'it has no {what}'))
     eval_loss = snapshot.metadata.get(EVAL_LOSS)
+    is_whole = self._own <= snapshot.state.keys()
     return Record(
-      gradients=snapshot_lib.gradients_of(self._programs.layout, snapshot),
+      gradients=None
+      if is_whole
+      else snapshot_lib.gradients_of(self._programs.layout, snapshot),
       partials=snapshot.extras[PARTIALS],
       load=snapshot.extras[LOAD],
       eval_loss=None if eval_loss is None else float.fromhex(eval_loss),

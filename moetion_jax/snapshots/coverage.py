@@ -60,6 +60,7 @@ class Share:
     state: operators whose training state it holds.
     compute: operators whose compute weights it holds.
     gradients: operators whose gradients it holds.
+    is_record: whether it says all that the iteration's report does.
   """
 
   iteration: int
@@ -68,6 +69,7 @@ class Share:
   state: keys.Operators
   compute: keys.Operators
   gradients: keys.Operators = frozenset()
+  is_record: bool = False
 
   def __post_init__(self):
     if self.iteration < 0 or not 0 <= self.replica < self.replicas:
@@ -90,12 +92,14 @@ class SnapshotRecord:
     state: operators whose training state it holds.
     compute: operators whose compute weights it holds.
     gradients: operators whose gradients it holds.
+    is_record: whether it says all that the iteration's report does.
   """
 
   iteration: int
   state: frozenset[keys.OperatorId]
   compute: frozenset[keys.OperatorId]
   gradients: frozenset[keys.OperatorId] = frozenset()
+  is_record: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -165,6 +169,7 @@ def complete_records(shares: Iterable[Share]) -> tuple[SnapshotRecord, ...]:
       state=frozenset().union(*(named[name].state for name in team)),
       compute=frozenset().union(*(named[name].compute for name in team)),
       gradients=frozenset().union(*(named[name].gradients for name in team)),
+      is_record=all(named[name].is_record for name in team),
     )
     for iteration, team in whole_teams(named).items()
   )
@@ -186,8 +191,8 @@ def valid_starts(
 
   Snapshot s is a valid start when snapshots s, s + 1, ..., e exist without a
   gap, each operator's training state is in one of them, and one of these holds:
-    - all after s hold gradients, and of each operator these or its training
-      state: the gradients are applied;
+    - all after s are records, and hold of each operator its gradients or its
+      training state: the gradients are applied;
     - each operator's compute weights are in all before the one with its
       training state: until it is active, every iteration that is done again
       runs it on those.
@@ -284,7 +289,7 @@ def _starts_of_updates(
   for record in newest_first:
     if newer is None or not (
       newer.iteration == record.iteration + 1
-      and newer.gradients
+      and newer.is_record
       and operators <= newer.gradients | newer.state
     ):
       covered.clear()

@@ -189,7 +189,9 @@ class Worker:
       record = None
       if conversion and conversion.applies(iteration):
         record = conversion.record(iteration)
-        gradients = self.stage.place_gradients(record.gradients)
+        gradients = record.gradients and self.stage.place_gradients(
+          record.gradients
+        )
         load, partials = record.load, list(record.partials)
         self._publish_scalars(iteration, partials[self.index])
       else:
@@ -205,7 +207,7 @@ class Worker:
         self.stage.partition.operators, slot
       )
       blocked_seconds = snapshots.release() if snapshots else 0.0
-      if verdict.is_finite:
+      if verdict.is_finite and gradients:
         self._begin('update')
         self.state, self.compute, mask = self.programs.update(
           self.state, gradients, verdict.clip_factor, mask
@@ -247,6 +249,7 @@ class Worker:
           gradients=gradients,
           clip_factor=float(verdict.clip_factor).hex(),
           updated=verdict.is_finite,
+          is_record=True,
           eval_loss=None if eval_loss is None else eval_loss.hex(),
         )
       if retain is not None:

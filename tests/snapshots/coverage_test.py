@@ -24,6 +24,7 @@ def _record(iteration: int, text: str) -> coverage.SnapshotRecord:
     state=_operators(state),
     compute=_operators(compute),
     gradients=_operators(gradients),
+    is_record=text.count('/') == 2,
   )
 
 
@@ -140,7 +141,9 @@ _RECORDED = ('a//bc', 'b//ac', 'c//ab')
     pytest.param(
       ['abc', '//abc', '//abc'], {1: (1, 3)}, id='whole, then gradients alone'
     ),
-    pytest.param(['a', 'b//ac', 'c//ab'], {1: (3, 3)}, id='nothing of frozen'),
+    pytest.param(
+      ['a//', 'b//ac', 'c//ab'], {1: (3, 3)}, id='nothing of frozen'
+    ),
     pytest.param(['a//bc', 'b//a', 'c//ab'], {}, id='a gradient is missing'),
     pytest.param(
       ['a//bc', 'b//ac', None, *_RECORDED], {4: (6, 6)}, id='one is missing'
@@ -159,9 +162,14 @@ _RECORDED = ('a//bc', 'b//ac', 'c//ab')
       id='from updates to microbatches',
     ),
     pytest.param(
+      [*_RECORDED, 'abc//', 'abc//'],
+      {1: (3, 5), 2: (4, 5), 3: (4, 5), 4: (4, 5), 5: (5, 0)},
+      id='whole ones need no gradients',
+    ),
+    pytest.param(
       [*_RECORDED, 'abc', 'abc'],
       {1: (3, 3), 4: (4, 0), 5: (5, 0)},
-      id='whole ones need no gradients',
+      id='whole ones that do not say what the report said',
     ),
   ],
 )
@@ -304,7 +312,7 @@ def test_starts_of_updates_are_their_definition(data):
       if complete_at is None and operators <= active:
         complete_at = s
       newer = by_iteration.get(s + 1)
-      is_record = newer is not None and newer.gradients
+      is_record = newer is not None and newer.is_record
       if not is_record or not operators <= newer.gradients | newer.state:
         return complete_at, s
       s, active = s + 1, active | newer.state

@@ -42,6 +42,7 @@ def share(
     state=slot,
     compute=frozenset() if is_recorded else rest,
     gradients=rest if is_recorded else frozenset(),
+    is_record=is_recorded,
   )
 
 

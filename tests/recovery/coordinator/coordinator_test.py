@@ -244,6 +244,7 @@ def test_one_stage_recovers():
     'source': 'own',
     'first_iteration': 9,
     'replayed_iterations': 3,
+    'applied_updates': 0,
     'compared_iterations': 2,
     'seconds': {'detect': 0.25, 'start': 3.0, 'fetch': 0.0, 'replay': 0.0},
     'digest_verified': True,
