@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+
+# What the system refuses whatever file it is asked for, and what helps.
+_LIMITS = {
+  errno.EMFILE: 'raise the limit of open files of a process (ulimit -n)',
+  errno.ENFILE: 'raise that of the machine (sysctl fs.file-max)',
+  errno.ENOMEM: 'free memory',
+}
+_ACCESS = dict.fromkeys(
+  (errno.EACCES, errno.EPERM), 'let this user read it, folders on the way too'
+)
 
 
 class ExitCode(enum.IntEnum):
@@ -64,16 +75,53 @@ def exit_code_of(main: Callable[[], int | None], name: str = '') -> int:
     name: the command's name in the error line; '' for that of the program.
 
   Returns:
-    What `main` returned; `ExitCode.REFUSED` after a ConfigError, which is told
-    in one line on stderr.
+    What `main` returned; the error's code after a ConfigError or a
+    SystemRefusalError, which is told in one line on stderr.
   """
   try:
-    return main() or ExitCode.FINISHED
-  except ConfigError as error:
+    try:
+      return main() or ExitCode.FINISHED
+    except OSError as error:
+      check_limits(error)
+      raise
+  except (ConfigError, SystemRefusalError) as error:
     with contextlib.suppress(OSError):  # the exit code says enough
       name = name or os.path.basename(sys.argv[0])
       print(f'{name}: error: {error}', file=sys.stderr, flush=True)
-    return ExitCode.REFUSED
+    return error.exit_code
+
+
+class SystemRefusalError(MoetionError):
+  """The system refuses something, which says nothing of the file it is about.
+
+  No descriptor is free, say: neither is a file damaged, nor a setting wrong.
+  """
+
+
+def check_limits(error: OSError, path: str | os.PathLike[str] = '') -> None:
+  """Raises SystemRefusalError if a limit of the system is why it refused.
+
+  Args:
+    error: the system's error.
+    path: what it was asked for, if the error does not say that.
+  """
+  _check_refusal(error, path, _LIMITS)
+
+
+def check_refusal(error: OSError, path: str | os.PathLike[str] = '') -> None:
+  """Raises SystemRefusalError as `check_limits`, or if access is denied."""
+  _check_refusal(error, path, _LIMITS | _ACCESS)
+
+
+def _check_refusal(
+  error: OSError, path: str | os.PathLike[str], remedies: Mapping[int, str]
+) -> None:
+  if remedy := remedies.get(error.errno or 0):
+    where = os.fspath(path) or error.filename
+    raise SystemRefusalError(
+      f'{f"{where}: " if where else ""}{error.strerror}: {remedy}, then start '
+      'again'
+    ) from error
 
 
 def check_known(flag: str, value: str, known: Collection[str]) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 from launch.offline import stored_run
 from moetion_jax import codec, config as config_lib, errors, keys
 from moetion_jax.hostmem import (
+  entry as entry_lib,
   run_store,
   segment,
-  segment_reader,
+  segment_check,
   store_folder,
 )
 from moetion_jax.recovery import splice as splice_lib
@@ -214,30 +215,30 @@ def _scan_log(
     stage=stage, folder=folder, snapshots={}, entries={}
   )
   try:
-    with segment_reader.SegmentReader.open(path) as reader:
+    with segment_check.SegmentFile.open(path) as file:
       return dataclasses.replace(
         nothing,
-        generation=reader.generation,
+        generation=segment.newest_generation(path),
         segment_bytes=path.stat().st_size,
-        entries={header.key: header for header in reader.entries()},
+        entries={header.key: header for header in file.entries()},
         damage=tuple(
-          stored_run.Damage(
-            stage=stage,
-            kind=stored_run.DamageKind.LOG,
-            iteration=None,
-            message=f'{path}: what cell {cell} says of its entry is damaged',
+          _log_damage(
+            stage, f'{path}: what cell {cell} says of its entry is damaged'
           )
-          for cell in reader.damaged_cells()
+          for cell in file.damaged_cells()
         ),
       )
   except FileNotFoundError:
     return nothing
   except (OSError, errors.StoreError) as error:
     reason = str(error)
-  lost = stored_run.Damage(
+  return dataclasses.replace(nothing, damage=(_log_damage(stage, reason),))
+
+
+def _log_damage(stage: int, reason: str) -> stored_run.Damage:
+  return stored_run.Damage(
     stage=stage, kind=stored_run.DamageKind.LOG, iteration=None, message=reason
   )
-  return dataclasses.replace(nothing, damage=(lost,))
 
 
 def _scan_snapshots(
@@ -352,12 +353,17 @@ def _verify_log(
   if not entries:
     return
   path = one.segment_path(replica)
-  with segment_reader.SegmentReader.open(path) as reader:
-    for error in reader.damaged_entries(entries.values()):
-      yield stored_run.Damage(
-        stage=one.stage,
-        kind=stored_run.DamageKind.ENTRY,
-        iteration=error.key.iteration,
-        message=f'{path}: {error}',
-        key=error.key,
-      )
+  try:
+    with segment_check.SegmentFile.open(path) as file:
+      damaged = file.damaged_entries(entries.values())
+  except (OSError, errors.StoreError) as error:  # cut or gone since the scan
+    yield _log_damage(one.stage, str(error))
+    return
+  for header in damaged:
+    yield stored_run.Damage(
+      stage=one.stage,
+      kind=stored_run.DamageKind.ENTRY,
+      iteration=header.key.iteration,
+      message=f'{path}: {entry_lib.EntryCorruptError(header.key)}',
+      key=header.key,
+    )

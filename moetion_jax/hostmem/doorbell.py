@@ -46,6 +46,7 @@ class Doorbell:
 
     Raises:
       StoreError: the bell cannot be bound in the folder.
+      SystemRefusalError: that is not because of the folder.
     """
     try:
       self._folder_fd = os.open(
@@ -61,6 +62,7 @@ class Doorbell:
       private.restrict(self._folder / self._name)
     except OSError as error:
       self.close()
+      errors.check_limits(error, self._folder)
       raise errors.StoreError(f'{self._folder}: {error.strerror}') from error
 
   def close(self) -> None:

@@ -32,7 +32,11 @@ class EntryCorruptError(errors.StoreError):
     key: name of the entry.
   """
 
-  def __init__(self, key: keys.EntryKey, reason: str):
+  def __init__(
+    self,
+    key: keys.EntryKey,
+    reason: str = 'stored bytes do not have the checksum written with them',
+  ):
     """Makes the message of the entry's name and the reason.
 
     Args:
@@ -154,6 +158,4 @@ def from_bytes(data: np.ndarray, header: EntryHeader) -> np.ndarray:
 def verify(header: EntryHeader, array: np.ndarray) -> None:
   """Raises EntryCorruptError unless `array` has the header's checksum."""
   if raw_bytes.checksum(array) != header.checksum:
-    raise EntryCorruptError(
-      header.key, 'stored bytes do not have the checksum written with them'
-    )
+    raise EntryCorruptError(header.key)

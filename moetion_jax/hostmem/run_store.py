@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from moetion_jax import errors
-from moetion_jax.hostmem import memory_limits, segment_reader, store_folder
+from moetion_jax.hostmem import memory_limits, segment, store_folder
 
 # Prefix of folders of final states on their way into the checkpoint (see
 # `runtime/final_state.py`).
@@ -132,14 +132,19 @@ def _is_of(leftover: store_folder.Leftover, run_id: str) -> bool:
 
 
 def newest_generation(folder: str | os.PathLike[str]) -> int:
-  """Returns the newest generation that wrote into a store; 0 if none did."""
+  """Returns the newest generation that wrote into a store; 0 if none did.
+
+  Raises:
+    errors.SystemRefusalError: the system does not let a log be opened.
+  """
   newest = 0
   for path in pathlib.Path(folder).glob('*.segment'):
-    with (
-      contextlib.suppress(OSError, errors.StoreError),
-      segment_reader.SegmentReader.open(path) as reader,
-    ):
-      newest = max(newest, reader.generation)
+    try:
+      newest = max(newest, segment.newest_generation(path))
+    except OSError as error:
+      errors.check_refusal(error, path)
+    except errors.StoreError:
+      continue
   return newest
 
 

@@ -47,6 +47,8 @@ _LIVE = 0
 _RETIRED = int.from_bytes(b'retired.', 'little')  # no bit of damage makes it
 _CELLS_OFFSET = mmap.PAGESIZE
 _CELL_BYTES = 256
+_MARK = struct.Struct('<Q')
+_MARK_OFFSET = entry.HEADER_BYTES
 
 
 def ring_bytes(iteration_entry_bytes: Iterable[int], iterations: int) -> int:
@@ -97,11 +99,12 @@ def fence(folder: str | os.PathLike[str], worker: keys.WorkerId) -> None:
     worker: the newest generation of the worker.
 
   Raises:
+    SystemRefusalError: the system does not let it be opened.
     OSError: it cannot be removed either.
   """
   path = segment_path(folder, worker.stage, worker.replica)
   try:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = open_file(path, os.O_RDWR)
     try:
       if not _whole_bytes(fd):
         raise OSError(errno.EIO, 'not whole', str(path))
@@ -114,16 +117,22 @@ def fence(folder: str | os.PathLike[str], worker: keys.WorkerId) -> None:
       os.close(fd)
   except FileNotFoundError:
     return
-  except OSError:
+  except OSError as error:
+    errors.check_refusal(error, path)
     is_folder = path.is_dir() and not path.is_symlink()
     shutil.rmtree(path) if is_folder else path.unlink()
 
 
 def whole_bytes(path: str | os.PathLike[str]) -> int:
-  """Returns the size of a segment; 0 if it is missing, cut or no segment."""
+  """Returns the size of a segment; 0 if it is missing, cut or no segment.
+
+  Raises:
+    SystemRefusalError: the system does not let it be opened.
+  """
   try:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-  except OSError:
+    fd = open_file(path)
+  except OSError as error:
+    errors.check_refusal(error, path)
     return 0
   try:
     return _whole_bytes(fd)
@@ -190,7 +199,7 @@ def _read_header(data: bytes, size_bytes: int) -> tuple[int, ...]:
   Raises:
     StoreError: it is no segment, or a damaged one.
   """
-  if size_bytes < _CELLS_OFFSET:
+  if size_bytes < _CELLS_OFFSET or len(data) < _FILE.size:
     raise errors.StoreError('not a segment: too short')
   (magic, cells, stage, replica, checksum, word, ring_offset, size) = (
     _FILE.unpack(data)
@@ -211,46 +220,37 @@ def _read_header(data: bytes, size_bytes: int) -> tuple[int, ...]:
   return cells, stage, replica, ring_offset, size
 
 
-class SegmentLayout:
-  """A mapped segment file, seen as header, cells and ring.
+class Cells:
+  """The cells of a segment: mapped, or a copy as they once were.
 
-  Whoever touches what was cut off dies of SIGBUS: compare `size_bytes` before.
+  Attributes:
+    cells: their number.
+    stage: the stage of the producer.
+    replica: its replica.
+    ring_offset: offset of the ring in the file.
+    ring_bytes: size of the ring.
+    commits: the commit word of each cell, 0 without an entry.
   """
 
-  def __init__(self, fd: int, writable: bool):
-    """Maps the file; raises StoreError if it is no segment or a damaged one."""
-    self.size_bytes = size_bytes = os.fstat(fd).st_size
-    header = os.pread(fd, _FILE.size, 0)
-    cells, stage, replica, offset, size = _read_header(header, size_bytes)
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    # Never closed by hand: it is unmapped when the last view of it is gone.
-    self.map = mmap.mmap(
-      fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection
+  def __init__(self, memory: mmap.mmap | bytes, size_bytes: int):
+    """Views a segment's first bytes; raises StoreError if it is none.
+
+    Args:
+      memory: the bytes of the file, up to the last cell or further.
+      size_bytes: the size of the file.
+    """
+    fields = _read_header(memory[: _FILE.size], size_bytes)
+    self.cells, self.stage, self.replica, self.ring_offset, self.ring_bytes = (
+      fields
     )
-    self.cells, self.stage, self.replica = cells, stage, replica
-    self.ring = np.frombuffer(self.map, np.uint8, size, offset)
+    self._memory = memory
     words = np.frombuffer(
-      self.map, np.uint64, cells * _CELL_BYTES // 8, _CELLS_OFFSET
-    ).reshape(cells, -1)
+      memory, np.uint64, self.cells * _CELL_BYTES // 8, _CELLS_OFFSET
+    ).reshape(self.cells, -1)
     # Aligned words of their own: a store or a load of one is never torn.
     self.commits = words[:, entry.COMMIT_OFFSET // 8]
-    self._marks = words[:, entry.HEADER_BYTES // 8]
+    self._marks = words[:, _MARK_OFFSET // 8]
     self._words = words
-
-  @property
-  def generation(self) -> int:
-    """Newest generation of its worker; older ones are fenced off.
-
-    Raises StoreError if the header is damaged by now.
-    """
-    data = self.map[: _FILE.size]
-    _read_header(data, self.size_bytes)
-    return _generation(*_GENERATION.unpack_from(data, _GENERATION_OFFSET))
-
-  @generation.setter
-  def generation(self, generation: int) -> None:
-    word = _generation_word(generation)
-    _GENERATION.pack_into(self.map, _GENERATION_OFFSET, word)
 
   def is_live(self, cell: int) -> bool:
     """Returns whether a cell's mark, which no checksum covers, is none."""
@@ -259,15 +259,6 @@ class SegmentLayout:
   def is_retired(self, cell: int) -> bool:
     """Returns whether a cell is retired; neither live nor that: damaged."""
     return int(self._marks[cell]) == _RETIRED
-
-  def retire(self, cell: int) -> None:
-    """Marks a cell's entry, which a reader may still have, as retired."""
-    self._marks[cell] = _RETIRED
-
-  def reuse(self, cell: int) -> None:
-    """Makes a cell, which nobody needs any more, one without an entry."""
-    self.commits[cell] = 0
-    self._marks[cell] = _LIVE
 
   def header(self, cell: int) -> entry.EntryHeader | None:
     """Returns a cell's committed entry, retired or not, or None without one."""
@@ -287,7 +278,7 @@ class SegmentLayout:
 
   def _packed(self, cell: int) -> bytes:
     start = cell_offset(cell)
-    return self.map[start : start + entry.HEADER_BYTES]
+    return self._memory[start : start + entry.HEADER_BYTES]
 
   def _unpack(self, cell: int, packed: bytes) -> entry.EntryHeader | None:
     header = entry.EntryHeader.unpack(packed)
@@ -296,7 +287,7 @@ class SegmentLayout:
       or header.sequence % self.cells != cell
       or (header.key.stage, header.key.replica) != (self.stage, self.replica)
       or header.offset % raw_bytes.ALIGNMENT_BYTES
-      or header.offset + header.nbytes > len(self.ring)
+      or header.offset + header.nbytes > self.ring_bytes
     ):
       return None
     return header
@@ -320,10 +311,109 @@ class SegmentLayout:
     return sorted(filter(None, found), key=lambda header: header.sequence)
 
 
+class SegmentLayout(Cells):
+  """A mapped segment file, seen as header, cells and ring.
+
+  Whoever touches what was cut off dies of SIGBUS: compare `size_bytes` before,
+  or, if that death would end the run, do not map: `read_cells`.
+  """
+
+  def __init__(self, fd: int, writable: bool):
+    """Maps the file; raises StoreError if it is no segment or a damaged one."""
+    self.size_bytes = size_bytes = os.fstat(fd).st_size
+    _read_header(os.pread(fd, _FILE.size, 0), size_bytes)
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    # Never closed by hand: it is unmapped when the last view of it is gone.
+    self.map = mmap.mmap(
+      fd, size_bytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, protection
+    )
+    super().__init__(self.map, size_bytes)
+    self.ring = np.frombuffer(
+      self.map, np.uint8, self.ring_bytes, self.ring_offset
+    )
+
+  @property
+  def generation(self) -> int:
+    """Newest generation of its worker; older ones are fenced off.
+
+    Raises StoreError if the header is damaged by now.
+    """
+    data = self.map[: _FILE.size]
+    _read_header(data, self.size_bytes)
+    return _generation(*_GENERATION.unpack_from(data, _GENERATION_OFFSET))
+
+  @generation.setter
+  def generation(self, generation: int) -> None:
+    word = _generation_word(generation)
+    _GENERATION.pack_into(self.map, _GENERATION_OFFSET, word)
+
+  def retire(self, cell: int) -> None:
+    """Marks a cell's entry, which a reader may still have, as retired."""
+    self._marks[cell] = _RETIRED
+
+  def reuse(self, cell: int) -> None:
+    """Makes a cell, which nobody needs any more, one without an entry."""
+    self.commits[cell] = 0
+    self._marks[cell] = _LIVE
+
+
+def open_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+  """Opens a segment's file, no link to one; returns the descriptor."""
+  return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def read_bytes(fd: int, buffer: memoryview, offset: int) -> None:
+  """Fills a buffer from a file; raises StoreError if that was cut."""
+  done = 0
+  while done < len(buffer):
+    count = os.preadv(fd, [buffer[done:]], offset + done)
+    if not count:
+      raise errors.StoreError('was cut while it was read')
+    done += count
+
+
+def read_cells(fd: int) -> Cells:
+  """Copies the cells of a segment, which somebody may cut meanwhile.
+
+  Raises:
+    StoreError: the file is no segment, or a damaged one.
+  """
+  size_bytes = os.fstat(fd).st_size
+  cells, *_ = _read_header(os.pread(fd, _FILE.size, 0), size_bytes)
+  copy = bytearray(cell_offset(cells))
+  read_bytes(fd, memoryview(copy), 0)
+  return Cells(bytes(copy), size_bytes)
+
+
+def write_retired(fd: int, cell: int) -> None:
+  """Marks a cell's entry as retired, in a segment that is not mapped."""
+  os.pwrite(fd, _MARK.pack(_RETIRED), cell_offset(cell) + _MARK_OFFSET)
+
+
 def newest_iteration(path: str | os.PathLike[str]) -> int:
-  """Returns the newest iteration of a segment; 0 if empty or unreadable."""
+  """Returns the newest iteration of a segment; 0 if empty or unreadable.
+
+  Raises:
+    SystemRefusalError: the system does not let it be opened.
+  """
   try:
-    with open(path, 'rb') as file:
-      return SegmentLayout(file.fileno(), writable=False).newest_iteration
-  except (OSError, errors.StoreError):
-    return 0
+    with os.fdopen(open_file(path), 'rb', buffering=0) as file:
+      return read_cells(file.fileno()).newest_iteration
+  except OSError as error:
+    errors.check_refusal(error, path)
+  except errors.StoreError:
+    pass
+  return 0
+
+
+def newest_generation(path: str | os.PathLike[str]) -> int:
+  """Returns the generation of a segment's newest writer.
+
+  Raises:
+    OSError: it cannot be read.
+    StoreError: the file is no segment, or a damaged one.
+  """
+  with os.fdopen(open_file(path), 'rb', buffering=0) as file:
+    data = os.pread(file.fileno(), _FILE.size, 0)
+    _read_header(data, os.fstat(file.fileno()).st_size)
+    return _generation(*_GENERATION.unpack_from(data, _GENERATION_OFFSET))

@@ -13,7 +13,6 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class SegmentReader:
       FileNotFoundError: there is no file yet.
       StoreError: the file is no segment, or a damaged one.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = segment.open_file(path)
     try:
       layout = segment.SegmentLayout(fd, writable=False)
     except errors.StoreError as error:
@@ -96,64 +95,6 @@ class SegmentReader:
     """Lists every entry that is there, oldest first, by reading the cells."""
     self._rescan()
     return list(self._entries.values())
-
-  def damaged_entries(
-    self, headers: Iterable[entry.EntryHeader]
-  ) -> Iterator[entry.EntryCorruptError]:
-    """Yields an error for each damaged entry that was not retired meanwhile."""
-    for header in headers:
-      array = self.view(header)
-      try:
-        if array is not None:
-          entry.verify(header, array)
-      except entry.EntryCorruptError as error:
-        yield error
-
-  def damaged_cells(self) -> list[int]:
-    """Lists the cells whose commit word does not match their fields.
-
-    Or whose mark is none that a writer makes.
-    """
-    layout = self._layout
-
-    def is_damaged(cell: int) -> bool:
-      return bool(layout.commits[cell]) and (
-        layout.header(cell) is None
-        or not (layout.is_live(cell) or layout.is_retired(cell))
-      )
-
-    # Twice: a living writer may have been between two words.
-    return [
-      s
-      for s in range(self._layout.cells)
-      if all(is_damaged(s) for _ in range(2))
-    ]
-
-  def oldest_iteration(self, cell: int) -> int | None:
-    """Returns the first iteration that a damaged cell's entry can be of.
-
-    Exact if no more than a bit of its fields is damaged. Otherwise: entries are
-    written in order: it is not older than the one before it, or, if
-    that is gone, not older by more than one than the oldest one.
-
-    Args:
-      cell: a damaged cell.
-
-    Returns:
-      The iteration, at least 1; None if nobody needs the entry any more.
-    """
-    if self._layout.is_retired(cell):
-      return None
-    # A guess that is too old would count for nothing, see `suspicion`.
-    if (known := self._layout.mended_header(cell)) is not None:
-      return known.key.iteration
-    live = self.entries()
-    sequence = self._layout.sequence(cell)
-    for header in live:
-      is_before = self._cell(header) == (cell - 1) % self._layout.cells
-      if is_before and header.sequence == sequence - 1:
-        return header.key.iteration
-    return max(1, min((h.key.iteration for h in live), default=1) - 1)
 
   def view(self, header: entry.EntryHeader) -> np.ndarray | None:
     """Returns an entry's memory, read-only; None if it vanished meanwhile.

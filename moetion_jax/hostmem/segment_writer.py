@@ -113,7 +113,7 @@ class SegmentWriter:
   def _open(self) -> None:
     """Opens the file for this process alone."""
     self.close()
-    self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    self._fd = segment.open_file(self.path, os.O_RDWR)
     if not locks.try_lock(self._fd, fcntl.F_WRLCK, 0):
       raise errors.StoreError('another living process writes it')
 

@@ -92,6 +92,7 @@ class StoreFolder:
     try:
       private.make_folder(self.path, exist_ok=True)
     except OSError as error:
+      errors.check_limits(error, self.path)
       raise errors.StoreError(
         f'{self.path}: cannot be created ({error.strerror}); name another '
         'directory in tmpfs with --hostmem_dir'
@@ -104,6 +105,7 @@ class StoreFolder:
       if is_new:
         self.remove()
       self.close()
+      errors.check_limits(error, self.path)
       raise errors.StoreError(
         f'{self.path}: its owner file cannot be written ({error.strerror}); '
         'make room there, or name another directory in tmpfs with --hostmem_dir'
@@ -183,6 +185,7 @@ def _lock(path: pathlib.Path, *, create: bool = True) -> tuple[int, ...]:
   flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
   flags |= os.O_CREAT if create else 0
   fds: list[int] = []
+  refusal: OSError | None = None
   try:
     fds.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     # First: who holds it keeps its lock file, be that gone or not.
@@ -199,7 +202,10 @@ def _lock(path: pathlib.Path, *, create: bool = True) -> tuple[int, ...]:
     reason = f'in use by a living run (pid {read_owner(path).get("pid")})'
   except OSError as error:
     reason = f'cannot be locked ({error.strerror})'
+    refusal = error
   _close(fds)
+  if refusal is not None:
+    errors.check_limits(refusal, name)
   raise errors.StoreError(f'{path}: {reason}')
 
 

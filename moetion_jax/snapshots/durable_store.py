@@ -67,6 +67,7 @@ class DurableStore(interface.Store):
         disk.sync_folder(path.parent)
       private.make_folder(self.folder, exist_ok=True)  # it may be a file
     except OSError as error:
+      errors.check_limits(error, self.folder)
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
     for path in self.folder.iterdir():
       if _UNFINISHED.fullmatch(path.name):
@@ -110,6 +111,7 @@ class DurableStore(interface.Store):
     except FileNotFoundError as error:  # of memory: this one makes its own
       raise errors.StoreError(f'{error.filename}: {error.strerror}') from error
     except OSError as error:
+      errors.check_limits(error)
       raise errors.StoreError(
         f'{self.folder}: snapshot {iteration}: {error.strerror}; make room, or '
         'name another --durable_dir'

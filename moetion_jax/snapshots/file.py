@@ -265,6 +265,7 @@ def read_manifest(
   Raises:
     SnapshotCorruptError: the manifest or the data file is missing, torn or
       damaged.
+    SystemRefusalError: the system does not let it be read.
   """
   directory = pathlib.Path(directory)
   with _open_fd(directory, os.O_DIRECTORY) as folder_fd:
@@ -284,6 +285,7 @@ def open_snapshot(
   Raises:
     SnapshotCorruptError: as `read_manifest`; or the snapshot was recycled
       meanwhile; or, with `verify`, a buffer is damaged.
+    SystemRefusalError: as `read_manifest`.
   """
   directory = pathlib.Path(directory)
   # Through descriptors: another snapshot may take over the directory's name.
@@ -324,6 +326,7 @@ def _open_fd(
   try:
     fd = os.open(name, flags, dir_fd=folder_fd)
   except OSError as error:
+    errors.check_refusal(error, path)
     raise manifest_lib.SnapshotCorruptError(
       f'{path}: {error.strerror}'
     ) from error
@@ -337,11 +340,11 @@ def _read_manifest(
   directory: pathlib.Path, folder_fd: int, data_fd: int
 ) -> manifest_lib.Manifest:
   path = directory / MANIFEST_NAME
-  with _open_fd(path, 0, folder_fd) as fd:
-    data = os.read(fd, os.fstat(fd).st_size)
   try:
+    with _open_fd(path, 0, folder_fd) as fd:
+      data = os.read(fd, os.fstat(fd).st_size)
     manifest = manifest_lib.Manifest.unpack(data)
-  except (ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise manifest_lib.SnapshotCorruptError(f'{path}: {error}') from error
   size_bytes = os.fstat(data_fd).st_size
   if size_bytes < max(manifest.used_bytes, 1):

@@ -92,6 +92,7 @@ class SnapshotStore(interface.Store):
     try:
       private.make_folder(self.folder, exist_ok=True)
     except OSError as error:
+      errors.check_limits(error, self.folder)
       raise errors.StoreError(f'{self.folder}: {error.strerror}') from error
     store_folder.check_private(self.folder)
     self._lock_fd = os.open(

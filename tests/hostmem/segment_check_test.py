@@ -1,6 +1,7 @@
 """A check of a log that may be damaged, while its writer goes on or not."""
 
 import contextlib
+import os
 import shutil
 
 import numpy as np
@@ -104,6 +105,33 @@ def test_what_cannot_be_read(writer, tmp_path):
     file.write(b'\0')
   with pytest.raises(errors.StoreError, match='header is damaged'):
     _check(writer.path)
+
+
+@pytest.mark.parametrize('left', [0, 100, 5000, segment.file_bytes(4096, 8)])
+def test_one_that_is_cut_while_it_is_read(writer, left):
+  """Whoever had mapped it would be dead: a check runs in the agent."""
+  with segment_check.SegmentFile.open(writer.path) as file:
+    headers = file.entries()
+    os.truncate(writer.path, left)
+    uses = [file.entries, file.damaged_cells, lambda: file.oldest_iteration(2)]
+    uses.append(lambda: file.damaged_entries(headers))
+    uses.append(lambda: _check(writer.path))
+    for use in uses:
+      with pytest.raises(errors.StoreError, match=r'replica-1\.segment: ') as e:
+        use()
+      assert not isinstance(e.value, entry.EntryCorruptError)
+  assert segment.newest_iteration(writer.path) == 0
+  writer.close()
+  with pytest.raises(errors.StoreError, match=r'replica-1\.segment: '):
+    segment_check.drop_damaged(writer.path, 1)
+
+
+def test_one_that_is_cut_after_its_cells_were_read(writer):
+  with segment_check.SegmentFile.open(writer.path) as file:
+    cells, (*_, last) = file._cells(), file.entries()
+    os.truncate(writer.path, cells.ring_offset + last.offset)
+    with pytest.raises(errors.StoreError, match='cut while it was read'):
+      file._is_whole(last, cells)
 
 
 # ---- one bit -----------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -252,3 +253,16 @@ def fill(folder, left_bytes=0):
     while True:
       file.write(bytes(4096))
   os.truncate(path, path.stat().st_size - left_bytes)
+
+
+@contextlib.contextmanager
+def no_descriptor():
+  """Lets this process open no further file while the context lasts."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  lowest = os.open(os.devnull, os.O_RDONLY)
+  os.close(lowest)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -51,7 +51,7 @@ def how_to_go_on(
   return f'{command} starts over.' if has_begun else ''
 
 
-def of_system(error: OSError, folder: workdir.Workdir) -> errors.StoreError:
+def of_system(error: OSError, folder: workdir.Workdir) -> errors.MoetionError:
   """Says of an error of the system what to do.
 
   Args:
@@ -65,6 +65,10 @@ def of_system(error: OSError, folder: workdir.Workdir) -> errors.StoreError:
     return why
   except OSError:
     pass  # it is the same one
+  try:
+    errors.check_limits(error)
+  except errors.SystemRefusalError as why:
+    return why
   what = error.filename or 'the operating system refused something'
   return errors.StoreError(
     f'{what}: {error.strerror}; make that possible, then start again'

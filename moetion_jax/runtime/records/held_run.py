@@ -77,11 +77,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
   Raises:
     NotOursError: it is not of a run, or damaged.
     OSError: it cannot be read.
+    errors.SystemRefusalError: the same, for a reason that is not in the file.
   """
   try:
     data = pathlib.Path(folder, own_files.CONFIG).read_bytes()
   except FileNotFoundError:
     return None
+  except OSError as error:
+    errors.check_limits(error)  # else what is there would count as no run
+    raise
   try:
     value = json.loads(data)
   except (ValueError, RecursionError) as error:

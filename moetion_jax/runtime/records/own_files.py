@@ -241,7 +241,12 @@ def name_some(names: Sequence[str]) -> str:
 def config_error(
   error: OSError, flag: str, value: object
 ) -> errors.ConfigError:
-  """Says that a file of the run cannot be read or removed."""
+  """Says that a file of the run cannot be read or removed.
+
+  Raises:
+    errors.SystemRefusalError: that is not because of the file.
+  """
+  errors.check_limits(error)
   return errors.ConfigError(
     flag, value, f'{error.filename}: {error.strerror}; make that possible'
   )
