@@ -7,6 +7,7 @@ loses power may come back with the name and without the data.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -14,6 +15,10 @@ from collections.abc import Iterator
 
 # What file systems without a sync of folders (some of FUSE) answer.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+# What those answer that cannot exchange names (NFS), and old kernels.
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
@@ -63,6 +68,30 @@ def sync_tree(path: str | os.PathLike[str]) -> None:
       if not os.path.islink(file):
         sync_file(file)
     sync_folder(folder)
+
+
+def exchange(
+  first: str | os.PathLike[str], second: str | os.PathLike[str]
+) -> bool:
+  """Exchanges the names of two files or folders of one file system at once.
+
+  Returns:
+    False where that cannot be done: then nothing was.
+
+  Raises:
+    OSError: one of them is not there, or may not be renamed.
+  """
+  libc = ctypes.CDLL(None, use_errno=True)
+  if not hasattr(libc, 'renameat2'):
+    return False
+  names = os.fsencode(first), os.fsencode(second)
+  old, new = ((_AT_FDCWD, ctypes.c_char_p(name)) for name in names)
+  if libc.renameat2(*old, *new, _RENAME_EXCHANGE) == 0:
+    return True
+  number = ctypes.get_errno()
+  if number in _NO_EXCHANGE:
+    return False
+  raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 def forget_tree(path: str | os.PathLike[str]) -> None:

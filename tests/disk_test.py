@@ -154,3 +154,15 @@ def test_a_device_has_a_name(mounted):
   name = disk.device_of(mounted.path / 'not' / 'there')
   assert '/dev/loop' in name and 'ext4' in name and str(mounted.path) in name
   assert 'mounted at /proc)' in disk.device_of('/proc/self')
+
+
+def test_an_exchange_of_names(tmp_path):
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'was').write_text(name)
+  if not disk.exchange(tmp_path / 'a', tmp_path / 'b'):
+    pytest.skip('this file system cannot exchange names')
+  assert (tmp_path / 'a' / 'was').read_text() == 'b'
+  assert (tmp_path / 'b' / 'was').read_text() == 'a'
+  with pytest.raises(FileNotFoundError):
+    disk.exchange(tmp_path / 'a', tmp_path / 'none')

@@ -155,10 +155,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   """Gives a place to write a checkpoint to, then moves it to where it belongs.
 
   The place lies beside the path. When the body has ended, all of it is synced
-  to disk. Then the checkpoint that was at the path is removed by name, and the
-  new one takes its place; files of others stay, then it is moved in beside
-  them, what commits it last. Once this ends, not even a loss of power takes the
-  new one away.
+  to disk. Then it changes places with the checkpoint that was at the path,
+  which is removed by name: at each moment one of them is there. If others put
+  files into that, or the file system cannot exchange names, it is removed
+  first, and the new one is moved in beside files of others, what commits it
+  last. Once this ends, not even a loss of power takes the new one away.
 
   Args:
     path: the folder of the checkpoint.
@@ -186,17 +187,51 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
   except OSError as error:
     raise _sync_error(folder, error) from error
   try:
-    _clear(folder, re.escape(folder.name))
-    if folder.is_dir():
-      _move_into(place, folder)
-    else:
-      place.rename(folder)
+    if not _exchange(place, folder):
+      _clear(folder, re.escape(folder.name))
+      if folder.is_dir():
+        _move_into(place, folder)
+      else:
+        place.rename(folder)
   except OSError as error:
     raise _error(folder, error) from error
   try:
     disk.sync_folder(folder.parent)
   except OSError as error:
     raise _sync_error(folder, error) from error
+  try:
+    clear_rest(folder)
+  except OSError as error:
+    raise _error(folder, error) from error
+
+
+def _exchange(place: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Exchanges a new checkpoint with an old one alone in its folder, if can be.
+
+  Returns:
+    Whether that was done.
+  """
+  if not is_committed(folder):
+    return False
+  if own_files.find(folder, own_files.CHECKPOINT).others:
+    return False
+  return disk.exchange(place, folder)
+
+
+def clear_rest(path: str | os.PathLike[str]) -> None:
+  """Removes what saves that were killed left beside a checkpoint, by name.
+
+  Args:
+    path: the checkpoint's folder.
+
+  Raises:
+    OSError: something cannot be removed.
+  """
+  folder = pathlib.Path(path)
+  aside = re.escape(own_files.ASIDE_SUFFIX)
+  orbax = re.escape(own_files.ORBAX_SUFFIX)
+  name = re.escape(folder.name)
+  _clear(folder, rf'{name}({aside}(-\d+)?({orbax}.*)?|{orbax}.*)')
 
 
 def bring_to_disk(place: str) -> None:
@@ -241,10 +276,7 @@ def _prepare(folder: pathlib.Path) -> pathlib.Path:
   """Removes what earlier saves left; returns a path at which nothing is."""
   if folder.is_symlink():
     raise OSError(0, 'is a symbolic link, and no folder', str(folder))
-  aside = re.escape(own_files.ASIDE_SUFFIX)
-  orbax = re.escape(own_files.ORBAX_SUFFIX)
-  name = re.escape(folder.name)
-  _clear(folder, rf'{name}({aside}(-\d+)?({orbax}.*)?|{orbax}.*)')
+  clear_rest(folder)
   for number in itertools.count(1):
     suffix = own_files.ASIDE_SUFFIX + (f'-{number}' if number > 1 else '')
     place = folder.with_name(folder.name + suffix)

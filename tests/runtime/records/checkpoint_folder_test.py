@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +105,37 @@ def test_an_end_at_any_moment_leaves_none_or_a_whole_one(tmp_path):
     away = tmp_path / 'away'
     shutil.rmtree(away) if away.is_dir() else away.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ['whole']
+
+
+def test_an_end_at_any_moment_of_a_replacement_leaves_one(tmp_path):
+  """The old one goes when the new one is there, before each thing removed."""
+  path = tmp_path / 'checkpoint'
+  _save(path, {'a': np.arange(5000.0)})
+  seen = []
+
+  def look(event, unused):
+    if seen is not None and event in ('os.rename', 'os.remove', 'os.rmdir'):
+      seen.append(checkpoint_folder.is_committed(path))
+
+  sys.addaudithook(look)
+  try:
+    _save(path, {'a': 2 * np.arange(5000.0)})
+    found = list(seen)
+  finally:
+    seen = None  # a hook stays for ever
+  assert len(found) > 5 and all(found)
+  np.testing.assert_array_equal(_read(path)['a'], 2 * np.arange(5000.0))
+  assert [p.name for p in tmp_path.iterdir()] == ['checkpoint']
+
+
+def test_what_a_killed_save_left_goes(tmp_path):
+  """Killed when the names were exchanged: the old one lies beside."""
+  path = tmp_path / 'checkpoint'
+  _save(path)
+  shutil.copytree(path, tmp_path / f'checkpoint{own_files.ASIDE_SUFFIX}')
+  checkpoint_folder.clear_rest(path)
+  assert [p.name for p in tmp_path.iterdir()] == ['checkpoint']
+  assert checkpoint_folder.is_committed(path)
 
 
 def test_a_link_is_not_written_through(tmp_path):
