@@ -30,7 +30,7 @@ from moetion_jax.policies import (
   settings as capture_settings,
 )
 from moetion_jax.policies.kinds import registry
-from moetion_jax.runtime import environment, faults
+from moetion_jax.runtime import environment, faults, linux_process
 from moetion_jax.runtime.agent import (
   run as agent_run,
   settings as agent_settings,
@@ -308,7 +308,8 @@ def main(argv: list[str]) -> int:
     )
     return 0
   streams.outlive('launch.train')
-  return agent_run.run(
+  linux_process.exit_when_stopped(errors.ExitCode.STOPPED, streams.hurry)
+  code = agent_run.run(
     config.job_spec(),
     agent_settings.AgentSettings(
       workdir=_WORKDIR.value,
@@ -334,6 +335,9 @@ def main(argv: list[str]) -> int:
     ),
     progress.Progress(config.train.iterations, config.tokens_per_iteration),
   )
+  if code == errors.ExitCode.STOPPED:
+    streams.hurry()
+  return code
 
 
 if __name__ == '__main__':

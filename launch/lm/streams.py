@@ -22,6 +22,7 @@ BROKEN_PIPE_CODE = 141
 
 _OUTPUTS = {1: 'standard output', 2: 'standard error'}
 _PENDING_BYTES = 1 << 20  # of what is printed and not read yet
+_HURRY_SECONDS = 5.0
 _LEFT_OUT = b'\n[what was printed here while nobody read is left out]\n'
 
 
@@ -79,8 +80,23 @@ def silence(fd: int) -> None:
   os.close(null)
 
 
+def hurry() -> None:
+  """Has the end of the process wait for readers some seconds at most.
+
+  It was asked to end, and whoever asks does not wait for ever.
+  """
+  _Printer.patience = _HURRY_SECONDS
+
+
 class _Printer:
-  """A thread that writes what others print."""
+  """A thread that writes what others print.
+
+  Attributes:
+    patience: the longest that the end of the process waits, in seconds; None:
+      until all is read.
+  """
+
+  patience: float | None = None
 
   def __init__(self):
     """Starts the thread."""
@@ -118,12 +134,15 @@ class _Printer:
         self._changed.notify_all()
 
   def _drain(self) -> None:
-    """Waits until all is written: the process has nothing else to do."""
-    with contextlib.suppress(KeyboardInterrupt):
+    """Waits until all is written: the process has nothing else to do.
+
+    Not if a signal asks it to end, which leaves the exit code as it is.
+    """
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
       sys.stdout.flush()
       sys.stderr.flush()
       with self._changed:
-        self._changed.wait_for(lambda: not self._pending)
+        self._changed.wait_for(lambda: not self._pending, _Printer.patience)
 
 
 class _Output(io.FileIO):

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -85,6 +87,28 @@ class SignalPipe:
 
 def _ignore(*unused: object) -> None:
   pass  # not SIG_IGN: it would write nothing to the pipe
+
+
+def exit_when_stopped(
+  code: int, on_stop: Callable[[], None] = lambda: None
+) -> None:
+  """Has signals that ask for an end raise SystemExit, where no pipe takes them.
+
+  Who is told to end while it begins, or has only words left, ends as one that
+  is told while it works. A hangup that is ignored stays so.
+
+  Args:
+    code: the exit code.
+    on_stop: called before.
+  """
+
+  def leave(*unused: object) -> NoReturn:
+    on_stop()
+    sys.exit(code)
+
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_DFL:
+      signal.signal(number, leave)
 
 
 def is_stopped(pid: int) -> bool:

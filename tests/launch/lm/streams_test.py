@@ -16,10 +16,12 @@ _COMMAND = """
 import os, sys
 from launch.lm import command_line, streams
 from moetion_jax import errors
+from moetion_jax.runtime import linux_process
 
 def main(argv):
   if argv[1] == 'outlive':
     streams.outlive('it')
+    linux_process.exit_when_stopped(75, streams.hurry)
   fd = os.open('/dev/null', os.O_RDONLY)
   for i in range(int(argv[2])):
     print('line', i)
@@ -92,6 +94,20 @@ def test_a_command_outlives_the_reader_of_both():
     'outlive', _MANY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
   )
   assert _end_after_one_line(process)[0] == 3
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_wait_for_a_reader_and_not_the_meaning(number):
+  """All is done, and who is to read that does not: the code is a known one."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as under nohup
+  process = _start(
+    'outlive', _MANY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  signal.signal(signal.SIGHUP, before)
+  assert process.stderr.readline().startswith('opened')
+  process.send_signal(number)
+  assert process.wait(60) in (3, 75)  # 75: it was not quite at its end
+  assert process.stderr.read() == ''
 
 
 def test_a_command_outlives_a_full_disk():
