@@ -224,11 +224,13 @@ def _remove_rest(
   except OSError as error:
     print(f'Not removed: {error.filename}: {error.strerror}', file=sys.stderr)
   if folder.is_finished():
-    elsewhere = _search(folder, folder.run_id).remove_elsewhere()
+    search = _search(folder, folder.run_id)
+    elsewhere = search.remove_elsewhere()
     _tell_failed(elsewhere)
     if elsewhere.others:
       names = own_files.name_some(elsewhere.others)
       print(f'Kept, since no run made it: {names}.')
+    search.remove_made()
 
 
 def _tell_failed(removal: whereabouts.Removal) -> None:

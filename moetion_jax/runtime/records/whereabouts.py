@@ -8,6 +8,7 @@ was left before is never gone on from. All of them are removed at the end.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -18,7 +19,8 @@ from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.runtime.records import own_files
 
-HOSTMEM_DIR, ON_DISK, LEFT = FIELDS = 'hostmem_dir', 'on_disk', 'left'
+FIELDS = 'hostmem_dir', 'on_disk', 'left', 'made'
+HOSTMEM_DIR, ON_DISK, LEFT, MADE = FIELDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,15 @@ class Whereabouts:
     left_hostmem: by directory of stores that it left, the number of changes of
       its environment that were finished by then.
     left_on_disk: the same by folder of snapshots on disk.
+    made: directories that were not there before the run had folders of
+      snapshots in them, real paths.
   """
 
   hostmem_dir: str = ''
   on_disk: str | None = None
   left_hostmem: Mapping[str, int] = dataclasses.field(default_factory=dict)
   left_on_disk: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  made: tuple[str, ...] = ()
 
   @classmethod
   def from_json(cls, config: Mapping[str, Any]) -> Whereabouts:
@@ -46,14 +51,17 @@ class Whereabouts:
     Raises:
       ValueError: they are damaged.
     """
-    left = config.get(LEFT, {})
+    left, made = config.get(LEFT, {}), config.get(MADE, [])
     for name, value, kind in (
       (HOSTMEM_DIR, config.get(HOSTMEM_DIR, ''), str),
       (ON_DISK, config.get(ON_DISK, ''), str),
       (LEFT, left, dict),
+      (MADE, made, list),
     ):
       if not isinstance(value, kind):
         raise ValueError(f'"{name}" in it is damaged')
+    if not all(isinstance(path, str) for path in made):
+      raise ValueError(f'"{MADE}" in it is damaged')
     if not {*left} <= {HOSTMEM_DIR, ON_DISK} or not all(
       isinstance(of_kind, dict)
       and all(type(number) is int for number in of_kind.values())
@@ -65,6 +73,7 @@ class Whereabouts:
       on_disk=config.get(ON_DISK),
       left_hostmem=left.get(HOSTMEM_DIR, {}),
       left_on_disk=left.get(ON_DISK, {}),
+      made=tuple(made),
     )
 
   def to_json(self) -> dict[str, Any]:
@@ -81,6 +90,7 @@ class Whereabouts:
       HOSTMEM_DIR: self.hostmem_dir,
       **({} if self.on_disk is None else {ON_DISK: self.on_disk}),
       **({LEFT: left} if left else {}),
+      **({MADE: list(self.made)} if self.made else {}),
     }
 
   def of_copy(self) -> Whereabouts:
@@ -108,6 +118,7 @@ class Whereabouts:
       left_on_disk=_left(
         self.left_on_disk, self.on_disk, here.on_disk, changes
       ),
+      made=tuple(dict.fromkeys((*self.made, *here.made))),
     )
 
 
@@ -135,12 +146,22 @@ def of_run(hostmem_dir: str, on_disk: str, workdir: str) -> Whereabouts:
     workdir: its workdir.
   """
   in_workdir = os.path.join(workdir, own_files.DURABLE_NAME)
+  made: list[str] = []
   if on_disk == in_workdir:
     on_disk = own_files.DURABLE_NAME  # it is moved with the workdir
   elif on_disk:
     directory, name = os.path.split(on_disk)
     on_disk = os.path.join(os.path.realpath(directory), name)
-  return Whereabouts(hostmem_dir=os.path.realpath(hostmem_dir), on_disk=on_disk)
+    made = [
+      str(path)
+      for path in pathlib.Path(on_disk).parents
+      if not os.path.lexists(path)
+    ]
+  return Whereabouts(
+    hostmem_dir=os.path.realpath(hostmem_dir),
+    on_disk=on_disk,
+    made=tuple(made),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,6 +291,12 @@ class Search:
         except OSError as error:
           failed.append(f'{error.filename}: {error.strerror}')
     return Removal(others=tuple(others), failed=tuple(failed))
+
+  def remove_made(self) -> None:
+    """Removes the directories that the run made, as far as they are empty."""
+    for path in sorted({*self.known.made, *self.here.made}, reverse=True):
+      with contextlib.suppress(OSError):  # others have put something there
+        os.rmdir(path)
 
   def _is_its(self, folder: pathlib.Path) -> bool:
     """Tells whether a folder has the run's id, or lies in its workdir."""

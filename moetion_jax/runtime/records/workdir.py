@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -86,6 +87,7 @@ class Workdir:
     self.run_id = ''
     self.earlier_id = ''
     self.whereabouts = whereabouts_lib.Whereabouts()
+    self._made: tuple[str, ...] = ()  # by the run that `fresh` removes
     self._id_before = ''
     self.remove_elsewhere: Callable[[], Sequence[str]] = lambda: ()
     self.removed_earlier = False
@@ -256,7 +258,10 @@ class Workdir:
       errors.ConfigError: the folder holds another run, or something else.
     """
     known = self._known()
-    if known is None or self._fresh:
+    if known is None:
+      return
+    if self._fresh:
+      self._made = whereabouts_lib.Whereabouts.from_json(known).made
       return
     self.changes.known = dict(known)
     had = held_run.check(known, config, str(self.path), self._extend)
@@ -360,6 +365,7 @@ class Workdir:
     self._created = []
     (self.path / own_files.LOGS_NAME).mkdir(exist_ok=True)
     known = whereabouts_lib.Whereabouts.from_json(self.changes.known)
+    known = dataclasses.replace(known, made=(*self._made, *known.made))
     now = known.moved_to(self.whereabouts, self.changes.accepted_before)
     marks = self._marks() | now.to_json()
     marks |= {n: config[n] for n in held_run.KEPT_UP if n in config}
@@ -420,14 +426,16 @@ class Workdir:
     return self._iterations or known['train'].get('iterations')
 
   def sync_finished(self) -> None:
-    """Returns once the files of a finished run are on disk.
+    """Returns once the files of a finished run are on disk, and no others.
 
-    Call it before its stores go: it may have been killed while it wrote them.
+    Call it before its stores go: it may have been killed while it wrote them,
+    or removed the checkpoint that was there before.
 
     Raises:
       errors.ConfigError: they cannot be.
     """
     try:
+      checkpoint_folder.clear_rest(self.checkpoint)
       disk.sync_tree(self.checkpoint)
       with contextlib.suppress(FileNotFoundError):
         disk.sync_file(self.path / own_files.METRICS)
@@ -436,6 +444,7 @@ class Workdir:
       raise own_files.config_error(error, 'workdir', self.path) from error
 
   def _of_system(self, error: OSError) -> errors.ConfigError:
+    errors.check_limits(error)
     what = error.strerror or str(error)
     return self._error(f'{what}; make that possible, or name another --workdir')
 

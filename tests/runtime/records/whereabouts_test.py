@@ -234,3 +234,29 @@ def test_only_what_is_the_runs_goes_elsewhere(tmp_path):
   assert failed.startswith(f'{held.path}: ') and 'living run' in failed
   assert [path for path in goes if path.exists()] == []
   assert [path for path in stays if not path.exists()] == []
+
+
+def test_directories_that_the_run_made_go_with_it_if_they_are_empty(tmp_path):
+  (tmp_path / 'there').mkdir()
+  on_disk = tmp_path / 'there' / 'a' / 'b' / _NAME
+  first = whereabouts.of_run('/dev/shm', str(on_disk), str(tmp_path / 'run'))
+  assert first.made == (str(on_disk.parent), str(on_disk.parent.parent))
+  on_disk.parent.mkdir(parents=True)
+  # A later start finds them, and what it knows says whose they are.
+  again = whereabouts.of_run('/dev/shm', str(on_disk), str(tmp_path / 'run'))
+  assert again.made == ()
+  known = whereabouts.Whereabouts().moved_to(first, 0).moved_to(again, 0)
+  assert known.made == first.made
+  assert whereabouts.Whereabouts.from_json(known.to_json()) == known
+  assert known.of_copy().made == ()
+  with pytest.raises(ValueError, match='"made" in it is damaged'):
+    whereabouts.Whereabouts.from_json({'made': [1]})
+  search = _search(tmp_path, {'made': known.made}, {})
+  (on_disk.parent / 'notes').write_text('mine')
+  search.remove_made()
+  assert on_disk.parent.is_dir()
+  (on_disk.parent / 'notes').unlink()
+  search.remove_made()
+  search.remove_made()
+  assert [p.name for p in tmp_path.iterdir()] == ['there']
+  assert list((tmp_path / 'there').iterdir()) == []
