@@ -150,6 +150,13 @@ class SparsePlanner(base.MeasuringPlanner):
     return bool(self.settings.window_length)
 
   @property
+  def _pinned_mode(self) -> str | None:
+    """The only mode that a window may have, if there is one."""
+    if self.settings.records_gradients:
+      return decision.MODES[0]
+    return self.settings.window_mode or None
+
+  @property
   def _may_be_whole(self) -> bool:
     """True if devices have the memory for a copy of all that they train.
 
@@ -230,7 +237,7 @@ class SparsePlanner(base.MeasuringPlanner):
     self, budgets: Sequence[window.CopyBudget] | None
   ) -> window.WindowChoice:
     """Chooses the longest window that a stage wants, or whole snapshots."""
-    pinned_mode = self.settings.window_mode or None
+    pinned_mode = self._pinned_mode
     most = max(len(stage.state_bytes) for stage in self.stages)
     if self.settings.window_length > most:
       raise errors.ConfigError(

@@ -142,6 +142,19 @@ def _planner(*stages, platform='gpu', **fields):
   return planner
 
 
+@pytest.mark.parametrize('bandwidth', [1.0, 7.0, 14.0, 20.0, 100.0])
+def test_with_records_every_window_is_rolling(bandwidth):
+  # Eight experts: 6 bytes of state and 2 of gradients each. A link that is too
+  # slow for those in half an iteration would have an aligned window else.
+  planner = _planner(replay='updates')
+  changes = _run(
+    planner, range(1, 60), seconds=2.0, copy_bytes_per_second=bandwidth
+  )
+  made = [d for change in changes.values() for d in change.decisions]
+  assert all((d.mode, d.every) == ('rolling', 1) for d in made)
+  assert planner.choice.window_length == (2 if bandwidth > 30 else 8)
+
+
 # Eight experts of 6 bytes and 1 byte; see window_test: a window that fits.
 @pytest.mark.parametrize(
   ('target', 'fields', 'length', 'mode'),
