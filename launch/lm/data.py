@@ -38,6 +38,7 @@ _MIN_BLOCKS = 640
 _CHECKED_WHOLE_BYTES = 4 << 30
 _HASHED_WHOLE_BYTES = 1 << 30
 _CHUNK_BYTES = 4 << 20
+_PIECE_BYTES = 4 << 10
 _SAMPLED_CHUNKS = 64
 
 _BIN_DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
@@ -323,17 +324,18 @@ def _open(config: DataConfig) -> tuple[str, np.ndarray]:
 
 def _files_below(root: str, excluded: tuple[str, ...] = ()) -> list[str]:
   """Returns the regular files below `root` that are not hidden, sorted."""
-
-  def fail(error: OSError):
-    raise error  # os.walk would skip what it may not read
-
-  found = []
-  for folder, subfolders, names in os.walk(root, onerror=fail):
-    subfolders[:] = [
-      s for s in subfolders if not s.startswith('.') and s not in excluded
-    ]
-    found += [os.path.join(folder, n) for n in names if not n.startswith('.')]
-  return sorted(filter(os.path.isfile, found))
+  found, folders = [], [root]
+  while folders:
+    with os.scandir(folders.pop()) as entries:  # os.walk asks for each name
+      for entry in entries:
+        if entry.name.startswith('.'):
+          continue
+        if entry.is_dir(follow_symlinks=False):
+          if entry.name not in excluded:
+            folders.append(entry.path)
+        elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry):
+          found.append(entry.path)
+  return sorted(found)
 
 
 def _read(files: list[str], config: DataConfig) -> np.ndarray:
@@ -343,8 +345,11 @@ def _read(files: list[str], config: DataConfig) -> np.ndarray:
     if file.endswith('.bin'):
       raise _error(config, f'{file} holds token ids: name it alone')
     start = len(text)
-    with open(file, 'rb') as stream:
-      while chunk := stream.read(_CHUNK_BYTES):
+    with open(file, 'rb', buffering=0) as stream:
+      size_bytes = os.fstat(stream.fileno()).st_size
+      # Room for more than there is would cost more than the reading.
+      piece_bytes = min(max(size_bytes + 1, _PIECE_BYTES), _CHUNK_BYTES)
+      while chunk := stream.read(piece_bytes):
         text += chunk
     if len(text) > start:
       text.append(0)

@@ -14,18 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from moetion_jax import codec, disk
 from moetion_jax.runtime import messages, spec as spec_lib
-from moetion_jax.runtime.hosts import host_messages
 from moetion_jax.runtime.records import files as record_files
+
+if TYPE_CHECKING:
+  from moetion_jax.runtime.hosts import host_messages
 
 _READ_BYTES = 1 << 16
 _KEPT_LINES = 1000  # output lines kept until there is a log to write them to
 
-_Spec = TypeVar('_Spec', spec_lib.Spec, host_messages.HostSpec)
-_Sent = TypeVar('_Sent', messages.ToWorker, host_messages.ToHost)
+_Spec = TypeVar('_Spec', spec_lib.Spec, 'host_messages.HostSpec')
+_Sent = TypeVar('_Sent', messages.ToWorker, 'host_messages.ToHost')
 
 
 class Transcript:

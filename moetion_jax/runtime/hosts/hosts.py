@@ -15,7 +15,7 @@ import secrets
 import selectors
 import socket
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetion_jax import keys
 from moetion_jax.hostmem import run_store, segment, store_folder
@@ -26,11 +26,10 @@ from moetion_jax.runtime import (
   placement,
   spec as spec_lib,
 )
-from moetion_jax.runtime.hosts import (
-  child_process,
-  host_messages,
-  remote_host,
-)
+from moetion_jax.runtime.hosts import child_process
+
+if TYPE_CHECKING:
+  from moetion_jax.runtime.hosts import remote_host
 
 _SECRET_BYTES = 32
 
@@ -69,15 +68,20 @@ class Hosts:
     names = [here, *(f'{here}-host{h}' for h in range(1, local_hosts))]
     self.names = [names[host] for host in self._of_stage]
     self.secret = secrets.token_hex(_SECRET_BYTES) if local_hosts > 1 else ''
-    self.others = [
-      remote_host.RemoteHost(
-        name,
-        str(store.path.parent),
-        run_store.host_id(store.run_id, host),
-        store.workdir,
-      )
-      for host, name in enumerate(names[1:], 1)
-    ]
+    self.others: list[remote_host.RemoteHost] = []
+    if local_hosts > 1:
+      # Here: a run of one host starts without all that hosts tell each other.
+      from moetion_jax.runtime.hosts import remote_host
+
+      self.others = [
+        remote_host.RemoteHost(
+          name,
+          str(store.path.parent),
+          run_store.host_id(store.run_id, host),
+          store.workdir,
+        )
+        for host, name in enumerate(names[1:], 1)
+      ]
     self._name = here
     self._store = store
     self._server: Any = None
@@ -114,7 +118,7 @@ class Hosts:
     """Makes a worker on its stage's host; the caller starts it."""
     host = self._of_stage[stage]
     if host:
-      return remote_host.RemoteWorker(self.others[host - 1], stage)
+      return self.others[host - 1].worker(stage)
     return child_process.WorkerProcess(
       stage,
       self._name,
@@ -171,7 +175,7 @@ class Hosts:
     if self._server:
       self._server.fence(worker)
     for host in self.others:
-      host.send(host_messages.Fence(worker=worker))
+      host.fence(worker)
 
   def locations(
     self,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moetion_jax import errors
+from moetion_jax import errors, keys
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.recovery import notices
 from moetion_jax.runtime import (
@@ -179,6 +179,14 @@ class RemoteHost:
   def pid(self) -> int:
     """Pid of the agent."""
     return self._process.pid
+
+  def worker(self, stage: int) -> RemoteWorker:
+    """Makes a worker of this host; the caller starts it."""
+    return RemoteWorker(self, stage)
+
+  def fence(self, worker: keys.WorkerId) -> None:
+    """Has the agent refuse older generations of a worker of any host."""
+    self.send(host_messages.Fence(worker=worker))
 
   def start_worker(
     self, worker: RemoteWorker, message: host_messages.Start
