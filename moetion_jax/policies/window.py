@@ -254,21 +254,28 @@ def longest(choices: Iterable[WindowChoice]) -> WindowChoice:
 
 
 def done_again(
-  choice: WindowChoice, stage: StageOperators, budget: CopyBudget
+  choice: WindowChoice,
+  stage: StageOperators,
+  budget: CopyBudget,
+  replay: str = decision.MICROBATCHES,
 ) -> float:
   """Returns the iterations that a stage does again after a failure, on average.
 
   The interrupted one counts, and those in which the last copy was under way.
   Rolling: a window ends in every iteration. Aligned: 1.5 windows (the paper's
-  E[R]). Whole snapshots: the newest is half their distance old.
+  E[R]). Whole snapshots: the newest is half their distance old. Where gradients
+  are recorded, in every iteration, no others are done again.
 
   Args:
     choice: the window in force.
     stage: the stage's operators.
     budget: the measured budget.
+    replay: one of `decision.REPLAYS`.
   """
   copied = stage.snapshot_bytes(choice.window_length, choice.mode)
   late = max(copied) / budget.iteration_bytes
+  if replay == decision.UPDATES:
+    return 1 + late
   if choice.mode == 'aligned':
     return 1.5 * choice.window_length - 0.5 + late
   return choice.window_length + (choice.every - 1) / 2 + late

@@ -142,6 +142,10 @@ def test_iterations_that_are_done_again(length, mode, every, expected):
   )
   found = window.done_again(choice, _EIGHT, _budget(50, 0.5))
   assert found == pytest.approx(expected)
+  # With records only the interrupted one, and what the copy is late by.
+  largest = max(_EIGHT.snapshot_bytes(length, mode))
+  found = window.done_again(choice, _EIGHT, _budget(50, 0.5), decision.UPDATES)
+  assert found == pytest.approx(1 + largest / 100)
 
 
 def test_an_aligned_copy_is_never_late():
