@@ -23,6 +23,7 @@ from models import config as model_config, stages
 from moetion_jax import config as config_lib, keys, report
 from moetion_jax.programs import mesh, stage as stage_lib
 from moetion_jax.runtime import spec as spec_lib
+from moetion_jax.runtime.hosts import child_process
 from moetion_jax.snapshots import file as snapshot_file, manifest
 from moetion_jax.state import partition
 from tests.support import one_process
@@ -266,3 +267,10 @@ def no_descriptor():
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def print_as(child: child_process.ChildProcess, line: str) -> None:
+  """Has a child's output end with a line, as if the child had printed it."""
+  fd = os.open(f'/proc/self/fd/{child.output_fd}', os.O_WRONLY)
+  os.write(fd, line.encode() + b'\n')
+  os.close(fd)

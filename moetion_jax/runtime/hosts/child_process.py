@@ -47,11 +47,12 @@ class Transcript:
 
   def add(self, line: bytes) -> None:
     """Takes a line of output, without its line end."""
+    # First: a disk may be too full for the log.
+    print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
     if self._log:
       self._write(line)
     elif len(self._unlogged) < _KEPT_LINES:
       self._unlogged.append(line)
-    print(f'[{self.name}] {line.decode(errors="replace")}', file=sys.stderr)
 
   def open_log(self, path: pathlib.Path) -> None:
     """Writes lines to a file as well from now on, and those kept so far."""
@@ -137,10 +138,13 @@ class ChildProcess(Generic[_Spec, _Sent]):
     environment: Mapping[str, str],
     lock_fds: tuple[int, ...],
   ) -> None:
-    self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
-    their_control, self._control_fd = os.pipe2(os.O_CLOEXEC)
-    self.output_fd, their_output = os.pipe2(os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as theirs:  # closed here, whatever comes
+      self.status_fd, their_status = os.pipe2(os.O_CLOEXEC)
+      theirs.callback(os.close, their_status)
+      their_control, self._control_fd = os.pipe2(os.O_CLOEXEC)
+      theirs.callback(os.close, their_control)
+      self.output_fd, their_output = os.pipe2(os.O_CLOEXEC)
+      theirs.callback(os.close, their_output)
       self._process = subprocess.Popen(
         [sys.executable, '-m', self._module],
         stdin=subprocess.PIPE,
@@ -150,9 +154,6 @@ class ChildProcess(Generic[_Spec, _Sent]):
         env={**os.environ, **_import_path(), **environment},
         process_group=0,  # a Ctrl-C on the terminal is for the agent to handle
       )
-    finally:
-      for fd in (their_status, their_control, their_output):
-        os.close(fd)
     self.pid_fd = os.pidfd_open(self._process.pid)
     os.set_blocking(self.status_fd, False)
     os.set_blocking(self.output_fd, False)
@@ -205,19 +206,25 @@ class ChildProcess(Generic[_Spec, _Sent]):
       self._process.kill()
 
   def close(self) -> None:
-    """Waits for the process to end, then closes its pipes."""
+    """Waits for the process to end, then closes its pipes. Idempotent.
+
+    Raises:
+      OSError: its last output cannot be passed on; all is closed then.
+    """
     self.is_closed = True
     if self._process is not None:
       self.exit_code = self._process.wait()
     if self._sender.is_alive():  # it writes to nobody now
       self._sent.put(b'')
       self._sender.join()
-    if self.output_fd >= 0:
-      self.read_output()
-    for fd in (self.status_fd, self.output_fd, self.pid_fd, self._control_fd):
-      if fd >= 0:
-        os.close(fd)
-    self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
+    try:
+      if self.output_fd >= 0:
+        self.read_output()
+    finally:
+      for fd in (self.status_fd, self.output_fd, self.pid_fd, self._control_fd):
+        if fd >= 0:
+          os.close(fd)
+      self.status_fd = self.output_fd = self.pid_fd = self._control_fd = -1
 
   def describe_exit(self) -> str:
     """Says how the process ended, for people."""
@@ -291,8 +298,10 @@ class WorkerProcess(ChildProcess[spec_lib.Spec, messages.ToWorker]):
 
   def close(self) -> None:
     """Ends the process and its transcript; see `ChildProcess.close`."""
-    super().close()
-    self._transcript.close()
+    try:
+      super().close()
+    finally:
+      self._transcript.close()
 
 
 def marked(variable: str, value: str) -> list[int]:

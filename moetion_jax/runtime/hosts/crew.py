@@ -8,6 +8,7 @@ a world is a `jax.distributed` job of its own on a fresh port.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -192,12 +193,16 @@ class Crew:
     worker.close()
 
   def close(self) -> None:
-    """Ends all processes, then the other hosts."""
+    """Ends all processes, then the other hosts; may be called twice.
+
+    Last output for which a log has no room is only shown: the run ends anyway.
+    """
     everyone = self.everyone()
     for worker in everyone:
       worker.kill()
     for worker in everyone:
-      self.end(worker)
+      with contextlib.suppress(OSError):
+        self.end(worker)
     self._hosts.close()
 
   def everyone(self) -> Sequence[child_process.WorkerProcess]:

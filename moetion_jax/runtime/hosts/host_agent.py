@@ -132,6 +132,8 @@ class HostAgent:
       )
 
   def _on_status(self, worker: child_process.WorkerProcess) -> None:
+    if worker.is_closed:
+      return
     messages, ended = worker.read_status()
     if ended:
       self._forget(worker.status_fd)
@@ -139,6 +141,8 @@ class HostAgent:
       self._send(host_messages.Said(stage=worker.stage, message=message))
 
   def _on_output(self, worker: child_process.WorkerProcess) -> None:
+    if worker.is_closed:  # by something else that happened at the same time
+      return
     if worker.read_output():
       self._forget(worker.output_fd)
 

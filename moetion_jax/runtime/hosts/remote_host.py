@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import sys
@@ -228,7 +229,8 @@ class RemoteHost:
     if self._process.status_fd < 0:
       return
     self.send(host_messages.Close(keep=self.keeps_store))
-    self._wait(lambda: False)
+    with contextlib.suppress(OSError):  # a log has no room for last output
+      self._wait(lambda: False)
     self._process.kill()
     self._process.close()
     self._transcript.close()

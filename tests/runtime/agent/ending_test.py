@@ -4,10 +4,12 @@ import functools
 import importlib
 import json
 import os
+import pathlib
 import pkgutil
 import re
 import selectors
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -118,6 +120,22 @@ def test_what_it_says_of_the_earlier_run_is_true(
   assert ('he same command starts over.' in said) == is_removed
 
 
+@pytest.mark.timeout(60)
+def test_a_disk_too_full_for_the_logs_hides_no_end(tmp_path, folder, capfd):
+  workers = {}
+  for stage in range(2):
+    worker = workers[stage, 0] = child_process.WorkerProcess(stage)
+    worker.start(helpers.worker_spec(helpers.micro_run()), {}, ())
+    worker.open_log(pathlib.Path('/dev/full'))
+    helpers.print_as(worker, 'last words')
+  one = _executor(tmp_path, folder, workers=workers)
+  one.fail(errors.StoreError('full'))
+  assert [w.exit_code for w in workers.values()] == [-signal.SIGKILL] * 2
+  assert one.last_words[0] == 'The run ended: full'
+  shown = capfd.readouterr().err
+  assert '[stage 0] last words\n[stage 1] last words\n' in shown
+
+
 # ---- every end, and what the same command does after it ----------------------
 
 _GOES_ON = (
@@ -196,6 +214,7 @@ _ENDS = [
     True,
   ),
   (errors.StoreError('w: No space left; make that possible'), False),
+  (errors.SystemRefusalError('Too many open files: raise the limit'), False),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import resource
 import signal
 
@@ -27,13 +28,15 @@ def test_a_child_that_cannot_be_started_is_named():
       os.close(held.pop())
     with pytest.raises(OSError, match='Too many open files: .*worker.main'):
       child.start(helpers.worker_spec(helpers.micro_run()), {}, ())
+    child.kill()
+    child.close()
+    for _ in range(5):  # none of them is left
+      held.append(os.open(os.devnull, os.O_RDONLY))
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
     for fd in held:
       os.close(fd)
   assert child.pid == 0
-  child.kill()
-  child.close()
 
 
 @pytest.mark.timeout(60)
@@ -51,3 +54,21 @@ def test_a_child_that_is_stopped_keeps_nobody_waiting():
   child.kill()
   child.close()
   assert child.describe_exit() == 'was killed by SIGKILL'
+
+
+@pytest.mark.timeout(60)
+def test_a_full_disk_leaves_no_child_open(capfd):
+  """Its last words cannot be kept: they are shown, and it is over."""
+  child = child_process.WorkerProcess(spec_lib.STANDBY)
+  child.start(helpers.worker_spec(helpers.micro_run()), {}, ())
+  child.kill()
+  child.open_log(pathlib.Path('/dev/full'))
+  helpers.print_as(child, 'last words')
+  fds = child.status_fd, child.output_fd, child.pid_fd
+  with pytest.raises(OSError, match='No space left on device: .*/dev/full'):
+    child.close()
+  assert capfd.readouterr().err.endswith('[standby] last words\n')
+  for fd in fds:
+    with pytest.raises(OSError, match='Bad file descriptor'):
+      os.fstat(fd)
+  child.close()
