@@ -1,10 +1,13 @@
-"""Makes one stage's dense state from sparse snapshots, offline.
+"""Makes dense state from sparse snapshots, offline: of one stage, or of all.
 
 `python -m launch.convert WORKDIR --stage=S` does what a recovery does, with
 what a stopped run left in its host store, and compares digests; with --out it
-writes the state as a plain Orbax checkpoint. Nothing in the store changes.
+writes the state as a plain Orbax checkpoint. With --all that is the state of
+all stages after one iteration: a checkpoint as a finished run writes it, from
+which any number of stages can go on. Nothing in the store changes.
 
-Exit codes: 0 the state was made, 1 no state can be made, 2 a flag is wrong.
+Exit codes: 0 the state was made, 1 no state can be made, or a digest differs,
+2 a flag is wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file
   sys.path[0] = os.path.abspath(f'{sys.path[0]}/..')
@@ -28,8 +31,12 @@ from moetion_jax.hostmem import run_store
 from moetion_jax.runtime import environment
 from moetion_jax.runtime.records import changes, places
 
+if TYPE_CHECKING:  # it imports JAX, before whose import cores are set
+  from launch.offline import rebuild
+
 flags.adopt_module_key_flags(run_flags)
-_STAGE = flags.DEFINE_integer('stage', None, 'Which one.', required=True)
+_STAGE = flags.DEFINE_integer('stage', None, 'Which one; or all, with --all.')
+_ALL = flags.DEFINE_bool('all', False, 'All stages, as one checkpoint.')
 _ITERATION = flags.DEFINE_integer(
   'iteration', None, 'Whose state; by default the newest that can be made.'
 )
@@ -140,20 +147,105 @@ def _ranges(iterations: Sequence[int]) -> str:
   return stored_run.format_runs(stored_run.runs_of(iterations))
 
 
-def _convert(run: stored_run.StoredRun) -> None:
-  from moetion_jax.runtime import read_environment, xla_setup
+def common_iteration(run: stored_run.StoredRun) -> int:
+  """Returns the newest iteration whose state can be made of all stages.
 
-  stage = _STAGE.value
+  Raises:
+    errors.MoetionError: there is none.
+  """
+  newest = min(
+    max((c.reaches for c in run.candidates(s) if c.is_usable), default=0)
+    for s in range(run.train.stages)
+  )
+  for iteration in range(newest, run.initial, -1):
+    if all(
+      any(
+        c.is_usable and c.start.complete_at <= iteration <= c.reaches
+        for c in run.candidates(stage)
+      )
+      for stage in range(run.train.stages)
+    ):
+      return iteration
+  raise errors.MoetionError(
+    'no iteration is left whose state can be made of all stages; '
+    'launch.show lists what there is of each'
+  )
+
+
+def _convert(run: stored_run.StoredRun) -> bool:
+  """Converts as the flags say; returns whether all digests are as recorded."""
+  from moetion_jax.runtime import xla_setup
+
+  stages = range(run.train.stages) if _ALL.value else [_STAGE.value]
+  iteration = _ITERATION.value
+  if _ALL.value and iteration is None:
+    iteration = common_iteration(run)
   if run.caution:
     _warn(run.caution)
-  xla_setup.use_cores(recorded_cores(run, stage))
+  cores = {recorded_cores(run, stage) for stage in stages}
+  if len(cores) > 1:
+    raise errors.ConfigError(
+      'all',
+      True,
+      'is for runs whose workers all had as many cores: convert each --stage '
+      'by itself',
+    )
+  xla_setup.use_cores(*cores)
   xla_setup.configure(
     local_devices=run.train.local_devices,
     compilation_cache_dir=_CACHE.value,
   )
-  from launch.offline import rebuild
+  import jax
+  import numpy as np
+
   from moetion_jax import report
   from moetion_jax.runtime.checkpoints import file as checkpoint_file
+
+  states, digests, is_verified = [], {}, True
+  for stage in stages:
+    done = _rebuild(run, stage, iteration)
+    iteration = done.iteration
+    # On the host: a device need not hold all stages.
+    states.append(jax.tree.map(np.array, done.state))
+    digests |= done.digests
+    is_verified &= done.is_verified or iteration == run.initial
+  if _ALL.value:
+    is_verified = _compare_whole(run, iteration, report.combine(digests))
+  if _OUT.value:
+    checkpoint_file.save(
+      _OUT.value, states, iteration, codec.encode(run.config), digests
+    )
+    print(f'Written: {os.path.abspath(_OUT.value)}')
+  return is_verified or not _ALL.value
+
+
+def _compare_whole(
+  run: stored_run.StoredRun, iteration: int, found: str
+) -> bool:
+  """Compares the digest of all stages' state with its line; True if equal."""
+  line = run.metrics.get(iteration)
+  if line is None:
+    _warn(f'metrics.jsonl has no digest of state {iteration}, which is {found}')
+    return iteration == run.initial
+  if line['digest'] != found:
+    _warn(
+      f'The digest of state {iteration} is {found}, but metrics.jsonl has '
+      f'{line["digest"]}: these are other bits than the run had.'
+    )
+    return False
+  print(
+    f'State {iteration} of all stages, digest {found}: as in metrics.jsonl.'
+  )
+  return True
+
+
+def _rebuild(
+  run: stored_run.StoredRun, stage: int, iteration: int | None
+) -> rebuild.Rebuilt:
+  """Rebuilds a stage's state, and says what it was compared with."""
+  from launch.offline import rebuild
+  from moetion_jax import report
+  from moetion_jax.runtime import read_environment
 
   run, data = load_data(run, stage, _DATA.value)
   if changed := check_environment(
@@ -167,7 +259,7 @@ def _convert(run: stored_run.StoredRun) -> None:
       'will tell.'
     )
   rebuilder = rebuild.Rebuilder.compile(run.config, stage, data)
-  done = rebuilder.rebuild(run, _warn, _ITERATION.value, _START.value)
+  done = rebuilder.rebuild(run, _warn, iteration, _START.value)
   replayed = range(done.start + 1, done.iteration + 1)
   is_initial = done.start == run.initial
   came = 'the initial state' if is_initial else f'snapshot {done.start}'
@@ -190,22 +282,22 @@ def _convert(run: stored_run.StoredRun) -> None:
     print(f'  Entries that were published: {done.entries}, all equal.')
   if not done.is_verified and done.iteration:
     _warn(f'No digest of state {done.iteration} was recorded anywhere.')
-  if _OUT.value:
-    checkpoint_file.save(
-      _OUT.value,
-      [done.state],
-      done.iteration,
-      codec.encode(run.config),
-      done.digests,
-    )
-    print(f'Written: {os.path.abspath(_OUT.value)}')
+  return done
 
 
 def main(argv: list[str]) -> int:
   """Converts as the flags say; returns the exit code."""
   run = run_flags.find_run(argv)
   stages = run.config.train.stages  # of launch.train, or it says so
-  if not 0 <= _STAGE.value < stages:
+  if _ALL.value == (_STAGE.value is not None):
+    raise errors.ConfigError(
+      'stage',
+      '' if _STAGE.value is None else _STAGE.value,
+      'name one stage, or pass --all',
+    )
+  if _START.value is not None and _ALL.value:
+    raise errors.ConfigError('start', _START.value, 'is of one --stage')
+  if not _ALL.value and not 0 <= _STAGE.value < stages:
     raise errors.ConfigError(
       'stage', _STAGE.value, f'must be 0 to {stages - 1}'
     )
@@ -223,13 +315,13 @@ def main(argv: list[str]) -> int:
         f'{error}; only what a stopped run left can be converted',
       ) from error
     try:
-      _convert(scan.scan(run, in_use=False))
+      is_verified = _convert(scan.scan(run, in_use=False))
     except errors.ConfigError:
       raise
     except errors.MoetionError as error:
       _warn(str(error))
       return 1
-  return 0
+  return 0 if is_verified else 1
 
 
 if __name__ == '__main__':

@@ -400,6 +400,30 @@ def test_convert_writes_the_undisturbed_state(
 
 
 @pytest.mark.thorough
+def test_all_stages_become_one_checkpoint(left, undisturbed, tmp_path):
+  out = tmp_path / 'out'
+  result = convert(left.workdir, left.hostmem_dir, '--all', f'--out={out}')
+  assert result.returncode == 0, result.stderr
+  line = left.run.metrics[left.last]
+  assert f'State {left.last} of all stages, digest {line["digest"]}: as in' in (
+    result.stdout
+  )
+  tree = checkpoint_file.load(str(out), 'init_from')  # proven
+  expected = {
+    name.removeprefix('master/'): value
+    for stage in undisturbed
+    for leaves in stage[left.last].values()
+    for name, value in leaves.items()
+    if name.startswith('master/')
+  }
+  chex.assert_trees_all_equal(host_tree(tree['parameters']), expected)
+  # Cut anew, it is a beginning like any finished run's.
+  flags = [f'--init_from={out}', '--stages=1', f'--workdir={tmp_path / "on"}']
+  result = helpers.launch('train', *flags, '--iterations=1', '--dry_run')
+  assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize('stage', range(STAGES))
 def test_every_reachable_state_from_the_newest_start(
   left, undisturbed, rebuilders, stage
@@ -642,6 +666,9 @@ def test_nothing_to_look_at(left, tmp_path):
 def test_wrong_flags_of_convert(left, tmp_path):
   refuse = lambda *flags: convert(left.workdir, left.hostmem_dir, *flags)  # noqa: E731
   _refused(refuse('--stage=3'), '--stage=3', '0 to 2')
+  _refused(refuse(), '--stage', 'name one stage, or pass --all')
+  _refused(refuse('--stage=0', '--all'), '--stage=0', 'name one stage')
+  _refused(refuse('--all', '--start=3'), '--start=3', 'is of one --stage')
   _refused(refuse('--stage=0', f'--out={tmp_path}'), '--out', 'exists')
   long = f'--out={tmp_path}/{"x" * 500}'
   _refused(refuse('--stage=0', long), '--out', 'File name too long')
