@@ -79,6 +79,9 @@ def draw_script(
 ) -> list[str]:
   """Draws faults for `--fail`.
 
+  A final state, or the checkpoint, is damaged once at most: a run ends with
+  words when that happens to it again, since then the disk is to blame.
+
   Args:
     source: source of randomness.
     count: number of faults.
@@ -86,6 +89,7 @@ def draw_script(
     iterations: iterations of the run.
     replicas: replicas of each stage.
   """
+  damaged: set[tuple[faults.Phase, int, int]] = set()
   script: list[str] = []
   kinds, weights = list(faults.TABLE), [r.weight for r in faults.TABLE.values()]
   while len(script) < count:
@@ -109,6 +113,10 @@ def draw_script(
     replica = _replica(source, replicas)
     if phase is faults.Phase.SAVE:
       stage, replica = 0, 0  # who saves
+    if place is faults.Place.FINAL_STATE:
+      if (phase, stage, replica) in damaged:
+        continue
+      damaged.add((phase, stage, replica))
     of = f'replica={replica},'
     script.append(
       f'{kind}:stage={stage},{of}iteration={iteration},phase={phase}'

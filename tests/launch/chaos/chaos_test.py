@@ -21,6 +21,8 @@ def test_a_drawn_script_is_a_script(replicas):
     assert len(script) == 12
     assert faults_lib.parse_faults(script, stages=3, replicas=replicas)
     assert draw.draw_script(random.Random(seed), 12, **size) == script
+    final = [x for x in script if x.startswith('corrupt_final')]
+    assert len(final) == len(set(final))  # a second time ends the run
 
 
 @pytest.mark.parametrize('replicas', [1, 2])
