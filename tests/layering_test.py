@@ -21,6 +21,11 @@ def test_imports_only_go_down(tree):
   _assert_kept(layering.check_order(tree))
 
 
+def test_what_is_imported_is_there(tree):
+  tests = layering.read_tree(helpers.ROOT, 'tests')
+  _assert_kept(layering.check_missing({**tree, **tests}))
+
+
 def test_no_import_is_relative(tree):
   _assert_kept(layering.check_relative(tree))
 
@@ -86,6 +91,20 @@ def _says(sentences, *words):
   (sentence,) = sentences
   for word in words:
     assert word in sentence, sentence
+
+
+@pytest.mark.parametrize(
+  'source',
+  [
+    'from moetion_jax.logs import gone\n',
+    'def f():\n  from moetion_jax.gone import log\n',
+    'from moetion_jax.hostmem.entry import gone\n',
+  ],
+)
+def test_an_import_of_what_is_gone(source):
+  assert not list(layering.check_missing(_SMALL))
+  tree = {**_SMALL, 'launch.show': source}
+  _says(layering.check_missing(tree), 'launch.show:', 'gone')
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from absl import flags
 
 from launch.lm import command_line
 from moetion_jax import errors
+from moetion_jax.policies import decision
 
 _PRESET = flags.DEFINE_string('preset', 'small', 'Shape of the model.')
 _ROUNDS = flags.DEFINE_integer('rounds', 30, 'Measured pairs.')
@@ -43,6 +44,12 @@ _MICROBATCHES = flags.DEFINE_integer(
   'microbatches',
   None,
   "For `snapshot` and `recovery`; the preset's own by default.",
+)
+_REPLAYS = flags.DEFINE_multi_enum(
+  'replay',
+  None,
+  decision.REPLAYS,
+  'To compare in `recovery` and `snapshot`; repeatable. All by default.',
 )
 _ITERATIONS = flags.DEFINE_integer(
   'iterations', 200, 'Of each run of `ettr` and `accuracy`.'
@@ -168,10 +175,17 @@ def snapshot(preset: str, rounds: int) -> dict[str, Any]:
       'microbatch_size': _MICROBATCH_SIZE.value,
     },
     window_mode=_WINDOW_MODE.value,
+    replays=_REPLAYS.value or _replays(_WINDOW_MODE.value),
     profile_dir=_PROFILE_DIR.value,
   )
   measured += sizes.rows()
   return _result('snapshot', preset, measured, load_before)
+
+
+def _replays(window_mode: str) -> tuple[str, ...]:
+  """Returns the ways of replay that there are with a mode of windows."""
+  is_rolling = window_mode in ('', decision.MODES[0])
+  return decision.REPLAYS if is_rolling else (decision.MICROBATCHES,)
 
 
 def recovery(preset: str, rounds: int) -> dict[str, Any]:
@@ -186,6 +200,7 @@ def recovery(preset: str, rounds: int) -> dict[str, Any]:
     _CACHE.value,
     _REPLICAS.value,
     _MICROBATCHES.value,
+    _REPLAYS.value or decision.REPLAYS,
   )
   return _result('recovery', preset, measured, load_before)
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 from launch.benchmark.harness import scratch, summary
-from moetion_jax import keys
 from moetion_jax.runtime import linux_process
 
 _MICROBATCHES = (4, 8, 16)
@@ -34,11 +33,9 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
   import jax
   import numpy as np
 
-  from launch.benchmark.harness import plain_step
+  from launch.benchmark.harness import one_stage, plain_step
   from launch.lm import settings as run_settings, transformer_job
-  from moetion_jax.logs import memory_log
   from moetion_jax.state import optimizers
-  from moetion_jax.training import worker
 
   config = run_settings.make(
     preset,
@@ -47,16 +44,8 @@ def programs(preset: str, rounds: int) -> list[summary.Row]:
     optimizer_overrides={},
   )
   train = config.train
-  job = transformer_job.of(config)
-  data, stage = job.data(), job.build_stage(0)
-  ours = worker.Worker(
-    0,
-    stage,
-    stage.compile(),
-    job.initial(stage)(),
-    memory_log.MemoryLog(keys.WorkerId(0, 0, 1), memory_log.MemoryStore()),
-    data,
-  )
+  data = transformer_job.of(config).data()
+  ours = one_stage.make_worker(config, data)
 
   def run_ours(number: int) -> None:
     ours.train(

@@ -1,9 +1,10 @@
 """Cost of snapshots: `launch.benchmark snapshot`.
 
 One stage that holds the whole model is trained in this process, in blocks of
-some iterations: with no snapshots, with sparse ones, with Orbax saving the
-whole state as often as it can, and once a window. `again` has no snapshots
-either, in another worker: it shows how much two equal workers differ.
+some iterations: with no snapshots, with sparse ones for each way of replay,
+with Orbax saving the whole state as often as it can, and once a window. `again`
+has no snapshots either, in another worker: it shows how much two equal workers
+differ.
 
 A block begins with an iteration that is not timed, and the copy that its last
 one leaves behind has ended before the next block begins. So every measured
@@ -23,11 +24,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.benchmark.harness import dense_job, profile_reader, scratch, summary
-from launch.lm import one_process, settings as run_settings
+from launch.benchmark.harness import (
+  dense_job,
+  one_stage,
+  profile_reader,
+  scratch,
+  summary,
+)
+from launch.lm import settings as run_settings
 from moetion_jax import report as report_lib
 from moetion_jax.capture import programs as capture_programs, snapshotter
-from moetion_jax.policies import settings as capture_settings
+from moetion_jax.policies import (
+  decision as decision_lib,
+  settings as capture_settings,
+)
 from moetion_jax.policies.kinds import sparse
 from moetion_jax.programs import stage
 from moetion_jax.snapshots import memory_store
@@ -60,7 +70,7 @@ class _Subject:
 
   def __init__(self, config: run_settings.RunConfig, block: _TimedBlock):
     self.block = block
-    (self.worker,) = one_process.make_workers(config)
+    self.worker = one_stage.make_worker(config)
     self._config = config
     # Time of the training thread for every snapshot: until it goes on, at work,
     # and waiting for the snapshot before.
@@ -155,17 +165,18 @@ class _Sparse(_Subject):
     config: run_settings.RunConfig,
     block: _TimedBlock,
     folder: pathlib.Path,
-    window_mode: str = '',
+    settings: capture_settings.CaptureSettings,
   ):
     super().__init__(config, block)
     layout = stage.layout_of(self.worker.stage)
-    self.programs = capture_programs.CapturePrograms(layout)
+    self.programs = capture_programs.CapturePrograms(
+      layout, records_gradients=settings.records_gradients
+    )
     self.programs.compile()
     self.sizes = job_lib.stage_sizes(layout, 1)
+    self.records_gradients = settings.records_gradients
     self._planner = sparse.SparsePlanner(
-      capture_settings.CaptureSettings(
-        policy=sparse.Sparse(), window_mode=window_mode
-      ),
+      settings,
       [self.sizes],
       jax.default_backend(),
     )
@@ -262,6 +273,7 @@ def rows(
   subjects: Sequence[str] = SUBJECTS,
   train: Mapping[str, Any] | None = None,
   window_mode: str = '',
+  replays: Sequence[str] = (decision_lib.MICROBATCHES,),
   profile_dir: str = '',
 ) -> list[summary.Row]:
   """Measures all subjects and returns the rows; see the module.
@@ -275,6 +287,8 @@ def rows(
       do not.
     window_mode: mode of the sparse snapshots; '' to choose, which on CPU often
       comes to no windows.
+    replays: ways of replay that the sparse snapshots are for, of
+      `decision.REPLAYS`.
     profile_dir: folder for the JAX profile of a block with sparse snapshots;
       '' for none.
   """
@@ -291,7 +305,7 @@ def rows(
   )
   # Fills the cache: a subject that compiles its programs differs from one that
   # loads them.
-  one_process.make_workers(config)
+  one_stage.make_worker(config)
   block = _TimedBlock()
   with scratch.folder(hostmem_dir) as root, contextlib.ExitStack() as stack:
 
@@ -304,8 +318,17 @@ def rows(
       stack.callback(subject.close)
       return subject
 
-    sparse = made(_Sparse, 'sparse', window_mode)
-    found: dict[str, _Subject] = {'none': made(_Nothing), 'sparse': sparse}
+    ours: dict[str, _Sparse] = {
+      _name(replay): made(
+        _Sparse,
+        _name(replay),
+        capture_settings.CaptureSettings(
+          policy=sparse.Sparse(), window_mode=window_mode, replay=replay
+        ),
+      )
+      for replay in replays
+    }
+    found: dict[str, _Subject] = {'none': made(_Nothing), **ours}
     others = {
       'again': ('none, again', lambda: made(_Subject)),
       'often': (
@@ -321,8 +344,16 @@ def rows(
       name, make = others[key]
       found[name] = make()
     seconds = summary.interleave({n: s.run for n, s in found.items()}, rounds)
-    profiled = _profile(sparse, profile_dir) if profile_dir else []
-  goal = '<= 1.03' if jax.default_backend() == 'cpu' else '<= 1.01'
+    profiled = [
+      row
+      for name, subject in ours.items()
+      if profile_dir
+      for row in _profile(name, subject, f'{profile_dir}/{name}')
+    ]
+  # Without recorded gradients and with them.
+  goals = '<= 1.03', '<= 1.05'
+  if jax.default_backend() != 'cpu':
+    goals = '<= 1.01', '<= 1.05'
   out: list[summary.Row] = _paces('none', found['none'], seconds['none'])
   for name, subject in found.items():
     if isinstance(subject, _Nothing):
@@ -335,7 +366,7 @@ def rows(
       (
         f'iteration, {label} / none',
         summary.paired_ratio(seconds[name], seconds['none']),
-        goal if is_ours else '',
+        goals[subject.records_gradients] if is_ours else '',
       )
     )
     out += _paces(label, subject, seconds[name])
@@ -366,7 +397,14 @@ def rows(
           ('waiting for the last copy', subject.late_seconds),
         )
       ]
-  return out + profiled + _memory(sparse)
+  memory = [row for name, one in ours.items() for row in _memory(name, one)]
+  return out + profiled + memory
+
+
+def _name(replay: str) -> str:
+  """Returns the name of sparse snapshots for a way of replay."""
+  is_other = replay != decision_lib.MICROBATCHES
+  return f'sparse, {replay}' if is_other else 'sparse'
 
 
 def _paces(
@@ -391,7 +429,7 @@ def _paces(
   ]
 
 
-def _profile(sparse: _Sparse, folder: str) -> list[summary.Row]:
+def _profile(name: str, sparse: _Sparse, folder: str) -> list[summary.Row]:
   """Profiles one more block: copies to the host beside computation."""
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0  # it makes the host several times slower
@@ -400,8 +438,8 @@ def _profile(sparse: _Sparse, folder: str) -> list[summary.Row]:
     sparse.run(0)
   found = profile_reader.read(folder)
   return [
-    (f'profile of {_SHORTEST_BLOCK + 1} iterations: {name}', value, '')
-    for name, value in (
+    (f'profile of {_SHORTEST_BLOCK + 1} iterations, {name}: {what}', value, '')
+    for what, value in (
       ('device computes, ms', summary.summarize([found.busy_ms])),
       ('copies to the host, ms', summary.summarize([found.copies_ms])),
       (
@@ -414,19 +452,21 @@ def _profile(sparse: _Sparse, folder: str) -> list[summary.Row]:
   ]
 
 
-def _memory(sparse: _Sparse) -> list[summary.Row]:
-  """Returns device memory beyond training: one slot, one compute tree."""
+def _memory(name: str, sparse: _Sparse) -> list[summary.Row]:
+  """Returns device memory beyond training: one slot, and what it refers to."""
   (decision,) = sparse._planner.decisions(1)
   state = sum(sparse.sizes.state_bytes.values())
   slot = max(
     sum(sparse.sizes.state_bytes[o] for o in slot) for slot in decision.slots
   )
-  compute = sum(sparse.sizes.compute_bytes.values())
+  others, tree = 'compute', sparse.sizes.compute_bytes
+  if sparse.records_gradients:
+    others, tree = 'gradient', sparse.sizes.gradient_bytes
   return [
-    (f'{name}, MB', summary.summarize([n / 1e6]), '')
-    for name, n in (
+    (f'{what}, {name}, MB', summary.summarize([n / 1e6]), '')
+    for what, n in (
       ('training state', state),
       ('device memory beyond training: largest slot', slot),
-      ('device memory beyond training: one compute tree', compute),
+      (f'device memory beyond training: one {others} tree', sum(tree.values())),
     )
   ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -132,6 +133,27 @@ def check_order(tree: Tree) -> Iterator[str]:
       '(tests/support/layering.py, the table of the README): move what is '
       'needed into an earlier package, or hand it in as an argument'
     )
+
+
+def check_missing(tree: Tree) -> Iterator[str]:
+  """What an import takes from the tree is there, also inside a function."""
+  roots = {name.partition('.')[0] for name in tree}
+  for module, source in sorted(tree.items()):
+    for node in ast.walk(ast.parse(source)):
+      if not isinstance(node, ast.ImportFrom) or not node.module:
+        continue
+      if node.module.partition('.')[0] not in roots:
+        continue
+      found = tree.get(node.module, tree.get(f'{node.module}.__init__', ''))
+      for alias in node.names:
+        inner = f'{node.module}.{alias.name}'
+        if inner in tree or f'{inner}.__init__' in tree:
+          continue
+        if not re.search(rf'\b{re.escape(alias.name)}\b', found):
+          yield (
+            f'{module}:{node.lineno} imports {inner}, which is nowhere: name '
+            'the module in which it is now'
+          )
 
 
 def check_relative(tree: Tree) -> Iterator[str]:
