@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moetion_jax import errors, report as report_lib
+from moetion_jax import errors, keys, report as report_lib
 from moetion_jax.recovery import events, notices, orders, splice as splice_lib
 
 
@@ -104,6 +104,19 @@ class Scan(Question):
   """Read what the stores hold of stages; `events.Scanned`."""
 
   stages: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadDigests(Question):
+  """Read what snapshots and lines say of states; `events.DigestsRead`.
+
+  Attributes:
+    iterations: the iterations of the states.
+    operators: by stage, all operators.
+  """
+
+  iterations: tuple[int, ...]
+  operators: tuple[frozenset[keys.OperatorId], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -105,6 +105,19 @@ class Scanned(Event):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DigestsRead(Event):
+  """Answers `actions.ReadDigests`: digests of whole states, by iteration.
+
+  Attributes:
+    stored: those that the snapshots of all stages together carry.
+    recorded: those that are written down.
+  """
+
+  stored: Mapping[int, str] = dataclasses.field(default_factory=dict)
+  recorded: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogsChecked(Event):
   """Answers `actions.CheckLogs`.
 

@@ -92,6 +92,15 @@ class Inventory:
     """Returns the iteration of a stage's oldest snapshot; 0 without any."""
     return min((name[0] for name in self._shares[stage]), default=0)
 
+  @property
+  def operators(self) -> tuple[frozenset[keys.OperatorId], ...]:
+    """The operators of each stage."""
+    return tuple(self._operators)
+
+  def iterations(self, stage: int) -> frozenset[int]:
+    """Returns the iterations of which a stage has a whole snapshot."""
+    return frozenset(coverage.whole_teams(self._shares[stage]))
+
   def starts(self, stage: int) -> tuple[coverage.Start, ...]:
     """Returns the valid starts of a stage, the initial state included."""
     starts = self._policy.starts(

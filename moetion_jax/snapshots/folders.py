@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from moetion_jax import codec, errors
+import numpy as np
+
+from moetion_jax import codec, errors, keys
 from moetion_jax.snapshots import coverage, interface, registry
+
+# Name of the digests among a snapshot's buffers. Where replicas divide the
+# training state, each share has the digests of some operators, and metadata of
+# the same name lists these operators.
+DIGESTS = 'digests'
 
 
 def snapshots_folder(
@@ -76,3 +83,41 @@ def find_shares(
   return [
     found[name] for name in coverage.whole_teams(found).get(iteration, ())
   ]
+
+
+def read_digests(
+  folder: str | os.PathLike[str],
+  stage: int,
+  iteration: int,
+  operators: Iterable[keys.OperatorId],
+) -> dict[keys.OperatorId, np.ndarray]:
+  """Reads the digests of a stage's operators that a snapshot carries.
+
+  Args:
+    folder: the store folder.
+    stage: the stage.
+    iteration: the iteration of the snapshot.
+    operators: the operators of the stage.
+
+  Returns:
+    The digests; {} if there is no such snapshot, it has others, or it is
+    damaged, which whoever loads it finds out.
+  """
+  names, rows = sorted(operators), []
+  divided: list[Sequence[Any]] = []
+  try:
+    for stored in find_shares(folder, stage, iteration):
+      with stored.open(iteration) as snapshot:
+        snapshot.verify(DIGESTS)
+        rows.append(np.array(snapshot.arrays[DIGESTS]))
+        divided += snapshot.metadata.get(DIGESTS, ())
+  except (errors.StoreError, KeyError):
+    return {}
+  if divided:
+    found = [keys.OperatorId(group, expert) for group, expert in divided]
+    rows = [np.concatenate(rows)]
+  else:
+    found = names  # each share has the digests of all, in their order
+  if not rows or len(rows[0]) != len(names) or sorted(found) != names:
+    return {}
+  return dict(zip(found, rows[0], strict=True))

@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 
 from moetion_jax import errors, keys
-from moetion_jax.snapshots import blocks, coverage
+from moetion_jax.snapshots import blocks, coverage, folders
 from moetion_jax.state import layout as layout_lib, partition
 
 STATE, COMPUTE, GRADIENTS = blocks.STATE, blocks.COMPUTE, blocks.GRADIENTS
-# Name of the digests among the extras. Where replicas divide the training
-# state, each snapshot has the digests of some operators, and metadata of the
-# same name lists these operators.
-DIGESTS = 'digests'
+# Name of the digests among the extras.
+DIGESTS = folders.DIGESTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,7 @@ class Run:
     last_recorded: the newest line that an earlier run wrote.
     splices: those of the run.
     damage: what a check of the logs finds.
+    foreign: iterations whose snapshots have another digest than their lines.
     begun: by stage, the iteration that it works on.
   """
 
@@ -107,6 +108,7 @@ class Run:
     self.last_recorded = 0
     self.splices = ()
     self.damage = ()
+    self.foreign = ()
     self.begun = [0] * stages
     self._skipped = 0
     self._recorded = base
@@ -179,6 +181,11 @@ class Run:
           ),
           newest={s: self.newest[s] for s in question.stages},
         )
+      case actions.ReadDigests():
+        recorded = {i: f'digest-{i}' for i in question.iterations}
+        foreign = recorded.keys() & self.foreign
+        stored = recorded | dict.fromkeys(foreign, 'another')
+        return events.DigestsRead(stored=stored, recorded=recorded)
       case actions.CheckLogs():
         check = segment_check.SegmentCheck(10, tuple(self.damage))
         return events.LogsChecked(checks=(check,), newest=tuple(self.newest))

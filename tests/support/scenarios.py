@@ -21,6 +21,8 @@ lines anew: read the difference.
   small log 2              it is smaller than the run needs
   lose snapshots 2 [9]     so are its snapshots, or one of them
   damage 9 stage=0         as found from now on: an entry of iteration 9
+  foreign 9                the snapshots of iteration 9 have another digest than
+                           their line
   left recorded=9 newest=9 snapshots=[4,9]    by an earlier run; `run base=9`
                            says that it was finished then, and goes on from its
                            checkpoint
@@ -172,6 +174,8 @@ def _happens(world, words):
       known = {'stage': 0, 'replica': 0, 'entry': 'E', **_fields(rest[1:])}
       one = segment_check.Damage(iteration=int(rest[0]), **known)
       world.damage = (*world.damage, one)
+    case 'foreign':
+      world.foreign = (*world.foreign, *map(int, rest))
     case 'next':
       world.wrong = rest[1] if rest[0] == 'wrong' else ''
       world.broken = rest[1] if rest[0] == 'broke' else ''
@@ -340,6 +344,8 @@ def _tell(action):
       return f'merge {one.stage}/{one.replica} {one.iteration}'
     case actions.Accept():
       return 'accept'
+    case actions.ReadDigests():
+      return f'read_digests {_listed({"iterations": action.iterations})}'
     case actions.CheckRoom():
       return 'check_room'
     case actions.Locate():
@@ -364,6 +370,9 @@ def _tell_answer(answer):
         f'no log of stage {s}' for s, n in enumerate(answer.log_bytes) if not n
       ]
       return '; '.join(found)
+    case events.DigestsRead():
+      wrong = [i for i, x in answer.stored.items() if x != answer.recorded[i]]
+      return f'other ones of {_ranges(wrong)}' if wrong else 'all equal'
     case events.LogsChecked():
       damaged = [d for check in answer.checks for d in check.damaged]
       return _damage(damaged) or 'all whole'

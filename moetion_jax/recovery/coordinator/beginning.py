@@ -157,6 +157,50 @@ def _check_lines(run: state_lib.Run, last_recorded: int) -> None:
     )
 
 
+def _check_digests(
+  run: state_lib.Run, last_recorded: int
+) -> state_lib.Asking[None]:
+  """Checks that the snapshots are of the states that are written down.
+
+  Nothing else would tell those of another run with the same settings: they have
+  right checksums, and from the last line on nothing is compared.
+
+  Raises:
+    errors.ConfigError: they are not; nothing has been removed yet.
+  """
+  if not run.settings.captures.policy.is_exact:
+    return
+  of_stages = [run.inventory.iterations(stage) for stage in run.stages]
+  iterations = sorted(
+    iteration
+    for iteration in frozenset.intersection(*of_stages)
+    if run.inventory.initial < iteration <= last_recorded
+    # What was taken with other software has digests of another trajectory.
+    and not any(
+      one.bars(stage, iteration)
+      for one in run.inventory.splices
+      for stage in run.stages
+    )
+  )
+  if not iterations:
+    return
+  found: events.DigestsRead = yield actions.ReadDigests(
+    iterations=tuple(iterations), operators=run.inventory.operators
+  )
+  for iteration, stored in found.stored.items():
+    recorded = found.recorded.get(iteration)
+    if recorded and stored != recorded:
+      raise errors.ConfigError(
+        'workdir',
+        run.settings.workdir,
+        f'metrics.jsonl in it has digest {recorded} for iteration {iteration}, '
+        f'but the snapshot of it in {run.settings.snapshots} has {stored}: it '
+        'is of another run, or that line was changed. Put back what belongs '
+        'there; without these snapshots, once they are moved away, the '
+        'iterations are done again',
+      )
+
+
 def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   """Lets everybody train: from what an earlier run left, if it left any."""
   found = yield from run.scan()
@@ -176,6 +220,8 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   initial = run.inventory.initial
   if plan.start == initial:
     _check_lines(run, last_recorded)
+  else:
+    yield from _check_digests(run, last_recorded)
   spliced: events.Spliced = yield actions.Splice(
     splice=splice_lib.Splice(
       exact_until=plan.start,

@@ -105,6 +105,11 @@ class Executor:
         self.keep(action.keeps)
       case actions.Scan():
         return self._stores.scan(action.stages)
+      case actions.ReadDigests():
+        return events.DigestsRead(
+          stored=self._stores.digests(action.iterations, action.operators),
+          recorded={i: self._recorder.digest(i) for i in action.iterations},
+        )
       case actions.CheckLogs():
         return self._stores.check_logs(action.drops_unreadable)
       case actions.DropDamaged():

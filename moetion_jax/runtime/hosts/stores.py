@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from moetion_jax import errors
+from moetion_jax import errors, keys, report
 from moetion_jax.hostmem import segment, segment_check
 from moetion_jax.recovery import events
 from moetion_jax.runtime.hosts import hosts as hosts_lib
@@ -81,6 +81,34 @@ class Stores:
       newest=newest,
       unreadable=tuple(unreadable),
     )
+
+  def digests(
+    self,
+    iterations: Iterable[int],
+    operators: Sequence[Collection[keys.OperatorId]],
+  ) -> dict[int, str]:
+    """Reads the digests of whole states that snapshots carry.
+
+    Args:
+      iterations: the iterations of the states.
+      operators: by stage, all operators.
+
+    Returns:
+      By iteration, those that the snapshots of all stages tell; what is damaged
+      is left out.
+    """
+    found = {}
+    for iteration in iterations:
+      of_stages = [
+        folders.read_digests(
+          self._snapshots_of(stage), stage, iteration, operators[stage]
+        )
+        for stage in self._stages
+      ]
+      if all(of_stages):
+        merged = {o: d for one in of_stages for o, d in one.items()}
+        found[iteration] = report.combine(merged)
+    return found
 
   def _log_bytes(self, stage: int) -> int:
     """Returns the size of a stage's smallest log; 0 if one is not whole."""

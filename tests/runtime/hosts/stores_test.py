@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moetion_jax import keys
+from moetion_jax import keys, report
 from moetion_jax.hostmem import (
   segment,
   segment_check,
@@ -12,7 +12,7 @@ from moetion_jax.hostmem import (
 )
 from moetion_jax.runtime.hosts import hosts, stores
 from moetion_jax.runtime.worker import fault_damage
-from moetion_jax.snapshots import folders, registry
+from moetion_jax.snapshots import folders, manifest, registry
 from tests.support import plain_store
 
 
@@ -133,3 +133,51 @@ def test_snapshots_are_those_of_the_store_in_use(one, kind, monkeypatch):
       assert snapshot.metadata['iteration'] == 4
   one.forget_snapshots([1])
   assert shares() == []
+
+
+def _store(root, stage, replica, replicas, rows, operators, iteration=4):
+  """Stores a share: its operators, and the digests of some or all."""
+  store = registry.make(
+    folders.snapshots_folder(root, stage, replica), 1 << 12, 2
+  )
+  store.start()
+  metadata = {
+    'iteration': iteration,
+    'replica': replica,
+    'replicas': replicas,
+    'state': keys.operators_to_json(operators),
+    'compute': [],
+  }
+  if len(rows) == len(operators) and replicas > 1:
+    metadata[folders.DIGESTS] = metadata['state']
+  store.save(
+    iteration,
+    metadata,
+    [manifest.Buffer('digests', rows.dtype, rows.shape, [rows])],
+  )
+  store.close()
+
+
+@pytest.mark.parametrize('is_divided', [False, True])
+def test_digests_of_states_are_read(one, is_divided):
+  """Of all replicas, whether each has those of all operators or its own."""
+  root = one.log_paths(1)[0].parent
+  expected, operators = {}, []
+  for stage, replicas in ((0, 1), (1, 2)):
+    names = [keys.OperatorId(f'{stage}', e) for e in range(4)]
+    operators.append(names)
+    rows = np.arange(8, dtype=np.uint32).reshape(4, 2) + stage
+    expected |= dict(zip(names, rows, strict=True))
+    for replica in range(replicas):
+      own = slice(replica, None, replicas)
+      has = rows[own] if is_divided else rows
+      assert one.digests([4], [names] * 2) == {}
+      _store(root, stage, replica, replicas, has, names[own])
+  assert one.digests([3, 4, 5], operators) == {4: report.combine(expected)}
+  assert one.digests([4], [operators[0], operators[1][:3]]) == {}
+  path = folders.snapshots_folder(root, 1, 0) / '4' / 'data'
+  with open(path, 'r+b') as file:
+    (byte,) = file.read(1)
+    file.seek(0)
+    file.write(bytes([byte ^ 1]))
+  assert one.digests([4], operators) == {}  # a damaged one says nothing
