@@ -157,6 +157,13 @@ class EntryMismatchError(WrongBitsError):
   """An entry was published twice with unequal contents: bits diverged."""
 
 
+class UnmetError(MoetionError):
+  """The members of a stage's world did not come together.
+
+  None of them has worked yet: that is no failure of the stage.
+  """
+
+
 class StoreError(MoetionError):
   """The host store is full, damaged or not usable here."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from moetion_jax import errors, report as report_lib
 from moetion_jax.hostmem import segment_check
-from moetion_jax.recovery import splice as splice_lib
+from moetion_jax.recovery import hang_detection, splice as splice_lib
 from moetion_jax.snapshots import coverage
 
 Name = tuple[int, int]  # a worker's stage and replica
@@ -58,9 +58,20 @@ class Died(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Looked(Event):
-  """Somebody looked which workers' processes are stopped by a signal."""
+  """Somebody looked at the workers' processes, and at the agents of hosts.
+
+  Attributes:
+    stopped: the workers that a signal has stopped.
+    usage: by worker, for those that are quiet, what they use of their machine.
+    away: the agent of another host that a signal has stopped, for people: it
+      passes nothing on of its workers, and serves nobody; '' for none.
+  """
 
   stopped: frozenset[Name] = frozenset()
+  usage: Mapping[Name, hang_detection.Usage] = dataclasses.field(
+    default_factory=dict
+  )
+  away: str = ''
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

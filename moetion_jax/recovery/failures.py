@@ -151,6 +151,7 @@ class Failures:
     """
     self._max_failures = max_failures
     self._of_stage: collections.Counter[int] = collections.Counter()
+    self._unmet: collections.Counter[int] = collections.Counter()
     self._diverged = 0
     self._damaged, self._damaged_at = 0, -1
 
@@ -177,6 +178,25 @@ class Failures:
           f'iteration {line}, the last one: {reason}; more than '
           f'--max_failures={self._max_failures} end the run'
         )
+
+  def add_unmet(self, stage: int, line: int, reason: str) -> None:
+    """Counts that a stage's world did not come together, which is no failure.
+
+    Args:
+      stage: the stage.
+      line: the recovery line, for the error.
+      reason: what a member of the world says.
+
+    Raises:
+      errors.UnmetError: it happened more often than it may.
+    """
+    self._unmet[stage] += 1
+    if self._unmet[stage] > self._max_failures:
+      raise errors.UnmetError(
+        f'{self._unmet[stage]} time(s) since iteration {line} the workers of '
+        f'stage {stage} did not come together, the last time: {reason}; more '
+        f'than --max_failures={self._max_failures} end the run'
+      )
 
   def add_divergence(self, failed: Mapping[int, str], stages: int) -> None:
     """Counts a rebuilt state whose digests are not those of before.
@@ -218,18 +238,25 @@ class Failures:
   def line_moved(self) -> None:
     """Counts all stages' failures anew: the run makes progress."""
     self._of_stage.clear()
+    self._unmet.clear()
 
   def all_caught_up(self) -> None:
     """Counts divergences anew: nobody is on the way back any more."""
     self._diverged = 0
 
-  def is_crash_loop(self, stage: int) -> bool:
-    """Returns True if one more failure of a stage would be too many."""
-    return self._of_stage[stage] >= self._max_failures
+  def is_crash_loop(self, stage: int, *, is_unmet: bool = False) -> bool:
+    """Returns True if one more failure of a stage would be too many.
+
+    Args:
+      stage: the stage.
+      is_unmet: whether it would be that its world does not come together.
+    """
+    counts = self._unmet if is_unmet else self._of_stage
+    return counts[stage] >= self._max_failures
 
   def forgive(self, stage: int) -> None:
     """Counts a stage's failures anew: something was done about them.
 
     That includes the one at hand, which is yet to be counted.
     """
-    self._of_stage[stage] = -1
+    self._of_stage[stage] = self._unmet[stage] = -1

@@ -18,6 +18,7 @@ class WorkerState(enum.StrEnum):
   STARTING = 'starting'
   WARMING = 'warming'  # a standby that prepares
   STANDBY = 'standby'
+  MEETING = 'meeting'  # the others of its stage world, for the first time
   COMPILING = 'compiling'
   RUNNING = 'running'
   WAITING = 'waiting'  # for an entry
@@ -40,13 +41,54 @@ class Shortage(enum.StrEnum):
 
 
 # A worker speaks four times a second. One that is silent for this long is
-# stopped, or so starved that nobody is served by waiting.
+# stopped, or hangs as a whole, unless it starves.
 _SILENCE_SECONDS = 10.0
+_QUIET_SECONDS = 1.0  # of this long it is looked at what the machine gives it
+# The parts of a silence: so much of it in a queue for a core says that it
+# starves, and so much of it at work says that it does not.
+_QUEUED_PART = 0.5
+_WORKED_PART = 0.05
 _STOPPED_SILENCE_SECONDS = 0.6  # if the kernel says that it is stopped
 _DEADLOCK_SECONDS = 30.0
 # States in which a worker lets the others of its world wait for it.
-_EXCUSES = (WorkerState.WAITING, WorkerState.BLOCKED, WorkerState.COMPILING)
+_EXCUSES = (
+  WorkerState.WAITING,
+  WorkerState.BLOCKED,
+  WorkerState.MEETING,
+  WorkerState.COMPILING,
+)
 _COLLECTIVE = 'reduce'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Usage:
+  """The use that a process makes of its machine, as the kernel counts it.
+
+  Attributes:
+    worked_seconds: time that its threads had a core, together.
+    queued_seconds: time that they waited for one, together. The wait at hand
+      may not be counted yet.
+    is_held: whether one of them waits for a core or a disk now, or runs.
+  """
+
+  worked_seconds: float
+  queued_seconds: float
+  is_held: bool
+
+
+def is_starved(before: Usage, now: Usage, seconds: float) -> bool:
+  """Returns True if the machine gave a process no time to speak.
+
+  Args:
+    before: its use of the machine soon after it spoke last.
+    now: the same as of now.
+    seconds: the time between them.
+  """
+  queued_seconds = now.queued_seconds - before.queued_seconds
+  worked_seconds = now.worked_seconds - before.worked_seconds
+  return queued_seconds >= _QUEUED_PART * seconds or (
+    now.is_held and worked_seconds <= _WORKED_PART * seconds
+  )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -62,6 +104,7 @@ class Seen:
     state_since: time since which it has been doing just that.
     heard_at: time of its last message.
     stopped_looks: looks in a row at which the kernel said that it is stopped.
+    is_starved: whether the machine gave it no time since then.
   """
 
   stage: int
@@ -72,6 +115,12 @@ class Seen:
   state_since: float
   heard_at: float
   stopped_looks: int = 0
+  is_starved: bool = False
+
+
+def is_quiet(one: Seen, now: float) -> bool:
+  """Returns True if a worker is silent for so long that `Usage` is of use."""
+  return now - one.heard_at > _QUIET_SECONDS
 
 
 def is_stopped(one: Seen) -> bool:
@@ -103,7 +152,10 @@ def hanging(
   # Until its first word nobody tells for it: on a busy machine imports alone
   # may take longer than a worker may be silent.
   is_new = one.state is WorkerState.STARTING
-  if silent_seconds > (hang_timeout_seconds if is_new else _SILENCE_SECONDS):
+  may_be_silent_seconds = hang_timeout_seconds if is_new else _SILENCE_SECONDS
+  if one.is_starved:
+    may_be_silent_seconds = max(hang_timeout_seconds, _SILENCE_SECONDS)
+  if silent_seconds > may_be_silent_seconds:
     return f'said nothing for {silent_seconds:.0f} s'
   if (
     one.state is WorkerState.RUNNING

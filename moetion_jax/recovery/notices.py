@@ -183,6 +183,7 @@ class Failed:
     advice: what to do if no damage explains it; '' for nothing.
     iteration: the iteration that it had begun.
     is_final: whether another attempt would end the same way.
+    is_unmet: whether the members of its world did not come together.
     has_wrong_bits: whether a damaged log entry may be the cause, though nobody
       found it.
     suspects: iterations of snapshots that may be damaged.
@@ -193,6 +194,7 @@ class Failed:
   advice: str = ''
   iteration: int
   is_final: bool = False
+  is_unmet: bool = False
   has_wrong_bits: bool = False
   suspects: tuple[int, ...] = ()
   corrupt: tuple[int, int] | None = None

@@ -10,8 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
+from moetion_jax.recovery import hang_detection
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_NANOSECONDS = 1e9
 
 
 def die_with(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
@@ -114,9 +117,38 @@ def exit_when_stopped(
 def is_stopped(pid: int) -> bool:
   """Returns True if the kernel has a process of this host stopped."""
   try:
-    with open(f'/proc/{pid}/stat', 'rb') as file:
-      stat = file.read()
+    return _state(f'/proc/{pid}') == 'T'
   except OSError:
     return False
-  # The process's name, in parentheses, may hold anything.
-  return stat.rpartition(b')')[2].split()[:1] == [b'T']
+
+
+def usage(pid: int) -> hang_detection.Usage | None:
+  """Reads what the threads of a process of this host use; None if it is gone.
+
+  None as well where the kernel does not count how long threads wait.
+  """
+  worked, queued, states = 0, 0, set[str]()
+  try:
+    for thread in os.listdir(folder := f'/proc/{pid}/task'):
+      with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        states.add(_state(f'{folder}/{thread}'))
+        with open(f'{folder}/{thread}/schedstat') as file:
+          times = file.read().split()
+        worked, queued = worked + int(times[0]), queued + int(times[1])
+  except OSError:
+    return None
+  if not worked:
+    return None
+  return hang_detection.Usage(
+    worked_seconds=worked / _NANOSECONDS,
+    queued_seconds=queued / _NANOSECONDS,
+    is_held=not states.isdisjoint('RD'),
+  )
+
+
+def _state(folder: str) -> str:
+  """Returns the letter for the state of a process or thread in /proc."""
+  with open(f'{folder}/stat', 'rb') as file:
+    stat = file.read()
+  # Its name, in parentheses, may hold anything.
+  return stat.rpartition(b')')[2].split()[0].decode()

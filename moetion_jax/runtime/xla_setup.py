@@ -52,7 +52,8 @@ def join_world(address: str, replicas: int, replica: int) -> None:
     replica: this process's number among them.
 
   Raises:
-    errors.MoetionError: the others did not come, or the port is taken.
+    errors.UnmetError: the others did not come. JAX ends the process instead
+      where the port is taken, or after the time limit.
   """
   # The agent ends workers; this service would swallow SIGTERM.
   jax.config.update('jax_enable_preemption_service', False)
@@ -69,7 +70,7 @@ def join_world(address: str, replicas: int, replica: int) -> None:
     jax_internals.gather_at(address.rpartition(':')[0])
     jax.devices()  # waits for the others
   except Exception as error:  # JAX passes on the RPC layer's errors
-    raise errors.MoetionError(
+    raise errors.UnmetError(
       f'the stage world at {address} did not come together: {error}'
     ) from error
   jax_internals.let_all_write_cache()

@@ -13,6 +13,8 @@ def _do(counts, steps):
     match step.split():
       case ['fail', stages]:
         counts.add({int(s): f'{s} died' for s in stages}, line=7)
+      case ['unmet', stage]:
+        counts.add_unmet(int(stage), line=7, reason='it met nobody')
       case ['diverge', stages]:
         counts.add_divergence({int(s): f'{s} differs' for s in stages}, 2)
       case ['damage', reached]:
@@ -43,6 +45,13 @@ def _do(counts, steps):
     ),
     pytest.param(1, ['damage 4', 'damage 3'], True, id='damage before that'),
     pytest.param(1, ['fail 0'], False, id='as many as allowed'),
+    pytest.param(1, ['fail 0', 'unmet 0'], False, id='unmet is apart'),
+    pytest.param(1, ['unmet 0', 'unmet 1'], False, id='unmet, two stages'),
+    pytest.param(1, ['unmet 0', 'fail 1', 'unmet 0'], True, id='unmet again'),
+    pytest.param(
+      1, ['unmet 0', 'line_moved', 'unmet 0'], False, id='met in between'
+    ),
+    pytest.param(0, ['forgive 0', 'unmet 0'], False, id='unmet, forgiven'),
     pytest.param(1, ['fail 0', 'fail 0'], True, id='one more'),
     pytest.param(2, ['fail 0', 'fail 0', 'fail 0'], True, id='two and one'),
     pytest.param(1, ['fail 0', 'fail 1'], False, id='each stage has its own'),

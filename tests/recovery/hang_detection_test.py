@@ -47,6 +47,19 @@ def _seen(state='running', state_seconds=0.1, silent_seconds=0.2, **fields):
       id='one that never said anything',
     ),
     pytest.param(
+      _seen(silent_seconds=100.0, is_starved=True), '', id='one that starves'
+    ),
+    pytest.param(
+      _seen(silent_seconds=100.1, is_starved=True),
+      'said nothing for 100 s',
+      id='one that starves for longer than a program may run',
+    ),
+    pytest.param(
+      _seen(stopped_looks=2, silent_seconds=0.7, is_starved=True),
+      'was stopped (SIGSTOP) while running update',
+      id='one that starves, and is stopped',
+    ),
+    pytest.param(
       _seen(stopped_looks=2, silent_seconds=0.7),
       'was stopped (SIGSTOP) while running update',
       id='stopped',
@@ -66,6 +79,34 @@ def _seen(state='running', state_seconds=0.1, silent_seconds=0.2, **fields):
 )
 def test_hanging(seen, words):
   assert hang_detection.hanging(seen, 100.0, 0.0) == words
+
+
+@pytest.mark.parametrize(
+  ('worked', 'queued', 'is_held', 'starves'),
+  [
+    pytest.param(0.0, 0.0, False, False, id='it sleeps'),
+    pytest.param(9.0, 0.1, True, False, id='it spins, and nobody else does'),
+    pytest.param(0.1, 5.0, False, True, id='it waited half of the time'),
+    pytest.param(0.1, 4.9, False, False, id='not quite'),
+    pytest.param(0.0, 0.0, True, True, id='it waits for the first time'),
+    pytest.param(0.5, 0.0, True, True, id='it waits, and got little'),
+    pytest.param(0.6, 0.0, True, False, id='it waits, and got more'),
+    pytest.param(3.0, 7.0, True, True, id='it shares a core'),
+  ],
+)
+def test_is_starved(worked, queued, is_held, starves):
+  before = hang_detection.Usage(
+    worked_seconds=70.0, queued_seconds=90.0, is_held=True
+  )
+  now = hang_detection.Usage(
+    worked_seconds=70 + worked, queued_seconds=90 + queued, is_held=is_held
+  )
+  assert hang_detection.is_starved(before, now, 10.0) is starves
+
+
+def test_is_quiet():
+  assert hang_detection.is_quiet(_seen(silent_seconds=1.1), 0.0)
+  assert not hang_detection.is_quiet(_seen(silent_seconds=1.0), 0.0)
 
 
 def _waiting(stage, seconds=30.0, state='waiting'):

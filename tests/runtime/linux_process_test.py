@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -57,3 +58,27 @@ def test_the_kernel_knows_who_is_stopped():
     process.wait()
   assert not linux_process.is_stopped(process.pid)  # it is no more
   assert not linux_process.is_stopped(os.getpid())
+
+
+def test_the_kernel_counts_what_a_process_is_given():
+  """Two that want one core, and one that wants none."""
+  core = min(os.sched_getaffinity(0))
+  spin = f'import os\nos.sched_setaffinity(0, [{core}])\nwhile True: pass'
+  spinners = [subprocess.Popen([sys.executable, '-c', spin]) for _ in range(2)]
+  sleeper = subprocess.Popen(['sleep', '60'])
+  try:
+    deadline = time.monotonic() + 60
+    while True:
+      found = linux_process.usage(spinners[0].pid)
+      assert found is not None and time.monotonic() < deadline, found
+      if min(found.worked_seconds, found.queued_seconds) > 0.2:
+        break
+    assert found.is_held
+    while (slept := linux_process.usage(sleeper.pid)) and slept.is_held:
+      assert time.monotonic() < deadline
+    assert slept is not None and slept.queued_seconds < found.queued_seconds
+  finally:
+    for process in (*spinners, sleeper):
+      process.kill()
+      process.wait()
+  assert linux_process.usage(sleeper.pid) is None

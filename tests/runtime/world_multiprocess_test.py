@@ -138,3 +138,46 @@ def test_replicas_that_share_the_training_state(host, workdir, undisturbed):
     (e['stage'], e['replica']) for e in runs.of_kind(workdir, 'failure')
   ]
   assert failed == [(1, 1), (0, 0), (0, 1)]
+
+
+# The first of all workers takes the port of its world before the world does. In
+# a later one the second member comes to the first collective too late for gloo.
+_UNMET = """
+import os, socket, sys, time
+if 'moetion_jax.runtime.worker.main' in sys.orig_argv:
+  from moetion_jax.programs import jax_internals
+  from moetion_jax.runtime import xla_setup
+  def is_first(name):
+    try:
+      open(os.path.join(os.environ['UNMET'], name), 'x').close()
+    except FileExistsError:
+      return False
+    return True
+  join, meet = xla_setup.join_world, jax_internals.meet
+  def join_late(address, *rest):
+    if is_first('port'):
+      host, port = address.split(':')
+      taken = socket.create_server((host, int(port)))
+    join(address, *rest)
+  def meet_late(name):
+    meet(name)
+    if is_first('gloo'):
+      time.sleep(45)
+  xla_setup.join_world, jax_internals.meet = join_late, meet_late
+"""
+
+
+@pytest.mark.soak
+def test_worlds_that_do_not_come_together(host, workdir, tmp_path, undisturbed):
+  """No failures: with --max_failures=1 there may be one of each as well."""
+  (tmp_path / 'sitecustomize.py').write_text(_UNMET)
+  environment = {'PYTHONPATH': str(tmp_path), 'UNMET': str(tmp_path)}
+  flags = '--max_failures=1', '--nostandby'
+  run = worlds.train(host, workdir, flags=flags, environment=environment)
+  out, _ = runs.end(run, seconds=worlds.SECONDS)
+  runs.check_finished(host, workdir, runs.bits(undisturbed))
+  assert not runs.of_kind(workdir, 'failure')
+  port, gloo = runs.of_kind(workdir, 'unmet')
+  assert 'while meeting the others of its stage' in port['error']
+  assert 'did not come together for its first collective' in gloo['error']
+  assert out.count('that counts as no failure') == 2

@@ -17,6 +17,8 @@ lines anew: read the difference.
   next wrong "..."         the next report is found to be wrong
   next broke "..."         the next question finds no answer
   next splice              the next start is with other software
+  starve 1                 as found from now on: it gets no time; none: all do
+  away NAME                from now on the agent of that host is stopped; nobody
   lose log 2               as found from now on: a stage's log is gone
   small log 2              it is smaller than the run needs
   lose snapshots 2 [9]     so are its snapshots, or one of them
@@ -44,6 +46,7 @@ from moetion_jax.hostmem import segment_check
 from moetion_jax.recovery import (
   actions,
   events,
+  hang_detection,
   notices,
   orders,
   splice as splice_lib,
@@ -85,6 +88,20 @@ class _World(recoveries.Run):
     self.wrong = ''
     self.broken = ''
     self.is_other = False
+    self.starved, self.usage = frozenset(), {}
+    self.away = ''
+
+  def look(self, stopped=()):
+    """Somebody looks at the processes."""
+    usage = hang_detection.Usage(
+      worked_seconds=0.0, queued_seconds=self.now, is_held=False
+    )
+    self.usage |= dict.fromkeys(self.starved, usage)
+    return self.handle(
+      events.Looked(
+        stopped=frozenset(stopped), usage=self.usage, away=self.away
+      )
+    )
 
   def _answer(self, question):
     if self.broken:
@@ -185,7 +202,11 @@ def _happens(world, words):
     case 'train':
       world.train(int(rest[0]))
     case 'looked':
-      world.handle(events.Looked(stopped=frozenset(map(_name, rest))))
+      world.look(map(_name, rest))
+    case 'starve':
+      world.starved = frozenset(map(_name, rest))
+    case 'away':
+      world.away = ' '.join(rest)
     case 'died':
       how = 'was killed by SIGKILL'
       world.dies(*_name(rest[0]), **{'how': how, **_fields(rest[1:])})
@@ -236,7 +257,7 @@ def _wait(world, seconds, silent):
           steps=one.steps,
         )
         world.says(one.stage, message, one.replica)
-    done = world.handle(events.Looked())
+    done = world.look()
     if any(isinstance(action, (actions.Kill, *_ENDS)) for action in done):
       return
 

@@ -8,7 +8,7 @@ WINDOW = 3
 SECONDS = 240.0
 
 
-def train(host, workdir, *faults, replicas=REPLICAS, flags=()):
+def train(host, workdir, *faults, replicas=REPLICAS, flags=(), **how):
   """Starts one; see `runs.Host.train`."""
   return host.train(
     workdir,
@@ -20,6 +20,7 @@ def train(host, workdir, *faults, replicas=REPLICAS, flags=()):
     '--dropout_rate=0.1',
     *(f'--fail={fault}' for fault in faults),
     *flags,
+    **how,
   )
 
 

@@ -130,7 +130,7 @@ class Coordinator:
     if not isinstance(event, events.Said):
       return handlers[type(event)](state, event)
     worker, message = state.worker(event.worker), event.message
-    worker.heard_at = state.watched
+    worker.heard(state.watched)
     if worker.is_going_back and isinstance(message, _PAST):
       return None
     return handlers[type(message)](state, worker, message)

@@ -17,6 +17,7 @@ from moetion_jax.recovery import (
 from moetion_jax.recovery.coordinator import going_back, state as state_lib
 
 _DAMAGE_EVENTS = 20  # at most, of one check
+_NO_FAILURE = ' (that counts as no failure)'
 
 
 def died_early(state: state_lib.Beginning, event: events.Died) -> None:
@@ -31,10 +32,15 @@ def died_early(state: state_lib.Beginning, event: events.Died) -> None:
   error = failures_lib.WorkerError(
     worker.stage, worker.iteration, what, cause=cause
   )
-  state.deaths += 1
-  if state.deaths > state.settings.max_failures:
+  if _judge_unmet(worker):
+    state.unmet += 1
+  else:
+    state.deaths += 1
+  if max(state.deaths, state.unmet) > state.settings.max_failures:
     raise error
-  state.note(f'{error}; it is started again.')
+  if worker.is_unmet:
+    _record(state, worker, error)
+  state.note(f'{error}{_NO_FAILURE * worker.is_unmet}; it is started again.')
   state.replace(worker.stage, has_begun=False)
   for replica in state.team(worker.stage):
     state.ready.pop((worker.stage, replica), None)
@@ -56,14 +62,8 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
     worker.begun(max(found.newest[stage], run.inventory.newest(stage)))
   what = run.describe(worker, event)
   error = failures_lib.WorkerError(stage, worker.iteration, what)
-  run.record(
-    'failure',
-    stage=stage,
-    replica=worker.replica,
-    iteration=worker.iteration,
-    generation=worker.generation,
-    error=str(error),
-  )
+  _judge_unmet(worker)
+  _record(run, worker, error)
   try:
     team = _team_without(run, worker, what)
     if going_back.goes_together(run):
@@ -76,9 +76,35 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
   if plan is not None:
     stages = ', '.join(map(str, plan.stages))
     run.note(
-      f'{error}; stage(s) {stages} recover(s) from iteration '
-      f'{plan.first_iteration} on, the others wait.'
+      f'{error}{_NO_FAILURE * worker.is_unmet}; stage(s) {stages} recover(s) '
+      f'from iteration {plan.first_iteration} on, the others wait.'
     )
+
+
+def _judge_unmet(worker: state_lib.Worker) -> bool:
+  """Returns True, and notes it, if a dead worker's world did not come together.
+
+  It has said so, or died before it had met the others: JAX ends processes that
+  do not meet, and on a machine that has much to do they may not, or be killed.
+  """
+  is_meeting = worker.state is hang_detection.WorkerState.MEETING
+  worker.is_unmet = worker.is_unmet or is_meeting
+  return worker.is_unmet
+
+
+def _record(
+  state: state_lib.State,
+  worker: state_lib.Worker,
+  error: failures_lib.WorkerError,
+) -> None:
+  state.record(
+    'unmet' if worker.is_unmet else 'failure',
+    stage=worker.stage,
+    replica=worker.replica,
+    iteration=worker.iteration,
+    generation=worker.generation,
+    error=str(error),
+  )
 
 
 def _lost_logs(run: state_lib.Run, found: events.Scanned) -> set[int]:
@@ -95,8 +121,12 @@ def failed_early(
   """Ends the run, since a worker cannot begin, or would fail again.
 
   Raises:
-    failures_lib.WorkerError: always.
+    failures_lib.WorkerError: always, but for a world that does not meet.
   """
+  if message.is_unmet:
+    worker.is_unmet = True
+    state.kill(worker, f'failed: {message.error}')
+    return
   raise failures_lib.WorkerError(worker.stage, message.iteration, message.error)
 
 
@@ -121,6 +151,7 @@ def failed(
     failed_early(run, worker, message)
   worker.begun(message.iteration)
   worker.suspects, worker.corrupt = message.suspects, message.corrupt
+  worker.is_unmet = message.is_unmet
   # Quicker than its own end, and cannot hang.
   run.kill(worker, f'failed: {message.error}')
 
@@ -164,7 +195,8 @@ def _team_without(
     )
   team = run.team(stage)
   has_none = not _may_start(run, len(team))
-  is_hopeless = has_none or run.failures.is_crash_loop(stage)
+  is_loop = run.failures.is_crash_loop(stage, is_unmet=worker.is_unmet)
+  is_hopeless = has_none or is_loop
   if is_hopeless and settings.shrinks and len(team) > 1:
     team = tuple(r for r in team if r != worker.replica)
     run.failures.forgive(stage)
@@ -214,18 +246,38 @@ def looked_early(state: state_lib.Beginning, event: events.Looked) -> None:
   """Ends workers that are stopped before all can train.
 
   Those that are silent may import or compile.
+
+  Raises:
+    failures_lib.HangError: the agent of another host stays stopped.
   """
-  _note_stopped(state, event)
+  _note_looks(state, event)
   for worker in state.workers:
     if hang_detection.is_stopped(worker) and not worker.reason:
       why = f'was stopped (SIGSTOP) while {worker.state}'
       state.kill(worker, why, hangs=True)
 
 
-def _note_stopped(state: state_lib.State, event: events.Looked) -> None:
+def _note_looks(state: state_lib.State, event: events.Looked) -> None:
   for worker in state.workers:
-    is_stopped = worker.name in event.stopped
+    # Whoever has the agent of its host go on does so with it, a moment later.
+    is_stopped = worker.name in event.stopped and not event.away
     worker.stopped_looks = (worker.stopped_looks + 1) * is_stopped
+    if usage := event.usage.get(worker.name):
+      worker.uses(usage, state.now)
+  timeout_seconds = state.settings.hang_timeout_seconds
+  if not event.away:
+    state.away_seconds = 0.0
+  elif not state.away:
+    state.note(
+      f'{event.away} is stopped (SIGSTOP), and all wait for it; the run ends '
+      f'if that lasts {timeout_seconds:g} s'
+    )
+  elif state.away_seconds > timeout_seconds:
+    raise failures_lib.HangError(
+      f'{event.away} was stopped (SIGSTOP) for {state.away_seconds:.0f} s '
+      f'(--hang_timeout={timeout_seconds:g})'
+    )
+  state.away = event.away
 
 
 def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
@@ -233,10 +285,11 @@ def looked(run: state_lib.Run, event: events.Looked) -> state_lib.Asking[None]:
 
   Raises:
     failures_lib.WorkerError: there is no room for what a worker has.
+    failures_lib.HangError: the agent of another host stays stopped.
     errors.MoetionError: everybody waits for somebody, and no damaged entry
       explains it.
   """
-  _note_stopped(run, event)
+  _note_looks(run, event)
   timeout_seconds = run.settings.hang_timeout_seconds
   for worker in run.workers:
     if why := hang_detection.hanging(

@@ -154,7 +154,10 @@ def _count(
 ) -> None:
   """Counts a failure; `suspects`: snapshots of it that may be damaged."""
   failed = {worker.stage: reason}
-  run.failures.add(failed, run.line, hangs=worker.hangs)
+  if worker.is_unmet:
+    run.failures.add_unmet(worker.stage, run.line, reason)
+  else:
+    run.failures.add(failed, run.line, hangs=worker.hangs)
   if suspects:
     run.failures.add_divergence(failed, len(run.stages))
     for stage in failed:

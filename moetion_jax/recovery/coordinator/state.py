@@ -79,6 +79,10 @@ class Worker(hang_detection.Seen):
     hangs: whether that is because it hangs.
     suspects: iterations of snapshots that it found to be damaged.
     corrupt: stage and iteration of a log entry that it found to be damaged.
+    is_unmet: whether its world did not come together.
+    usage: what it used of its machine when it was found to be quiet; None while
+      it speaks.
+    usage_at: the time of that.
     has_caught_up: whether it has caught up with its predecessor, if any.
     is_idle: whether it has nothing to do until it is told to go.
     is_going_back: whether it was told to stop, and has not said that it did.
@@ -92,6 +96,9 @@ class Worker(hang_detection.Seen):
   hangs: bool = False
   suspects: tuple[int, ...] = ()
   corrupt: tuple[int, int] | None = None
+  is_unmet: bool = False
+  usage: hang_detection.Usage | None = None
+  usage_at: float = 0.0
   has_caught_up: bool = False
   is_idle: bool = True
   is_going_back: bool = False
@@ -101,6 +108,18 @@ class Worker(hang_detection.Seen):
   def name(self) -> events.Name:
     """Its name in events and actions."""
     return self.stage, self.replica
+
+  def heard(self, watched: float) -> None:
+    """Takes in that it speaks, after so many seconds that were watched."""
+    self.heard_at, self.usage, self.is_starved = watched, None, False
+
+  def uses(self, usage: hang_detection.Usage, now: float) -> None:
+    """Takes in what it uses of its machine, since it is quiet."""
+    if self.usage is None:
+      self.usage, self.usage_at = usage, now
+    self.is_starved = hang_detection.is_starved(
+      self.usage, usage, now - self.usage_at
+    )
 
   def begun(self, iteration: int) -> None:
     """Takes in that it has begun an iteration, if that is news."""
@@ -116,6 +135,8 @@ class State:
     out: the actions that are to be returned.
     now: the time.
     watched: seconds in which it was seen what happens, see `tick`.
+    away: the agent of another host that is stopped, for people; '' for none.
+    away_seconds: seconds in which it was seen that it is.
     crew: by stage, the workers by replica.
     started: the number of workers that were started.
     signals: how often the user asked to stop.
@@ -126,6 +147,8 @@ class State:
   out: list[actions.Action] = dataclasses.field(default_factory=list)
   now: float = 0.0
   watched: float = 0.0
+  away: str = ''
+  away_seconds: float = 0.0
   crew: list[dict[int, Worker]] = dataclasses.field(default_factory=list)
   started: int = 0
   signals: int = 0
@@ -136,13 +159,19 @@ class State:
 
     An agent looks several times a second. If it says nothing for longer, it was
     stopped, or the machine gave it no time: then workers that it did not hear
-    were not silent, and those of the same machine had no time either.
+    were not silent, and those of the same machine had no time either. So it is
+    while the agent of another host is stopped: nobody hears its workers, and
+    the others may wait for what it serves.
 
     Args:
       now: the time, in seconds.
     """
-    self.watched += min(now - self.now, _UNWATCHED_SECONDS)
+    seconds = min(now - self.now, _UNWATCHED_SECONDS)
     self.now = now
+    if self.away:
+      self.away_seconds += seconds
+    else:
+      self.watched += seconds
 
   def do(self, action: actions.Action) -> None:
     """Has something done, after all that was decided before."""
@@ -248,12 +277,14 @@ class Beginning(State):
   Attributes:
     ready: what the workers said that can.
     deaths: the number of deaths.
+    unmet: the number of those that are no failures, see `Worker.is_unmet`.
   """
 
   ready: dict[events.Name, notices.Ready] = dataclasses.field(
     default_factory=dict
   )
   deaths: int = 0
+  unmet: int = 0
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -171,17 +171,32 @@ class Agent:
       self._handle(events.StopAsked(times=times))
 
   def _look(self) -> None:
-    """Looks now and then which workers are stopped."""
+    """Looks now and then who is stopped, and what quiet workers are given."""
     now = time.monotonic()
     if now - self._looked_at < _LOOK_SECONDS:
       return
     self._looked_at = now
-    stopped = {
-      name
+    pids = {
+      name: worker.pid
       for name, worker in self._crew.workers.items()
-      if worker.exit_code is None and linux_process.is_stopped(worker.pid)
+      if worker.exit_code is None
     }
-    self._handle(events.Looked(stopped=frozenset(stopped)))
+    state = self._coordinator.state
+    quiet = {
+      one.name
+      for one in state.workers
+      if hang_detection.is_quiet(one, state.watched)
+    }
+    usage = {n: linux_process.usage(pids[n]) for n in quiet & pids.keys()}
+    self._handle(
+      events.Looked(
+        stopped=frozenset(
+          name for name, pid in pids.items() if linux_process.is_stopped(pid)
+        ),
+        usage={name: one for name, one in usage.items() if one},
+        away=self._hosts.away(),
+      )
+    )
 
   def _take(
     self,

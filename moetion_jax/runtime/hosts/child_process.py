@@ -205,6 +205,11 @@ class ChildProcess(Generic[_Spec, _Sent]):
     if self._process is not None and self._process.poll() is None:
       self._process.kill()
 
+  def resume(self) -> None:
+    """Has the process go on if a signal has stopped it."""
+    if self._process is not None and self._process.poll() is None:
+      self._process.send_signal(signal.SIGCONT)
+
   def close(self) -> None:
     """Waits for the process to end, then closes its pipes. Idempotent.
 

@@ -199,6 +199,13 @@ class Hosts:
       )
     )
 
+  def away(self) -> str:
+    """Names the agent of another host that a signal has stopped; '' if none."""
+    for host in self.others:
+      if linux_process.is_stopped(host.pid):
+        return f'{host.name}: its agent (pid {host.pid})'
+    return ''
+
   def agents(self) -> list[dict[str, Any]]:
     """Returns the agents of all hosts, as in `workers.json`."""
     return [

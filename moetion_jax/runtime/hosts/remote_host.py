@@ -246,9 +246,13 @@ class RemoteHost:
         print(f'Not removed: {error}', file=sys.stderr)
 
   def _wait(self, is_enough: Callable[[], bool]) -> bool:
-    """True once `is_enough()` or the agent has ended; False on timeout."""
+    """True once `is_enough()` or the agent has ended; False on timeout.
+
+    An agent that is stopped goes on, since it has to act.
+    """
     if self._gone:
       return True
+    self._process.resume()
     deadline = time.monotonic() + _GRACE_SECONDS
     with selectors.DefaultSelector() as selector:
       for fd in (self._process.status_fd, self._process.output_fd):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from moetion_jax import errors
@@ -16,6 +16,7 @@ from moetion_jax.runtime import messages
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
   from moetion_jax.logs import interface as log_interface
 
+_OTHERS = 'the others of its stage'
 _STATE_SECONDS = 0.25  # between two looks at what the worker does
 
 Decide = Callable[[decision_lib.CaptureDecision], None]
@@ -47,6 +48,7 @@ class AgentLink:
     self._lock = threading.Lock()  # one message at a time
     self._commands: queue.Queue[messages.ToWorker] = queue.Queue()
     self._program = 'starting'
+    self._is_meeting = False
     self._shortage: hang_detection.Shortage | None = None
     self._scarce = ''
     self._worker: Any = None
@@ -104,6 +106,17 @@ class AgentLink:
   def compiling(self, program: str) -> None:
     """Notes the program that is compiled now."""
     self._program = program
+
+  @contextlib.contextmanager
+  def meeting(self) -> Iterator[None]:
+    """Notes that the worker meets its world, while the context lasts.
+
+    The agent hears it before: JAX may end this process, and not say why.
+    """
+    self._is_meeting = True
+    self.send(self._state())
+    yield
+    self._is_meeting = False
 
   def training(self, worker: Any) -> None:
     """Sets whose progress is reported; None for nobody."""
@@ -184,6 +197,10 @@ class AgentLink:
 
   def _state(self) -> notices.State:
     states, worker = hang_detection.WorkerState, self._worker
+    if self._is_meeting:
+      return notices.State(
+        state=states.MEETING, detail=_OTHERS, iteration=0, steps=0
+      )
     if worker is None:
       return notices.State(
         state=states.COMPILING, detail=self._program, iteration=0, steps=0

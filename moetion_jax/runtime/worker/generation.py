@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from moetion_jax import errors, keys, report as report_lib
@@ -90,6 +91,7 @@ class StageRun:
     self._closing = contextlib.ExitStack()
     self._told = 0
     self._has_met = False  # the others of the world, in a collective
+    self._is_meeting = False  # until that is done
 
   def sizes(self) -> planner.StageSizes:
     """Returns the sizes of the stage's operators."""
@@ -128,6 +130,13 @@ class StageRun:
         self._train(command)
         if isinstance(self._finish(), messages.Exit):
           break
+      except jax.errors.JaxRuntimeError as error:
+        if not self._is_meeting:
+          raise
+        raise errors.UnmetError(
+          f'the stage world at {self._spec.world} did not come together for '
+          f'its first collective: {error}'
+        ) from error
       except errors.MoetionError:
         if not self._link.is_interrupted:
           raise
@@ -157,10 +166,16 @@ class StageRun:
     """Begins a phase: raises if the worker is to go back, injects faults."""
     if self._link.is_interrupted:
       raise agent_link.StopHereError
+    self._is_meeting = False
     self._injector.phase(phase, iteration)
     if phase == _COLLECTIVE and self._spec.world and not self._has_met:
       self._has_met = True
-      jax_internals.meet(phase)
+      self._meet(phase)
+
+  def _meet(self, name: str) -> None:
+    """Waits for the others of the world, before a first collective of all."""
+    self._is_meeting = True
+    jax_internals.meet(name)
 
   def _train(self, go: orders.Go) -> None:
     """Trains until the run ends or stops.
@@ -187,7 +202,7 @@ class StageRun:
     fetched = time.monotonic()
     snapshots = self._snapshots(go, log)
     if self._stage.ownership and spec.world:
-      jax_internals.meet('compute')  # it gathers its compute weights
+      self._meet('compute')  # it gathers its compute weights
 
     def retain(line: int) -> None:
       if snapshots:

@@ -168,7 +168,8 @@ def _work(
 
   position = spec.team.index(spec.replica)
   if spec.world and not (prepared and prepared.loaded):
-    xla_setup.join_world(spec.world, len(spec.team), position)
+    with link.meeting():
+      xla_setup.join_world(spec.world, len(spec.team), position)
   found = read_environment.read()
   environment.check_replacement(spec.environment, found)
   job = job_lib.make(spec.job)
@@ -252,6 +253,7 @@ def main() -> int:
         advice=error.advice if is_nan else '',
         iteration=link.iteration,
         is_final=isinstance(error, _FINAL),
+        is_unmet=isinstance(error, errors.UnmetError),
         has_wrong_bits=isinstance(error, errors.WrongBitsError),
         suspects=error.suspects if is_own else (),
         corrupt=(error.key.stage, error.key.iteration)

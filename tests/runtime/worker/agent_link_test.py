@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from moetion_jax.recovery import notices, orders
+from moetion_jax import errors
+from moetion_jax.recovery import hang_detection, notices, orders
 from moetion_jax.runtime import messages
 from moetion_jax.runtime.worker import agent_link
 
@@ -95,3 +96,28 @@ def test_it_hears_while_its_agent_reads_nothing(pipes):
   assert len(_heard(said, notices.Failed).error) == 2 * _PIPE_BYTES
   assert _heard(said, notices.Answer) == notices.Answer(limit=3, begun=0)
   thread.join(_SECONDS)
+
+
+def test_the_agent_hears_first_that_a_worker_meets_the_others(pipes):
+  """JAX ends a process that does not meet them, and says nothing more."""
+  link, said, _ = pipes
+  meeting = hang_detection.WorkerState.MEETING
+  with link.meeting():
+    # Before the thread looks again: this is written already.
+    known = [
+      messages.unpack(line)
+      for line in os.read(said.fileno(), _PIPE_BYTES).splitlines()
+    ]
+    assert known[-1].state is meeting
+  while _heard(said, notices.State).state is meeting:
+    pass
+
+
+def test_who_has_not_met_the_others_says_so_to_the_end(pipes):
+  link, said, _ = pipes
+  meeting = hang_detection.WorkerState.MEETING
+  with pytest.raises(errors.UnmetError), link.meeting():
+    raise errors.UnmetError
+  while _heard(said, notices.State).state is not meeting:
+    pass
+  assert _heard(said, notices.State).state is meeting
