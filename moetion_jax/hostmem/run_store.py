@@ -184,8 +184,11 @@ def close_store(store: store_folder.StoreFolder, *, keep: bool) -> None:
 
 
 def tidy(folder: str | os.PathLike[str]) -> None:
-  """Removes from a store folder what only its past processes needed."""
-  for path in pathlib.Path(folder).iterdir():
+  """Removes from a store folder what only its past processes needed.
+
+  Somebody may have removed the folder.
+  """
+  for path in pathlib.Path(folder).glob('*'):
     if path.is_socket() or path.suffix in _TEMPORARY_SUFFIXES:
       path.unlink()
     elif path.name.startswith(STATE_PREFIX):

@@ -145,6 +145,35 @@ class StoreFolder:
       with contextlib.suppress(OSError):  # a full tmpfs: it is of use only
         self._replace_owner(self._owner_before)
 
+  @property
+  def is_gone(self) -> bool:
+    """True if the folder that `start` locked was removed, or moved away."""
+    if not self.lock_fds:
+      return False
+    try:
+      status = os.stat(self.path)
+    except (FileNotFoundError, NotADirectoryError):
+      return True
+    return not os.path.samestat(status, os.fstat(self.lock_fds[0]))
+
+  def make_anew(self) -> None:
+    """Makes the folder anew, empty, after somebody removed it while it lived.
+
+    The descriptors keep their numbers, and have the locks of the new folder.
+
+    Raises:
+      StoreError: as of `start`; then the descriptors are as before.
+    """
+    before, new = self.lock_fds, ()
+    try:
+      self.start()
+      new = self.lock_fds
+    finally:
+      self.lock_fds = before
+    for ours, its in zip(before, new, strict=True):
+      os.dup2(its, ours, inheritable=False)
+    _close(new)
+
   def close(self) -> None:
     """Gives the lock back and keeps the folder; may be called twice."""
     _close(self.lock_fds)

@@ -100,6 +100,11 @@ class Keep(Action):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MakeStores(Action):
+  """Make the stores anew that somebody removed, or end the run."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan(Question):
   """Read what the stores hold of stages; `events.Scanned`."""
 

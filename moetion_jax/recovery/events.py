@@ -107,12 +107,14 @@ class Scanned(Event):
       or not whole.
     newest: by stage that was to be scanned, the newest iteration of its logs.
     unreadable: why snapshots are left out, one reason each.
+    gone: the stores that somebody removed as a whole, for people; '' for none.
   """
 
   shares: Mapping[int, tuple[coverage.Share, ...]]
   log_bytes: tuple[int, ...]
   newest: Mapping[int, int]
   unreadable: tuple[str, ...] = ()
+  gone: str = ''
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

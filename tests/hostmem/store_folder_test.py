@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -209,3 +210,37 @@ def test_reserve_beyond_tmpfs_leaves_no_file(store):
   with pytest.raises(errors.StoreError, match='--shm-size'):
     store_folder.reserve(store.path / 'data', size_bytes)
   assert not (store.path / 'data').exists()
+
+
+def test_a_folder_that_was_removed_is_made_anew(store):
+  """Its descriptors stay: processes that start later inherit its locks."""
+  before = store.lock_fds
+  assert not store.is_gone
+  shutil.rmtree(store.path)
+  assert store.is_gone
+  store.make_anew()
+  assert not store.is_gone and store.lock_fds == before
+  assert not any(map(os.get_inheritable, before))
+  assert store_folder.read_owner(store.path)['run_id'] == store.run_id
+  other = store_folder.StoreFolder(store.path.parent, store.run_id)
+  with pytest.raises(errors.StoreError, match='in use by a living run'):
+    other.start()
+  store.close()
+  other.start()
+  assert not store.is_gone  # nobody says so of one that is closed
+  other.close()
+
+
+def test_a_folder_that_somebody_else_has_made_meanwhile(store):
+  """It is used if nobody lives there; else all is as before."""
+  shutil.rmtree(store.path)
+  other = store_folder.StoreFolder(store.path.parent, store.run_id)
+  other.start()
+  assert store.is_gone
+  before = store.lock_fds
+  with pytest.raises(errors.StoreError, match='in use by a living run'):
+    store.make_anew()
+  assert store.lock_fds == before and store.is_gone
+  other.close()
+  store.make_anew()
+  assert not store.is_gone

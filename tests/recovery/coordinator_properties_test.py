@@ -445,6 +445,13 @@ class _World(recoveries.Run):
         self.missing.add(stage)
         self.published[stage].clear()
         self.shares[stage].clear()
+      case 'lose_all':
+        process.lives = False
+        self.gone = 'STORE'
+        for each in range(self.stages):
+          self.missing.add(each)
+          self.published[each].clear()
+          self.shares[each].clear()
       case 'lose_log':
         self.missing.add(stage)
         self.published[stage].clear()
@@ -472,6 +479,7 @@ _faults = st.tuples(
       'wrong_bits',
       'corrupt_entry',
       'lose_store',
+      'lose_all',
       'lose_log',
       'damage_snapshot',
       'ask',

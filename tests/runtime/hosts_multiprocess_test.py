@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import socket
+import time
 
 import pytest
 import zmq
 
+from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
+from moetion_jax.recovery import hang_detection
 from moetion_jax.runtime.records import held_run
 from tests.support import helpers, runs
 
@@ -130,6 +133,32 @@ def test_a_leader_that_was_killed(host, tmp_path, undisturbed):
   assert len(first) == 2 and min(first) > 1
   assert runs.bits(runs.metrics(workdir)) == undisturbed
   assert host.is_clean()
+
+
+@pytest.mark.soak
+def test_a_host_agent_that_is_stopped_for_a_while(host, tmp_path, undisturbed):
+  """Longer than a worker may be silent: nobody fails; then forever: it ends."""
+  workdir = tmp_path / 'run'
+  run = host.train(workdir, _TWO)
+  runs.until(run, 'iteration 6/')
+  pid = _agents(workdir)[1]['pid']
+  os.kill(pid, signal.SIGSTOP)
+  said = runs.until(run, 'is stopped (SIGSTOP), and all wait for it')
+  assert f'its agent (pid {pid})' in said
+  time.sleep(hang_detection._SILENCE_SECONDS + 5)
+  os.kill(pid, signal.SIGCONT)
+  runs.end(run)
+  assert not {'failure', 'recovery_started'} & {*runs.kinds(workdir)}
+  assert runs.bits(runs.metrics(workdir)) == undisturbed
+  assert host.is_clean()
+
+  workdir = tmp_path / 'another'
+  run = host.train(workdir, _TWO, '--hang_timeout=5')
+  runs.until(run, 'iteration 6/')
+  os.kill(_agents(workdir)[1]['pid'], signal.SIGSTOP)
+  _, err = runs.end(run, errors.ExitCode.HUNG)
+  assert 'was stopped (SIGSTOP) for' in err and 'same command' in err
+  assert host.has_ended()
 
 
 def test_a_store_of_another_host_that_is_in_use(host, tmp_path):

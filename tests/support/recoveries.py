@@ -57,6 +57,7 @@ class Run:
     interval: iterations between snapshots.
     replay: what a snapshot holds of the operators outside its slot.
     missing: the stages that miss a log.
+    gone: the store that somebody has removed; '' for none.
     small: the stages whose log is smaller than the run needs.
     last_recorded: the newest line that an earlier run wrote.
     splices: those of the run.
@@ -104,6 +105,7 @@ class Run:
     self.interval = captures.get('interval', 1)
     self.replay = captures.get('replay', 'microbatches')
     self.missing = set()
+    self.gone = ''
     self.small = set()
     self.last_recorded = 0
     self.splices = ()
@@ -136,6 +138,8 @@ class Run:
           self.last_recorded = min(self.last_recorded, action.iteration)
         elif isinstance(action, actions.Begin):
           self._recorded = action.iteration
+        elif isinstance(action, actions.MakeStores):
+          self.gone = ''
         elif isinstance(action, actions.DropLogs):
           self._drop_logs()
         elif isinstance(action, actions.MoveLine):
@@ -180,6 +184,7 @@ class Run:
             for s in range(self.stages)
           ),
           newest={s: self.newest[s] for s in question.stages},
+          gone=self.gone,
         )
       case actions.ReadDigests():
         recorded = {i: f'digest-{i}' for i in question.iterations}

@@ -21,6 +21,7 @@ lines anew: read the difference.
   away NAME                from now on the agent of that host is stopped; nobody
   lose log 2               as found from now on: a stage's log is gone
   small log 2              it is smaller than the run needs
+  lose store               all of them, and the folder that they were in
   lose snapshots 2 [9]     so are its snapshots, or one of them
   damage 9 stage=0         as found from now on: an entry of iteration 9
   foreign 9                the snapshots of iteration 9 have another digest than
@@ -186,7 +187,7 @@ def _happens(world, words):
     case 'small':
       world.small.add(int(rest[1]))
     case 'lose':
-      _lose(world, rest[0], *map(int, rest[1:]))
+      _lose(world, rest[0], *map(int, rest[1:] or '0'))
     case 'damage':
       known = {'stage': 0, 'replica': 0, 'entry': 'E', **_fields(rest[1:])}
       one = segment_check.Damage(iteration=int(rest[0]), **known)
@@ -282,6 +283,12 @@ def _left(world, recorded, newest=0, snapshots=(1, 0)):
 
 
 def _lose(world, what, stage, *iterations):
+  if what == 'store':
+    world.gone = 'STORE'
+    world.missing = set(range(world.stages))
+    for shares in world.shares:
+      shares.clear()
+    return
   if what == 'log':
     world.missing.add(stage)
     return
@@ -390,6 +397,7 @@ def _tell_answer(answer):
       found += [
         f'no log of stage {s}' for s, n in enumerate(answer.log_bytes) if not n
       ]
+      found += [f'{answer.gone} is gone'] * bool(answer.gone)
       return '; '.join(found)
     case events.DigestsRead():
       wrong = [i for i, x in answer.stored.items() if x != answer.recorded[i]]

@@ -28,19 +28,22 @@ def died_early(state: state_lib.Beginning, event: events.Died) -> None:
   """
   worker = state.worker(event.worker)
   what = state.describe(worker, event)
+  is_unmet = _judge_unmet(worker)
   cause = failures_lib.HangError(what) if worker.hangs else None
+  if is_unmet:
+    cause = errors.UnmetError(what)
   error = failures_lib.WorkerError(
     worker.stage, worker.iteration, what, cause=cause
   )
-  if _judge_unmet(worker):
+  if is_unmet:
     state.unmet += 1
   else:
     state.deaths += 1
   if max(state.deaths, state.unmet) > state.settings.max_failures:
     raise error
-  if worker.is_unmet:
+  if is_unmet:
     _record(state, worker, error)
-  state.note(f'{error}{_NO_FAILURE * worker.is_unmet}; it is started again.')
+  state.note(f'{error}{_NO_FAILURE * is_unmet}; it is started again.')
   state.replace(worker.stage, has_begun=False)
   for replica in state.team(worker.stage):
     state.ready.pop((worker.stage, replica), None)
@@ -55,6 +58,8 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
   worker = run.worker(event.worker)
   stage = worker.stage
   found = yield from run.scan((stage,))
+  if found.gone:
+    yield from _lose_stores(run, found.gone)
   lost = _lost_logs(run, found)
   if others := lost - {stage}:  # who lost a log may have lost all
     yield from run.scan(tuple(sorted(others)))
@@ -79,6 +84,23 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
       f'{error}{_NO_FAILURE * worker.is_unmet}; stage(s) {stages} recover(s) '
       f'from iteration {plan.first_iteration} on, the others wait.'
     )
+
+
+def _lose_stores(run: state_lib.Run, gone: str) -> state_lib.Asking[None]:
+  """Takes in that stores were removed: logs and snapshots are lost at once.
+
+  Otherwise each worker would find it out for itself, and no replacement could
+  begin.
+  """
+  run.record('store_lost', path=gone)
+  run.do(actions.MakeStores())
+  yield from run.scan()
+  if not any(map(run.inventory.newest, run.stages)):
+    run.do(actions.Keep(keeps=False))
+  run.note(
+    f'{gone}: was removed while its run lived. What it held is lost, logs and '
+    'snapshots; it is made anew'
+  )
 
 
 def _judge_unmet(worker: state_lib.Worker) -> bool:

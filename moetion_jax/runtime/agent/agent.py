@@ -8,6 +8,7 @@ decides; the executor does it. The agent computes nothing and imports no JAX.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import selectors
 import signal
@@ -25,7 +26,13 @@ from moetion_jax.runtime.agent import (
   executor,
   settings as agent_settings,
 )
-from moetion_jax.runtime.hosts import child_process, crew, hosts, stores
+from moetion_jax.runtime.hosts import (
+  child_process,
+  crew,
+  hosts,
+  standbys,
+  stores,
+)
 from moetion_jax.runtime.records import recorder, workdir
 
 _LOOK_SECONDS = 0.25  # between two looks for workers that hang
@@ -201,9 +208,14 @@ class Agent:
   def _take(
     self,
     worker: child_process.WorkerProcess,
-    message: messages.FromWorker | None,
+    message: messages.FromWorker | standbys.LostStandby | None,
   ) -> None:
     """Takes in what a process said; None: it has ended."""
+    if isinstance(message, standbys.LostStandby):
+      fields = dataclasses.asdict(message)
+      self._recorder.event('standby_lost', replica=worker.replica, **fields)
+      self._recorder.view.note(str(message))
+      return
     name = worker.stage, worker.replica
     if worker.is_closed:  # by something else that happened at the same time
       return

@@ -103,6 +103,8 @@ class Executor:
         beginning.check_room(self._where, self._folder, action.needed_bytes)
       case actions.Keep():
         self.keep(action.keeps)
+      case actions.MakeStores():
+        self._hosts.make_stores()
       case actions.Scan():
         return self._stores.scan(action.stages)
       case actions.ReadDigests():
@@ -281,8 +283,11 @@ class Executor:
       self.last_words.append(how)
 
   def _how_to_go_on(self, *, cause_stays: bool) -> str:
+    is_kept = self.keeps_store and not self._hosts.gone()
+    if self._stores.is_durable:
+      is_kept = self.keeps_store
     return ending.how_to_go_on(
-      self._stores.snapshot_names() if self.keeps_store else '',
+      self._stores.snapshot_names() if is_kept else '',
       self._folder.base.path if self._folder.base else '',
       has_begun=self.has_begun,
       starts_over=self._starts_over,

@@ -55,7 +55,11 @@ class Transcript:
       self._unlogged.append(line)
 
   def open_log(self, path: pathlib.Path) -> None:
-    """Writes lines to a file as well from now on, and those kept so far."""
+    """Writes lines to a file as well from now on, and those kept so far.
+
+    Its folder is made anew, should somebody have removed it.
+    """
+    path.parent.mkdir(exist_ok=True)
     record_files.unshare(path)
     self._log = open(path, 'a+b', buffering=0)
     if self._log.seek(0, os.SEEK_END):

@@ -33,7 +33,10 @@ from moetion_jax.runtime.hosts import (
 )
 from moetion_jax.state import division
 
-News = tuple[child_process.WorkerProcess, messages_lib.FromWorker | None]
+News = tuple[
+  child_process.WorkerProcess,
+  messages_lib.FromWorker | standbys.LostStandby | None,
+]
 
 
 class Crew:
@@ -43,7 +46,8 @@ class Crew:
 
   Attributes:
     workers: the workers by stage and replica.
-    news: what processes said, in order; None: one has ended.
+    news: what processes said, in order; None: one has ended, a `LostStandby`
+      that was nobody's worker.
   """
 
   def __init__(
@@ -76,7 +80,11 @@ class Crew:
     self._workdir_fds, store_fds = lock_fds
     self._lock_fds = (*self._workdir_fds, *store_fds)
     self._standbys = standbys.Standbys(
-      self._replicas, hosts.standby, self._start, self.end
+      self._replicas,
+      hosts.standby,
+      self._start,
+      self.end,
+      lambda standby, lost: self.news.append((standby, lost)),
     )
     self._places = placement.place(
       job.train.stages * self._replicas,
@@ -165,7 +173,7 @@ class Crew:
       return f'127.0.0.1:{probe.getsockname()[1]}'
 
   def warm_standbys(self, platform: str) -> None:
-    """Starts the missing ones of a world's standbys, unless they keep dying.
+    """Starts the missing ones of a world's standbys, see `Standbys.warm`.
 
     Args:
       platform: the platform for which they lower their programs.
@@ -283,7 +291,7 @@ class Crew:
     self._forget(worker.pid_fd)
     self._on_status(worker)  # its last message says more than its exit code
     if worker in self._standbys.everyone:
-      self._standbys.died(worker)
+      self._standbys.died(worker, worker.describe_exit())
       return
     self.news.append((worker, None))
 

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moetion_jax import keys
+from moetion_jax import errors, keys
 from moetion_jax.hostmem import run_store, segment, store_folder
 from moetion_jax.logs import remote
 from moetion_jax.runtime import (
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
   from moetion_jax.runtime.hosts import remote_host
 
 _SECRET_BYTES = 32
+
+
+class StoreGoneError(errors.StoreError):
+  """A host's store was removed; a run that starts again makes another one."""
+
+  is_passing = True
 
 
 class Hosts:
@@ -147,6 +153,27 @@ class Hosts:
   def stores(self) -> list[pathlib.Path]:
     """Returns the store folders of all hosts."""
     return [self._store.path, *(host.store for host in self.others)]
+
+  def gone(self) -> list[pathlib.Path]:
+    """Returns the store folders that somebody removed while the run lived."""
+    first = [self._store.path] if self._store.is_gone else []
+    began = (host.store for host in self.others if host.address)
+    return [*first, *(path for path in began if not path.is_dir())]
+
+  def make_stores(self) -> None:
+    """Makes the store anew after somebody removed it.
+
+    Raises:
+      errors.StoreError: it cannot be made, or there are several hosts, whose
+        servers know the one that is gone.
+    """
+    if self.others:
+      names = ' and '.join(map(str, self.gone()))
+      raise StoreGoneError(
+        f'{names}: was removed while its run lived, and with several hosts '
+        'that cannot be made anew'
+      )
+    self._store.make_anew()
 
   def keep(self, keep: bool) -> None:
     """Sets whether the other hosts' stores stay when they are closed."""

@@ -80,6 +80,7 @@ class Stores:
       log_bytes=tuple(map(self._log_bytes, self._stages)),
       newest=newest,
       unreadable=tuple(unreadable),
+      gone=' and '.join(map(str, self._hosts.gone())),
     )
 
   def digests(

@@ -205,6 +205,8 @@ _ENDS = [
   (plan.UnrecoverableError('nothing is left to start from'), False),
   (failures.HangError('every stage waits'), False),
   (failures.NoReplacementError('--policy=none'), True),
+  (errors.UnmetError('the world did not come together, again'), True),
+  (hosts_lib.StoreGoneError('store-host1: was removed'), True),
   (remote_host.HostError('host-1: it cannot be used'), False),
   (remote_host.HostDiedError('host-1: its agent was killed'), True),
   (

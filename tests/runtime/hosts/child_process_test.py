@@ -72,3 +72,14 @@ def test_a_full_disk_leaves_no_child_open(capfd):
     with pytest.raises(OSError, match='Bad file descriptor'):
       os.fstat(fd)
   child.close()
+
+
+def test_a_folder_of_logs_that_was_removed_is_made_anew(tmp_path):
+  """But not the workdir, if that is what was removed."""
+  transcript = child_process.Transcript('stage 0')
+  transcript.add(b'said before')
+  transcript.open_log(tmp_path / 'logs' / 'stage-0.log')
+  transcript.close()
+  assert (tmp_path / 'logs' / 'stage-0.log').read_bytes() == b'said before\n'
+  with pytest.raises(FileNotFoundError):
+    transcript.open_log(tmp_path / 'run' / 'logs' / 'stage-0.log')

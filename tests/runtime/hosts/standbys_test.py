@@ -21,6 +21,7 @@ class _Processes:
 
   def __init__(self, replicas):
     self.started, self.ended, self.refuses = [], [], False
+    self.lost = []
     worlds = (f'world {n}' for n in itertools.count(1))
     self.new_world = lambda: next(worlds)
     self.standbys = standbys.Standbys(
@@ -30,6 +31,7 @@ class _Processes:
       ),
       self._start,
       self.ended.append,
+      lambda worker, lost: self.lost.append(lost),
     )
 
   def _start(self, worker, spec):
@@ -51,12 +53,13 @@ class _Processes:
 
 
 @pytest.mark.parametrize('replicas', [1, 2])
-def test_one_that_cannot_be_started_does_not_end_the_run(replicas, capsys):
+def test_one_that_cannot_be_started_does_not_end_the_run(replicas):
   them = _Processes(replicas)
   them.refuses = True
   assert them.warm() == [] and not them.standbys.everyone
   assert len(them.ended) == 1
-  assert 'Resource temporarily unavailable' in capsys.readouterr().err
+  (lost,) = them.lost
+  assert lost.how.endswith('Resource temporarily unavailable')
   them.refuses = False
   assert len(them.warm()) == replicas
 
@@ -91,7 +94,7 @@ def test_a_world_that_lost_one_is_of_no_use():
   them = _Processes(2)
   them.warm()
   first, second = them.standbys.everyone
-  them.standbys.died(second)
+  them.standbys.died(second, 'ended')
   assert them.ended == [first, second] and not them.standbys.everyone
   assert [world for _, _, world, _ in them.warm()] == ['world 2'] * 2
 
@@ -109,6 +112,7 @@ def test_one_that_is_stopped_is_ended(replicas):
     team = tuple(range(replicas))
     assert them.standbys.take(0, team, 'here') == standbys.TakenStandby()
     assert them.ended == everyone and not them.standbys.everyone
+    assert [lost.how for lost in them.lost] == ['was stopped (SIGSTOP)']
   finally:
     for worker in everyone:
       worker._process.kill()
@@ -130,15 +134,40 @@ def test_without_a_backend_each_is_its_own(changes):
   taken = them.standbys.take(0, (1,), 'here')  # a shrunk stage
   assert taken.world == '' and list(taken.workers) == [1]
   assert [s for s, *_ in them.warm(**changes)] == [1]
-  them.standbys.died(them.standbys.everyone[0])
+  them.standbys.died(them.standbys.everyone[0], 'ended')
   assert len(them.ended) == 1 and len(them.standbys.everyone) == 1
 
 
-def test_those_that_keep_dying_are_given_up():
+def test_those_that_keep_dying_are_started_less_and_less():
+  """Warm or not; once one is needed, another is started at once."""
+  them = _Processes(1)
+  starts = []
+  for iteration in range(70):
+    if them.warm():
+      starts.append(iteration)
+      (one,) = them.standbys.everyone
+      them.standbys.died(one, 'was killed by SIGKILL')
+  assert starts == [0, 1, 3, 7, 15, 31, 63]
+  assert [lost.deaths for lost in them.lost] == [1, 2, 3, 4, 5, 6, 7]
+  assert str(them.lost[0]).endswith('needed, and another one is started')
+  assert str(them.lost[-1]) == (
+    'a standby was killed by SIGKILL; that makes 7 since one was needed, and '
+    'another one is started 63 iterations later'
+  )
+  while not them.warm():
+    pass
+  assert them.standbys.take(0, (0,), 'here').workers
+  assert them.warm()
+  them.standbys.died(them.standbys.everyone[0], 'ended')
+  assert them.lost[-1].deaths == 1 and them.warm()
+
+
+def test_a_world_that_keeps_dying_before_it_is_warm():
   them = _Processes(2)
-  for _ in range(3):
+  starts = []
+  for iteration in range(10):
     them.standbys.warm(SPEC, them.new_world)
-    assert len(them.standbys.everyone) == 2
-    them.standbys.died(them.standbys.everyone[0])
-  them.standbys.warm(SPEC, them.new_world)
-  assert not them.standbys.everyone
+    if them.standbys.everyone:
+      starts.append(iteration)
+      them.standbys.died(them.standbys.everyone[0], 'exited with code 1')
+  assert starts == [0, 1, 3, 7]
