@@ -160,8 +160,8 @@ class EntryMismatchError(WrongBitsError):
 class UnmetError(MoetionError):
   """The members of a stage's world did not come together.
 
-  None of them has worked yet: that is no failure of the stage. A run that starts
-  again has other ports, and perhaps more time.
+  None of them has worked yet: that is no failure of the stage. A run that
+  starts again has other ports, and perhaps more time.
   """
 
   is_passing = True

@@ -8,6 +8,7 @@ after that shows by a NaN, or when the entry is verified once more.
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -199,6 +200,42 @@ def test_files_that_are_cut_or_removed(host, workdir, undisturbed):
   for stage in range(STAGES):
     (first, *_) = [e['error'] for e in failures if e['stage'] == stage]
     assert 'cut or removed' in first or 'SIGBUS' in first, first
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('flag', [_WINDOW, _DENSE])
+def test_a_store_and_the_logs_of_output_that_are_removed(
+  host, workdir, undisturbed, flag
+):
+  """Once they are lost, all begin anew: no stage fails a second time."""
+  run = _train(host, workdir, flags=[flag, '--max_failures=1'])
+  runs.until(run, 'iteration 6/')
+  (store,) = host.path.glob('moetion-*')
+  shutil.rmtree(workdir / 'logs')
+  store.rename(tmp := host.path / 'removed')  # at once, unlike the next line
+  shutil.rmtree(tmp)
+  runs.end(run, seconds=SECONDS)
+  _check(host, workdir, undisturbed)
+  (lost,) = runs.of_kind(workdir, 'store_lost')
+  assert lost['path'] == str(store)
+  started = runs.of_kind(workdir, 'recovery_started')
+  assert {e['stage'] for e in started} == set(range(STAGES))
+  assert {e['first_iteration'] for e in started} == {1}
+  assert os.listdir(workdir / 'logs')
+
+
+@pytest.mark.soak
+def test_a_store_of_several_hosts_that_is_removed(host, workdir, undisturbed):
+  """The run ends at once, and the same command does all again."""
+  run = _train(host, workdir, flags=[_WINDOW, _TWO])
+  runs.until(run, 'iteration 6/')
+  (store,) = host.path.glob('moetion-*-host1')
+  shutil.rmtree(store)
+  _, err = runs.end(run, 1, seconds=SECONDS)
+  assert f'{store}: was removed while its run lived' in err
+  assert err.splitlines()[-1] == 'The same command starts over.'
+  runs.end(_train(host, workdir, flags=[_WINDOW, _TWO]), seconds=SECONDS)
+  _check(host, workdir, undisturbed)
 
 
 # ---- after it was verified ---------------------------------------------------
