@@ -114,7 +114,7 @@ class AgentLink:
     The agent hears it before: JAX may end this process, and not say why.
     """
     self._is_meeting = True
-    self.send(self._state())
+    self._tell_state()
     yield
     self._is_meeting = False
 
@@ -191,9 +191,13 @@ class AgentLink:
   def _tell(self) -> None:
     """Tells what the worker does, again and again: silence is a sign too."""
     while True:
-      self.send(self._state())
+      self._tell_state()
       with contextlib.suppress(queue.Empty):
         self.send(self._answers.get(timeout=_STATE_SECONDS))
+
+  def _tell_state(self) -> None:
+    with self._lock:  # or what was so before might be told after this
+      messages.write(self._status_fd, messages.pack(self._state()))
 
   def _state(self) -> notices.State:
     states, worker = hang_detection.WorkerState, self._worker

@@ -105,7 +105,7 @@ def test_the_agent_hears_first_that_a_worker_meets_the_others(pipes):
   with link.meeting():
     # Before the thread looks again: this is written already.
     known = [
-      messages.unpack(line)
+      messages.unpack(messages.FromWorker, line)
       for line in os.read(said.fileno(), _PIPE_BYTES).splitlines()
     ]
     assert known[-1].state is meeting
