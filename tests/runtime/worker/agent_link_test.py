@@ -70,7 +70,8 @@ def test_the_line_is_told_when_it_moves(pipes):
     if told.get(timeout=_SECONDS) == 5:
       break
   tell(messages.Line(iteration=8))
-  assert told.get(timeout=_SECONDS) == 8  # nobody asked
+  while told.get(timeout=_SECONDS) != 8:  # nobody asked; 5 may come twice
+    pass
 
 
 def test_it_hears_while_its_agent_reads_nothing(pipes):
