@@ -35,6 +35,7 @@ from absl import flags
 from launch.chaos import draw, outside
 from launch.lm import command_line
 from moetion_jax import errors
+from moetion_jax.runtime import linux_process
 from moetion_jax.runtime.hosts import child_process
 
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the faults.')
@@ -116,7 +117,7 @@ class ChaosRun:
 
   def _kill(self) -> None:
     for pid in self.living():
-      os.kill(pid, signal.SIGKILL)
+      linux_process.send_signal(pid, signal.SIGKILL)
     self._are_gone()
 
   def _finish(self, coming: list[outside.Fault]) -> str:

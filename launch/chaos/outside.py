@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 from moetion_jax.hostmem import segment
+from moetion_jax.runtime import linux_process
 
 _POLL_SECONDS = 0.02
 _BALLAST = 'ballast'
@@ -89,8 +90,7 @@ def _signal_worker(number: signal.Signals, *, is_standby: bool = False) -> Act:
       if is_standby:
         is_meant = one['stage'] is None
       if is_meant and one['pid'] in run.living():
-        os.kill(one['pid'], number)
-        return True
+        return linux_process.send_signal(one['pid'], number)
     return False
 
   return act

@@ -1,4 +1,4 @@
-"""Processes that die with their parent, and signals to select on (Linux)."""
+"""Processes that die with their parent, and signals: sent, selected on."""
 
 from __future__ import annotations
 
@@ -112,6 +112,15 @@ def exit_when_stopped(
   for number in (signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_DFL:
       signal.signal(number, leave)
+
+
+def send_signal(pid: int, number: signal.Signals) -> bool:
+  """Sends a signal to a process; returns False if there is none any more."""
+  try:
+    os.kill(pid, number)
+  except ProcessLookupError:
+    return False
+  return True
 
 
 def is_stopped(pid: int) -> bool:

@@ -1,6 +1,5 @@
 """`launch.show` and `launch.convert` on what real runs leave behind."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +29,7 @@ from moetion_jax import (
   report as report_lib,
 )
 from moetion_jax.capture import conversion
+from moetion_jax.runtime import linux_process
 from moetion_jax.runtime.checkpoints import file as checkpoint_file
 from moetion_jax.runtime.records import checkpoint_folder
 from moetion_jax.snapshots import coverage
@@ -60,8 +60,7 @@ def stop(host, workdir, *flags, at=12, kill=False):
     runs.stop(run)
     return
   for pid in host.processes():
-    with contextlib.suppress(ProcessLookupError):
-      os.kill(pid, signal.SIGKILL)
+    linux_process.send_signal(pid, signal.SIGKILL)
   run.communicate(timeout=runs.SECONDS)
   runs.wait_for(lambda: not host.processes())
 

@@ -1,8 +1,6 @@
 """`launch.show` and `launch.convert` on what replicas leave behind."""
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 
@@ -11,6 +9,7 @@ import pytest
 from launch.lm import transformer_job
 from launch.offline import rebuild, scan
 from moetion_jax import report
+from moetion_jax.runtime import linux_process
 from moetion_jax.snapshots import file as snapshot_file
 from tests.support import helpers, runs
 
@@ -40,8 +39,7 @@ def left(request, tmp_path_factory):
     )
     runs.until(run, f'iteration {LAST}/')
     for pid in host.processes():
-      with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+      linux_process.send_signal(pid, signal.SIGKILL)
     run.communicate(timeout=SECONDS)
     runs.wait_for(lambda: not host.processes())
     yield workdir, host.path

@@ -17,6 +17,7 @@ import uuid
 from launch.lm import settings as run_settings
 from launch.offline import scan
 from moetion_jax import codec, errors, report
+from moetion_jax.runtime import linux_process
 from moetion_jax.runtime.hosts import child_process
 from tests.support import helpers
 
@@ -41,7 +42,7 @@ class Host:
       run.kill()
       run.communicate()
     for pid in self.processes():
-      os.kill(pid, signal.SIGKILL)
+      linux_process.send_signal(pid, signal.SIGKILL)
     subprocess.run(['rm', '-rf', self.path], check=True)
 
   def start(

@@ -55,6 +55,15 @@ def _do(run, kind, **fields):
   return outside.TABLE[kind].act(run, fault)
 
 
+def test_a_worker_that_ends_meanwhile_is_not_hit(run):
+  run.names = ((1, 0),)
+  listed = [run.reader.pid]
+  run.reader.kill()
+  run.reader.wait()
+  run.living = lambda: listed
+  assert not _do(run, outside.Kind.KILL_WORKER)
+
+
 def test_a_worker_is_found_by_its_name(run):
   run.names = (0, 0), (1, 1), (None, 0)
   assert not _do(run, outside.Kind.KILL_WORKER)
