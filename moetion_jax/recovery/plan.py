@@ -99,6 +99,14 @@ class RecoveryPlan:
       self, applied_until=dict.fromkeys(self.stages, self.start)
     )
 
+  def until_complete(self) -> RecoveryPlan:
+    """Returns the same plan without the snapshots that no conversion needs."""
+    until = {
+      stage: min(iteration, max(self.start, self.complete_at[stage]))
+      for stage, iteration in self.applied_until.items()
+    }
+    return dataclasses.replace(self, applied_until=until)
+
 
 def recovery_line(
   starts_by_stage: Sequence[Sequence[int]],

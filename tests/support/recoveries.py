@@ -42,7 +42,7 @@ def share(
     state=slot,
     compute=frozenset() if is_recorded else rest,
     gradients=rest if is_recorded else frozenset(),
-    is_record=is_recorded,
+    is_record=True,  # as every worker says
   )
 
 
@@ -101,7 +101,8 @@ class Run:
     self.done = []
     self.shares = [{} for _ in range(stages)]
     self.newest = [0] * stages
-    self.length = {'sparse': 3, 'partial': _EXPERTS}.get(policy, 1)
+    lengths = {'sparse': 3, 'partial': _EXPERTS}
+    self.length = captures.get('window_length') or lengths.get(policy, 1)
     self.interval = captures.get('interval', 1)
     self.replay = captures.get('replay', 'microbatches')
     self.missing = set()

@@ -204,11 +204,13 @@ def _check_digests(
 def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   """Lets everybody train: from what an earlier run left, if it left any."""
   found = yield from run.scan()
-  # A log that is too small now is not needed: everybody goes back alike.
+  # A log that is too small now is not needed: everybody goes back alike. Where
+  # nobody goes back alone no log is used.
   lost = {
     stage
     for stage, size in enumerate(found.log_bytes)
     if size < run.log_size(stage).file_bytes
+    or not run.settings.captures.policy.is_local
   }
   if found.unreadable:
     run.note(
@@ -231,6 +233,7 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
   if spliced.is_due:
     yield from run.scan()
     lost, last_recorded = set(run.stages), min(last_recorded, plan.start)
+    plan = plan.until_complete()  # later ones are gone
   run.inventory.splices = splice_lib.in_force(spliced.splices)
   run.inventory.is_running = True
   run.recorded = plan.start
