@@ -26,7 +26,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,15 @@ _OWN_NAMES = frozenset(
     *COMMIT_NAMES,
   }
 )
+
+# The contents of a folder of snapshots: patterns of names, None for a file.
+# `.tmp` and `.old` are of `durable_store`.
+TREE: Mapping[str, Any] = {
+  r'\d+(\.tmp|\.old|\.replaced)?': {
+    re.escape(MANIFEST_NAME) + r'(\.new)?': None,
+    re.escape(DATA_NAME): None,
+  }
+}
 
 _SNAPSHOT_NAME = re.compile(
   rf'(0|[1-9][0-9]*)({re.escape(REPLACED_SUFFIX)})?', re.ASCII
@@ -179,10 +188,16 @@ def write(
     else:
       data_file.move(directory / DATA_NAME)
     manifest = manifest_lib.fill(data_file.memory, buffers, metadata)
+  _write_manifest(directory, manifest)
+  return sum(buffer.nbytes for buffer in buffers)
+
+
+def _write_manifest(
+  directory: pathlib.Path, manifest: manifest_lib.Manifest
+) -> None:
   temporary = directory / (MANIFEST_NAME + '.new')
   private.write(temporary, manifest.pack())
   temporary.rename(directory / MANIFEST_NAME)
-  return sum(buffer.nbytes for buffer in buffers)
 
 
 # --- Reading -----------------------------------------------------------------
@@ -353,6 +368,28 @@ def _read_manifest(
       f'{manifest.used_bytes} bytes'
     )
   return manifest
+
+
+# --- Damage ------------------------------------------------------------------
+
+
+def falsify(
+  directory: str | os.PathLike[str],
+  change: Callable[[dict[str, np.ndarray]], Iterable[str]],
+) -> None:
+  """Changes arrays of a snapshot, see `interface.StoredSnapshots.falsify`."""
+  directory = pathlib.Path(directory)
+  manifest = read_manifest(directory)
+  with open(directory / DATA_NAME, 'r+b') as file:
+    memory = np.frombuffer(mmap.mmap(file.fileno(), 0), np.uint8)
+  arrays = StoredSnapshot(directory, manifest, memory).arrays
+  _write_manifest(directory, manifest.with_checksums(arrays, change(arrays)))
+
+
+def tear(directory: str | os.PathLike[str]) -> None:
+  """Cuts a snapshot's data in half."""
+  path = pathlib.Path(directory, DATA_NAME)
+  os.truncate(path, read_manifest(directory).used_bytes // 2)
 
 
 # --- The folder --------------------------------------------------------------

@@ -26,6 +26,16 @@ def snapshots_folder(
   return pathlib.Path(folder) / f'stage-{stage}.replica-{replica}.snapshots'
 
 
+def own_names() -> Mapping[str, Any]:
+  """Returns the names in a store folder of all that is of snapshots on disk.
+
+  Returns:
+    As of `interface.StoredSnapshots.own_names`.
+  """
+  inside = registry.stored('').own_names()
+  return {r'stage-\d+\.replica-\d+\.snapshots': inside}
+
+
 def share_of(metadata: Mapping[str, Any]) -> coverage.Share:
   """Makes the share that a snapshot's metadata describes, among other things.
 

@@ -6,8 +6,10 @@ import abc
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from moetion_jax import errors
 from moetion_jax.snapshots import (
@@ -79,6 +81,40 @@ class StoredSnapshots:
     """
     path = self._find(iteration) / snapshot_file.MANIFEST_NAME
     path.unlink(missing_ok=True)
+
+  def falsify(
+    self,
+    iteration: int,
+    change: Callable[[dict[str, np.ndarray]], Iterable[str]],
+  ) -> None:
+    """Changes arrays of a snapshot in place, and their checksums accordingly.
+
+    Only scripted faults do that: what they did must show by the content alone.
+
+    Args:
+      iteration: iteration of the snapshot.
+      change: changes some of the arrays, and returns their names.
+
+    Raises:
+      SnapshotCorruptError: it is damaged, or there is no such snapshot.
+    """
+    snapshot_file.falsify(self._find(iteration), change)
+
+  def tear(self, iteration: int) -> None:
+    """Cuts a snapshot short, as a death while it is written does.
+
+    Raises:
+      SnapshotCorruptError: it is damaged, or there is no such snapshot.
+    """
+    snapshot_file.tear(self._find(iteration))
+
+  def own_names(self) -> Mapping[str, Any]:
+    """Returns the names of all that a store of this format puts in a folder.
+
+    Returns:
+      By pattern of a name: None for a file, or the same of the folder's own.
+    """
+    return snapshot_file.TREE
 
   def check_is_ours(self) -> None:
     """Checks that nobody else keeps checkpoints in the folder, which exists.

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,23 @@ class Manifest:
       }
     ).encode()
     return _HEAD + body + _TAIL % xxhash.xxh3_64_intdigest(body)
+
+  def with_checksums(
+    self, arrays: Mapping[str, np.ndarray], names: Iterable[str]
+  ) -> Manifest:
+    """Returns this one with the checksums of arrays that were changed.
+
+    Args:
+      arrays: the arrays, by the names of the buffers.
+      names: the names of those that were changed.
+    """
+    changed = {
+      name: dataclasses.replace(
+        self.buffers[name], checksum=raw_bytes.checksum(arrays[name])
+      )
+      for name in names
+    }
+    return dataclasses.replace(self, buffers={**self.buffers, **changed})
 
   @classmethod
   def unpack(cls, data: bytes) -> Manifest:

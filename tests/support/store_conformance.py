@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from moetion_jax import errors
+from moetion_jax.runtime.records import own_files
 from moetion_jax.snapshots import manifest
 
 DATA_BYTES = 1 << 13
@@ -143,6 +144,43 @@ class StoreConformance:
       assert _save(store, iteration, of=7) == _BYTES
       _check(stored, iteration, of=7)
     store.close()
+
+  def test_what_is_falsified_shows_by_its_content_alone(self, make, stored):
+    store = make()
+    store.start()
+    for iteration in (3, 4):
+      _save(store, iteration)
+
+    def change(arrays):
+      arrays['compute'][3] = 7
+      return ['compute']
+
+    stored.falsify(4, change)
+    _check(stored, 3)
+    with stored.open(4, verify=True) as found:
+      expected = _arrays(4)
+      assert found.arrays['compute'][3] == 7
+      expected['compute'][3] = 7
+      for name, array in expected.items():
+        assert found.arrays[name].tobytes() == array.tobytes()
+
+  def test_what_is_torn(self, make, stored):
+    store = make()
+    store.start()
+    for iteration in (3, 4):
+      _save(store, iteration)
+    stored.tear(4)
+    with pytest.raises(manifest.SnapshotCorruptError):
+      stored.manifest(4)
+    _check(stored, 3)
+
+  def test_all_that_lies_there_has_a_name_of_its_own(self, make, stored):
+    store = make()
+    store.start()
+    _save(store, 3)
+    store.close()
+    found = own_files.find(store.folder, stored.own_names())
+    assert found.own and not [x for x in found.others if 'free' not in x]
 
   def test_what_is_not_there(self, make):
     store = make()

@@ -18,7 +18,7 @@ from typing import Any
 
 from moetion_jax import errors
 from moetion_jax.runtime.records import files as record_files
-from moetion_jax.snapshots import file as snapshot_file
+from moetion_jax.snapshots import file as snapshot_file, folders
 
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
@@ -48,29 +48,24 @@ CHECKPOINT: Tree = {
   r'array_metadatas': {r'process_\d+': None},
   **_OCDBT,
 }
-# A folder of snapshots on disk (see `snapshots.durable_store`).
-SNAPSHOT: Tree = {
-  re.escape(snapshot_file.MANIFEST_NAME) + r'(\.new)?': None,
-  re.escape(snapshot_file.DATA_NAME): None,
-}
-SNAPSHOTS: Tree = {r'\d+(\.tmp|\.old|\.replaced)?': SNAPSHOT}
-# All of a run's folders of snapshots.
-DURABLE: Tree = {r'stage-\d+\.replica-\d+\.snapshots': SNAPSHOTS}
 _FILES = (METRICS, 'events.jsonl', 'workers.json')
 # What is written under such a name gets its own when it is whole.
 TEMPORARY: Tree = {
   re.escape(record_files.TEMPORARY_PREFIX) + r'[a-z0-9_]{8}': None
 }
 _LOGS: Tree = {r'stage-\d+(\.replica-\d+)?\.log': None, **TEMPORARY}
-# A workdir without its config.json, which goes last, and its lock.
-RUN: Tree = {
-  rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'
-  rf'({re.escape(ORBAX_SUFFIX)}.*)?': CHECKPOINT,
-  DURABLE_NAME: DURABLE,
-  **{re.escape(name): None for name in _FILES},
-  LOGS_NAME: _LOGS,
-  **TEMPORARY,
-}
+
+
+def _run_tree() -> Tree:
+  """Returns a workdir without its config.json, which goes last, and lock."""
+  return {
+    rf'{CHECKPOINT_NAME}({re.escape(ASIDE_SUFFIX)}(-\d+)?)?'
+    rf'({re.escape(ORBAX_SUFFIX)}.*)?': CHECKPOINT,
+    DURABLE_NAME: folders.own_names(),
+    **{re.escape(name): None for name in _FILES},
+    LOGS_NAME: _LOGS,
+    **TEMPORARY,
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +145,7 @@ def remove(found: Found) -> None:
 
 def find_run(workdir: str | os.PathLike[str]) -> Found:
   """Tells a workdir's files from others, config.json and the lock left out."""
-  found = find(workdir, RUN)
+  found = find(workdir, _run_tree())
   others = (x for x in found.others if x not in (CONFIG, LOCK))
   return dataclasses.replace(found, others=tuple(others))
 
@@ -169,7 +164,7 @@ def remove_durable(folder: str) -> tuple[str, ...]:
   """
   if not folder or not os.path.isdir(folder) or os.path.islink(folder):
     return ()
-  found = find(folder, DURABLE)
+  found = find(folder, folders.own_names())
   own = (*found.own, pathlib.Path(folder))
   remove(dataclasses.replace(found, own=own))
   return tuple(os.path.join(folder, other) for other in found.others)
@@ -187,8 +182,9 @@ def remove_snapshots(
   Raises:
     OSError: something cannot be removed.
   """
-  own = (p for p in find(folder, DURABLE).own if p.is_relative_to(path))
-  remove(Found(own=tuple(own)))
+  found = find(folder, folders.own_names())
+  own = tuple(one for one in found.own if one.is_relative_to(path))
+  remove(Found(own=own))
 
 
 def run_names(workdir: str | os.PathLike[str]) -> list[str]:
@@ -203,7 +199,8 @@ def run_names(workdir: str | os.PathLike[str]) -> list[str]:
     for name in (CONFIG, *_FILES, CHECKPOINT_NAME)
     if os.path.lexists(folder / name)
   ]
-  for name, tree in ((LOGS_NAME, _LOGS), (DURABLE_NAME, DURABLE)):
+  trees = {LOGS_NAME: _LOGS, DURABLE_NAME: folders.own_names()}
+  for name, tree in trees.items():
     if find(folder / name, tree).own:
       names.append(f'{name}/')
   return names

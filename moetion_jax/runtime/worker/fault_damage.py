@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import os
 import pathlib
@@ -11,13 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from moetion_jax import keys
-from moetion_jax.hostmem import private, raw_bytes, segment
+from moetion_jax.hostmem import segment
 from moetion_jax.runtime import faults
-from moetion_jax.snapshots import (
-  blocks,
-  file as snapshot_file,
-  manifest as manifest_lib,
-)
+from moetion_jax.snapshots import blocks, registry
 
 _CHANNELS = (keys.EntryKind.ACTIVATION, keys.EntryKind.GRADIENT)
 
@@ -56,39 +51,30 @@ def flip_bit_in_snapshot(
   Returns:
     The iteration of the snapshot; 0 when there is none.
   """
-  found = sorted(snapshot_file.list_snapshots(folder).items())
+  stored = registry.stored(folder)
+  found = stored.iterations()
   if len(found) <= newer:
     return 0
-  iteration, path = found[-1 - newer]
-  manifest = snapshot_file.read_manifest(path)
-  hits = [b for n, b in manifest.buffers.items() if n.startswith(prefix)]
-  damaged = {}
-  with open(path / snapshot_file.DATA_NAME, 'r+b') as file:
-    memory = mmap.mmap(file.fileno(), 0)
-    for hit in hits if every else hits[:1]:
-      memory[hit.offset + hit.nbytes // 2] ^= 1
-      data = np.frombuffer(memory, np.uint8, hit.nbytes, hit.offset)
-      checksum = raw_bytes.checksum(data)
-      damaged[hit.name] = dataclasses.replace(hit, checksum=checksum)
-  new = manifest_lib.Manifest(
-    metadata=manifest.metadata,
-    buffers={**manifest.buffers, **damaged},
-    used_bytes=manifest.used_bytes,
-  )
-  temporary = path / (snapshot_file.MANIFEST_NAME + '.new')
-  private.write(temporary, new.pack())
-  temporary.rename(path / snapshot_file.MANIFEST_NAME)
+
+  def flip(arrays: dict[str, np.ndarray]) -> list[str]:
+    names = [name for name in arrays if name.startswith(prefix)]
+    hits = names if every else names[:1]
+    for name in hits:
+      hit = arrays[name].reshape(-1).view(np.uint8)
+      hit[hit.size // 2] ^= 1
+    return hits
+
+  iteration = found[-1 - newer]
+  stored.falsify(iteration, flip)
   return iteration
 
 
 def tear_snapshot(folder: str | os.PathLike[str]) -> int:
-  """Truncates the newest snapshot's data; returns its iteration, 0 for none."""
-  found = snapshot_file.list_snapshots(folder)
-  if not found:
-    return 0
-  iteration, path = max(found.items())
-  used_bytes = snapshot_file.read_manifest(path).used_bytes
-  os.truncate(path / snapshot_file.DATA_NAME, used_bytes // 2)
+  """Tears the newest snapshot; returns its iteration, 0 for none."""
+  stored = registry.stored(folder)
+  iteration = max(stored.iterations(), default=0)
+  if iteration:
+    stored.tear(iteration)
   return iteration
 
 

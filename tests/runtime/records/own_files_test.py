@@ -159,7 +159,7 @@ def test_a_part_of_the_snapshots_on_disk(tmp_path):
 
 
 def test_the_names_that_a_durable_store_gives(tmp_path):
-  """They are in `DURABLE`; a name that is added there is added here."""
+  """They are in `snapshot_file.TREE`; a new name is added there and here."""
   for suffix in (
     durable_store._TEMPORARY_SUFFIX,
     durable_store._OLD_SUFFIX,
