@@ -247,7 +247,7 @@ def read_owner(path: str | os.PathLike[str]) -> dict[str, object]:
   """Reads the owner file; empty when there is none or it is damaged."""
   try:
     owner = json.loads(pathlib.Path(path, _OWNER).read_text())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return owner if isinstance(owner, dict) else {}
 

@@ -194,8 +194,9 @@ def test_an_emptied_store_keeps_its_lock_and_sockets(store):
   assert sorted(os.listdir(store.path)) == ['bell', 'lock', 'owner']
 
 
-def test_damaged_owner_file(store):
-  (store.path / 'owner').write_text('{"pid": ')
+@pytest.mark.parametrize('content', ['{"pid": ', '[' * 100_000])
+def test_damaged_owner_file(store, content):
+  (store.path / 'owner').write_text(content)
   store.close()
   (leftover,) = [
     leftover

@@ -145,9 +145,11 @@ def read_metadata(path: str | os.PathLike[str]) -> Any:
     OSError: it cannot be read.
     ValueError: it is damaged.
   """
-  return json.loads(
-    pathlib.Path(path, snapshot_file.ORBAX_METADATA_NAME).read_bytes()
-  )
+  data = pathlib.Path(path, snapshot_file.ORBAX_METADATA_NAME).read_bytes()
+  try:
+    return json.loads(data)
+  except RecursionError as error:
+    raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager

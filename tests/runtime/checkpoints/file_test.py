@@ -173,6 +173,9 @@ def test_what_is_no_checkpoint(copied, tmp_path):
   copied.rename(tmp_path / 'run' / 'checkpoint')
   _refused(tmp_path / 'none', "no such folder; name a finished run's WORKDIR")
   _refused(tmp_path / 'file', 'is no folder; name a finished')
+  (tmp_path / 'deep').mkdir()
+  (tmp_path / 'deep' / '_CHECKPOINT_METADATA').write_text('[' * 100_000)
+  _refused(tmp_path / 'deep', '_CHECKPOINT_METADATA is damaged')
   _refused(tmp_path / 'empty', '_CHECKPOINT_METADATA is missing', 'train again')
   _refused(
     tmp_path / 'run', f'is a workdir, not a checkpoint; name {tmp_path}/run/ch'

@@ -460,6 +460,7 @@ def test_a_checkpoint_of_before_digests_proves_nothing(run):
     '{"custom',
     '[]',
     '{}',
+    '[' * 100_000,
     '{"custom_metadata": {"moetion_config": 1, '
     '"moetion_digest~": {}, "moetion_checksum": "x"}}',
   ],
