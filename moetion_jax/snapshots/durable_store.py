@@ -23,7 +23,7 @@ from moetion_jax.snapshots import (
 )
 
 _TEMPORARY_SUFFIX = '.tmp'
-_OLD_SUFFIX = '.old'
+_OLD_SUFFIX = '.old'  # as earlier versions named one that was replaced
 _UNFINISHED = re.compile(
   rf'\d+({re.escape(_TEMPORARY_SUFFIX)}|{re.escape(_OLD_SUFFIX)})'
 )
@@ -72,6 +72,12 @@ class DurableStore(interface.Store):
     for path in self.folder.iterdir():
       if _UNFINISHED.fullmatch(path.name):
         shutil.rmtree(path, ignore_errors=True)
+    for iteration, path in self.paths().items():
+      final = self.folder / str(iteration)
+      if path != final:  # killed while it was replaced
+        shutil.rmtree(final, ignore_errors=True)
+        path.rename(final)
+      shutil.rmtree(_replaced(final), ignore_errors=True)
     self._memory.start()
     self._memory.retain(_ALL)
 
@@ -133,12 +139,15 @@ class DurableStore(interface.Store):
     manifest = snapshot_file.MANIFEST_NAME
     self._copy(source, temporary, manifest, (source / manifest).stat().st_size)
     disk.sync_folder(temporary)
-    if final.exists():  # it is damaged or was taken again
-      old = final.with_name(final.name + _OLD_SUFFIX)
-      final.rename(old)
-      shutil.rmtree(old, ignore_errors=True)
-    temporary.rename(final)
+    # The old one may be damaged, or was taken again; it counts until then.
+    if not final.exists():
+      temporary.rename(final)
+    elif not disk.exchange(temporary, final):
+      final.rename(_replaced(final))
+      temporary.rename(final)
     disk.sync_folder(self.folder)
+    for old in (temporary, _replaced(final)):
+      shutil.rmtree(old, ignore_errors=True)
 
   def _copy(
     self,
@@ -161,3 +170,8 @@ class DurableStore(interface.Store):
           raise errors.StoreError(f'{source / name}: was cut meanwhile')
         offset += sent
       os.fsync(new.fileno())
+
+
+def _replaced(final: pathlib.Path) -> pathlib.Path:
+  """Returns the place of a snapshot that makes way for its successor."""
+  return final.with_name(final.name + snapshot_file.REPLACED_SUFFIX)

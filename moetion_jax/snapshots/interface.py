@@ -79,8 +79,9 @@ class StoredSnapshots:
 
     Call while nobody writes. Its room may stay for whoever writes here next.
     """
-    path = self._find(iteration) / snapshot_file.MANIFEST_NAME
-    path.unlink(missing_ok=True)
+    # Twice, where a writer died before it removed one that it had replaced.
+    while (path := self.paths().get(iteration)) is not None:
+      (path / snapshot_file.MANIFEST_NAME).unlink(missing_ok=True)
 
   def falsify(
     self,

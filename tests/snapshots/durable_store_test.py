@@ -1,14 +1,17 @@
 """Snapshots in two phases: what counts is on disk."""
 
+import contextlib
 import os
 import resource
+import shutil
 import signal
+import sys
 import threading
 
 import numpy as np
 import pytest
 
-from moetion_jax import errors as errors_lib
+from moetion_jax import disk as disk_lib, errors as errors_lib
 from moetion_jax.hostmem import private
 from moetion_jax.snapshots import (
   durable_store,
@@ -115,6 +118,65 @@ def test_one_that_was_not_finished_is_none(stores):
   again.save(1, {}, _buffers(1), replace=True)
   assert set(_read(disk, 1)[1]) == {1}
   again.close()
+
+
+@pytest.mark.parametrize('exchanges', [True, False])
+def test_an_end_at_any_moment_of_a_replacement_leaves_one(
+  stores, monkeypatch, exchanges
+):
+  """Also on a file system that cannot exchange names, such as NFS."""
+  _, disk, make = stores
+  if not exchanges:
+    monkeypatch.setattr(disk_lib, 'exchange', lambda first, second: False)
+  store = make()
+  store.start()
+  store.save(1, {}, _buffers(1))
+  seen = []
+
+  def look(event, unused):
+    if seen is not None and event in ('os.rename', 'os.remove', 'os.rmdir'):
+      seen.append(1 in snapshot_file.list_snapshots(disk))
+
+  sys.addaudithook(look)
+  try:
+    store.save(1, {}, _buffers(2), replace=True)
+    found = list(seen)
+  finally:
+    seen = None  # a hook stays for ever
+    store.close()
+  assert len(found) > 3 and all(found)
+  assert set(_read(disk, 1)[1]) == {2}
+  assert os.listdir(disk) == ['1']
+
+
+def test_one_that_was_to_be_replaced_takes_its_place_again(stores):
+  _, disk, make = stores
+  with contextlib.closing(make()) as store:
+    store.start()
+    store.save(1, {}, _buffers(1))
+    store.save(2, {}, _buffers(2))
+  replaced = disk / f'1{snapshot_file.REPLACED_SUFFIX}'
+  (disk / '1').rename(replaced)
+  shutil.copytree(disk / '2', disk / f'2{snapshot_file.REPLACED_SUFFIX}')
+  with contextlib.closing(make()) as store:
+    store.start()
+    assert store.iterations() == [1, 2]
+    assert sorted(os.listdir(disk)) == ['1', '2']
+    assert set(_read(disk, 1)[1]) == {1}
+
+
+def test_one_that_was_replaced_is_forgotten_with_its_successor(stores):
+  _, disk, make = stores
+  with contextlib.closing(make()) as store:
+    store.start()
+    store.save(1, {}, _buffers(1))
+  shutil.copytree(disk / '1', disk / f'1{snapshot_file.REPLACED_SUFFIX}')
+  store.forget(1)
+  assert store.iterations() == []
+  with contextlib.closing(make()) as store:
+    store.start()
+    store.save(1, {}, _buffers(2))
+    assert set(_read(disk, 1)[1]) == {2}
 
 
 def test_a_disk_that_cannot_be_written_is_named(stores, tmp_path):
