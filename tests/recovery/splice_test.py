@@ -125,7 +125,11 @@ def test_behind_a_splice_nothing_older_is_taken():
   run.splices = (_splice(4, 6),)
   assert run.begin(last_recorded=9, newest=9)[0].start == 4
   run.dies(0, error='snapshot 4 is lost', suspects=(4,))
-  assert 'no common start is left' in str(run.error())
+  said = str(run.error())
+  assert 'no common start is left' in said and said.endswith('with --fresh')
+  # Which leaves nothing of it.
+  go = recoveries.Run(stages=1).begin()[0]
+  assert go.is_fresh and go.start == 0
 
 
 @pytest.mark.parametrize(
