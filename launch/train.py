@@ -170,6 +170,9 @@ _KEEP_WINDOWS = flags.DEFINE_integer(
 _LOG_ITERATIONS = flags.DEFINE_integer(
   'log_iterations', 0, 'That boundary logs have room for; 0: as windows need.'
 )
+_LOG_LAG = flags.DEFINE_integer(
+  'log_lag', 2, 'Iterations that logs keep behind the newest records.'
+)
 _MAX_SKIPPED = flags.DEFINE_integer(
   'max_skipped', 10, 'Updates in a row that --skip_nonfinite leaves out.'
 )
@@ -291,6 +294,7 @@ def main(argv: list[str]) -> int:
     overlap_target=_OVERLAP_TARGET.value,
     keep_windows=_KEEP_WINDOWS.value,
     log_iterations=_LOG_ITERATIONS.value,
+    log_lag=_LOG_LAG.value,
     interval=_INTERVAL.value,
     overhead_budget=_OVERHEAD_BUDGET.value,
     partial_experts=_PARTIAL_EXPERTS.value,

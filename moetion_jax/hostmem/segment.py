@@ -301,6 +301,15 @@ class Cells:
         return header.key.iteration
     return 0
 
+  @property
+  def whole_from(self) -> int:
+    """The first iteration of which no entry was evicted; 0 without entries.
+
+    Entries are evicted in the order in which they were published.
+    """
+    headers = self.headers()
+    return headers[0].key.iteration + 1 if headers else 0
+
   def sequence(self, cell: int) -> int:
     """Returns the number that a cell says its entry has, damaged or not."""
     return int(self._words[cell, 0])
@@ -399,6 +408,25 @@ def newest_iteration(path: str | os.PathLike[str]) -> int:
   try:
     with os.fdopen(open_file(path), 'rb', buffering=0) as file:
       return read_cells(file.fileno()).newest_iteration
+  except OSError as error:
+    errors.check_refusal(error, path)
+  except errors.StoreError:
+    pass
+  return 0
+
+
+def whole_from(path: str | os.PathLike[str]) -> int:
+  """Returns the first iteration of which a segment surely has all entries.
+
+  Later entries of its worker have not been evicted; 0 if it is empty or
+  unreadable.
+
+  Raises:
+    SystemRefusalError: the system does not let it be opened.
+  """
+  try:
+    with os.fdopen(open_file(path), 'rb', buffering=0) as file:
+      return read_cells(file.fileno()).whole_from
   except OSError as error:
     errors.check_refusal(error, path)
   except errors.StoreError:

@@ -119,8 +119,10 @@ class CaptureSettings:
       platform's default.
     keep_windows: windows of snapshots to keep; the older ones are there in case
       one of the newest is damaged.
-    log_iterations: iterations that the logs have room for; 0 for what the
-      windows need.
+    log_iterations: iterations that the logs have room for; 0 for what is kept.
+    log_lag: iterations by which logs lag behind the newest states that recorded
+      gradients lead to: a record so new is passed without anybody else, if it
+      is damaged.
     interval: iterations between snapshots, for policies without windows; 0 to
       choose it from measurements.
     overhead_budget: share of the run that checkpoints of 'two_phase' may take.
@@ -139,6 +141,7 @@ class CaptureSettings:
   overlap_target: float = 0.0
   keep_windows: int = 2
   log_iterations: int = 0
+  log_lag: int = 2
   interval: int = 0
   overhead_budget: float = intervals.OVERHEAD_BUDGET
   partial_experts: int = 1
@@ -166,6 +169,7 @@ class CaptureSettings:
       ('keep_windows', 1),
       ('interval', 0),
       ('partial_experts', 1),
+      ('log_lag', 0),
     ):
       if getattr(self, name) < least:
         raise errors.ConfigError(
@@ -191,12 +195,17 @@ class CaptureSettings:
     if not self.policy.is_local:
       return
     least = self.kept_with(self.window_length or 1)
+    why = (
+      f'--window_length={self.window_length or 1} and --keep_windows='
+      f'{self.keep_windows}'
+    )
+    if self.records_gradients:
+      least, why = self._logged, f'--log_lag={self.log_lag}'
     if self.log_iterations and self.log_iterations < least:
       raise errors.ConfigError(
         'log_iterations',
         self.log_iterations,
-        f'must be at least {least} with --window_length='
-        f'{self.window_length or 1} and --keep_windows={self.keep_windows}',
+        f'must be at least {least} with {why}',
       )
 
   def under(self, policy: Policy) -> CaptureSettings:
@@ -255,17 +264,28 @@ class CaptureSettings:
     """The longest window that is allowed."""
     if self.window_length:
       return self.window_length
-    if not self.log_iterations:
+    if not self.log_iterations or self.records_gradients:
       return self.max_window_length
     fits = (self.log_iterations - _SLACK) // self._windows
     return min(self.max_window_length, fits)
 
   @property
   def kept_iterations(self) -> int:
-    """Most iterations whose entries and snapshots are kept."""
+    """Most iterations whose entries are kept."""
     if not self.policy.is_local:
       return self.log_iterations or _LATEST_ITERATIONS
+    if self.records_gradients:
+      return self.log_iterations or self._logged
     return self.log_iterations or self.kept_with(self.longest_window)
+
+  @property
+  def _logged(self) -> int:
+    """Iterations in the logs where recorded gradients lead to newer states.
+
+    Behind the newest snapshot that counts in all stages are `log_lag`; before
+    it are those whose snapshots are on their way, and the one at hand.
+    """
+    return self.log_lag + _SLACK + 1
 
   @property
   def kept_snapshots(self) -> int:

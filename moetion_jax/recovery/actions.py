@@ -172,9 +172,15 @@ class Orphan(Action):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoveLine(Action):
-  """Let go of what is older than the recovery line needs; tell all workers."""
+  """Let go of what is older than the two lines need; tell all workers.
+
+  Attributes:
+    kept_from: the first iteration whose snapshots are kept.
+    entry_line: the last iteration of which nobody needs entries any more.
+  """
 
   kept_from: int
+  entry_line: int
 
 
 # ---- what is written and said ------------------------------------------------

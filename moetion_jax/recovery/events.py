@@ -106,6 +106,8 @@ class Scanned(Event):
     log_bytes: by stage, the size of its smallest log; 0 if one is missing
       or not whole.
     newest: by stage that was to be scanned, the newest iteration of its logs.
+    whole_from: by stage that was to be scanned, the first iteration of which
+      its logs surely have all entries; 0 if one has none.
     unreadable: why snapshots are left out, one reason each.
     gone: the stores that somebody removed as a whole, for people; '' for none.
   """
@@ -113,6 +115,7 @@ class Scanned(Event):
   shares: Mapping[int, tuple[coverage.Share, ...]]
   log_bytes: tuple[int, ...]
   newest: Mapping[int, int]
+  whole_from: Mapping[int, int]
   unreadable: tuple[str, ...] = ()
   gone: str = ''
 

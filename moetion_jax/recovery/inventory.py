@@ -6,7 +6,7 @@ read instead, since a snapshot may have been committed and never reported.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from moetion_jax import keys
 from moetion_jax.policies import settings
@@ -20,6 +20,9 @@ class Inventory:
   Attributes:
     initial: iteration of the initial state.
     line: the recovery line, see `plan.recovery_line`.
+    entry_line: the last iteration of which nobody needs entries any more. It is
+      the line, where iterations are done again; beyond it, where recorded
+      gradients lead to newer states.
     kept_from: iteration from which on snapshots are kept; before the line if a
       start there takes a part of its state from older ones.
     splices: where the run went on with other software, in order.
@@ -32,6 +35,7 @@ class Inventory:
     operators: Sequence[Collection[keys.OperatorId]],
     lag_iterations: int,
     initial: int = 0,
+    log_lag: int = 0,
   ):
     """Starts without any snapshot but the initial state.
 
@@ -41,8 +45,11 @@ class Inventory:
       lag_iterations: iterations by which the line lags behind, see
         `plan.recovery_line`.
       initial: iteration of the initial state; older snapshots do not count.
+      log_lag: iterations by which the entry line lags behind the newest state
+        that recorded gradients lead to.
     """
-    self.initial = self.line = self.kept_from = initial
+    self.initial = self.line = self.kept_from = self.entry_line = initial
+    self._log_lag = log_lag
     self.splices: tuple[splice_lib.Splice, ...] = ()
     self.is_running = False
     self.lag_iterations = lag_iterations
@@ -54,6 +61,8 @@ class Inventory:
     self._excluded: set[tuple[int, int]] = set()
     self._corrupt: set[tuple[int, int]] = set()
     self._log_first = [initial + 1] * len(operators)
+    # Snapshots up to there say nothing of the log, which is newer than they.
+    self._unlogged = [0] * len(operators)
 
   def stored(self, stage: int, share: coverage.Share) -> None:
     """Takes in a snapshot that counts from now on."""
@@ -79,6 +88,22 @@ class Inventory:
   def log_began(self, stage: int, start: int) -> None:
     """Takes in that a stage's log is new: it has nothing up to the start."""
     self._log_first[stage] = start + 1
+    self._unlogged[stage] = self.newest(stage)
+
+  def logs_found(
+    self, whole_from: Mapping[int, int], newest: Mapping[int, int]
+  ) -> None:
+    """Takes in what the logs of an earlier start have.
+
+    Args:
+      whole_from: by stage, the first iteration of which all entries are there;
+        0 if it has none.
+      newest: by stage, the newest iteration of which one is there.
+    """
+    for stage, first in whole_from.items():
+      self._log_first[stage] = max(self._log_first[stage], first)
+      if newest[stage] <= self.newest(stage):  # it may have begun anew
+        self._unlogged[stage] = self.newest(stage)
 
   def published_again(self, stage: int) -> None:
     """Forgets the damage to a stage's log: in recovering it wrote it again."""
@@ -142,7 +167,7 @@ class Inventory:
 
   def begin_at(self, iteration: int) -> None:
     """Sets the line to the start with which all stages begin."""
-    self.line = iteration
+    self.line = self.entry_line = iteration
     self.kept_from = min(self.versions(iteration).values(), default=iteration)
 
   def go_back(self, iteration: int) -> None:
@@ -162,7 +187,7 @@ class Inventory:
   def advance(
     self, reported: int, *, frozen: bool, keeps_older: bool = True
   ) -> bool:
-    """Moves the line on; returns True if it moved.
+    """Moves the lines on; returns True if one moved.
 
     Args:
       reported: newest iteration that is written down: what comes before the
@@ -183,15 +208,35 @@ class Inventory:
     line = recovery_plan.recovery_line(
       starts, self.line, lag_iterations, frozen=frozen
     )
-    if line == self.line:
-      return False
-    kept_before = self.kept_from
+    lines = self.line, self.entry_line
+    if line != self.line:
+      self._move_to(line)
+    if not frozen:
+      self._move_entry_line()
+    return lines != (self.line, self.entry_line)
+
+  def _move_to(self, line: int) -> None:
+    before = self.kept_from, self.entry_line
     self.begin_at(line)
-    self.kept_from = max(self.kept_from, kept_before)
+    self.kept_from = max(self.kept_from, before[0])
+    self.entry_line = max(self.entry_line, before[1])
     for shares in self._shares:
       for name in [n for n in shares if n[0] < self.kept_from]:
         del shares[name]
-    return True
+
+  def _move_entry_line(self) -> None:
+    """Moves the entry line: to what records lead to from the line, less a lag.
+
+    All stages have a state there without anybody's entries, as long as their
+    records are whole; if one is not, everybody goes back to before it.
+    """
+    newest = min(
+      next(
+        (s.applied_until for s in self.starts(i) if s.iteration == self.line), 0
+      )
+      for i in range(len(self._operators))
+    )
+    self.entry_line = max(self.entry_line, newest - self._log_lag)
 
   def stage_inventories(
     self, newest: Sequence[int], lost: Collection[int] = ()
@@ -202,18 +247,22 @@ class Inventory:
       newest: the iteration that each stage has begun.
       lost: stages whose logs are gone.
     """
-    records = [self._records(stage) for stage in range(len(newest))]
+    stored_by_stage = [
+      self._records(stage)[-1].iteration for stage in range(len(newest))
+    ]
     return [
       recovery_plan.StageInventory(
         stage=stage,
         starts=self.starts(stage),
-        log_first=max(self.line + 1, self._log_first[stage]),
+        log_first=max(self.entry_line + 1, self._log_first[stage]),
         log_lost=stage in lost,
         corrupt=frozenset(i for s, i in self._corrupt if s == stage),
         newest=begun,
         sources={self.initial: (recovery_plan.INITIAL,)},
         unrecorded_until=splice_lib.unverified_until(self.splices, stage),
-        stored=records[stage][-1].iteration,
+        stored=stored if stored > self._unlogged[stage] else 0,
       )
-      for stage, begun in enumerate(newest)
+      for stage, (begun, stored) in enumerate(
+        zip(newest, stored_by_stage, strict=True)
+      )
     ]

@@ -21,6 +21,7 @@ class Go:
     target: iteration that the worker's predecessor had begun; 0 without one.
     replays_until: the last iteration that had already been begun before.
     line: the recovery line.
+    entry_line: the last iteration of which nobody needs entries any more.
     is_fresh: whether the log begins empty.
     ring_bytes: size of the log.
     cells: number of entries that the log can hold.
@@ -47,6 +48,7 @@ class Go:
   target: int
   replays_until: int
   line: int
+  entry_line: int = 0
   is_fresh: bool
   ring_bytes: int
   cells: int

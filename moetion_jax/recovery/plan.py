@@ -93,6 +93,11 @@ class RecoveryPlan:
     """The first iteration that is replayed."""
     return self.start + 1
 
+  @property
+  def applies(self) -> bool:
+    """True if a member applies recorded gradients."""
+    return any(until > self.start for until in self.applied_until.values())
+
   def all_again(self) -> RecoveryPlan:
     """Returns the same plan with nothing but iterations that are done again."""
     return dataclasses.replace(

@@ -63,9 +63,15 @@ class Locations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-  """The recovery line: what is older may be let go of."""
+  """The recovery line and the entry line: what is older may be let go of.
+
+  Attributes:
+    iteration: the first iteration whose snapshots are kept.
+    entry_line: the last iteration whose entries may be dropped.
+  """
 
   iteration: int
+  entry_line: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,11 +32,13 @@ _HANG_SECONDS = 5
 _LAST_ROUNDS = 400
 _POLICIES = {
   'sparse': {},
+  'updates': {'replay': 'updates'},
   'dense': {'interval': 2},
   'two_phase': {'interval': 3},
   'partial': {'interval': 2},
   'none': {},
 }
+_LOCAL = ('sparse', 'updates')  # only who lost something goes back
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,7 +91,7 @@ class _World(recoveries.Run):
       stages=stages,
       replicas=replicas,
       iterations=_ITERATIONS,
-      policy=policy,
+      policy='sparse' if policy == 'updates' else policy,
       settings={
         'max_failures': _MAX_FAILURES,
         'hang_timeout_seconds': _HANG_SECONDS,
@@ -97,9 +99,9 @@ class _World(recoveries.Run):
         'grow_after': 2 * (replicas > 1),
       },
       **_POLICIES[policy],
-      **({'window_length': window} if policy == 'sparse' else {}),
+      **({'window_length': window} if policy in _LOCAL else {}),
     )
-    if policy == 'sparse':
+    if policy in _LOCAL:
       self.length = window
     self.policy = policy
     self.processes = {}
@@ -129,6 +131,10 @@ class _World(recoveries.Run):
     super()._drop_logs()
     for entries in self.published:
       entries.clear()
+
+  def whole_from(self, stage):
+    """See `recoveries.Run`: of the oldest one, some may be gone."""
+    return min(self.published[stage], default=-1) + 1
 
   def publish(self, stage, iteration):
     self.published[stage].add(iteration)
@@ -161,10 +167,11 @@ class _World(recoveries.Run):
       if self.line_if_any > line:
         if isinstance(event, events.Died):  # it is frozen, unless logs are new
           assert {stage for stage, _ in gone} == set(range(self.stages))
-        # It is a start of every stage.
-        for shares in self.shares:
+        # It is a start of every stage, unless its store is gone, untold yet.
+        for stage, shares in enumerate(self.shares):
           records = coverage.complete_records(shares.values())
-          assert self.line_if_any in {one.iteration for one in records}
+          found = {one.iteration for one in records}
+          assert self.line_if_any in found or stage in self.missing
     return done
 
   @property
@@ -195,8 +202,9 @@ class _World(recoveries.Run):
       case actions.MoveLine():
         assert action.kept_from >= self.kept_from
         self.kept_from = action.kept_from
+        assert action.entry_line >= action.kept_from
         for entries in self.published:
-          entries -= {i for i in entries if i <= action.kept_from}
+          entries -= {i for i in entries if i <= action.entry_line}
       case _ if isinstance(action, _ENDS):
         self.ended = action
 
@@ -265,7 +273,7 @@ class _World(recoveries.Run):
 
   @property
   def goes_together(self):
-    return self.policy != 'sparse' or self.others > 0
+    return self.policy not in _LOCAL or self.others > 0
 
   # ---- what workers do -------------------------------------------------------
 
@@ -300,13 +308,14 @@ class _World(recoveries.Run):
     elif process.iteration == process.completed:
       process.iteration += 1
       process.steps += 1
-      self.publish(process.stage, process.iteration)
+      if process.iteration > process.go.applied_until:
+        self.publish(process.stage, process.iteration)
     else:
       self._complete(process)
 
   def _resume(self, process):
     go = process.go
-    used = range(go.start, go.complete_at + 1)
+    used = range(go.start, max(go.complete_at, go.applied_until) + 1)
     bad = [i for i in used if (process.stage, i) in self.damaged_snapshots]
     here = {name[0] for name in self.shares[process.stage]}
     missing = [i for i in used if i and i not in here]
@@ -316,14 +325,15 @@ class _World(recoveries.Run):
       self.say(process, self._failed(process, suspects=suspects))
       return
     process.has_resumed = True
-    first = go.start + 1
+    first = max(go.start, go.applied_until) + 1
     self.say(process, notices.Resumed(first_iteration=first, fetch_seconds=0.0))
     if go.start and go.start == go.target:
       self.say(process, notices.CaughtUp())
 
   def _complete(self, process):
     iteration = process.iteration
-    for stage in range(self.stages):
+    is_applied = iteration <= process.go.applied_until
+    for stage in range(0 if is_applied else self.stages):
       distance = abs(stage - process.stage)
       # Of stages that are no neighbours it needs scalars, which the snapshots
       # of its conversion have.
@@ -334,7 +344,8 @@ class _World(recoveries.Run):
         return
     process.completed = iteration
     process.steps += 1
-    if self.policy != 'none' and iteration % self.interval == 0:
+    takes = self.policy != 'none' and iteration % self.interval == 0
+    if takes and not is_applied:
       self.damaged_snapshots.discard((process.stage, iteration))
       if process.replica in self.one.state.team(process.stage):
         self.stores_one(process.stage, iteration, process.replica)
@@ -530,7 +541,7 @@ def _check_end(world):
 def _property(max_examples):
   def wrap(test):
     given = hypothesis.given(
-      policy=st.sampled_from([*_POLICIES, 'sparse', 'sparse']),
+      policy=st.sampled_from([*_POLICIES, 'sparse', 'sparse', 'updates']),
       stages=st.integers(1, 4),
       replicas=st.integers(1, 3),
       window=st.integers(1, 4),
@@ -559,6 +570,20 @@ def _property(max_examples):
   replicas=1,
   window=1,
   faults=[('stop', 1, 1, 0), ('kill', 0, 0, 0)],
+)
+@hypothesis.example(  # a record that is older than the log, which began anew
+  policy='updates',
+  stages=2,
+  replicas=1,
+  window=1,
+  faults=[('kill', 1, 2, 2), ('lose_log', 0, 0, 1), ('kill', 0, 1, 0)],
+)
+@hypothesis.example(  # records lead from before the line to where logs begin
+  policy='updates',
+  stages=2,
+  replicas=1,
+  window=2,
+  faults=[('damage_snapshot', 0, 6, 0), ('kill_agent', 0, 0, 0)],
 )
 def test_whatever_happens_it_goes_on_or_ends(
   policy, stages, replicas, window, faults

@@ -101,6 +101,7 @@ def _make_run(state: state_lib.Beginning) -> state_lib.Run:
       [s.state_bytes for s in sizes],
       planner.lag_iterations,
       settings.job.initial_iteration,
+      settings.captures.log_lag,
     ),
     failures=failures_lib.Failures(settings.max_failures),
   )
@@ -217,7 +218,8 @@ def _begin(run: state_lib.Run, last_recorded: int) -> state_lib.Asking[None]:
       f'{len(found.unreadable)} snapshot(s) cannot be read and will be written '
       f'again, the first of them: {found.unreadable[0]}'
     )
-  newest = max(found.newest.values())
+  run.inventory.logs_found(found.whole_from, found.newest)
+  newest = [found.newest[stage] for stage in run.stages]
   plan = going_back.first_plan(run, last_recorded, newest, lost)
   initial = run.inventory.initial
   if plan.start == initial:

@@ -39,7 +39,10 @@ def goes_together(run: state_lib.Run) -> bool:
 
 
 def first_plan(
-  run: state_lib.Run, last_recorded: int, newest: int, lost: Collection[int]
+  run: state_lib.Run,
+  last_recorded: int,
+  newest: Sequence[int],
+  lost: Collection[int],
 ) -> recovery_plan.RecoveryPlan:
   """Plans that all stages begin: from the initial state, or what was left.
 
@@ -47,12 +50,12 @@ def first_plan(
     run: the state.
     last_recorded: newest iteration that is written down: later ones are done
       again.
-    newest: newest iteration of which the logs hold anything.
+    newest: by stage, the newest iteration of which its logs hold anything.
     lost: the stages whose logs are of no use.
   """
-  run.replays_until = newest
+  run.replays_until = max(newest)
   plan = recovery_plan.plan(
-    run.inventory.stage_inventories([0] * len(run.stages), lost),
+    run.inventory.stage_inventories(newest, lost),
     run.stages,
     excluded=_unreported(run, last_recorded),
   )
@@ -129,10 +132,9 @@ def after(
     failed.keys(),
     excluded=_unreported(run, run.recorded),
   )
-  # No log holds what such a plan needs, and all stages are members.
-  is_before = plan.start < run.line
-  if is_before and plan.start == run.inventory.initial:
-    plan = plan.all_again()
+  # No log holds what such a plan needs, and all stages are members; unless
+  # records lead from there to where logs begin.
+  is_before = plan.start < run.line and not plan.applies
   detect_seconds = run.now - (worker.fault_at or run.now)
   _follow(run, plan, failed, newest, (run.now, detect_seconds), is_before)
   for stage in plan.stages:
@@ -420,6 +422,7 @@ def _order(
     target=target,
     replays_until=max(target, run.replays_until),
     line=run.inventory.kept_from,
+    entry_line=run.inventory.entry_line,
     is_fresh=is_fresh,
     ring_bytes=log.ring_bytes,
     cells=log.cells,

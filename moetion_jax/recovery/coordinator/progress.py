@@ -113,11 +113,17 @@ def _advance(run: state_lib.Run, *, keeps_older: bool = True) -> None:
   # A stage that goes back before the line has a long way: it fills stores and
   # logs, so the line moves on.
   frozen = any(not one.goes_back for one in run.recoveries.values())
+  line = run.line
   if run.inventory.advance(
     run.recorded, frozen=frozen, keeps_older=keeps_older
   ):
-    run.failures.line_moved()
-    run.do(actions.MoveLine(kept_from=run.inventory.kept_from))
+    if run.line != line:
+      run.failures.line_moved()
+    run.do(
+      actions.MoveLine(
+        kept_from=run.inventory.kept_from, entry_line=run.inventory.entry_line
+      )
+    )
 
 
 def reported(

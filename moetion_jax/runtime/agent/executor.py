@@ -130,7 +130,11 @@ class Executor:
           # lines of metrics up to it.
           self._recorder.sync()
         self._stores.line_moved(action.kept_from)
-        self._tell_all(messages.Line(iteration=action.kept_from))
+        self._tell_all(
+          messages.Line(
+            iteration=action.kept_from, entry_line=action.entry_line
+          )
+        )
       case actions.Accept():
         return self._accept(action)
       case actions.Splice():

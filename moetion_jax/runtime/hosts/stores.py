@@ -70,15 +70,19 @@ class Stores:
       stages: the stages whose snapshots are read.
     """
     unreadable: list[str] = []
-    shares, newest = {}, {}
+    shares, newest, whole_from = {}, {}, {}
     for stage in stages:
       folder = self._snapshots_of(stage)
       found = folders.read_shares(folder, stage, unreadable.append)
       shares[stage], newest[stage] = tuple(found), self._newest_entry(stage)
+      whole_from[stage] = max(
+        map(segment.whole_from, self.log_paths(stage)), default=0
+      )
     return events.Scanned(
       shares=shares,
       log_bytes=tuple(map(self._log_bytes, self._stages)),
       newest=newest,
+      whole_from=whole_from,
       unreadable=tuple(unreadable),
       gone=' and '.join(map(str, self._hosts.gone())),
     )

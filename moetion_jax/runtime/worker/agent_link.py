@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
 _OTHERS = 'the others of its stage'
 _STATE_SECONDS = 0.25  # between two looks at what the worker does
 
+Retain = Callable[[int, int], None]
 Decide = Callable[[decision_lib.CaptureDecision], None]
 
 
@@ -59,8 +60,8 @@ class AgentLink:
     self._locations: tuple[messages.ProducerLocation, ...] = ()
     self._decide: Decide = lambda decision: None
     self._line_lock = threading.Lock()  # guards the next two attributes
-    self._line = 0  # the recovery line, as last heard
-    self._retain: Callable[[int], None] = lambda line: None
+    self._lines = 0, 0  # recovery line and entry line, as last heard
+    self._retain: Retain = lambda line, entry_line: None
     self._interrupt_lock = threading.Lock()  # guards the next two attributes
     self._stops_here = 0  # those that `command` has not returned yet
     self._interrupt: Callable[[], None] = lambda: None
@@ -137,11 +138,11 @@ class AgentLink:
     """Sets the function that is called with each of the leader's decisions."""
     self._decide = decide
 
-  def retaining(self, retain: Callable[[int], None]) -> None:
-    """Sets the function that is called with the line, now and when it moves."""
+  def retaining(self, retain: Retain) -> None:
+    """Sets the function that is called with the lines, now and if they move."""
     with self._line_lock:
       self._retain = retain
-      retain(self._line)
+      retain(*self._lines)
 
   def locating(self, log: log_interface.Log | None) -> None:
     """Sets the log that is told where entries are, as far as known."""
@@ -169,10 +170,10 @@ class AgentLink:
             self._answers.put(notices.Answer(limit=limit, begun=begun))
           case orders.Commit():
             self.limit.commit(message.limit)
-          case messages.Line(iteration=iteration):
+          case messages.Line():
             with self._line_lock:
-              self._line = iteration
-              self._retain(iteration)
+              self._lines = message.iteration, message.entry_line
+              self._retain(*self._lines)
           case orders.Decide():
             self._decide(message.decision)
           case orders.StopHere():
@@ -183,7 +184,7 @@ class AgentLink:
               self._locate()
           case orders.Go():
             with self._line_lock:
-              self._line = message.line
+              self._lines = message.line, message.entry_line
             self._commands.put(message)
           case _:
             self._commands.put(message)

@@ -152,7 +152,7 @@ class StageRun:
     self._link.compiling('nothing, until it is told from where to go on')
     self._link.locating(None)
     self._link.deciding(lambda value: None)
-    self._link.retaining(lambda line: None)
+    self._link.retaining(lambda line, entry_line: None)
     self._interrupts = []
     self._worker = None
     gc.collect()  # frees the state, before there is another one
@@ -204,11 +204,11 @@ class StageRun:
     if self._stage.ownership and spec.world:
       self._meet('compute')  # it gathers its compute weights
 
-    def retain(line: int) -> None:
+    def retain(line: int, entry_line: int) -> None:
       if snapshots:
         snapshots.retain(line)
       if go.keeps_entries:
-        log.retain(line + 1)
+        log.retain(entry_line + 1)
 
     def between(iteration: int) -> None:
       if not go.keeps_entries:

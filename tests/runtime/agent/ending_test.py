@@ -322,7 +322,7 @@ def test_each_error_has_its_row():
     # A checkpoint alone says that a run is finished, whoever died beside it.
     (actions.Save(worker=(0, 0), iteration=1, replicas=((0,),)), messages.Save),
     # Snapshots that a worker removes then are those of earlier lines.
-    (actions.MoveLine(kept_from=1), messages.Line),
+    (actions.MoveLine(kept_from=1, entry_line=1), messages.Line),
   ],
   ids=['a checkpoint', 'a line on disk'],
 )

@@ -62,23 +62,23 @@ def test_the_line_is_told_when_it_moves(pipes):
   link, _, tell = pipes
   told = queue.Queue()
   tell(_go(3))
-  tell(messages.Line(iteration=5))
+  tell(messages.Line(iteration=5, entry_line=6))
   assert link.command() == _go(3)
   # What came after the order counts, though the order is obeyed only now.
   while True:
-    link.retaining(told.put)
-    if told.get(timeout=_SECONDS) == 5:
+    link.retaining(lambda *lines: told.put(lines))
+    if told.get(timeout=_SECONDS) == (5, 6):
       break
-  tell(messages.Line(iteration=8))
-  while told.get(timeout=_SECONDS) != 8:  # nobody asked; 5 may come twice
+  tell(messages.Line(iteration=8, entry_line=9))
+  while told.get(timeout=_SECONDS) != (8, 9):  # nobody asked; 5 may come twice
     pass
 
 
 def test_it_hears_while_its_agent_reads_nothing(pipes):
   link, said, tell = pipes
   told = queue.Queue()
-  link.retaining(told.put)
-  assert told.get(timeout=_SECONDS) == 0
+  link.retaining(lambda *lines: told.put(lines))
+  assert told.get(timeout=_SECONDS) == (0, 0)
   sent = threading.Event()
 
   def send():
@@ -91,8 +91,8 @@ def test_it_hears_while_its_agent_reads_nothing(pipes):
   _heard(said, notices.State)  # it speaks; from here on nobody reads
   tell(orders.Propose(limit=3))
   tell(messages.Locations(locations=()))
-  tell(messages.Line(iteration=2))
-  assert told.get(timeout=_SECONDS) == 2
+  tell(messages.Line(iteration=2, entry_line=2))
+  assert told.get(timeout=_SECONDS) == (2, 2)
   assert not sent.is_set()
   assert len(_heard(said, notices.Failed).error) == 2 * _PIPE_BYTES
   assert _heard(said, notices.Answer) == notices.Answer(limit=3, begun=0)
