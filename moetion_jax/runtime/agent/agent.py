@@ -212,6 +212,8 @@ class Agent:
   ) -> None:
     """Takes in what a process said; None: it has ended."""
     if isinstance(message, standbys.LostStandby):
+      if self._coordinator.state.has_ended:
+        return  # nobody needs it any more
       fields = dataclasses.asdict(message)
       self._recorder.event('standby_lost', replica=worker.replica, **fields)
       self._recorder.view.note(str(message))
