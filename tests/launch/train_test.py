@@ -180,8 +180,9 @@ def test_sigterm_then_a_line_that_says_something_else(host, tmp_path):
   assert not (workdir / 'checkpoint').exists()
   path = workdir / 'metrics.jsonl'
   path.write_text(path.read_text().replace(lines[-1]['digest'], '0' * 16))
-  _, err = runs.end(host.train(workdir, flag), 1)
-  assert f'iteration {len(lines)}: digest is' in err and '--fresh' in err
+  _, err = runs.end(host.train(workdir, flag), 2)
+  said = f'has digest {"0" * 16} for iteration {len(lines)}'
+  assert said in err and '--fresh' in err
   assert host.has_ended()
   out, _ = runs.end(host.train(workdir, '--fresh', '--iterations=1'))
   assert 'removed as soon as' in out and len(_lines(workdir)) == 1
