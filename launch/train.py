@@ -156,7 +156,16 @@ _WINDOW_MODE = flags.DEFINE_enum(
   'window_mode', '', ('', *decision.MODES), "'': rolling, if that fits."
 )
 _REPLAY = flags.DEFINE_enum(
-  'replay', decision.MICROBATCHES, decision.REPLAYS, 'What recovery does again.'
+  'replay',
+  decision.MICROBATCHES,
+  capture_settings.REPLAYS,
+  'What recovery does again. auto: what leaves more of the time for training, '
+  'as predicted after the warm-up from measurements and --expected_mtbf.',
+)
+_EXPECTED_MTBF = flags.DEFINE_float(
+  'expected_mtbf',
+  capture_settings.EXPECTED_MTBF_SECONDS,
+  'Seconds between failures of the whole job; --replay=auto goes by it.',
 )
 _ORDER = flags.DEFINE_enum(
   'order', 'static', popularity.ORDERS, 'Of operators in a window.'
@@ -289,6 +298,7 @@ def main(argv: list[str]) -> int:
     window_length=_WINDOW_LENGTH.value,
     window_mode=_WINDOW_MODE.value,
     replay=_REPLAY.value,
+    expected_mtbf_seconds=_EXPECTED_MTBF.value,
     order=_ORDER.value,
     max_window_length=_MAX_WINDOW_LENGTH.value,
     overlap_target=_OVERLAP_TARGET.value,

@@ -72,7 +72,8 @@ class Change:
   Attributes:
     kind: kind of the event to write; '' for none.
     fields: fields of that event.
-    decisions: decisions by stage; all begin with the same iteration.
+    decisions: decisions by stage; all begin with the same iteration. () if the
+      event is all: what was decided before goes on.
   """
 
   kind: str

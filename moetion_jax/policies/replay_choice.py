@@ -43,12 +43,13 @@ class Stage:
   Attributes:
     operators: its operators; `rest_bytes` is what the way records of them.
     budget: its measured room for copies.
-    update_seconds: seconds of one update of the whole stage.
+    update_seconds: seconds of one update of the whole stage, if its gradients
+      are recorded.
   """
 
   operators: window.StageOperators
   budget: window.CopyBudget
-  update_seconds: float = 0.0
+  update_seconds: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,25 @@ def update_seconds(
   return moved / budget.bandwidth_bytes_per_second
 
 
+def stages(
+  operators: Iterable[window.StageOperators],
+  budgets: Iterable[window.CopyBudget],
+) -> list[Stage]:
+  """Makes stages whose updates take as long as `update_seconds` says."""
+  return [
+    Stage(
+      operators=one,
+      budget=budget,
+      update_seconds=update_seconds(one, budget),
+    )
+    for one, budget in zip(operators, budgets, strict=True)
+  ]
+
+
 def predict(
   replay: str,
   choice: window.WindowChoice,
-  stages: Sequence[Stage],
+  of: Sequence[Stage],
   outlook: Outlook,
 ) -> Prediction:
   """Predicts what a window costs under a way of replay.
@@ -113,11 +129,11 @@ def predict(
   Args:
     replay: one of `decision.REPLAYS`.
     choice: the window.
-    stages: all stages under that way.
+    of: all stages under that way.
     outlook: the failures that are expected.
   """
-  overhead = max(_overhead(choice, stage, outlook) for stage in stages)
-  seconds = max(_recovery_seconds(replay, choice, stage) for stage in stages)
+  overhead = max(_overhead(choice, stage, outlook) for stage in of)
+  seconds = max(_recovery_seconds(replay, choice, stage) for stage in of)
   seconds += outlook.fixed_seconds
   lost = seconds / outlook.expected_mtbf_seconds
   return Prediction(
@@ -130,7 +146,7 @@ def predict(
 
 
 def of_updates(
-  stages: Sequence[Stage],
+  of: Sequence[Stage],
   outlook: Outlook,
   lengths: Iterable[int],
   room_bytes: Sequence[float] = (),
@@ -142,32 +158,62 @@ def of_updates(
   the shorter one is taken.
 
   Args:
-    stages: all stages, with gradients as `rest_bytes`.
+    of: all stages, with gradients as `rest_bytes`.
     outlook: the failures that are expected.
     lengths: lengths of windows that there may be.
     room_bytes: by stage, most bytes of a snapshot that host memory has room
       for; () for no limit.
   """
-  room = room_bytes or [math.inf] * len(stages)
-  best: Prediction | None = None
+  room = room_bytes or [math.inf] * len(of)
+  found: Prediction | None = None
   for length in lengths:
     if not all(
       _largest(stage, length) <= min(stage.budget.target_bytes, most)
-      for stage, most in zip(stages, room, strict=True)
+      for stage, most in zip(of, room, strict=True)
     ):
       continue
     choice = window.WindowChoice(
-      window_length=length, mode=decision.MODES[0], reason='gradients fit'
+      window_length=length,
+      mode=decision.MODES[0],
+      reason='of the windows whose gradients fit, that of the highest ETTR',
     )
-    one = predict(decision.UPDATES, choice, stages, outlook)
-    if best is None or one.ettr > best.ettr:
-      best = one
-  return best
+    one = predict(decision.UPDATES, choice, of, outlook)
+    if found is None or one.ettr > found.ettr:
+      found = one
+  return found
 
 
-def best(predictions: Sequence[Prediction]) -> Prediction:
+def predictions(
+  choice: window.WindowChoice,
+  again: Sequence[Stage],
+  recorded: Sequence[Stage],
+  outlook: Outlook,
+  *,
+  lengths: Iterable[int],
+  room_bytes: Sequence[float] = (),
+) -> list[Prediction]:
+  """Predicts each way of replay, that of microbatches first.
+
+  Args:
+    choice: the window chosen for microbatches. If it is pinned, it holds for
+      records as well; otherwise they have a window of their own, if one fits.
+    again: all stages, with compute weights as `rest_bytes`.
+    recorded: all stages, with gradients as `rest_bytes`.
+    outlook: the failures that are expected.
+    lengths: see `of_updates`.
+    room_bytes: see `of_updates`.
+  """
+  made = [predict(decision.MICROBATCHES, choice, again, outlook)]
+  if choice.pinned:
+    made.append(predict(decision.UPDATES, choice, recorded, outlook))
+  elif updates := of_updates(recorded, outlook, lengths, room_bytes):
+    made.append(updates)
+  return made
+
+
+def best(of: Sequence[Prediction]) -> Prediction:
   """Returns the prediction with the highest ETTR; the first of equal ones."""
-  return max(predictions, key=lambda p: p.ettr)
+  return max(of, key=lambda p: p.ettr)
 
 
 def _largest(stage: Stage, length: int) -> int:

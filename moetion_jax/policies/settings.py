@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
@@ -21,6 +22,11 @@ from moetion_jax.snapshots import coverage
 _SLACK = 4
 # Where nobody goes back alone, logs serve neighbours that are a little late.
 _LATEST_ITERATIONS = 4
+# The way of replay is chosen from measurements; see `replay_choice`.
+AUTO = 'auto'
+REPLAYS = (AUTO, *decision.REPLAYS)
+# Mean time between failures of the whole job, if the user expects no other.
+EXPECTED_MTBF_SECONDS = 3600.0
 # Share of an iteration that a copy may take: where it uses the very cores that
 # compute, and where it does not.
 _COPY_SHARE = {'cpu': 0.02}
@@ -112,7 +118,10 @@ class CaptureSettings:
     policy: the policy, from `registry.POLICIES`.
     window_length: number of slots; 0 to choose it from measurements.
     window_mode: one of `decision.MODES`; '' to choose it.
-    replay: one of `decision.REPLAYS`.
+    replay: one of REPLAYS; where no gradients can be recorded, AUTO means
+      `decision.MICROBATCHES`.
+    expected_mtbf_seconds: mean time between failures of the whole job, which
+      AUTO goes by.
     order: one of `popularity.ORDERS`.
     max_window_length: the longest window that may be chosen.
     overlap_target: share of an iteration that a copy may take; 0 for the
@@ -136,6 +145,7 @@ class CaptureSettings:
   window_length: int = 0
   window_mode: str = ''
   replay: str = decision.MICROBATCHES
+  expected_mtbf_seconds: float = EXPECTED_MTBF_SECONDS
   order: str = 'static'
   max_window_length: int = 8
   overlap_target: float = 0.0
@@ -155,11 +165,8 @@ class CaptureSettings:
     errors.check_known('order', self.order, popularity.ORDERS)
     if self.window_mode:
       errors.check_known('window_mode', self.window_mode, decision.MODES)
-    errors.check_known('replay', self.replay, decision.REPLAYS)
-    is_rolling = self.window_mode in ('', decision.MODES[0])
-    if self.records_gradients and not (
-      self.policy.may_record_gradients and is_rolling
-    ):
+    errors.check_known('replay', self.replay, REPLAYS)
+    if self.replay == decision.UPDATES and not self._may_record_gradients:
       raise errors.ConfigError(
         'replay', self.replay, 'is of --policy=sparse with rolling windows'
       )
@@ -178,6 +185,10 @@ class CaptureSettings:
     if not 0 <= self.overlap_target <= 1:
       raise errors.ConfigError(
         'overlap_target', self.overlap_target, 'must be in [0, 1]'
+      )
+    if not 0 < self.expected_mtbf_seconds < math.inf:
+      raise errors.ConfigError(
+        'expected_mtbf', self.expected_mtbf_seconds, 'must be above 0 seconds'
       )
     for name in ('overhead_budget', 'plt_budget'):
       if not 0 < getattr(self, name) <= 1:
@@ -226,14 +237,30 @@ class CaptureSettings:
     )
 
   @property
-  def records_gradients(self) -> bool:
-    """True if snapshots hold the gradients of the operators outside a slot."""
-    return self.replay == decision.UPDATES
+  def _may_record_gradients(self) -> bool:
+    is_rolling = self.window_mode in ('', decision.MODES[0])
+    return self.policy.may_record_gradients and is_rolling
+
+  @property
+  def replays(self) -> tuple[str, ...]:
+    """The ways of replay that there may be in the run, that of its begin first.
+
+    There are several if one of them is chosen after the warm-up.
+    """
+    if self.replay != AUTO:
+      return (self.replay,)
+    if self._may_record_gradients:
+      return decision.REPLAYS
+    return (decision.MICROBATCHES,)
 
   def copy_share(self, platform: str) -> float:
     """Returns the share of an iteration that a copy may take, on a platform."""
     default = _COPY_SHARE.get(platform, _OTHER_COPY_SHARE)
     return self.overlap_target or default
+
+  def hides_copies(self, platform: str) -> bool:
+    """Returns True if copies on a platform do not use the cores that train."""
+    return platform not in _COPY_SHARE
 
   @property
   def _windows(self) -> int:
@@ -241,13 +268,14 @@ class CaptureSettings:
 
     With rolling windows that never change, every snapshot is a start once it is
     a window old, and the line is `keep_windows` - 1 windows older. An aligned
-    window is a start no earlier than at its end; and where slots change, a
-    start just before has to wait for a window of the new ones.
+    window is a start no earlier than at its end; and where slots change, or the
+    way of replay, a start just before has to wait for a window of the new ones.
     """
     is_steady = (
       self.window_length > 0
       and self.window_mode != 'aligned'
       and self.order == 'static'
+      and len(self.replays) == 1
     )
     return self.keep_windows + (not is_steady)
 

@@ -55,7 +55,8 @@ class Run:
     newest: by stage, the newest iteration of its log.
     length: the number of snapshots that together hold everything.
     interval: iterations between snapshots.
-    replay: what a snapshot holds of the operators outside its slot.
+    replays: what a snapshot holds of the operators outside its slot, by the
+      iteration from which on it does.
     missing: the stages that miss a log.
     gone: the store that somebody has removed; '' for none.
     small: the stages whose log is smaller than the run needs.
@@ -104,7 +105,7 @@ class Run:
     lengths = {'sparse': 3, 'partial': _EXPERTS}
     self.length = captures.get('window_length') or lengths.get(policy, 1)
     self.interval = captures.get('interval', 1)
-    self.replay = captures.get('replay', 'microbatches')
+    self.replays = {0: self.one.state.settings.captures.replays[0]}
     self.missing = set()
     self.gone = ''
     self.small = set()
@@ -153,6 +154,8 @@ class Run:
     return done
 
   def _sent(self, stage, order):
+    if isinstance(order, orders.Decide):
+      self.replays[order.decision.first_iteration] = order.decision.replay
     if not isinstance(order, orders.Go):
       return
     self.begun[stage] = order.start + 1
@@ -160,6 +163,9 @@ class Run:
       self.missing.discard(stage)
       self.small.discard(stage)
       self.newest[stage] = 0
+
+  def _replay(self, iteration):
+    return self.replays[max(i for i in self.replays if i <= iteration)]
 
   def _drop_logs(self):
     self.damage = ()
@@ -288,7 +294,7 @@ class Run:
         length or self.length,
         place,
         len(team),
-        self.replay,
+        self._replay(iteration),
       )
       for place, replica in enumerate(team)
     }
@@ -299,7 +305,9 @@ class Run:
     """One worker of a stage stores its share of a snapshot."""
     team = self.one.state.team(stage)
     place, length = team.index(replica), length or self.length
-    one = share(stage, iteration, length, place, len(team), self.replay)
+    one = share(
+      stage, iteration, length, place, len(team), self._replay(iteration)
+    )
     self.shares[stage][one.name] = one
     return self.says(stage, notices.Stored(share=one), replica)
 

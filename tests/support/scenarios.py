@@ -10,7 +10,8 @@ lines anew: read the difference.
   time 3                   three seconds pass
   wait 30 [without 1]      so many seconds pass; all workers but those named say
                            each second what they do, until one has to end
-  begin / train 10         all workers start / do the iterations up to 10
+  begin / train 10         all workers start / do the iterations up to 10; their
+                           reports may have fields: copy_bytes_per_second=1e6
   fault KILL:...           a worker announces a scripted fault, as in --fail
   died 1/0 how="..."       a process ended; other events likewise
   stored 1/0 11            a worker says something; here: iteration 11
@@ -44,6 +45,7 @@ import shlex
 
 from moetion_jax import codec, errors
 from moetion_jax.hostmem import segment_check
+from moetion_jax.policies import decision
 from moetion_jax.recovery import (
   actions,
   events,
@@ -74,7 +76,10 @@ _SAID = {
 }
 _ENDS = (actions.Fail, actions.Stop, actions.Finish, actions.KillNow)
 _SIZES = ('ring_bytes', 'cells', 'pool_files', 'pool_bytes')
-_CAPTURES = ('window_length', 'interval', 'order', 'keep_windows', 'replay')
+_CAPTURES = (
+  'window_length', 'interval', 'order', 'keep_windows', 'replay',
+  'expected_mtbf_seconds',
+)  # fmt: skip
 _SHAPE = ('stages', 'replicas', 'iterations', 'policy', 'base')
 
 
@@ -201,7 +206,7 @@ def _happens(world, words):
     case 'begin':
       world.begin(world.last_recorded, max(world.newest))
     case 'train':
-      world.train(int(rest[0]))
+      world.train(int(rest[0]), **_fields(rest[1:]))
     case 'looked':
       world.look(map(_name, rest))
     case 'starve':
@@ -361,11 +366,9 @@ def _tell(action):
       order = action.order
       name = '/'.join(map(str, action.worker))
       if isinstance(order, orders.Decide):
-        first, length = (
-          order.decision.first_iteration,
-          order.decision.window_length,
-        )
-        return f'send {name} decide {length}@{first}'
+        one = order.decision
+        told = f'send {name} decide {one.window_length}@{one.first_iteration}'
+        return told + (' updates' if one.replay == decision.UPDATES else '')
       return f'send {name} {_snake(type(order))} {_listed(_unusual(order))}'
     case actions.Merge():
       one = action.report

@@ -16,6 +16,7 @@ from moetion_jax.policies import (
   decision,
   planner,
   popularity,
+  replay_choice,
   settings as capture_settings,
   window,
 )
@@ -33,6 +34,9 @@ class SparsePlanner(base.MeasuringPlanner):
   Between two decisions there is at least a whole window, so there is always a
   window of one decision that a recovery can go through.
 
+  The way of replay, where it is left open, is chosen once, after the warm-up;
+  there is room for the snapshots of either from the begin.
+
   Attributes:
     choice: the window in force, or soon to be.
   """
@@ -46,6 +50,7 @@ class SparsePlanner(base.MeasuringPlanner):
       kind=self.settings.order, capacity=self.expert_capacity
     )
     self._rates: popularity.Rates = {}
+    self._replay = self.settings.replays[0]
     self.choice = self._choose(None)
     self._lag_window = self._window_iterations
     # Made once and for all: a replacement must find files of its own size.
@@ -95,7 +100,7 @@ class SparsePlanner(base.MeasuringPlanner):
         mode=self.choice.mode,
         every=self.choice.every,
         slots=stage.slots(self.choice.window_length),
-        replay=self.settings.replay,
+        replay=self._replay,
       )
       for stage in self._in_order()
     )
@@ -112,10 +117,15 @@ class SparsePlanner(base.MeasuringPlanner):
       planner.PoolSize(
         files=self.settings.kept_snapshots,
         size_bytes=max(
-          max(stage.snapshot_bytes(length, mode)) for length in lengths
+          max(stage.snapshot_bytes(length, mode))
+          for stage in ways
+          for length in lengths
         ),
       )
-      for stage in self._in_order(workers)
+      for ways in zip(
+        *(self._in_order(workers, r) for r in self.settings.replays),
+        strict=True,
+      )
     ]
 
   def add(self, reports: Sequence[report.Report]) -> planner.Change | None:
@@ -131,11 +141,16 @@ class SparsePlanner(base.MeasuringPlanner):
       self._note_late(reports)
     if iteration < self._first_iteration + self._window_iterations - 1:
       return None
+    leaves_open = not self._is_pinned or self._chooses_replay
+    if leaves_open and self._is_warm and not self._has_chosen:
+      self._has_chosen = True
+      budgets = self._budgets()
+      choice = self._choose(budgets)
+      if self._chooses_replay:
+        return self._change_replay(iteration, choice, budgets)
+      return self._change(iteration, choice)
     if self._is_pinned:
       return self._reorder(iteration)
-    if self._is_warm and not self._has_chosen:
-      self._has_chosen = True
-      return self._change(iteration, self._choose(self._budgets()))
     if self._runs_late:
       self._late.clear()
       if change := self._change(iteration, self._enlarged()):
@@ -152,9 +167,13 @@ class SparsePlanner(base.MeasuringPlanner):
   @property
   def _pinned_mode(self) -> str | None:
     """The only mode that a window may have, if there is one."""
-    if self.settings.records_gradients:
+    if self._replay == decision.UPDATES:
       return decision.MODES[0]
     return self.settings.window_mode or None
+
+  @property
+  def _chooses_replay(self) -> bool:
+    return len(self.settings.replays) > 1
 
   @property
   def _may_be_whole(self) -> bool:
@@ -166,7 +185,7 @@ class SparsePlanner(base.MeasuringPlanner):
     return (
       self.platform == 'cpu'
       and not self.settings.window_mode
-      and not self.settings.records_gradients
+      and self._replay != decision.UPDATES
     )
 
   def _has_room_for(self, choice: window.WindowChoice) -> bool:
@@ -205,14 +224,14 @@ class SparsePlanner(base.MeasuringPlanner):
     )
 
   def _in_order(
-    self, workers: int | None = None
+    self, workers: int | None = None, replay: str = ''
   ) -> list[window.StageOperators]:
     return [
       s.in_order(
         self.settings.order,
         self._rates,
         workers or self.replicas,
-        self.settings.replay,
+        replay or self._replay,
       )
       for s in self.stages
     ]
@@ -261,6 +280,11 @@ class SparsePlanner(base.MeasuringPlanner):
         for stage in self._in_order()
       ]
       choice = window.longest(choices)
+    elif self._chooses_replay and self._replay == decision.UPDATES:
+      updates = replay_choice.of_updates(
+        self._under(decision.UPDATES, budgets), **self._terms()
+      )
+      choice = updates.choice if updates else self.choice
     else:
       choose = functools.partial(
         window.choose_common_window,
@@ -283,6 +307,56 @@ class SparsePlanner(base.MeasuringPlanner):
     elif choice.every == 1 and choice.window_length < self._shortest():
       choice = dataclasses.replace(choice, window_length=self._shortest())
     return dataclasses.replace(choice, pinned=self._is_pinned)
+
+  def _under(
+    self, replay: str, budgets: Sequence[window.CopyBudget]
+  ) -> list[replay_choice.Stage]:
+    """Returns all stages under a way of replay."""
+    return replay_choice.stages(self._in_order(replay=replay), budgets)
+
+  def _terms(self) -> dict[str, Any]:
+    """Returns what is expected, and what there is room for."""
+    return {
+      'outlook': replay_choice.Outlook(
+        expected_mtbf_seconds=self.settings.expected_mtbf_seconds,
+        hides_copies=self.settings.hides_copies(self.platform),
+      ),
+      'lengths': range(self._shortest(), self.settings.longest_window + 1),
+      'room_bytes': [pool.size_bytes for pool in self.pools()],
+    }
+
+  def _change_replay(
+    self,
+    iteration: int,
+    choice: window.WindowChoice,
+    budgets: Sequence[window.CopyBudget],
+  ) -> planner.Change:
+    """Chooses the way of replay for good, and says the reasons in any case.
+
+    Args:
+      iteration: the iteration that was reported.
+      choice: the window for microbatches.
+      budgets: see `_choose`.
+    """
+    predicted = replay_choice.predictions(
+      choice,
+      *(self._under(replay, budgets) for replay in decision.REPLAYS),
+      **self._terms(),
+    )
+    best = replay_choice.best(predicted)
+    before, self._replay = self._replay, best.replay
+    change = self._change(iteration, best.choice, is_new=best.replay != before)
+    if change is None:
+      self._replay = before
+      fields = self._fields(self.choice)
+      fields['first_iteration'] = self._first_iteration
+      change = planner.Change(kind='window', fields=fields, decisions=())
+    reasons = {
+      'replay': self._replay,
+      'expected_mtbf_seconds': self.settings.expected_mtbf_seconds,
+      'predicted': {one.replay: one.fields() for one in predicted},
+    }
+    return dataclasses.replace(change, fields={**change.fields, **reasons})
 
   def _enlarged(self) -> window.WindowChoice:
     enlarged = [
@@ -313,14 +387,20 @@ class SparsePlanner(base.MeasuringPlanner):
     return None
 
   def _change(
-    self, iteration: int, choice: window.WindowChoice
+    self, iteration: int, choice: window.WindowChoice, *, is_new: bool = False
   ) -> planner.Change | None:
-    """Changes to a window, if it is another one and there is room for it."""
+    """Changes to a window, if it is another one and there is room for it.
+
+    Args:
+      iteration: the iteration that was reported.
+      choice: the window.
+      is_new: whether its snapshots hold something else than those so far.
+    """
     before = self.choice
     same = dataclasses.replace(
       before, reason=choice.reason, pinned=choice.pinned
     )
-    if choice == same:
+    if choice == same and not is_new:
       self.choice = choice
       return None
     if not self._has_room_for(choice):

@@ -175,6 +175,8 @@ def _decide(run: state_lib.Run, merged: events.Merged) -> None:
     return
   if change.kind:
     run.record(change.kind, **change.fields)
+  if not change.decisions:
+    return
   for known, decision in zip(run.decisions, change.decisions, strict=True):
     first = max(run.line, known[0].first_iteration)
     del known[: known.index(decision_lib.active(known, first))]

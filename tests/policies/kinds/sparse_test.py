@@ -316,6 +316,124 @@ def test_nothing_is_kept_for_nothing():
   assert planner.pools() == [planner_lib.PoolSize(files=0, size_bytes=0)]
 
 
+# ---- the way of replay -------------------------------------------------------
+
+
+@pytest.mark.parametrize('mtbf', [1e-3, 1.0, 1e9])
+@pytest.mark.parametrize('bandwidth', [10.0, 28.0, 60.0, 1e4, 1e12])
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+@pytest.mark.parametrize('fields', [{}, {'window_length': 3}], ids=str)
+def test_the_way_of_replay_with_the_highest_ettr(
+  mtbf, bandwidth, platform, fields
+):
+  measured = {'seconds': 2.0, 'copy_bytes_per_second': bandwidth}
+  planner = _planner(
+    platform=platform, replay='auto', expected_mtbf_seconds=mtbf, **fields
+  )
+  (first,) = planner.decisions(0)
+  assert first.replay == 'microbatches'
+  (iteration, change), *later = _run(planner, range(1, 60), **measured).items()
+  assert (iteration, change.kind) == (6, 'window')
+  predicted = change.fields['predicted']
+  assert change.fields['expected_mtbf_seconds'] == mtbf
+  chosen = predicted[change.fields['replay']]
+  assert chosen['ettr'] == max(one['ettr'] for one in predicted.values())
+  assert chosen['window_length'] == change.fields['window_length']
+  assert {d.replay for d in change.decisions} <= {change.fields['replay']}
+  pools = planner.pools()
+  for decision in [
+    *change.decisions,
+    *(d for _, c in later for d in c.decisions),
+  ]:
+    assert decision.replay == change.fields['replay']  # once and for all
+  if change.fields['replay'] == 'microbatches':
+    # As if nothing else had been possible; room is there for either.
+    plain = _planner(platform=platform, **fields)
+    before = _run(plain, range(1, 60), **measured)
+    assert [c.decisions for c in before.values()] == [
+      c.decisions for c in (change, *(c for _, c in later)) if c.decisions
+    ]
+    assert pools[0].size_bytes >= plain.pools()[0].size_bytes
+  else:
+    assert change.decisions
+
+
+def test_rare_failures_are_not_worth_records_where_copies_cost_time():
+  measured = {'seconds': 2.0, 'copy_bytes_per_second': 1e4}
+  chosen = {}
+  for mtbf in (1.0, 1e2, 1e9):
+    planner = _planner(
+      platform='cpu',
+      replay='auto',
+      expected_mtbf_seconds=mtbf,
+      window_length=4,
+    )
+    change = _run(planner, range(1, 60), **measured)[6]
+    chosen[mtbf] = change.fields['replay']
+    assert change.fields['window_length'] == 4
+  assert chosen == {1.0: 'updates', 1e2: 'updates', 1e9: 'microbatches'}
+
+
+def test_room_is_for_the_larger_way():
+  fields: dict[str, Any] = {'window_length': 4}
+  pools = {
+    replay: _planner(replay=replay, **fields).pools()
+    for replay in capture_settings.REPLAYS
+  }
+  sizes = {replay: made[0].size_bytes for replay, made in pools.items()}
+  assert sizes['auto'] == sizes['updates'] > sizes['microbatches']
+  # Where it changes, a start just before waits for a window of the new ones.
+  files = {replay: made[0].files for replay, made in pools.items()}
+  assert files['auto'] == files['updates'] + 4
+
+
+@pytest.mark.parametrize(
+  'fields', [{'window_mode': 'aligned'}, {'policy': 'none'}], ids=str
+)
+def test_where_nothing_can_be_recorded_auto_is_microbatches(fields):
+  planner = _planner(replay='auto', **fields)
+  assert planner.decisions(0) == _planner(**fields).decisions(0)
+  assert planner.pools() == _planner(**fields).pools()
+  changes = _run(planner, range(1, 60), copy_bytes_per_second=1e3)
+  assert all('predicted' not in c.fields for c in changes.values())
+
+
+@pytest.mark.parametrize('mtbf', [0.0, -1.0, float('inf'), float('nan')])
+def test_an_mtbf_is_a_number_of_seconds(mtbf):
+  with pytest.raises(errors.ConfigError, match='--expected_mtbf'):
+    _settings(expected_mtbf_seconds=mtbf)
+
+
+def test_starts_across_the_change_of_replay():
+  """From each snapshot a window before the change, and each from it on."""
+  planner = _planner(replay='auto', window_length=4, expected_mtbf_seconds=1.0)
+  decisions = list(planner.decisions(0))
+  change = _run(planner, range(1, 9), copy_bytes_per_second=1e4)[6]
+  assert change.fields['replay'] == 'updates'
+  decisions += change.decisions
+  first = change.fields['first_iteration']
+  records = [
+    coverage.SnapshotRecord(
+      iteration=i,
+      is_record=True,
+      **decision_lib.active(decisions, i).captured(i)._asdict(),
+    )
+    for i in range(1, first + 10)
+  ]
+  starts = {
+    s.iteration
+    for s in coverage.valid_starts(
+      records, records[0].state | records[0].compute
+    )
+  }
+  # The last snapshot with compute weights is a start for records as well.
+  assert starts == {
+    *range(1, first - 3), *range(first - 1, first + 7)
+  }  # fmt: skip
+  # So much is kept that the line never has to pass those that are none.
+  assert planner.settings.kept_snapshots >= planner.lag_iterations + 2 * 4
+
+
 # ---- late copies -------------------------------------------------------------
 
 
