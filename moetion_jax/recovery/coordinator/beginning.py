@@ -197,8 +197,8 @@ def _check_digests(
         f'metrics.jsonl in it has digest {recorded} for iteration {iteration}, '
         f'but the snapshot of it in {run.settings.snapshots} has {stored}: it '
         'is of another run, or that line was changed. Put back what belongs '
-        'there, then the same command goes on; without these snapshots, once '
-        'they are moved away, it does the iterations again; --fresh starts over',
+        'there, then the same command goes on; once these snapshots are moved '
+        'away, it does the iterations again; --fresh starts over',
       )
 
 
