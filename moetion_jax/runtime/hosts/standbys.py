@@ -34,7 +34,7 @@ class LostStandby:
   pause: int
 
   def __str__(self) -> str:
-    again = f'another one is started {self.pause} iterations later'
+    again = f'another one is started {self.pause} iteration(s) later'
     return (
       f'a standby {self.how}; that makes {self.deaths} since one was needed, '
       f'and {again if self.pause else "another one is started"}'

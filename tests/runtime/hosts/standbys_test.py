@@ -152,7 +152,7 @@ def test_those_that_keep_dying_are_started_less_and_less():
   assert str(them.lost[0]).endswith('needed, and another one is started')
   assert str(them.lost[-1]) == (
     'a standby was killed by SIGKILL; that makes 7 since one was needed, and '
-    'another one is started 63 iterations later'
+    'another one is started 63 iteration(s) later'
   )
   while not them.warm():
     pass
