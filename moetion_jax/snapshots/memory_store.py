@@ -376,6 +376,8 @@ class SnapshotStore(interface.Store):
         self._unused_path(_POOL_PREFIX), self._size_bytes
       )
     except errors.StoreError as error:
+      if self._checkpointer is None:
+        return  # at the start; a save asks again, and whoever saves can wait
       raise OSError(errno.ENOSPC, str(error)) from error
     self._free.append(data)
 

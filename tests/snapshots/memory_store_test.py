@@ -5,6 +5,7 @@ n-th step in the file system, for every n, or is killed at a line it wrote.
 """
 
 import asyncio
+import errno
 import os
 import pathlib
 import shutil
@@ -27,6 +28,7 @@ from moetion_jax.snapshots import (
   memory_store,
   orbax_handler,
 )
+from tests.support import helpers
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -445,6 +447,30 @@ def test_larger_files_in_the_same_memory(folder, open_store):
     _save(store, iteration)
   assert list(_data_files(store.folder).values()) == [_SIZE_BYTES] * 7
   _check_all(store.folder, range(17, 24))
+
+
+def test_a_memory_that_others_filled_does_not_end_who_takes_over(tight):
+  """Files are cut anew when they are needed: a save can wait for room."""
+
+  def store():
+    made = memory_store.SnapshotStore(tight / 'worker', 2 * _PAGE, 4)
+    made.enlarge(4 * _PAGE)
+    return made
+
+  def save(one, iteration):
+    x = np.full(4 * _PAGE, iteration, np.uint8)
+    return one.save(iteration, {}, _buffers({'x': x}))
+
+  with store() as one:
+    save(one, 0)
+  helpers.fill(tight)
+  with store() as one:
+    with pytest.raises(OSError, match='only 0 bytes free') as caught:
+      save(one, 1)
+    assert caught.value.errno == errno.ENOSPC
+    (tight / 'fill').unlink()
+    assert save(one, 1) == 4 * _PAGE
+    assert one.iterations() == [0, 1]
 
 
 def test_a_larger_file_than_was_reserved(open_store):
