@@ -253,6 +253,11 @@ class CaptureSettings:
       return decision.REPLAYS
     return (decision.MICROBATCHES,)
 
+  @property
+  def records_gradients(self) -> bool:
+    """True if all of a run's snapshots hold gradients."""
+    return self.replays == (decision.UPDATES,)
+
   def copy_share(self, platform: str) -> float:
     """Returns the share of an iteration that a copy may take, on a platform."""
     default = _COPY_SHARE.get(platform, _OTHER_COPY_SHARE)
