@@ -50,9 +50,11 @@ class SegmentReader:
     fd = segment.open_file(path)
     try:
       layout = segment.SegmentLayout(fd, writable=False)
-    except errors.StoreError as error:
+    except BaseException as error:
       os.close(fd)
-      raise errors.StoreError(f'{path}: {error}') from None
+      if isinstance(error, errors.StoreError):
+        raise errors.StoreError(f'{path}: {error}') from None
+      raise
     return cls(pathlib.Path(path), fd, layout)
 
   def close(self) -> None:

@@ -85,9 +85,11 @@ class SegmentWriter:
         self._create()
         self._open()
       self._adopt()
-    except errors.StoreError as error:
+    except BaseException as error:
       self.close()
-      raise type(error)(f'{self.path}: {error}') from None
+      if isinstance(error, errors.StoreError):
+        raise type(error)(f'{self.path}: {error}') from None
+      raise
 
   def check_fence(self) -> None:
     """Checks that what is written reaches somebody.

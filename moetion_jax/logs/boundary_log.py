@@ -95,7 +95,7 @@ class BoundaryLog(log_interface.Log):
     self._writer.start(self._settings.fresh)
     try:
       self._bell.start()
-    except errors.StoreError:
+    except BaseException:
       self._writer.close()
       raise
     for target in (self._publish_all, self._read_all):
@@ -323,26 +323,29 @@ class BoundaryLog(log_interface.Log):
 
   def _read_all(self) -> None:
     """Runs the reader thread."""
-    client = self._connect(self._worker, self._settings.resend_seconds)
-    tick_seconds = self._settings.resend_seconds / 2
-    refresh_at = collect_at = 0.0
     try:
-      while not self._closing:
-        client.wait(self._bell.fileno(), tick_seconds)
-        self._bell.drain()
-        self._look(client)
-        if time.monotonic() > refresh_at:
-          refresh_at = time.monotonic() + self._settings.resend_seconds
-          self._index.refresh()
-        if time.monotonic() > collect_at:
-          # JAX lets go of host memory in a call or in a garbage collection; a
-          # loop that waits makes no calls, and its neighbour may need the room.
-          collect_at = time.monotonic() + _COLLECT_SECONDS
-          gc.collect(0)
+      client = self._connect(self._worker, self._settings.resend_seconds)
+      with contextlib.closing(client):
+        self._look_again_and_again(client)
     except BaseException as error:  # reported by every later call
       self._fail(error)
-    finally:
-      client.close()
+
+  def _look_again_and_again(self, client: remote.ReadClient) -> None:
+    """Completes reads until the log is closed."""
+    tick_seconds = self._settings.resend_seconds / 2
+    refresh_at = collect_at = 0.0
+    while not self._closing:
+      client.wait(self._bell.fileno(), tick_seconds)
+      self._bell.drain()
+      self._look(client)
+      if time.monotonic() > refresh_at:
+        refresh_at = time.monotonic() + self._settings.resend_seconds
+        self._index.refresh()
+      if time.monotonic() > collect_at:
+        # JAX lets go of host memory in a call or in a garbage collection; a
+        # loop that waits makes no calls, and its neighbour may need the room.
+        collect_at = time.monotonic() + _COLLECT_SECONDS
+        gc.collect(0)
 
   def _look(self, client: remote.ReadClient) -> None:
     """Completes the reads whose entries can be had now.

@@ -28,11 +28,11 @@ class JoinedLog(interface.Log):
     self._logs = dict(logs)
 
   def start(self) -> None:
-    """Starts all logs; if one raises StoreError, closes all and raises it."""
+    """Starts all logs; if one cannot be, closes all and raises its error."""
     try:
       for log in self._logs.values():
         log.start()
-    except errors.StoreError:
+    except BaseException:
       self.close()
       raise
 

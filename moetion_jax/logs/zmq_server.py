@@ -142,7 +142,7 @@ class StoreServer:
     self._bell.start()
     try:
       self._endpoint = _bind(self.address, self._secret)
-    except errors.StoreError:
+    except BaseException:
       self.close()
       raise
     router = self._endpoint.router

@@ -101,7 +101,13 @@ class DataFile:
   @classmethod
   def create(cls, path: str | os.PathLike[str], size_bytes: int) -> DataFile:
     """Reserves a new file of at least a page; StoreError without room."""
-    return cls(path, store_folder.reserve(path, max(size_bytes, mmap.PAGESIZE)))
+    fd = store_folder.reserve(path, max(size_bytes, mmap.PAGESIZE))
+    try:
+      return cls(path, fd)
+    except BaseException:
+      os.close(fd)
+      os.unlink(path)
+      raise
 
   @classmethod
   def open(cls, path: str | os.PathLike[str]) -> DataFile:

@@ -1,6 +1,8 @@
 """The logs: one suite for all of them, and what only the shared one does."""
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import mmap
@@ -26,7 +28,7 @@ from moetion_jax.logs import (
   zmq_client,
   zmq_server,
 )
-from tests.support import log_conformance, tcp_transport
+from tests.support import helpers, log_conformance, tcp_transport
 
 _SECONDS = log_conformance.SECONDS
 _SECRET = b'0123456789abcdef'
@@ -371,6 +373,51 @@ def test_locations_change_under_a_read_that_waits(folders):
   reader.update_locations({(0, 0): new})
   assert reading.get().tolist() == [1, 1, 1]
   pair.close()
+
+
+def _refused(worker, resend_seconds):
+  """Connects to nobody, for want of a descriptor."""
+  raise OSError(errno.EMFILE, 'Too many open files')
+
+
+def _open_files():
+  """The files in host memory that this process has open."""
+  found = []
+  for name in os.listdir('/proc/self/fd'):
+    with contextlib.suppress(FileNotFoundError):
+      found.append(os.readlink(f'/proc/self/fd/{name}'))
+  return sorted(
+    path for path in found if path.startswith('/dev/shm/moetion-test-')
+  )
+
+
+@pytest.mark.parametrize('left', range(6))
+def test_a_start_that_is_refused_leaves_nothing_open(folders, left):
+  """Neither a descriptor nor the lock: whoever tries again can have both."""
+  settings = log_interface.LogSettings(folder=folders(), size_bytes=1 << 14)
+  gc.collect()
+  before = _open_files()
+  log = boundary_log.BoundaryLog(keys.WorkerId(0, 0, 1), settings, _refused)
+  with helpers.no_descriptor(left):
+    with contextlib.suppress(errors.MoetionError, OSError):
+      log.start()
+      log.close()  # it has all that it needs
+  del log
+  gc.collect()
+  assert _open_files() == before
+  log = boundary_log.BoundaryLog(keys.WorkerId(0, 0, 1), settings, _refused)
+  log.start()
+  log.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_reader_without_a_client_keeps_nobody_waiting(folders):
+  settings = log_interface.LogSettings(folder=folders(), size_bytes=1 << 14)
+  log = boundary_log.BoundaryLog(keys.WorkerId(0, 0, 1), settings, _refused)
+  log.start()
+  with pytest.raises(OSError, match='Too many open files'):
+    log.read(_key(1, 1), timeout_seconds=5.0)
+  log.close()
 
 
 def test_fenced_reader(folders):

@@ -257,12 +257,12 @@ def fill(folder, left_bytes=0):
 
 
 @contextlib.contextmanager
-def no_descriptor():
-  """Lets this process open no further file while the context lasts."""
+def no_descriptor(left=0):
+  """Lets this process open no further file, or a few, while this lasts."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   lowest = os.open(os.devnull, os.O_RDONLY)
   os.close(lowest)
-  resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + left, hard))
   try:
     yield
   finally:
