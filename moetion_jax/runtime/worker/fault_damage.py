@@ -57,7 +57,7 @@ def flip_bit_in_snapshot(
     return 0
 
   def flip(arrays: dict[str, np.ndarray]) -> list[str]:
-    names = [name for name in arrays if name.startswith(prefix)]
+    names = [n for n, a in arrays.items() if n.startswith(prefix) and a.size]
     hits = names if every else names[:1]
     for name in hits:
       hit = arrays[name].reshape(-1).view(np.uint8)

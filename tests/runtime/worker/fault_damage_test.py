@@ -40,6 +40,27 @@ def test_a_bit_of_a_snapshot_that_only_its_content_shows(tmp_path):
   assert np.sum(bits[0] != bits[1]) == 1
 
 
+def test_arrays_that_hold_nothing_are_passed_over(tmp_path):
+  for iteration in (3, 4):
+    (tmp_path / str(iteration)).mkdir()
+    arrays = {
+      'compute|none': np.zeros((0, 3), np.int32),
+      'compute|a': np.zeros(8, np.float32),
+      'compute|b': np.zeros((), np.float32),
+      'state|c': np.zeros(8, np.float32),
+    }
+    buffers = [
+      manifest.Buffer(n, a.dtype, a.shape, [a]) for n, a in arrays.items()
+    ]
+    snapshot_file.write(tmp_path / str(iteration), buffers, {})
+  flip = fault_damage.flip_bit_in_snapshot
+  assert flip(tmp_path, 'compute', newer=1, every=True) == 3
+  for iteration, hits in ((3, {'compute|a', 'compute|b'}), (4, set())):
+    path = tmp_path / str(iteration)
+    with snapshot_file.open_snapshot(path, verify=True) as stored:
+      assert {n for n, a in stored.arrays.items() if a.any()} == hits
+
+
 @pytest.mark.parametrize(
   'kind', [faults.FaultKind.CORRUPT_READ, faults.FaultKind.POISON_READ]
 )
