@@ -1,4 +1,4 @@
-"""Inventory of every stage's host store, as the leader knows it.
+"""Inventory of every stage's host store, as the coordinator knows it.
 
 Workers report each snapshot once it counts; after a death the manifests are
 read instead, since a snapshot may have been committed and never reported.
