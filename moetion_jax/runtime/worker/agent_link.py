@@ -135,7 +135,7 @@ class AgentLink:
     self._finished = True
 
   def deciding(self, decide: Decide) -> None:
-    """Sets the function that is called with each of the coordinator's decisions."""
+    """Sets the function that is called with each new decision."""
     self._decide = decide
 
   def retaining(self, retain: Retain) -> None:
