@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -109,6 +109,18 @@ class Record:
   eval_loss: float | None
 
 
+class Advanced(NamedTuple):
+  """A state after an iteration of a conversion.
+
+  Attributes:
+    state: the state.
+    digests: its digests, if it was compared; else None.
+  """
+
+  state: partition.State
+  digests: jax.Array | None
+
+
 class Conversion:
   """One conversion of one stage.
 
@@ -168,7 +180,7 @@ class Conversion:
     if self.start.iteration == self._initial_iteration:
       self.active = self._own
       return self._initial()
-    return self._fold(self.start.iteration, None)
+    return self._fold(self.start.iteration, None).state
 
   def applies(self, iteration: int) -> bool:
     """Returns True if the recorded gradients of an iteration are applied."""
@@ -210,7 +222,7 @@ class Conversion:
     snapshot = self._snapshot(iteration)
     return snapshot.extras.get(PARTIALS) if snapshot else None
 
-  def advance(self, iteration: int, state: partition.State) -> partition.State:
+  def advance(self, iteration: int, state: partition.State) -> Advanced:
     """Folds the snapshot of `iteration` in, if anything still needs that.
 
     It does if it is frozen; and where a record was applied, if the record has
@@ -226,16 +238,16 @@ class Conversion:
     """
     if self.applies(iteration):
       return self._fold(iteration, state)
-    self._verify(iteration, state)
-    return state if self.is_complete else self._fold(iteration, state)
+    digests = self._verify(iteration, state)
+    if self.is_complete:
+      return Advanced(state, digests)
+    return self._fold(iteration, state)
 
   def frozen_digests(self) -> Mapping[keys.OperatorId, np.ndarray]:
     """Returns the recorded digests of the operators that are still frozen."""
     return {o: d for o, d in self._expected.items() if o not in self.active}
 
-  def _fold(
-    self, iteration: int, state: partition.State | None
-  ) -> partition.State:
+  def _fold(self, iteration: int, state: partition.State | None) -> Advanced:
     snapshot = self._snapshot(iteration)
     assert snapshot is not None, 'no snapshot, or a start that was not valid'
     # The snapshot may also hold operators of other replicas of the stage.
@@ -246,27 +258,29 @@ class Conversion:
     if state is None or kept != self._own:
       state = self._programs.fold(state, snapshot, kept)
     self.active |= restored
-    self._verify(iteration, state, restored)
-    return state
+    return Advanced(state, self._verify(iteration, state, restored))
 
   def _verify(
     self,
     iteration: int,
     state: partition.State,
     folded: frozenset[keys.OperatorId] = frozenset(),
-  ) -> None:
+  ) -> jax.Array | None:
     """Compares the digests of active operators with the recorded ones.
 
     Args:
       iteration: iteration of the state.
       state: the state to check.
       folded: operators just folded in from this iteration's snapshot.
+
+    Returns:
+      The digests of the state; None if there are none to compare with.
     """
     layout = self._programs.layout
     snapshot = self._snapshot(iteration)
     recorded = snapshot.extras.get(DIGESTS) if snapshot else None
     if snapshot is None or recorded is None:
-      return
+      return None
     names = layout.partition.operators
     if DIGESTS in snapshot.metadata:
       names = snapshot_lib.names_of_digests(snapshot.metadata[DIGESTS])
@@ -277,13 +291,15 @@ class Conversion:
     }
     is_other = iteration <= self._unverified_until
     compared = folded & self.active if is_other else self.active
-    found = layout.partition.by_operator(self._digest(state))
+    digests = self._digest(state)
+    found = layout.partition.by_operator(digests)
     for operator in sorted(compared):
       if not np.array_equal(found[operator], self._expected[operator]):
         # What an applied record is added to was compared one iteration before.
         is_alone = operator in folded or self.applies(iteration)
         first = iteration if is_alone else self.start.iteration
         raise DivergedError(operator, iteration, range(first, iteration + 1))
+    return digests
 
   def _snapshot(self, iteration: int) -> snapshot_lib.Snapshot | None:
     """Returns the snapshot of an iteration; None if there is none."""

@@ -3,7 +3,8 @@
 `capture` copies the operators of a slot into buffers of their own, so that the
 training thread may donate the state right after: by leaf (`rows`) on CPU,
 packed (`packed`) elsewhere. `fold` puts the operators of one snapshot into a
-partial state. Both work on any pytree whose leaves a `layout.Layout` describes.
+partial state (`folds`). Both work on any pytree whose leaves a `layout.Layout`
+describes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ import numpy as np
 from jax import numpy as jnp
 
 from moetion_jax import keys
-from moetion_jax.capture import packed, rows, sources, transfer
-from moetion_jax.programs import compilation, mesh as mesh_lib
+from moetion_jax.capture import folds, packed, rows, sources, transfer
+from moetion_jax.programs import compilation
 from moetion_jax.snapshots import blocks, coverage, snapshot as snapshot_lib
 from moetion_jax.state import layout as layout_lib
-
-# Names of programs; those of capture begin with 'capture '.
-_FOLD, _PLACE = 'fold', 'fold the first one'
 
 
 class CapturePrograms:
@@ -58,6 +56,7 @@ class CapturePrograms:
     self._captures: rows.RowCaptures | packed.PackedCaptures | None = (
       None  # once the platform is known
     )
+    self._folds: folds.Folds | None = None  # once the devices are
 
   # ---- compilation ---------------------------------------------------------
 
@@ -73,36 +72,18 @@ class CapturePrograms:
     traced = {}
     # The layout may have no devices yet.
     captures = self._choose(platform, mesh.shape['expert'])
-    for program in captures.programs():
+    for program in (
+      *captures.programs(),
+      *self._make_folds(mesh.shape['expert']),
+    ):
       traced[program.name], _ = compilation.trace(
         mesh,
         program.function,
         program.in_specs,
         program.out_specs,
         program.shapes,
+        program.donate,
       )
-    specs = tuple(
-      mesh_lib.EXPERT if x.group.stacked else mesh_lib.SAME
-      for x in self.layout.leaves
-    )
-    leaves = tuple(
-      jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.layout.leaves
-    )
-    masks = tuple(
-      jax.ShapeDtypeStruct(x.shape[: int(x.group.stacked)], np.bool_)
-      for x in self.layout.leaves
-    )
-    traced[_FOLD], _ = compilation.trace(
-      mesh,
-      _where,
-      (specs, specs, specs),
-      specs,
-      (leaves, leaves, masks),
-      donate=(0,),
-    )
-    traced[_PLACE], _ = compilation.trace(
-      mesh, _copied, (specs,), specs, (leaves,)
-    )
     return compilation.TracedPrograms(traced)
 
   def compile(
@@ -120,18 +101,18 @@ class CapturePrograms:
     if mesh is None:  # the caller's own state, wherever it lies
       captures = self._choose(jax.default_backend(), 1)
       functions: dict[Callable[..., Any], Callable[..., Any]] = {}
-      for program in captures.programs():
+      for program in (*captures.programs(), *self._make_folds(1)):
         self._programs[program.name] = functions.setdefault(
-          program.function, jax.jit(program.function)
+          program.function,
+          jax.jit(program.function, donate_argnums=program.donate),
         )
-      self._programs[_FOLD] = jax.jit(_where, donate_argnums=0)
-      self._programs[_PLACE] = jax.jit(_copied)
       return
     platform = compilation.platform_of(mesh)
     if lowered is None:
       traced = self.trace(mesh.abstract_mesh, platform)
       lowered = traced.lower(platform, on_program)
     self._choose(platform, self.layout.expert_devices)
+    self._make_folds(self.layout.expert_devices)
     self._programs = lowered.compile_each(mesh, on_program)
 
   def _choose(
@@ -153,6 +134,11 @@ class CapturePrograms:
         self._sources, devices, self.layout.is_spread
       )
     return self._captures
+
+  def _make_folds(self, devices: int) -> list[sources.Program]:
+    """Makes the folds; returns their programs, none for leaves placed apart."""
+    self._folds = folds.Folds(self.layout, devices)
+    return [] if self.layout.placements else list(self._folds.programs())
 
   # ---- capture -------------------------------------------------------------
 
@@ -215,56 +201,48 @@ class CapturePrograms:
       active: operators that keep what they have.
 
     Returns:
-      The new state: the slot's operators whole, the other frozen ones on
-      placeholders.
+      The new state: the slot's operators whole, others with compute weights
+      on placeholders; the rest of the frozen ones is as it was, at first zero.
 
     Raises:
       StoreError: an operator is neither active nor in the snapshot.
     """
-    values, masks = snapshot_lib.assemble(self.layout, snapshot, active)
+    operators = snapshot_lib.folded(self.layout, snapshot, active)
     if self.layout.placements:
-      return self._fold_on_host(state, values, masks)
-    # Both programs copy: an argument may alias the mapped snapshot (FACTS).
+      return self._fold_on_host(state, snapshot, operators)
+    assert self._folds is not None, 'compile() was not called'
     if state is None:
-      new = self._programs[_PLACE](tuple(values))
+      values = self._folds.placeholders(self._programs)
     else:
-      flat = tuple(jax.tree.leaves(state))
-      new = self._programs[_FOLD](flat, tuple(values), tuple(masks))
-    return self.layout.partition.unflatten(jax.block_until_ready(new))
+      values = jax.tree.leaves(state)
+    self._folds.fold(self._programs, values, snapshot, operators)
+    return self.layout.partition.unflatten(jax.block_until_ready(values))
 
   def _fold_on_host(
     self,
     state: Any,
-    values: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
+    snapshot: snapshot_lib.Snapshot,
+    operators: frozenset[keys.OperatorId],
   ) -> Any:
     """Folds leaves that the caller placed; they stay where they are."""
-    old = [None] * len(values) if state is None else jax.tree.leaves(state)
-    folded = []
-    for leaf, before, value, mask in zip(
-      self.layout.leaves, old, values, masks, strict=True
-    ):
-      where = self.layout.placements.get(leaf.path)
+    layout = self.layout
+    none = [None] * len(layout.leaves)
+    old = none if state is None else jax.tree.leaves(state)
+    new = []
+    for leaf, before in zip(layout.leaves, old, strict=True):
+      where = layout.placements.get(leaf.path)
       if before is None:
-        new = np.array(value)  # an argument may alias the mapped snapshot
+        value = np.zeros(leaf.shape, leaf.dtype)
       else:
         where = before.sharding if before.committed else None
-        new = np.where(_wide(mask, value), value, np.asarray(before))
-      folded.append(jax.device_put(new, where))
-    return self.layout.partition.unflatten(jax.block_until_ready(folded))
-
-
-def _copied(leaves):
-  return tuple(jnp.copy(x) for x in leaves)
-
-
-def _wide(mask, leaf):
-  """Gives the mask of a leaf, or of its rows, as many dims as the leaf."""
-  return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
-
-
-def _where(state, values, masks):
-  return tuple(
-    jnp.where(_wide(mask, old), new, old)
-    for old, new, mask in zip(state, values, masks, strict=True)
-  )
+        value = np.array(before)
+      if leaf.path in layout.shared:
+        value[...] = snapshot.shared[leaf.path]
+      else:
+        its = layout.partition.operators_of(leaf.group.name)
+        for place, operator in enumerate(its):
+          if operator in operators:
+            row = snapshot_lib.row(layout, snapshot, operator, leaf)
+            value[place if leaf.group.stacked else ...] = row
+      new.append(jax.device_put(value, where))
+    return layout.partition.unflatten(jax.block_until_ready(new))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from moetion_jax import keys as keys_lib
@@ -22,13 +21,15 @@ class Program(NamedTuple):
     in_specs: mesh axes of the arguments.
     out_specs: mesh axes of the results.
     shapes: shapes of the arguments over the whole mesh.
+    donate: positions of the arguments that are given away.
   """
 
   name: str
   function: Callable[..., Any]
   in_specs: tuple[Any, ...]
   out_specs: Any
-  shapes: tuple[jax.ShapeDtypeStruct, ...]
+  shapes: tuple[Any, ...]
+  donate: tuple[int, ...] = ()
 
 
 class Shapes(NamedTuple):

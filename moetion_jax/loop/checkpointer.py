@@ -447,7 +447,8 @@ class SparseCheckpointer:
       state = self._state(plain, weak[iteration - 1])
       state = self._step(state, self._batch(iteration))[0]
       arrays = self._template.plain(state)
-      plain = going.advance(iteration, self._layout.partition.unflatten(arrays))
+      plain = self._layout.partition.unflatten(arrays)
+      plain = going.advance(iteration, plain).state
     return self._state(plain, weak[start.complete_at]), start
 
   def _state(self, plain: Any, weak: list[str]) -> Any:

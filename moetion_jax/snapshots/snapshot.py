@@ -2,7 +2,8 @@
 
 During replay a frozen operator runs on placeholders. Where iterations are done
 again its masters are its compute weights upcast (the cast back gives the same
-bits), all else is zero; where recorded gradients are applied all is zero.
+bits), all else is zero; where recorded gradients are applied all is zero at
+first, and nobody reads what updates make of it.
 """
 
 from __future__ import annotations
@@ -160,41 +161,23 @@ def names_of_digests(
   return tuple(keys.OperatorId(group, expert) for group, expert in value)
 
 
-def assemble(
+def folded(
   layout: layout_lib.Layout,
   snapshot: Snapshot,
   active: frozenset[keys.OperatorId],
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Makes host leaves for `fold`, and masks of the rows to take from them.
+) -> frozenset[keys.OperatorId]:
+  """Returns the operators of which `fold` takes something from a snapshot.
 
   Raises:
     StoreError: an operator is neither active nor in the snapshot.
   """
-  values, masks = [], []
-  for leaf in layout.leaves:
-    if leaf.path in layout.shared:
-      # Every snapshot has it as it was; a replay on placeholders may differ.
-      values.append(snapshot.shared[leaf.path])
-      masks.append(np.asarray(True))
-      continue
-    if not leaf.group.stacked:
-      operator = keys.OperatorId(leaf.group.name)
-      taken = operator not in active
-      value = np.zeros(leaf.shape, leaf.dtype)
-      values.append(_row(layout, snapshot, operator, leaf) if taken else value)
-      masks.append(np.asarray(taken))
-      continue
-    value = np.zeros(leaf.shape, leaf.dtype)
-    mask = np.zeros(leaf.shape[0], bool)
-    for row, operator in enumerate(
-      layout.partition.operators_of(leaf.group.name)
-    ):
-      if operator not in active:
-        mask[row] = True
-        value[row] = _row(layout, snapshot, operator, leaf)
-    values.append(value)
-    masks.append(mask)
-  return values, masks
+  frozen = frozenset(layout.operators) - active
+  held = snapshot.state.keys() | snapshot.compute.keys()
+  for operator in sorted(frozen - held - snapshot.gradients.keys()):
+    raise errors.StoreError(
+      f'snapshot {snapshot.metadata.get("iteration")} has nothing of {operator}'
+    )
+  return frozen & held
 
 
 def gradients_of(
@@ -217,21 +200,23 @@ def gradients_of(
   return gradients
 
 
-def _row(
+def row(
   layout: layout_lib.Layout,
   snapshot: Snapshot,
   operator: keys.OperatorId,
   leaf: partition.Leaf,
 ) -> np.ndarray:
-  """Returns one operator's row of a leaf: its own, or its placeholder."""
+  """Returns one operator's row of a leaf: its own, or its placeholder.
+
+  Args:
+    layout: layout of the state.
+    snapshot: the snapshot; it has the operator's state or compute weights.
+    operator: the operator.
+    leaf: one of its leaves.
+  """
   if operator in snapshot.state:
     return snapshot.state[operator][leaf.path]
-  held = snapshot.compute.get(operator, snapshot.gradients.get(operator))
-  if held is None:
-    raise errors.StoreError(
-      f'snapshot {snapshot.metadata.get("iteration")} has nothing of {operator}'
-    )
-  if operator in snapshot.compute and leaf.path in layout.compute:
+  if leaf.path in layout.compute:
     return snapshot.compute[operator][leaf.path].astype(leaf.dtype)
   return np.zeros(
     leaf.shape[1:] if leaf.group.stacked else leaf.shape, leaf.dtype

@@ -215,8 +215,9 @@ class Worker:
       is_partial = bool(conversion and not conversion.is_complete)
       if is_partial:
         self._begin('fold')
+      digests = None
       if conversion:
-        self.state = conversion.advance(iteration, self.state)
+        self.state, digests = conversion.advance(iteration, self.state)
       applies_next = bool(conversion and conversion.applies(iteration + 1))
       # A fold after an update changes what the update made the weights of.
       is_stale = is_partial or bool(record or self.stage.ownership)
@@ -225,7 +226,9 @@ class Worker:
         # gather in every iteration that is followed by a forward.
         self.compute = self.stage.compute_of(self.programs, self.state)
         is_stale = False
-      digests = self._outputs = self.programs.digest(self.state)
+      if digests is None:
+        digests = self.programs.digest(self.state)
+      self._outputs = digests
       if record:
         eval_loss = record.eval_loss
       else:

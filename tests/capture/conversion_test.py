@@ -1,6 +1,7 @@
 """Sparse snapshots -> dense state, bit for bit, from every valid start."""
 
 import contextlib
+import dataclasses
 import os
 import time
 
@@ -478,6 +479,31 @@ def test_nothing_is_read_of_other_stages(recording):
     run.convert(index, start)
   finally:
     run.entries.entries.update(kept)
+
+
+def test_a_state_is_digested_once(recording):
+  """What the conversion compared is what the worker reports."""
+  run, index = recording, 1
+  calls = []
+  one = run.stages[index]
+
+  def digest(state):
+    calls.append(None)
+    return one.programs.digest(state)
+
+  programs = dataclasses.replace(one.programs, digest=digest)
+  counted = dataclasses.replace(
+    run,
+    stages=tuple(
+      dataclasses.replace(x, programs=programs) if x is one else x
+      for x in run.stages
+    ),
+  )
+  start = next(s for s in run.starts(index) if s.iteration)
+  last = start.applied_until
+  assert last > start.iteration
+  counted.convert(index, start, until=last)
+  assert len(calls) == 1 + last - start.iteration
 
 
 def test_updates_that_are_left_out_are_left_out_again():

@@ -416,6 +416,40 @@ def test_a_fold_owns_its_memory(tmp_path):
   chex.assert_trees_all_equal(jax.tree.map(np.array, second), host)
 
 
+@pytest.mark.parametrize('devices', [1, 4])
+def test_a_fold_writes_what_its_slot_has_and_no_more(devices):
+  """Where gradients are recorded, nobody reads what becomes of the others."""
+  programs, host = _programs(devices), captures.make_state(5)
+  of = programs.layout
+  slot = captures.pick('a/experts:1', 'a/experts:2', 'a/experts:7', 'head')
+  _, captured = _capture(programs, host, slot, frozenset())
+  others = frozenset(of.operators) - slot
+  found = dataclasses.replace(
+    _stored(programs, captured), gradients={o: {} for o in others}
+  )
+  for before in (None, captures.make_state(6)):
+    state = before and captures.place(of, before)
+    old = state and jax.tree.leaves(state)
+    new = programs.fold(state, found, frozenset())
+    base = before or jax.tree.map(np.zeros_like, host)
+    expected = of.partition.split(base) | {
+      o: rows
+      for o, rows in of.partition.split(host).items()
+      if o in slot or o not in of.operators
+    }
+    chex.assert_trees_all_equal(
+      jax.tree.map(np.array, new), of.partition.merge(expected)
+    )
+    places = {
+      i
+      for i, x in enumerate(of.leaves)
+      if x.group.name in ('c/experts', 'router')
+    }
+    if old:
+      leaves = jax.tree.leaves(new)
+      assert all(leaves[i] is old[i] for i in places)
+
+
 def test_an_operator_that_is_nowhere_is_named():
   programs = _programs()
   of = programs.layout
