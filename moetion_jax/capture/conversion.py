@@ -256,9 +256,11 @@ class Conversion:
     if self.applies(iteration):
       kept -= restored
     if state is None or kept != self._own:
-      state = self._programs.fold(state, snapshot, kept)
+      new = self._programs.fold(state, snapshot, kept)
+    else:
+      new = state
     self.active |= restored
-    return Advanced(state, self._verify(iteration, state, restored))
+    return Advanced(new, self._verify(iteration, new, restored))
 
   def _verify(
     self,
