@@ -23,7 +23,11 @@ from absl import flags
 
 from launch.lm import command_line
 from moetion_jax import errors
-from moetion_jax.policies import decision, popularity
+from moetion_jax.policies import (
+  decision,
+  popularity,
+  settings as capture_settings,
+)
 from moetion_jax.policies.kinds import registry
 
 _CLUSTER = flags.DEFINE_string(
@@ -56,6 +60,12 @@ _WINDOW_LENGTH = flags.DEFINE_integer(
 _WINDOW_MODE = flags.DEFINE_enum(
   'window_mode', '', ['', *decision.MODES], "Of sparse; '' to choose it."
 )
+_REPLAY = flags.DEFINE_multi_enum(
+  'replay',
+  [decision.MICROBATCHES],
+  [*capture_settings.REPLAYS],
+  'What recovery of sparse does again. Repeatable.',
+)
 _ORDER = flags.DEFINE_enum('order', 'static', popularity.ORDERS, 'Of sparse.')
 _LOGS = flags.DEFINE_bool('logs', True, 'Upstream logging, of sparse.')
 _REPLICATED_LOGS = flags.DEFINE_bool(
@@ -75,11 +85,11 @@ _PAPER = flags.DEFINE_bool('paper', False, "Beside the paper's numbers.")
 _OUT = flags.DEFINE_string('out', '', 'Folder for JSON and PNG.')
 
 
-def settings_of(policy: str) -> Any:
-  """Makes a policy's settings from the flags."""
+def settings_of(policy: str) -> list[Any]:
+  """Makes a policy's settings from the flags, those of each way of replay."""
   from launch.simulate import policies
 
-  return policies.PolicySettings(
+  one = policies.PolicySettings(
     policy=policy,
     peers=_PEERS.value,
     interval=_INTERVAL.value,
@@ -92,6 +102,9 @@ def settings_of(policy: str) -> Any:
     partial_experts=_PARTIAL_EXPERTS.value,
     durable_seconds=_DURABLE_HOURS.value * 3600,
   )
+  if not registry.of_name(policy).may_record_gradients:
+    return [one]
+  return [dataclasses.replace(one, replay=replay) for replay in _REPLAY.value]
 
 
 def run() -> None:
@@ -117,13 +130,14 @@ def run() -> None:
   studies = [
     simulate_runs.study(
       costs,
-      settings_of(policy),
+      settings,
       horizon_seconds=_HOURS.value * 3600,
       seeds=1 if trace is not None else _SEEDS.value,
       trace=trace,
       on_no_spare=_ON_NO_SPARE.value,
     )
     for policy in _POLICY.value or registry.POLICIES
+    for settings in settings_of(policy)
   ]
   seconds = time.monotonic() - begin
   title = (

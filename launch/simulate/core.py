@@ -254,7 +254,7 @@ class _Run:
       self._recovering[stage] = (replay, end, recovery)
     if not goes_back:
       self._replayed += max(
-        (outcome.completed - r.start for r in outcome.stages.values()),
+        (outcome.completed - r.known_until for r in outcome.stages.values()),
         default=0,
       )
     self._completed, self._since = outcome.completed, outcome.since_seconds
@@ -272,9 +272,10 @@ class _Run:
     if self.now >= end:
       return self._completed + 1
     if self.now <= replay:
-      return recovery.start + 1
+      return recovery.known_until + 1
     share = (self.now - replay) / (end - replay)
-    return recovery.start + 1 + int(share * (self._completed - recovery.start))
+    count = self._completed - recovery.known_until
+    return recovery.known_until + 1 + int(share * count)
 
   def _replace(self, workers: frozenset[int]) -> float:
     """Takes a spare host; returns the seconds to wait for one."""
@@ -322,7 +323,7 @@ class _Run:
     # A stage that replayed has published again what its host's death took.
     for stage, (_, _, recovery) in self._recovering.items():
       if any(h in self._lost_hosts for h in self._world.hosts_of_stage(stage)):
-        self._log_first[stage] = recovery.start + 1
+        self._log_first[stage] = recovery.known_until + 1
     self._recovering.clear()
     self._replaced_at.clear()
     self._lost_hosts = frozenset()

@@ -16,7 +16,7 @@ from launch.lm import settings as run_settings, transformer_job
 from launch.simulate import cluster as cluster_lib
 from models import config as model_config, stages as stages_lib, transformer
 from moetion_jax import config, errors, keys
-from moetion_jax.policies import planner, popularity, window
+from moetion_jax.policies import decision, planner, popularity, window
 from moetion_jax.programs import stage as stage_lib
 from moetion_jax.training import job as job_lib
 
@@ -103,12 +103,21 @@ class Costs:
     sizes = [sum(s.state_bytes.values()) for s in self.stages]
     return sizes.index(max(sizes))
 
+  @functools.cached_property
+  def distinct_stages(self) -> list[int]:
+    """Stages of which each is unlike the others; all are like one of them."""
+    return list({id(s): i for i, s in enumerate(self.stages)}.values())
+
   def operators(
-    self, order: str, stage: int | None = None
+    self,
+    order: str,
+    stage: int | None = None,
+    replay: str = decision.MICROBATCHES,
   ) -> window.StageOperators:
     """Returns the operators of a stage as its replicas capture them.
 
-    Without `stage`, those of the largest one.
+    Without `stage`, those of the largest one. With a way of replay, as it
+    records those outside a slot.
     """
     sizes = self.stages[self.largest if stage is None else stage]
     count = self.job.config().num_experts
@@ -117,7 +126,7 @@ class Costs:
       for o in sizes.state_bytes
       if o.expert >= 0
     }
-    return sizes.in_order(order, rates, self.job.replicas)
+    return sizes.in_order(order, rates, self.job.replicas, replay)
 
   def host_link(self, *, logs: bool) -> NetworkLink:
     """Returns one worker's link to host memory, with its logs on it or not."""
@@ -343,9 +352,8 @@ def slot_choice(
 ) -> window.WindowChoice:
   """Chooses the window of a job: the longest that one of its stages wants."""
   errors.check_known('order', order, popularity.ORDERS)
-  distinct = {id(s): i for i, s in enumerate(costs.stages)}.values()
   choices = []
-  for stage in distinct:
+  for stage in costs.distinct_stages:
     choices.append(
       window.choose_window(
         costs.operators(order, stage),

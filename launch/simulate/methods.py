@@ -174,6 +174,7 @@ class Windowed(_Timed):
     replay_seconds: seconds of an iteration that a stage replays alone.
     pipeline_seconds: seconds by which that is longer for every further
       neighbour that replays with it.
+    update_seconds: seconds of one update from recorded gradients.
     frozen_share: by operator, the share of an iteration's replay that it saves
       while frozen; one that is missing saves nothing.
     logs: upstream logging; without it all stages go back.
@@ -188,6 +189,7 @@ class Windowed(_Timed):
   landing_seconds: tuple[float, ...]
   replay_seconds: float
   pipeline_seconds: float = 0.0
+  update_seconds: float = 0.0
   frozen_share: Mapping[keys.OperatorId, float] = dataclasses.field(
     default_factory=dict
   )
@@ -203,6 +205,7 @@ class Windowed(_Timed):
     return (
       f'{self.name}, window {self.decision.window_length} {self.decision.mode}'
       + every
+      + (', updates' if self.decision.replay == decision_lib.UPDATES else '')
       + ('' if self.logs else ', no logs')
     )
 
@@ -243,12 +246,16 @@ class Windowed(_Timed):
       for iteration in range(key[0], key[1] + 1):
         if (captured := self.decision.captured(iteration)) is not None:
           records.append(
-            coverage.SnapshotRecord(iteration=iteration, **captured._asdict())
+            coverage.SnapshotRecord(
+              iteration=iteration, is_record=True, **captured._asdict()
+            )
           )
       self._known_starts[key] = coverage.valid_starts(records, self.operators)
     return tuple(
       coverage.Start(
-        iteration=s.iteration + shift, complete_at=s.complete_at + shift
+        iteration=s.iteration + shift,
+        complete_at=s.complete_at + shift,
+        applied_until=s.applied_until and s.applied_until + shift,
       )
       for s in self._known_starts[key]
     )
@@ -281,13 +288,22 @@ class Windowed(_Timed):
     since, part = self._interrupted(situation)
     members: dict[int, world_lib.Recovery] = {}
     for segment in _neighbours(plan.stages):
-      replay = self.replay(
-        plan.start, situation.completed - plan.start, len(segment), part
+      applied = min(plan.applied_until[stage] for stage in segment)
+      seconds = self.update_seconds * (applied - plan.start)
+      seconds += self.replay(
+        applied,
+        situation.completed - applied,
+        len(segment),
+        part,
+        has_frozen=applied == plan.start,
       )
       for stage in segment:
         fetch = self.reads.of(plan.sources[stage])
         members[stage] = world_lib.Recovery(
-          start=plan.start, fetch_seconds=fetch, replay_seconds=replay
+          start=plan.start,
+          fetch_seconds=fetch,
+          replay_seconds=seconds,
+          applied_until=applied,
         )
     return world_lib.Outcome(
       completed=situation.completed,
@@ -306,7 +322,13 @@ class Windowed(_Timed):
     return situation.since_seconds, situation.since_seconds / seconds
 
   def replay(
-    self, start: int, count: int, neighbours: int, part: float = 0.0
+    self,
+    start: int,
+    count: int,
+    neighbours: int,
+    part: float = 0.0,
+    *,
+    has_frozen: bool = True,
   ) -> float:
     """Returns the seconds of replaying iterations start + 1 and later.
 
@@ -315,10 +337,12 @@ class Windowed(_Timed):
       count: number of whole iterations.
       neighbours: number of stages that replay together.
       part: share of one more iteration.
+      has_frozen: whether operators are frozen at first. They are not after
+        gradients were applied.
     """
     seconds = self.replay_seconds + self.pipeline_seconds * (neighbours - 1)
     saved = 0.0
-    if self.frozen_share and start:
+    if self.frozen_share and start and has_frozen:
       frozen = set(self.operators)
       for number in range(min(count, self.period)):
         if (captured := self.decision.captured(start + number)) is not None:

@@ -22,6 +22,8 @@ from moetion_jax.policies import (
   intervals,
   partial,
   popularity,
+  replay_choice,
+  settings as capture_settings,
   window,
 )
 from moetion_jax.policies.kinds import base, registry
@@ -40,6 +42,7 @@ class PolicySettings:
       choose it.
     window_length: window length of sparse; 0 to choose it.
     window_mode: mode of sparse, one of `decision.MODES`; '' to choose it.
+    replay: way of replay of sparse, one of `settings.REPLAYS`.
     order: order of sparse's operators, one of `popularity.ORDERS`.
     keep_windows: windows of snapshots that sparse keeps.
     logs: sparse: upstream logging.
@@ -59,6 +62,7 @@ class PolicySettings:
   interval: int = 0
   window_length: int = 0
   window_mode: str = ''
+  replay: str = decision_lib.MICROBATCHES
   order: str = 'static'
   keep_windows: int = 2
   logs: bool = True
@@ -74,6 +78,9 @@ class PolicySettings:
     errors.check_known('order', self.order, popularity.ORDERS)
     if self.window_mode:
       errors.check_known('window_mode', self.window_mode, decision_lib.MODES)
+    errors.check_known('replay', self.replay, capture_settings.REPLAYS)
+    if self.replay == decision_lib.UPDATES and self.window_mode == 'aligned':
+      raise errors.ConfigError('replay', self.replay, 'is of rolling windows')
     for name, least in (
       ('peers', 0),
       ('interval', 0),
@@ -288,14 +295,8 @@ def _sparse(
     logs=settings.logs,
     replicated_logs=settings.replicated_logs and settings.logs,
   )
-  choice = costs_lib.slot_choice(
-    costs,
-    settings.order,
-    costs.budget(links, settings.overlap_target),
-    pinned_length=settings.window_length or None,
-    pinned_mode=settings.window_mode or None,
-  )
-  operators = costs.operators(settings.order)
+  replay, choice = _replay_and_window(costs, settings, links)
+  operators = costs.operators(settings.order, replay=replay)
   choice = _until_not_late(costs, links, choice, operators)
   decision = decision_lib.CaptureDecision(
     first_iteration=1,
@@ -303,6 +304,7 @@ def _sparse(
     mode=choice.mode,
     every=choice.every,
     slots=operators.slots(choice.window_length),
+    replay=replay,
   )
   copies = _copies(costs, links, choice, operators)
   extra = [x for e, _ in copies for x in _every(choice.every, e)]
@@ -327,10 +329,74 @@ def _sparse(
     landing_seconds=tuple(x for _, x in copies),
     replay_seconds=unit * job.microbatches,
     pipeline_seconds=unit,
+    update_seconds=_update_seconds(costs, settings, costs.largest),
     frozen_share=frozen,
     logs=settings.logs,
     replicated_logs=settings.replicated_logs,
     keep_windows=settings.keep_windows,
+  )
+
+
+def _replay_and_window(
+  costs: costs_lib.Costs,
+  settings: PolicySettings,
+  links: tuple[costs_lib.NetworkLink, ...],
+) -> tuple[str, window.WindowChoice]:
+  """Returns the way of replay and the window, as the leader chooses them."""
+  budget = costs.budget(links, settings.overlap_target)
+  again = costs_lib.slot_choice(
+    costs,
+    settings.order,
+    budget,
+    pinned_length=settings.window_length or None,
+    pinned_mode=settings.window_mode or None,
+  )
+  microbatches, updates = decision_lib.REPLAYS
+  if settings.replay == microbatches or settings.window_mode == 'aligned':
+    return microbatches, again
+  longest = capture_settings.CaptureSettings.max_window_length
+  ways = (
+    [
+      replay_choice.Stage(
+        operators=costs.operators(settings.order, stage, replay),
+        budget=budget,
+        update_seconds=_update_seconds(costs, settings, stage),
+        read_bytes_per_second=1 / costs.own_seconds(1.0),
+      )
+      for stage in costs.distinct_stages
+    ]
+    for replay in decision_lib.REPLAYS
+  )
+  predicted = replay_choice.predictions(
+    again,
+    *ways,
+    replay_choice.Outlook(
+      expected_mtbf_seconds=costs.cluster.mtbf_seconds,
+      hides_copies=True,
+      fixed_seconds=costs.cluster.detect_seconds + costs.cluster.start_seconds,
+    ),
+    lengths=range(1, longest + 1),
+  )
+  if settings.replay == capture_settings.AUTO:
+    best = replay_choice.best(predicted)
+    return best.replay, best.choice
+  for one in predicted:
+    if one.replay == updates:
+      return updates, one.choice
+  return updates, window.WindowChoice(
+    window_length=longest,
+    mode=decision_lib.MODES[0],
+    reason='gradients fit no window; the longest',
+  )
+
+
+def _update_seconds(
+  costs: costs_lib.Costs, settings: PolicySettings, stage: int
+) -> float:
+  """Returns the bound of an update's seconds, by the link to the host."""
+  return replay_choice.update_seconds(
+    costs.operators(settings.order, stage, decision_lib.UPDATES),
+    costs.budget((costs.host_link(logs=False),), settings.overlap_target),
   )
 
 

@@ -202,11 +202,19 @@ class Recovery:
     start: iteration from whose snapshot it goes on.
     fetch_seconds: seconds until it has the snapshots.
     replay_seconds: seconds from then until it is where the run was.
+    applied_until: iteration up to which recorded gradients lead it; 0 if they
+      do not.
   """
 
   start: int
   fetch_seconds: float
   replay_seconds: float
+  applied_until: int = 0
+
+  @property
+  def known_until(self) -> int:
+    """Iteration after which all is done again, and published again."""
+    return max(self.start, self.applied_until)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,11 +45,13 @@ class Stage:
     budget: its measured room for copies.
     update_seconds: seconds of one update of the whole stage, if its gradients
       are recorded.
+    read_bytes_per_second: rate at which snapshots are read after a failure.
   """
 
   operators: window.StageOperators
   budget: window.CopyBudget
   update_seconds: float
+  read_bytes_per_second: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,16 @@ def stages(
   operators: Iterable[window.StageOperators],
   budgets: Iterable[window.CopyBudget],
 ) -> list[Stage]:
-  """Makes stages whose updates take as long as `update_seconds` says."""
+  """Makes stages whose updates take as long as `update_seconds` says.
+
+  Snapshots are read at the rate at which they were copied.
+  """
   return [
     Stage(
       operators=one,
       budget=budget,
       update_seconds=update_seconds(one, budget),
+      read_bytes_per_second=budget.bandwidth_bytes_per_second,
     )
     for one, budget in zip(operators, budgets, strict=True)
   ]
@@ -239,7 +245,7 @@ def _recovery_seconds(
   budget = stage.budget
   all_shares = dataclasses.replace(stage.operators, shares=())
   read = sum(all_shares.snapshot_bytes(choice.window_length, choice.mode))
-  seconds = read / budget.bandwidth_bytes_per_second
+  seconds = read / stage.read_bytes_per_second
   again = window.done_again(choice, stage.operators, budget, replay)
   seconds += again * budget.iteration_seconds
   if replay == decision.UPDATES:

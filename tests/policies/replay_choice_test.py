@@ -25,6 +25,7 @@ def _stage(bandwidth, sizes=(1,) * 8, *, rest=4, update_seconds=0.0, share=0.5):
       overlap_target=share,
     ),
     update_seconds=update_seconds,
+    read_bytes_per_second=bandwidth,
   )
 
 

@@ -219,6 +219,38 @@ def test_methods_follow_the_systems_own_rules(deepseek):
   assert sparse.replay_seconds == pytest.approx(seconds * 16 / (16 + 11))
 
 
+@pytest.mark.parametrize(
+  'job', ['moe_llava', 'gpt_moe', 'qwen_moe', 'deepseek_moe']
+)
+def test_auto_is_one_of_both_ways_of_replay(paper, job):
+  costs = costs_lib.of(paper.cluster, paper.jobs[job])
+  made = {
+    replay: policies.make(costs, policies.PolicySettings(replay=replay))
+    for replay in ('auto', 'updates', 'microbatches')
+  }
+  assert made.pop('auto') in made.values()
+  recorded = made['updates']
+  assert isinstance(recorded, methods.Windowed)
+  assert recorded.decision.replay == 'updates'
+  assert recorded.decision.every == 1
+  gradients = costs.operators('static', replay='updates').rest_bytes
+  state = costs.operators('static').state_bytes
+  assert {state[o] // n for o, n in gradients.items()} == {3}
+  bandwidth = costs.job.expert_devices * 25e9
+  assert recorded.update_seconds == pytest.approx(
+    (2 * sum(state.values()) + sum(gradients.values())) / bandwidth
+  )
+
+
+def test_no_aligned_window_has_records(paper):
+  with pytest.raises(errors.ConfigError, match='--replay=updates'):
+    policies.PolicySettings(replay='updates', window_mode='aligned')
+  costs = costs_lib.of(paper.cluster, paper.jobs['deepseek_moe'])
+  assert policies.make(
+    costs, policies.PolicySettings(replay='auto', window_mode='aligned')
+  ) == policies.make(costs, policies.PolicySettings(window_mode='aligned'))
+
+
 def test_replicas_share_captures_and_read_each_others(paper):
   job = paper.jobs['qwen_moe']
   costs = costs_lib.of(paper.cluster, job)

@@ -331,6 +331,45 @@ def test_skipping_frozen_operators_makes_conversion_shorter():
   assert method.replay(4, 3, 1, 0.5) == pytest.approx(0.75 * (3.5 - 0.2 - 0.1))
 
 
+@pytest.mark.parametrize('length', [1, 3, 5])
+@pytest.mark.parametrize('landing', [0.25, 0.75, 1.25])
+def test_with_records_no_window_is_done_again(length, landing):
+  method = sparse(
+    length, update_seconds=0.01, landing_seconds=(landing,) * length
+  )
+  recorded = dataclasses.replace(
+    method,
+    decision=dataclasses.replace(method.decision, replay='updates'),
+    frozen_share={keys.OperatorId('slot', 0): 0.1},  # nothing is frozen later
+  )
+  result = core.simulate(
+    recorded, World(stages=4), [(20.5, Failure(gpu=1))], iterations=30
+  )
+  # Detected and replaced; window - 1 updates; what had not landed, and the half
+  # of the interrupted iteration, at the pace of one stage.
+  not_landed = math.ceil(landing - 0.5) if landing > 0.5 else 0
+  assert result.replayed_iterations == not_landed
+  assert result.wall_seconds == pytest.approx(
+    30 + 0.5 + 0.01 * (length - 1) + 0.75 * (not_landed + 0.5)
+  )
+
+
+def test_of_two_neighbours_that_die_neither_needs_more_of_the_other():
+  method = sparse(update_seconds=0.01)
+  recorded = dataclasses.replace(
+    method, decision=dataclasses.replace(method.decision, replay='updates')
+  )
+  world = World(stages=4, gpus_per_host=2)
+  count = recorded.decision.window_length
+  host = Failure(gpu=0, whole_host=True)
+  result = core.simulate(recorded, world, [(20.5, host)], iterations=30)
+  # From the peer, 1 s; they do the half iteration again, both together.
+  assert result.replayed_iterations == 0
+  assert result.wall_seconds == pytest.approx(
+    30 + 0.5 + 1.0 + 0.01 * (count - 1) + 0.875 * 0.5
+  )
+
+
 def _step_by_step(failures, horizon):
   """Global rollback, iteration by iteration: completed at the horizon.
 
