@@ -13,7 +13,7 @@ from moetion_jax.hostmem import (
   segment_writer,
   store_folder,
 )
-from moetion_jax.runtime.agent import ending
+from moetion_jax.runtime.agent import last_words
 from moetion_jax.runtime.records import held_run, workdir
 from moetion_jax.snapshots import file as snapshot_file, folders
 from tests.support import helpers
@@ -96,7 +96,7 @@ def test_a_setting_is_not_wrong_since_no_file_can_be_opened(tmp_path):
     held_run.read_id(tmp_path)
   folder.lock()
   with helpers.no_descriptor():
-    why = ending.of_system(OSError(errno.EMFILE, 'Too many'), folder)
+    why = last_words.of_system(OSError(errno.EMFILE, 'Too many'), folder)
   assert 'ulimit -n' in str(why)
   folder.close()
 

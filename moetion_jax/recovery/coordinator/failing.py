@@ -64,7 +64,7 @@ def died(run: state_lib.Run, event: events.Died) -> state_lib.Asking[None]:
   if others := lost - {stage}:  # who lost a log may have lost all
     yield from run.scan(tuple(sorted(others)))
   if stage not in run.recoveries:  # else: of another
-    worker.begun(max(found.newest[stage], run.inventory.newest(stage)))
+    worker.reached(max(found.newest[stage], run.inventory.newest(stage)))
   what = run.describe(worker, event)
   error = failures_lib.WorkerError(stage, worker.iteration, what)
   _judge_unmet(worker)
@@ -171,7 +171,7 @@ def failed(
     )
   if message.is_final:
     failed_early(run, worker, message)
-  worker.begun(message.iteration)
+  worker.reached(message.iteration)
   worker.suspects, worker.corrupt = message.suspects, message.corrupt
   worker.is_unmet = message.is_unmet
   # Quicker than its own end, and cannot hang.
@@ -195,7 +195,7 @@ def faulted(
   """Takes in that a scripted fault happens."""
   state.record('fault', **message.fields)
   worker.fault_at = message.at
-  worker.begun(message.iteration)
+  worker.reached(message.iteration)
 
 
 # ---- teams -------------------------------------------------------------------

@@ -60,7 +60,7 @@ def resumed(
   """Takes in that a worker has its state and begins to train, or to replay."""
   run.trained.add(worker.stage)
   run.unbegun.discard(worker.name)
-  worker.begun(message.first_iteration)
+  worker.reached(message.first_iteration)
   if one := run.recoveries.get(worker.stage):
     one.fetch_seconds, one.resumed_at = message.fetch_seconds, run.now
 
@@ -101,7 +101,7 @@ def stored(
   run: state_lib.Run, worker: state_lib.Worker, message: notices.Stored
 ) -> None:
   """Takes in a snapshot that counts from now on."""
-  worker.begun(message.share.iteration)
+  worker.reached(message.share.iteration)
   if not any(map(run.inventory.newest, run.stages)):
     run.do(actions.Keep(keeps=True))  # now there is something to go on with
   run.inventory.stored(worker.stage, message.share)
@@ -135,7 +135,7 @@ def reported(
     errors.WrongBitsError: it is wrong, or too many updates are not finite, and
       no damaged entry explains it.
   """
-  worker.begun(message.report.iteration)
+  worker.reached(message.report.iteration)
   merged: events.Merged = yield actions.Merge(
     report=message.report, teams=tuple(map(run.team, run.stages))
   )

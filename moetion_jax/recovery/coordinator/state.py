@@ -121,7 +121,7 @@ class Worker(hang_detection.Seen):
       self.usage, usage, now - self.usage_at
     )
 
-  def begun(self, iteration: int) -> None:
+  def reached(self, iteration: int) -> None:
     """Takes in that it has begun an iteration, if that is news."""
     self.iteration = max(self.iteration, iteration)
 

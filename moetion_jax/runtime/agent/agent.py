@@ -21,9 +21,9 @@ from moetion_jax.recovery import actions, events, hang_detection, notices
 from moetion_jax.recovery.coordinator import coordinator, state as state_lib
 from moetion_jax.runtime import faults, linux_process, messages
 from moetion_jax.runtime.agent import (
-  beginning,
-  ending,
   executor,
+  last_words,
+  provisions,
   settings as agent_settings,
 )
 from moetion_jax.runtime.hosts import (
@@ -75,7 +75,7 @@ class Agent:
       job,
       self._hosts,
       self._selector,
-      beginning.worker_spec(job, where, folder, store, self._hosts.secret),
+      provisions.worker_spec(job, where, folder, store, self._hosts.secret),
       self._book,
       (folder.lock_fds, store.lock_fds),
     )
@@ -138,7 +138,7 @@ class Agent:
       except errors.MoetionError as error:
         self.executor.fail(error)
       except OSError as error:  # a full disk, most likely
-        self.executor.fail(ending.of_system(error, self._folder))
+        self.executor.fail(last_words.of_system(error, self._folder))
     assert self.executor.result is not None
     code, state = self.executor.result
     with contextlib.suppress(OSError):

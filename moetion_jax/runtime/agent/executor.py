@@ -9,7 +9,7 @@ import time
 from moetion_jax import errors
 from moetion_jax.recovery import actions, events, failures, hang_detection
 from moetion_jax.runtime import environment as environment_lib, messages
-from moetion_jax.runtime.agent import beginning, ending, settings
+from moetion_jax.runtime.agent import last_words, provisions, settings
 from moetion_jax.runtime.hosts import (
   crew as crew_lib,
   hosts as hosts_lib,
@@ -100,7 +100,7 @@ class Executor:
       case actions.Warm():
         self._crew.warm_standbys(action.platform)
       case actions.CheckRoom():
-        beginning.check_room(self._where, self._folder, action.needed_bytes)
+        provisions.check_room(self._where, self._folder, action.needed_bytes)
       case actions.Keep():
         self.keep(action.keeps)
       case actions.MakeStores():
@@ -290,7 +290,7 @@ class Executor:
     is_kept = self.keeps_store and not self._hosts.gone()
     if self._stores.is_durable:
       is_kept = self.keeps_store
-    return ending.how_to_go_on(
+    return last_words.how_to_go_on(
       self._stores.snapshot_names() if is_kept else '',
       self._folder.base.path if self._folder.base else '',
       has_begun=self.has_begun,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from moetion_jax import errors
 from moetion_jax.policies import decision as decision_lib
-from moetion_jax.recovery import hang_detection, notices, orders, stopping
+from moetion_jax.recovery import hang_detection, notices, orders
 from moetion_jax.runtime import messages
+from moetion_jax.runtime.worker import iteration_limit
 
 if TYPE_CHECKING:  # this imports JAX, which a standby does at low priority
   from moetion_jax.logs import interface as log_interface
@@ -43,7 +44,7 @@ class AgentLink:
 
   def __init__(self, status_fd: int, control_fd: int):
     """Stores the pipes; `start` starts the threads."""
-    self.limit = stopping.IterationLimit()
+    self.limit = iteration_limit.IterationLimit()
     self._status_fd = status_fd
     self._control_fd = control_fd
     self._lock = threading.Lock()  # one message at a time

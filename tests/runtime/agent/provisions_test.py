@@ -6,7 +6,7 @@ from moetion_jax import errors
 from moetion_jax.hostmem import run_store, store_folder
 from moetion_jax.policies import settings as capture_settings
 from moetion_jax.policies.kinds import registry
-from moetion_jax.runtime.agent import beginning, settings as agent_settings
+from moetion_jax.runtime.agent import provisions, settings as agent_settings
 from moetion_jax.runtime.records import held_run, workdir
 from tests.support import helpers
 
@@ -50,10 +50,10 @@ def test_what_stores_hold(hostmem, tmp_path, is_new, fresh, local_hosts, fits):
     ),
     local_hosts=local_hosts,
   )
-  beginning.check_room(where, folder, 40 * _MIB)  # 32 are free, 16 in host 0's
+  provisions.check_room(where, folder, 40 * _MIB)  # 32 are free, 16 in host 0's
   if fits:
-    beginning.check_room(where, folder, 56 * _MIB)
+    provisions.check_room(where, folder, 56 * _MIB)
   else:
     with pytest.raises(errors.ConfigError, match='hostmem_dir'):
-      beginning.check_room(where, folder, 56 * _MIB)
+      provisions.check_room(where, folder, 56 * _MIB)
   folder.close()

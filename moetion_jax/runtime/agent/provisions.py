@@ -1,4 +1,4 @@
-"""The beginning of a run: its workers' spec, and room in host memory."""
+"""Provisions for a run: the spec of its workers, and room in host memory."""
 
 from __future__ import annotations
 

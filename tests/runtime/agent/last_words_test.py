@@ -22,9 +22,9 @@ from moetion_jax.policies.kinds import registry
 from moetion_jax.recovery import actions, failures, notices, plan
 from moetion_jax.runtime import faults, messages
 from moetion_jax.runtime.agent import (
-  beginning,
-  ending,
   executor,
+  last_words,
+  provisions,
   settings as agent_settings,
 )
 from moetion_jax.runtime.hosts import (
@@ -74,7 +74,7 @@ def _executor(tmp_path, folder, record=None, workers=()):
     job,
     hosts,
     selectors.DefaultSelector(),  # nobody is started
-    beginning.worker_spec(job, where, folder, store, ''),
+    provisions.worker_spec(job, where, folder, store, ''),
     faults.FaultBook([]),
     ((), ()),
   )
@@ -168,7 +168,7 @@ _STOPPED, _STAYS = 'T', 'Once the cause is gone, t'
 def test_what_the_same_command_does(
   cause_stays, stores, has_begun, starts_over, is_removed, says
 ):
-  assert says == ending.how_to_go_on(
+  assert says == last_words.how_to_go_on(
     stores,
     has_begun=has_begun,
     starts_over=starts_over,
@@ -179,13 +179,13 @@ def test_what_the_same_command_does(
 
 def test_a_run_that_is_trained_longer_goes_on_from_its_checkpoint():
   situation = {'starts_over': False, 'is_removed': False, 'cause_stays': False}
-  says = functools.partial(ending.how_to_go_on, has_begun=True, **situation)
+  says = functools.partial(last_words.how_to_go_on, has_begun=True, **situation)
   assert 'goes on from the snapshots in S;' in says('S', 'C')
   assert says('', 'C') == (
     'The same command goes on from C; --fresh starts over.'
   )
   # It has changed nothing yet.
-  assert not ending.how_to_go_on('', 'C', has_begun=False, **situation)
+  assert not last_words.how_to_go_on('', 'C', has_begun=False, **situation)
 
 
 _NAN = errors.NonFiniteError('the loss is NaN', 'lower --learning_rate')
@@ -249,7 +249,7 @@ def test_a_workdir_that_is_gone(tmp_path, folder, is_moved):
   if not is_moved:
     shutil.rmtree(moved)
   missed = FileNotFoundError(2, 'No such file', str(folder.path / 'x'))
-  one.fail(ending.of_system(missed, folder))
+  one.fail(last_words.of_system(missed, folder))
   ended, how = one.last_words
   if is_moved:
     assert f'{folder.path}: was moved to {moved}' in ended
@@ -269,7 +269,7 @@ def test_a_workdir_that_is_gone(tmp_path, folder, is_moved):
   if is_moved:
     moved.rename(folder.path)  # as the error says
     folder.check_in_place()
-    assert str(folder.path) in str(ending.of_system(full, folder))
+    assert str(folder.path) in str(last_words.of_system(full, folder))
 
 
 def test_the_readme_lists_every_exit_code():
@@ -280,7 +280,7 @@ def test_the_readme_lists_every_exit_code():
 
 
 def test_what_names_no_file_is_not_blamed_on_the_workdir(folder):
-  said = str(ending.of_system(OSError(32, 'Broken pipe'), folder))
+  said = str(last_words.of_system(OSError(32, 'Broken pipe'), folder))
   assert str(folder.path) not in said and 'Broken pipe' in said
 
 
