@@ -356,9 +356,8 @@ class StoredRun:
       reaches = max(start.iteration, start.applied_until)
       missing = None
       while reaches < train.iterations and missing is None:
-        if found and reaches in (
-          found[-1].start.iteration,
-          found[-1].start.applied_until,
+        if found and reaches == max(
+          found[-1].start.iteration, found[-1].start.applied_until
         ):
           reaches, missing = found[-1].reaches, found[-1].missing
           break

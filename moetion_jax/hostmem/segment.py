@@ -443,5 +443,8 @@ def newest_generation(path: str | os.PathLike[str]) -> int:
   """
   with os.fdopen(open_file(path), 'rb', buffering=0) as file:
     data = os.pread(file.fileno(), _FILE.size, 0)
-    _read_header(data, os.fstat(file.fileno()).st_size)
+    try:
+      _read_header(data, os.fstat(file.fileno()).st_size)
+    except errors.StoreError as error:
+      raise errors.StoreError(f'{path}: {error}') from error
     return _generation(*_GENERATION.unpack_from(data, _GENERATION_OFFSET))
