@@ -186,7 +186,7 @@ class Worker:
       self.iteration = iteration = iteration + 1
       begin, self._waited = time.monotonic(), 0.0
       self._late = self.log.late_seconds
-      record = None
+      record, scalars = None, {}
       if conversion and conversion.applies(iteration):
         record = conversion.record(iteration)
         gradients = record.gradients and self.stage.place_gradients(
@@ -220,12 +220,11 @@ class Worker:
         self.state, digests = conversion.advance(iteration, self.state)
       applies_next = bool(conversion and conversion.applies(iteration + 1))
       # A fold after an update changes what the update made the weights of.
-      is_stale = is_partial or bool(record or self.stage.ownership)
+      is_stale = is_partial or record or self.stage.ownership
       if is_stale and not applies_next:
         # One replica's operators may be complete before another's are, so all
         # gather in every iteration that is followed by a forward.
         self.compute = self.stage.compute_of(self.programs, self.state)
-        is_stale = False
       if digests is None:
         digests = self.programs.digest(self.state)
       self._outputs = digests
@@ -235,7 +234,8 @@ class Worker:
         eval_loss = self._evaluate(iteration, config)
       taken = snapshotter.TakenSnapshot()
       is_whole = not conversion or conversion.is_complete
-      if snapshots and is_whole and not is_stale:
+      # What was applied is a snapshot already; it has not all gradients.
+      if snapshots and is_whole and not record:
         self._begin('capture')
         if conversion and iteration in conversion.damaged:
           snapshots.distrust(iteration)
