@@ -155,7 +155,7 @@ os.execv(sys.executable, [sys.executable, '-m', 'launch.train', *sys.argv[1:]])
   flags = helpers.train_flags(tmp_path / 'run', f'--hostmem_dir={host.path}')
   _, err = runs.end(host.start('-c', limited, *flags), 1)
   assert 'Traceback' not in err
-  assert 'worker.main: Too many open files; make that possible' in err
+  assert 'worker.main: Too many open files: raise the limit' in err
 
 
 def test_another_run_in_the_same_workdir_is_refused(finished):

@@ -13,8 +13,11 @@ from moetion_jax.runtime import linux_process
 
 @pytest.fixture
 def hangup():
-  """What a test does with the handler of SIGHUP is undone."""
-  before = signal.getsignal(signal.SIGHUP)
+  """What a test does with the handler of SIGHUP is undone.
+
+  Nor is a hangup ignored, as it is below nohup.
+  """
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield lambda: os.kill(os.getpid(), signal.SIGHUP)
   signal.signal(signal.SIGHUP, before)
 
