@@ -315,10 +315,11 @@ class CaptureSettings:
   def _logged(self) -> int:
     """Iterations in the logs where recorded gradients lead to newer states.
 
-    Behind the newest snapshot that counts in all stages are `log_lag`; before
-    it are those whose snapshots are on their way, and the one at hand.
+    Behind the newest state that all stages have are `log_lag`; before it are
+    those whose snapshots are on their way, and the one at hand; and where a
+    record is missing, a window, until others lead to a state again.
     """
-    return self.log_lag + _SLACK + 1
+    return self.longest_window + self.log_lag + _SLACK + 1
 
   @property
   def kept_snapshots(self) -> int:

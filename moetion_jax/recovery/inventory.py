@@ -225,16 +225,14 @@ class Inventory:
         del shares[name]
 
   def _move_entry_line(self) -> None:
-    """Moves the entry line: to what records lead to from the line, less a lag.
+    """Moves the entry line: to what records lead to in all stages, less a lag.
 
     All stages have a state there without anybody's entries, as long as their
     records are whole; if one is not, everybody goes back to before it.
     """
     newest = min(
-      next(
-        (s.applied_until for s in self.starts(i) if s.iteration == self.line), 0
-      )
-      for i in range(len(self._operators))
+      max((start.applied_until for start in self.starts(stage)), default=0)
+      for stage in range(len(self._operators))
     )
     self.entry_line = max(self.entry_line, newest - self._log_lag)
 

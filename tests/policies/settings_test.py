@@ -69,9 +69,9 @@ def test_impossible_settings_are_refused(fields, words):
     ({'log_iterations': 100}, 8, 100, 28),
     ({'window_length': 3, 'log_iterations': 10}, 3, 10, 10),
     # Recorded gradients lead to newer states than those at the line.
-    ({'window_length': 3, 'replay': 'updates'}, 3, 7, 10),
-    ({'replay': 'updates', 'log_lag': 0}, 8, 5, 28),
-    ({'replay': 'updates', 'log_iterations': 9}, 8, 9, 28),
+    ({'window_length': 3, 'replay': 'updates'}, 3, 10, 10),
+    ({'replay': 'updates', 'log_lag': 0}, 8, 13, 28),
+    ({'replay': 'updates', 'log_iterations': 17}, 8, 17, 28),
   ],
 )
 def test_what_is_kept(fields, longest, iterations, snapshots):
