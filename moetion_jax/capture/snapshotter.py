@@ -79,7 +79,7 @@ class Options:
     log: the worker's log. A snapshot counts only when everything published
       before it was taken can be read, since it is never published again.
     on_stored: called with the metadata of each snapshot once it counts, in the
-      snapshot thread; and in `take`, for one that exists when it is to be taken.
+      snapshot thread; in `take` for one that exists when it is to be taken.
     full_seconds: seconds to wait for host memory when there is none; `math.inf`
       where somebody else ends that wait.
     on_block: called in the snapshot thread when a wait for room begins or ends,
@@ -253,9 +253,8 @@ class Snapshotter:
       if self._options.share is not None:
         captured = captured.of(self._options.share)
       is_broken = iteration in self._broken
-      if (
-        iteration in self._known and not is_broken and self._is_told(iteration)
-      ):
+      is_known = iteration in self._known and not is_broken
+      if is_known and self._is_told(iteration):
         return TakenSnapshot()  # in a replay: it exists already
       begin = time.monotonic()
       self._changed.wait_for(lambda: not self._job or self._error)
