@@ -405,14 +405,8 @@ def newest_iteration(path: str | os.PathLike[str]) -> int:
   Raises:
     SystemRefusalError: the system does not let it be opened.
   """
-  try:
-    with os.fdopen(open_file(path), 'rb', buffering=0) as file:
-      return read_cells(file.fileno()).newest_iteration
-  except OSError as error:
-    errors.check_refusal(error, path)
-  except errors.StoreError:
-    pass
-  return 0
+  cells = _readable_cells(path)
+  return cells.newest_iteration if cells else 0
 
 
 def whole_from(path: str | os.PathLike[str]) -> int:
@@ -424,14 +418,24 @@ def whole_from(path: str | os.PathLike[str]) -> int:
   Raises:
     SystemRefusalError: the system does not let it be opened.
   """
+  cells = _readable_cells(path)
+  return cells.whole_from if cells else 0
+
+
+def _readable_cells(path: str | os.PathLike[str]) -> Cells | None:
+  """Reads a segment's cells; None if it is missing, cut or damaged.
+
+  Raises:
+    SystemRefusalError: the system does not let it be opened.
+  """
   try:
     with os.fdopen(open_file(path), 'rb', buffering=0) as file:
-      return read_cells(file.fileno()).whole_from
+      return read_cells(file.fileno())
   except OSError as error:
     errors.check_refusal(error, path)
   except errors.StoreError:
     pass
-  return 0
+  return None
 
 
 def newest_generation(path: str | os.PathLike[str]) -> int:

@@ -201,18 +201,21 @@ class Inventory:
       # Until the first start behind a splice all is kept since its own: stores
       # and logs have no room for more.
       lag_iterations = 0
-    starts = [
-      [s.iteration for s in self.starts(stage) if s.iteration <= reported]
-      for stage in range(len(self._operators))
-    ]
+    starts = [self.starts(stage) for stage in range(len(self._operators))]
     line = recovery_plan.recovery_line(
-      starts, self.line, lag_iterations, frozen=frozen
+      [
+        [s.iteration for s in of_stage if s.iteration <= reported]
+        for of_stage in starts
+      ],
+      self.line,
+      lag_iterations,
+      frozen=frozen,
     )
     lines = self.line, self.entry_line
     if line != self.line:
       self._move_to(line)
     if not frozen:
-      self._move_entry_line()
+      self._move_entry_line(starts)
     return lines != (self.line, self.entry_line)
 
   def _move_to(self, line: int) -> None:
@@ -224,15 +227,17 @@ class Inventory:
       for name in [n for n in shares if n[0] < self.kept_from]:
         del shares[name]
 
-  def _move_entry_line(self) -> None:
+  def _move_entry_line(
+    self, starts: Sequence[Sequence[coverage.Start]]
+  ) -> None:
     """Moves the entry line: to what records lead to in all stages, less a lag.
 
     All stages have a state there without anybody's entries, as long as their
     records are whole; if one is not, everybody goes back to before it.
     """
     newest = min(
-      max((start.applied_until for start in self.starts(stage)), default=0)
-      for stage in range(len(self._operators))
+      max((start.applied_until for start in of_stage), default=0)
+      for of_stage in starts
     )
     self.entry_line = max(self.entry_line, newest - self._log_lag)
 
